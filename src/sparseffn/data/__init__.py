@@ -1,0 +1,34 @@
+"""Corpora, tokenisers and contiguous streams: text on disk to tensors.
+
+corpus = load_corpus("stdlib")
+streams = ContiguousStreams(corpus.train, batch=8, context=64)
+inputs, targets = streams.window(0)
+"""
+
+import sparseffn.data.corpora  # noqa: F401  registers the corpora
+from sparseffn.data.cache import default_cache_dir
+from sparseffn.data.corpus import Corpus, load_corpus, to_metric
+from sparseffn.data.registry import list_corpora, register_corpus
+from sparseffn.data.splits import SPLITS, Split
+from sparseffn.data.streams import ContiguousStreams, EvalWindow, evaluation_windows
+from sparseffn.data.tokenizer_base import Tokenizer, Unit
+from sparseffn.data.tokenizers import list_tokenizers, tokenizer_class, tokenizer_from_json
+
+__all__ = [
+    "SPLITS",
+    "ContiguousStreams",
+    "Corpus",
+    "EvalWindow",
+    "Split",
+    "Tokenizer",
+    "Unit",
+    "default_cache_dir",
+    "evaluation_windows",
+    "list_corpora",
+    "list_tokenizers",
+    "load_corpus",
+    "register_corpus",
+    "to_metric",
+    "tokenizer_class",
+    "tokenizer_from_json",
+]

@@ -1,0 +1,124 @@
+"""Sub-words: byte-pair encoding by SentencePiece, as in the paper (8000 pieces, digits split).
+
+Nothing is lost: text is encoded line by line without normalisation, characters outside the vocabulary become their
+UTF-8 bytes, and a line end is the byte piece `<0x0A>`.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
+
+import numpy as np
+
+from sparseffn.data.splits import Split
+from sparseffn.data.tokenizer_base import Tokenizer, Unit, to_text
+from sparseffn.errors import UserError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# What SentencePiece writes for a space; in a text it is a character like any other and is spelled in bytes.
+SPACE_MARK = "\u2581"
+
+
+@final
+class BpeTokenizer(Tokenizer):
+    """One token a SentencePiece BPE piece."""
+
+    name: ClassVar[str] = "bpe"
+    unit: ClassVar[Unit] = "sub-word"
+    fits_on: ClassVar[tuple[Split, ...]] = ("train",)
+    # Section 4 of the paper: vocabularies of 8000 pieces.
+    default_vocab_size: ClassVar[int | None] = 8000
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        # Any: sentencepiece ships no types.
+        self._processor: Any = _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self._line_end = self._byte_ids("\n")
+        self._space_mark = self._byte_ids(SPACE_MARK)
+
+    def _byte_ids(self, character: str) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode("utf-8")]
+
+    @classmethod
+    def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
+        """Train on the lines of the text; the same text gives the same model."""
+        size = cls.default_vocab_size if vocab_size is None else vocab_size
+        model = io.BytesIO()
+        try:
+            _sentencepiece().SentencePieceTrainer.train(
+                sentence_iterator=_lines(blocks),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=size,
+                split_digits=True,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                bos_id=-1,
+                eos_id=-1,
+                # One thread and the given order: the model must not depend on the machine.
+                num_threads=1,
+                shuffle_input_sentence=False,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"`vocab_size` must suit the training text: above 256 plus its characters, at most all its pieces; "
+                f"got {size} ({' '.join(str(error).split())}); fix: choose another vocab_size, or use tokenizer=bytes"
+            ) from error
+        return cls(model.getvalue())
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> Self:
+        """From `model`, a SentencePiece model in base 64."""
+        return cls(base64.b64decode(str(state["model"])))
+
+    def state(self) -> dict[str, object]:
+        """The model in base 64."""
+        return {"model": base64.b64encode(self._model).decode("ascii")}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces, the 256 bytes included."""
+        return int(self._processor.get_piece_size())
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Number of every piece, as int64."""
+        lines = to_text(data).split("\n")
+        ids: list[int] = []
+        for index, pieces in enumerate(self._processor.encode(lines, num_threads=1)):
+            ids += self._line_end if index else []
+            ids += self._encode_marked(lines[index]) if SPACE_MARK in lines[index] else pieces
+        return np.array(ids, dtype=np.int64)
+
+    def _encode_marked(self, line: str) -> list[int]:
+        """A line with U+2581, which SentencePiece would take for a space."""
+        ids: list[int] = []
+        for index, part in enumerate(line.split(SPACE_MARK)):
+            ids += self._space_mark if index else []
+            ids += self._processor.encode(part)
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self._processor.decode(ids.tolist()))
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
+    for block in blocks:
+        yield from filter(None, to_text(block).split("\n"))
+
+
+def _sentencepiece() -> ModuleType:
+    try:
+        return importlib.import_module("sentencepiece")
+    except ImportError as error:
+        raise UserError(
+            "tokenizer 'bpe' must have the package sentencepiece; got none; fix: pip install 'sparseffn[data]'"
+        ) from error

@@ -1,0 +1,263 @@
+"""Which bytes of which files are training, validation and test text: 90% / 5% / 5%.
+
+A `Source` lists the pieces of files of each split. Building one reads no file contents (but for a few bytes where a
+file is cut), so that a corpus that was prepared before is found again by its fingerprint in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from sparseffn.errors import UserError
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+# Share of all bytes that validation and test receive, each; training gets the rest.
+HELD_OUT_SHARE = 0.05
+# How far a split's share may be from its aim.
+SHARE_TOLERANCE = 0.01
+# Bytes read at a time: bounds the memory of preparing a corpus of one large file.
+BLOCK_BYTES = 1 << 24
+# A cut moves back to a line end at most this far, and never more than 1% of the file.
+MAX_CUT_SHIFT = 1 << 16
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """32 hexadecimal digits (BLAKE2b) of the parts, each preceded by its length so that they cannot run together."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as found on disk; `label` is its path relative to the corpus, with forward slashes."""
+
+    path: Path
+    label: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def at(cls, path: Path, label: str) -> SourceFile:
+        """Look the file up.
+
+        Raises:
+            UserError: it does not exist or its metadata cannot be read.
+        """
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(_unreadable(path, error)) from error
+        return cls(path, label, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes `start` to `stop` of a file, preceded by `header`."""
+
+    file: SourceFile
+    start: int
+    stop: int
+    header: bytes = b""
+
+    @classmethod
+    def whole(cls, file: SourceFile, header: bytes = b"") -> Piece:
+        """All of the file."""
+        return cls(file, 0, file.size, header)
+
+    @property
+    def n_bytes(self) -> int:
+        """Length with the header."""
+        return len(self.header) + self.stop - self.start
+
+
+class Block(NamedTuple):
+    """Bytes of one piece; `data` ends at a line end, or where the piece ends. `offset`: where in the file it begins."""
+
+    data: bytes
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The pieces of every split of a corpus, in reading order.
+
+    Where a piece does not end in a line end and another follows, a line end is put between them.
+    """
+
+    # Name of the corpus.
+    corpus: str
+    # Pieces by split.
+    pieces: Mapping[Split, Sequence[Piece]]
+    # What belongs into every result besides counts, such as the Python version.
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Digest of names, sizes and times of the files and of the cuts: cheap, changes when a file is written."""
+        rows = [
+            (
+                split,
+                os.fspath(p.file.path),
+                p.file.size,
+                p.file.mtime_ns,
+                p.file.ctime_ns,
+                p.start,
+                p.stop,
+                p.header.hex(),
+            )
+            for split in SPLITS
+            for p in self.pieces[split]
+        ]
+        return digest_of(self.corpus, json.dumps([sorted(self.info.items()), rows]))
+
+    def n_files(self, split: Split) -> int:
+        """Number of files with text in the split."""
+        return len({piece.file.path for piece in self.pieces[split]})
+
+    def n_bytes(self, split: Split) -> int:
+        """Bytes of the split's pieces, without line ends put between them."""
+        return sum(piece.n_bytes for piece in self.pieces[split])
+
+    def blocks(self, split: Split) -> Iterator[Block]:
+        """Read the split.
+
+        Raises:
+            UserError: a file cannot be read, or is not as long as when it was found.
+        """
+        pieces = self.pieces[split]
+        for index, piece in enumerate(pieces):
+            yield from _read_piece(piece, end_line=index + 1 < len(pieces))
+
+    def content_digest(self) -> str:
+        """Digest of the bytes of all splits."""
+        digests = ContentDigest()
+        for split in SPLITS:
+            for block in self.blocks(split):
+                digests.update(split, block.data)
+        return digests.hexdigest()
+
+
+class ContentDigest:
+    """Running digest of the bytes of every split; the same however the bytes are cut in blocks."""
+
+    def __init__(self) -> None:
+        self._digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
+
+    def update(self, split: Split, data: bytes) -> None:
+        """Append bytes to a split."""
+        self._digests[split].update(data)
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits."""
+        return digest_of(*(self._digests[split].digest() for split in SPLITS))
+
+
+def split_by_hash(pieces: Sequence[Piece]) -> dict[Split, list[Piece]]:
+    """Give whole pieces to the splits, in an order that only their labels decide.
+
+    Walking in the order of the labels' hashes, validation is filled up to 5% of all bytes, skipping pieces that would
+    overshoot, then test likewise; the rest is training. Within a split, pieces are sorted by label.
+    """
+    order = sorted(pieces, key=lambda piece: (digest_of(piece.file.label), piece.file.label))
+    room = HELD_OUT_SHARE * sum(piece.n_bytes for piece in pieces)
+    split: dict[Split, list[Piece]] = {"train": [], "valid": [], "test": []}
+    for name in ("valid", "test"):
+        used, rest = 0, []
+        for piece in order:
+            if used + piece.n_bytes <= room:
+                split[name].append(piece)
+                used += piece.n_bytes
+            else:
+                rest.append(piece)
+        order = rest
+    split["train"] = order
+    return {name: sorted(chosen, key=lambda piece: piece.file.label) for name, chosen in split.items()}
+
+
+def is_within_tolerance(split: Mapping[Split, Sequence[Piece]]) -> bool:
+    """Whether every split's share of the bytes is within 1% of all bytes of its aim."""
+    sizes = {name: sum(piece.n_bytes for piece in pieces) for name, pieces in split.items()}
+    allowed = SHARE_TOLERANCE * sum(sizes.values())
+    room = HELD_OUT_SHARE * sum(sizes.values())
+    return all(abs(sizes[name] - room) <= allowed for name in ("valid", "test"))
+
+
+def split_by_cutting(files: Sequence[SourceFile]) -> dict[Split, list[Piece]]:
+    """Cut every file at 90% and 95%: at a line end where one is near, else between two UTF-8 characters."""
+    split: dict[Split, list[Piece]] = {"train": [], "valid": [], "test": []}
+    for file in files:
+        cuts = [0, _cut_near(file, 1 - 2 * HELD_OUT_SHARE), _cut_near(file, 1 - HELD_OUT_SHARE), file.size]
+        for name, start, stop in zip(SPLITS, cuts, cuts[1:], strict=False):
+            if start < stop:
+                split[name].append(Piece(file, start, stop))
+    return split
+
+
+def _cut_near(file: SourceFile, share: float) -> int:
+    """The position at or a little before `share` of the file where it may be cut."""
+    aim = round(file.size * share)
+    reach = min(file.size // 100, MAX_CUT_SHIFT)
+    # At least three bytes back: a UTF-8 character has at most four.
+    start = max(0, aim - max(reach, 3))
+    try:
+        with file.path.open("rb") as stream:
+            stream.seek(start)
+            window = stream.read(aim + 1 - start)
+    except OSError as error:
+        raise UserError(_unreadable(file.path, error)) from error
+    line_end = window.rfind(b"\n", max(0, aim - reach - start), aim - start)
+    if line_end >= 0:
+        return start + line_end + 1
+    # Bytes 0x80 to 0xBF continue a character; in text that is not UTF-8 any place is as good.
+    for back in range(min(4, len(window))):
+        at = aim - start - back
+        if at < len(window) and not 0x80 <= window[at] <= 0xBF:
+            return start + at
+    return aim
+
+
+def _read_piece(piece: Piece, *, end_line: bool) -> Iterator[Block]:
+    """Blocks of one piece; `end_line` adds the line end that the piece lacks."""
+    path = piece.file.path
+    left, header = piece.stop - piece.start, piece.header
+    try:
+        with path.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size != piece.file.size:
+                raise UserError(_changed(path))
+            stream.seek(piece.start)
+            while left or header:
+                data = stream.read(min(left, BLOCK_BYTES))
+                left -= len(data)
+                if left and not data.endswith(b"\n"):
+                    line = stream.readline(left)
+                    left -= len(line)
+                    if not line:
+                        raise UserError(_changed(path))
+                    data += line
+                offset = stream.tell() - len(data) - len(header)
+                data, header = header + data, b""
+                if end_line and not left and not data.endswith(b"\n"):
+                    data += b"\n"
+                yield Block(data, path, offset)
+    except OSError as error:
+        raise UserError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"a corpus file must be readable; got {str(path)!r} ({error.strerror}); fix: make it readable or take it out"
+
+
+def _changed(path: Path) -> str:
+    return f"corpus files must not change while they are read; got a new size for {str(path)!r}; fix: run again"

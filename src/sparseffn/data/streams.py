@@ -1,0 +1,127 @@
+"""Contiguous streams for a model with memory: the corpus is cut in `batch` streams that all go on in step.
+
+Training windows are a function of their number alone, so that a position in training is one integer. Evaluation windows
+predict every token but the first exactly once. Both read only the window's slices of the (memory-mapped) tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+
+from sparseffn.errors import UserError
+
+
+@final
+class ContiguousStreams:
+    """Training windows.
+
+    The corpus is cut in `batch` streams of `len(tokens) // batch` tokens; what remains at the end is dropped. Window
+    `i` holds positions `i * context .. (i + 1) * context - 1` of every stream, with the next tokens as targets.
+
+    Args:
+        tokens: the token numbers, shape `[n]`.
+        batch: number of streams.
+        context: inputs of a window in each stream.
+
+    Raises:
+        UserError: there are fewer than `batch * (context + 1)` tokens.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, batch: int, context: int) -> None:
+        _check_sizes(batch, context)
+        needed = batch * (context + 1)
+        if len(tokens) < needed:
+            raise UserError(
+                f"the training split must have at least batch x (context + 1) = {batch} x {context + 1} = {needed} "
+                f"tokens; got {len(tokens)}; fix: use a smaller batch or context, or a larger corpus"
+            )
+        self.tokens = tokens
+        self.batch = batch
+        self.context = context
+        self._stream_length = len(tokens) // batch
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in one pass over the corpus. The last input of a stream needs a target, hence the -1."""
+        return (self._stream_length - 1) // self.context
+
+    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Window `i` of `0 .. n_windows - 1`.
+
+        Returns:
+            Inputs and targets, both int64 of shape `[batch, context]`.
+
+        Raises:
+            IndexError: there is no such window.
+        """
+        if not 0 <= i < self.n_windows:
+            raise IndexError(f"window must be in 0 .. {self.n_windows - 1}; got {i}; fix: take it modulo n_windows")
+        starts = i * self.context + np.arange(self.batch) * self._stream_length
+        rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts]).astype(np.int64)
+        both = torch.from_numpy(rows)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class EvalWindow:
+    """One step of an evaluation; all of shape `[batch, width]`, `width <= context`."""
+
+    # int64 tokens; 0 where the mask is False.
+    inputs: torch.Tensor
+    # int64 next tokens; 0 where the mask is False.
+    targets: torch.Tensor
+    # bool, True where a prediction counts.
+    mask: torch.Tensor
+
+
+def evaluation_windows(tokens: np.ndarray, *, batch: int, context: int) -> Iterator[EvalWindow]:
+    """Windows in which each of the `n - 1` predictions of `n` tokens counts exactly once.
+
+    The predictions are cut in `batch` contiguous chunks whose lengths differ by at most one (fewer chunks where there
+    are fewer predictions than `batch`); the state of row `b` goes on from window to window. The last window may be
+    narrower.
+
+    Args:
+        tokens: the token numbers, shape `[n]`.
+        batch: number of chunks.
+        context: width of a window.
+
+    Raises:
+        UserError: there are fewer than 2 tokens, or `batch` or `context` is not positive.
+    """
+    _check_sizes(batch, context)
+    n_predictions = len(tokens) - 1
+    if n_predictions < 1:
+        raise UserError(f"a split to evaluate must have at least 2 tokens; got {len(tokens)}; fix: use a larger corpus")
+    rows = min(batch, n_predictions)
+    bounds = np.arange(rows + 1) * (n_predictions // rows) + np.minimum(np.arange(rows + 1), n_predictions % rows)
+    # The arguments are checked at the call, not at the first step of the iteration.
+    return _evaluation_windows(tokens, bounds, context)
+
+
+def _evaluation_windows(tokens: np.ndarray, bounds: np.ndarray, context: int) -> Iterator[EvalWindow]:
+    """`bounds[b] .. bounds[b + 1] - 1` are the inputs of row b."""
+    longest = int(np.diff(bounds).max())
+    for begin in range(0, longest, context):
+        width = min(context, longest - begin)
+        shape = (len(bounds) - 1, width)
+        inputs, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        mask = np.zeros(shape, np.bool_)
+        for row in range(shape[0]):
+            start = int(bounds[row]) + begin
+            count = max(0, min(width, int(bounds[row + 1]) - start))
+            inputs[row, :count] = tokens[start : start + count]
+            targets[row, :count] = tokens[start + 1 : start + 1 + count]
+            mask[row, :count] = True
+        yield EvalWindow(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(mask))
+
+
+def _check_sizes(batch: int, context: int) -> None:
+    for name, value in (("batch", batch), ("context", context)):
+        if value < 1:
+            raise UserError(f"`{name}` must be at least 1; got {value}; fix: pass a positive number")

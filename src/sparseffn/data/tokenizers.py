@@ -1,0 +1,224 @@
+"""Tokenisers by name: `bytes`, `chars`, `words` (as in Penn Treebank) and `bpe` (SentencePiece)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Self, final
+
+import numpy as np
+
+from sparseffn.data.bpe import BpeTokenizer
+from sparseffn.data.splits import SPLITS, Split
+from sparseffn.data.tokenizer_base import Tokenizer, Unit, to_text
+from sparseffn.errors import UserError, unknown_name
+
+END_OF_LINE = "<eos>"
+UNKNOWN = "<unk>"
+
+
+@final
+class BytesTokenizer(Tokenizer):
+    """One token a byte: encodes anything, needs no fitting."""
+
+    name: ClassVar[str] = "bytes"
+    unit: ClassVar[Unit] = "byte"
+    needs_text: ClassVar[bool] = False
+
+    @classmethod
+    def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
+        """The same for every text."""
+        return cls()
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> Self:
+        """There is no state."""
+        return cls()
+
+    def state(self) -> dict[str, object]:
+        """Nothing."""
+        return {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Always 256."""
+        return 256
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """The bytes themselves, as uint8."""
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+@final
+class CharsTokenizer(Tokenizer):
+    """One token a Unicode character, numbered in code point order.
+
+    The vocabulary is every character of all splits, so that bits per character are defined for each of them.
+    """
+
+    name: ClassVar[str] = "chars"
+    unit: ClassVar[Unit] = "character"
+    fits_on: ClassVar[tuple[Split, ...]] = SPLITS
+
+    def __init__(self, characters: str) -> None:
+        self._points = np.unique(_code_points(characters))
+
+    @classmethod
+    def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
+        """Collect the characters of the text."""
+        found: set[str] = set()
+        for block in blocks:
+            found.update(to_text(block))
+        return cls("".join(found))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> Self:
+        """From `characters`, a string."""
+        return cls(str(state["characters"]))
+
+    def state(self) -> dict[str, object]:
+        """The vocabulary as a string."""
+        return {"characters": _from_code_points(self._points)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different characters."""
+        return len(self._points)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Number of every character, as int64."""
+        points = _code_points(to_text(data))
+        ids = np.searchsorted(self._points, points)
+        missing = points[np.append(self._points, 0)[ids] != points] if self.vocab_size else points
+        if missing.size:
+            raise UserError(
+                f"text must consist of the vocabulary's {self.vocab_size} characters; "
+                f"got {chr(int(missing[0]))!r}; fix: use tokenizer=bytes"
+            )
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return _from_code_points(self._points[ids])
+
+
+@final
+class WordsTokenizer(Tokenizer):
+    """One token a word, as in Penn Treebank: words are separated by white space, every line ends in `<eos>`.
+
+    Words are numbered by falling count, equal counts in alphabetic order. A word that is not in the vocabulary becomes
+    `<unk>` where the training text has that word itself.
+    """
+
+    name: ClassVar[str] = "words"
+    unit: ClassVar[Unit] = "word"
+    fits_on: ClassVar[tuple[Split, ...]] = ("train",)
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(words)
+        self._numbers = {word: number for number, word in enumerate(self._words)}
+
+    @classmethod
+    def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
+        """Count the words of the text."""
+        counts: Counter[str] = Counter()
+        for block in blocks:
+            counts.update(_words_of(block))
+        return cls([word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> Self:
+        """From `words`, a list of strings."""
+        words = state["words"]
+        if not isinstance(words, list):
+            raise TypeError(f"`words` must be a list; got {type(words).__name__}")
+        return cls([str(word) for word in words])
+
+    def state(self) -> dict[str, object]:
+        """The vocabulary in order."""
+        return {"words": list(self._words)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different words, `<eos>` included."""
+        return len(self._words)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Number of every word and line end, as int64."""
+        unknown = self._numbers.get(UNKNOWN, -1)
+        words = _words_of(data)
+        ids = np.fromiter((self._numbers.get(word, unknown) for word in words), dtype=np.int64, count=len(words))
+        if (ids < 0).any():
+            word = words[int(np.argmax(ids < 0))]
+            raise UserError(
+                f"every word must be in the vocabulary of the training text, which has no {UNKNOWN!r}; got {word!r}; "
+                f"fix: use tokenizer=bpe or tokenizer=bytes, or replace rare words in the training text by {UNKNOWN!r}"
+            )
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        parts: list[str] = []
+        for word in (self._words[number] for number in ids):
+            if word == END_OF_LINE:
+                parts.append("\n")
+            else:
+                parts.append(f" {word}" if parts and parts[-1] != "\n" else word)
+        return "".join(parts)
+
+
+def _words_of(data: bytes) -> list[str]:
+    lines = to_text(data).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [word for line in lines for word in (*line.split(), END_OF_LINE)]
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def _from_code_points(points: np.ndarray) -> str:
+    return points.astype("<u4").tobytes().decode("utf-32-le")
+
+
+_TOKENIZERS: dict[str, type[Tokenizer]] = {
+    cls.name: cls for cls in (BytesTokenizer, CharsTokenizer, WordsTokenizer, BpeTokenizer)
+}
+
+
+def list_tokenizers() -> list[str]:
+    """Names of all tokenisers."""
+    return sorted(_TOKENIZERS)
+
+
+def tokenizer_class(name: str) -> type[Tokenizer]:
+    """The tokeniser of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in _TOKENIZERS:
+        raise unknown_name("tokenizer", name, _TOKENIZERS)
+    return _TOKENIZERS[name]
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The tokeniser that `Tokenizer.to_json` wrote.
+
+    Raises:
+        UserError: the text is something else.
+    """
+    try:
+        state = json.loads(text)
+        cls = tokenizer_class(str(state["tokenizer"]))
+        return cls.from_state(state)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"a stored tokenizer must be what `Tokenizer.to_json` wrote; got {text[:40]!r} ({error}); "
+            f"fix: delete the stored file and make the tokenizer again"
+        ) from error

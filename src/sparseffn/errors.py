@@ -1,0 +1,24 @@
+"""Errors meant for users: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message names the value and the remedy; the command line prints it and exits with 2."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among `known`, offering the nearest ones.
+
+    Args:
+        kind: what is being named, in the singular ("method", "corpus").
+        name: what the user wrote.
+        known: every accepted name.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"choose one of {', '.join(names)}"
+    return UserError(f"unknown {kind} {name!r}; fix: {hint}")

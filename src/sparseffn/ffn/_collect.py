@@ -1,0 +1,57 @@
+"""`collect_stats`: routing statistics of the layers inside a model whose code knows nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from sparseffn.errors import UserError
+from sparseffn.ffn._layer import FeedForward
+from sparseffn.ffn._stats import CollectedStats, recomputing
+
+
+@contextmanager
+def collect_stats(model: nn.Module) -> Iterator[CollectedStats]:
+    """Collect the statistics of every `FeedForward` in `model` while the context is open.
+
+    Hooks ask each layer for its statistics and take them off its output again; they are removed on leaving. Each call is
+    counted once: recomputation by non-re-entrant checkpointing is not, whether backward runs inside the context or after
+    it. Re-entrant checkpointing is refused. Contexts may be nested.
+
+    Example:
+        with collect_stats(model) as stats:
+            loss = criterion(model(x), y) + stats.balance_loss
+
+    Raises:
+        UserError: `model` holds no such layer, or runs under re-entrant checkpointing.
+    """
+    layers = {name or "layer": module for name, module in model.named_modules() if isinstance(module, FeedForward)}
+    if not layers:
+        raise UserError("`model` must hold a sparseffn layer; got none; fix: build one with `FFNConfig.build()`")
+    collected = CollectedStats(list(layers))
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            before, after = _hooks(name, collected)
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            # Contexts nest like brackets: the last one opened sees the output first.
+            stack.callback(layer.register_forward_hook(after, prepend=True).remove)
+        yield collected
+
+
+def _hooks(name: str, collected: CollectedStats) -> tuple[Any, Any]:
+    ours = {"asked": False}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ours["asked"] = not kwargs.get("return_stats", False)
+        return args, {**kwargs, "return_stats": True}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        y, stats = output
+        if not recomputing():
+            collected.add(name, stats)
+        return y if ours["asked"] else output
+
+    return before, after

@@ -1,0 +1,141 @@
+"""The config of a method: sizes and options, closed-form counts, and what matching and presets may change."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from sparseffn.errors import UserError
+from sparseffn.ffn._options import check_fields, field_infos, option
+
+if TYPE_CHECKING:
+    from sparseffn.ffn._layer import FeedForward
+
+ActivationName = Literal["relu", "gelu", "silu", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What a preset says of its feedforward block; each method takes from it what it has."""
+
+    d_model: int
+    d_ff: int
+    n_experts: int
+    expert_size: int
+    k: int
+    n_heads: int = 4
+    """Heads of a product-key memory (the paper uses 4)."""
+    n_layers: int = 1
+    dropout: float = 0.0
+    """The model's dropout rate: on u in the dense block, and in methods that drop units inside experts."""
+    expert_dropout: float = 0.0
+    entropy_weight: float = 1e-3
+
+    @property
+    def active_channels(self) -> int:
+        """K x G: channels that every sparse method computes for a token."""
+        return self.k * self.expert_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FFNConfig(ABC):
+    """Base of every method's config; immutable, validated when made."""
+
+    name: ClassVar[str]
+    """What the registry and the command line call the method."""
+    paper: ClassVar[str]
+    """Where it comes from."""
+    unit: ClassVar[str] = "channels"
+    """What is selected: channels, values or experts."""
+    knobs: ClassVar[tuple[str, ...]]
+    """Integer fields that matching may change, in order of preference."""
+    takes: ClassVar[tuple[str, ...]] = ("d_model", "n_layers", "d_ff", "n_experts", "expert_size", "k")
+    """Fields of a preset's `BlockShape` that the method takes over where it has them."""
+    xfail: ClassVar[Mapping[str, str]] = {}
+    """Contract checks that the method cannot pass, each with the reason."""
+
+    d_model: Annotated[int, option("Width of the model: size of the block's input and output.", low=1)]
+    activation: Annotated[ActivationName, option("Non-linearity applied to the key scores.")] = "relu"
+    n_layers: Annotated[int, option("Depth of the model; used by the initialisation alone.", low=1)] = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.validate()
+
+    def validate(self) -> None:  # noqa: B027
+        """Check what concerns several fields; raises UserError."""
+
+    @abstractmethod
+    def build(self) -> FeedForward:
+        """The layer."""
+
+    @abstractmethod
+    def num_params(self) -> int:
+        """Parameters, in closed form."""
+
+    @abstractmethod
+    def active_params(self) -> int:
+        """Parameters that one token's output depends on, router included."""
+
+    @abstractmethod
+    def forward_flops(self, *, training: bool = False) -> int:
+        """FLOPs a token of one forward pass: 2 for each multiply-add of a matrix product, router included.
+
+        Backward costs twice as much: one product for each of the two factors.
+        """
+
+    @abstractmethod
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Bytes that a training forward keeps for backward, without parameters and without the block's input.
+
+        Args:
+            n_tokens: T.
+            itemsize: bytes of one element of the layer's dtype.
+        """
+
+    @property
+    @abstractmethod
+    def n_channels(self) -> int:
+        """d_ff: key-value pairs that the block holds."""
+
+    @property
+    @abstractmethod
+    def active_channels(self) -> int:
+        """Pairs that contribute to one token's output: K x G for mixtures."""
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Two to four tiny configs that together use every option; the contract suite runs them."""
+
+    @classmethod
+    def from_shape(cls, shape: BlockShape) -> Self:
+        """The method at a preset's sizes, before parameters are matched: the fields that it `takes`."""
+        return cls(**{key: getattr(shape, key) for key in field_infos(cls) if key in cls.takes})
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `config_from_json` reads back."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+    @property
+    def summary(self) -> str:
+        """One line on the method: the first of its docstring."""
+        return describe(type(self))
+
+
+def describe(config_class: type[FFNConfig]) -> str:
+    """The first line of a config's docstring."""
+    return (config_class.__doc__ or "").strip().splitlines()[0]
+
+
+def require(condition: bool, field: str, expectation: str, got: object, fix: str) -> None:
+    """Raise a UserError in the house's form unless the condition holds."""
+    if not condition:
+        raise UserError(f"`{field}` must be {expectation}; got {got!r}; fix: {fix}")

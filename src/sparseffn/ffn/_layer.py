@@ -1,0 +1,114 @@
+"""The base of every layer: a drop-in feedforward block with optional mask and statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from sparseffn.errors import UserError
+from sparseffn.ffn._config import FFNConfig
+from sparseffn.ffn._stats import Routed, RoutingStats, routing_stats
+
+
+class FeedForward(nn.Module, ABC):
+    """A feedforward block `(..., d_model) -> (..., d_model)`, without layer norm and without residual.
+
+    Every block is a sum of key-value pairs: `layer(x) == coefficients(x) @ values_matrix() + output_bias()`.
+    A method implements the methods below that take `x_TD`, tokens in a matrix.
+    """
+
+    def __init__(self, config: FFNConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        """The output `[T, D]` and what it was computed from. `mask_T` is False for padding, whose x is zero already."""
+
+    @abstractmethod
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        """The coefficient of every pair, `[T, d_ff]`, zero for those not selected."""
+
+    @abstractmethod
+    def reference_TD(self, x_TD: Tensor) -> Tensor:
+        """The paper's equations, slowly: the truth for `compute` in tests."""
+
+    @abstractmethod
+    def values_matrix(self) -> Tensor:
+        """The values `v_i`, `[d_ff, d_model]`."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial parameters again, from `generator` or from PyTorch's global one."""
+
+    def output_bias(self) -> Tensor | None:
+        """The bias added to the sum of values, `[d_model]`, where there is one."""
+        return None
+
+    @overload
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[True]
+    ) -> tuple[Tensor, RoutingStats]: ...
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, RoutingStats]:
+        """Apply the block to each token.
+
+        Args:
+            x: `(..., d_model)`, any leading shape, zero tokens included.
+            mask: bool of x's leading shape, False for padding: it gets output 0 and takes no part in balancing,
+                batch-wide routing or statistics.
+            return_stats: also return `RoutingStats`.
+
+        Returns:
+            y of x's shape; under autocast in autocast's dtype, as `nn.Linear`. With `return_stats`, `(y, stats)`.
+
+        Raises:
+            UserError: x or mask has another shape than the layer needs, or x is not floating-point.
+        """
+        x_TD, mask_T = self._flatten(x, mask)
+        y_TD, routed = self.compute(x_TD, mask_T)
+        if mask_T is not None:
+            y_TD = y_TD.masked_fill(~mask_T[:, None], 0.0)
+        y = y_TD.reshape(x.shape)
+        return (y, routing_stats(routed, mask_T, x_TD.shape[0])) if return_stats else y
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """The coefficient of every key-value pair, `(..., d_ff)`: non-negative for ReLU, zero where not selected."""
+        x_TD, _ = self._flatten(x, None)
+        return self.coefficients_TF(x_TD).reshape(*x.shape[:-1], -1)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The output by the slow reference; draws the same random numbers as `forward` where a method routes by them."""
+        x_TD, _ = self._flatten(x, None)
+        return self.reference_TD(x_TD).reshape(x.shape)
+
+    def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        d_model = self.config.d_model
+        if x.dim() == 0 or x.shape[-1] != d_model or not x.is_floating_point():
+            raise UserError(
+                f"`x` must be floating-point with last dimension d_model = {d_model}; "
+                f"got {tuple(x.shape)} of {x.dtype}; fix: check the layer's d_model"
+            )
+        x_TD = x.reshape(-1, d_model)
+        if mask is None:
+            return x_TD, None
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+            raise UserError(
+                f"`mask` must be bool of shape {tuple(x.shape[:-1])}; got {tuple(mask.shape)} of {mask.dtype}; "
+                "fix: True for tokens, False for padding"
+            )
+        mask_T = mask.reshape(-1)
+        return x_TD.masked_fill(~mask_T[:, None], 0.0), mask_T
+
+
+    def extra_repr(self) -> str:
+        """The config, in `print(model)`."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.config.to_json().items())

@@ -1,0 +1,242 @@
+"""What all mixtures of experts share: the experts, the layer that runs a selection, config fields and counts."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn import ops
+from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
+from sparseffn.ffn._config import FFNConfig, require
+from sparseffn.ffn._init import equal_norm_rows_, normal_, scaled_std
+from sparseffn.ffn._layer import FeedForward
+from sparseffn.ffn._options import option
+from sparseffn.ffn._routers import Router, Routing, cv_loss, entropy_loss, switch_loss
+from sparseffn.ffn._stats import Routed
+
+INDEX_BYTES = 8
+LOGIT_BYTES = 4
+
+# Switch's reduced initialisation, Fedus 2022 section 2.4: the usual variance times 0.1.
+_SWITCH_VARIANCE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig(FFNConfig):
+    """Fields of every mixture of experts."""
+
+    unit: ClassVar[str] = "experts"
+    knobs: ClassVar[tuple[str, ...]] = ("n_experts", "expert_size")
+
+    n_experts: Annotated[int, option("Experts (N_E).", low=1)]
+    expert_size: Annotated[int, option("Key-value pairs of one expert (G).", low=1)]
+    dropout: Annotated[
+        float, option("Standard dropout: rate on s u inside the experts, in place of expert dropout.", low=0.0, below=1.0)
+    ] = 0.0
+    init: Annotated[
+        Literal["shared", "standard", "switch"],
+        option("Fan-in of the values: all N_E G pairs (shared), one expert's G (standard), or that at a tenth of the variance."),
+    ] = "shared"
+    selector_init: Annotated[
+        Literal["equal-norm", "free"], option("Selector rows: rescaled to one norm, or drawn freely.")
+    ] = "equal-norm"
+
+    @property
+    @abstractmethod
+    def n_selected(self) -> int:
+        """K, experts a token uses."""
+
+    @abstractmethod
+    def balancing(self) -> dict[str, float]:
+        """Weight of each balancing loss: entropy, switch, cv."""
+
+    def _router_params(self) -> int:
+        return self.n_experts * self.d_model
+
+    def num_params(self) -> int:
+        """Keys and values of all experts, and the selector."""
+        return 2 * self.n_channels * self.d_model + self._router_params()
+
+    def active_params(self) -> int:
+        """Keys and values of K experts, and the selector."""
+        return 2 * self.active_channels * self.d_model + self._router_params()
+
+    def forward_flops(self, *, training: bool = False) -> int:
+        """Selector, and both products of K experts."""
+        return 2 * self._router_params() + 4 * self.active_channels * self.d_model
+
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Hidden units of the selected experts, and what routing keeps of each selection."""
+        tensors = saved_activations(self.activation, self.dropout)
+        hidden = self.active_channels * tensors * itemsize
+        # The layer keeps the sort's order and each row's token, and each row's gate.
+        rows = self.n_selected * (2 * INDEX_BYTES + LOGIT_BYTES)
+        offsets = (self.n_experts + 1) * INDEX_BYTES
+        return n_tokens * (hidden + rows + self._router_bytes(itemsize)) + offsets
+
+    def _router_bytes(self, itemsize: int) -> int:
+        """Bytes a token that the router keeps: selected indices and their gates, and in half precision the wide x."""
+        wide_input = self.d_model * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
+        return wide_input + self.n_selected * (INDEX_BYTES + LOGIT_BYTES)
+
+    @property
+    def n_channels(self) -> int:
+        """N_E G."""
+        return self.n_experts * self.expert_size
+
+    @property
+    def active_channels(self) -> int:
+        """K G."""
+        return self.n_selected * self.expert_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKMixtureConfig(MixtureConfig):
+    """Fields of mixtures that take the K best experts."""
+
+    k: Annotated[int, option("Experts a token uses (K).", low=1)]
+    expert_dropout: Annotated[
+        float, option("Rate at which whole experts are removed from a token's choice (delta).", low=0.0, below=1.0)
+    ] = 0.0
+    # Weights add up, so that every combination means something; the paper's rows each set one.
+    entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 0.0
+    switch_weight: Annotated[float, option("Weight of Switch's balancing loss, eq. 17.", low=0.0)] = 0.0
+    cv_weight: Annotated[float, option("Weight of CV^2 of the experts' summed weights, eq. 14.", low=0.0)] = 0.0
+
+    def validate(self) -> None:
+        """K experts must exist."""
+        require(
+            self.k <= self.n_experts, "k", f"at most n_experts = {self.n_experts}", self.k, "lower k or raise n_experts"
+        )
+
+    @property
+    def n_selected(self) -> int:
+        """K."""
+        return self.k
+
+    def _router_bytes(self, itemsize: int) -> int:
+        """With expert dropout also which selections it left."""
+        return MixtureConfig._router_bytes(self, itemsize) + (self.k if self.expert_dropout > 0 else 0)
+
+    def balancing(self) -> dict[str, float]:
+        """The three weights."""
+        return {"entropy": self.entropy_weight, "switch": self.switch_weight, "cv": self.cv_weight}
+
+
+class Experts(nn.Module):
+    """`keys [E, d_model, G]` and `values [E, G, d_model]`, no biases: the layout of the authors' released layer."""
+
+    def __init__(self, d_model: int, n_experts: int, expert_size: int) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(n_experts, d_model, expert_size))
+        self.values = nn.Parameter(torch.empty(n_experts, expert_size, d_model))
+
+
+class Mixture(FeedForward):
+    """Router x experts: `y = sum_{e in E_x} s[e] W2^e act(W1^e x)` (equations 11, 12). Methods are its final subclasses."""
+
+    config: MixtureConfig
+
+    def __init__(self, config: MixtureConfig, router: Router) -> None:
+        super().__init__(config)
+        self.router = router
+        self.experts = Experts(config.d_model, config.n_experts, config.expert_size)
+        self.reset_parameters()
+
+    @abstractmethod
+    def scores_reference(self, x_TD: Tensor) -> Tensor:
+        """s `[T, E]` by the method's equations, slowly; exactly 0 for experts not used."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Experts like the dense block of all pairs ("shared") or of one expert; selector with the keys' spread."""
+        c = self.config
+        variance = _SWITCH_VARIANCE if c.init == "switch" else 1.0
+        key_std = scaled_std(c.d_model, c.n_layers) * math.sqrt(variance)
+        fan = c.n_channels if c.init == "shared" else c.expert_size
+        normal_(self.experts.keys, key_std, generator)
+        normal_(self.experts.values, scaled_std(fan, c.n_layers) * math.sqrt(variance), generator)
+        draw = equal_norm_rows_ if c.selector_init == "equal-norm" else normal_
+        draw(self.router.selector, key_std, generator)
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        """Route, sort once, and run both products over the sorted rows."""
+        routing: Routing = self.router(x_TD, mask_T)
+        selection = routing.selection()
+        y_TD = self.run_experts(x_TD, selection)
+        return y_TD, Routed(selection, balance=self._balance(routing, mask_T), dropped=routing.dropped)
+
+    def run_experts(self, x_TD: Tensor, selection: ops.Selection) -> Tensor:
+        """`sum over a token's rows of weight x W2^e act(W1^e x)`."""
+        rows = ops.sort_by_expert(selection)
+        u_RG = self.activate(ops.expert_up(x_TD, self.experts.keys, rows))
+        return ops.expert_down(u_RG, self.experts.values, selection.weights[rows.order], rows)
+
+    def activate(self, scores: Tensor) -> Tensor:
+        """The activation, and standard dropout where it is asked for."""
+        u = ACTIVATIONS[self.config.activation](scores)
+        return F.dropout(u, self.config.dropout) if self.training and self.config.dropout > 0 else u
+
+    def _balance(self, routing: Routing, mask_T: Tensor | None):
+        weights = {name: weight for name, weight in self.config.balancing().items() if weight > 0}
+        if not weights:
+            return None
+        losses = {
+            "entropy": lambda: entropy_loss(routing.logits_TE, mask_T),
+            "switch": lambda: switch_loss(routing, mask_T),
+            "cv": lambda: cv_loss(routing),
+            "slot_entropy": lambda: entropy_loss(routing.logits_TE.gather(1, routing.indices_TK), mask_T),
+        }
+        return lambda: torch.stack([weight * losses[name]() for name, weight in weights.items()]).sum()
+
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        """`s[e] act(k_i . x)` for the pairs of selected experts, zero elsewhere."""
+        selection = self.router(x_TD, None).selection()
+        rows = ops.sort_by_expert(selection)
+        u_RG = self.activate(ops.expert_up(x_TD, self.experts.keys, rows))
+        return self.scatter_units(u_RG * selection.weights[rows.order][:, None].to(u_RG.dtype), selection, rows)
+
+    def scatter_units(self, alpha_RG: Tensor, selection: ops.Selection, rows: ops.ExpertRows) -> Tensor:
+        """Rows of hidden units, sorted by expert, as `[T, N_E G]`."""
+        n_experts, size = self.config.n_experts, self.config.expert_size
+        slots = rows.tokens * n_experts + selection.indices[rows.order]
+        alpha = alpha_RG.new_zeros(rows.n_tokens * n_experts, size).index_add(0, slots, alpha_RG)
+        return alpha.view(rows.n_tokens, n_experts * size)
+
+    def reference_TD(self, x_TD: Tensor) -> Tensor:
+        """Equation 12, token by token and expert by expert."""
+        scores_TE = self.scores_reference(x_TD)
+        act = ACTIVATIONS[self.config.activation]
+        outputs = []
+        for x, s in zip(x_TD, scores_TE, strict=True):
+            alpha = {e: s[e].to(x.dtype) * act(x @ self.experts.keys[e]) for e in torch.nonzero(s).flatten().tolist()}
+            alpha = self.reduce_reference(alpha)
+            zero = 0 * (self.experts.keys.sum() + self.experts.values.sum() + s.sum().to(x.dtype))
+            outputs.append(sum((a @ self.experts.values[e] for e, a in alpha.items()), x * 0 + zero))
+        return torch.stack(outputs) if outputs else x_TD * scores_TE.sum()
+
+    def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What the reference does to a token's coefficients by expert before adding up values."""
+        return alpha
+
+    def values_matrix(self) -> Tensor:
+        """Values of all experts, `[N_E G, d_model]`."""
+        return self.experts.values.flatten(0, 1)
+
+
+def scatter_scores(n_experts: int, chosen: list[int], weights: Tensor) -> Tensor:
+    """s of one token, `[E]`, from the chosen experts and their weights."""
+    index = torch.tensor(chosen, dtype=torch.int64)
+    return weights.new_zeros(n_experts).scatter(0, index, weights) if chosen else weights.new_zeros(n_experts)
+
+
+def best_experts(logits: Tensor, k: int, keep: Tensor | None) -> list[int]:
+    """The K best experts of one token, ties to the lowest index, without those that expert dropout removed."""
+    order = sorted(range(len(logits)), key=lambda e: (-float(logits[e]), e))
+    left = [e for e in order if keep is None or bool(keep[e])]
+    return left[:k]

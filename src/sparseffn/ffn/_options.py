@@ -1,0 +1,142 @@
+"""Options of a method: what a config field means, which values it takes, how it is read from the command line.
+
+A field is declared once, `k: Annotated[int, Option("Experts a token uses.", low=1)] = 4`; validation, `sparseffn methods`,
+the command line and the contract suite all read that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparseffn.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The range and meaning of one config field."""
+
+    doc: str
+    low: float = -math.inf
+    high: float = math.inf
+    below: float = math.inf
+    """Exclusive upper bound."""
+
+    def range_text(self) -> str:
+        """The range in words."""
+        parts = []
+        if self.low > -math.inf:
+            parts.append(f"at least {self.low:g}")
+        if self.high < math.inf:
+            parts.append(f"at most {self.high:g}")
+        if self.below < math.inf:
+            parts.append(f"below {self.below:g}")
+        return " and ".join(parts) or "a number"
+
+
+def option(doc: str, *, low: float = -math.inf, high: float = math.inf, below: float = math.inf) -> Option:
+    """Shorthand for `Option` with the meaning first."""
+    return Option(doc=doc, low=low, high=high, below=below)
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """What is declared about one field of a config."""
+
+    name: str
+    kind: type
+    """int, float, bool or str."""
+    choices: tuple[str, ...]
+    """Accepted strings where the type is a Literal, else empty."""
+    optional: bool
+    """Whether None is accepted."""
+    default: Any
+    """The default, or `dataclasses.MISSING` where the field is required."""
+    option: Option
+
+
+def field_infos(config_class: type) -> dict[str, FieldInfo]:
+    """Every declared option of a config class, in order."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    infos = {}
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        base, declared = hint, Option(doc="")
+        if typing.get_origin(hint) is typing.Annotated:
+            base = typing.get_args(hint)[0]
+            declared = next((m for m in hint.__metadata__ if isinstance(m, Option)), declared)
+        optional = False
+        if typing.get_origin(base) in (types.UnionType, typing.Union):
+            members = [m for m in typing.get_args(base) if m is not types.NoneType]
+            optional, base = len(members) < len(typing.get_args(base)), members[0]
+        choices = tuple(typing.get_args(base)) if typing.get_origin(base) is typing.Literal else ()
+        kind = str if choices else base
+        infos[field.name] = FieldInfo(field.name, kind, choices, optional, field.default, declared)
+    return infos
+
+
+def check_fields(config: object) -> None:
+    """Check type and range of every declared option.
+
+    Raises:
+        UserError: naming the field, the range and the value.
+    """
+    for info in field_infos(type(config)).values():
+        _check(info, getattr(config, info.name))
+
+
+def _check(info: FieldInfo, value: object) -> None:
+    if value is None and info.optional:
+        return
+    if info.choices:
+        if value not in info.choices:
+            raise UserError(f"`{info.name}` must be one of {', '.join(info.choices)}; got {value!r}")
+        return
+    accepted = (int, float) if info.kind is float else (info.kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and info.kind is not bool):
+        raise UserError(f"`{info.name}` must be {info.kind.__name__}; got {value!r}")
+    if isinstance(value, int | float) and info.kind is not bool:
+        o = info.option
+        if not (o.low <= value <= o.high and value < o.below) or not math.isfinite(value):
+            raise UserError(f"`{info.name}` must be {o.range_text()}; got {value!r}")
+
+
+def parse_options(owner: str, config_class: type, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Typed values from `key=value` texts.
+
+    Args:
+        owner: the method's name, for messages.
+        config_class: whose fields are meant.
+        texts: key to text; hyphens and underscores are the same in keys.
+
+    Raises:
+        UserError: an unknown key, with the nearest ones, or a text that is not of the field's type.
+    """
+    infos = field_infos(config_class)
+    values = {}
+    for key, text in texts.items():
+        name = key.replace("-", "_")
+        if name not in infos:
+            raise unknown_name(f"option of {owner}", key, infos)
+        values[name] = _parse(infos[name], text)
+    return values
+
+
+def _parse(info: FieldInfo, text: str) -> object:
+    if info.optional and text.lower() in ("none", "null", ""):
+        return None
+    if info.choices or info.kind is str:
+        return text
+    if info.kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UserError(f"`{info.name}` must be true or false; got {text!r}")
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return info.kind(text)
+    except ValueError:
+        raise UserError(f"`{info.name}` must be {info.kind.__name__}; got {text!r}") from None

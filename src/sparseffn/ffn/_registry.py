@@ -1,0 +1,106 @@
+"""Which methods there are: those of this package, those registered by a user's file, those of installed packages.
+
+An installed package joins by an entry point in the group `sparseffn.methods` that names a module or a config class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ffn._config import FFNConfig
+from sparseffn.ffn._options import field_infos
+
+ENTRY_POINT_GROUP = "sparseffn.methods"
+
+_METHODS: dict[str, type[FFNConfig]] = {}
+_LOADED_ENTRY_POINTS: set[tuple[str, str]] = set()
+
+Config = TypeVar("Config", bound=FFNConfig)
+
+
+def register(config_class: type[Config]) -> type[Config]:
+    """Class decorator: make a method known under its `name`.
+
+    Raises:
+        UserError: another class has that name.
+    """
+    name = config_class.name
+    known = _METHODS.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (config_class.__module__, config_class.__qualname__):
+        raise UserError(f"`name` must be new; got {name!r}, which is {known.__module__}.{known.__qualname__}; fix: rename")
+    _METHODS[name] = config_class
+    return config_class
+
+
+def unregister(name: str) -> None:
+    """Forget a method; for tests and notebooks that define one again."""
+    _METHODS.pop(name, None)
+
+
+def load_builtin_methods(package: str, path: list[str]) -> None:
+    """Import every public module beside this one: each is a method."""
+    for module in pkgutil.iter_modules(path):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")
+
+
+def _load_entry_points() -> None:
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if (point.name, point.value) not in _LOADED_ENTRY_POINTS:
+            _LOADED_ENTRY_POINTS.add((point.name, point.value))
+            loaded = point.load()
+            if isinstance(loaded, type) and issubclass(loaded, FFNConfig):
+                register(loaded)
+
+
+def list_methods() -> list[str]:
+    """Names of all methods: `dense` first, the rest sorted."""
+    _load_entry_points()
+    return sorted(_METHODS, key=lambda name: (name != "dense", name))
+
+
+def method_class(name: str) -> type[FFNConfig]:
+    """The config class of a method; hyphens and underscores are the same.
+
+    Raises:
+        UserError: there is no such method; the nearest names are offered.
+    """
+    wanted = name.replace("_", "-")
+    if wanted not in _METHODS:
+        names = list_methods()
+        if wanted not in names:
+            raise unknown_name("method", name, names)
+    return _METHODS[wanted]
+
+
+def config_from_json(data: Mapping[str, Any]) -> FFNConfig:
+    """The config that `FFNConfig.to_json` wrote.
+
+    Raises:
+        UserError: the method or a field is unknown, a required field is missing, or a value is out of range.
+    """
+    fields = dict(data)
+    config_class = method_class(str(fields.pop("method", "")))
+    infos = field_infos(config_class)
+    for key in fields:
+        if key not in infos:
+            raise unknown_name(f"option of {config_class.name}", key, infos)
+    return make_config(config_class, fields)
+
+
+def make_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
+    """A config from a dict; a missing required field is a UserError."""
+    import dataclasses
+
+    missing = [i.name for i in field_infos(config_class).values() if i.default is dataclasses.MISSING and i.name not in fields]
+    if missing:
+        raise UserError(
+            f"{config_class.name} needs {', '.join(missing)}; got {', '.join(fields) or 'nothing'}; "
+            f"fix: add {' '.join(f'{m}=...' for m in missing)}"
+        )
+    return config_class(**fields)

@@ -1,0 +1,130 @@
+"""Parts of routers: logits in float32, expert dropout, selection, and the balancing losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn import ops
+from sparseffn.ops import Selection
+
+# Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
+_NEVER = -1e30
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a router decided for a batch."""
+
+    logits_TE: Tensor
+    """Raw logits, before expert dropout and without noise."""
+    indices_TK: Tensor
+    weights_TK: Tensor
+    """Exactly 0 for a selection that is missing: expert dropout, capacity, padding."""
+    dropped: Tensor | None = None
+    """int64 scalar: selections lost to a capacity limit."""
+
+    def selection(self) -> Selection:
+        """The same as rows."""
+        return Selection.fixed(self.indices_TK, self.weights_TK, self.logits_TE.shape[1])
+
+
+class Router(nn.Module, ABC):
+    """Scores experts with `selector [E, d_model]` and selects; one small subclass a method.
+
+    Logits are float32 (float64 in a float64 layer) whatever the layer's dtype and whether or not autocast is on.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.expert_dropout = expert_dropout
+        self.selector = nn.Parameter(torch.empty(n_experts, d_model))
+
+    @abstractmethod
+    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        """The selection for each token; `keep_TE` is False where expert dropout removed an expert."""
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
+        """Route a batch; padding gets weights of 0."""
+        routing = self.select(wide_linear(x_TD, self.selector), x_TD, self.draw_keep(x_TD), mask_T)
+        if mask_T is None:
+            return routing
+        weights_TK = routing.weights_TK.masked_fill(~mask_T[:, None], 0.0)
+        return Routing(routing.logits_TE, routing.indices_TK, weights_TK, routing.dropped)
+
+    def draw_keep(self, x_TD: Tensor) -> Tensor | None:
+        """Expert dropout (equation 22): bool `[T, E]`, False with probability delta; None when nothing is dropped."""
+        if not self.training or self.expert_dropout == 0:
+            return None
+        return torch.rand(x_TD.shape[0], self.selector.shape[0], device=x_TD.device) >= self.expert_dropout
+
+
+def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x @ weight.T` in float32 or wider, outside autocast."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+
+def select_topk(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Indices of the K largest logits that expert dropout left, and which of them it left (None: all)."""
+    if keep_TE is None:
+        return ops.topk(logits_TE, k), None
+    indices_TK = ops.topk(logits_TE.detach().masked_fill(~keep_TE, -torch.inf), k)
+    return indices_TK, keep_TE.gather(1, indices_TK)
+
+
+def drop(weights_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+    """Weights, exactly 0 where the selection is missing."""
+    return weights_TK if alive_TK is None else weights_TK.masked_fill(~alive_TK, 0.0)
+
+
+def renormalise(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
+    """Softmax over the selected logits that are there; all 0 where none is."""
+    if alive_TK is None:
+        return logits_TK.softmax(dim=1)
+    dead_TK = ~alive_TK
+    return logits_TK.masked_fill(dead_TK, _NEVER).softmax(dim=1).masked_fill(dead_TK, 0.0)
+
+
+def _log_mean(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Log of the mean over tokens of the softmax, in log space (equation 20)."""
+    log_p_TE = logits_TE.log_softmax(dim=1)
+    if mask_T is None:
+        n_tokens = logits_TE.new_tensor(logits_TE.shape[0])
+    else:
+        log_p_TE = log_p_TE.masked_fill(~mask_T[:, None], _NEVER)
+        n_tokens = mask_T.sum().clamp_min(1).to(logits_TE.dtype)
+    return log_p_TE.logsumexp(dim=0) - n_tokens.log()
+
+
+def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """`sum_e p[e] log p[e]` of the batch-mean distribution p: minus its entropy (equations 20, 21)."""
+    if logits_TE.shape[0] == 0:
+        return logits_TE.sum()
+    log_p_E = _log_mean(logits_TE, mask_T)
+    return (log_p_E.exp() * log_p_E).sum()
+
+
+def switch_loss(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """`N_E f . p`, f the share of all selections that an expert receives, p its mean probability (equations 15-17)."""
+    logits_TE = routing.logits_TE
+    n_experts = logits_TE.shape[1]
+    if logits_TE.shape[0] == 0:
+        return logits_TE.sum()
+    chosen = (routing.weights_TK.detach() != 0).to(logits_TE.dtype)
+    counts_E = logits_TE.new_zeros(n_experts).scatter_add_(0, routing.indices_TK.flatten(), chosen.flatten())
+    share_E = counts_E / counts_E.sum().clamp_min(1.0)
+    return n_experts * (share_E * _log_mean(logits_TE, mask_T).exp()).sum()
+
+
+def cv_loss(routing: Routing) -> Tensor:
+    """`CV^2` of the weights summed over the batch: variance over squared mean (equation 14)."""
+    weights_TK = routing.weights_TK
+    load_E = weights_TK.new_zeros(routing.logits_TE.shape[1])
+    load_E = load_E.scatter_add(0, routing.indices_TK.flatten(), weights_TK.flatten())
+    return load_E.var(correction=0) / load_E.mean().square().clamp_min(1e-20)

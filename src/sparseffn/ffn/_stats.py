@@ -1,0 +1,153 @@
+"""Routing statistics of one forward pass, and their collection from layers inside any model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.ops import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What a layer's computation leaves for its statistics; nothing is computed from it unless they are asked for."""
+
+    units: Selection | Tensor
+    """The selection, or dense coefficients `[T, n_units]` where every unit is computed."""
+    balance: Callable[[], Tensor] | None = None
+    """The balancing loss, weight included; None for a method without one."""
+    dropped: Tensor | None = None
+    """int64 scalar: selections lost to a capacity limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """What one forward pass selected. All but `balance_loss` are outside the autograd graph."""
+
+    n_tokens: Tensor
+    """int64 scalar: tokens, without padding."""
+    counts: Tensor
+    """int64 `[n_units]`: tokens that selected each unit with a non-zero weight."""
+    weights: Tensor
+    """float `[n_units]`: sum over tokens of the absolute weights of each unit."""
+    balance_loss: Tensor
+    """Scalar to add to the loss and minimise, its weight included; 0 for a method without one."""
+    dropped: Tensor
+    """int64 scalar: selections lost to a capacity limit."""
+    selection: Selection | None
+    """Who selected what; None where every unit is computed."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy in nats of the units' shares of the selection weight; at most log n_units, when all are alike."""
+        share = self.weights / self.weights.sum().clamp_min(torch.finfo(self.weights.dtype).tiny)
+        return torch.special.entr(share).sum()
+
+
+def routing_stats(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingStats:
+    """Statistics of one forward pass; padded tokens do not count.
+
+    What is computed here is kept out of activation checkpointing: its few tensors are saved, not recomputed, so that a
+    recomputation that does not ask for statistics still saves the same tensors.
+    """
+    # Inside torch.compile the trace must not meet hooks; checkpointed regions are traced as a whole there.
+    if torch.compiler.is_compiling():
+        return _measure(routed, mask_T, n_tokens)
+    _refuse_reentrant_checkpoint()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        return _measure(routed, mask_T, n_tokens)
+
+
+def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingStats:
+    units = routed.units
+    if isinstance(units, Selection):
+        weights = units.weights.detach().abs()
+        shape = (units.n_units,)
+        counts = weights.new_zeros(shape, dtype=torch.int64).scatter_add_(0, units.indices, (weights != 0).long())
+        sums = weights.new_zeros(shape).scatter_add_(0, units.indices, weights)
+        selection = units.detach()
+    else:
+        dense = units.detach() if mask_T is None else units.detach() * mask_T[:, None]
+        counts, sums, selection = (dense != 0).sum(0), dense.abs().float().sum(0), None
+    zero = counts.new_zeros(())
+    return RoutingStats(
+        n_tokens=counts.new_full((), n_tokens) if mask_T is None else mask_T.sum(),
+        counts=counts,
+        weights=sums,
+        balance_loss=sums.new_zeros(()) if routed.balance is None else routed.balance(),
+        dropped=zero if routed.dropped is None else routed.dropped,
+        selection=selection,
+    )
+
+
+def _refuse_reentrant_checkpoint() -> None:
+    """Raise inside a re-entrant checkpoint: it runs without gradient, so the balancing loss would have none."""
+    if torch.is_grad_enabled():
+        return
+    code = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            raise UserError(
+                "routing statistics need activation checkpointing with `use_reentrant=False`; got re-entrant "
+                "checkpointing, under which the balancing loss has no gradient; fix: checkpoint(..., use_reentrant=False)"
+            )
+        frame = frame.f_back
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, which is how non-re-entrant checkpointing recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class CollectedStats(Mapping[str, list[RoutingStats]]):
+    """Statistics by layer name, one entry for each time that the layer ran."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._calls: dict[str, list[RoutingStats]] = {name: [] for name in names}
+
+    def add(self, name: str, stats: RoutingStats) -> None:
+        """Append what one call of a layer reported."""
+        self._calls[name].append(stats)
+
+    def __getitem__(self, name: str) -> list[RoutingStats]:
+        return self._calls[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Sum of the balancing losses over layers and calls.
+
+        Raises:
+            UserError: no layer has run, so that there is no loss to add.
+        """
+        losses = [stats.balance_loss for calls in self._calls.values() for stats in calls]
+        if not losses:
+            raise UserError(
+                "no layer reported: the model must run inside `with collect_stats(model)`; "
+                "fix: call it there, and compile it, if at all, inside too or pass return_stats=True"
+            )
+        return torch.stack([loss.float() for loss in losses]).sum()
+
+    @property
+    def entropy(self) -> float:
+        """Mean over layers and calls of each one's entropy as a share of its maximum, log n_units."""
+        shares = [
+            float(stats.entropy) / math.log(stats.counts.shape[0])
+            for calls in self._calls.values()
+            for stats in calls
+            if stats.counts.shape[0] > 1
+        ]
+        return sum(shares) / max(len(shares), 1)

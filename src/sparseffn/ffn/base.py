@@ -1,0 +1,98 @@
+"""BASE layers (Lewis 2021, arXiv 2103.16716), equations 18 and 19 of arXiv 2310.10837.
+
+    s = sigmoid(W3 x); training: the assignment of tokens to experts of largest total score with equal loads;
+    evaluation: the best expert of each token;  y = s[e] W2^e act(W1^e x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from sparseffn import ops
+from sparseffn.ffn._config import BlockShape, FFNConfig
+from sparseffn.ffn._mixture import Mixture, MixtureConfig, scatter_scores
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._routers import Router, Routing, wide_linear
+
+BATCH_ROUTING = "training assigns tokens to experts over the whole batch; evaluation is independent of it"
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BASEConfig(MixtureConfig):
+    """BASE: one expert a token, in training by balanced linear assignment over the batch."""
+
+    name: ClassVar[str] = "base"
+    paper: ClassVar[str] = "Lewis 2021, arXiv 2103.16716"
+    xfail: ClassVar[dict[str, str]] = {"token_independence": BATCH_ROUTING}
+
+    def build(self) -> BASE:
+        """The layer."""
+        return BASE(self)
+
+    @property
+    def n_selected(self) -> int:
+        """1."""
+        return 1
+
+    def balancing(self) -> dict[str, float]:
+        """None: the assignment balances."""
+        return {}
+
+    @classmethod
+    def from_shape(cls, shape: BlockShape) -> BASEConfig:
+        """One expert of the size of the K that the others use."""
+        return cls(
+            d_model=shape.d_model,
+            n_layers=shape.n_layers,
+            n_experts=max(1, round(shape.n_experts * shape.expert_size / shape.active_channels)),
+            expert_size=shape.active_channels,
+        )
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [
+            cls(d_model=8, n_experts=5, expert_size=6, n_layers=2),
+            cls(d_model=6, n_experts=3, expert_size=4, dropout=0.25, init="standard", activation="gelu"),
+        ]
+
+
+@final
+class AssignmentRouter(Router):
+    """Sigmoid of the one assigned expert's logit."""
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        """Balanced assignment in training, the best expert in evaluation."""
+        if not self.training:
+            indices_TK = ops.topk(logits_TE, 1)
+        elif mask_T is None:
+            indices_TK = ops.balanced_assignment(logits_TE)[:, None]
+        else:
+            indices_TK = ops.topk(logits_TE, 1)
+            indices_TK[mask_T] = ops.balanced_assignment(logits_TE[mask_T])[:, None]
+        return Routing(logits_TE, indices_TK, ops.select_columns(logits_TE, indices_TK).sigmoid())
+
+
+@final
+class BASE(Mixture):
+    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+
+    config: BASEConfig
+
+    def __init__(self, config: BASEConfig) -> None:
+        super().__init__(config, AssignmentRouter(config.d_model, config.n_experts))
+
+    def scores_reference(self, x_TD: Tensor) -> Tensor:
+        """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""
+        logits_TE = wide_linear(x_TD, self.router.selector)
+        chosen = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
+        rows = [
+            scatter_scores(len(logits), [int(e)], torch.sigmoid(logits[e : e + 1]))
+            for logits, e in zip(logits_TE, chosen.tolist(), strict=True)
+        ]
+        return torch.stack(rows) if rows else logits_TE

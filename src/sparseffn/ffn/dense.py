@@ -1,0 +1,123 @@
+"""The dense two-layer block that every method approximates, equations 1-5 of arXiv 2310.10837.
+
+    u = act(W1 x + b1),  y = W2 u + b2 = sum_i u[i] v_i + b2
+
+Rows of `keys` are the k_i, rows of `values` the v_i. This file is the template to copy for a new method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
+from sparseffn.ffn._config import FFNConfig
+from sparseffn.ffn._init import scaled_std, truncated_normal_
+from sparseffn.ffn._layer import FeedForward
+from sparseffn.ffn._options import option
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._stats import Routed
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseConfig(FFNConfig):
+    """Every key-value pair for every token: the block to approximate."""
+
+    name: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
+    knobs: ClassVar[tuple[str, ...]] = ("d_ff",)
+    takes: ClassVar[tuple[str, ...]] = (*FFNConfig.takes, "dropout")
+
+    d_ff: Annotated[int, option("Key-value pairs: width of the hidden layer.", low=1)]
+    dropout: Annotated[float, option("Dropout rate on u.", low=0.0, below=1.0)] = 0.0
+
+    def build(self) -> Dense:
+        """The layer."""
+        return Dense(self)
+
+    def num_params(self) -> int:
+        """Two matrices and two biases."""
+        return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
+
+    def active_params(self) -> int:
+        """All of them."""
+        return self.num_params()
+
+    def forward_flops(self, *, training: bool = False) -> int:
+        """Two products."""
+        return 4 * self.d_model * self.d_ff
+
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """u once or twice, and with dropout its mask and the dropped u."""
+        tensors = saved_activations(self.activation, self.dropout)
+        return n_tokens * self.d_ff * tensors * itemsize
+
+    @property
+    def n_channels(self) -> int:
+        """d_ff."""
+        return self.d_ff
+
+    @property
+    def active_channels(self) -> int:
+        """All of them are computed; how many are non-zero is for the analyses to count."""
+        return self.d_ff
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [cls(d_model=8, d_ff=24, n_layers=2), cls(d_model=6, d_ff=10, activation="gelu", dropout=0.25)]
+
+
+@final
+class Dense(FeedForward):
+    """`keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
+
+    config: DenseConfig
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.keys = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.key_bias = nn.Parameter(torch.empty(config.d_ff))
+        self.values = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, biases zero."""
+        c = self.config
+        truncated_normal_(self.keys, scaled_std(c.d_model, c.n_layers), generator)
+        truncated_normal_(self.values, scaled_std(c.d_ff, c.n_layers), generator)
+        nn.init.zeros_(self.key_bias)
+        nn.init.zeros_(self.bias)
+
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        """u, dropout included."""
+        u_TF = ACTIVATIONS[self.config.activation](F.linear(x_TD, self.keys, self.key_bias))
+        return F.dropout(u_TF, self.config.dropout) if self.training and self.config.dropout > 0 else u_TF
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        """Two products; every unit counts as selected where u is not zero."""
+        u_TF = self.coefficients_TF(x_TD)
+        return F.linear(u_TF, self.values.t(), self.bias), Routed(u_TF)
+
+    def reference_TD(self, x_TD: Tensor) -> Tensor:
+        """Equation 5, pair by pair."""
+        act = ACTIVATIONS[self.config.activation]
+        y_TD = self.bias.expand(x_TD.shape)
+        for key, key_bias, value in zip(self.keys, self.key_bias, self.values, strict=True):
+            alpha_T = act(x_TD @ key + key_bias)
+            y_TD = y_TD + alpha_T[:, None] * value
+        return y_TD
+
+    def values_matrix(self) -> Tensor:
+        """The rows v_i."""
+        return self.values
+
+    def output_bias(self) -> Tensor:
+        """b2."""
+        return self.bias

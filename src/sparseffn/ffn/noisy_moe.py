@@ -1,0 +1,110 @@
+"""Sparsely gated mixture of experts (Shazeer 2017, arXiv 1701.06538), equations 13 and 14 of arXiv 2310.10837.
+
+    h = W3 x + N(0, 1) softplus(W4 x) in training, W3 x in evaluation
+    s = normtopk(softmax(h)),  y = sum_{e in E_x} s[e] W2^e act(W1^e x),  L = 0.1 CV^2(sum over the batch of s)
+
+W3 and W4 start at zero as in Shazeer (2017); its second loss, on the load, is not in the paper and not built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn import ops
+from sparseffn.ffn._config import FFNConfig, require
+from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn._options import option
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk, wide_linear
+from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE, renorm_scores_reference
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoisyMoEConfig(TopKMixtureConfig):
+    """Sparsely gated mixture of experts: noisy logits in training, renormalised gates, CV^2 balancing."""
+
+    name: ClassVar[str] = "noisy-moe"
+    paper: ClassVar[str] = "Shazeer 2017, arXiv 1701.06538"
+
+    cv_weight: Annotated[float, option("Weight of CV^2 of the experts' summed weights, eq. 14.", low=0.0)] = 0.1
+
+    def validate(self) -> None:
+        """K experts must exist, and more than one."""
+        TopKMixtureConfig.validate(self)
+        require(self.k >= 2, "k", REFUSES_ONE, self.k, "raise k or use sigma-moe or softmax-moe")
+
+    def build(self) -> NoisyMoE:
+        """The layer."""
+        return NoisyMoE(self)
+
+    def _router_params(self) -> int:
+        """W3 and W4."""
+        return 2 * self.n_experts * self.d_model
+
+    def forward_flops(self, *, training: bool = False) -> int:
+        """The noise's product is done in training alone."""
+        selectors = 2 if training else 1
+        return 2 * selectors * self.n_experts * self.d_model + 4 * self.active_channels * self.d_model
+
+    def _router_bytes(self, itemsize: int) -> int:
+        """Also the noise and the input of softplus."""
+        return TopKMixtureConfig._router_bytes(self, itemsize) + 2 * self.n_experts * LOGIT_BYTES
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [
+            cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
+            cls(d_model=6, n_experts=4, expert_size=3, k=3, activation="identity", cv_weight=0.0, expert_dropout=0.25),
+        ]
+
+
+@final
+class NoisyRouter(Router):
+    """Noise of learned size on the logits in training, and a softmax over the K largest."""
+
+    def __init__(self, config: NoisyMoEConfig) -> None:
+        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
+        self.k = config.k
+        self.noise_selector = nn.Parameter(torch.empty(config.n_experts, config.d_model))
+
+    def noisy(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
+        """h: the logits, in training with noise (equation 13)."""
+        if not self.training:
+            return logits_TE
+        return logits_TE + torch.randn_like(logits_TE) * F.softplus(wide_linear(x_TD, self.noise_selector))
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        """Selection and gates both see the noise."""
+        noisy_TE = self.noisy(logits_TE, x_TD)
+        indices_TK, alive_TK = select_topk(noisy_TE, self.k, keep_TE)
+        return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(noisy_TE, indices_TK), alive_TK))
+
+
+@final
+class NoisyMoE(Mixture):
+    """As every mixture, and `router.noise_selector [E, d_model]`."""
+
+    config: NoisyMoEConfig
+    router: NoisyRouter
+
+    def __init__(self, config: NoisyMoEConfig) -> None:
+        super().__init__(config, NoisyRouter(config))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Experts as in every mixture; both selectors zero, so that noise alone routes at first."""
+        super().reset_parameters(generator)
+        nn.init.zeros_(self.router.selector)
+        nn.init.zeros_(self.router.noise_selector)
+
+    def scores_reference(self, x_TD: Tensor) -> Tensor:
+        """`normtopk(softmax(h))` of the noisy logits, token by token."""
+        keep_TE = self.router.draw_keep(x_TD)
+        noisy_TE = self.router.noisy(wide_linear(x_TD, self.router.selector), x_TD)
+        return renorm_scores_reference(noisy_TE, self.config.k, keep_TE)

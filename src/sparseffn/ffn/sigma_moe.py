@@ -1,0 +1,162 @@
+"""sigma-MoE, section 5 of arXiv 2310.10837: sigmoid scores without competition, top-K, entropy balancing, expert dropout.
+
+    s = sigmoid(W3 x),  E_x = argtopk(s, K),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
+
+`inner_k` goes one step further than the paper: of the K G coefficients `s[e] u^e[g]` of a token only the largest take part,
+which is the framework's own rule, applied inside the selected experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseffn import ops
+from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
+from sparseffn.ffn._config import FFNConfig, require
+from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
+from sparseffn.ffn._options import option
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._routers import Router, Routing, drop, select_topk, wide_linear
+
+INDEX_BYTES = 8
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SigmaMoEConfig(TopKMixtureConfig):
+    """Mixture of experts with sigmoid scores, shared initialisation, entropy balancing and expert dropout."""
+
+    name: ClassVar[str] = "sigma-moe"
+    paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837"
+    takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "expert_dropout", "entropy_weight")
+
+    entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
+    inner_k: Annotated[
+        int | None, option("Units that survive among the selected experts' K G; none: all of them.", low=1)
+    ] = None
+
+    def validate(self) -> None:
+        """K experts and inner_k units must exist."""
+        TopKMixtureConfig.validate(self)
+        if self.inner_k is not None:
+            most = f"at most k x expert_size = {self.active_channels}"
+            require(self.inner_k <= self.active_channels, "inner_k", most, self.inner_k, "lower inner_k")
+
+    def build(self) -> SigmaMoE:
+        """The layer."""
+        return SigmaMoE(self)
+
+    def active_params(self) -> int:
+        """Selector, keys of K experts, values of the surviving units."""
+        survivors = self.active_channels if self.inner_k is None else self.inner_k
+        return self._router_params() + (self.active_channels + survivors) * self.d_model
+
+    def forward_flops(self, *, training: bool = False) -> int:
+        """Selector, keys of K experts, values of the surviving units."""
+        return 2 * self.active_params()
+
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """As any mixture; with inner_k only the survivors' units are kept."""
+        if self.inner_k is None:
+            return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize)
+        rows = self.k * (3 * INDEX_BYTES) + self._router_bytes(itemsize) - self.k * INDEX_BYTES
+        # Positions within the K G units, experts' positions, units; gates, then u once or twice, scales, products.
+        tensors = saved_activations(self.activation, self.dropout) + 2
+        survivors = self.inner_k * (3 * INDEX_BYTES + tensors * itemsize)
+        return n_tokens * (rows + survivors) + (self.n_experts + 1) * INDEX_BYTES
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [
+            cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
+            cls(d_model=6, n_experts=4, expert_size=3, k=4, init="standard", selector_init="free", activation="gelu"),
+            cls(d_model=8, n_experts=4, expert_size=4, k=3, expert_dropout=0.5, dropout=0.25, entropy_weight=0.0),
+            cls(d_model=8, n_experts=4, expert_size=4, k=2, inner_k=3, init="switch", cv_weight=0.1, switch_weight=0.01),
+        ]
+
+
+@final
+class SigmoidRouter(Router):
+    """`s = sigmoid(W3 x)`, the K largest."""
+
+    def __init__(self, config: SigmaMoEConfig) -> None:
+        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
+        self.k = config.k
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        """Top-K of the logits, which sigmoid does not reorder."""
+        indices_TK, alive_TK = select_topk(logits_TE, self.k, keep_TE)
+        weights_TK = ops.select_columns(logits_TE, indices_TK).sigmoid()
+        return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
+
+
+@final
+class SigmaMoE(Mixture):
+    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+
+    config: SigmaMoEConfig
+
+    def __init__(self, config: SigmaMoEConfig) -> None:
+        super().__init__(config, SigmoidRouter(config))
+
+    def run_experts(self, x_TD: Tensor, selection: ops.Selection) -> Tensor:
+        """As any mixture, or with the inner top-K over the K G coefficients of a token."""
+        if self.config.inner_k is None:
+            return super().run_experts(x_TD, selection)
+        indices, alpha = self._inner(x_TD, selection)
+        return ops.weighted_rows(self.values_matrix(), indices, alpha)
+
+    def _inner(self, x_TD: Tensor, selection: ops.Selection) -> tuple[Tensor, Tensor]:
+        """Indices among all N_E G pairs and coefficients, `[T, inner_k]`, of the survivors."""
+        c = self.config
+        assert c.inner_k is not None, "only called with an inner top-K"
+        rows = ops.sort_by_expert(selection)
+        scores_RG = ops.expert_up(x_TD, self.experts.keys, rows)
+        back = torch.empty_like(rows.order).scatter_(0, rows.order, torch.arange(len(rows.order), device=x_TD.device))
+        scores_TU = scores_RG.index_select(0, back).view(-1, c.active_channels)
+        gates_TK = selection.weights.to(scores_TU.dtype).view(-1, c.k)
+        act = ACTIVATIONS[c.activation]
+        with torch.no_grad():
+            u_TU = act(scores_TU)
+            scale_TU = F.dropout(torch.ones_like(u_TU), c.dropout) if self.training and c.dropout > 0 else None
+            rank_TU = u_TU if scale_TU is None else u_TU * scale_TU
+            best = ops.topk(rank_TU * gates_TK.repeat_interleave(c.expert_size, dim=1), c.inner_k)
+            slots = best // c.expert_size
+            units = selection.indices.view(-1, c.k).gather(1, slots) * c.expert_size + best % c.expert_size
+        # Only the survivors enter the graph.
+        u = act(ops.select_columns(scores_TU, best))
+        u = u if scale_TU is None else u * scale_TU.gather(1, best)
+        return units, ops.select_columns(gates_TK, slots) * u
+
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        """As any mixture; zero also for units that the inner top-K removes."""
+        if self.config.inner_k is None:
+            return super().coefficients_TF(x_TD)
+        indices, alpha = self._inner(x_TD, self.router(x_TD, None).selection())
+        return alpha.new_zeros(x_TD.shape[0], self.config.n_channels).scatter(1, indices, alpha)
+
+    def scores_reference(self, x_TD: Tensor) -> Tensor:
+        """Equations 11 and 22, token by token."""
+        keep_TE = self.router.draw_keep(x_TD)
+        logits_TE = wide_linear(x_TD, self.router.selector)
+        rows = []
+        for t, logits in enumerate(logits_TE):
+            chosen = best_experts(logits, self.config.k, None if keep_TE is None else keep_TE[t])
+            rows.append(scatter_scores(self.config.n_experts, chosen, torch.sigmoid(logits[chosen])))
+        return torch.stack(rows) if rows else logits_TE
+
+    def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Keep the inner_k largest coefficients of all selected experts."""
+        if self.config.inner_k is None:
+            return alpha
+        ranked = sorted(((float(a), e, g) for e, row in alpha.items() for g, a in enumerate(row)), key=lambda r: -r[0])
+        kept = {(e, g) for _, e, g in ranked[: self.config.inner_k]}
+        return {
+            e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()
+        }

@@ -1,0 +1,131 @@
+"""Switch Transformer's mixture (Fedus 2022, arXiv 2101.03961), equations 15-17 of arXiv 2310.10837.
+
+    s = softmax(W3 x),  E_x = argtopk(s, K) with K = 1,  y = sum_{e in E_x} s[e] W2^e act(W1^e x),  L = 0.01 N_E f . p
+
+With `capacity_factor` mu an expert takes at most mu K T / N_E tokens in training, in order of their position in the flattened
+batch; a token that finds no place gets output 0 and is counted in `RoutingStats.dropped`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from sparseffn.ffn._config import BlockShape, FFNConfig
+from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn._options import option
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._routers import Router, Routing
+from sparseffn.ffn.softmax_moe import SoftmaxRouter, softmax_scores_reference
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwitchConfig(TopKMixtureConfig):
+    """Switch Transformer: the one best expert, softmax score, f . p balancing, optional capacity."""
+
+    name: ClassVar[str] = "switch"
+    paper: ClassVar[str] = "Fedus 2022, arXiv 2101.03961"
+    xfail: ClassVar[dict[str, str]] = {
+        "token_independence": "with a capacity factor, places in training go to the tokens that come first in the batch",
+        "permutation": "with a capacity factor, places in training go to the tokens that come first in the batch",
+    }
+
+    k: Annotated[int, option("Experts a token uses; Switch uses 1.", low=1)] = 1
+    switch_weight: Annotated[float, option("Weight of Switch's balancing loss, eq. 17.", low=0.0)] = 0.01
+    capacity_factor: Annotated[
+        float | None, option("Places an expert has in training, in units of K T / N_E; none: no limit.", low=0.0)
+    ] = None
+
+    def build(self) -> Switch:
+        """The layer."""
+        return Switch(self)
+
+    def _router_bytes(self, itemsize: int) -> int:
+        """Also the logits, their softmax's denominator, and which selections found a place."""
+        places = 0 if self.capacity_factor is None else self.k
+        return TopKMixtureConfig._router_bytes(self, itemsize) + (self.n_experts + 1) * LOGIT_BYTES + places
+
+    @classmethod
+    def from_shape(cls, shape: BlockShape) -> SwitchConfig:
+        """One expert of the size of the K that the others use, and the model's dropout inside it."""
+        return cls(
+            d_model=shape.d_model,
+            n_layers=shape.n_layers,
+            n_experts=max(1, round(shape.n_experts * shape.expert_size / shape.active_channels)),
+            expert_size=shape.active_channels,
+            dropout=shape.dropout,
+        )
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [
+            cls(d_model=8, n_experts=5, expert_size=8, n_layers=2, init="switch", selector_init="free"),
+            cls(d_model=6, n_experts=3, expert_size=6, dropout=0.25),
+            cls(d_model=6, n_experts=3, expert_size=4, k=2, capacity_factor=0.75),
+        ]
+
+
+@final
+class CapacityRouter(Router):
+    """Softmax routing with a limit on how many tokens an expert takes in training."""
+
+    def __init__(self, config: SwitchConfig, capacity_factor: float) -> None:
+        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
+        self.k, self.capacity_factor = config.k, capacity_factor
+
+    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+        """Select as without a limit, then take away what finds no place."""
+        routing = SoftmaxRouter.select(self, logits_TE, x_TD, keep_TE, mask_T)  # pyright: ignore[reportArgumentType]
+        if not self.training:
+            return routing
+        valid_TK = routing.weights_TK.detach() > 0
+        if mask_T is not None:
+            valid_TK = valid_TK & mask_T[:, None]
+        placed_TK = self.place(routing.indices_TK, valid_TK, mask_T)
+        weights_TK = routing.weights_TK.masked_fill(~placed_TK, 0.0)
+        return Routing(logits_TE, routing.indices_TK, weights_TK, (valid_TK & ~placed_TK).sum())
+
+    def place(self, indices_TK: Tensor, valid_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+        """bool `[T, K]`: which selections find a place, first come first served."""
+        n_experts = self.selector.shape[0]
+        n_tokens = indices_TK.shape[0] if mask_T is None else mask_T.sum()
+        capacity = self.capacity_factor * self.k * n_tokens / n_experts
+        # A missing selection takes no place: it goes to a queue of its own behind the experts'.
+        queue_R = indices_TK.masked_fill(~valid_TK, n_experts).flatten()
+        sorted_queue, order = queue_R.sort(stable=True)
+        starts = torch.searchsorted(sorted_queue, torch.arange(n_experts + 1, device=queue_R.device))
+        place_sorted = torch.arange(len(order), device=queue_R.device) - starts[sorted_queue]
+        place_R = torch.empty_like(place_sorted).scatter_(0, order, place_sorted)
+        return ((place_R + 1) <= capacity).view_as(indices_TK) & valid_TK
+
+
+@final
+class Switch(Mixture):
+    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+
+    config: SwitchConfig
+
+    def __init__(self, config: SwitchConfig) -> None:
+        factor = config.capacity_factor
+        super().__init__(config, SoftmaxRouter(config) if factor is None else CapacityRouter(config, factor))
+
+    def scores_reference(self, x_TD: Tensor) -> Tensor:
+        """Softmax over all experts, the K best, and in training places handed out one by one."""
+        scores_TE = softmax_scores_reference(self, x_TD, self.config.k)
+        factor = self.config.capacity_factor
+        if factor is None or not self.training:
+            return scores_TE
+        capacity = factor * self.config.k * x_TD.shape[0] / self.config.n_experts
+        taken: Counter[int] = Counter()
+        placed_TE = torch.zeros_like(scores_TE)
+        for t, row in enumerate(scores_TE):
+            for e in torch.nonzero(row).flatten().tolist():
+                taken[e] += 1
+                placed_TE[t, e] = float(taken[e] <= capacity)
+        return scores_TE * placed_TE

@@ -1,0 +1,161 @@
+"""Top-K activation: only the K largest entries of u take part, equations 6 and 7 of arXiv 2310.10837.
+
+    E_x = argtopk(u, K),  y = sum_{i in E_x} u[i] v_i + b2
+
+All of u is computed; the work and the memory of the second product shrink to K / d_ff. Exactly K entries survive, ties going
+to the lowest index. Dropout acts on u before the selection, as in the dense block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn import ops
+from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
+from sparseffn.ffn._config import BlockShape, FFNConfig, require
+from sparseffn.ffn._init import scaled_std, truncated_normal_
+from sparseffn.ffn._layer import FeedForward
+from sparseffn.ffn._options import option
+from sparseffn.ffn._registry import register
+from sparseffn.ffn._stats import Routed
+
+INDEX_BYTES = 8
+
+
+@register
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopKConfig(FFNConfig):
+    """The K largest entries of u, all of which is computed."""
+
+    name: ClassVar[str] = "topk"
+    paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837, eq. 6-7"
+    knobs: ClassVar[tuple[str, ...]] = ("d_ff",)
+
+    d_ff: Annotated[int, option("Key-value pairs.", low=1)]
+    k: Annotated[int, option("Entries of u that survive.", low=1)]
+    use_norm: Annotated[bool, option("Rank by u[i] |v_i|, the error bound's terms, instead of u[i].")] = False
+    dropout: Annotated[float, option("Dropout rate on u, before the selection.", low=0.0, below=1.0)] = 0.0
+
+    def validate(self) -> None:
+        """K entries must exist."""
+        require(self.k <= self.d_ff, "k", f"at most d_ff = {self.d_ff}", self.k, "lower k or raise d_ff")
+
+    def build(self) -> TopK:
+        """The layer."""
+        return TopK(self)
+
+    def num_params(self) -> int:
+        """Those of the dense block."""
+        return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
+
+    def active_params(self) -> int:
+        """All keys, K values."""
+        return self.d_model * (self.d_ff + self.k) + self.d_ff + self.d_model
+
+    def forward_flops(self, *, training: bool = False) -> int:
+        """All keys, K values."""
+        return 2 * self.d_model * (self.d_ff + self.k)
+
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """K indices, the K selected entries, with dropout their scales and the product."""
+        tensors = saved_activations(self.activation, self.dropout)
+        return n_tokens * self.k * (INDEX_BYTES + tensors * itemsize)
+
+    @property
+    def n_channels(self) -> int:
+        """d_ff."""
+        return self.d_ff
+
+    @property
+    def active_channels(self) -> int:
+        """K."""
+        return self.k
+
+    @classmethod
+    def from_shape(cls, shape: BlockShape) -> TopKConfig:
+        """The dense block's size with as many active channels as the mixtures have."""
+        return cls(
+            d_model=shape.d_model, d_ff=shape.d_ff, k=shape.active_channels, n_layers=shape.n_layers, dropout=shape.dropout
+        )
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        """Tiny configs."""
+        return [
+            cls(d_model=8, d_ff=24, k=5, n_layers=2),
+            cls(d_model=6, d_ff=10, k=3, use_norm=True, activation="silu"),
+            cls(d_model=6, d_ff=10, k=10, dropout=0.25),
+        ]
+
+
+@final
+class TopK(FeedForward):
+    """`keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
+
+    config: TopKConfig
+
+    def __init__(self, config: TopKConfig) -> None:
+        super().__init__(config)
+        self.keys = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.key_bias = nn.Parameter(torch.empty(config.d_ff))
+        self.values = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """As the dense block: the two start alike from one seed."""
+        c = self.config
+        truncated_normal_(self.keys, scaled_std(c.d_model, c.n_layers), generator)
+        truncated_normal_(self.values, scaled_std(c.d_ff, c.n_layers), generator)
+        nn.init.zeros_(self.key_bias)
+        nn.init.zeros_(self.bias)
+
+    def select(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and coefficients `[T, K]` of the survivors; the rest of u is not kept for backward."""
+        c, act = self.config, ACTIVATIONS[self.config.activation]
+        scores_TF = F.linear(x_TD, self.keys, self.key_bias)
+        with torch.no_grad():
+            u_TF = act(scores_TF)
+            scale_TF = F.dropout(torch.ones_like(u_TF), c.dropout) if self.training and c.dropout > 0 else None
+            rank_TF = u_TF if scale_TF is None else u_TF * scale_TF
+            if c.use_norm:
+                rank_TF = rank_TF * self.values.norm(dim=1)
+            indices_TK = ops.topk(rank_TF, c.k)
+        alpha_TK = act(ops.select_columns(scores_TF, indices_TK))
+        return indices_TK, alpha_TK if scale_TF is None else alpha_TK * scale_TF.gather(1, indices_TK)
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        """Score all keys, add up K values."""
+        indices_TK, alpha_TK = self.select(x_TD)
+        y_TD = ops.weighted_rows(self.values, indices_TK, alpha_TK)
+        kept_TK = alpha_TK if mask_T is None else alpha_TK * mask_T[:, None]
+        return y_TD + self.bias.to(y_TD.dtype), Routed(ops.Selection.fixed(indices_TK, kept_TK, self.config.d_ff))
+
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        """u at the survivors, zero elsewhere."""
+        indices_TK, alpha_TK = self.select(x_TD)
+        return alpha_TK.new_zeros(x_TD.shape[0], self.config.d_ff).scatter(1, indices_TK, alpha_TK)
+
+    def reference_TD(self, x_TD: Tensor) -> Tensor:
+        """Equations 6 and 7, token by token."""
+        act, outputs = ACTIVATIONS[self.config.activation], []
+        norms = [float(v.norm()) for v in self.values]
+        for x in x_TD:
+            u = act(self.keys @ x + self.key_bias)
+            rank = [float(u_i) * (norm if self.config.use_norm else 1.0) for u_i, norm in zip(u, norms, strict=True)]
+            best = sorted(range(len(rank)), key=lambda i: (-rank[i], i))[: self.config.k]
+            outputs.append(sum((u[i] * self.values[i] for i in best), self.bias))
+        return torch.stack(outputs) if outputs else x_TD * self.values.sum() + self.bias
+
+    def values_matrix(self) -> Tensor:
+        """The rows v_i."""
+        return self.values
+
+    def output_bias(self) -> Tensor:
+        """b2."""
+        return self.bias

@@ -1,0 +1,32 @@
+"""Tensor functions behind the layers; shapes and the list of operations stand in ops/README.md."""
+
+from sparseffn.ops._register import register_builtin_backends
+from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
+from sparseffn.ops.balance import balanced_assignment, sinkhorn
+from sparseffn.ops.columns import select_columns
+from sparseffn.ops.experts import cvmm, expert_down, expert_up
+from sparseffn.ops.rows import product_key_topk, weighted_rows
+from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
+from sparseffn.ops.topk import topk
+
+__all__ = [
+    "Backend",
+    "ExpertRows",
+    "Selection",
+    "balanced_assignment",
+    "cvmm",
+    "expert_down",
+    "expert_up",
+    "explain_backend",
+    "list_backends",
+    "product_key_topk",
+    "register_backend",
+    "requested_backend",
+    "select_columns",
+    "sinkhorn",
+    "sort_by_expert",
+    "topk",
+    "weighted_rows",
+]
+
+register_builtin_backends()

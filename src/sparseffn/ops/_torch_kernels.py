@@ -1,0 +1,135 @@
+"""The operations in plain PyTorch, for every device that PyTorch runs on.
+
+Expert products: one matrix product per expert over its sorted rows; no weights are gathered per token and nothing of size
+tokens x experts x d exists. Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseffn.ops.assignment import assign_balanced
+from sparseffn.ops.topk import topk
+
+
+def _grouped_mm(rows_RM: Tensor, weight_EML: Tensor, bounds: list[int]) -> Tensor:
+    out_RL = rows_RM.new_empty(rows_RM.shape[0], weight_EML.shape[2])
+    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if start < stop:
+            torch.mm(rows_RM[start:stop], weight_EML[e], out=out_RL[start:stop])
+    return out_RL
+
+
+def _grouped_outer(left_RM: Tensor, right_RL: Tensor, bounds: list[int]) -> Tensor:
+    """`sum over rows of expert e of left[r] right[r]^T`, the gradient of the expert matrices; zero without rows."""
+    out_EML = left_RM.new_empty(len(bounds) - 1, left_RM.shape[1], right_RL.shape[1])
+    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if start < stop:
+            torch.mm(left_RM[start:stop].t(), right_RL[start:stop], out=out_EML[e])
+        else:
+            out_EML[e].zero_()
+    return out_EML
+
+
+def _sum_rows(rows_RD: Tensor, tokens_R: Tensor, n_tokens: int) -> Tensor:
+    """Sum of each token's rows, in float32 or wider."""
+    wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    total_TD = rows_RD.new_zeros(n_tokens, rows_RD.shape[1], dtype=wide)
+    return total_TD.index_add_(0, tokens_R, rows_RD.to(wide)).to(rows_RD.dtype)
+
+
+def _scale(rows_RG: Tensor, gates_R: Tensor) -> Tensor:
+    """Rows times their gates, rounded once."""
+    return (rows_RG * gates_R[:, None]).to(rows_RG.dtype)
+
+
+def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+    """See `ops.expert_up`."""
+    return _grouped_mm(x.index_select(0, tokens), weight, offsets.tolist())
+
+
+def expert_up_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the expert matrices."""
+    bounds, grad = offsets.tolist(), grad.contiguous()
+    grad_x = _sum_rows(_grouped_mm(grad, weight.transpose(1, 2), bounds), tokens, x.shape[0])
+    return grad_x, _grouped_outer(x.index_select(0, tokens), grad, bounds)
+
+
+def expert_down(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
+    """See `ops.expert_down`."""
+    return _sum_rows(_grouped_mm(_scale(a, gates), weight, offsets.tolist()), tokens, n_tokens)
+
+
+def expert_down_backward(
+    grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the activations, of the expert matrices and of the gates."""
+    bounds = offsets.tolist()
+    grad_rows = grad.index_select(0, tokens)
+    grad_scaled = _grouped_mm(grad_rows, weight.transpose(1, 2), bounds)
+    grad_weight = _grouped_outer(_scale(a, gates), grad_rows, bounds)
+    grad_gates = (grad_scaled.to(gates.dtype) * a.to(gates.dtype)).sum(dim=1)
+    return _scale(grad_scaled, gates), grad_weight, grad_gates
+
+
+def _bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
+
+
+def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """See `ops.weighted_rows`."""
+    if indices.shape[1] == 0:
+        return values.new_zeros(indices.shape[0], values.shape[1])
+    return _bag(values, indices, weights)
+
+
+def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the value table and of the weights."""
+    if indices.numel() == 0:
+        return torch.zeros_like(values), torch.zeros_like(weights)
+    # embedding_bag has no backward in half precision on the CPU; the table's gradient is summed in float32 in any case.
+    wide = torch.promote_types(values.dtype, torch.float32)
+    with torch.enable_grad():
+        table, scales = values.detach().to(wide).requires_grad_(), weights.detach().to(wide).requires_grad_()
+        grads = torch.autograd.grad(_bag(table, indices, scales), (table, scales), grad.to(wide))
+    return grads[0].to(values.dtype), grads[1].to(weights.dtype)
+
+
+def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `ops.product_key_topk`.
+
+    With both halves sorted, the pair of ranks (i, j) is preceded by at least (i + 1)(j + 1) - 1 pairs with no smaller sum,
+    so only pairs with (i + 1)(j + 1) <= K can be among the K largest: about K ln K of the K^2.
+    """
+    n_a, n_b = scores_a.shape[-1], scores_b.shape[-1]
+    top_a, top_b = topk(scores_a, min(k, n_a)), topk(scores_b, min(k, n_b))
+    rank_a = torch.arange(1, top_a.shape[-1] + 1, device=scores_a.device)
+    rank_b = torch.arange(1, top_b.shape[-1] + 1, device=scores_a.device)
+    pair_b, pair_a = (rank_b[:, None] * rank_a[None, :] <= k).nonzero(as_tuple=True)
+    sums = scores_b.gather(-1, top_b)[..., pair_b] + scores_a.gather(-1, top_a)[..., pair_a]
+    best = topk(sums, k)
+    index_a, index_b = top_a.gather(-1, pair_a[best]), top_b.gather(-1, pair_b[best])
+    return sums.gather(-1, best), index_b * n_a + index_a
+
+
+def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+    """See `ops.sinkhorn`; masked tokens take no part and get the experts' terms added all the same."""
+    n_experts = scores.shape[1]
+    left_out = ~mask[:, None]
+    log_share = torch.log(mask.sum().to(scores.dtype) / n_experts)
+    a_E = scores.new_zeros(n_experts)
+    for _ in range(n_rounds):
+        b_T1 = -torch.logsumexp(scores + sign * a_E, dim=1, keepdim=True)
+        columns = (scores + sign * b_T1).masked_fill(left_out, -torch.inf)
+        a_E = log_share - torch.logsumexp(columns, dim=0)
+    return scores + a_E.nan_to_num(0.0) if scores.shape[0] else scores.clone()
+
+
+def balanced_assignment(scores: Tensor) -> Tensor:
+    """See `ops.balanced_assignment`; computed on the host."""
+    assigned = assign_balanced(scores.detach().double().cpu().numpy())
+    return torch.from_numpy(assigned).to(scores.device)

@@ -1,0 +1,112 @@
+"""Sinkhorn-balanced scores (S-BASE) and the balanced assignment (BASE, equation 19). Shapes: see ops/README.md."""
+# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.ops.backends import kernel
+
+
+@torch.library.custom_op("sparseffn::sinkhorn", mutates_args=())
+def _sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
+    return kernel("sinkhorn", scores.device, backend)(scores, mask, n_rounds, sign)
+
+
+@_sinkhorn.register_fake
+def _(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
+    return torch.empty_like(scores)
+
+
+@torch.library.custom_op("sparseffn::sinkhorn_backward", mutates_args=())
+def _sinkhorn_backward(
+    grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str
+) -> Tensor:
+    # The few rounds are computed again: cheaper than keeping every round's tensors.
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        balanced = kernel("sinkhorn", scores.device, backend)(leaf, mask, n_rounds, sign)
+        return torch.autograd.grad(balanced, leaf, grad)[0]
+
+
+@_sinkhorn_backward.register_fake
+def _(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
+    return torch.empty_like(scores)
+
+
+def _save_sinkhorn(ctx, inputs, output) -> None:  # noqa: ANN001
+    scores, mask, ctx.n_rounds, ctx.sign, ctx.backend = inputs
+    ctx.save_for_backward(scores, mask)
+
+
+def _differentiate_sinkhorn(ctx, grad):  # noqa: ANN001, ANN202
+    scores, mask = ctx.saved_tensors
+    grad_scores = torch.ops.sparseffn.sinkhorn_backward(grad, scores, mask, ctx.n_rounds, ctx.sign, ctx.backend)
+    return grad_scores, None, None, None, None
+
+
+_sinkhorn.register_autograd(_differentiate_sinkhorn, setup_context=_save_sinkhorn)
+
+
+def sinkhorn(
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    n_rounds: int = 3,
+    released: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Scores `x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)`, from a = 0.
+
+    Selecting by them balances the load over the whole batch (Clark 2022).
+
+    Args:
+        scores: `[T, E]` logits x.
+        mask: bool `[T]`, True for tokens that take part; None means all.
+        n_rounds: rounds, the paper's code uses 3.
+        released: subtract a and b inside the log-sum-exps, as the released code does; that does not balance.
+        backend: see `ops.backends`.
+
+    Returns:
+        `[T, E]`, differentiable.
+
+    Raises:
+        UserError: `scores` is not a matrix or `n_rounds` is negative.
+    """
+    if scores.dim() != 2 or n_rounds < 0:
+        raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
+    if mask is None:
+        mask = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
+    return torch.ops.sparseffn.sinkhorn(scores, mask, n_rounds, -1.0 if released else 1.0, backend)
+
+
+@torch.library.custom_op("sparseffn::balanced_assignment", mutates_args=())
+def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
+    return kernel("balanced_assignment", scores.device, backend)(scores)
+
+
+@_balanced_assignment.register_fake
+def _(scores: Tensor, backend: str) -> Tensor:
+    return scores.new_empty(scores.shape[0], dtype=torch.int64)
+
+
+_balanced_assignment.register_autograd(lambda ctx, grad: (None, None))
+
+
+def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
+    """The expert of each token so that every expert gets floor(T/E) or ceil(T/E) and the total score is maximal.
+
+    Args:
+        scores: `[T, E]`, finite.
+        backend: see `ops.backends`.
+
+    Returns:
+        int64 `[T]`. Computed on the host by the PyTorch backend, in O(T E) memory.
+
+    Raises:
+        UserError: `scores` is not a matrix with at least one expert.
+        ValueError: a score is nan or infinite.
+    """
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")
+    return torch.ops.sparseffn.balanced_assignment(scores.detach(), backend)

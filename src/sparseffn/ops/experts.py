@@ -1,0 +1,167 @@
+"""Expert matrix products (CVMM, equation 26): each row is multiplied with the matrix of its expert.
+
+`expert_up` gathers its input rows and `expert_down` scales rows by the router's scores and sums them per token, so that a
+mixture-of-experts layer is sort, up, activation, down. Shapes: see ops/README.md.
+"""
+# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.ops.autocast import to_autocast
+from sparseffn.ops.backends import kernel
+from sparseffn.ops.selection import ExpertRows
+
+
+@torch.library.custom_op("sparseffn::expert_up", mutates_args=())
+def _expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return kernel("expert_up", x.device, backend)(x, weight, tokens, offsets)
+
+
+@_expert_up.register_fake
+def _(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return x.new_empty(tokens.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("sparseffn::expert_up_backward", mutates_args=())
+def _expert_up_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return kernel("expert_up_backward", x.device, backend)(grad, x, weight, tokens, offsets)
+
+
+@_expert_up_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_up(ctx, inputs, output) -> None:  # noqa: ANN001
+    x, weight, tokens, offsets, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, tokens, offsets)
+
+
+def _differentiate_up(ctx, grad):  # noqa: ANN001, ANN202
+    grad_x, grad_weight = torch.ops.sparseffn.expert_up_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return grad_x, grad_weight, None, None, None
+
+
+_expert_up.register_autograd(_differentiate_up, setup_context=_save_up)
+
+
+@torch.library.custom_op("sparseffn::expert_down", mutates_args=())
+def _expert_down(
+    a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
+) -> Tensor:
+    return kernel("expert_down", a.device, backend)(a, weight, gates, tokens, offsets, n_tokens)
+
+
+@_expert_down.register_fake
+def _(
+    a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
+) -> Tensor:
+    return a.new_empty(n_tokens, weight.shape[2])
+
+
+@torch.library.custom_op("sparseffn::expert_down_backward", mutates_args=())
+def _expert_down_backward(
+    grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernel("expert_down_backward", a.device, backend)(grad, a, weight, gates, tokens, offsets)
+
+
+@_expert_down_backward.register_fake
+def _(
+    grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(weight), torch.empty_like(gates)
+
+
+def _save_down(ctx, inputs, output) -> None:  # noqa: ANN001
+    a, weight, gates, tokens, offsets, _, ctx.backend = inputs
+    ctx.save_for_backward(a, weight, gates, tokens, offsets)
+
+
+def _differentiate_down(ctx, grad):  # noqa: ANN001, ANN202
+    grads = torch.ops.sparseffn.expert_down_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return *grads, None, None, None, None
+
+
+_expert_down.register_autograd(_differentiate_down, setup_context=_save_down)
+
+
+def expert_up(x: Tensor, weight: Tensor, rows: ExpertRows, *, backend: str = "auto") -> Tensor:
+    """`u[r] = x[token of r] @ weight[expert of r]`, rows sorted by expert.
+
+    Args:
+        x: `[T, D]`; under autocast it and `weight` are cast as `nn.Linear` casts.
+        weight: `[E, D, G]`.
+        rows: the routing, from `sort_by_expert`.
+        backend: see `ops.backends`.
+
+    Returns:
+        `[R, G]` in the dtype of `x`.
+
+    Raises:
+        UserError: ranks, widths or dtypes do not fit together.
+    """
+    x, weight = to_autocast(x, weight)
+    _check_product("x", x, weight)
+    return torch.ops.sparseffn.expert_up(x, weight, rows.tokens, rows.offsets, backend)
+
+
+def expert_down(a: Tensor, weight: Tensor, gates: Tensor, rows: ExpertRows, *, backend: str = "auto") -> Tensor:
+    """`y[t] = sum over the rows r of token t of gates[r] a[r] @ weight[expert of r]`, summed in float32 or wider.
+
+    Args:
+        a: `[R, G]`, rows sorted by expert.
+        weight: `[E, G, D]`.
+        gates: `[R]`, float32 or wider, sorted like `a`.
+        rows: the routing, from `sort_by_expert`.
+        backend: see `ops.backends`.
+
+    Returns:
+        `[T, D]` in the dtype of `a`; zero for a token without rows.
+
+    Raises:
+        UserError: ranks, widths or dtypes do not fit together.
+    """
+    a, weight = to_autocast(a, weight)
+    _check_product("a", a, weight)
+    return torch.ops.sparseffn.expert_down(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens, backend)
+
+
+def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """Conditional vector-matrix multiplication (equation 26): `y[n] = x[n] @ weight[sel[n]]`.
+
+    Args:
+        x: `[N, M]`.
+        sel: int64 `[N]`, the matrix of each row, 0 to E - 1.
+        weight: `[E, M, L]`.
+        backend: see `ops.backends`.
+
+    Returns:
+        `[N, L]`.
+
+    Raises:
+        UserError: ranks, widths or dtypes do not fit together, or `sel` has another length.
+    """
+    if sel.shape != x.shape[:1]:
+        raise UserError(f"`sel` must hold one index a row of x, shape {tuple(x.shape[:1])}; got {tuple(sel.shape)}")
+    sorted_sel, order = sel.sort(stable=True)
+    offsets = torch.searchsorted(sorted_sel, torch.arange(weight.shape[0] + 1, device=sel.device))
+    rows = ExpertRows(order, order, offsets, x.shape[0])
+    sorted_y = expert_up(x, weight, rows, backend=backend)
+    return torch.empty_like(sorted_y).index_copy(0, order, sorted_y)
+
+
+def _check_product(name: str, rows: Tensor, weight: Tensor) -> None:
+    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"`{name}` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
+            f"got {tuple(rows.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
+        )
+    if rows.dtype != weight.dtype:
+        raise UserError(f"`{name}` and `weight` must share a dtype; got {rows.dtype} and {weight.dtype}; fix: cast one")

@@ -1,0 +1,75 @@
+"""The operations as their equations read: slow, obvious, the truth that every kernel is held against.
+
+Shapes: see ops/README.md. Nothing here is tuned.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+    """`u[r] = x[tokens[r]] @ weight[e(r)]`, rows of expert e at offsets[e]..offsets[e+1] (equation 26, gathered)."""
+    bounds = offsets.tolist()
+    rows = [
+        x[tokens[r]] @ weight[e]
+        for e, (start, stop) in enumerate(itertools.pairwise(bounds))
+        for r in range(start, stop)
+    ]
+    return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[2]) + 0 * (x.sum() + weight.sum())
+
+
+def expert_down(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
+    """`y[t] = sum over rows r of token t of gates[r] a[r] @ weight[e(r)]` (equations 12 and 26)."""
+    bounds = offsets.tolist()
+    y = [0 * (a.sum() + gates.sum() + weight.sum()).to(a.dtype) + a.new_zeros(weight.shape[2]) for _ in range(n_tokens)]
+    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        for r in range(start, stop):
+            t = int(tokens[r])
+            y[t] = y[t] + gates[r].to(a.dtype) * (a[r] @ weight[e])
+    return torch.stack(y) if y else a.new_zeros(0, weight.shape[2])
+
+
+def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """`y[t] = sum_k weights[t, k] values[indices[t, k]]` (equation 7 over the selected pairs)."""
+    return (weights.to(values.dtype)[..., None] * values[indices]).sum(dim=-2)
+
+
+def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The K largest of all sums `u[i] = scores_b[i // n_a] + scores_a[i mod n_a]` (equation 8), and their i."""
+    sums = (scores_b[..., :, None] + scores_a[..., None, :]).flatten(-2)
+    indices = sums.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return sums.gather(-1, indices), indices.contiguous()
+
+
+def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+    """`x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)` from a = 0.
+
+    `sign` is +1 for that, and -1 for the released code, which subtracts inside both log-sum-exps.
+    """
+    x = scores[mask]
+    n_tokens, n_experts = x.shape
+    a = x.new_zeros(n_experts)
+    for _ in range(n_rounds):
+        b = -torch.logsumexp(x + sign * a, dim=1)
+        if n_tokens:
+            a = torch.log(x.new_tensor(n_tokens / n_experts)) - torch.logsumexp(x + sign * b[:, None], dim=0)
+    return scores + a
+
+
+def balanced_assignment(scores: Tensor) -> Tensor:
+    """The assignment of largest total score with floor(T/E) or ceil(T/E) tokens an expert, by trying all of them."""
+    n_tokens, n_experts = scores.shape
+    low, extra = divmod(n_tokens, n_experts)
+    best, best_total = torch.zeros(n_tokens, dtype=torch.int64), -float("inf")
+    for choice in itertools.product(range(n_experts), repeat=n_tokens):
+        loads = [choice.count(e) for e in range(n_experts)]
+        if any(load < low or load > low + (extra > 0) for load in loads):
+            continue
+        total = float(sum(scores[t, e].double() for t, e in enumerate(choice)))
+        if total > best_total:
+            best, best_total = torch.tensor(choice, dtype=torch.int64), total
+    return best

@@ -1,0 +1,406 @@
+"""The figures of a comparison: learning curves, use of experts, active channels, co-occurrence.
+
+Each is told apart by colour (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/), by line style and by marker,
+and is labelled where the line ends, so that none of it rests on colour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from sparseffn.report import formats
+from sparseffn.report.result import Method, Result
+from sparseffn.report.svg import FONT_SIZE, GREY, INK, drawing, svg_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito without yellow, which does not carry a line on white; black, for the first method, is the baseline's.
+PALETTE = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+# Seven, four and nine have no common divisor: 252 methods look different.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+WIDTH = 4.8
+HEIGHT = 3.2
+LABEL_LENGTH = 22
+DEAD = 0.01
+"""Units used less than this share of the mean count as dead, as in the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A figure for the page.
+
+    Attributes:
+        name: unique on the page.
+        title: what is shown, in a few words.
+        caption: what is drawn and what to read from it.
+        svg: the drawing.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A curve with its look and label."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    style: dict[str, Any]
+
+
+def curve_plots(result: Result) -> list[Plot]:
+    """Validation loss over steps and over training time; empty when no method has a curve.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    methods = [(method, _method_style(index)) for index, method in enumerate(result["methods"])]
+    curves = [(method["label"], _mean_curve(method), style) for method, style in methods]
+    curves = [curve for curve in curves if curve[1]]
+    if not curves:
+        return []
+    metric = result["metric"]
+    many = any(len(method.get("curves") or ()) > 1 for method, _ in methods)
+    seeds = " Each line is the mean over seeds, its band their range." if many else ""
+    tokens = result.get("curve_tokens")
+    part = f" on the first {formats.integer(tokens)} tokens of the validation split" if tokens else " on validation"
+    equal_time = result.get("equal_time_s")
+    mark = ""
+    if equal_time is not None:
+        unbroken = formats.seconds(equal_time).replace(" ", "\u00a0")
+        mark = (
+            f" The dashed vertical line marks {unbroken}, when the fastest method had finished: "
+            "compare the heights there for quality at equal time."
+        )
+    plots = []
+    for key, name, axis, reading in (
+        (
+            "step",
+            "curves-steps",
+            "training step",
+            "Every method has seen the same tokens at the same step; a lower line learns more from each of them.",
+        ),
+        (
+            "time_s",
+            "curves-time",
+            "training time in seconds",
+            f"The same points over the seconds spent in training; a line that ends further right took longer.{mark}",
+        ),
+    ):
+        title = f"{metric.capitalize()} over {'steps' if key == 'step' else 'training time'}"
+        with drawing(WIDTH, HEIGHT) as (figure, axes):
+            lines = []
+            for label, points, style in curves:
+                xs, ys = [p[key] for p in points], [p["mean"] for p in points]
+                axes.plot(xs, ys, **style)
+                if many:
+                    lows, highs = [p["low"] for p in points], [p["high"] for p in points]
+                    axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+                lines.append(Line(label, xs, ys, style))
+            low, high = _loss_range(lines)
+            axes.set(xlabel=axis, ylabel=metric, ylim=(low, high), xlim=(0, max(line.x[-1] for line in lines) or 1))
+            if key == "time_s" and equal_time is not None:
+                axes.axvline(equal_time, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+            _label_ends(axes, lines)
+            caption = f"{metric.capitalize()}{part} (lower is better). {reading}{seeds} The steep beginning is cut off."
+            description = "; ".join(f"{line.label} ends at {formats.loss(line.y[-1], metric)}" for line in lines)
+            svg = svg_text(figure, name=name, title=title, description=description)
+        plots.append(Plot(name=name, title=title, caption=caption, svg=svg))
+    return plots
+
+
+def usage_plots(result: Result) -> list[Plot]:
+    """The use of units sorted per layer, a figure for every method that has it measured.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    used = [(index, method) for index, method in enumerate(result["methods"]) if method.get("usage")]
+    shares = [share / layer["uniform"] for _, method in used for layer in method["usage"] for share in layer["share"]]
+    positive = [share for share in shares if share > 0]
+    if not positive:
+        return []
+    # One range for all methods, so that their figures can be laid side by side.
+    low = 10.0 ** max(-4, min(-3, math.floor(math.log10(min(positive)))))
+    high = max(2.0, 1.6 * max(positive))
+    return [_usage_plot(method, f"usage-{index}", low, high) for index, method in used]
+
+
+def active_plots(result: Result) -> list[Plot]:
+    """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule).
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    measured = [(index, method) for index, method in enumerate(result["methods"]) if method.get("active")]
+    return [_active_plot(method, f"active-{index}") for index, method in measured]
+
+
+def cooccurrence_plots(result: Result) -> list[Plot]:
+    """Heat maps of experts selected together, a figure for every method that has them measured.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    measured = [(index, method) for index, method in enumerate(result["methods"]) if method.get("cooccurrence")]
+    return [_cooccurrence_plot(method, f"cooccurrence-{index}") for index, method in measured]
+
+
+def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    unit, layers = method.get("unit") or "units", method["usage"]
+    title = f"Use of {unit}, sorted: {method['label']}"
+    with drawing(WIDTH, HEIGHT) as (figure, axes):
+        n_units = max(round(1 / layer["uniform"]) for layer in layers)
+        lines = []
+        for index, layer in enumerate(layers):
+            n, n_points = round(1 / layer["uniform"]), len(layer["share"])
+            # Down-sampled shares still span the ranks from the first unit to the last.
+            ranks = [1 + (n - 1) * i / max(n_points - 1, 1) for i in range(n_points)]
+            # A logarithmic axis has no zero: the line stops there.
+            heights = [share / layer["uniform"] if share > 0 else math.nan for share in layer["share"]]
+            style = _layer_style(index, len(layers), n_points)
+            axes.plot(ranks, heights, **style)
+            lines.append(Line(f"layer {layer['layer']}", ranks, heights, style))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(visible=False, which="minor")
+        margin = 0.02 * n_units
+        axes.set(xlim=(1 - margin, n_units + margin), ylim=(low, high))
+        axes.set(xlabel=f"{unit} by rank, most used first ({n_units:,})", ylabel="use, uniform = 1")
+        # Sorted shares end below 1 and begin above it, so these two corners are always free.
+        _reference(axes, 1.0, "uniform", x=0.99, rise=3)
+        _reference(axes, DEAD, "dead below", x=0.01, rise=-3)
+        _label_ends(axes, lines)
+        peak = max(layers, key=lambda layer: layer["share"][0] / layer["uniform"])
+        description = (
+            f"The most used of the {unit} has {peak['share'][0] / peak['uniform']:.1f} times the uniform share, "
+            f"in layer {peak['layer']}"
+        )
+        svg = svg_text(figure, name=name, title=title, description=description)
+    caption = f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}."
+    return Plot(name=name, title=title, caption=caption, svg=svg)
+
+
+def _active_plot(method: Method, name: str) -> Plot:
+    from matplotlib.ticker import MaxNLocator
+
+    layers, unit = method["active"], method.get("unit") or "channels"
+    title = f"Active {unit} per layer: {method['label']}"
+    x, means = [layer["layer"] for layer in layers], [layer["mean"] for layer in layers]
+    with drawing(WIDTH, HEIGHT) as (figure, axes):
+        axes.errorbar(
+            x,
+            means,
+            yerr=[layer["std"] or 0.0 for layer in layers],
+            color=PALETTE[1],
+            linestyle="none",
+            marker="o",
+            markersize=5,
+            capsize=4,
+            elinewidth=1.2,
+        )
+        for layer in layers:
+            axes.annotate(
+                formats.integer(layer["mean"]),
+                (layer["layer"], layer["mean"]),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=FONT_SIZE - 0.5,
+            )
+        top = max(layer["mean"] + (layer["std"] or 0.0) for layer in layers)
+        axes.set(xlabel="layer", ylabel=f"active {unit} per token", ylim=(0, 1.08 * top or 1))
+        axes.set_xlim(min(x) - 0.5, max(x) + 0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False, axis="x")
+        totals = sorted({layer["total"] for layer in layers})
+        share = fmean(layer["mean"] / layer["total"] for layer in layers)
+        description = (
+            f"On average over the layers {formats.percent(share)} of the "
+            f"{' or '.join(map(formats.integer, totals))} {unit} are active"
+        )
+        svg = svg_text(figure, name=name, title=title, description=description)
+    caption = (
+        f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
+        f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
+    )
+    return Plot(name=name, title=title, caption=caption, svg=svg)
+
+
+def _cooccurrence_plot(method: Method, name: str) -> Plot:
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    matrix, layer = method["cooccurrence"]["matrix"], method["cooccurrence"]["layer"]
+    size, unit = len(matrix), method.get("unit") or "units"
+    title = f"{unit.capitalize()} selected together: {method['label']}, layer {layer}"
+    # A unit is always selected with itself; without the diagonal the rest keeps its contrast.
+    rows = [[math.nan if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    top = max((value for row in matrix for value in row), default=0.0) or 1.0
+    with drawing(WIDTH, 0.86 * WIDTH) as (figure, axes):
+        axes.set_facecolor("#d9d9d9")
+        image = axes.imshow(rows, cmap="Blues", norm=Normalize(0, top), interpolation="none", origin="upper")
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel=f"selected with ({unit})", ylabel=unit)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, format=PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        bar.set_label("share of the row")
+        even = 1 / max(size - 1, 1)
+        description = (
+            f"The strongest pairing takes {formats.percent(top)} of its row; "
+            f"even pairing would give each {formats.percent(even)}"
+        )
+        svg = svg_text(figure, name=name, title=title, description=description)
+    caption = (
+        f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
+    )
+    return Plot(name=name, title=title, caption=caption, svg=svg)
+
+
+def _mean_curve(method: Method) -> list[dict[str, float]]:
+    """The points that all seeds share: step, mean time, and mean, least and greatest loss."""
+    by_step = [
+        {p["step"]: p for p in curve.get("points") or () if p.get("valid") is not None and math.isfinite(p["valid"])}
+        for curve in method.get("curves") or ()
+    ]
+    by_step = [points for points in by_step if points]
+    if not by_step:
+        return []
+    curve = []
+    for step in sorted(set.intersection(*(set(points) for points in by_step))):
+        points = [points[step] for points in by_step]
+        losses = [point["valid"] for point in points]
+        time = fmean(point["time_s"] for point in points)
+        curve.append(
+            {"step": step, "time_s": time, "mean": fmean(losses), "low": min(losses), "high": max(losses)},
+        )
+    return curve
+
+
+def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """Limits that spend the height on the part where methods differ: from a quarter of the training on."""
+    low = min(min(line.y) for line in lines)
+    highs = []
+    for line in lines:
+        late = [y for x, y in zip(line.x, line.y, strict=True) if x >= 0.25 * line.x[-1]]
+        highs.append(max(late))
+    high = max(highs)
+    margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
+    return low - margin, high + margin
+
+
+def _method_style(index: int) -> dict[str, Any]:
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+        "markevery": 0.08,
+    }
+
+
+def _layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
+    """Layers are in order, so their colours are: dark for the first, lighter for the last."""
+    import matplotlib
+
+    shade = 0.75 * index / max(n_layers - 1, 1)
+    style: dict[str, Any] = {
+        "color": matplotlib.colormaps["viridis"](shade),
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
+    # Few points each get their marker, a long line some, shifted so that markers of like lines do not hide each other.
+    if n_points > 32:
+        style["markevery"] = (index * n_points // (10 * n_layers), n_points // 10)
+    return style
+
+
+def _reference(axes: Axes, level: float, words: str, *, x: float, rise: float) -> None:
+    """A dashed level with its name above or below, at the left or right end of the frame."""
+    axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        words,
+        (x, level),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, rise),
+        textcoords="offset points",
+        ha="right" if x > 0.5 else "left",
+        va="bottom" if rise > 0 else "top",
+        color=GREY,
+        fontsize=FONT_SIZE - 1,
+    )
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Write every line's label to the right of the frame, level with its end, as far as labels leave room."""
+    from matplotlib.lines import Line2D
+
+    low, high = axes.get_ylim()
+    ends, heights = [], []
+    for line in lines:
+        end = next((i for i in reversed(range(len(line.y))) if math.isfinite(line.y[i])), None)
+        if end is None:
+            continue
+        # In the frame's own height, whatever the axis's scale.
+        inside = axes.transData.transform((line.x[end], min(max(line.y[end], low), high)))
+        ends.append((line, end))
+        heights.append(float(axes.transAxes.inverted().transform(inside)[1]))
+    # The frame is about four fifths of the figure's height.
+    gap = 1.35 * FONT_SIZE / (0.8 * HEIGHT * 72)
+    for (line, end), place in zip(ends, _apart(heights, gap), strict=True):
+        # A leader from the middle of the frame would cross other lines; there the sample of the line has to do.
+        if line.x[end] >= 0.97 * axes.get_xlim()[1]:
+            axes.annotate(
+                "",
+                xy=(line.x[end], min(max(line.y[end], low), high)),
+                xytext=(1.035, place),
+                textcoords="axes fraction",
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+                annotation_clip=False,
+            )
+        sample = {key: value for key, value in line.style.items() if key != "markevery"}
+        axes.add_line(
+            Line2D([1.04, 1.07, 1.1], [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **sample)
+        )
+        text = line.label if len(line.label) <= LABEL_LENGTH else line.label[: LABEL_LENGTH - 1] + "…"
+        axes.text(1.12, place, text, transform=axes.transAxes, va="center", color=INK)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The places nearest to the wanted heights (least squares) that keep a gap, moved into the frame where they fit.
+
+    Pool adjacent violators: labels that would touch form a block around the mean of what they want.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[list[float]] = []
+    for rank, i in enumerate(order):
+        blocks.append([heights[i] - rank * gap])
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    shifted = [fmean(block) for block in blocks for _ in block]
+    places = [0.0] * len(heights)
+    highest = 1 - gap * (len(heights) - 1)
+    for rank, i in enumerate(order):
+        places[i] = max(min(shifted[rank], highest), min(0.0, highest)) + rank * gap
+    return places

@@ -1,0 +1,83 @@
+"""How numbers are written in tables and figures: one function per quantity, each taking None for "not measured"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NOT_MEASURED = "\u2013"
+"""Stands for a number that was not measured or has no meaning for a method; tables explain it in a note."""
+
+
+def count(number: int | None) -> str:
+    """A count with its magnitude: `2.40 M`, `0.84 M` (so that a column keeps one unit), `8.1 k`, `812`."""
+    if number is None:
+        return NOT_MEASURED
+    for least, size, suffix, digits in ((1e9, 1e9, "B", 2), (1e5, 1e6, "M", 2), (1e3, 1e3, "k", 1)):
+        if abs(number) >= least:
+            return f"{number / size:,.{digits}f} {suffix}"
+    return f"{number:,}"
+
+
+def integer(number: float | None) -> str:
+    """A whole number with its thousands set apart: `9,800`."""
+    return NOT_MEASURED if number is None else f"{number:,.0f}"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a percentage: 0.253 is `25.3%`."""
+    return NOT_MEASURED if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def signed_percent(percentage: float | None) -> str:
+    """A deviation that is a percentage already: `+0.12%`, and `0.00%` for what rounds to nothing."""
+    if percentage is None:
+        return NOT_MEASURED
+    text = f"{percentage:+.2f}%"
+    return "0.00%" if text in ("+0.00%", "-0.00%") else text
+
+
+def times(ratio: float | None) -> str:
+    """A ratio to the dense block: `0.42×`; three decimals below a tenth."""
+    if ratio is None:
+        return NOT_MEASURED
+    return f"{ratio:.{2 if ratio >= 0.1 else 3}f}\u00d7"
+
+
+def seconds(duration: float | None) -> str:
+    """A duration in seconds: `0.213 s`, `61.2 s`, `4,210 s`."""
+    if duration is None:
+        return NOT_MEASURED
+    return f"{duration:.3g} s" if duration < 100 else f"{duration:,.0f} s"
+
+
+def loss(value: float | None, metric: str) -> str:
+    """A loss: two decimals for a perplexity, three for bits."""
+    return NOT_MEASURED if value is None else f"{value:.{2 if metric == 'perplexity' else 3}f}"
+
+
+def spread(statistic: Mapping[str, Any] | None, metric: str, *, say_n: bool) -> str:
+    """A loss over seeds: `2.310 ± 0.012`, or `2.310` alone where one seed leaves the spread unknown.
+
+    Args:
+        statistic: "mean", "std" (None for one seed) and "n".
+        metric: the unit of the loss, which sets the decimals.
+        say_n: add the number of seeds, for tables whose rows differ in it.
+    """
+    if statistic is None or statistic.get("mean") is None:
+        return NOT_MEASURED
+    text = loss(statistic["mean"], metric)
+    if statistic.get("std") is not None:
+        text += f" ± {loss(statistic['std'], metric)}"
+    return f"{text} (n = {statistic['n']})" if say_n else text
+
+
+def setting(value: object) -> str:
+    """A configuration value as one would type it: `true`, `0.001`, `none`, `tiny`."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(setting(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={setting(item)}" for key, item in value.items())
+    return str(value)

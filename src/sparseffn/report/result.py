@@ -1,0 +1,78 @@
+"""The comparison file: reading it, and what is asked of it in more than one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sparseffn.errors import UserError
+
+FORMAT = 1
+"""The only layout of `comparison.json` so far; the file names its own under "format"."""
+
+# Parsed JSON: the writer defines its fields, and readers here tolerate absent optional ones.
+Result: TypeAlias = Mapping[str, Any]
+Method: TypeAlias = Mapping[str, Any]
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Read a `comparison.json`.
+
+    Args:
+        path: the file, as `sparseffn compare` wrote it.
+
+    Returns:
+        The parsed file, its format checked.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or has another format.
+    """
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {str(path)!r}: {error.strerror}; fix: name a comparison.json that `sparseffn compare` wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn compare` again") from error
+    check_format(result)
+    return result
+
+
+def check_format(result: Result) -> None:
+    """Refuse a file that this version cannot read.
+
+    Raises:
+        UserError: "format" is absent or not the one known here.
+    """
+    found = result.get("format") if isinstance(result, Mapping) else None
+    if found != FORMAT:
+        raise UserError(
+            f"`format` of the comparison must be {FORMAT}; got {found!r}; fix: make the report with the version of "
+            "sparseffn that wrote the file, or run `sparseffn compare` again"
+        )
+
+
+def missing_runs(result: Result) -> Iterator[tuple[str, str]]:
+    """The runs that gave no number, as pairs of label and words: ("switch", "seed 1 missing: out of memory")."""
+    for run in result.get("missing") or ():
+        seed = run.get("seed")
+        where = "" if seed is None else f"seed {seed} "
+        yield run["label"], f"{where}missing: {run.get('reason') or 'no reason was recorded'}"
+
+
+def incomplete_line(result: Result) -> str | None:
+    """The sentence that says what a comparison lacks, or None when it is complete."""
+    lacks = [f"{label} {words}" for label, words in missing_runs(result)]
+    if not result.get("finished", True):
+        lacks.append("the comparison had not finished when its file was written")
+    return f"incomplete: {'; '.join(lacks)}" if lacks else None
+
+
+def last_step(method: Method) -> int | None:
+    """The last step at which a method was evaluated, over all its seeds; None without curves."""
+    steps = [point["step"] for curve in method.get("curves") or () for point in curve.get("points") or ()]
+    return max(steps, default=None)

@@ -1,0 +1,292 @@
+"""The table of a comparison: one row per method, the same cells in the terminal, in Markdown and on the page.
+
+The order of rows is that of the file and no winner is marked: which column decides is the reader's question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from sparseffn.report import formats
+from sparseffn.report.result import Method, Result, check_format, incomplete_line, missing_runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One quantity of the table.
+
+    Attributes:
+        group: the heading it shares with its neighbours.
+        name: its own heading below that of the group.
+        header: a heading that can stand without the group's.
+        cell: writes the number of one method.
+    """
+
+    group: str
+    name: str
+    header: str
+    cell: Callable[[Method], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One method: its label, the letters of its footnotes, and its cells, or the reason why it has none."""
+
+    label: str
+    marks: tuple[str, ...]
+    cells: tuple[str, ...]
+    missing: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Everything a table says.
+
+    Attributes:
+        title: the comparison's title.
+        incomplete: what is lacking, or None.
+        columns: the quantities, the method's label not among them.
+        rows: one per method, then one per method without any result.
+        notes: pairs of footnote letter ("" for a note to the whole table) and text.
+    """
+
+    title: str
+    incomplete: str | None
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+def build_table(result: Result) -> Table:
+    """Arrange a comparison as rows and columns.
+
+    Args:
+        result: the parsed `comparison.json`.
+
+    Raises:
+        UserError: the file has an unknown format.
+    """
+    check_format(result)
+    columns = _columns(result)
+    footnotes: dict[str, str] = {}
+    rows = [_row(method, result, columns, footnotes) for method in result["methods"]]
+    present = {method["label"] for method in result["methods"]}
+    absent: dict[str, list[str]] = {}
+    for label, words in missing_runs(result):
+        if label not in present:
+            absent.setdefault(label, []).append(words)
+    rows += [Row(label=label, marks=(), cells=(), missing="; ".join(words)) for label, words in absent.items()]
+    notes = [(letter, text) for text, letter in footnotes.items()] + _general_notes(result, rows)
+    return Table(
+        title=result["title"],
+        incomplete=incomplete_line(result),
+        columns=columns,
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
+
+
+def print_table(result: Result, console: Console | None = None) -> None:
+    """Print the comparison as a terminal table, in as many parts as the terminal's width asks for.
+
+    Args:
+        result: the parsed `comparison.json`.
+        console: where to print; standard output by default.
+    """
+    console = console or Console()
+    table = build_table(result)
+    console.print(Text(table.title))
+    if table.incomplete:
+        console.print(Text(table.incomplete))
+    for part in _parts(table, console):
+        console.print(part)
+    for row in table.rows:
+        if row.missing:
+            console.print(Text(f"{row.label}: {row.missing}"))
+    for letter, text in table.notes:
+        console.print(Text(f"({letter}) {text}" if letter else text))
+
+
+def markdown_table(result: Result) -> str:
+    """Write the comparison as a Markdown table with its footnotes below.
+
+    Args:
+        result: the parsed `comparison.json`.
+
+    Returns:
+        The text, ending in a newline; labels and reasons are escaped.
+    """
+    table = build_table(result)
+    lines = [_escape(table.title), ""]
+    if table.incomplete:
+        lines += [_escape(table.incomplete), ""]
+    lines.append(_markdown_line(["method", *(_escape(column.header) for column in table.columns)]))
+    lines.append(_markdown_line([":--", *("--:" for _ in table.columns)]))
+    for row in table.rows:
+        label = _escape(row.label) + (f" <sup>{','.join(row.marks)}</sup>" if row.marks else "")
+        cells = [_escape(row.missing), *("" for _ in table.columns[1:])] if row.missing else row.cells
+        lines.append(_markdown_line([label, *cells]))
+    for letter, text in table.notes:
+        lines += ["", f"<sup>{letter}</sup> {_escape(text)}" if letter else _escape(text)]
+    return "\n".join(lines) + "\n"
+
+
+def equal_time_name(result: Result) -> str:
+    """The name of the loss after equal training time, with the seconds it means."""
+    duration = result.get("equal_time_s")
+    return "validation at equal time" + ("" if duration is None else f" ({formats.seconds(duration)})")
+
+
+def seeds_words(result: Result) -> str:
+    """How losses were taken over seeds: "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n.
+
+    Its spaces do not break, except the one after the comma.
+    """
+    numbers = _seed_numbers(result)
+    n = f"n = {min(numbers)}" if len(numbers) == 1 else ""
+    words = n if numbers == {1} else ", ".join(filter(None, ("mean ± std", n)))
+    return words.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+
+
+def _seed_numbers(result: Result) -> set[int]:
+    statistics = (method.get(split) for method in result["methods"] for split in ("valid", "test"))
+    return {statistic["n"] for statistic in statistics if statistic}
+
+
+def _columns(result: Result) -> tuple[Column, ...]:
+    metric = result["metric"]
+    say_n = len(_seed_numbers(result)) > 1
+    counts, cost, training = "parameters", "cost relative to dense", "training"
+    losses = f"{metric}, {seeds_words(result)}"
+    rows: tuple[tuple[str, str, str, Callable[[Method], str]], ...] = (
+        (counts, "total", "total parameters", lambda m: formats.count(m["total_params"])),
+        (counts, "residual", "parameter residual", lambda m: formats.signed_percent(m.get("residual_percent"))),
+        (counts, "active", "active parameters", lambda m: formats.count(m["active_params"])),
+        (cost, "FLOPs", "FLOPs vs dense", lambda m: formats.percent(m.get("ffn_flops_vs_dense"))),
+        (cost, "saved bytes", "saved bytes vs dense", lambda m: formats.percent(m.get("saved_bytes_vs_dense"))),
+        (
+            cost,
+            "layer time, forward",
+            "layer forward vs dense",
+            lambda m: formats.times(m.get("layer_time_forward_vs_dense")),
+        ),
+        (
+            cost,
+            "layer time, forward + backward",
+            "layer forward + backward vs dense",
+            lambda m: formats.times(m.get("layer_time_training_vs_dense")),
+        ),
+        (
+            losses,
+            "validation",
+            f"validation, {losses}",
+            lambda m: formats.spread(m.get("valid"), metric, say_n=say_n),
+        ),
+        (losses, "test", f"test, {losses}", lambda m: formats.spread(m.get("test"), metric, say_n=say_n)),
+        (
+            losses,
+            equal_time_name(result),
+            equal_time_name(result),
+            lambda m: formats.loss(m.get("valid_at_equal_time"), metric),
+        ),
+        (training, "tokens/s", "tokens/s", lambda m: formats.integer(m.get("tokens_per_s"))),
+        (training, "dead units", "dead units", lambda m: formats.percent(m.get("dead_share"))),
+    )
+    return tuple(Column(group=group, name=name, header=header, cell=cell) for group, name, header, cell in rows)
+
+
+def _row(method: Method, result: Result, columns: tuple[Column, ...], footnotes: dict[str, str]) -> Row:
+    texts = list(method.get("marks") or ())
+    texts += [words for label, words in missing_runs(result) if label == method["label"]]
+    # Equal texts share a letter.
+    marks = tuple(footnotes.setdefault(text, _letters(len(footnotes))) for text in texts)
+    return Row(label=method["label"], marks=marks, cells=tuple(column.cell(method) for column in columns))
+
+
+def _letters(index: int) -> str:
+    """The footnote letter of an index: a, b, ..., z, aa, ab, ..."""
+    letters = ""
+    index += 1
+    while index:
+        index, digit = divmod(index - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters
+
+
+def _general_notes(result: Result, rows: list[Row]) -> list[tuple[str, str]]:
+    notes = []
+    if any(formats.NOT_MEASURED in row.cells for row in rows):
+        notes.append(f"{formats.NOT_MEASURED}: not measured, or without meaning for the method.")
+    if _seed_numbers(result) == {1}:
+        notes.append("n = 1: one seed, so the spread between seeds is not known.")
+    if result.get("equal_time_s") is not None:
+        notes.append(
+            f"Validation at equal time: after {formats.seconds(result['equal_time_s'])} of training, "
+            f"on the first {formats.integer(result.get('curve_tokens'))} tokens of the validation split."
+        )
+    units = {m["unit"] for m in result["methods"] if m.get("dead_share") is not None and m.get("unit")}
+    if units:
+        notes.append(f"Dead units: {', '.join(sorted(units))} that receive under 1% of the mean load.")
+    return [("", note) for note in notes]
+
+
+def _parts(table: Table, console: Console) -> list[RichTable]:
+    """Whole groups of columns side by side while they fit, the method's label leading every part."""
+    groups: dict[str, list[int]] = {}
+    for index, column in enumerate(table.columns):
+        groups.setdefault(column.group, []).append(index)
+    parts: list[list[int]] = []
+    for indices in groups.values():
+        joined = [*parts[-1], *indices] if parts else indices
+        if parts and _width(_rich_table(table, joined), console) <= console.width:
+            parts[-1] = joined
+        else:
+            parts.append(list(indices))
+    return [_rich_table(table, part) for part in parts]
+
+
+def _width(table: RichTable, console: Console) -> int:
+    # Unbounded: a measure within the console's width would never exceed it.
+    return console.measure(table, options=console.options.update(width=10_000)).maximum
+
+
+def _rich_table(table: Table, indices: list[int]) -> RichTable:
+    part = RichTable(box=box.SIMPLE_HEAD, header_style="", pad_edge=False)
+    part.add_column("method", overflow="fold", vertical="bottom")
+    for index in indices:
+        cells = [row.cells[index] for row in table.rows if row.cells]
+        header = _wrapped(table.columns[index].header, max(9, *map(len, cells), 0))
+        part.add_column(Text(header), justify="right", overflow="fold")
+    for row in table.rows:
+        label = Text(row.label + "".join(f" ({letter})" for letter in row.marks))
+        cells = [row.cells[index] for index in indices] if row.cells else ["missing", *("" for _ in indices[1:])]
+        part.add_row(label, *(Text(cell) for cell in cells))
+    return part
+
+
+def _wrapped(words: str, width: int) -> str:
+    """Break a heading at its spaces so that it is no wider than the numbers below, where its words allow."""
+    lines: list[str] = []
+    for word in words.split(" "):
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _markdown_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no new line, no end of a cell."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)

@@ -1,0 +1,1 @@
+"""Tests of corpora, tokenisers, cache and streams."""

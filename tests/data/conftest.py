@@ -1,0 +1,23 @@
+"""A cache and texts of one's own for every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default cache of this test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SPARSEFFN_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """A file of 2000 lines of words and numbers."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i} has {i * 7919 % 1000} words\n" for i in range(2000)))
+    return path
