@@ -66,7 +66,7 @@ class TestStdlib:
         texts = [corpus.tokenizer.decode(corpus.tokens(split)) for split in SPLITS]
         heads = [[line for line in text.splitlines() if line.startswith("# ")] for text in texts]
         assert all(found == sorted(found) and text.startswith("# ") for found, text in zip(heads, texts, strict=True))
-        assert sorted(sum(heads, [])) == [f"# {i:02}.py" for i in range(40)]
+        assert sorted(line for found in heads for line in found) == [f"# {i:02}.py" for i in range(40)]
 
     def test_a_data_folder_is_refused(self, tmp_path: Path) -> None:
         """It would have no effect."""
@@ -128,7 +128,7 @@ class TestText:
     def test_the_data_is_asked_for(self, given: str | None) -> None:
         """What to give, and what was given."""
         with pytest.raises(
-            UserError, match="corpus 'text' must have a `data_dir` with your text.*fix: pass --data-dir"
+            UserError, match=r"corpus 'text' must have a `data_dir` with your text.*fix: pass --data-dir"
         ):
             load_corpus("text", data_dir=given)
 

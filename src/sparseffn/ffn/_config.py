@@ -96,6 +96,10 @@ class FFNConfig(ABC):
             itemsize: bytes of one element of the layer's dtype.
         """
 
+    def balancing(self) -> Mapping[str, float]:
+        """Weight of each balancing loss that the method has; empty where it has none."""
+        return {}
+
     @property
     @abstractmethod
     def n_channels(self) -> int:

@@ -52,10 +52,6 @@ class MixtureConfig(FFNConfig):
     def n_selected(self) -> int:
         """K, experts a token uses."""
 
-    @abstractmethod
-    def balancing(self) -> dict[str, float]:
-        """Weight of each balancing loss: entropy, switch, cv."""
-
     def _router_params(self) -> int:
         return self.n_experts * self.d_model
 

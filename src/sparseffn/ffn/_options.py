@@ -7,6 +7,7 @@ the command line and the contract suite all read that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -60,7 +61,8 @@ class FieldInfo:
     option: Option
 
 
-def field_infos(config_class: type) -> dict[str, FieldInfo]:
+@functools.cache
+def field_infos(config_class: type) -> Mapping[str, FieldInfo]:
     """Every declared option of a config class, in order."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     infos = {}
@@ -77,7 +79,7 @@ def field_infos(config_class: type) -> dict[str, FieldInfo]:
         choices = tuple(typing.get_args(base)) if typing.get_origin(base) is typing.Literal else ()
         kind = str if choices else base
         infos[field.name] = FieldInfo(field.name, kind, choices, optional, field.default, declared)
-    return infos
+    return types.MappingProxyType(infos)
 
 
 def check_fields(config: object) -> None:

@@ -39,10 +39,6 @@ class BASEConfig(MixtureConfig):
         """1."""
         return 1
 
-    def balancing(self) -> dict[str, float]:
-        """None: the assignment balances."""
-        return {}
-
     @classmethod
     def from_shape(cls, shape: BlockShape) -> BASEConfig:
         """One expert of the size of the K that the others use."""

@@ -14,6 +14,10 @@ from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.topk import topk
 
 
+# The mode of embedding_bag that adds up.
+_SUM = 0
+
+
 def _grouped_mm(rows_RM: Tensor, weight_EML: Tensor, bounds: list[int]) -> Tensor:
     out_RL = rows_RM.new_empty(rows_RM.shape[0], weight_EML.shape[2])
     for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -91,12 +95,19 @@ def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weight
     """Gradients of the value table and of the weights."""
     if indices.numel() == 0:
         return torch.zeros_like(values), torch.zeros_like(weights)
-    # embedding_bag has no backward in half precision on the CPU; the table's gradient is summed in float32 in any case.
+    # The table's gradient is summed in float32 or wider; embedding_bag's backward has no half precision on the CPU.
     wide = torch.promote_types(values.dtype, torch.float32)
-    with torch.enable_grad():
-        table, scales = values.detach().to(wide).requires_grad_(), weights.detach().to(wide).requires_grad_()
-        grads = torch.autograd.grad(_bag(table, indices, scales), (table, scales), grad.to(wide))
-    return grads[0].to(values.dtype), grads[1].to(weights.dtype)
+    n_bags, k = indices.shape
+    grad, table, scales, flat = grad.to(wide).contiguous(), values.to(wide), weights.to(wide).flatten(), indices.flatten()
+    offsets = torch.arange(n_bags, device=flat.device) * k
+    bag_of_row = torch.arange(n_bags, device=flat.device).repeat_interleave(k)
+    sizes = offsets.new_full((n_bags,), k)
+    aten = torch.ops.aten
+    grad_values = aten._embedding_bag_dense_backward(
+        grad, flat, bag_of_row, sizes, offsets.new_empty(0), table.shape[0], False, _SUM, scales, -1
+    )
+    grad_weights = aten._embedding_bag_per_sample_weights_backward(grad, table, flat, offsets, bag_of_row, _SUM, -1)
+    return grad_values.to(values.dtype), grad_weights.view(n_bags, k).to(weights.dtype)
 
 
 def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -127,6 +138,27 @@ def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor
         columns = (scores + sign * b_T1).masked_fill(left_out, -torch.inf)
         a_E = log_share - torch.logsumexp(columns, dim=0)
     return scores + a_E.nan_to_num(0.0) if scores.shape[0] else scores.clone()
+
+
+def sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+    """Gradient of the scores; the few rounds are computed again, which is cheaper than keeping their tensors."""
+    if scores.shape[0] == 0:
+        return grad.clone()
+    left_out = ~mask[:, None]
+    log_share = torch.log(mask.sum().to(scores.dtype) / scores.shape[1])
+    rows, columns, a_E = [], [], scores.new_zeros(scores.shape[1])
+    for _ in range(n_rounds):
+        rows.append(scores + sign * a_E)
+        b_T1 = -torch.logsumexp(rows[-1], dim=1, keepdim=True)
+        columns.append((scores + sign * b_T1).masked_fill(left_out, -torch.inf))
+        a_E = log_share - torch.logsumexp(columns[-1], dim=0)
+    grad_scores, grad_a = grad.clone(), grad.sum(dim=0)
+    for row_TE, column_TE in zip(reversed(rows), reversed(columns), strict=True):
+        by_column = column_TE.softmax(dim=0) * -grad_a
+        by_row = row_TE.softmax(dim=1) * (-sign * by_column.sum(dim=1, keepdim=True))
+        grad_scores = grad_scores + by_column + by_row
+        grad_a = sign * by_row.sum(dim=0)
+    return grad_scores
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:

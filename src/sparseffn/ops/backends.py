@@ -33,6 +33,8 @@ class Backend:
     """Why it cannot run on a device, or None when it can."""
     automatic: bool = True
     """Whether `auto` may take it; the reference is only for comparison."""
+    direct: bool = False
+    """Whether its kernels are differentiable PyTorch code, called as they are instead of through `torch.library`."""
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -70,6 +72,12 @@ def explain_backend(device: torch.device, backend: str = "auto") -> tuple[str, s
         if candidate.automatic and candidate.unavailable(device) is None:
             return candidate.name, f"first backend that runs on {device.type}"
     raise UserError(f"no backend runs on {device.type}; fix: move the tensors to one of: cpu, cuda")
+
+
+def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
+    """The kernel of a backend that is asked for and whose kernels differentiate themselves, else None."""
+    chosen = _BACKENDS.get(requested_backend(backend))
+    return chosen.kernels.get(operation) if chosen is not None and chosen.direct else None
 
 
 def kernel(operation: str, device: torch.device, backend: str = "auto") -> Kernel:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops.backends import kernel
+from sparseffn.ops.backends import direct_kernel, kernel
 
 
 @torch.library.custom_op("sparseffn::sinkhorn", mutates_args=())
@@ -22,11 +22,7 @@ def _(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) ->
 def _sinkhorn_backward(
     grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str
 ) -> Tensor:
-    # The few rounds are computed again: cheaper than keeping every round's tensors.
-    with torch.enable_grad():
-        leaf = scores.detach().requires_grad_()
-        balanced = kernel("sinkhorn", scores.device, backend)(leaf, mask, n_rounds, sign)
-        return torch.autograd.grad(balanced, leaf, grad)[0]
+    return kernel("sinkhorn_backward", scores.device, backend)(grad, scores, mask, n_rounds, sign)
 
 
 @_sinkhorn_backward.register_fake
@@ -77,7 +73,11 @@ def sinkhorn(
         raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
     if mask is None:
         mask = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
-    return torch.ops.sparseffn.sinkhorn(scores, mask, n_rounds, -1.0 if released else 1.0, backend)
+    sign = -1.0 if released else 1.0
+    direct = direct_kernel("sinkhorn", backend)
+    if direct is not None:
+        return direct(scores, mask, n_rounds, sign)
+    return torch.ops.sparseffn.sinkhorn(scores, mask, n_rounds, sign, backend)
 
 
 @torch.library.custom_op("sparseffn::balanced_assignment", mutates_args=())

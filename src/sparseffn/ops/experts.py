@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import kernel
+from sparseffn.ops.backends import direct_kernel, kernel
 from sparseffn.ops.selection import ExpertRows
 
 
@@ -109,6 +109,9 @@ def expert_up(x: Tensor, weight: Tensor, rows: ExpertRows, *, backend: str = "au
     """
     x, weight = to_autocast(x, weight)
     _check_product("x", x, weight)
+    direct = direct_kernel("expert_up", backend)
+    if direct is not None:
+        return direct(x, weight, rows.tokens, rows.offsets)
     return torch.ops.sparseffn.expert_up(x, weight, rows.tokens, rows.offsets, backend)
 
 
@@ -130,6 +133,9 @@ def expert_down(a: Tensor, weight: Tensor, gates: Tensor, rows: ExpertRows, *, b
     """
     a, weight = to_autocast(a, weight)
     _check_product("a", a, weight)
+    direct = direct_kernel("expert_down", backend)
+    if direct is not None:
+        return direct(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens)
     return torch.ops.sparseffn.expert_down(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens, backend)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import kernel
+from sparseffn.ops.backends import direct_kernel, kernel
 
 
 @torch.library.custom_op("sparseffn::weighted_rows", mutates_args=())
@@ -64,6 +64,9 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
         raise UserError(
             f"`indices` and `weights` must both be [tokens, k]; got {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
+    direct = direct_kernel("weighted_rows", backend)
+    if direct is not None:
+        return direct(values, indices, weights)
     return torch.ops.sparseffn.weighted_rows(values, indices, weights, backend)
 
 
@@ -118,4 +121,7 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
     n_pairs = scores_a.shape[-1] * scores_b.shape[-1]
     if not 1 <= k <= n_pairs:
         raise UserError(f"`k` must be between 1 and n_a n_b = {n_pairs}; got {k}; fix: lower k or add sub-keys")
+    direct = direct_kernel("product_key_topk", backend)
+    if direct is not None:
+        return direct(scores_a, scores_b, k)
     return torch.ops.sparseffn.product_key_topk(scores_a, scores_b, k, backend)

@@ -27,6 +27,6 @@ def find_ptb(data_dir: Path | None) -> Source:
             f"corpus 'ptb' must have {contents} in `data_dir`; got {str(folder)!r} without {', '.join(missing)}; "
             f"fix: put Mikolov's Penn Treebank files there, or pass the --data-dir that has them"
         )
-    files = {split: SourceFile.at((folder / name).resolve(), name) for split, name in FILE_NAMES.items()}
-    pieces: dict[Split, list[Piece]] = {split: [Piece.whole(file)] for split, file in files.items()}
+    files = {name: SourceFile.at((folder / name).resolve(), name) for name in FILE_NAMES.values()}
+    pieces: dict[Split, list[Piece]] = {split: [Piece.whole(files[FILE_NAMES[split]])] for split in SPLITS}
     return Source(corpus="ptb", pieces=pieces, info={"split_rule": "the corpus's own"})

@@ -1,0 +1,125 @@
+"""Parameters, FLOPs and saved bytes of a block: the closed forms of its config, and what a built layer measures.
+
+The two must agree: the contract suite holds every method's closed forms against the layer built on the meta device, against
+`torch.utils.flop_counter` and against the tensors that autograd really keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from sparseffn.ffn import FeedForward, FFNConfig
+
+# Backward of a matrix product is one product for each factor.
+BACKWARD_OVER_FORWARD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCounts:
+    """What one feedforward block costs."""
+
+    total_params: int
+    active_params: int
+    """Parameters that one token's output depends on."""
+    forward_flops: int
+    """FLOPs a token, evaluation, selector included."""
+    training_flops: int
+    """FLOPs a token, forward and backward."""
+    saved_bytes: int
+    """Bytes kept for backward, a token."""
+    active_fraction: float
+    """The paper's convention for relative FLOPs: active over all channels, K / N_E for mixtures."""
+
+
+def count_block(config: FFNConfig, *, n_tokens: int = 1024, itemsize: int = 4) -> BlockCounts:
+    """Closed-form counts of a block.
+
+    Args:
+        config: the block.
+        n_tokens: tokens of a batch, for the few bytes that do not depend on it.
+        itemsize: bytes of an element.
+    """
+    return BlockCounts(
+        total_params=config.num_params(),
+        active_params=config.active_params(),
+        forward_flops=config.forward_flops(),
+        training_flops=(1 + BACKWARD_OVER_FORWARD) * config.forward_flops(training=True),
+        saved_bytes=round(config.saved_bytes(n_tokens, itemsize) / n_tokens),
+        active_fraction=config.active_channels / config.n_channels,
+    )
+
+
+def built_params(config: FFNConfig) -> int:
+    """Parameters of the layer, built on the meta device."""
+    with torch.device("meta"):
+        layer = config.build()
+    return sum(p.numel() for p in layer.parameters())
+
+
+def measured_flops(layer: nn.Module, x: Tensor, *, backward: bool = False) -> int:
+    """FLOPs of a call as `torch.utils.flop_counter` sees them, our operations included."""
+    x = x.detach().requires_grad_(backward)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps in a call, without parameters and without x."""
+    x = x.detach().requires_grad_()
+    known = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    # The tensors are kept alive so that no address is used twice.
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in known:
+            kept[pointer] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    del y
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def _product_flops(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:
+    """Every row times one matrix of the stack."""
+    return 2 * rows[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_up)
+def _expert_up(x: Any, weight: Any, tokens: Any, *args: Any, **kwargs: Any) -> int:
+    return _product_flops(tokens, weight)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_up_backward)
+def _expert_up_backward(grad: Any, x: Any, weight: Any, tokens: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _product_flops(tokens, weight)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_down)
+def _expert_down(a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return _product_flops(a, weight)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_down_backward)
+def _expert_down_backward(grad: Any, a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _product_flops(a, weight)
+
+
+@register_flop_formula(torch.ops.sparseffn.weighted_rows)
+def _weighted_rows(values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * indices[0] * indices[1] * values[1]
+
+
+@register_flop_formula(torch.ops.sparseffn.weighted_rows_backward)
+def _weighted_rows_backward(grad: Any, values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
+    return 4 * indices[0] * indices[1] * values[1]

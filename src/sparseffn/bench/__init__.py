@@ -1,0 +1,1 @@
+"""Timings: interleaved in one run, medians, ratios."""

@@ -1,0 +1,97 @@
+"""Evaluation with Transformer-XL memory: every token of a split but the first is predicted exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseffn.data import evaluation_windows
+from sparseffn.errors import UserError
+from sparseffn.models import TransformerXL
+
+PRECISIONS = ("float32", "bfloat16")
+
+# Called after each window with the number of tokens done and the number there are.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Loss over a split."""
+
+    nats_per_token: float
+    """Mean cross-entropy of the predictions, without any balancing loss."""
+    n_predictions: int
+    """Predictions made: tokens of the split less one."""
+
+
+def autocast(precision: str, device_type: str = "cpu") -> AbstractContextManager[object]:
+    """Autocast for a precision's name; float32 is the absence of autocast.
+
+    Raises:
+        UserError: `precision` is neither float32 nor bfloat16.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"`precision` must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    return nullcontext() if precision == "float32" else torch.autocast(device_type, dtype=torch.bfloat16)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of each prediction, float32, of targets' shape."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+@torch.no_grad()
+def evaluate(
+    model: TransformerXL,
+    tokens: np.ndarray,
+    *,
+    batch: int = 8,
+    context: int = 256,
+    memory: int = 1024,
+    precision: str = "float32",
+    max_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Mean loss of a model on a split, memory carried from window to window.
+
+    Args:
+        model: put into evaluation mode, and back as it was on leaving.
+        tokens: `[n]`, the split.
+        batch: streams that the split is cut into, each starting with an empty memory; 1 is exact, more is faster.
+        context: tokens of a window.
+        memory: hidden states of earlier windows that are attended to; the paper uses 4 x the training context.
+        precision: float32 or bfloat16 (autocast).
+        max_tokens: use only the first so many tokens; None for all.
+        on_progress: told after every window.
+
+    Raises:
+        UserError: there are fewer than two tokens, or a loss is not finite.
+    """
+    tokens = tokens if max_tokens is None else tokens[:max_tokens]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count, state = 0.0, 0, None
+    try:
+        for window in evaluation_windows(tokens, batch=batch, context=context):
+            with autocast(precision, device.type):
+                output = model(window.inputs.to(device), state, memory_length=memory)
+            state = output.memory
+            losses = token_losses(output.logits, window.targets.to(device))
+            total += float(losses[window.mask.to(device)].double().sum())
+            count += int(window.mask.sum())
+            if on_progress is not None:
+                on_progress(count, len(tokens) - 1)
+    finally:
+        model.train(was_training)
+    nats = total / max(count, 1)
+    if not np.isfinite(nats):
+        raise UserError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
+    return Evaluation(nats_per_token=nats, n_predictions=count)

@@ -1,0 +1,172 @@
+"""Solve a method's size for a parameter budget.
+
+A method declares integer knobs in order of preference. The simplest solution, the first knob alone, is taken if the whole
+model is then within the tolerance. Else the second knob moves as little as it must to come within it, since it sets the
+compute of a token (expert size) as well; and where no pair does, the pair with the smallest residual is taken. Tolerance and
+residuals are those of the whole model where one is given, else of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparseffn.errors import UserError
+from sparseffn.ffn import FFNConfig
+
+# Largest deviation of a whole model's parameters that still counts as equal.
+TOLERANCE = 0.005
+# How far the second knob may leave its value: farther and the method's character (expert size) would change.
+_SECOND_KNOB_RANGE = (0.5, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A config sized for a budget, and how far it is off."""
+
+    config: FFNConfig
+    target_params: int
+    """Parameters of the block to be matched."""
+    block_params: int
+    """Parameters of the matched block."""
+    n_blocks: int
+    """Blocks in the whole model."""
+    other_params: int
+    """Parameters of the model outside its feedforward blocks; 0 where blocks are matched by themselves."""
+    tolerance: float
+
+    @property
+    def model_params(self) -> int:
+        """Parameters of the whole model with the matched block."""
+        return self.other_params + self.n_blocks * self.block_params
+
+    @property
+    def model_target(self) -> int:
+        """Parameters of the whole model to be matched."""
+        return self.other_params + self.n_blocks * self.target_params
+
+    @property
+    def residual(self) -> int:
+        """Parameters that the whole model has too many (negative: too few)."""
+        return self.model_params - self.model_target
+
+    @property
+    def block_residual(self) -> int:
+        """Parameters that a block has too many (negative: too few)."""
+        return self.block_params - self.target_params
+
+    @property
+    def residual_percent(self) -> float:
+        """The residual in percent of the target model."""
+        return 100.0 * self.residual / self.model_target
+
+    @property
+    def block_residual_percent(self) -> float:
+        """The block's residual in percent of the target block."""
+        return 100.0 * self.block_residual / self.target_params
+
+    @property
+    def equal(self) -> bool:
+        """Whether the model may be called parameter-equal."""
+        return abs(self.residual) <= self.tolerance * self.model_target
+
+
+def match(
+    config: FFNConfig,
+    target_params: int,
+    *,
+    n_blocks: int = 1,
+    other_params: int = 0,
+    tolerance: float = TOLERANCE,
+) -> Match:
+    """The config with its knobs turned so that its block has `target_params` parameters, as nearly as they allow.
+
+    Args:
+        config: the method and every option that matching leaves alone.
+        target_params: parameters of the block to match.
+        n_blocks: feedforward blocks of the whole model.
+        other_params: parameters of the whole model outside them.
+        tolerance: of the whole model, as a fraction.
+
+    Returns:
+        The nearest size; `Match.equal` says whether it is within the tolerance.
+
+    Raises:
+        UserError: the method declares no knobs, or the budget is below its smallest size.
+    """
+    if not config.knobs:
+        raise UserError(f"method {config.name!r} must declare `knobs` to be matched; fix: name its integer size fields")
+
+    def sized(candidate: FFNConfig) -> Match:
+        return Match(
+            config=candidate,
+            target_params=target_params,
+            block_params=candidate.num_params(),
+            n_blocks=n_blocks,
+            other_params=other_params,
+            tolerance=tolerance,
+        )
+
+    simplest = sized(_solve(config, config.knobs[0], target_params))
+    if simplest.equal or len(config.knobs) == 1:
+        return simplest
+    best = simplest
+    for candidate in map(sized, _pairs(config, target_params)):
+        if candidate.equal:
+            return candidate
+        best = min(best, candidate, key=lambda m: abs(m.block_residual))
+    return best
+
+
+def _solve(config: FFNConfig, knob: str, target: int) -> FFNConfig:
+    """The value of one knob whose count is nearest to the target, by bisection on a monotone count."""
+    low = _smallest(config, knob)
+    base = config.replace(**{knob: low})
+    if base.num_params() > target and low > 1:
+        return base
+    if base.num_params() > 2 * target:
+        raise UserError(
+            f"`target_params` must be at least {base.num_params()}, the least that {config.name} can have at these "
+            f"options; got {target}; fix: raise the budget or shrink its other sizes"
+        )
+    high = low + 1
+    while config.replace(**{knob: high}).num_params() < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if config.replace(**{knob: middle}).num_params() < target:
+            low = middle
+        else:
+            high = middle
+    candidates = [config.replace(**{knob: value}) for value in (low, high)]
+    return min(candidates, key=lambda c: abs(c.num_params() - target))
+
+
+def _smallest(config: FFNConfig, knob: str) -> int:
+    """The smallest value of a knob that the config accepts (k experts must exist, for example)."""
+    high = max(1, int(getattr(config, knob) or 1))
+    low = 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            config.replace(**{knob: middle})
+        except UserError:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _pairs(config: FFNConfig, target: int) -> Iterator[FFNConfig]:
+    """For every value of the second knob, its own first and then farther ones, the first knob that fits best."""
+    first, second = config.knobs[:2]
+    start = _solve(config, first, target)
+    centre = getattr(start, second)
+    centre = getattr(start, first) if centre is None else centre
+    low, high = max(1, int(centre * _SECOND_KNOB_RANGE[0])), int(centre * _SECOND_KNOB_RANGE[1])
+    for value in sorted(range(low, high + 1), key=lambda v: (abs(v - centre), v)):
+        try:
+            yield _solve(config.replace(**{second: value}), first, target)
+        except UserError:
+            # This value does not go with the other options, k for instance.
+            continue

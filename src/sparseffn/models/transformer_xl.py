@@ -1,0 +1,160 @@
+"""Transformer-XL with pre-layernorm (Dai 2019), its feedforward blocks built from any method's config.
+
+    x <- x + dropout(Attention(LN(x), memory));  x <- x + dropout(FFN(LN(x)))
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn.errors import UserError
+from sparseffn.ffn import FeedForward, RoutingStats
+from sparseffn.ffn._init import scaled_std, truncated_normal_
+from sparseffn.models.attention import Attention, RelativeAttention
+from sparseffn.models.config import TransformerXLConfig
+
+# Each layer's input of earlier windows, before the layer norm, detached: `[B, M, d_model]` a layer.
+Memory = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What one window gives."""
+
+    logits: Tensor
+    """`[B, L, vocab_size]`."""
+    memory: Memory
+    """For the next window."""
+    stats: tuple[RoutingStats, ...] | None
+    """Routing statistics of each layer, when asked for."""
+
+
+@final
+class Block(nn.Module):
+    """One layer: attention and feedforward block, each behind a layer norm and beside a residual."""
+
+    def __init__(self, config: TransformerXLConfig, attention: type[Attention]) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = attention(config)
+        self.ffn_norm = nn.LayerNorm(config.d_model)
+        self.ffn: FeedForward = config.ffn.build()
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, memory: Tensor | None, *, return_stats: bool) -> tuple[Tensor, RoutingStats | None]:
+        """Apply the layer to a window; the memory passes through the same layer norm and projections."""
+        context = x if memory is None else torch.cat((memory.to(x.dtype), x), dim=1)
+        normed = self.attention_norm(context)
+        x = x + self.drop(self.attention(normed[:, normed.shape[1] - x.shape[1] :], normed))
+        if return_stats:
+            y, stats = self.ffn(self.ffn_norm(x), return_stats=True)
+        else:
+            y, stats = self.ffn(self.ffn_norm(x)), None
+        return x + self.drop(y), stats
+
+    def drop(self, x: Tensor) -> Tensor:
+        """The model's dropout."""
+        return F.dropout(x, self.dropout, self.training)
+
+
+@final
+class TransformerXL(nn.Module):
+    """The language model. Embedding and output projection are not tied.
+
+    Args:
+        config: sizes.
+        attention: `RelativeAttention`; the benchmark passes `PlainAttention`.
+    """
+
+    def __init__(self, config: TransformerXLConfig, attention: type[Attention] = RelativeAttention) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.output = nn.Linear(config.d_model, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, memory: Memory | None = None, *, memory_length: int = 0, return_stats: bool = False
+    ) -> ModelOutput:
+        """Logits of a window.
+
+        Args:
+            tokens: int64 `[B, L]`, L >= 1.
+            memory: of the window before; None or zero length at the start, which nobody attends to.
+            memory_length: how many positions to hand on.
+            return_stats: also return each layer's routing statistics.
+
+        Raises:
+            UserError: tokens are not `[B, L]`, or the memory is of another model.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise UserError(f"`tokens` must be [batch, length >= 1]; got {tuple(tokens.shape)}; fix: add a batch dimension")
+        if memory is not None and len(memory) != len(self.layers):
+            raise UserError(f"`memory` must have one tensor a layer, {len(self.layers)}; got {len(memory)}")
+        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)
+        kept, stats = [], []
+        for i, layer in enumerate(self.layers):
+            past = None if memory is None or memory[i].shape[1] == 0 else memory[i]
+            kept.append(remember(x, past, memory_length))
+            x, layer_stats = layer(x, past, return_stats=return_stats)
+            stats.append(layer_stats)
+        return ModelOutput(self.project(x), tuple(kept), tuple(stats) if return_stats else None)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Logits of the last layer's output."""
+        return self.output(F.dropout(self.norm(x), self.config.dropout, self.training))
+
+    @torch.no_grad()
+    def init_parameters(self, seed: int) -> None:
+        """Draw every parameter from a generator keyed by seed and name.
+
+        Two models that differ in their feedforward blocks alone are bit-identical elsewhere. Linear layers inside blocks
+        are truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, the embedding Xavier uniform, the
+        output projection PyTorch's default, biases of attention zero.
+        """
+        inside_ffn = {f"{name}.{p}" for name, m in self.ffn_layers() for p, _ in m.named_parameters()}
+        for name, parameter in self.named_parameters():
+            if name not in inside_ffn:
+                self._draw(name, parameter, keyed_generator(seed, name, parameter.device))
+        for name, layer in self.ffn_layers():
+            layer.reset_parameters(keyed_generator(seed, name, next(layer.parameters()).device))
+
+    def ffn_layers(self) -> list[tuple[str, FeedForward]]:
+        """Names and feedforward blocks."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, FeedForward)]
+
+    def _draw(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        if name == "embedding.weight":
+            nn.init.xavier_uniform_(parameter, generator=generator)
+        elif name.startswith("output."):
+            # PyTorch's default of nn.Linear: both weight and bias uniform in +-1 / sqrt(fan_in).
+            bound = self.config.d_model**-0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+        elif name.endswith("attention.scale"):
+            parameter.fill_(self.config.d_head**-0.5)
+        elif "norm" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif parameter.dim() == 2 and name.endswith(".weight"):
+            truncated_normal_(parameter, scaled_std(parameter.shape[1], self.config.n_layers), generator)
+        else:
+            parameter.zero_()
+
+
+def remember(x: Tensor, past: Tensor | None, length: int) -> Tensor:
+    """The last `length` positions of memory and window, detached."""
+    whole = x.detach() if past is None else torch.cat((past.to(x.dtype), x.detach()), dim=1)
+    return whole[:, max(0, whole.shape[1] - length) :]
+
+
+def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on the seed and the name alone."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    # The generators of some devices take 63 bits.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
