@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseffn.data import evaluation_windows
 from sparseffn.errors import UserError
+from sparseffn.ffn import CollectedStats, collect_stats
 from sparseffn.models import TransformerXL
 
 PRECISIONS = ("float32", "bfloat16")
@@ -58,6 +59,7 @@ def evaluate(
     precision: str = "float32",
     max_tokens: int | None = None,
     on_progress: OnProgress | None = None,
+    observe: Callable[[CollectedStats], None] | None = None,
 ) -> Evaluation:
     """Mean loss of a model on a split, memory carried from window to window.
 
@@ -70,6 +72,7 @@ def evaluate(
         precision: float32 or bfloat16 (autocast).
         max_tokens: use only the first so many tokens; None for all.
         on_progress: told after every window.
+        observe: given the routing statistics of every window; None leaves them uncomputed.
 
     Raises:
         UserError: there are fewer than two tokens, or a loss is not finite.
@@ -81,8 +84,10 @@ def evaluate(
     total, count, state = 0.0, 0, None
     try:
         for window in evaluation_windows(tokens, batch=batch, context=context):
-            with autocast(precision, device.type):
+            with autocast(precision, device.type), nullcontext() if observe is None else collect_stats(model) as stats:
                 output = model(window.inputs.to(device), state, memory_length=memory)
+            if observe is not None and stats is not None:
+                observe(stats)
             state = output.memory
             losses = token_losses(output.logits, window.targets.to(device))
             total += float(losses[window.mask.to(device)].double().sum())

@@ -37,6 +37,8 @@ class RoutingStats:
     """int64 `[n_units]`: tokens that selected each unit with a non-zero weight."""
     weights: Tensor
     """float `[n_units]`: sum over tokens of the absolute weights of each unit."""
+    active: Tensor
+    """int64 `[T]`: units that each token selected with a non-zero weight."""
     balance_loss: Tensor
     """Scalar to add to the loss and minimise, its weight included; 0 for a method without one."""
     dropped: Tensor
@@ -72,15 +74,19 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
         shape = (units.n_units,)
         counts = weights.new_zeros(shape, dtype=torch.int64).scatter_add_(0, units.indices, (weights != 0).long())
         sums = weights.new_zeros(shape).scatter_add_(0, units.indices, weights)
+        tokens = units.tokens()
+        active = counts.new_zeros(n_tokens).scatter_add_(0, tokens, (weights != 0).long())
         selection = units.detach()
     else:
         dense = units.detach() if mask_T is None else units.detach() * mask_T[:, None]
-        counts, sums, selection = (dense != 0).sum(0), dense.abs().float().sum(0), None
+        used = dense != 0
+        counts, active, sums, selection = used.sum(0), used.sum(1), dense.abs().float().sum(0), None
     zero = counts.new_zeros(())
     return RoutingStats(
         n_tokens=counts.new_full((), n_tokens) if mask_T is None else mask_T.sum(),
         counts=counts,
         weights=sums,
+        active=active,
         balance_loss=sums.new_zeros(()) if routed.balance is None else routed.balance(),
         dropped=zero if routed.dropped is None else routed.dropped,
         selection=selection,

@@ -126,7 +126,8 @@ class SigmaMoE(Mixture):
             u_TU = act(scores_TU)
             scale_TU = F.dropout(torch.ones_like(u_TU), c.dropout) if self.training and c.dropout > 0 else None
             rank_TU = u_TU if scale_TU is None else u_TU * scale_TU
-            best = ops.topk(rank_TU * gates_TK.repeat_interleave(c.expert_size, dim=1), c.inner_k)
+            ranked_TU = rank_TU * gates_TK.repeat_interleave(c.expert_size, dim=1)
+            best = ops.topk(ranked_TU, c.inner_k, ordered=False)
             slots = best // c.expert_size
             units = selection.indices.view(-1, c.k).gather(1, slots) * c.expert_size + best % c.expert_size
         # Only the survivors enter the graph.

@@ -125,7 +125,7 @@ class TopK(FeedForward):
             rank_TF = u_TF if scale_TF is None else u_TF * scale_TF
             if c.use_norm:
                 rank_TF = rank_TF * self.values.norm(dim=1)
-            indices_TK = ops.topk(rank_TF, c.k)
+            indices_TK = ops.topk(rank_TF, c.k, ordered=False)
         alpha_TK = act(ops.select_columns(scores_TF, indices_TK))
         return indices_TK, alpha_TK if scale_TF is None else alpha_TK * scale_TF.gather(1, indices_TK)
 

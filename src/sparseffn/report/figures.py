@@ -1,7 +1,6 @@
 """The figures of a comparison: learning curves, use of experts, active channels, co-occurrence.
 
-Each is told apart by colour (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/), by line style and by marker,
-and is labelled where the line ends, so that none of it rests on colour.
+What is told apart is told apart by more than colour; `lines.py` says how.
 """
 
 from __future__ import annotations
@@ -10,24 +9,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseffn.report import formats
+from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, method_style, reference
 from sparseffn.report.result import Method, Result
-from sparseffn.report.svg import FONT_SIZE, GREY, INK, drawing, svg_text
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, svg_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Okabe and Ito without yellow, which does not carry a line on white; black, for the first method, is the baseline's.
-PALETTE = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-# Seven, four and nine have no common divisor: 252 methods look different.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+    pass
 
 WIDTH = 4.8
-HEIGHT = 3.2
-LABEL_LENGTH = 22
 DEAD = 0.01
 """Units used less than this share of the mean count as dead, as in the table."""
 
@@ -49,23 +41,13 @@ class Plot:
     svg: str
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A curve with its look and label."""
-
-    label: str
-    x: list[float]
-    y: list[float]
-    style: dict[str, Any]
-
-
 def curve_plots(result: Result) -> list[Plot]:
     """Validation loss over steps and over training time; empty when no method has a curve.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    methods = [(method, _method_style(index)) for index, method in enumerate(result["methods"])]
+    methods = [(method, method_style(index)) for index, method in enumerate(result["methods"])]
     curves = [(method["label"], _mean_curve(method), style) for method, style in methods]
     curves = [curve for curve in curves if curve[1]]
     if not curves:
@@ -112,7 +94,7 @@ def curve_plots(result: Result) -> list[Plot]:
             axes.set(xlabel=axis, ylabel=metric, ylim=(low, high), xlim=(0, max(line.x[-1] for line in lines) or 1))
             if key == "time_s" and equal_time is not None:
                 axes.axvline(equal_time, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-            _label_ends(axes, lines)
+            label_ends(axes, lines)
             caption = f"{metric.capitalize()}{part} (lower is better). {reading}{seeds} The steep beginning is cut off."
             description = "; ".join(f"{line.label} ends at {formats.loss(line.y[-1], metric)}" for line in lines)
             svg = svg_text(figure, name=name, title=title, description=description)
@@ -171,7 +153,7 @@ def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
             ranks = [1 + (n - 1) * i / max(n_points - 1, 1) for i in range(n_points)]
             # A logarithmic axis has no zero: the line stops there.
             heights = [share / layer["uniform"] if share > 0 else math.nan for share in layer["share"]]
-            style = _layer_style(index, len(layers), n_points)
+            style = layer_style(index, len(layers), n_points)
             axes.plot(ranks, heights, **style)
             lines.append(Line(f"layer {layer['layer']}", ranks, heights, style))
         axes.set_yscale("log")
@@ -182,9 +164,9 @@ def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
         axes.set(xlim=(1 - margin, n_units + margin), ylim=(low, high))
         axes.set(xlabel=f"{unit} by rank, most used first ({n_units:,})", ylabel="use, uniform = 1")
         # Sorted shares end below 1 and begin above it, so these two corners are always free.
-        _reference(axes, 1.0, "uniform", x=0.99, rise=3)
-        _reference(axes, DEAD, "dead below", x=0.01, rise=-3)
-        _label_ends(axes, lines)
+        reference(axes, 1.0, "uniform", x=0.99, rise=3)
+        reference(axes, DEAD, "dead below", x=0.01, rise=-3)
+        label_ends(axes, lines)
         peak = max(layers, key=lambda layer: layer["share"][0] / layer["uniform"])
         description = (
             f"The most used of the {unit} has {peak['share'][0] / peak['uniform']:.1f} times the uniform share, "
@@ -253,7 +235,8 @@ def _cooccurrence_plot(method: Method, name: str) -> Plot:
     top = max((value for row in matrix for value in row), default=0.0) or 1.0
     with drawing(WIDTH, 0.86 * WIDTH) as (figure, axes):
         axes.set_facecolor("#d9d9d9")
-        image = axes.imshow(rows, cmap="Blues", norm=Normalize(0, top), interpolation="none", origin="upper")
+        # Square cells would take the room of the axis labels: the layout does not reckon with a fixed aspect.
+        image = axes.imshow(rows, cmap="Blues", norm=Normalize(0, top), interpolation="none", aspect="auto")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set(xlabel=f"selected with ({unit})", ylabel=unit)
@@ -304,103 +287,3 @@ def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
     high = max(highs)
     margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     return low - margin, high + margin
-
-
-def _method_style(index: int) -> dict[str, Any]:
-    return {
-        "color": PALETTE[index % len(PALETTE)],
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-        "markevery": 0.08,
-    }
-
-
-def _layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
-    """Layers are in order, so their colours are: dark for the first, lighter for the last."""
-    import matplotlib
-
-    shade = 0.75 * index / max(n_layers - 1, 1)
-    style: dict[str, Any] = {
-        "color": matplotlib.colormaps["viridis"](shade),
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-    }
-    # Few points each get their marker, a long line some, shifted so that markers of like lines do not hide each other.
-    if n_points > 32:
-        style["markevery"] = (index * n_points // (10 * n_layers), n_points // 10)
-    return style
-
-
-def _reference(axes: Axes, level: float, words: str, *, x: float, rise: float) -> None:
-    """A dashed level with its name above or below, at the left or right end of the frame."""
-    axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
-        words,
-        (x, level),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, rise),
-        textcoords="offset points",
-        ha="right" if x > 0.5 else "left",
-        va="bottom" if rise > 0 else "top",
-        color=GREY,
-        fontsize=FONT_SIZE - 1,
-    )
-
-
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write every line's label to the right of the frame, level with its end, as far as labels leave room."""
-    from matplotlib.lines import Line2D
-
-    low, high = axes.get_ylim()
-    ends, heights = [], []
-    for line in lines:
-        end = next((i for i in reversed(range(len(line.y))) if math.isfinite(line.y[i])), None)
-        if end is None:
-            continue
-        # In the frame's own height, whatever the axis's scale.
-        inside = axes.transData.transform((line.x[end], min(max(line.y[end], low), high)))
-        ends.append((line, end))
-        heights.append(float(axes.transAxes.inverted().transform(inside)[1]))
-    # The frame is about four fifths of the figure's height.
-    gap = 1.35 * FONT_SIZE / (0.8 * HEIGHT * 72)
-    for (line, end), place in zip(ends, _apart(heights, gap), strict=True):
-        # A leader from the middle of the frame would cross other lines; there the sample of the line has to do.
-        if line.x[end] >= 0.97 * axes.get_xlim()[1]:
-            axes.annotate(
-                "",
-                xy=(line.x[end], min(max(line.y[end], low), high)),
-                xytext=(1.035, place),
-                textcoords="axes fraction",
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-                annotation_clip=False,
-            )
-        sample = {key: value for key, value in line.style.items() if key != "markevery"}
-        axes.add_line(
-            Line2D([1.04, 1.07, 1.1], [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **sample)
-        )
-        text = line.label if len(line.label) <= LABEL_LENGTH else line.label[: LABEL_LENGTH - 1] + "…"
-        axes.text(1.12, place, text, transform=axes.transAxes, va="center", color=INK)
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """The places nearest to the wanted heights (least squares) that keep a gap, moved into the frame where they fit.
-
-    Pool adjacent violators: labels that would touch form a block around the mean of what they want.
-    """
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    blocks: list[list[float]] = []
-    for rank, i in enumerate(order):
-        blocks.append([heights[i] - rank * gap])
-        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    shifted = [fmean(block) for block in blocks for _ in block]
-    places = [0.0] * len(heights)
-    highest = 1 - gap * (len(heights) - 1)
-    for rank, i in enumerate(order):
-        places[i] = max(min(shifted[rank], highest), min(0.0, highest)) + rank * gap
-    return places

@@ -70,9 +70,3 @@ def incomplete_line(result: Result) -> str | None:
     if not result.get("finished", True):
         lacks.append("the comparison had not finished when its file was written")
     return f"incomplete: {'; '.join(lacks)}" if lacks else None
-
-
-def last_step(method: Method) -> int | None:
-    """The last step at which a method was evaluated, over all its seeds; None without curves."""
-    steps = [point["step"] for curve in method.get("curves") or () for point in curve.get("points") or ()]
-    return max(steps, default=None)

@@ -104,7 +104,7 @@ def train(
     if folder.result_path.exists():
         return TrainResult(**{key: read_json(folder.result_path)[key] for key in ("steps", "valid", "test", "seconds")})
     if not (folder.path / "tokenizer.json").exists():
-        write_json(folder.path / "tokenizer.json", corpus.tokenizer.to_json())
+        (folder.path / "tokenizer.json").write_text(corpus.tokenizer.to_json(), encoding="utf-8")
     return _Run(model_config, config, corpus, folder, on_step, on_metrics).run()
 
 

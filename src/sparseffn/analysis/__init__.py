@@ -1,0 +1,5 @@
+"""What a trained model does with its feedforward blocks."""
+
+from sparseffn.analysis.usage import LayerUsage, UsageCounter
+
+__all__ = ["LayerUsage", "UsageCounter"]

@@ -1,0 +1,207 @@
+"""`methods`, `match`, `data`, `doctor`: commands that train nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import shutil
+from typing import Any
+
+import torch
+
+from sparseffn.accounting import count_block
+from sparseffn.cli.output import print_json, print_rows
+from sparseffn.data import default_cache_dir, list_corpora, load_corpus
+from sparseffn.errors import UserError
+from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
+from sparseffn.matching import Match
+from sparseffn.matching import match as match_config
+from sparseffn.models.presets import get_preset
+from sparseffn.ops import explain_backend, list_backends
+from sparseffn.recipes import MethodChoice, parse_methods
+from sparseffn.train.folder import environment
+
+# The paper's experts, where no preset says otherwise.
+_EXPERT_SIZE, _K = 128, 4
+
+EXTRAS = {
+    "plot": ("matplotlib",),
+    "data": ("sentencepiece",),
+    "track": ("tensorboard",),
+}
+
+
+def methods(options: argparse.Namespace) -> int:
+    """`sparseffn methods`."""
+    if options.method:
+        return _one_method(options)
+    rows = [_method_row(method_class(name)) for name in list_methods()]
+    if options.json:
+        print_json(rows)
+    elif options.markdown:
+        print("| method | what it computes | selects | matched by | source |\n| --- | --- | --- | --- | --- |")
+        for r in rows:
+            print(f"| `{r['method']}` | {r['summary']} | {r['unit']} | {', '.join(r['knobs'])} | {r['paper']} |")
+    else:
+        columns = ("method", "what it computes", "selects", "matched by", "source")
+        print_rows(columns, [(r["method"], r["summary"], r["unit"], ", ".join(r["knobs"]), r["paper"]) for r in rows])
+    return 0
+
+
+def _method_row(config_class: type[FFNConfig]) -> dict[str, Any]:
+    return {
+        "method": config_class.name,
+        "summary": describe(config_class).rstrip("."),
+        "unit": config_class.unit,
+        "knobs": list(config_class.knobs),
+        "paper": config_class.paper,
+    }
+
+
+def _one_method(options: argparse.Namespace) -> int:
+    config_class = method_class(options.method)
+    rows = []
+    for info in field_infos(config_class).values():
+        required = info.default is dataclasses.MISSING
+        values = " | ".join(info.choices) if info.choices else f"{info.kind.__name__}, {info.option.range_text()}"
+        if info.kind is bool:
+            values = "true | false"
+        rows.append({
+            "option": info.name,
+            "values": values + (" or none" if info.optional else ""),
+            "default": None if required else info.default,
+            "required": required,
+            "meaning": info.option.doc,
+        })
+    if options.json:
+        print_json({**_method_row(config_class), "options": rows})
+        return 0
+    print(f"{config_class.name}: {describe(config_class)} ({config_class.paper})\n")
+    table = [(r["option"], r["values"], "required" if r["required"] else str(r["default"]), r["meaning"]) for r in rows]
+    print_rows(("option", "values", "default", "meaning"), table)
+    return 0
+
+
+def match(options: argparse.Namespace) -> int:
+    """`sparseffn match`."""
+    found = _match(options)
+    config = found.config
+    counts = count_block(config)
+    data = {
+        "config": config.to_json(),
+        "block_params": found.block_params,
+        "block_target": found.target_params,
+        "block_residual": found.block_residual,
+        "block_residual_percent": found.block_residual_percent,
+        "active_params": counts.active_params,
+        "forward_flops": counts.forward_flops,
+        "active_fraction": counts.active_fraction,
+        "model_params": found.model_params if found.other_params else None,
+        "model_residual_percent": found.residual_percent if found.other_params else None,
+        "equal": found.equal,
+    }
+    if options.json:
+        print_json(data)
+        return 0
+    rows = [
+        ("block", f"{found.block_params:,}", f"{found.target_params:,}", f"{found.block_residual:+,}",
+         f"{found.block_residual_percent:+.3f}%"),
+    ]
+    if found.other_params:
+        rows.append(("whole model", f"{found.model_params:,}", f"{found.model_target:,}", f"{found.residual:+,}",
+                     f"{found.residual_percent:+.3f}%"))
+    settings = " ".join(f"{key}={value}" for key, value in config.to_json().items() if key != "method")
+    print(f"{config.name} {settings}\n")
+    print_rows(("parameters", "matched", "target", "residual", "percent"), rows)
+    print(
+        f"\nactive parameters {counts.active_params:,}; forward {counts.forward_flops:,} FLOPs a token "
+        f"({counts.active_fraction:.1%} of the channels active)"
+    )
+    if not found.equal:
+        print(f"not within {found.tolerance:.1%}: a comparison would refuse to call this parameter-equal")
+    return 0
+
+
+def _match(options: argparse.Namespace) -> Match:
+    method, like = _single(options.method, "--method"), _single(options.like, "--like")
+    if options.preset:
+        preset = get_preset(options.preset)
+        given = {"d_model": options.d_model, "d_ff": options.d_ff}
+        shape = dataclasses.replace(preset.shape, **{k: v for k, v in given.items() if v is not None})
+    elif options.d_model and options.d_ff:
+        n_experts = max(_K, round(options.d_ff / _EXPERT_SIZE))
+        shape = BlockShape(
+            d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K
+        )
+    else:
+        raise UserError("`--d-model` and `--d-ff`, or `--preset`, must be given; got neither; fix: --d-model 412 --d-ff 2053")
+    target = _configured(like, shape).num_params()
+    config = _configured(method, shape)
+    if not options.preset:
+        return match_config(config, target)
+    model = dataclasses.replace(get_preset(options.preset), shape=shape).model(config, options.vocab_size)
+    return match_config(config, target, n_blocks=shape.n_layers, other_params=model.other_params())
+
+
+def _single(words: list[str], flag: str) -> MethodChoice:
+    choices = parse_methods(words)
+    if len(choices) != 1:
+        raise UserError(f"`{flag}` must name one method; got {', '.join(c.label for c in choices)}; fix: name one")
+    return choices[0]
+
+
+def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
+    config_class = method_class(choice.method)
+    return config_class.from_shape(shape).replace(**parse_options(choice.method, config_class, choice.options))
+
+
+def data(options: argparse.Namespace) -> int:
+    """`sparseffn data`."""
+    if options.corpus is None:
+        corpora = list_corpora()
+        if options.json:
+            print_json(corpora)
+        else:
+            print_rows(("corpus", "what it is"), list(corpora.items()))
+        return 0
+    corpus = load_corpus(
+        options.corpus,
+        tokenizer=options.tokenizer,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        vocab_size=options.vocab_size,
+    )
+    first = {split: corpus.tokenizer.decode(corpus.tokens(split)[:200]) for split in ("train", "valid", "test")}
+    if options.json:
+        print_json({**corpus.info, "first": first})
+        return 0
+    for key, value in corpus.info.items():
+        print(f"{key}: {value}")
+    for split, text in first.items():
+        print(f"\n{split} begins:\n{text}")
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`sparseffn doctor`."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    facts: dict[str, Any] = dict(environment())
+    facts["blas"] = "mkl" if torch.backends.mkl.is_available() else "other"
+    for device in devices:
+        name, reason = explain_backend(device)
+        facts[f"backend on {device.type}"] = f"{name} ({reason})"
+    facts["backends"] = ", ".join(backend.name for backend in list_backends())
+    facts["methods"] = ", ".join(list_methods())
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        facts[f"extra {extra}"] = f"no: pip install 'sparseffn[{extra}]'" if missing else "installed"
+    cache = default_cache_dir()
+    facts["cache"] = str(cache)
+    root = next(p for p in (cache, *cache.parents) if p.exists())
+    facts["free disk"] = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB"
+    if options.json:
+        print_json(facts)
+    else:
+        print_rows(("", ""), [(key, str(value)) for key, value in facts.items()])
+    return 0

@@ -1,0 +1,258 @@
+"""Arguments of every command. Nothing here needs PyTorch, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+DESCRIPTION = """\
+Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
+
+  sparseffn methods                        what there is
+  sparseffn compare --methods dense topk pkm sigma-moe --budget 8m --out runs/first
+"""
+
+Parser = argparse.ArgumentParser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as written, defaults told."""
+
+
+def build_parser() -> Parser:
+    """The parser of `sparseffn`."""
+    parser = Parser(prog="sparseffn", description=DESCRIPTION, formatter_class=_Help)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_methods, _match, _compare, _train, _eval, _generate, _bench, _data, _doctor):
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, text: str, function: str) -> Parser:
+    parser = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=_Help)
+    parser.set_defaults(run=_lazy(function))
+    return parser
+
+
+def _lazy(function: str) -> Callable[[argparse.Namespace], int]:
+    """The command's function, imported when it runs."""
+    module, name = function.split(":")
+
+    def run(options: argparse.Namespace) -> int:
+        return getattr(importlib.import_module(f"sparseffn.cli.{module}"), name)(options)
+
+    return run
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _machine(parser: Parser) -> None:
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def _corpus(parser: Parser) -> None:
+    parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text or ptb")
+    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
+    parser.add_argument("--tokenizer", help="bytes, chars, words or bpe (default: the corpus's own)")
+    parser.add_argument("--vocab-size", type=int, help="pieces of a bpe vocabulary (default: 8000)")
+    parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
+
+
+def _settings(parser: Parser) -> None:
+    parser.add_argument("--preset", default="tiny", help="tiny, small, wt-s, wt-s-star, wt-b or e8")
+    for name, kind, what in (
+        ("--lr", float, "peak learning rate"),
+        ("--batch", int, "streams read in parallel"),
+        ("--context", int, "tokens of a window"),
+        ("--warmup", int, "steps of linear warm-up"),
+        ("--clip", float, "largest gradient norm"),
+    ):
+        parser.add_argument(name, type=kind, help=f"{what} (default: the preset's)")
+
+
+def _methods(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "methods",
+        "List the methods, or the options of one.",
+        "Examples:\n  sparseffn methods\n  sparseffn methods sigma-moe",
+        "describe:methods",
+    )
+    parser.add_argument("method", nargs="?", help="show this method's options")
+    parser.add_argument("--markdown", action="store_true", help="the table of the README")
+    _json(parser)
+
+
+def _match(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "match",
+        "Size a method so that it has another one's parameters.",
+        "Options of a method follow its name as key=value; matching then turns its knobs.\n\n"
+        "Examples:\n"
+        "  sparseffn match --method pkm --like dense --d-model 412 --d-ff 2053\n"
+        "  sparseffn match --method sigma-moe expert_size=64 k=8 --like dense --d-model 412 --d-ff 2053\n"
+        "  sparseffn match --method switch --like dense --preset wt-b --vocab-size 8000   # within the whole model",
+        "describe:match",
+    )
+    parser.add_argument("--method", nargs="+", required=True, metavar="NAME", help="method, then its options as key=value")
+    parser.add_argument("--like", nargs="+", default=["dense"], metavar="NAME", help="method to match, then its options")
+    parser.add_argument("--d-model", type=int, help="width of the model")
+    parser.add_argument("--d-ff", type=int, help="key-value pairs of the dense block")
+    parser.add_argument("--preset", help="take sizes from a preset and match the whole model")
+    parser.add_argument("--vocab-size", type=int, default=8000, help="vocabulary of the preset's model")
+    _json(parser)
+
+
+def _compare(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "compare",
+        "Train parameter-equal models that differ in their feedforward block; one table and one page.",
+        "All methods see the same data in the same order, share every hyperparameter, and start from the same\n"
+        "parameters outside the feedforward blocks. Interrupt it when you like: the same command goes on.\n\n"
+        "Examples:\n"
+        "  sparseffn compare --methods dense topk pkm sigma-moe --budget 8m --out runs/first\n"
+        "  sparseffn compare --methods dense sigma-moe sigma-moe k=1 expert_size=256 --steps 500 --seeds 3 --out runs/k\n"
+        "  sparseffn compare --corpus text --data-dir my_notes/ --methods dense switch --budget 20m --out runs/notes",
+        "compare:compare_command",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", required=True, metavar="NAME", help="methods, each followed by its options as key=value"
+    )
+    _corpus(parser)
+    _settings(parser)
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    parser.add_argument("--seed", type=int, default=0, help="first seed")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--budget", help="time for everything: 90s, 8m, 2h; sets the steps once, equal for all methods")
+    length.add_argument("--steps", type=int, help="training steps, equal for all methods (default: the preset's)")
+    parser.add_argument("--out", required=True, help="folder of the comparison")
+    _machine(parser)
+    _json(parser)
+
+
+def _train(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "Train one language model.",
+        "Goes on from the last checkpoint in --out with the same command, bit-identically.\n\n"
+        "Examples:\n"
+        "  sparseffn train --method sigma-moe --steps 300 --out runs/sigma\n"
+        "  sparseffn train --method topk k=128 --corpus ptb --data-dir ptb/ --preset small --out runs/topk",
+        "run:train_command",
+    )
+    parser.add_argument("--method", nargs="+", required=True, metavar="NAME", help="method, then its options as key=value")
+    _corpus(parser)
+    _settings(parser)
+    parser.add_argument("--steps", type=int, help="training steps (default: the preset's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of parameters and dropout")
+    parser.add_argument("--optimizer", choices=("adam", "adamw"), default="adam", help="optimiser")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="weight decay")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="autocast dtype")
+    parser.add_argument("--eval-every", type=int, help="steps between points of the validation curve (default: 20 points)")
+    parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 10 of them)")
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events; needs sparseffn[track]")
+    parser.add_argument("--out", required=True, help="run folder")
+    _machine(parser)
+    _json(parser)
+
+
+def _eval(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "eval",
+        "Evaluate a run's model: every token of a split is predicted once.",
+        "Examples:\n  sparseffn eval runs/sigma\n  sparseffn eval runs/sigma --split valid --memory 2048",
+        "run:eval_command",
+    )
+    parser.add_argument("folder", metavar="RUN", help="run folder")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="split")
+    parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's)")
+    parser.add_argument("--eval-batch", type=int, help="streams the split is cut into; 1 is exact (default: the run's)")
+    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
+    parser.add_argument("--cache-dir", help="where token files are kept")
+    _machine(parser)
+    _json(parser)
+
+
+def _generate(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "generate",
+        "Print text that a run's model writes.",
+        'Examples:\n  sparseffn generate runs/sigma --prompt "def main("\n'
+        '  sparseffn generate runs/sigma --prompt "import " --temperature 0.8 --top-k 40 --n-tokens 400',
+        "run:generate_command",
+    )
+    parser.add_argument("folder", metavar="RUN", help="run folder")
+    parser.add_argument("--prompt", default="\n", help="text to go on from")
+    parser.add_argument("--n-tokens", type=int, default=200, help="tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
+    parser.add_argument("--top-k", type=int, help="sample among the K most likely tokens")
+    parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's in evaluation)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    _machine(parser)
+
+
+def _bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="Measure speed, interleaved in one run.", formatter_class=_Help)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    layer = _add(
+        kinds,
+        "layer",
+        "Time of one layer of each method against the dense block, at equal parameters.",
+        "A layer that disagrees with its reference is not timed.\n\n"
+        "Example:\n  sparseffn bench layer --preset tiny --tokens 64 1024",
+        "bench:layer_command",
+    )
+    layer.add_argument("--methods", nargs="+", metavar="NAME", help="methods and options (default: all methods)")
+    layer.add_argument("--preset", default="tiny", help="sizes")
+    layer.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens of a call")
+    layer.add_argument("--rounds", type=int, default=7, help="timed calls")
+    _machine(layer)
+    _json(layer)
+    step = _add(
+        kinds,
+        "step",
+        "Time of a training step with relative attention against plain attention over the same keys.",
+        "Example:\n  sparseffn bench step --preset wt-s --batch 4",
+        "bench:step_command",
+    )
+    step.add_argument("--method", nargs="+", default=["dense"], metavar="NAME", help="feedforward block")
+    step.add_argument("--preset", default="wt-s", help="sizes")
+    step.add_argument("--batch", type=int, default=4, help="streams")
+    step.add_argument("--vocab-size", type=int, default=8000, help="vocabulary")
+    step.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    _machine(step)
+    _json(step)
+
+
+def _data(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "data",
+        "List the corpora, or prepare one and say what is in it.",
+        "Examples:\n  sparseffn data\n  sparseffn data --corpus stdlib",
+        "describe:data",
+    )
+    _corpus(parser)
+    parser.set_defaults(corpus=None)
+    _json(parser)
+
+
+def _doctor(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        "Say what this installation can do: versions, threads, backends and why, extras.",
+        "",
+        "describe:doctor",
+    )
+    _json(parser)

@@ -1,0 +1,141 @@
+"""Incremental generation: keys and values of the past are cached, so that a token costs one pass over a window of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.models.attention import RelativeAttention
+from sparseffn.models.transformer_xl import Block, TransformerXL
+
+
+@final
+class _LayerCache:
+    """Keys and values of one layer's last `length` positions, and the position keys of every distance."""
+
+    def __init__(self, block: Block, batch: int, length: int) -> None:
+        assert isinstance(block.attention, RelativeAttention), "generation needs relative positions"
+        self.block, self.attention, self.length, self.filled = block, block.attention, length, 0
+        weight = self.attention.key.weight
+        # Twice the length, so that the oldest fall out by moving the window, and moving data is rare.
+        shape = (batch, 2 * length, self.attention.n_heads, self.attention.d_head)
+        self.keys, self.values = weight.new_zeros(shape), weight.new_zeros(shape)
+        # Distances length - 1 .. 0, as keys are stored from the oldest on.
+        self.positions = self.attention.position_keys(torch.arange(length - 1, -1, -1, device=weight.device))
+        self.start = 0
+
+    def append(self, k_BLHC: Tensor, v_BLHC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one position; returns keys and values of the last `length`, oldest first."""
+        if self.start + self.filled == self.keys.shape[1]:
+            for buffer in (self.keys, self.values):
+                buffer[:, : self.length - 1] = buffer[:, self.start + 1 : self.start + self.filled].clone()
+            self.start, self.filled = 0, self.length - 1
+        end = self.start + self.filled
+        self.keys[:, end], self.values[:, end] = k_BLHC[:, 0], v_BLHC[:, 0]
+        if self.filled < self.length:
+            self.filled += 1
+        else:
+            self.start += 1
+        window = slice(self.start, self.start + self.filled)
+        return self.keys[:, window], self.values[:, window]
+
+    def step(self, x_B1D: Tensor) -> Tensor:
+        """One layer for one new position."""
+        block, attention = self.block, self.attention
+        normed = block.attention_norm(x_B1D)
+        q = attention.heads(attention.query(normed))[:, 0]
+        k, v = self.append(attention.heads(attention.key(normed)), attention.heads(attention.value(normed)))
+        content = torch.einsum("bhc,bshc->bhs", q + attention.content_bias, k)
+        position = torch.einsum("bhc,shc->bhs", q + attention.position_bias, self.positions[-self.filled :])
+        weights = ((content + position) * attention.scale).softmax(dim=-1)
+        mixed = torch.einsum("bhs,bshc->bhc", weights, v).flatten(1)[:, None]
+        x_B1D = x_B1D + attention.output(mixed)
+        return x_B1D + block.ffn(block.ffn_norm(x_B1D))
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: TransformerXL,
+    prompt: Sequence[int],
+    n_tokens: int,
+    *,
+    memory_length: int = 1024,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Tokens that follow a prompt, one at a time.
+
+    Args:
+        model: put into evaluation mode.
+        prompt: at least one token.
+        n_tokens: how many to generate.
+        memory_length: positions that a token may attend to, itself included; the oldest fall out.
+        temperature: 0 takes the most likely token; above, samples from the softmax of logits / temperature.
+        top_k: sample among the K most likely only; None among all.
+        generator: of the samples.
+
+    Raises:
+        UserError: the prompt is empty or holds an unknown token, or a setting is out of range.
+    """
+    _check(model, prompt, n_tokens, memory_length, temperature, top_k)
+    model.eval()
+    caches = [_LayerCache(block, 1, memory_length) for block in model.layers if isinstance(block, Block)]
+    logits = torch.empty(0)
+    for token in prompt:
+        logits = _advance(model, caches, token)
+    for i in range(n_tokens):
+        token = _pick(logits, temperature, top_k, generator)
+        yield token
+        if i + 1 < n_tokens:
+            logits = _advance(model, caches, token)
+
+
+def generate(model: TransformerXL, prompt: Sequence[int], n_tokens: int, **settings: object) -> list[int]:
+    """`generate_tokens` as a list; the settings and errors are the same."""
+    return list(generate_tokens(model, prompt, n_tokens, **settings))  # pyright: ignore[reportArgumentType]
+
+
+def _advance(model: TransformerXL, caches: Sequence[_LayerCache], token: int) -> Tensor:
+    """Logits `[vocab_size]` after one more token."""
+    device = model.embedding.weight.device
+    x = model.embedding(torch.tensor([[token]], device=device))
+    for cache in caches:
+        x = cache.step(x)
+    return model.project(x)[0, 0]
+
+
+def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.float() / temperature
+    if top_k is not None and top_k < scaled.shape[0]:
+        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -torch.inf)
+    return int(torch.multinomial(scaled.softmax(dim=0), 1, generator=generator))
+
+
+def _check(
+    model: TransformerXL,
+    prompt: Sequence[int],
+    n_tokens: int,
+    memory_length: int,
+    temperature: float,
+    top_k: int | None,
+) -> None:
+    vocab_size = model.config.vocab_size
+    if not prompt:
+        raise UserError("`prompt` must hold at least one token; got none; fix: --prompt TEXT")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {max(prompt)}")
+    if n_tokens < 0:
+        raise UserError(f"`n_tokens` must not be negative; got {n_tokens}; fix: pass 0 or more")
+    if memory_length < 1:
+        raise UserError(f"`memory_length` must be at least 1; got {memory_length}; fix: use the training memory or more")
+    if not temperature >= 0:
+        raise UserError(f"`temperature` must be at least 0; got {temperature}; fix: 0 is greedy, 1 the model's own")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"`top_k` must be at least 1; got {top_k}; fix: leave it out to sample among all")

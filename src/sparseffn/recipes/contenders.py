@@ -1,0 +1,110 @@
+"""The methods of a comparison, each sized to the dense model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sparseffn.errors import UserError
+from sparseffn.ffn import FFNConfig, field_infos, method_class, parse_options
+from sparseffn.ffn.dense import DenseConfig
+from sparseffn.matching import TOLERANCE, Match, match
+from sparseffn.models import TransformerXLConfig
+from sparseffn.models.presets import Preset
+
+# Compute that differs more than this from the preset's K x G is marked in the table.
+COMPUTE_TOLERANCE = 0.10
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method and the options that a user sets on it."""
+
+    method: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How rows name it."""
+        return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A matched method in a model."""
+
+    label: str
+    match: Match
+    model: TransformerXLConfig
+    marks: tuple[str, ...]
+
+    @property
+    def config(self) -> FFNConfig:
+        """The matched block."""
+        return self.match.config
+
+
+def parse_methods(words: Sequence[str]) -> list[MethodChoice]:
+    """`dense topk k=128 sigma-moe` as methods: words with "=" are options of the method before them.
+
+    Raises:
+        UserError: an option comes first, or a method is named twice with the same options.
+    """
+    choices: list[tuple[str, dict[str, str]]] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            choices.append((method_class(word).name, {}))
+        elif not choices:
+            raise UserError(f"an option must follow its method; got {word!r} first; fix: write METHOD {word}")
+        else:
+            choices[-1][1][key] = value
+    parsed = [MethodChoice(method, options) for method, options in choices]
+    labels = [choice.label for choice in parsed]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"each method must be named once; got {label!r} twice; fix: remove one or vary its options")
+    return parsed
+
+
+def contenders(choices: Sequence[MethodChoice], preset: Preset, vocab_size: int) -> list[Contender]:
+    """Every method at the preset's sizes, matched to the dense model.
+
+    Raises:
+        UserError: a method cannot be brought within 0.5% of the dense model's parameters, or an option is unknown.
+    """
+    dense = DenseConfig.from_shape(preset.shape)
+    other = preset.model(dense, vocab_size).other_params()
+    return [_contender(choice, preset, vocab_size, dense.num_params(), other) for choice in choices]
+
+
+def _contender(choice: MethodChoice, preset: Preset, vocab_size: int, target: int, other: int) -> Contender:
+    config_class = method_class(choice.method)
+    options = parse_options(choice.method, config_class, choice.options)
+    fixed = {key: value for key, value in options.items() if key not in ("d_model", "n_layers")}
+    if len(fixed) < len(options):
+        raise UserError("`d_model` and `n_layers` must be the preset's; got other values; fix: choose another --preset")
+    config = config_class.from_shape(preset.shape).replace(**fixed)
+    matched = match(config, target, n_blocks=preset.shape.n_layers, other_params=other)
+    if not matched.equal:
+        raise UserError(
+            f"{choice.label} must come within {TOLERANCE:.1%} of the dense model's {matched.model_target:,} parameters; "
+            f"got {matched.model_params:,} ({matched.residual_percent:+.2f}%); fix: change its options or leave it out"
+        )
+    marks = [f"{key} is matched, not the {fixed[key]} asked for" for key in config.knobs if key in fixed and
+             getattr(matched.config, key) != fixed[key]]
+    marks += _compute_marks(matched.config, preset)
+    return Contender(
+        label=choice.label, match=matched, model=preset.model(matched.config, vocab_size), marks=tuple(marks)
+    )
+
+
+def _compute_marks(config: FFNConfig, preset: Preset) -> list[str]:
+    """Say where a sparse method computes another number of channels than the preset's K x G."""
+    if config.active_channels == config.n_channels and "k" not in field_infos(type(config)):
+        return []
+    wanted = preset.shape.active_channels
+    deviation = config.active_channels / wanted - 1
+    if abs(deviation) <= COMPUTE_TOLERANCE:
+        return []
+    return [f"computes {config.active_channels} channels a token, {deviation:+.0%} against the preset's K x G = {wanted}"]

@@ -1,0 +1,77 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseffn.report import write_page
+
+LABEL = """<script>document.title = "x"</script> & "q" """
+
+
+@pytest.fixture
+def page(browser: Any, seeded: dict[str, Any], tmp_path: Path) -> Any:
+    """The browser with the page of a comparison in which one label is hostile."""
+    seeded["methods"][3]["label"] = LABEL
+    path = tmp_path / "page.html"
+    write_page(seeded, path)
+    browser.get(path.as_uri())
+    return browser
+
+
+def test_browser_reports_nothing_and_loads_nothing(page: Any) -> None:
+    """The console is empty, and the page asked for no other resource."""
+    assert page.get_log("browser") == []
+    assert page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
+
+
+def test_every_figure_is_visible(page: Any) -> None:
+    """All nine drawings have a size, each sparse method's usage among them."""
+    figures = page.find_elements("css selector", "figure svg[role=img]")
+    assert len(figures) == 9
+    assert all(f.is_displayed() and f.size["width"] > 300 and f.size["height"] > 150 for f in figures)
+    assert len(page.find_elements("css selector", "#usage figure svg")) == 4
+
+
+def test_no_text_of_a_figure_is_cut_off(page: Any) -> None:
+    """Every word of a drawing lies inside it."""
+    outside = page.execute_script("""
+        return [...document.querySelectorAll("figure svg text")].filter(text => {
+            const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
+            return inner.left < outer.left - 1 || inner.right > outer.right + 1
+                || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1;
+        }).map(text => text.textContent)""")
+    assert outside == []
+
+
+def test_hostile_label_is_shown_as_text(page: Any) -> None:
+    """The label runs nothing and reads as it was written."""
+    assert page.title.startswith("stdlib, preset tiny")
+    assert page.find_elements("css selector", "script") == []
+    labels = page.find_elements("css selector", ".results tbody th")
+    assert labels[3].text == LABEL.strip()
+
+
+@pytest.mark.parametrize("width", [380, 1200], ids=["narrow", "wide"])
+def test_page_fits_the_window(page: Any, width: int) -> None:
+    """Only the tables scroll sideways, inside their own frame."""
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_print_shows_the_whole_table(page: Any) -> None:
+    """On paper nothing scrolls, so nothing may stick out."""
+    # The text width of A4 with the margins of the page's style sheet, in CSS pixels.
+    metrics = {"width": 687, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    widths = page.execute_script(
+        "return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
+    )
+    assert max(widths) <= 687
