@@ -40,9 +40,7 @@ class TestStdlib:
     def test_excluded_folders_are_absent(self) -> None:
         """Installed packages and tests are not the standard library."""
         source = find_stdlib(None)
-        parts = {
-            part for split in SPLITS for piece in source.pieces[split] for part in Path(piece.file.label).parts[:-1]
-        }
+        parts = {part for split in SPLITS for piece in source.pieces[split] for part in Path(piece.file.label).parts[:-1]}
         assert parts
         assert not parts & EXCLUDED_FOLDERS
 
@@ -127,9 +125,7 @@ class TestText:
     @pytest.mark.parametrize("given", [None, "/no/such/place"], ids=["nothing", "nowhere"])
     def test_the_data_is_asked_for(self, given: str | None) -> None:
         """What to give, and what was given."""
-        with pytest.raises(
-            UserError, match=r"corpus 'text' must have a `data_dir` with your text.*fix: pass --data-dir"
-        ):
+        with pytest.raises(UserError, match=r"corpus 'text' must have a `data_dir` with your text.*fix: pass --data-dir"):
             load_corpus("text", data_dir=given)
 
     def test_chars_name_the_file_that_is_not_text(self, tmp_path: Path) -> None:
@@ -185,9 +181,7 @@ class TestPtb:
     def test_missing_files_are_named(self, tmp_path: Path) -> None:
         """Which of the three are not there."""
         make_files(tmp_path, ["ptb.train.txt"])
-        with pytest.raises(
-            UserError, match=r"ptb\.train\.txt, ptb\.valid\.txt, ptb\.test\.txt.*without ptb\.valid\.txt"
-        ):
+        with pytest.raises(UserError, match=r"ptb\.train\.txt, ptb\.valid\.txt, ptb\.test\.txt.*without ptb\.valid\.txt"):
             load_corpus("ptb", data_dir=tmp_path)
 
     def test_the_data_is_asked_for(self) -> None:

@@ -71,7 +71,5 @@ def test_print_shows_the_whole_table(page: Any) -> None:
     metrics = {"width": 687, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    widths = page.execute_script(
-        "return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)"
-    )
+    widths = page.execute_script("return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)")
     assert max(widths) <= 687

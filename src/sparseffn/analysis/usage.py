@@ -43,7 +43,7 @@ class LayerUsage:
         self.active_sum += float(active.sum())
         self.active_square_sum += float(active.square().sum())
         selection = stats.selection
-        if selection is not None and selection.k is not None and 1 < selection.k and len(self.counts) <= MAX_COOCCURRENCE:
+        if selection is not None and selection.k is not None and selection.k > 1 and len(self.counts) <= MAX_COOCCURRENCE:
             chosen = torch.zeros(selection.n_tokens, len(self.counts))
             chosen.scatter_(1, selection.indices.view(-1, selection.k), (selection.weights != 0).float().view(-1, selection.k))
             pairs = (chosen.t() @ chosen).double()

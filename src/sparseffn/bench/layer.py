@@ -68,7 +68,9 @@ def check_layer(label: str, layer: FeedForward) -> None:
         got, wanted = layer.eval()(x), layer.reference(x)
     error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if not error <= _TOLERANCE:
-        raise UserError(f"{label} must agree with its reference to be timed; got a relative error of {error:.2g}; fix the layer")
+        raise UserError(
+            f"{label} must agree with its reference to be timed; got a relative error of {error:.2g}; fix the layer"
+        )
 
 
 def _forward(layer: FeedForward, x: Tensor) -> Callable[[], object]:

@@ -12,9 +12,7 @@ from sparseffn.evaluate import token_losses
 from sparseffn.models import PlainAttention, RelativeAttention, TransformerXL, TransformerXLConfig
 
 
-def training_step(
-    model: TransformerXL, *, batch: int, context: int, memory: int
-) -> Callable[[], None]:
+def training_step(model: TransformerXL, *, batch: int, context: int, memory: int) -> Callable[[], None]:
     """A call that trains one step on random tokens with a full memory."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (batch, context + 1), generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from sparseffn.cli.memory import keep_freed_memory
 from sparseffn.cli.parser import build_parser
 
 
@@ -14,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sparseffn.errors import UserError
 
     options = build_parser().parse_args(arguments)
+    keep_freed_memory()
     try:
         return options.run(options)
     except UserError as error:
@@ -21,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"sparseffn: {error.strerror or error}{where}; fix: check the path, its rights and the disk", file=sys.stderr)
+        print(
+            f"sparseffn: {error.strerror or error}{where}; fix: check the path, its rights and the disk",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("sparseffn: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -35,22 +35,30 @@ def layer_command(options: argparse.Namespace) -> int:
         times = time_layers(configs, n_tokens=n_tokens, rounds=options.rounds)
         base = times.pop("(dense)")
         for label, t in times.items():
-            rows.append({
-                "method": label,
-                "tokens": n_tokens,
-                "forward_ms": 1e3 * t.forward_s,
-                "training_ms": 1e3 * t.training_s,
-                "forward_vs_dense": t.forward_s / base.forward_s,
-                "training_vs_dense": t.training_s / base.training_s,
-            })
+            rows.append(
+                {
+                    "method": label,
+                    "tokens": n_tokens,
+                    "forward_ms": 1e3 * t.forward_s,
+                    "training_ms": 1e3 * t.training_s,
+                    "forward_vs_dense": t.forward_s / base.forward_s,
+                    "training_vs_dense": t.training_s / base.training_s,
+                }
+            )
     if options.json:
         print_json({"environment": environment(), "preset": preset.name, "rows": rows})
         return 0
     print_rows(
         ("method", "tokens", "forward ms", "forward + backward ms", "forward / dense", "forward + backward / dense"),
         [
-            (r["method"], str(r["tokens"]), f"{r['forward_ms']:.2f}", f"{r['training_ms']:.2f}",
-             f"{r['forward_vs_dense']:.2f}", f"{r['training_vs_dense']:.2f}")
+            (
+                r["method"],
+                str(r["tokens"]),
+                f"{r['forward_ms']:.2f}",
+                f"{r['training_ms']:.2f}",
+                f"{r['forward_vs_dense']:.2f}",
+                f"{r['training_vs_dense']:.2f}",
+            )
             for r in rows
         ],
         title=f"One layer, preset {preset.name}, float32, medians of {options.rounds} interleaved calls",

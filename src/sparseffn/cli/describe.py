@@ -67,13 +67,15 @@ def _one_method(options: argparse.Namespace) -> int:
         values = " | ".join(info.choices) if info.choices else f"{info.kind.__name__}, {info.option.range_text()}"
         if info.kind is bool:
             values = "true | false"
-        rows.append({
-            "option": info.name,
-            "values": values + (" or none" if info.optional else ""),
-            "default": None if required else info.default,
-            "required": required,
-            "meaning": info.option.doc,
-        })
+        rows.append(
+            {
+                "option": info.name,
+                "values": values + (" or none" if info.optional else ""),
+                "default": None if required else info.default,
+                "required": required,
+                "meaning": info.option.doc,
+            }
+        )
     if options.json:
         print_json({**_method_row(config_class), "options": rows})
         return 0
@@ -105,12 +107,24 @@ def match(options: argparse.Namespace) -> int:
         print_json(data)
         return 0
     rows = [
-        ("block", f"{found.block_params:,}", f"{found.target_params:,}", f"{found.block_residual:+,}",
-         f"{found.block_residual_percent:+.3f}%"),
+        (
+            "block",
+            f"{found.block_params:,}",
+            f"{found.target_params:,}",
+            f"{found.block_residual:+,}",
+            f"{found.block_residual_percent:+.3f}%",
+        ),
     ]
     if found.other_params:
-        rows.append(("whole model", f"{found.model_params:,}", f"{found.model_target:,}", f"{found.residual:+,}",
-                     f"{found.residual_percent:+.3f}%"))
+        rows.append(
+            (
+                "whole model",
+                f"{found.model_params:,}",
+                f"{found.model_target:,}",
+                f"{found.residual:+,}",
+                f"{found.residual_percent:+.3f}%",
+            )
+        )
     settings = " ".join(f"{key}={value}" for key, value in config.to_json().items() if key != "method")
     print(f"{config.name} {settings}\n")
     print_rows(("parameters", "matched", "target", "residual", "percent"), rows)
@@ -131,9 +145,7 @@ def _match(options: argparse.Namespace) -> Match:
         shape = dataclasses.replace(preset.shape, **{k: v for k, v in given.items() if v is not None})
     elif options.d_model and options.d_ff:
         n_experts = max(_K, round(options.d_ff / _EXPERT_SIZE))
-        shape = BlockShape(
-            d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K
-        )
+        shape = BlockShape(d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K)
     else:
         raise UserError("`--d-model` and `--d-ff`, or `--preset`, must be given; got neither; fix: --d-model 412 --d-ff 2053")
     target = _configured(like, shape).num_params()

@@ -95,7 +95,9 @@ class Watch:
 
     def _bar(self, name: str) -> OnStep:
         self.progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
             console=self.console,
         )
         task = self.progress.add_task(name, total=None, text="")

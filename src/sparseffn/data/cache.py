@@ -148,9 +148,7 @@ class TokenCache:
             raise _damaged(folder, "all of its files, whole,", repr(error)) from error
         return Prepared(tokenizer, tokens, {split: meta["splits"][split]["bytes"] for split in SPLITS}, meta["content"])
 
-    def store(
-        self, key: str, tokenizer: Tokenizer, fill: Callable[[Split, TokenWriter], None], content: str
-    ) -> Prepared:
+    def store(self, key: str, tokenizer: Tokenizer, fill: Callable[[Split, TokenWriter], None], content: str) -> Prepared:
         """Store a corpus under a key, unless somebody else has by then.
 
         Args:

@@ -76,7 +76,5 @@ def required_data_dir(data_dir: Path | None, *, corpus: str, contents: str) -> P
     """
     if data_dir is None or not data_dir.exists():
         got = "nothing" if data_dir is None else repr(str(data_dir))
-        raise UserError(
-            f"corpus {corpus!r} must have a `data_dir` with {contents}; got {got}; fix: pass --data-dir PATH"
-        )
+        raise UserError(f"corpus {corpus!r} must have a `data_dir` with {contents}; got {got}; fix: pass --data-dir PATH")
     return data_dir

@@ -116,6 +116,11 @@ class FFNConfig(ABC):
         """Two to four tiny configs that together use every option; the contract suite runs them."""
 
     @classmethod
+    def identity_example(cls) -> FFNConfig | None:
+        """A config under which everything is selected with gate 1, where there is one; see `FeedForward.keys_matrix`."""
+        return None
+
+    @classmethod
     def from_shape(cls, shape: BlockShape) -> Self:
         """The method at a preset's sizes, before parameters are matched: the fields that it `takes`."""
         return cls(**{key: getattr(shape, key) for key in field_infos(cls) if key in cls.takes})

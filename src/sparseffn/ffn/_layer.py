@@ -44,6 +44,18 @@ class FeedForward(nn.Module, ABC):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial parameters again, from `generator` or from PyTorch's global one."""
 
+    def keys_matrix(self) -> Tensor | None:
+        """The keys `k_i`, `[d_ff, d_model]`, of the dense block that the layer equals when everything is selected.
+
+        The contract suite holds a layer of `identity_example()` against that block; there every selector row is
+        (100, 0, ..., 0) and the first entry of x is 1, which opens a sigmoid's gate. None where no such block exists.
+        """
+        return None
+
+    def key_bias_vector(self) -> Tensor | None:
+        """Biases of the keys, `[d_ff]`, where there are any."""
+        return None
+
     def output_bias(self) -> Tensor | None:
         """The bias added to the sum of values, `[d_model]`, where there is one."""
         return None
@@ -52,9 +64,7 @@ class FeedForward(nn.Module, ABC):
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[False] = False) -> Tensor: ...
 
     @overload
-    def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[True]
-    ) -> tuple[Tensor, RoutingStats]: ...
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[True]) -> tuple[Tensor, RoutingStats]: ...
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, return_stats: bool = False
@@ -107,7 +117,6 @@ class FeedForward(nn.Module, ABC):
             )
         mask_T = mask.reshape(-1)
         return x_TD.masked_fill(~mask_T[:, None], 0.0), mask_T
-
 
     def extra_repr(self) -> str:
         """The config, in `print(model)`."""

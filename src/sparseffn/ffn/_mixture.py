@@ -37,15 +37,18 @@ class MixtureConfig(FFNConfig):
     n_experts: Annotated[int, option("Experts (N_E).", low=1)]
     expert_size: Annotated[int, option("Key-value pairs of one expert (G).", low=1)]
     dropout: Annotated[
-        float, option("Standard dropout: rate on s u inside the experts, in place of expert dropout.", low=0.0, below=1.0)
+        float,
+        option("Standard dropout: rate on s u inside the experts, in place of expert dropout.", low=0.0, below=1.0),
     ] = 0.0
     init: Annotated[
         Literal["shared", "standard", "switch"],
-        option("Fan-in of the values: all N_E G pairs (shared), one expert's G (standard), or that at a tenth of the variance."),
+        option(
+            "Fan-in of the values: all N_E G pairs (shared), one expert's G (standard), or that at a tenth of the variance."
+        ),
     ] = "shared"
-    selector_init: Annotated[
-        Literal["equal-norm", "free"], option("Selector rows: rescaled to one norm, or drawn freely.")
-    ] = "equal-norm"
+    selector_init: Annotated[Literal["equal-norm", "free"], option("Selector rows: rescaled to one norm, or drawn freely.")] = (
+        "equal-norm"
+    )
 
     @property
     @abstractmethod
@@ -107,9 +110,7 @@ class TopKMixtureConfig(MixtureConfig):
 
     def validate(self) -> None:
         """K experts must exist."""
-        require(
-            self.k <= self.n_experts, "k", f"at most n_experts = {self.n_experts}", self.k, "lower k or raise n_experts"
-        )
+        require(self.k <= self.n_experts, "k", f"at most n_experts = {self.n_experts}", self.k, "lower k or raise n_experts")
 
     @property
     def n_selected(self) -> int:
@@ -220,6 +221,10 @@ class Mixture(FeedForward):
         """What the reference does to a token's coefficients by expert before adding up values."""
         return alpha
 
+    def keys_matrix(self) -> Tensor:
+        """Keys of all experts."""
+        return self.experts.keys.transpose(1, 2).flatten(0, 1)
+
     def values_matrix(self) -> Tensor:
         """Values of all experts, `[N_E G, d_model]`."""
         return self.experts.values.flatten(0, 1)
@@ -233,6 +238,7 @@ def scatter_scores(n_experts: int, chosen: list[int], weights: Tensor) -> Tensor
 
 def best_experts(logits: Tensor, k: int, keep: Tensor | None) -> list[int]:
     """The K best experts of one token, ties to the lowest index, without those that expert dropout removed."""
-    order = sorted(range(len(logits)), key=lambda e: (-float(logits[e]), e))
+    values = logits.detach().tolist()
+    order = sorted(range(len(values)), key=lambda e: (-values[e], e))
     left = [e for e in order if keep is None or bool(keep[e])]
     return left[:k]

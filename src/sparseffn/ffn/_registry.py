@@ -31,7 +31,10 @@ def register(config_class: type[Config]) -> type[Config]:
     """
     name = config_class.name
     known = _METHODS.get(name)
-    if known is not None and (known.__module__, known.__qualname__) != (config_class.__module__, config_class.__qualname__):
+    if known is not None and (known.__module__, known.__qualname__) != (
+        config_class.__module__,
+        config_class.__qualname__,
+    ):
         raise UserError(f"`name` must be new; got {name!r}, which is {known.__module__}.{known.__qualname__}; fix: rename")
     _METHODS[name] = config_class
     return config_class

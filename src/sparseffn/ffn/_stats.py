@@ -71,6 +71,7 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
     units = routed.units
     if isinstance(units, Selection):
         weights = units.weights.detach().abs()
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         shape = (units.n_units,)
         counts = weights.new_zeros(shape, dtype=torch.int64).scatter_add_(0, units.indices, (weights != 0).long())
         sums = weights.new_zeros(shape).scatter_add_(0, units.indices, weights)

@@ -1,7 +1,7 @@
 """BASE layers (Lewis 2021, arXiv 2103.16716), equations 18 and 19 of arXiv 2310.10837.
 
-    s = sigmoid(W3 x); training: the assignment of tokens to experts of largest total score with equal loads;
-    evaluation: the best expert of each token;  y = s[e] W2^e act(W1^e x)
+s = sigmoid(W3 x); training: the assignment of tokens to experts of largest total score with equal loads;
+evaluation: the best expert of each token;  y = s[e] W2^e act(W1^e x)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BASEConfig(MixtureConfig):
 
     name: ClassVar[str] = "base"
     paper: ClassVar[str] = "Lewis 2021, arXiv 2103.16716"
-    xfail: ClassVar[dict[str, str]] = {"token_independence": BATCH_ROUTING}
+    xfail: ClassVar[dict[str, str]] = {"training_independence": BATCH_ROUTING}
 
     def build(self) -> BASE:
         """The layer."""
@@ -48,6 +48,11 @@ class BASEConfig(MixtureConfig):
             n_experts=max(1, round(shape.n_experts * shape.expert_size / shape.active_channels)),
             expert_size=shape.active_channels,
         )
+
+    @classmethod
+    def identity_example(cls) -> BASEConfig:
+        """Every expert, gates 1."""
+        return cls(d_model=8, n_experts=1, expert_size=12)
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:

@@ -68,6 +68,11 @@ class DenseConfig(FFNConfig):
         return self.d_ff
 
     @classmethod
+    def identity_example(cls) -> DenseConfig:
+        """Any dense block."""
+        return cls(d_model=8, d_ff=24)
+
+    @classmethod
     def examples(cls) -> list[FFNConfig]:
         """Tiny configs."""
         return [cls(d_model=8, d_ff=24, n_layers=2), cls(d_model=6, d_ff=10, activation="gelu", dropout=0.25)]
@@ -117,6 +122,14 @@ class Dense(FeedForward):
     def values_matrix(self) -> Tensor:
         """The rows v_i."""
         return self.values
+
+    def keys_matrix(self) -> Tensor:
+        """The rows k_i."""
+        return self.keys
+
+    def key_bias_vector(self) -> Tensor:
+        """b1."""
+        return self.key_bias
 
     def output_bias(self) -> Tensor:
         """b2."""

@@ -9,7 +9,7 @@ W3 and W4 start at zero as in Shazeer (2017); its second loss, on the load, is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,10 @@ class NoisyMoEConfig(TopKMixtureConfig):
     name: ClassVar[str] = "noisy-moe"
     paper: ClassVar[str] = "Shazeer 2017, arXiv 1701.06538"
 
+    # Mixtures without noise cannot start from zero, where all experts tie.
+    selector_init: Annotated[
+        Literal["zero", "equal-norm", "free"], option("Selector rows: zero as in Shazeer, or as in other mixtures.")
+    ] = "zero"
     cv_weight: Annotated[float, option("Weight of CV^2 of the experts' summed weights, eq. 14.", low=0.0)] = 0.1
 
     def validate(self) -> None:
@@ -61,7 +65,16 @@ class NoisyMoEConfig(TopKMixtureConfig):
         """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
-            cls(d_model=6, n_experts=4, expert_size=3, k=3, activation="identity", cv_weight=0.0, expert_dropout=0.25),
+            cls(
+                d_model=6,
+                n_experts=4,
+                expert_size=3,
+                k=3,
+                activation="identity",
+                selector_init="free",
+                cv_weight=0.0,
+                expert_dropout=0.25,
+            ),
         ]
 
 
@@ -98,9 +111,10 @@ class NoisyMoE(Mixture):
         super().__init__(config, NoisyRouter(config))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Experts as in every mixture; both selectors zero, so that noise alone routes at first."""
+        """Experts as in every mixture; both selectors start at zero, so that noise alone routes at first."""
         super().reset_parameters(generator)
-        nn.init.zeros_(self.router.selector)
+        if self.config.selector_init == "zero":
+            nn.init.zeros_(self.router.selector)
         nn.init.zeros_(self.router.noise_selector)
 
     def scores_reference(self, x_TD: Tensor) -> Tensor:

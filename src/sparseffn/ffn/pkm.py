@@ -44,16 +44,22 @@ class PKMConfig(FFNConfig):
     n_subkeys_b: Annotated[int | None, option("Sub-keys of the second half; none: as many as the first.", low=1)] = None
     n_heads: Annotated[int, option("Heads, each with its own sub-keys; their outputs are summed.", low=1)] = 4
     # The original memory normalises each head's scores by a softmax, which no other method does.
-    activation: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
-        Literal["relu", "softmax", "gelu", "silu", "identity"], option("Applied to the selected scores.")
-    ] = "relu"
+    activation: Annotated[Literal["relu", "softmax", "gelu", "silu", "identity"], option("Applied to the selected scores.")] = (
+        "relu"
+    )
     values_init: Annotated[
         Literal["d_model", "n_values"], option("Fan of the values' initialisation; n_values is the paper's '+ init'.")
     ] = "d_model"
 
     def validate(self) -> None:
         """x must split in halves, and a head cannot read more values than there are."""
-        require(self.d_model % 2 == 0, "d_model", "even, as product keys split x in halves", self.d_model, "use an even d_model")
+        require(
+            self.d_model % 2 == 0,
+            "d_model",
+            "even, as product keys split x in halves",
+            self.d_model,
+            "use an even d_model",
+        )
         if self.k is not None:
             most = f"at most the number of values {self.n_channels}"
             require(self.k <= self.n_channels, "k", most, self.k, "lower k or add sub-keys")
@@ -105,6 +111,11 @@ class PKMConfig(FFNConfig):
         n_subkeys = max(1, round(math.sqrt(shape.d_ff)))
         k = max(1, shape.active_channels // shape.n_heads)
         return cls(d_model=shape.d_model, n_subkeys=n_subkeys, n_heads=shape.n_heads, k=k, n_layers=shape.n_layers)
+
+    @classmethod
+    def identity_example(cls) -> PKMConfig:
+        """One head that reads every value: a dense block whose keys are all pairs of sub-keys."""
+        return cls(d_model=8, n_subkeys=4, n_subkeys_b=3, n_heads=1, k=12)
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
@@ -184,9 +195,9 @@ class PKM(FeedForward):
         outputs = []
         for x in x_TD:
             x_a, x_b = x.chunk(2)
-            u_HN = torch.stack([
-                ((b @ x_b)[:, None] + (a @ x_a)[None, :]).flatten() for a, b in zip(self.keys_a, self.keys_b, strict=True)
-            ])
+            u_HN = torch.stack(
+                [((b @ x_b)[:, None] + (a @ x_a)[None, :]).flatten() for a, b in zip(self.keys_a, self.keys_b, strict=True)]
+            )
             outputs.append(self._read(u_HN))
         return torch.stack(outputs) if outputs else x_TD * sum(p.sum() for p in self.parameters())
 
@@ -198,6 +209,13 @@ class PKM(FeedForward):
             best = u_N.detach().sort(descending=True, stable=True).indices[: self.config.k]
             y = y + self.activate(u_N[best]) @ self.values[best]
         return y
+
+    def keys_matrix(self) -> Tensor | None:
+        """Of one head: every pair of sub-keys, side by side."""
+        if self.config.n_heads > 1:
+            return None
+        a_ND, b_ND = self.keys_a[0], self.keys_b[0]
+        return torch.cat((a_ND.repeat(len(b_ND), 1), b_ND.repeat_interleave(len(a_ND), dim=0)), dim=1)
 
     def values_matrix(self) -> Tensor:
         """The value table."""

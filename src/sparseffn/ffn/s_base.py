@@ -31,7 +31,7 @@ class SBASEConfig(TopKMixtureConfig):
     name: ClassVar[str] = "s-base"
     paper: ClassVar[str] = "Clark 2022, arXiv 2202.01169"
     takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "entropy_weight")
-    xfail: ClassVar[dict[str, str]] = {"token_independence": BATCH_ROUTING}
+    xfail: ClassVar[dict[str, str]] = {"training_independence": BATCH_ROUTING}
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
     sinkhorn: Annotated[
@@ -41,6 +41,11 @@ class SBASEConfig(TopKMixtureConfig):
     def build(self) -> SBASE:
         """The layer."""
         return SBASE(self)
+
+    @classmethod
+    def identity_example(cls) -> SBASEConfig:
+        """Every expert, gates 1."""
+        return cls(d_model=8, n_experts=4, expert_size=3, k=4)
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:

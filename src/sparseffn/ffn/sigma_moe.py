@@ -36,9 +36,9 @@ class SigmaMoEConfig(TopKMixtureConfig):
     takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "expert_dropout", "entropy_weight")
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
-    inner_k: Annotated[
-        int | None, option("Units that survive among the selected experts' K G; none: all of them.", low=1)
-    ] = None
+    inner_k: Annotated[int | None, option("Units that survive among the selected experts' K G; none: all of them.", low=1)] = (
+        None
+    )
 
     def validate(self) -> None:
         """K experts and inner_k units must exist."""
@@ -69,6 +69,11 @@ class SigmaMoEConfig(TopKMixtureConfig):
         tensors = saved_activations(self.activation, self.dropout) + 2
         survivors = self.inner_k * (3 * INDEX_BYTES + tensors * itemsize)
         return n_tokens * (rows + survivors) + (self.n_experts + 1) * INDEX_BYTES
+
+    @classmethod
+    def identity_example(cls) -> SigmaMoEConfig:
+        """Every expert, gates 1."""
+        return cls(d_model=8, n_experts=4, expert_size=3, k=4)
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
@@ -158,6 +163,4 @@ class SigmaMoE(Mixture):
             return alpha
         ranked = sorted(((float(a), e, g) for e, row in alpha.items() for g, a in enumerate(row)), key=lambda r: -r[0])
         kept = {(e, g) for _, e, g in ranked[: self.config.inner_k]}
-        return {
-            e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()
-        }
+        return {e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()}

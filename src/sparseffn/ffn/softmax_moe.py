@@ -41,6 +41,11 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
         return TopKMixtureConfig._router_bytes(self, itemsize) + (self.n_experts + 1) * LOGIT_BYTES
 
     @classmethod
+    def identity_example(cls) -> SoftmaxMoEConfig:
+        """Every expert, gates 1."""
+        return cls(d_model=8, n_experts=1, expert_size=12, k=1)
+
+    @classmethod
     def examples(cls) -> list[FFNConfig]:
         """Tiny configs."""
         return [

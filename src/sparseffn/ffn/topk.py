@@ -80,8 +80,17 @@ class TopKConfig(FFNConfig):
     def from_shape(cls, shape: BlockShape) -> TopKConfig:
         """The dense block's size with as many active channels as the mixtures have."""
         return cls(
-            d_model=shape.d_model, d_ff=shape.d_ff, k=shape.active_channels, n_layers=shape.n_layers, dropout=shape.dropout
+            d_model=shape.d_model,
+            d_ff=shape.d_ff,
+            k=shape.active_channels,
+            n_layers=shape.n_layers,
+            dropout=shape.dropout,
         )
+
+    @classmethod
+    def identity_example(cls) -> TopKConfig:
+        """All entries survive."""
+        return cls(d_model=8, d_ff=24, k=24)
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
@@ -155,6 +164,14 @@ class TopK(FeedForward):
     def values_matrix(self) -> Tensor:
         """The rows v_i."""
         return self.values
+
+    def keys_matrix(self) -> Tensor:
+        """The rows k_i."""
+        return self.keys
+
+    def key_bias_vector(self) -> Tensor:
+        """b1."""
+        return self.key_bias
 
     def output_bias(self) -> Tensor:
         """b2."""

@@ -80,9 +80,7 @@ _PRESETS = [
     Preset(
         name="tiny",
         doc="demonstration: 2 layers of width 128, d_ff 2048, 256 active channels; minutes on 2 cores",
-        shape=BlockShape(
-            d_model=128, d_ff=2048, n_experts=16, expert_size=128, k=2, n_layers=2, entropy_weight=1e-3
-        ),
+        shape=BlockShape(d_model=128, d_ff=2048, n_experts=16, expert_size=128, k=2, n_layers=2, entropy_weight=1e-3),
         n_heads=4,
         d_head=32,
         context=128,
@@ -112,9 +110,7 @@ _PRESETS = [
     _published(
         "wt-s",
         "WikiText-103, 47M (paper)",
-        BlockShape(
-            d_model=412, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=16, dropout=0.1, entropy_weight=1e-3
-        ),
+        BlockShape(d_model=412, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=16, dropout=0.1, entropy_weight=1e-3),
         heads=(10, 41),
         context=256,
         batch=64,

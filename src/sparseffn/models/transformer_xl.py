@@ -1,6 +1,6 @@
 """Transformer-XL with pre-layernorm (Dai 2019), its feedforward blocks built from any method's config.
 
-    x <- x + dropout(Attention(LN(x), memory));  x <- x + dropout(FFN(LN(x)))
+x <- x + dropout(Attention(LN(x), memory));  x <- x + dropout(FFN(LN(x)))
 """
 
 from __future__ import annotations

@@ -14,6 +14,4 @@ def register_builtin_backends() -> None:
     kernels = {name: getattr(_torch_kernels, name) for name in (*FORWARD, *BACKWARD)}
     register_backend(Backend(name="torch", kernels=kernels, unavailable=lambda device: None))
     slow = {name: getattr(reference, name) for name in FORWARD}
-    register_backend(
-        Backend(name="reference", kernels=slow, unavailable=lambda device: None, automatic=False, direct=True)
-    )
+    register_backend(Backend(name="reference", kernels=slow, unavailable=lambda device: None, automatic=False, direct=True))

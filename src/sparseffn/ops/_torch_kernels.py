@@ -6,6 +6,8 @@ tokens x experts x d exists. Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,14 +15,13 @@ from torch import Tensor
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.topk import topk
 
-
 # The mode of embedding_bag that adds up.
 _SUM = 0
 
 
 def _grouped_mm(rows_RM: Tensor, weight_EML: Tensor, bounds: list[int]) -> Tensor:
     out_RL = rows_RM.new_empty(rows_RM.shape[0], weight_EML.shape[2])
-    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
             torch.mm(rows_RM[start:stop], weight_EML[e], out=out_RL[start:stop])
     return out_RL
@@ -29,7 +30,7 @@ def _grouped_mm(rows_RM: Tensor, weight_EML: Tensor, bounds: list[int]) -> Tenso
 def _grouped_outer(left_RM: Tensor, right_RL: Tensor, bounds: list[int]) -> Tensor:
     """`sum over rows of expert e of left[r] right[r]^T`, the gradient of the expert matrices; zero without rows."""
     out_EML = left_RM.new_empty(len(bounds) - 1, left_RM.shape[1], right_RL.shape[1])
-    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
             torch.mm(left_RM[start:stop].t(), right_RL[start:stop], out=out_EML[e])
         else:
@@ -54,9 +55,7 @@ def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Ten
     return _grouped_mm(x.index_select(0, tokens), weight, offsets.tolist())
 
 
-def expert_up_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
+def expert_up_backward(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the expert matrices."""
     bounds, grad = offsets.tolist(), grad.contiguous()
     grad_x = _sum_rows(_grouped_mm(grad, weight.transpose(1, 2), bounds), tokens, x.shape[0])
@@ -98,7 +97,12 @@ def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weight
     # The table's gradient is summed in float32 or wider; embedding_bag's backward has no half precision on the CPU.
     wide = torch.promote_types(values.dtype, torch.float32)
     n_bags, k = indices.shape
-    grad, table, scales, flat = grad.to(wide).contiguous(), values.to(wide), weights.to(wide).flatten(), indices.flatten()
+    grad, table, scales, flat = (
+        grad.to(wide).contiguous(),
+        values.to(wide),
+        weights.to(wide).flatten(),
+        indices.flatten(),
+    )
     offsets = torch.arange(n_bags, device=flat.device) * k
     bag_of_row = torch.arange(n_bags, device=flat.device).repeat_interleave(k)
     sizes = offsets.new_full((n_bags,), k)

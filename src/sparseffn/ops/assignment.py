@@ -10,6 +10,8 @@ them. When T is not divisible, E - (T mod E) dummy items, at most one an expert 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,7 +93,7 @@ class _Exchange:
         """Move one unit at a time from an overfull to an underfull expert along the cheapest chain."""
         while (self.loads > self.capacity).any():
             path = self.cheapest_path()
-            for source, target in zip(path[:-1], path[1:], strict=True):
+            for source, target in itertools.pairwise(path):
                 self.move(source, target)
             self.loads[path[0]] -= 1
             self.loads[path[-1]] += 1

@@ -19,9 +19,7 @@ def _(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) ->
 
 
 @torch.library.custom_op("sparseffn::sinkhorn_backward", mutates_args=())
-def _sinkhorn_backward(
-    grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str
-) -> Tensor:
+def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
     return kernel("sinkhorn_backward", scores.device, backend)(grad, scores, mask, n_rounds, sign)
 
 
@@ -30,12 +28,12 @@ def _(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, ba
     return torch.empty_like(scores)
 
 
-def _save_sinkhorn(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_sinkhorn(ctx, inputs, output) -> None:
     scores, mask, ctx.n_rounds, ctx.sign, ctx.backend = inputs
     ctx.save_for_backward(scores, mask)
 
 
-def _differentiate_sinkhorn(ctx, grad):  # noqa: ANN001, ANN202
+def _differentiate_sinkhorn(ctx, grad):
     scores, mask = ctx.saved_tensors
     grad_scores = torch.ops.sparseffn.sinkhorn_backward(grad, scores, mask, ctx.n_rounds, ctx.sign, ctx.backend)
     return grad_scores, None, None, None, None

@@ -18,13 +18,13 @@ def _(x: Tensor, indices: Tensor) -> Tensor:
     return x.new_empty(indices.shape)
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save(ctx, inputs, output) -> None:
     x, indices = inputs
     ctx.n_columns = x.shape[1]
     ctx.save_for_backward(indices)
 
 
-def _differentiate(ctx, grad):  # noqa: ANN001, ANN202
+def _differentiate(ctx, grad):
     (indices,) = ctx.saved_tensors
     return grad.new_zeros(grad.shape[0], ctx.n_columns).scatter_add(1, indices, grad), None
 

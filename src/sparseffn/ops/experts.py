@@ -32,18 +32,16 @@ def _expert_up_backward(
 
 
 @_expert_up_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _save_up(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_up(ctx, inputs, output) -> None:
     x, weight, tokens, offsets, ctx.backend = inputs
     ctx.save_for_backward(x, weight, tokens, offsets)
 
 
-def _differentiate_up(ctx, grad):  # noqa: ANN001, ANN202
+def _differentiate_up(ctx, grad):
     grad_x, grad_weight = torch.ops.sparseffn.expert_up_backward(grad, *ctx.saved_tensors, ctx.backend)
     return grad_x, grad_weight, None, None, None
 
@@ -59,9 +57,7 @@ def _expert_down(
 
 
 @_expert_down.register_fake
-def _(
-    a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
-) -> Tensor:
+def _(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str) -> Tensor:
     return a.new_empty(n_tokens, weight.shape[2])
 
 
@@ -79,12 +75,12 @@ def _(
     return torch.empty_like(a), torch.empty_like(weight), torch.empty_like(gates)
 
 
-def _save_down(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_down(ctx, inputs, output) -> None:
     a, weight, gates, tokens, offsets, _, ctx.backend = inputs
     ctx.save_for_backward(a, weight, gates, tokens, offsets)
 
 
-def _differentiate_down(ctx, grad):  # noqa: ANN001, ANN202
+def _differentiate_down(ctx, grad):
     grads = torch.ops.sparseffn.expert_down_backward(grad, *ctx.saved_tensors, ctx.backend)
     return *grads, None, None, None, None
 

@@ -14,11 +14,7 @@ from torch import Tensor
 def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     """`u[r] = x[tokens[r]] @ weight[e(r)]`, rows of expert e at offsets[e]..offsets[e+1] (equation 26, gathered)."""
     bounds = offsets.tolist()
-    rows = [
-        x[tokens[r]] @ weight[e]
-        for e, (start, stop) in enumerate(itertools.pairwise(bounds))
-        for r in range(start, stop)
-    ]
+    rows = [x[tokens[r]] @ weight[e] for e, (start, stop) in enumerate(itertools.pairwise(bounds)) for r in range(start, stop)]
     return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[2]) + 0 * (x.sum() + weight.sum())
 
 

@@ -31,12 +31,12 @@ def _(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, backend: s
     return torch.empty_like(values), torch.empty_like(weights)
 
 
-def _save_rows(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_rows(ctx, inputs, output) -> None:
     values, indices, weights, ctx.backend = inputs
     ctx.save_for_backward(values, indices, weights)
 
 
-def _differentiate_rows(ctx, grad):  # noqa: ANN001, ANN202
+def _differentiate_rows(ctx, grad):
     grads = torch.ops.sparseffn.weighted_rows_backward(grad, *ctx.saved_tensors, ctx.backend)
     return grads[0], None, grads[1], None
 
@@ -81,14 +81,14 @@ def _(scores_a: Tensor, scores_b: Tensor, k: int, backend: str) -> tuple[Tensor,
     return scores_a.new_empty(shape), scores_a.new_empty(shape, dtype=torch.int64)
 
 
-def _save_keys(ctx, inputs, output) -> None:  # noqa: ANN001
+def _save_keys(ctx, inputs, output) -> None:
     scores_a, scores_b, _, _ = inputs
     ctx.n_a, ctx.n_b = scores_a.shape[-1], scores_b.shape[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate_keys(ctx, grad, _):  # noqa: ANN001, ANN202
+def _differentiate_keys(ctx, grad, _):
     (indices,) = ctx.saved_tensors
     grad_a = grad.new_zeros(*grad.shape[:-1], ctx.n_a).scatter_add(-1, indices % ctx.n_a, grad)
     grad_b = grad.new_zeros(*grad.shape[:-1], ctx.n_b).scatter_add(-1, indices // ctx.n_a, grad)

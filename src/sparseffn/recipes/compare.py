@@ -65,6 +65,7 @@ class Watcher(Protocol):
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
         """A run begins; the result is told of its steps."""
+        ...
 
 
 class Silent:

@@ -91,12 +91,13 @@ def _contender(choice: MethodChoice, preset: Preset, vocab_size: int, target: in
             f"{choice.label} must come within {TOLERANCE:.1%} of the dense model's {matched.model_target:,} parameters; "
             f"got {matched.model_params:,} ({matched.residual_percent:+.2f}%); fix: change its options or leave it out"
         )
-    marks = [f"{key} is matched, not the {fixed[key]} asked for" for key in config.knobs if key in fixed and
-             getattr(matched.config, key) != fixed[key]]
+    marks = [
+        f"{key} is matched, not the {fixed[key]} asked for"
+        for key in config.knobs
+        if key in fixed and getattr(matched.config, key) != fixed[key]
+    ]
     marks += _compute_marks(matched.config, preset)
-    return Contender(
-        label=choice.label, match=matched, model=preset.model(matched.config, vocab_size), marks=tuple(marks)
-    )
+    return Contender(label=choice.label, match=matched, model=preset.model(matched.config, vocab_size), marks=tuple(marks))
 
 
 def _compute_marks(config: FFNConfig, preset: Preset) -> list[str]:

@@ -36,18 +36,13 @@ def comparison(
     shared = train_config(preset, plan, seed=0).to_json()
     shared.pop("seed")
     equal_time = min(plan.step_s.values()) * plan.steps
-    folders = {
-        (c.label, seed): RunFolder(run_path(out, c.label, seed)) for c in field for seed in seeds
-    }
+    folders = {(c.label, seed): RunFolder(run_path(out, c.label, seed)) for c in field for seed in seeds}
     missing = [
         {"label": label, "seed": seed, "reason": failures.get((label, seed), "not finished")}
         for (label, seed), folder in folders.items()
         if not folder.result_path.exists()
     ]
-    rows = [
-        _row(c, preset, plan, layers, [folders[c.label, seed] for seed in seeds], corpus, equal_time)
-        for c in field
-    ]
+    rows = [_row(c, preset, plan, layers, [folders[c.label, seed] for seed in seeds], corpus, equal_time) for c in field]
     return {
         "format": FORMAT,
         "title": f"{corpus.name}, preset {preset.name}",
@@ -86,7 +81,10 @@ def _row(
     """Everything about one method."""
     config, label = contender.config, contender.label
     n_tokens = preset.batch * preset.context
-    own, dense = count_block(config, n_tokens=n_tokens), count_block(DenseConfig.from_shape(preset.shape), n_tokens=n_tokens)
+    own, dense = (
+        count_block(config, n_tokens=n_tokens),
+        count_block(DenseConfig.from_shape(preset.shape), n_tokens=n_tokens),
+    )
     results = [read_json(f.result_path) for f in folders if f.result_path.exists()]
     step_s = plan.step_s[label]
     curves = [_curve(folder, step_s, corpus) for folder in folders]

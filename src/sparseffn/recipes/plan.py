@@ -149,6 +149,4 @@ def _time_evaluation(field: Sequence[Contender], preset: Preset, corpus: Corpus)
 
 
 def _evaluation(model: TransformerXL, preset: Preset, tokens: Any) -> Callable[[], object]:
-    return lambda: evaluate(
-        model, tokens, batch=preset.eval_batch, context=preset.context, memory=preset.eval_memory
-    )
+    return lambda: evaluate(model, tokens, batch=preset.eval_batch, context=preset.context, memory=preset.eval_memory)

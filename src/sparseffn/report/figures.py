@@ -1,6 +1,6 @@
 """The figures of a comparison: learning curves, use of experts, active channels, co-occurrence.
 
-What is told apart is told apart by more than colour; `lines.py` says how.
+Nothing in them rests on colour alone; `lines.py` says how lines are told apart.
 """
 
 from __future__ import annotations
@@ -9,15 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from sparseffn.report import formats
 from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, method_style, reference
 from sparseffn.report.result import Method, Result
 from sparseffn.report.svg import FONT_SIZE, GREY, drawing, svg_text
-
-if TYPE_CHECKING:
-    pass
 
 WIDTH = 4.8
 DEAD = 0.01
@@ -251,9 +247,7 @@ def _cooccurrence_plot(method: Method, name: str) -> Plot:
             f"even pairing would give each {formats.percent(even)}"
         )
         svg = svg_text(figure, name=name, title=title, description=description)
-    caption = (
-        f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
-    )
+    caption = f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
     return Plot(name=name, title=title, caption=caption, svg=svg)
 
 

@@ -26,6 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 HEIGHT = 3.2
 """Of a figure of lines, in inches: labels are set apart for it."""
 LABEL_LENGTH = 22
+"""Characters of a label beside a figure; the table has it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Line:
 
 
 def method_style(index: int) -> dict[str, Any]:
+    """The look of a method by its place in the comparison, the same in every figure."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
@@ -111,9 +113,7 @@ def label_ends(axes: Axes, lines: Sequence[Line]) -> None:
                 annotation_clip=False,
             )
         sample = {key: value for key, value in line.style.items() if key != "markevery"}
-        axes.add_line(
-            Line2D([1.04, 1.07, 1.1], [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **sample)
-        )
+        axes.add_line(Line2D([1.04, 1.07, 1.1], [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **sample))
         axes.text(1.12, place, _shortened(line.label), transform=axes.transAxes, va="center", color=INK)
 
 

@@ -51,9 +51,7 @@ def write_page(result: Result, path: str | Path) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise UserError(
-            f"cannot write {str(path)!r}: {error.strerror}; fix: name a file in an existing folder"
-        ) from error
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}; fix: name a file in an existing folder") from error
 
 
 def page_html(result: Result) -> str:
@@ -76,9 +74,7 @@ def page_html(result: Result) -> str:
     return environment.get_template("page.html.j2").render(
         result=result,
         table=table,
-        groups=[
-            (name, len(list(columns))) for name, columns in groupby(table.columns, key=lambda column: column.group)
-        ],
+        groups=[(name, len(list(columns))) for name, columns in groupby(table.columns, key=lambda column: column.group)],
         summary=_summary(result),
         sections=_sections(result),
         methods=_methods(result),

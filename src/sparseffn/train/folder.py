@@ -102,8 +102,10 @@ class RunFolder:
             self._check(read_json(path), json.loads(json.dumps(config)))
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
-                            "fix: choose another --out")
+            raise UserError(
+                f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
+                "fix: choose another --out"
+            )
         write_json(self.path / "environment.json", environment())
         write_json(path, config)
 

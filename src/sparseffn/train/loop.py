@@ -170,9 +170,7 @@ class _Run:
                 self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens)})
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.save()
-        result = TrainResult(
-            steps=self.step, valid=self._evaluate("valid"), test=self._evaluate("test"), seconds=self.seconds
-        )
+        result = TrainResult(steps=self.step, valid=self._evaluate("valid"), test=self._evaluate("test"), seconds=self.seconds)
         write_json(self.folder.result_path, result.to_json())
         return result
 

@@ -18,9 +18,7 @@ from sparseffn.errors import UserError
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
-@register_corpus(
-    name="stdlib", summary="source text of the running Python's standard library (offline)", tokenizer="bytes"
-)
+@register_corpus(name="stdlib", summary="source text of the running Python's standard library (offline)", tokenizer="bytes")
 def find_stdlib(data_dir: Path | None) -> Source:
     """Whole files by the hash of their path, each after a comment line with its path.
 

@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all that a newcomer needs; each target does the set-up it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_OUT ?= runs/demo
+DEMO_METHODS ?= dense topk pkm sigma-moe
+DEMO_BUDGET ?= 8m
+
+.PHONY: help setup demo test test-slow lint format readme clean
+
+help:
+	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
+	@echo "make test       the tests, under 12 minutes"
+	@echo "make test-slow  the full products of what the tests sample, under 30 minutes"
+	@echo "make lint       formatting, lint, types, spelling, generated text"
+	@echo "make format     rewrite what lint's formatter would"
+	@echo "make readme     rewrite the generated table of the README"
+	@echo "make setup      the virtual environment alone"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/sparseffn compare --methods $(DEMO_METHODS) --budget $(DEMO_BUDGET) --out $(DEMO_OUT)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/codespell src tests README.md CONTRIBUTING.md
+	$(BIN)/python tools/readme_table.py --check
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+readme: setup
+	$(BIN)/python tools/readme_table.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
