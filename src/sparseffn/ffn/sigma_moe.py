@@ -161,6 +161,6 @@ class SigmaMoE(Mixture):
         """Keep the inner_k largest coefficients of all selected experts."""
         if self.config.inner_k is None:
             return alpha
-        ranked = sorted(((float(a), e, g) for e, row in alpha.items() for g, a in enumerate(row)), key=lambda r: -r[0])
+        ranked = sorted(((a, e, g) for e, row in alpha.items() for g, a in enumerate(row.tolist())), key=lambda r: -r[0])
         kept = {(e, g) for _, e, g in ranked[: self.config.inner_k]}
         return {e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()}

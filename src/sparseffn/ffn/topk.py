@@ -153,10 +153,10 @@ class TopK(FeedForward):
     def reference_TD(self, x_TD: Tensor) -> Tensor:
         """Equations 6 and 7, token by token."""
         act, outputs = ACTIVATIONS[self.config.activation], []
-        norms = [float(v.norm()) for v in self.values]
+        norms = self.values.norm(dim=1).tolist()
         for x in x_TD:
             u = act(self.keys @ x + self.key_bias)
-            rank = [float(u_i) * (norm if self.config.use_norm else 1.0) for u_i, norm in zip(u, norms, strict=True)]
+            rank = [u_i * (norm if self.config.use_norm else 1.0) for u_i, norm in zip(u.tolist(), norms, strict=True)]
             best = sorted(range(len(rank)), key=lambda i: (-rank[i], i))[: self.config.k]
             outputs.append(sum((u[i] * self.values[i] for i in best), self.bias))
         return torch.stack(outputs) if outputs else x_TD * self.values.sum() + self.bias

@@ -1,0 +1,48 @@
+"""The contract catches methods that are wrong on purpose, each by name."""
+
+from __future__ import annotations
+
+import pytest
+from wrong_methods import WRONG, FalseXfailConfig
+
+from sparseffn.contract import ContractError, check_method, list_checks, run_check
+from sparseffn.errors import UserError
+from sparseffn.ffn import FFNConfig
+from sparseffn.ffn.dense import DenseConfig
+
+
+@pytest.mark.parametrize(("check", "config_class"), WRONG.items(), ids=[c.name for c in WRONG.values()])
+def test_wrong_method_is_caught_by_name(check: str, config_class: type[FFNConfig]) -> None:
+    """The check that guards the broken promise fails, and says which method and check."""
+    with pytest.raises(ContractError, match=f"{config_class.name} fails {check}") as caught:
+        run_check(check, config_class)
+    assert caught.value.check == check
+
+
+def test_right_method_passes_where_the_wrong_ones_fail() -> None:
+    """The checks above hold on the dense block that the wrong methods derive from."""
+    for check in WRONG:
+        assert run_check(check, DenseConfig) == 2
+
+
+def test_check_method_stops_at_the_first_broken_promise() -> None:
+    """The whole suite raises for a wrong method."""
+    with pytest.raises(ContractError, match="wrong-weight fails reference"):
+        check_method(WRONG["reference"])
+
+
+def test_declared_failure_that_does_not_happen_is_a_failure() -> None:
+    """`xfail` cannot be used to hide a check that passes."""
+    with pytest.raises(ContractError, match="declares to fail"):
+        run_check("permutation", FalseXfailConfig)
+
+
+def test_unknown_check_offers_the_nearest() -> None:
+    """A misspelt check is answered with what there is."""
+    with pytest.raises(UserError, match="permutation"):
+        run_check("permutations", DenseConfig)
+
+
+def test_suite_has_the_promised_checks() -> None:
+    """No check vanishes unnoticed."""
+    assert len(list_checks()) == 24

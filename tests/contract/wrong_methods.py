@@ -1,0 +1,174 @@
+"""Methods that are wrong on purpose; each breaks one promise, which the contract must name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparseffn.ffn import FFNConfig, Routed, option
+from sparseffn.ffn.dense import Dense, DenseConfig
+from sparseffn.ffn.sigma_moe import SigmaMoE, SigmaMoEConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _WrongDenseConfig(DenseConfig):
+    """A dense block with a mistake."""
+
+    layer: ClassVar[type[Dense]]
+
+    def build(self) -> Dense:
+        return type(self).layer(self)
+
+    @classmethod
+    def examples(cls) -> list[FFNConfig]:
+        return [cls(d_model=8, d_ff=24, n_layers=2), cls(d_model=6, d_ff=10, activation="gelu", dropout=0.25)]
+
+
+def wrong(name: str, layer: type[Dense]) -> type[_WrongDenseConfig]:
+    """A dense config whose layer is the given one."""
+    return type(name, (_WrongDenseConfig,), {"layer": layer, "__doc__": name, "__slots__": (), "name": name})
+
+
+class WrongWeight(Dense):
+    """Scales its output."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * 1.01, routed
+
+
+class DroppedToken(Dense):
+    """Forgets the last token of a batch."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        keep = torch.arange(len(y_TD)) < len(y_TD) - 1
+        return torch.where(keep[:, None], y_TD, 0.0 * y_TD), routed
+
+
+class LeakingFuture(Dense):
+    """Sees the mean of all tokens; its reference and coefficients agree with it."""
+
+    def leak(self, x_TD: Tensor) -> Tensor:
+        return x_TD + 0.1 * x_TD.mean(dim=0) if len(x_TD) else x_TD
+
+    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+        return super().coefficients_TF(self.leak(x_TD))
+
+    def reference_TD(self, x_TD: Tensor) -> Tensor:
+        return super().reference_TD(self.leak(x_TD))
+
+
+class StatefulForward(Dense):
+    """Counts its calls."""
+
+    n_calls = 0
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        self.n_calls += 1
+        return super().compute(x_TD, mask_T)
+
+
+class UncountedParameter(Dense):
+    """Has a parameter that the closed form does not know of."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.extra = nn.Parameter(torch.ones(config.d_model))
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * self.extra, routed
+
+
+class NoisyEvaluation(Dense):
+    """Drops units in evaluation too."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD + 1e-3 * torch.randn_like(y_TD), routed
+
+
+class KeepsEverything(Dense):
+    """Keeps a tensor for backward that the closed form does not know of."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * torch.ones_like(y_TD).requires_grad_(), routed
+
+
+class IgnoresMask(Dense):
+    """Counts padding."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, None)
+        balance = (self.coefficients_TF(x_TD) + 1.0).sum()
+        return y_TD, Routed(routed.units, balance=lambda: balance)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeadOptionConfig(DenseConfig):
+    """A dense block with an option that does nothing."""
+
+    name: ClassVar[str] = "dead-option"
+    temperature: Annotated[float, option("Looks useful.", low=0.0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetachedLossConfig(SigmaMoEConfig):
+    """A sigma-MoE whose balancing loss has no gradient."""
+
+    name: ClassVar[str] = "detached-loss"
+
+    def build(self) -> SigmaMoE:
+        return DetachedLoss(self)  # type: ignore[return-value]
+
+
+class DetachedLoss(SigmaMoE):  # type: ignore[misc]
+    """Cuts the graph of its balancing loss."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        balance = routed.balance
+        if balance is None:
+            return y_TD, routed
+        return y_TD, Routed(routed.units, balance=lambda: balance().detach(), dropped=routed.dropped)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LooseRangeConfig(DenseConfig):
+    """A dense block that accepts a width of zero."""
+
+    name: ClassVar[str] = "loose-range"
+    d_ff: Annotated[int, option("Key-value pairs.", low=1)]
+
+    def __post_init__(self) -> None:
+        """No checks at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FalseXfailConfig(DenseConfig):
+    """A dense block that declares a failure that does not happen."""
+
+    name: ClassVar[str] = "false-xfail"
+    xfail: ClassVar[dict[str, str]] = {"permutation": "says so"}
+
+
+# The check that must catch each.
+WRONG = {
+    "reference": wrong("wrong-weight", WrongWeight),
+    "token_independence": wrong("leaking-future", LeakingFuture),
+    "sum_of_values": wrong("dropped-token", DroppedToken),
+    "stateless": wrong("stateful-forward", StatefulForward),
+    "parameter_count": wrong("uncounted-parameter", UncountedParameter),
+    "deterministic": wrong("noisy-evaluation", NoisyEvaluation),
+    "saved_bytes": wrong("keeps-everything", KeepsEverything),
+    "mask": wrong("ignores-mask", IgnoresMask),
+    "no_dead_option": DeadOptionConfig,
+    "stats": DetachedLossConfig,
+    "bad_values": LooseRangeConfig,
+    "permutation": FalseXfailConfig,
+}

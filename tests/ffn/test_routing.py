@@ -1,0 +1,172 @@
+"""What the routers promise, by hand-checked cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.ffn import method_class
+from sparseffn.ffn._routers import Routing, cv_loss, entropy_loss, switch_loss
+from sparseffn.ffn.base import BASEConfig
+from sparseffn.ffn.dense import DenseConfig
+from sparseffn.ffn.noisy_moe import NoisyMoEConfig
+from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.s_base import SBASEConfig
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
+from sparseffn.ffn.softmax_renorm_moe import SoftmaxRenormMoEConfig
+from sparseffn.ffn.switch import SwitchConfig
+
+SIZES = {"d_model": 8, "n_experts": 6, "expert_size": 4}
+
+
+def routing(logits: Tensor, chosen: list[list[int]], weights: list[list[float]]) -> Routing:
+    return Routing(logits, torch.tensor(chosen), torch.tensor(weights))
+
+
+def test_entropy_loss_is_minus_the_entropy_of_the_mean() -> None:
+    """Two tokens that are sure of different experts are balanced: minus log 2."""
+    logits = torch.tensor([[50.0, 0.0], [0.0, 50.0]])
+    assert float(entropy_loss(logits, None)) == pytest.approx(-math.log(2))
+
+
+def test_entropy_loss_is_of_the_whole_batch_and_not_of_its_tokens() -> None:
+    """Tokens that agree are unbalanced: 0, the largest there is."""
+    logits = torch.tensor([[50.0, 0.0], [50.0, 0.0]])
+    assert float(entropy_loss(logits, None)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_switch_loss_of_equal_loads_is_one() -> None:
+    """`N_E f . p` is 1 when both are uniform, and N_E when all is one expert's, for every K."""
+    even = routing(torch.zeros(2, 2), [[0], [1]], [[0.5], [0.5]])
+    assert float(switch_loss(even, None)) == pytest.approx(1.0)
+    one = routing(torch.tensor([[50.0, 0.0]] * 2), [[0], [0]], [[1.0], [1.0]])
+    assert float(switch_loss(one, None)) == pytest.approx(2.0)
+
+
+def test_cv_loss_is_variance_over_squared_mean() -> None:
+    """Loads 3 and 1: variance 1, mean 2."""
+    found = cv_loss(routing(torch.zeros(2, 2), [[0, 1], [0, 1]], [[1.0, 0.5], [2.0, 0.5]]))
+    assert float(found) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("config_class", [SigmaMoEConfig, SoftmaxMoEConfig, SoftmaxRenormMoEConfig, SBASEConfig])
+def test_expert_dropout_of_nearly_everything_gives_zeros_and_no_nan(config_class: type[SigmaMoEConfig]) -> None:
+    """Missing selections weigh exactly 0, and gradients stay finite."""
+    layer = config_class(**SIZES, k=3, expert_dropout=0.95).build().train()
+    y, stats = layer(torch.randn(64, 8), return_stats=True)
+    (y.sum() + stats.balance_loss).backward()
+    assert int(stats.counts.sum()) < 64 * 3 * 0.3
+    assert bool((y == 0).all(dim=1).any())
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
+
+
+def test_expert_dropout_does_not_rescale() -> None:
+    """A surviving expert keeps its sigmoid (equation 22)."""
+    layer = SigmaMoEConfig(**SIZES, k=6, expert_dropout=0.5).build().train()
+    x = torch.randn(40, 8)
+    routed = layer.router(x, None)
+    alive = routed.weights_TK != 0
+    wanted = routed.logits_TE.gather(1, routed.indices_TK).sigmoid()
+    torch.testing.assert_close(routed.weights_TK[alive], wanted[alive])
+    assert 0.4 < float(alive.float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["correct", "released"])
+def test_sinkhorn_balances_only_as_published(released: bool) -> None:
+    """Largest over mean load in training: about 1 when correct, clearly more as released."""
+    config = SBASEConfig(d_model=16, n_experts=16, expert_size=4, k=4, sinkhorn="released" if released else "correct")
+    layer = config.build().train()
+    with torch.no_grad():
+        layer.router.selector.normal_(0.0, 0.75)
+    _, stats = layer(torch.randn(4096, 16), return_stats=True)
+    worst = float(stats.counts.max() / stats.counts.float().mean())
+    assert (worst > 1.3) if released else (worst < 1.25)
+
+
+def test_base_gives_every_expert_its_share_in_training() -> None:
+    """19 tokens on 6 experts: 3 or 4 each; padding takes no place."""
+    layer = BASEConfig(**SIZES).build().train()
+    mask = torch.arange(25) < 19
+    _, stats = layer(torch.randn(25, 8), mask=mask, return_stats=True)
+    assert sorted(stats.counts.tolist()) == [3, 3, 3, 3, 3, 4]
+
+
+def test_switch_capacity_serves_the_first_and_counts_the_rest() -> None:
+    """All tokens want one expert; 2 of 8 find a place in each of 4 experts at factor 1."""
+    layer = SwitchConfig(d_model=8, n_experts=4, expert_size=4, capacity_factor=1.0).build().train()
+    x = torch.randn(1, 8).expand(8, 8)
+    y, stats = layer(x, return_stats=True)
+    assert int(stats.dropped) == 6
+    assert bool(y[:2].any(dim=1).all()) and not bool(y[2:].any())
+    assert int(layer.eval()(x, return_stats=True)[1].dropped) == 0
+
+
+def test_noise_is_drawn_in_training_only_and_starts_undecided() -> None:
+    """Evaluation of a fresh layer sees ties, which go to the first experts."""
+    layer = NoisyMoEConfig(**SIZES, k=2).build()
+    _, training = layer.train()(torch.randn(300, 8), return_stats=True)
+    _, evaluation = layer.eval()(torch.randn(300, 8), return_stats=True)
+    assert int((training.counts > 0).sum()) == 6
+    assert evaluation.counts.tolist() == [300, 300, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_router_logits_are_float32_in_a_half_precision_layer(dtype: torch.dtype) -> None:
+    """Whatever the layer's dtype, and under autocast."""
+    layer = SigmaMoEConfig(**SIZES, k=2).build().to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.router(torch.randn(5, 8, dtype=dtype), None).logits_TE.dtype == torch.float32
+
+
+def test_shared_initialisation_has_the_spread_of_the_dense_block() -> None:
+    """Values with all pairs as fan-in (shared), with one expert's (standard), at a tenth of the variance (switch)."""
+    sizes = {"d_model": 64, "n_experts": 16, "expert_size": 32, "k": 2, "n_layers": 4}
+    stds = {
+        init: SigmaMoEConfig(**sizes, init=init).build().experts.values.detach().std()
+        for init in ("shared", "standard", "switch")
+    }
+    wanted = {"shared": (2 / (512 * 4)) ** 0.5, "standard": (2 / (32 * 4)) ** 0.5, "switch": (0.2 / (32 * 4)) ** 0.5}
+    assert {k: float(v) for k, v in stds.items()} == pytest.approx(wanted, rel=0.02)
+
+
+def test_selector_rows_have_equal_norm_and_the_spread_of_the_keys() -> None:
+    """Equal norms by default; free rows differ."""
+    sizes = {"d_model": 64, "n_experts": 16, "expert_size": 32, "k": 2}
+    equal = SigmaMoEConfig(**sizes).build().router.selector.detach()
+    free = SigmaMoEConfig(**sizes, selector_init="free").build().router.selector.detach()
+    assert float(equal.norm(dim=1).std()) < 1e-6 < float(free.norm(dim=1).std())
+    assert float(equal.std(correction=0)) == pytest.approx((2 / 64) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SigmaMoEConfig(**SIZES, k=7), "`k` must be at most n_experts = 6; got 7"),
+        (lambda: SoftmaxRenormMoEConfig(**SIZES, k=1), "constant 1 and its selector never learns"),
+        (lambda: NoisyMoEConfig(**SIZES, k=1), "constant 1 and its selector never learns"),
+        (lambda: PKMConfig(d_model=7, n_subkeys=3, k=2), "`d_model` must be even"),
+        (lambda: PKMConfig(d_model=8, n_subkeys=3, k=10), "at most the number of values 9"),
+        (lambda: SigmaMoEConfig(**SIZES, k=2, inner_k=9), "at most k x expert_size = 8"),
+        (lambda: DenseConfig(d_model=8, d_ff=0), "`d_ff` must be at least 1; got 0"),
+        (lambda: method_class("sigma-mo"), "did you mean 'sigma-moe'"),
+    ],
+    ids=["k", "renorm-k-1", "noisy-k-1", "odd-pkm", "pkm-k", "inner-k", "d_ff", "name"],
+)
+def test_bad_values_are_refused_with_the_remedy(make: object, words: str) -> None:
+    """The error names the value, what was expected and what to do."""
+    with pytest.raises(UserError, match=words):
+        make()  # type: ignore[operator]
+
+
+def test_pkm_reads_exactly_k_values_a_head() -> None:
+    """The sparse form reads heads x k values, the released form every value."""
+    sparse = PKMConfig(d_model=8, n_subkeys=6, n_heads=3, k=4, activation="softmax").build()
+    _, stats = sparse(torch.randn(10, 8), return_stats=True)
+    assert int(stats.counts.sum()) == 10 * 3 * 4
+    dense = PKMConfig(d_model=8, n_subkeys=6, n_heads=3, k=None, activation="softmax").build()
+    assert int((dense.coefficients(torch.randn(10, 8)) != 0).sum()) == 10 * 36

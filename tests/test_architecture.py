@@ -1,0 +1,51 @@
+"""Imports point one way, as CONTRIBUTING says."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sparseffn
+
+ROOT = Path(sparseffn.__file__).parent
+ORDER = ["errors", "ops", "data", "ffn", "accounting", "matching", "models", "contract", "evaluate", "train", "analysis"]
+ORDER += ["bench", "recipes"]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """First-level modules of the package that a file imports, lazy imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparseffn"):
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sparseffn.")}
+    return names
+
+
+def files() -> list[tuple[str, Path]]:
+    """Every module with the room that it is in."""
+    return [(p.relative_to(ROOT).parts[0].removesuffix(".py"), p) for p in sorted(ROOT.rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("room", "path"), files(), ids=[str(p.relative_to(ROOT)) for _, p in files()])
+def test_imports_point_one_way(room: str, path: Path) -> None:
+    """A module imports only what stands before it; `report` reads files, nobody imports `cli`."""
+    found = imported_rooms(path) - {room}
+    if room in ORDER:
+        allowed = set(ORDER[: ORDER.index(room)])
+    elif room == "report":
+        allowed = {"errors"}
+    else:
+        assert room in ("cli", "__main__", "__init__"), f"{room} has no place in the order"
+        allowed = {*ORDER, "report", "cli"} if room != "__init__" else set()
+    assert found <= allowed, f"{path.name} imports {sorted(found - allowed)}"
+
+
+@pytest.mark.parametrize("path", [p for _, p in files()], ids=[str(p.relative_to(ROOT)) for _, p in files()])
+def test_every_file_opens_with_a_docstring(path: Path) -> None:
+    """What it is comes first."""
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
