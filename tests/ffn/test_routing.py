@@ -25,6 +25,7 @@ SIZES = {"d_model": 8, "n_experts": 6, "expert_size": 4}
 
 
 def routing(logits: Tensor, chosen: list[list[int]], weights: list[list[float]]) -> Routing:
+    """A routing by hand."""
     return Routing(logits, torch.tensor(chosen), torch.tensor(weights))
 
 

@@ -76,7 +76,8 @@ def _published(
 
 _PRESETS = [
     # d_ff = 16 d_model, so that the feedforward block is most of the model, and 256 active channels, since the paper finds
-    # that fewer hurt. lr chosen among 0.5, 1, 2 and 4 e-3 on the validation split with the dense model.
+    # that fewer hurt. lr chosen among 1, 2, 4 and 8 e-3 on the validation split with the dense model
+    # (300 steps: 3.18, 3.13, 3.10, 3.15 bits per byte).
     Preset(
         name="tiny",
         doc="demonstration: 2 layers of width 128, d_ff 2048, 256 active channels; minutes on 2 cores",
@@ -85,7 +86,7 @@ _PRESETS = [
         d_head=32,
         context=128,
         batch=16,
-        lr=2e-3,
+        lr=4e-3,
         warmup=50,
         clip=0.25,
         steps=1000,

@@ -1,0 +1,161 @@
+"""The command: what works, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparseffn.cli import main
+
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "data", "doctor")
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text."""
+    path = tmp_path_factory.mktemp("song") / "song.txt"
+    path.write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(600)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(song: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run."""
+    out = tmp_path_factory.mktemp("runs") / "sigma"
+    words = ["train", "--method", "sigma-moe", "--corpus", "text", "--data-dir", str(song), "--steps", "4"]
+    assert main([*words, "--batch", "2", "--context", "16", "--out", str(out), "--tensorboard"]) == 0
+    assert any((out / "tensorboard").iterdir())
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself; those with arguments show an example."""
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert command == "doctor" or f"sparseffn {command}" in text.split("Example", 1)[1]
+
+
+def test_match_prints_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """62 sub-keys, 8,233 parameters below the dense block."""
+    words = ["match", "--method", "pkm", "--like", "dense", "--d-model", "412", "--d-ff", "2053"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "n_subkeys=62" in text and "-8,233" in text and "-0.486%" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "size"),
+    [("wt-b", "pkm", {"n_subkeys": 89}), ("e8", "pkm", {"n_subkeys": 62}), ("wt-s-star", "sigma-moe", {"n_experts": 128})],
+    ids=["wt-b-pkm", "e8-pkm", "wt-s-star-sigma-moe"],
+)
+def test_match_within_a_preset(preset: str, method: str, size: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+    """The published sizes come out within the whole model's tolerance."""
+    assert main(["match", "--method", method, "--preset", preset, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] and size.items() <= found["config"].items()
+
+
+@pytest.mark.parametrize(
+    "words", [["methods"], ["methods", "pkm"], ["doctor"], ["data"], ["data", "--corpus", "stdlib"]], ids=" ".join
+)
+def test_tables_come_as_json_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command with and without `--json`."""
+    assert main(words) == 0
+    assert capsys.readouterr().out.strip()
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` gives the trained loss again; `generate` begins with its prompt and is repeatable."""
+    assert main(["eval", str(run), "--data-dir", str(song), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["nats_per_token"] == json.loads((run / "result.json").read_text())["test"]
+    words = ["generate", str(run), "--prompt", "99 bottles", "--n-tokens", "20", "--temperature", "1"]
+    texts = []
+    for _ in range(2):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("99 bottles") and texts[0] == texts[1]
+
+
+def test_bench_step_prints_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    """Relative against plain attention."""
+    assert main(["bench", "step", "--preset", "tiny", "--batch", "1", "--rounds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ratio"] > 0
+
+
+BAD = {
+    "method": (["compare", "--methods", "sigma-mo"], "did you mean 'sigma-moe'"),
+    "option": (["compare", "--methods", "sigma-moe", "n_expert=4"], "did you mean 'n_experts'"),
+    "corpus": (["compare", "--methods", "dense", "--corpus", "stdlb"], "did you mean 'stdlib'"),
+    "preset": (["compare", "--methods", "dense", "--preset", "tiy"], "did you mean 'tiny'"),
+    "k": (["compare", "--methods", "sigma-moe", "k=99"], "`k` must be at most n_experts"),
+    "renorm": (["compare", "--methods", "softmax-renorm-moe", "k=1"], "the constant 1"),
+    "budget": (["compare", "--methods", "dense", "--budget", "soon"], "`budget` must be a time such as"),
+    "seeds": (["compare", "--methods", "dense", "--seeds", "0"], "`--seeds` must be at least 1"),
+    "twice": (["compare", "--methods", "dense", "dense"], "named once"),
+    "text-without-data": (["compare", "--methods", "dense", "--corpus", "text"], "--data-dir"),
+    "missing-file": (["compare", "--methods", "dense", "--corpus", "text", "--data-dir", "/no/such/place"], "/no/such/place"),
+    "unequal": (["compare", "--methods", "pkm", "k=none", "n_heads=4000"], "parameters"),
+    "accumulation": (["train", "--method", "dense", "--accumulation", "3"], "`batch` must be a multiple of accumulation = 3"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=list(BAD))
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Value and remedy, no traceback, nothing written."""
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("sparseffn: ") and message in error
+    assert "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [0, 30], ids=["empty", "tiny"])
+def test_corpus_with_too_little_text_is_refused(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name, with the remedy."""
+    (tmp_path / "t.txt").write_text("x" * size)
+    words = ["compare", "--methods", "dense", "--corpus", "text", "--data-dir", str(tmp_path / "t.txt")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "fix:" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` of nothing; `compare` into a folder with other files."""
+    assert main(["eval", str(tmp_path / "nothing")]) == 2
+    assert "config.json must exist" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["compare", "--methods", "dense", "--out", str(tmp_path)]) == 2
+    assert "which holds other files" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_help_needs_no_torch() -> None:
+    """`python -m sparseffn --help` answers without PyTorch."""
+    code = "import sys; from sparseffn.cli.parser import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-m", "sparseffn", "--help"], check=True, capture_output=True, text=True)
+    assert "compare" in done.stdout
+
+
+def test_import_is_light_and_brings_no_extra() -> None:
+    """Under half a second more than torch, best of three; no extra, no Triton kernels of ours, no output."""
+    code = (
+        "import time, sys; a = time.perf_counter(); import torch; known = set(sys.modules); b = time.perf_counter();"
+        "import sparseffn, sparseffn.ffn; c = time.perf_counter();"
+        "new = {m.split('.')[0] for m in set(sys.modules) - known};"
+        "assert not new & {'matplotlib', 'sentencepiece', 'tensorboard', 'transformers', 'triton', 'rich'}, new;"
+        "print(c - b)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) for _ in range(3)
+    ]
+    assert min(times) < 0.5

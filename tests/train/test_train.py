@@ -1,0 +1,172 @@
+"""Training: continuation bit by bit, refusals, schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparseffn.train.loop as loop
+from sparseffn.data import Corpus, load_corpus
+from sparseffn.errors import UserError
+from sparseffn.evaluate import evaluate
+from sparseffn.ffn.dense import DenseConfig
+from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
+from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.folder import write_json
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "time_s"} for record in RunFolder(folder).read_metrics()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters of the last checkpoint."""
+    return load_run_model(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("when", ["3", "8", "saving"])
+def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """SIGKILL before the first checkpoint, between two, and while one is written."""
+    from conftest import TEXT
+
+    (tmp_path / "song.txt").write_text(TEXT)
+    write_json(tmp_path / "run.json", {"model": model.to_json(), "train": config.to_json()})
+    script = str(Path(__file__).parent / "killed_run.py")
+    paths = [str(tmp_path / name) for name in ("run", "song.txt", "cache")]
+    killed = subprocess.run([sys.executable, script, *paths, when], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    corpus = load_corpus("text", data_dir=tmp_path / "song.txt", cache_dir=tmp_path / "cache")
+    result = train(model, config, corpus, tmp_path / "run")
+    whole = train(model, config, corpus, tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert (result.valid, result.test) == (whole.valid, whole.test)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_training_lowers_the_loss_and_reports_both_losses_apart(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Cross-entropy falls; the balancing loss stands beside it."""
+    train(model, dataclasses.replace(config, steps=40), corpus, tmp_path / "run")
+    steps = [r for r in losses(tmp_path / "run") if "loss" in r]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert all(-0.01 < r["balance_loss"] < 0 for r in steps)
+
+
+def test_finished_run_returns_its_result_at_once(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """No step is taken again."""
+    first = train(model, config, corpus, tmp_path / "run")
+    before = losses(tmp_path / "run")
+    assert train(model, config, corpus, tmp_path / "run") == first
+    assert losses(tmp_path / "run") == before
+
+
+def test_folder_of_another_config_is_refused_and_left_alone(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """The difference is named."""
+    train(model, config, corpus, tmp_path / "run")
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"train\.lr is 0\.005, not 0\.1"):
+        train(model, dataclasses.replace(config, lr=0.1), corpus, tmp_path / "run")
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_checkpoint_is_refused_and_the_one_before_serves(
+    damage: str, tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """The error says which folder to remove; then the run goes on."""
+    train(model, config, corpus, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = last / "state.safetensors"
+    data = state.read_bytes()
+    state.unlink()
+    if damage != "missing":
+        state.write_bytes(data[:-100] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"fix: remove .*{last.name} to go on"):
+        train(model, config, corpus, tmp_path / "run")
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert train(model, config, corpus, tmp_path / "run").steps == 12
+
+
+def test_checkpoints_hold_no_pickle(tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """Two are kept, of safetensors and JSON."""
+    train(model, config, corpus, tmp_path / "run")
+    kept = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [p.name for p in kept] == ["step-00000010", "step-00000012"]
+    assert {f.suffix for p in kept for f in p.iterdir()} == {".safetensors", ".json"}
+
+
+def test_non_finite_loss_stops_before_the_step(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the step and the last good checkpoint."""
+    honest, calls = loop.token_losses, [0]
+
+    def poisoned(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return honest(logits, targets) * (torch.nan if calls[0] > 14 else 1.0)
+
+    monkeypatch.setattr(loop, "token_losses", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"at step 8, which was not taken.*step-00000005"):
+        train(model, config, corpus, tmp_path / "run")
+    assert max(r["step"] for r in losses(tmp_path / "run")) == 7
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
+    """Linear, then a cosine."""
+    c = dataclasses.replace(config, steps=102, warmup=2, lr=1.0)
+    assert [c.lr_at(0), c.lr_at(1), c.lr_at(52), c.lr_at(102)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path, corpus: Corpus, config: TrainConfig) -> None:
+    """For a dense model without dropout, to rounding."""
+    ffn = DenseConfig(d_model=16, d_ff=32)
+    model = TransformerXLConfig(vocab_size=256, d_model=16, n_layers=1, n_heads=2, d_head=8, ffn=ffn)
+    whole = train(model, dataclasses.replace(config, accumulation=1), corpus, tmp_path / "whole")
+    parts = train(model, config, corpus, tmp_path / "parts")
+    assert parts.valid == pytest.approx(whole.valid, rel=1e-3)
+
+
+def test_bfloat16_and_adamw_run(tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """Autocast and decoupled weight decay give finite losses that differ from float32 and Adam."""
+    plain = train(model, config, corpus, tmp_path / "plain")
+    other = dataclasses.replace(config, precision="bfloat16", optimizer="adamw", weight_decay=0.1)
+    assert train(model, other, corpus, tmp_path / "other").valid != plain.valid
+
+
+def test_constant_balancing_loss_is_complained_of(model: TransformerXLConfig) -> None:
+    """A method with a weight whose loss reaches nothing."""
+    with pytest.raises(UserError, match="must depend on the parameters"):
+        loop.check_balance(TransformerXL(model), torch.zeros(()))
+
+
+def test_evaluation_predicts_every_token_but_the_first_once(corpus: Corpus, model: TransformerXLConfig) -> None:
+    """Whatever the windows; with one stream the loss is that of one long text."""
+    net = TransformerXL(model).train()
+    tokens = corpus.valid[:200]
+    for batch, context in ((1, 7), (3, 16), (8, 50)):
+        assert evaluate(net, tokens, batch=batch, context=context, memory=64).n_predictions == 199
+    assert net.training
+    text = torch.from_numpy(tokens.astype("int64"))[None]
+    with torch.no_grad():
+        logits = net.eval()(text[:, :-1]).logits
+    whole = float(torch.nn.functional.cross_entropy(logits[0], text[0, 1:]))
+    got = evaluate(net, tokens, batch=1, context=16, memory=256).nats_per_token
+    assert got == pytest.approx(whole, rel=1e-5)
