@@ -22,6 +22,10 @@ PRECISIONS = ("float32", "bfloat16")
 OnProgress = Callable[[int, int], None]
 
 
+class NonFiniteLossError(UserError):
+    """A loss or a gradient became infinite or not a number."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Loss over a split."""
@@ -75,7 +79,8 @@ def evaluate(
         observe: given the routing statistics of every window; None leaves them uncomputed.
 
     Raises:
-        UserError: there are fewer than two tokens, or a loss is not finite.
+        UserError: there are fewer than two tokens.
+        NonFiniteLossError: the loss is not finite.
     """
     tokens = tokens if max_tokens is None else tokens[:max_tokens]
     device = next(model.parameters()).device
@@ -98,5 +103,5 @@ def evaluate(
         model.train(was_training)
     nats = total / max(count, 1)
     if not np.isfinite(nats):
-        raise UserError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
+        raise NonFiniteLossError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
     return Evaluation(nats_per_token=nats, n_predictions=count)

@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-from models.small import SIZES, small_config, small_ffn
 
+from models.small import SIZES, small_config, small_ffn
 from sparseffn.errors import UserError
 from sparseffn.ffn import list_methods, method_class
 from sparseffn.models import TransformerXLConfig

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from models.small import METHODS, VOCAB, small_model, text
 
+from models.small import METHODS, VOCAB, small_model, text
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXL
 from sparseffn.models.generation import generate, generate_tokens

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from models.small import SIZES, small_config, text
 from torch import Tensor
 
+from models.small import SIZES, small_config, text
 from sparseffn.ffn import method_class
 from sparseffn.ffn.dense import Dense
 from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator

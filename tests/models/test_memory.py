@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.small import METHODS, VOCAB, assert_same, small_model, text
 from torch import Tensor
 
+from models.small import METHODS, VOCAB, assert_same, small_model, text
 from sparseffn.errors import UserError
 from sparseffn.models import Memory, ModelOutput, PlainAttention, RelativeAttention, TransformerXL
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.small import METHODS, assert_same, small_model, text
 from torch import Tensor
 
+from models.small import METHODS, assert_same, small_model, text
 from sparseffn.models import Memory, TransformerXL
 from sparseffn.models.reference import attention_reference, model_reference
 

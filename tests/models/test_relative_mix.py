@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from models.small import assert_same
 from torch import Tensor
 
+from models.small import assert_same
 from sparseffn.models.attention import sinusoids
 from sparseffn.models.relative_mix import future_mask, relative_mix, relative_shift
 

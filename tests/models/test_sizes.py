@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.small import small_config
 
+from models.small import small_config
 from sparseffn.errors import UserError
 from sparseffn.ffn import list_methods, method_class
 from sparseffn.ffn.pkm import PKMConfig

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from song_text import TEXT
 
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXLConfig
 from sparseffn.train import TrainConfig
-
-TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(400))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from song_text import TEXT
 
 import sparseffn.train.loop as loop
 from sparseffn.data import Corpus, load_corpus
@@ -36,8 +37,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("when", ["3", "8", "saving"])
 def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:
     """SIGKILL before the first checkpoint, between two, and while one is written."""
-    from conftest import TEXT
-
     (tmp_path / "song.txt").write_text(TEXT)
     write_json(tmp_path / "run.json", {"model": model.to_json(), "train": config.to_json()})
     script = str(Path(__file__).parent / "killed_run.py")

@@ -156,7 +156,7 @@ def _train(commands: Any) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.0, help="weight decay")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="autocast dtype")
-    parser.add_argument("--eval-every", type=int, help="steps between points of the validation curve (default: 20 points)")
+    parser.add_argument("--eval-every", type=int, help="steps between points of the validation curve (default: 12 points)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 10 of them)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events; needs sparseffn[track]")
     parser.add_argument("--out", required=True, help="run folder")

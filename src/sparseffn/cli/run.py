@@ -55,8 +55,8 @@ def train_command(options: argparse.Namespace) -> int:
         accumulation=options.accumulation,
         precision=options.precision,
         seed=options.seed,
-        eval_every=options.eval_every or max(1, steps // CURVE_POINTS),
-        checkpoint_every=options.checkpoint_every or max(1, steps // 10),
+        eval_every=max(1, steps // CURVE_POINTS) if options.eval_every is None else options.eval_every,
+        checkpoint_every=max(1, steps // 10) if options.checkpoint_every is None else options.checkpoint_every,
     )
     watch = Watch(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit)))
     watch.say(f"{contender.label}: {contender.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")

@@ -158,8 +158,14 @@ class _Job:
         for contender in matched:
             m = contender.match
             watcher.say(f"{contender.label}: {m.model_params:,} parameters ({m.residual_percent:+.3f}% against dense)")
-        RunFolder(out).open({**settings_json(settings, preset), "digest": corpus.digest})
-        return cls(settings, out, preset, corpus, matched)
+        job = cls(settings, out, preset, corpus, matched)
+        RunFolder(out).check(job.identity)
+        return job
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the folder belongs to."""
+        return {**settings_json(self.settings, self.preset), "digest": self.corpus.digest}
 
     @property
     def tokens_per_step(self) -> int:
@@ -182,6 +188,8 @@ class _Job:
             budget_s=self.settings.budget_s,
             spent_s=time.perf_counter() - started,
         )
+        # Only now is the folder claimed: a budget that was refused may be raised with the same --out.
+        RunFolder(self.out).open(self.identity)
         write_json(path, plan.to_json())
         return plan
 
@@ -193,7 +201,7 @@ class _Job:
             self._count_usage(folder)
 
     def _count_usage(self, folder: Path) -> None:
-        """Usage of the feedforward blocks, on the tokens of the curve's points."""
+        """Usage of the feedforward blocks, on the first 131,072 tokens of validation."""
         model, _ = load_run_model(folder)
         counter = UsageCounter()
         evaluate(
@@ -202,7 +210,7 @@ class _Job:
             batch=self.preset.eval_batch,
             context=self.preset.context,
             memory=self.preset.eval_memory,
-            max_tokens=8 * CURVE_TOKENS,
+            max_tokens=16 * CURVE_TOKENS,
             observe=counter.observe,
         )
         write_json(folder / "usage.json", counter.to_json())

@@ -30,7 +30,7 @@ _RESERVE = 0.12
 # Fewer steps than this say nothing about a method.
 MIN_STEPS = 20
 # Points of the validation curve, and the first tokens of validation that each uses.
-CURVE_POINTS, CURVE_TOKENS = 20, 16384
+CURVE_POINTS, CURVE_TOKENS = 12, 8192
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: a file is missing, truncated or damaged, or of another format.
     """
     remedy = f"fix: remove {path} to go on from the checkpoint before it"
+    if not (path / MANIFEST).exists():
+        raise UserError(f"checkpoint {path} must hold {MANIFEST}; got no such file; {remedy}")
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} must have format {FORMAT}; got another; {remedy}")

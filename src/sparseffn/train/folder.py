@@ -97,19 +97,31 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run of another config or files of something else.
         """
+        self.check(config)
+        path = self.path / "config.json"
+        # The config comes first: a kill in between must leave a folder that the same command takes up.
+        if not path.exists():
+            write_json(path, config)
+        if not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", environment())
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Check, writing nothing, that the folder is free or this config's.
+
+        Raises:
+            UserError: the folder holds a run of another config or files of something else.
+        """
         path = self.path / "config.json"
         if path.exists():
-            self._check(read_json(path), json.loads(json.dumps(config)))
+            self._compare(read_json(path), json.loads(json.dumps(config)))
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
             )
-        write_json(self.path / "environment.json", environment())
-        write_json(path, config)
 
-    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         differences = _differences(found, wanted)
         if differences:
             raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseffn.data import ContiguousStreams, Corpus
 from sparseffn.errors import UserError
-from sparseffn.evaluate import autocast, evaluate, token_losses
+from sparseffn.evaluate import NonFiniteLossError, autocast, evaluate, token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
 from sparseffn.train.checkpoint import (
@@ -30,10 +30,6 @@ from sparseffn.train.checkpoint import (
 )
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder, read_json, write_json
-
-
-class NonFiniteLossError(UserError):
-    """The loss or the gradient became infinite or not a number; the step was not taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ def train(
 
     Raises:
         UserError: sizes do not fit, the folder is of another config, or a checkpoint is damaged.
-        NonFiniteLossError: the loss became non-finite; the state before that step is the last checkpoint.
+        NonFiniteLossError: a loss became non-finite; the message names the last checkpoint before it.
     """
     folder = RunFolder(out)
     if model_config.vocab_size != corpus.tokenizer.vocab_size:
@@ -100,12 +96,14 @@ def train(
             f"`vocab_size` must be the corpus's {corpus.tokenizer.vocab_size}; got {model_config.vocab_size}; "
             "fix: build the model's config from the corpus"
         )
+    # A corpus that is too small for a window is refused before anything is written.
+    streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
     folder.open(run_config(model_config, config, corpus))
     if folder.result_path.exists():
         return TrainResult(**{key: read_json(folder.result_path)[key] for key in ("steps", "valid", "test", "seconds")})
     if not (folder.path / "tokenizer.json").exists():
         (folder.path / "tokenizer.json").write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-    return _Run(model_config, config, corpus, folder, on_step, on_metrics).run()
+    return _Run(model_config, config, corpus, streams, folder, on_step, on_metrics).run()
 
 
 def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -141,13 +139,13 @@ class _Run:
         model_config: TransformerXLConfig,
         config: TrainConfig,
         corpus: Corpus,
+        streams: ContiguousStreams,
         folder: RunFolder,
         on_step: OnStep | None,
         on_metrics: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.corpus, self.folder = config, corpus, folder
+        self.config, self.corpus, self.streams, self.folder = config, corpus, streams, folder
         self.on_step, self.on_metrics = on_step, on_metrics
-        self.streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
         self.model = TransformerXL(model_config)
         self.model.init_parameters(config.seed)
         self.optimizer = make_optimizer(self.model, config)
@@ -219,15 +217,20 @@ class _Run:
 
     def _evaluate(self, split: str, max_tokens: int | None = None) -> float:
         config = self.config
-        return evaluate(
-            self.model,
-            getattr(self.corpus, split),
-            batch=config.eval_batch,
-            context=config.context,
-            memory=config.eval_memory,
-            precision=config.precision,
-            max_tokens=max_tokens,
-        ).nats_per_token
+        try:
+            return evaluate(
+                self.model,
+                getattr(self.corpus, split),
+                batch=config.eval_batch,
+                context=config.context,
+                memory=config.eval_memory,
+                precision=config.precision,
+                max_tokens=max_tokens,
+            ).nats_per_token
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"
+            ) from None
 
     def _report(self, record: dict[str, Any], seconds: float) -> None:
         self._record({**record, "time_s": round(self.seconds, 4)})
