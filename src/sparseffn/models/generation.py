@@ -129,8 +129,9 @@ def _check(
     vocab_size = model.config.vocab_size
     if not prompt:
         raise UserError("`prompt` must hold at least one token; got none; fix: --prompt TEXT")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {max(prompt)}")
+    unknown = [token for token in prompt if not 0 <= token < vocab_size]
+    if unknown:
+        raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {unknown[0]}; fix: use the tokenizer")
     if n_tokens < 0:
         raise UserError(f"`n_tokens` must not be negative; got {n_tokens}; fix: pass 0 or more")
     if memory_length < 1:
