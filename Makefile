@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 DEMO_METHODS ?= dense topk pkm sigma-moe
-DEMO_BUDGET ?= 9m
+DEMO_BUDGET ?= 8m
 
 .PHONY: help setup demo test test-slow lint format readme clean
 
