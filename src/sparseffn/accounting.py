@@ -115,6 +115,16 @@ def _expert_down_backward(grad: Any, a: Any, weight: Any, *args: Any, **kwargs: 
     return 2 * _product_flops(a, weight)
 
 
+@register_flop_formula(torch.ops.sparseffn.expert_mlp)
+def _expert_mlp(x: Any, keys: Any, values: Any, gates: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _product_flops((indices[0] * indices[1],), keys)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_mlp_backward)
+def _expert_mlp_backward(grad: Any, x: Any, keys: Any, values: Any, gates: Any, *args: Any, **kwargs: Any) -> int:
+    return 4 * _product_flops((gates[0] * gates[1],), keys)
+
+
 @register_flop_formula(torch.ops.sparseffn.weighted_rows)
 def _weighted_rows(values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * indices[0] * indices[1] * values[1]

@@ -65,8 +65,11 @@ class Router(nn.Module, ABC):
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """`x @ weight.T` in float32 or wider, outside autocast."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+    dtype, device_type = torch.promote_types(x_TD.dtype, torch.float32), x_TD.device.type
+    # Entering the context costs as much as a small product.
+    if not torch.is_autocast_enabled(device_type):
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    with torch.autocast(device_type=device_type, enabled=False):
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 

@@ -68,7 +68,7 @@ class SigmaMoEConfig(TopKMixtureConfig):
         # Positions within the K G units, experts' positions, units; gates, then u once or twice, scales, products.
         tensors = saved_activations(self.activation, self.dropout) + 2
         survivors = self.inner_k * (3 * INDEX_BYTES + tensors * itemsize)
-        return n_tokens * (rows + survivors) + (self.n_experts + 1) * INDEX_BYTES
+        return n_tokens * (rows + survivors) + self._batch_bytes(itemsize)
 
     @classmethod
     def identity_example(cls) -> SigmaMoEConfig:
@@ -110,11 +110,11 @@ class SigmaMoE(Mixture):
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
 
-    def run_experts(self, x_TD: Tensor, selection: ops.Selection) -> Tensor:
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As any mixture, or with the inner top-K over the K G coefficients of a token."""
         if self.config.inner_k is None:
-            return super().run_experts(x_TD, selection)
-        indices, alpha = self._inner(x_TD, selection)
+            return super().run_experts(x_TD, routing)
+        indices, alpha = self._inner(x_TD, routing.selection())
         return ops.weighted_rows(self.values_matrix(), indices, alpha)
 
     def _inner(self, x_TD: Tensor, selection: ops.Selection) -> tuple[Tensor, Tensor]:
