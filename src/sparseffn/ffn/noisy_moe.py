@@ -20,7 +20,7 @@ from sparseffn.ffn._config import FFNConfig, require
 from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk
 from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE, renorm_scores_reference
 
 
@@ -92,7 +92,7 @@ class NoisyRouter(Router):
         """h: the logits, in training with noise (equation 13)."""
         if not self.training:
             return logits_TE
-        return logits_TE + torch.randn_like(logits_TE) * F.softplus(wide_linear(x_TD, self.noise_selector))
+        return logits_TE + torch.randn_like(logits_TE) * F.softplus(ops.router_logits(x_TD, self.noise_selector))
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
         """Selection and gates both see the noise."""
@@ -121,5 +121,5 @@ class NoisyMoE(Mixture):
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """`normtopk(softmax(h))` of the noisy logits, token by token."""
         keep_TE = self.router.draw_keep(x_TD)
-        noisy_TE = self.router.noisy(wide_linear(x_TD, self.router.selector), x_TD)
+        noisy_TE = self.router.noisy(ops.router_logits(x_TD, self.router.selector), x_TD)
         return renorm_scores_reference(noisy_TE, self.config.k, keep_TE)

@@ -6,6 +6,7 @@ from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns
 from sparseffn.ops.expert_mlp import expert_mlp
 from sparseffn.ops.experts import cvmm, expert_down, expert_up
+from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
 from sparseffn.ops.topk import topk
@@ -24,6 +25,7 @@ __all__ = [
     "product_key_topk",
     "register_backend",
     "requested_backend",
+    "router_logits",
     "select_columns",
     "sinkhorn",
     "sort_by_expert",

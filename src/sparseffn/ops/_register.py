@@ -7,9 +7,27 @@ from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, register_backend
 from sparseffn.ops.cpu import cpu_backend
 
-FORWARD = ("expert_up", "expert_down", "weighted_rows", "product_key_topk", "sinkhorn", "balanced_assignment", "topk")
+FORWARD = (
+    "expert_up",
+    "expert_down",
+    "weighted_rows",
+    "product_key_topk",
+    "sinkhorn",
+    "balanced_assignment",
+    "router_logits",
+    "topk",
+)
 BACKWARD = ("expert_up_backward", "expert_down_backward", "weighted_rows_backward", "sinkhorn_backward")
-REFERENCES = ("expert_mlp", "expert_up", "expert_down", "weighted_rows", "product_key_topk", "sinkhorn", "balanced_assignment")
+REFERENCES = (
+    "expert_mlp",
+    "expert_up",
+    "expert_down",
+    "weighted_rows",
+    "product_key_topk",
+    "sinkhorn",
+    "balanced_assignment",
+    "router_logits",
+)
 
 
 def register_builtin_backends() -> None:

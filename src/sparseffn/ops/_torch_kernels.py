@@ -113,6 +113,16 @@ def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weight
     return grad_values.to(values.dtype), grad_weights.view(n_bags, k).to(weights.dtype)
 
 
+def router_logits(x: Tensor, selector: Tensor) -> Tensor:
+    """See `ops.router_logits`."""
+    device_type = x.device.type
+    # Entering the context costs as much as a small product.
+    if not torch.is_autocast_enabled(device_type):
+        return F.linear(x, selector)
+    with torch.autocast(device_type=device_type, enabled=False):
+        return F.linear(x, selector)
+
+
 def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
     """See `ops.topk`.
 

@@ -14,6 +14,7 @@ from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.autocast import to_autocast
 from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
+from sparseffn.ops.expert_mlp_inner import expert_mlp_inner
 
 
 @torch.library.custom_op("sparseffn::expert_mlp", mutates_args=())
@@ -92,6 +93,7 @@ def expert_mlp(
     *,
     activation: str = "relu",
     dropout: float = 0.0,
+    inner_k: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`y[t] = sum_k gates[t, k] drop(act(x[t] @ keys[e])) @ values[e]` with `e = indices[t, k]`, summed in float32 or wider.
@@ -104,32 +106,49 @@ def expert_mlp(
         indices: int64 `[T, K]`, 0 to E - 1.
         activation: relu, gelu (exact), silu or identity.
         dropout: rate at which hidden units are removed; the others are scaled by 1 / (1 - rate).
+        inner_k: of a token's K G coefficients `gate x unit` only so many, the largest, take part; None: all.
         backend: see `ops.backends`.
 
     Returns:
         `[T, D]` in the dtype of `x`.
 
     Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, `K` is 0, an index is that of no expert, or the
-            activation is unknown.
+        UserError: ranks, widths, dtypes or devices do not fit together, `K` is 0, `inner_k` is not in 1..K G, an index is
+            that of no expert, or the activation is unknown.
     """
     x, keys, values = to_autocast(x, keys, values)
-    _check(x, keys, values, gates, indices, activation, dropout)
+    _check(x, keys, values, gates, indices)
+    _check_options(activation, dropout, inner_k, indices.shape[1] * keys.shape[2])
     keep, scale = None, 1.0
     if dropout > 0:
         shape = (*indices.shape, keys.shape[2])
         keep, scale = torch.rand(shape, device=x.device) >= dropout, 1.0 / (1.0 - dropout)
     direct = direct_kernel("expert_mlp", backend)
     if direct is not None:
-        return direct(x, keys, values, gates, indices, keep, scale, activation)
+        return direct(x, keys, values, gates, indices, keep, scale, activation, inner_k)
+    if inner_k is not None:
+        inputs = (x, keys, values, gates, indices, keep, scale, activation, inner_k)
+        if runs_eagerly(x, keys, values, gates):
+            return kernel("expert_mlp_inner", x, backend)(*inputs)[0]
+        return expert_mlp_inner(*inputs, backend)[0]
     if runs_eagerly(x, keys, values, gates):
         forward = kernel("expert_mlp", x, backend)
         return forward(x, keys, values, gates, indices, keep, scale, activation, save=False)[0]
     return torch.ops.sparseffn.expert_mlp(x, keys, values, gates, indices, keep, scale, activation, backend)[0]
 
 
-def _check(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, activation: str, dropout: float) -> None:
-    if x.dim() != 2 or keys.dim() != 3 or keys.shape[1] != x.shape[1] or values.shape != keys.transpose(1, 2).shape:
+def _check_options(activation: str, dropout: float, inner_k: int | None, n_units: int) -> None:
+    if activation not in ACTIVATIONS:
+        raise unknown_name("activation", activation, ACTIVATIONS)
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"`dropout` must be at least 0 and below 1; got {dropout}; fix: a rate such as 0.1")
+    if inner_k is not None and not 1 <= inner_k <= n_units:
+        raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")
+
+
+def _check(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor) -> None:
+    fits = x.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and keys.shape[1] == x.shape[1]
+    if not fits or values.shape != (keys.shape[0], keys.shape[2], keys.shape[1]):
         raise UserError(
             "`x`, `keys` and `values` must be [T, D], [E, D, G] and [E, G, D]; "
             f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
@@ -149,7 +168,3 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tens
         raise UserError(f"all tensors must be on one device; got {' and '.join(devices)}; fix: move them with .to(device)")
     if gates.dtype != torch.promote_types(x.dtype, torch.float32):
         raise UserError(f"`gates` must be {torch.promote_types(x.dtype, torch.float32)}; got {gates.dtype}; fix: cast them")
-    if activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"`dropout` must be at least 0 and below 1; got {dropout}")

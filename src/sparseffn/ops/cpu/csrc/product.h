@@ -7,9 +7,26 @@
 
 namespace sparseffn {
 
-// acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k.
-template <class C, class S, int R, int N>
-inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Vec<C> (&acc)[R][N]) {
+// Lines of B that are fetched ahead, in rows: the hardware does not follow strided lines far enough.
+constexpr int64_t kAhead = 12;
+
+// Memory that the next product will read, brought into the second-level cache a line at a time during this one.
+struct Fetch {
+    const char* at = nullptr;
+    const char* end = nullptr;
+
+    template <class S> static Fetch of(const S* p, int64_t n) {
+        return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + n)};
+    }
+};
+constexpr int64_t kLine = 64;
+
+// acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
+// what comes next.
+template <class C, class S, int R, int N, bool First>
+inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Fetch& next, Vec<C> (&acc)[R][N]) {
+    const char* ahead = next.at;
+    const int64_t step = next.end - next.at >= depth * kLine ? kLine : 0;
     const C* row[R];
     for (int i = 0; i < R; ++i) {
         row[i] = a[i];
@@ -18,9 +35,12 @@ inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t dep
     for (int64_t k = 0; k < depth; ++k) {
         Vec<C> line[N];
         for (int j = 0; j < N; ++j) line[j] = load(b + k * ldb + j * kLanes<C>);
-        // Few rows are bound by reading B; the hardware does not follow strided lines far enough ahead.
-        if constexpr (R <= 2)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(b + (k + 12) * ldb + j * kLanes<C>);
+        if constexpr (First)
+            for (int j = 0; j < N; ++j) __builtin_prefetch(b + (k + kAhead) * ldb + j * kLanes<C>);
+        else {
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += step;
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
             const Vec<C> x = splat<C>(row[i][k]);
@@ -28,6 +48,7 @@ inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t dep
             for (int j = 0; j < N; ++j) acc[i][j] += x * line[j];
         }
     }
+    next.at = ahead;
 }
 
 // acc[i][j] = sum_r a[r][i] b[r][j] over rows r: the outer products of a gradient of weights.
@@ -85,20 +106,23 @@ inline Panel<C, S> panel_at(const S* b, int64_t ldb, int64_t depth, int64_t colu
 // Calls out(i, first column, columns, values) for each row i of `A B`, a panel of W registers of columns at a time.
 template <class C, class S, int Rows, int W, class Out>
 inline void product_of(const C* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, S* padded,
-                       Out&& out) {
+                       Fetch& next, Out&& out) {
     for (int64_t first = 0; first < columns; first += W * kLanes<C>) {
         const Panel<C, S> panel = panel_at<C, S>(b, ldb, depth, columns, first, W * kLanes<C>, padded);
         with_constant<W>(panel.vectors, [&](auto n) {
             constexpr int N = decltype(n)::value;
-            const auto block = [&](int64_t i, auto r) {
+            const auto block = [&](int64_t i, auto r, auto is_first) {
                 constexpr int R = decltype(r)::value;
                 Vec<C> acc[R][N];
-                tile_product<C, S, R, N>(a + i, panel.data, panel.ld, depth, acc);
+                tile_product<C, S, R, N, decltype(is_first)::value>(a + i, panel.data, panel.ld, depth, next, acc);
                 for (int q = 0; q < R; ++q) out(i + q, panel.first, panel.columns, acc[q]);
             };
-            int64_t i = 0;
-            for (; i + Rows <= rows; i += Rows) block(i, std::integral_constant<int, Rows>{});
-            with_constant<Rows - 1>(static_cast<int>(rows - i), [&](auto r) { block(i, r); });
+            // The ragged tile comes first: it has registers to spare for fetching ahead.
+            const int64_t ragged = rows % Rows;
+            with_constant<Rows - 1>(static_cast<int>(ragged), [&](auto r) { block(0, r, std::true_type{}); });
+            if (ragged == 0 && rows > 0) block(0, std::integral_constant<int, Rows>{}, std::true_type{});
+            for (int64_t i = ragged ? ragged : Rows; i < rows; i += Rows)
+                block(i, std::integral_constant<int, Rows>{}, std::false_type{});
         });
     }
 }
@@ -106,11 +130,11 @@ inline void product_of(const C* const* a, int64_t rows, const S* b, int64_t ldb,
 // Few rows take panels of twice the width: B is then read in longer stretches.
 template <class C, class S, class Out>
 inline void product(const C* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, S* padded,
-                    Out&& out) {
+                    Fetch next, Out&& out) {
     if (rows <= kRows / 2)
-        product_of<C, S, kRows / 2, 2 * kVectors>(a, rows, b, ldb, depth, columns, padded, out);
+        product_of<C, S, kRows / 2, 2 * kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
     else
-        product_of<C, S, kRows, kVectors>(a, rows, b, ldb, depth, columns, padded, out);
+        product_of<C, S, kRows, kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
 }
 
 template <class C, int N> inline void put(C* to, const Vec<C> (&values)[N], int columns) {
