@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Input that cannot be used. The message names the value and the remedy; the command line prints it and exits with 2."""
 
 
+class NonFiniteError(UserError):
+    """A tensor that must be finite holds NaN or infinity: a model that diverged, mostly."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, offering the nearest ones.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseffn.ops._checks import check_routing
 from sparseffn.ops.activations import ACTIVATIONS, KEEPS_OUTPUT, activation_backward, from_kept
 from sparseffn.ops.backends import Kernel
 
@@ -38,6 +39,7 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         *,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_routing(gates, indices, keys.shape[0])
         order, offsets = sorted_routing(indices, keys.shape[0])
         tokens = order // indices.shape[1]
         scores_RG = up(x, keys, tokens, offsets)
@@ -79,6 +81,7 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         inner_k: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         (n_tokens, k), size = indices.shape, keys.shape[2]
+        check_routing(gates, indices, keys.shape[0])
         order, offsets = sorted_routing(indices, keys.shape[0])
         scores_RG = up(x, keys, order // k, offsets)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseffn.errors import UserError
 from sparseffn.ops import _torch_kernels as torch_kernels
+from sparseffn.ops._checks import bad_index, non_finite_gates
 from sparseffn.ops.backends import Kernel
 from sparseffn.ops.cpu.build import library
 
@@ -18,12 +18,15 @@ from sparseffn.ops.cpu.build import library
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "silu": 2, "identity": 3}
 
+# What sort_by_expert returns.
+_BAD_INDEX = 1
+
 # Measured with 16 and 256 experts of width 412 to 1024: from here on turning the selector pays.
 _FEW_TOKENS = 128
 
 # Argument types of each function of the library: i an int, n an int64, d a double, p an address.
 _SIGNATURES = {
-    "sort_by_expert": "pnnpp",
+    "sort_by_expert": "pnnippp",
     "experts": "ippdp",
     "experts_backward": "ippdp",
     "experts_inner": "ippdnpp",
@@ -59,21 +62,27 @@ def _sizes(*numbers: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * (len(numbers) + 1))(*numbers, torch.get_num_threads())
 
 
-def _bad_index(what: str, n: int) -> UserError:
-    return UserError(f"`indices` must be between 0 and {n - 1}, {what}; got one outside; fix: check the router")
-
-
 def _routed(
     x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
     """The first four in memory order, and the selections sorted by expert."""
     n_experts = keys.shape[0]
-    indices = indices.contiguous()
+    indices, gates = indices.contiguous(), gates.contiguous()
     order, offsets = indices.new_empty(indices.numel()), indices.new_empty(n_experts + 1)
-    sort = _functions()["sort_by_expert"]
-    if sort(indices.data_ptr(), indices.numel(), n_experts, order.data_ptr(), offsets.data_ptr()):
-        raise _bad_index("an expert", n_experts)
-    return (x.contiguous(), keys.contiguous(), values.contiguous(), gates.contiguous()), order, offsets
+    problem = _functions()["sort_by_expert"](
+        indices.data_ptr(),
+        indices.numel(),
+        n_experts,
+        _DTYPES[gates.dtype],
+        gates.data_ptr(),
+        order.data_ptr(),
+        offsets.data_ptr(),
+    )
+    if problem == _BAD_INDEX:
+        raise bad_index("an expert", n_experts)
+    if problem:
+        raise non_finite_gates()
+    return (x.contiguous(), keys.contiguous(), values.contiguous(), gates), order, offsets
 
 
 def _experts_sizes(keys: Tensor, gates: Tensor, activation: str) -> ctypes.Array[ctypes.c_int64]:
@@ -215,7 +224,7 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         _sizes(*values.shape, *indices.shape),
         y.data_ptr(),
     ):
-        raise _bad_index("a row of `values`", values.shape[0])
+        raise bad_index("a row of `values`", values.shape[0])
     return y
 
 

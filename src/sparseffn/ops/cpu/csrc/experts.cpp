@@ -21,7 +21,19 @@ Problem<S> problem(const void* const* in, const int64_t* sizes, double keep_scal
 // in: x, keys, values, gates, hidden, keep, order, offsets; sizes: tokens, width, experts, size, k, activation, threads.
 extern "C" {
 
-int sparseffn_sort_by_expert(const int64_t* indices, int64_t rows, int64_t experts, int64_t* order, int64_t* offsets) {
+// The selections in stable order of their expert. 1 if an index is not that of an expert, 2 if a gate is not finite.
+int sparseffn_sort_by_expert(const int64_t* indices, int64_t rows, int64_t experts, int dtype, const void* gates,
+                             int64_t* order, int64_t* offsets) {
+    bool finite = true;
+    with_type(dtype, [&](auto* tag) {
+        using C = compute_t<std::remove_pointer_t<decltype(tag)>>;
+        const C* g = static_cast<const C*>(gates);
+        // Infinity and NaN times zero are NaN; the sum of the rest is zero.
+        C sum = 0;
+        for (int64_t r = 0; r < rows; ++r) sum += g[r] * C(0);
+        finite = sum == C(0);
+    });
+    if (!finite) return 2;
     return sort_by_expert(indices, rows, experts, order, offsets) ? 0 : 1;
 }
 

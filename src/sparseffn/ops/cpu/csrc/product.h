@@ -20,6 +20,8 @@ struct Fetch {
     }
 };
 constexpr int64_t kLine = 64;
+// Terms that are added up one after the other; sums of such sums err less than one long sum.
+constexpr int64_t kTerms = 64;
 
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
 // what comes next.
@@ -32,21 +34,27 @@ inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t dep
         row[i] = a[i];
         for (int j = 0; j < N; ++j) acc[i][j] = Vec<C>{};
     }
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec<C> line[N];
-        for (int j = 0; j < N; ++j) line[j] = load(b + k * ldb + j * kLanes<C>);
-        if constexpr (First)
-            for (int j = 0; j < N; ++j) __builtin_prefetch(b + (k + kAhead) * ldb + j * kLanes<C>);
-        else {
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += step;
-        }
+    for (int64_t begin = 0; begin < depth; begin += kTerms) {
+        Vec<C> part[R][N] = {};
+        const int64_t end = begin + kTerms < depth ? begin + kTerms : depth;
+        for (int64_t k = begin; k < end; ++k) {
+            Vec<C> line[N];
+            for (int j = 0; j < N; ++j) line[j] = load(b + k * ldb + j * kLanes<C>);
+            if constexpr (First)
+                for (int j = 0; j < N; ++j) __builtin_prefetch(b + (k + kAhead) * ldb + j * kLanes<C>);
+            else {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += step;
+            }
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const Vec<C> x = splat<C>(row[i][k]);
+            for (int i = 0; i < R; ++i) {
+                const Vec<C> x = splat<C>(row[i][k]);
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) acc[i][j] += x * line[j];
+                for (int j = 0; j < N; ++j) part[i][j] += x * line[j];
+            }
         }
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) acc[i][j] += part[i][j];
     }
     next.at = ahead;
 }
@@ -56,17 +64,23 @@ template <class C, int R, int N>
 inline void tile_outer(const C* const* a, int64_t at, const C* const* b, int64_t bt, int64_t depth, Vec<C> (&acc)[R][N]) {
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < N; ++j) acc[i][j] = Vec<C>{};
-    for (int64_t r = 0; r < depth; ++r) {
-        const C* x = a[r] + at;
-        const C* y = b[r] + bt;
-        Vec<C> line[N];
-        for (int j = 0; j < N; ++j) line[j] = load(y + j * kLanes<C>);
+    for (int64_t begin = 0; begin < depth; begin += kTerms) {
+        Vec<C> part[R][N] = {};
+        const int64_t end = begin + kTerms < depth ? begin + kTerms : depth;
+        for (int64_t r = begin; r < end; ++r) {
+            const C* x = a[r] + at;
+            const C* y = b[r] + bt;
+            Vec<C> line[N];
+            for (int j = 0; j < N; ++j) line[j] = load(y + j * kLanes<C>);
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const Vec<C> s = splat<C>(x[i]);
+            for (int i = 0; i < R; ++i) {
+                const Vec<C> s = splat<C>(x[i]);
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) acc[i][j] += s * line[j];
+                for (int j = 0; j < N; ++j) part[i][j] += s * line[j];
+            }
         }
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) acc[i][j] += part[i][j];
     }
 }
 

@@ -1,0 +1,164 @@
+"""The compiled kernels against the reference in float64: output and every gradient, with poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expert_cases import CASES, INPUTS, LARGE, Case, results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparseffn import ops
+from sparseffn.ops.backends import kernel
+from sparseffn.ops.cpu import build
+from sparseffn.ops.spec import check_against_truth
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out unwritten holds NaN."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-(2**20))
+
+        return made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def verify(case: Case, dtype: torch.dtype, *, activation: str, dropout: bool = False, inner_k: int | None = None) -> None:
+    """Output and gradients of the compiled kernels are as close to the truth as they must be."""
+    inputs, direction = case.inputs(dtype)
+    indices = case.indices()
+    keep = torch.rand(case.n_tokens, case.k, case.size) >= 0.5 if dropout else None
+    options: dict[str, Any] = {"activation": activation, "keep": keep, "inner_k": inner_k}
+    truth, plain, got = (results(b, inputs, indices, direction, **options) for b in ("reference", "torch", "cpu"))
+    for name, *three in zip(("", *(f".{n}" for n in INPUTS)), got, plain, truth, strict=True):
+        check_against_truth(f"expert_mlp{name}", *three, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_experts_are_near_the_truth(case: Case, activation: str, dtype: torch.dtype) -> None:
+    """All activations, odd sizes, empty and hot experts, K = 1 and K = N_E, x not contiguous."""
+    verify(case, dtype, activation=activation)
+
+
+@pytest.mark.slow
+@DTYPES
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_experts_are_near_the_truth_over_chunks(case: Case, dtype: torch.dtype) -> None:
+    """More rows than a chunk holds."""
+    verify(case, dtype, activation="relu")
+
+
+@DTYPES
+@pytest.mark.parametrize("inner", [False, True], ids=["all-units", "inner-top-k"])
+@pytest.mark.parametrize("case", ["odd", "decoding", "hot"])
+def test_dropout_removes_units(case: str, inner: bool, dtype: torch.dtype) -> None:
+    """Units that dropout removed count neither forward nor backward."""
+    chosen = CASES[case]
+    verify(chosen, dtype, activation="gelu", dropout=True, inner_k=chosen.k * chosen.size // 2 if inner else None)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("case", ["one-token", "decoding", "odd", "hot", "wide"])
+def test_inner_topk_is_near_the_truth(case: str, activation: str) -> None:
+    """A third of the units survive; one survives; all survive."""
+    chosen = CASES[case]
+    units = chosen.k * chosen.size
+    for inner_k in (1, max(1, units // 3), units):
+        verify(chosen, torch.float32, activation=activation, inner_k=inner_k)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    n_tokens=st.integers(0, 90),
+    d_model=st.integers(1, 70),
+    n_experts=st.integers(1, 9),
+    size=st.integers(1, 70),
+    routing=st.sampled_from(["random", "hot", "few"]),
+    data=st.data(),
+)
+def test_drawn_shapes_agree_in_float64(
+    n_tokens: int, d_model: int, n_experts: int, size: int, routing: str, data: st.DataObject
+) -> None:
+    """Against the composition of PyTorch's products, to rounding; with and without inner top-K."""
+    k = data.draw(st.integers(1, n_experts))
+    case = Case(n_tokens, d_model, n_experts, size, k, routing)
+    inputs, direction = case.inputs(torch.float64)
+    indices = case.indices()
+    for inner_k in (None, data.draw(st.integers(1, k * size))):
+        pairs = [results(b, inputs, indices, direction, inner_k=inner_k, activation="silu") for b in ("cpu", "torch")]
+        for got, wanted in zip(*pairs, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("n_tokens", "n_values", "width", "k"),
+    [(1, 9, 100, 4), (3, 7, 33, 7), (63, 40, 20, 5), (300, 50, 36, 9), (150, 3000, 17, 3), (0, 5, 4, 2)],
+    ids=["one", "few", "odd", "sorted", "sparse", "no-tokens"],
+)
+def test_weighted_rows_are_near_the_truth(n_tokens: int, n_values: int, width: int, k: int, dtype: torch.dtype) -> None:
+    """Output and both gradients on every path; repeated rows add up."""
+    values = torch.randn(n_values, width).to(dtype)
+    indices = torch.randint(n_values, (n_tokens, k))
+    weights, grad = torch.randn(n_tokens, k).to(dtype), torch.randn(n_tokens, width).to(dtype)
+    leaves = [values.double().requires_grad_(), weights.double().requires_grad_()]
+    y = ops.weighted_rows(leaves[0], indices, leaves[1], backend="reference")
+    truth = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+    found = []
+    for backend in ("cpu", "torch"):
+        forward, backward = (kernel(f"weighted_rows{end}", values, backend) for end in ("", "_backward"))
+        found.append([forward(values, indices, weights), *backward(grad, values, indices, weights)])
+    for name, got, plain, true in zip(("", ".values", ".weights"), *found, truth, strict=True):
+        check_against_truth(f"weighted_rows{name}", got, plain, true, dtype)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.booleans(), st.integers(0, 10**6), st.data())
+def test_topk_agrees_with_a_stable_sort(n: int, ties: bool, seed: int, data: st.DataObject) -> None:
+    """Every K, few and many, ordered and not; with ties and infinities."""
+    k = data.draw(st.integers(0, n))
+    scores = torch.randn(3, n, generator=torch.Generator().manual_seed(seed))
+    scores = scores.round() if ties else scores
+    scores[1, : n // 2] = -torch.inf
+    wanted = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(ops.topk(scores, k, backend="cpu"), wanted)
+    unordered = ops.topk(scores.double(), k, ordered=False, backend="cpu")
+    assert torch.equal(unordered.sort(dim=-1).values, wanted.sort(dim=-1).values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 10**6), st.data())
+def test_product_key_topk_is_exact(n_a: int, n_b: int, seed: int, data: st.DataObject) -> None:
+    """The sums are the K largest of all, largest first, and belong to their indices."""
+    k = data.draw(st.integers(1, n_a * n_b))
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, n_a, generator=generator), torch.randn(2, 3, n_b, generator=generator)
+    sums, indices = ops.product_key_topk(a, b, k, backend="cpu")
+    wanted, _ = ops.product_key_topk(a, b, k, backend="reference")
+    assert torch.equal(sums, wanted)
+    assert torch.equal(b.gather(-1, indices // n_a) + a.gather(-1, indices % n_a), sums)
+
+
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), [(1, 8, 3), (300, 33, 5), (200, 64, 130)])
+def test_router_logits_agree(n_tokens: int, width: int, n_experts: int) -> None:
+    """Against the reference in float64, both sides of the switch to PyTorch's product."""
+    x, selector = torch.randn(n_tokens, width), torch.randn(n_experts, width)
+    truth = x.double() @ selector.double().t()
+    got, plain = (ops.router_logits(x, selector, backend=b) for b in ("cpu", "torch"))
+    assert float((got - truth).abs().max()) <= 2 * float((plain - truth).abs().max()) + 1e-6 * float(truth.abs().max())
