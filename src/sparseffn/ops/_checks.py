@@ -19,6 +19,11 @@ def non_finite_gates() -> NonFiniteError:
     )
 
 
+def non_finite_scores() -> NonFiniteError:
+    """Scores of an assignment that are NaN or infinite."""
+    return NonFiniteError("`scores` must be finite; got NaN or infinity; fix: check the router's input")
+
+
 def check_routing(gates: Tensor, indices: Tensor, n_experts: int) -> None:
     """Look at indices and gates where that needs no synchronisation with a device: on the CPU.
 
@@ -28,7 +33,21 @@ def check_routing(gates: Tensor, indices: Tensor, n_experts: int) -> None:
     """
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
-    if int(indices.min()) < 0 or int(indices.max()) >= n_experts:
-        raise bad_index("an expert", n_experts)
+    _check_range(indices, "an expert", n_experts)
     if not bool(gates.isfinite().all()):
         raise non_finite_gates()
+
+
+def check_rows(indices: Tensor, n_rows: int) -> None:
+    """The same for indices of value rows.
+
+    Raises:
+        UserError: an index is that of no row.
+    """
+    if indices.device.type == "cpu" and indices.numel():
+        _check_range(indices, "a row of `values`", n_rows)
+
+
+def _check_range(indices: Tensor, what: str, n: int) -> None:
+    if int(indices.min()) < 0 or int(indices.max()) >= n:
+        raise bad_index(what, n)

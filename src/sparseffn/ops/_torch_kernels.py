@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseffn.ops._checks import check_rows
 from sparseffn.ops.assignment import assign_balanced
 
 # The mode of embedding_bag that adds up.
@@ -84,6 +85,7 @@ def _bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`."""
+    check_rows(indices, values.shape[0])
     if indices.shape[1] == 0:
         return values.new_zeros(indices.shape[0], values.shape[1])
     return _bag(values, indices, weights)

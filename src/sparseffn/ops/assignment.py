@@ -15,6 +15,8 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from sparseffn.ops._checks import non_finite_scores
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -26,11 +28,11 @@ def assign_balanced(scores: Floats) -> Ints:
     """The expert of each token, for scores `[T, E]`; ties are resolved the same way every time.
 
     Raises:
-        ValueError: a score is not finite.
+        NonFiniteError: a score is not finite.
     """
     n_tokens, n_experts = scores.shape
     if not np.isfinite(scores).all():
-        raise ValueError("`scores` must be finite; got nan or infinity; fix: check the router's input")
+        raise non_finite_scores()
     if n_tokens == 0:
         return np.zeros(0, dtype=np.int64)
     capacity = -(-n_tokens // n_experts)

@@ -99,11 +99,11 @@ def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
         backend: see `ops.backends`.
 
     Returns:
-        int64 `[T]`. Computed on the host by the PyTorch backend, in O(T E) memory.
+        int64 `[T]`. Computed on the host, in O(T E) memory.
 
     Raises:
         UserError: `scores` is not a matrix with at least one expert.
-        ValueError: a score is nan or infinite.
+        NonFiniteError: a score is NaN or infinite.
     """
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")

@@ -162,3 +162,17 @@ def test_router_logits_agree(n_tokens: int, width: int, n_experts: int) -> None:
     truth = x.double() @ selector.double().t()
     got, plain = (ops.router_logits(x, selector, backend=b) for b in ("cpu", "torch"))
     assert float((got - truth).abs().max()) <= 2 * float((plain - truth).abs().max()) + 1e-6 * float(truth.abs().max())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 60), st.integers(1, 9), st.booleans(), st.integers(0, 10**6))
+def test_assignment_is_as_good_as_the_other(n_tokens: int, n_experts: int, ties: bool, seed: int) -> None:
+    """Balanced, and of the total of the NumPy form, which the tests of `ops` hold against SciPy."""
+    scores = torch.randn(n_tokens, n_experts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+    scores = scores.round() if ties else scores
+    got, wanted = (ops.balanced_assignment(scores, backend=b) for b in ("cpu", "torch"))
+    low, extra = divmod(n_tokens, n_experts)
+    loads = got.bincount(minlength=n_experts)
+    assert int(loads.min()) >= low and int(loads.max()) <= low + (extra > 0)
+    totals = [float(scores.gather(1, a[:, None]).sum()) for a in (got, wanted)]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-9)

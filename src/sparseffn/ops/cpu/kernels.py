@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.ops import _torch_kernels as torch_kernels
-from sparseffn.ops._checks import bad_index, non_finite_gates
+from sparseffn.ops._checks import bad_index, non_finite_gates, non_finite_scores
 from sparseffn.ops.backends import Kernel
 from sparseffn.ops.cpu.build import library
 
@@ -33,6 +33,7 @@ _SIGNATURES = {
     "experts_inner_backward": "ippdnpp",
     "weighted_rows": "ippppp",
     "weighted_rows_backward": "ippppppp",
+    "assign": "pnnp",
     "linear": "ipppp",
     "topk": "ippp",
     "product_key_topk": "ippppp",
@@ -273,6 +274,17 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor
     return sums.to(scores_a.dtype), indices
 
 
+def balanced_assignment(scores: Tensor) -> Tensor:
+    """See `ops.balanced_assignment`."""
+    wide = scores.double().contiguous()
+    if not bool(wide.isfinite().all()):
+        raise non_finite_scores()
+    assigned = wide.new_empty(scores.shape[0], dtype=torch.int64)
+    if scores.shape[0]:
+        _functions()["assign"](wide.data_ptr(), *scores.shape, assigned.data_ptr())
+    return assigned
+
+
 KERNELS: dict[str, Kernel] = {
     "expert_mlp": expert_mlp,
     "expert_mlp_backward": expert_mlp_backward,
@@ -281,6 +293,7 @@ KERNELS: dict[str, Kernel] = {
     "weighted_rows": weighted_rows,
     "weighted_rows_backward": weighted_rows_backward,
     "router_logits": router_logits,
+    "balanced_assignment": balanced_assignment,
     "topk": topk,
     "product_key_topk": product_key_topk,
 }

@@ -1,0 +1,235 @@
+"""How the compiled backend lives: building, choosing, compiling models, determinism, processes, bad input."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseffn import ops
+from sparseffn.errors import NonFiniteError, UserError
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.ops.cpu import build
+
+needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
+CONFIG = SigmaMoEConfig(d_model=32, n_experts=6, expert_size=16, k=2)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_compiles_nothing() -> None:
+    """Nothing is built or imported for it before an operation runs."""
+    code = "import sparseffn.ffn, sys; assert 'sparseffn.ops.cpu.build' not in sys.modules or not "
+    python(code + "sys.modules['sparseffn.ops.cpu.build'].library.cache_info().currsize")
+
+
+@needs_compiler
+def test_library_is_compiled_once_by_whoever_comes_first(tmp_path: Path) -> None:
+    """Two processes at once: one says so in one line, both use it, nothing else is left; the third waits for nothing."""
+    code = "from sparseffn.ops.cpu import build; build.FLAGS; f=[x for x in build.FLAGS if x!='-O3']+['-O0']\n"
+    code += f"import pathlib; print(build.compile_library(pathlib.Path({str(tmp_path)!r}), flags=f))"
+    running = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert sum(text.count("compiled the CPU kernels") for text in said) == 1
+    assert len(list(tmp_path.glob("*.so"))) == 1 and not list(tmp_path.glob(".*"))
+    assert python(code).stderr == ""
+
+
+def test_refused_compilation_leaves_nothing(tmp_path: Path) -> None:
+    """The compiler's first error is told, and no half-made library stays."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "broken.cpp").write_text("int f() { return nonsense; }\n")
+    with pytest.raises(build.CompilerError, match="nonsense"):
+        build.compile_library(tmp_path / "out", sources=tmp_path / "csrc")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".lock"}
+
+
+def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
+    """Said once, visible in `sparseffn doctor`, refused where it is asked for by name."""
+    code = (
+        "import torch; from sparseffn import ops; from sparseffn.ffn.sigma_moe import SigmaMoEConfig\n"
+        "layer = SigmaMoEConfig(d_model=8, n_experts=4, expert_size=4, k=2).build()\n"
+        "layer(torch.randn(3, 8)); layer(torch.randn(3, 8)); print(ops.explain_backend(torch.device('cpu')))"
+    )
+    missing = {"CXX": "no-such-compiler", "SPARSEFFN_CACHE": str(tmp_path)}
+    done = python(code, **missing)
+    assert "torch" in done.stdout and "not cpu: no C++ compiler found" in done.stdout
+    assert done.stderr.count("no compiled CPU kernels") == 1
+    told = subprocess.run(
+        [sys.executable, "-m", "sparseffn", "doctor"], capture_output=True, text=True, env={**os.environ, **missing}
+    )
+    assert "no C++ compiler found" in told.stdout
+    forced = "import torch; from sparseffn import ops; ops.topk(torch.ones(2), 1, backend='cpu')"
+    with pytest.raises(AssertionError, match="backend 'cpu' cannot run on cpu: no C\\+\\+ compiler found"):
+        python(forced, **missing)
+
+
+@needs_compiler
+def test_backend_is_forced_or_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """By the environment: what it cannot run raises, what it does not have is left to others and said."""
+    monkeypatch.setenv("SPARSEFFN_BACKEND", "cpu")
+    with pytest.raises(UserError, match="backend 'cpu' cannot run on cpu: it computes in float32"):
+        CONFIG.build().half()(torch.randn(2, 32).half())
+    with caplog.at_level(logging.WARNING):
+        ops.sinkhorn(torch.randn(4, 3))
+        ops.sinkhorn(torch.randn(4, 3))
+    assert sum("has no sinkhorn" in record.message for record in caplog.records) <= 1
+    with pytest.raises(UserError, match="backend 'cpu' has no 'sinkhorn'"):
+        ops.sinkhorn(torch.randn(4, 3), backend="cpu")
+
+
+@needs_compiler
+@pytest.mark.parametrize("inner_k", [None, 5], ids=["all-units", "inner-top-k"])
+def test_layer_compiles_once_for_all_token_counts(inner_k: int | None) -> None:
+    """fullgraph, dynamic; forward and backward equal the eager layer's."""
+    torch._dynamo.reset()
+    layer = CONFIG.replace(inner_k=inner_k).build()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    counter = torch._dynamo.utils.counters["stats"]
+    counter.clear()
+    for n_tokens in (2, 7, 64, 300):
+        x = torch.randn(n_tokens, 32)
+        grads = []
+        for function in (layer, compiled):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            y.square().sum().backward()
+            grads.append((y.detach(), leaf.grad))
+        for got, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert counter["unique_graphs"] == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_tokens", [3, 200], ids=["few", "many"])
+def test_results_are_the_same_from_run_to_run(n_tokens: int) -> None:
+    """Output and gradients, bit by bit, in deterministic mode."""
+    layer, x = CONFIG.replace(expert_dropout=0.2, dropout=0.1).build(), torch.randn(n_tokens, 32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(3):
+            torch.manual_seed(1)
+            leaf = x.clone().requires_grad_()
+            layer.zero_grad()
+            y = layer(leaf)
+            y.sin().sum().backward()
+            runs.append([y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@needs_compiler
+def test_autocast_computes_in_bfloat16() -> None:
+    """As `nn.Linear`; the router stays in float32."""
+    layer, x = CONFIG.build(), torch.randn(40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, stats = layer(x, return_stats=True)
+    assert y.dtype == torch.bfloat16 and stats.weights.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+WORKER = """
+import multiprocessing, os, sys, torch
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+torch.manual_seed(0)
+layer, x = SigmaMoEConfig(d_model=32, n_experts=6, expert_size=16, k=2).build(), torch.randn(300, 32)
+
+def work(queue, what):
+    if what == "mm":
+        torch.randn(600, 600) @ torch.randn(600, 600)
+    else:
+        layer(x).sum().backward()
+    queue.put(what)
+
+def finishes(what):
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    process = context.Process(target=work, args=(queue, what), daemon=True)
+    process.start()
+    process.join(10)
+    alive = process.is_alive()
+    process.kill()
+    return not alive and process.exitcode == 0
+
+if __name__ == "__main__":
+    layer(x).sum().backward()
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    print(finishes("mm"), finishes("experts"))
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["spawn", "fork"])
+def test_layer_runs_in_worker_processes(how: str, tmp_path: Path) -> None:
+    """In a spawned one always; in a forked one wherever PyTorch's own product runs there."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run([sys.executable, str(script), how], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    product, experts = done.stdout.split()
+    assert experts == product
+    assert how == "fork" or experts == "True"
+
+
+X, W = torch.ones(3, 4), torch.ones(2, 4, 5)
+GATES, INDICES = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda b: ops.expert_mlp(X, W, W, GATES, INDICES, backend=b), r"must be \[T, D\], \[E, D, G\] and \[E, G, D\]"),
+        (lambda b: ops.expert_mlp(X.double(), W, W.mT, GATES, INDICES, backend=b), "must share a dtype"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES.double(), INDICES, backend=b), "`gates` must be torch.float32"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES + 2, backend=b), "between 0 and 1, an expert each"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES - 1, backend=b), "between 0 and 1, an expert each"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES[:, :0], INDICES[:, :0], backend=b), "K >= 1"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES * torch.nan, INDICES, backend=b), "`gates` must be finite"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES, activation="rleu", backend=b), "did you mean 'relu'"),
+        (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES, inner_k=6, backend=b), "between 1 and K G = 5; got 6"),
+        (lambda b: ops.expert_mlp(X.to("meta"), W, W.mT, GATES, INDICES, backend=b), "on one device; got cpu and meta"),
+        (lambda b: ops.weighted_rows(X, INDICES + 3, GATES, backend=b), "between 0 and 2, a row of `values` each"),
+        (lambda b: ops.router_logits(X, X[:, :2], backend=b), r"must be \[T, D\] and \[E, D\]"),
+    ],
+    ids=[
+        "ranks",
+        "dtypes",
+        "gates-dtype",
+        "index-high",
+        "index-low",
+        "k-zero",
+        "nan",
+        "activation",
+        "inner",
+        "devices",
+        "rows",
+        "widths",
+    ],
+)
+def test_bad_input_is_refused(call: Callable[[str], object], words: str, backend: str) -> None:
+    """A clear error, the same from every backend, never a crash."""
+    with pytest.raises(UserError, match=words):
+        call(backend)
+
+
+def test_diverged_scores_have_an_error_of_their_own() -> None:
+    """So that a trainer can tell them from wrong use."""
+    with pytest.raises(NonFiniteError, match="diverged"):
+        ops.expert_mlp(X, W, W.mT, GATES / 0, INDICES)

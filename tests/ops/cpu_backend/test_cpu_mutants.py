@@ -1,0 +1,85 @@
+"""Wrong kernels, made from the right ones by one change each, must fail the comparison with the truth."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from expert_cases import CASES
+from test_cpu_numerics import verify
+
+from sparseffn.ops.cpu import build, kernels
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
+
+# Quick to compile; the comparison does not care for speed.
+FLAGS = [flag for flag in build.FLAGS if flag != "-O3"] + ["-O0"]
+
+# File, what is replaced, by what.
+MUTANTS = {
+    "off-by-one-tile-edge": ("product.h", "i < rows; i += Rows)", "i + Rows < rows; i += Rows)"),
+    "ragged-columns-forgotten": (
+        "product.h",
+        "for (int c = 0; c < left; ++c) at[c]",
+        "for (int c = 0; c + 1 < left; ++c) at[c]",
+    ),
+    "missing-dropout-mask": ("experts.h", "keep[g] ? row[g] * scale : C(0)", "row[g] * scale"),
+    "missing-mask-in-backward": ("experts_backward.h", "(keep[g] ? p.keep_scale : C(0))", "p.keep_scale"),
+    "swapped-index": (
+        "experts.h",
+        "ws.inputs[i] = x + p.routing.token(rows.begin + i)",
+        "ws.inputs[i] = x + p.routing.token(rows.end - 1 - i)",
+    ),
+    "score-applied-twice": ("experts.h", "row[g] *= gate;", "row[g] *= gate * gate;"),
+    "score-twice-in-backward": ("experts_backward.h", "scaled[g] = gate * drop", "scaled[g] = gate * gate * drop"),
+    "part-of-a-sum-lost": (
+        "product.h",
+        "acc[i][j] += part[i][j];\n    }\n    next.at",
+        "acc[i][j] = part[i][j];\n    }\n    next.at",
+    ),
+    "wrong-slope": ("activations.h", "kept > C(0) ? C(1) : C(0)", "C(1)"),
+}
+
+
+@pytest.fixture
+def wrong_library(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels with one mutant in place of the right ones; gives the mutant's name."""
+    file, old, new = MUTANTS[request.param]
+    shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    source = tmp_path / "csrc" / file
+    text = source.read_text()
+    assert old in text, f"the mutant {request.param} no longer applies"
+    source.write_text(text.replace(old, new))
+    path = build.compile_library(tmp_path, sources=tmp_path / "csrc", flags=FLAGS)
+    library = ctypes.CDLL(str(path))
+    monkeypatch.setattr(kernels, "library", lambda: library)
+    kernels._functions.cache_clear()
+    request.addfinalizer(kernels._functions.cache_clear)
+    return request.param
+
+
+# Each costs a compilation of five seconds; the quick run has one of each kind.
+QUICK = ("off-by-one-tile-edge", "missing-dropout-mask", "swapped-index", "score-applied-twice")
+
+
+@pytest.mark.parametrize(
+    "wrong_library",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MUTANTS],
+    indirect=True,
+)
+def test_mutant_is_caught(wrong_library: str) -> None:
+    """At least one of a few cases fails."""
+    dropout = "mask" in wrong_library
+    with pytest.raises(AssertionError, match=r"is allowed|not finite"):
+        for name in ("odd", "wide", "decoding", "empty-experts"):
+            verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_right_kernels_pass_where_mutants_fail(dropout: bool) -> None:
+    """The same cases, so that a mutant is not caught by a test that always fails."""
+    for name in ("odd", "wide", "decoding", "empty-experts"):
+        verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
