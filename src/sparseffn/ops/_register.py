@@ -1,16 +1,18 @@
-"""The two backends that every installation has: `torch`, and `reference` for comparison."""
+"""The backends: `triton` for GPUs, `torch`, which every installation has, and `reference` for comparison."""
 
 from __future__ import annotations
 
 from sparseffn.ops import _torch_kernels, reference
 from sparseffn.ops.backends import Backend, register_backend
+from sparseffn.ops.triton import triton_backend
 
 FORWARD = ("expert_up", "expert_down", "weighted_rows", "product_key_topk", "sinkhorn", "balanced_assignment")
 BACKWARD = ("expert_up_backward", "expert_down_backward", "weighted_rows_backward", "sinkhorn_backward")
 
 
 def register_builtin_backends() -> None:
-    """Register `torch` for every device, and `reference`, which only an explicit request takes."""
+    """Register `triton` where it runs, `torch` for every device, and `reference`, which only an explicit request takes."""
+    register_backend(triton_backend())
     kernels = {name: getattr(_torch_kernels, name) for name in (*FORWARD, *BACKWARD)}
     register_backend(Backend(name="torch", kernels=kernels, unavailable=lambda device: None))
     slow = {name: getattr(reference, name) for name in FORWARD}
