@@ -47,7 +47,7 @@ def expert_up_backward(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, 
         start(outer.expert_up_bwd_weight_kernel, n_programs, *pointers, n_left, n_right, *strides, **options)
 
     run_product("expert_up_bwd_x", grad, back, offsets, n_rows, launch_rows)
-    run_outer("expert_up_bwd_weight", grad_weight, n_rows, launch_weight)
+    run_outer("expert_up_bwd_weight", x, grad, grad_weight, n_rows, launch_weight)
     return sum_rows(rows, tokens, x.shape[0]), grad_weight
 
 
@@ -88,5 +88,5 @@ def expert_down_backward(
         start(outer.expert_down_bwd_weight_kernel, n_programs, *pointers, n_left, n_right, *strides, **options)
 
     dots = run_product("expert_down_bwd_a_gates", grad, back, offsets, n_rows, launch_rows)
-    run_outer("expert_down_bwd_weight", grad_weight, n_rows, launch_weight)
+    run_outer("expert_down_bwd_weight", a, grad, grad_weight, n_rows, launch_weight)
     return grad_a, grad_weight, dots.sum(dim=0).to(gates.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops.triton import products, sums, tuning
-from sparseffn.ops.triton.tuning import SUM_TILE, Tile, cdiv
+from sparseffn.ops.triton.tuning import SUM_TILE, Situation, Tile, cdiv
 
 Result = TypeVar("Result")
 
@@ -90,29 +90,45 @@ def run_product(
     launch: Callable[[int, Tensor, dict[str, Any]], Result],
 ) -> Result:
     """Choose a tile for `rows @ weight` and call `launch(number of programs, tile map, constants)`."""
-    n_experts, n_inner, n_outer = weight.shape
-    kind, bucket = tuning.arithmetic(rows.dtype), tuning.row_bucket(n_rows, n_experts)
+    n_inner, n_outer = weight.shape[1:]
+    situation = _situation(name, "product", weight.shape, n_rows, rows, weight)
 
     def run(tile: Tile) -> Result:
         tile = tile.fitted(n=n_outer, k=n_inner)
         tiles = tile_map(offsets, n_rows, tile.m)
-        return launch(tiles.shape[0] * cdiv(n_outer, tile.n), tiles, tile_options(tile, kind))
+        return launch(tiles.shape[0] * cdiv(n_outer, tile.n), tiles, tile_options(tile, situation.kind))
 
     with device_of(rows):
-        return run(tuning.pick_tile(name, "product", kind, bucket, (n_inner, n_outer), run))
+        return run(tuning.pick_tile(situation, run))
 
 
-def run_outer(name: str, out: Tensor, n_rows: int, launch: Callable[[int, dict[str, Any]], object]) -> None:
+def run_outer(
+    name: str, left: Tensor, right: Tensor, out: Tensor, n_rows: int, launch: Callable[[int, dict[str, Any]], object]
+) -> None:
     """Choose a tile for the gradient `out` of the matrices and call `launch(number of programs, constants)`."""
     n_experts, n_left, n_right = out.shape
-    kind, bucket = tuning.arithmetic(out.dtype), tuning.row_bucket(n_rows, n_experts)
+    situation = _situation(name, "outer", out.shape, n_rows, left, right)
 
     def run(tile: Tile) -> None:
         tile = tile.fitted(m=n_left, n=n_right)
-        launch(n_experts * cdiv(n_left, tile.m) * cdiv(n_right, tile.n), tile_options(tile, kind))
+        launch(n_experts * cdiv(n_left, tile.m) * cdiv(n_right, tile.n), tile_options(tile, situation.kind))
 
     with device_of(out):
-        run(tuning.pick_tile(name, "outer", kind, bucket, (n_left, n_right), run))
+        run(tuning.pick_tile(situation, run))
+
+
+def _situation(name: str, family: str, shape: torch.Size, n_rows: int, *inputs: Tensor) -> Situation:
+    """What the tile of a kernel that reads `inputs`, with matrices of `shape`, depends on."""
+    n_experts, *sizes = shape
+    return Situation(
+        kernel=name,
+        family=family,
+        kind=tuning.arithmetic(inputs[0].dtype),
+        bucket=tuning.row_bucket(n_rows, n_experts),
+        sizes=(tuning.next_power_of_2(sizes[0]), tuning.next_power_of_2(sizes[1])),
+        aligned=tuning.is_aligned(*inputs),
+        device=inputs[0].device,
+    )
 
 
 def segments(targets: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:

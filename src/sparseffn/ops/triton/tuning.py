@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "SPARSEFFN_TRITON_TUNE"
 
@@ -50,22 +51,41 @@ class Tile:
         return replace(self, m=fit(self.m, m), n=fit(self.n, n), k=fit(self.k, k))
 
 
-# (kernel family, arithmetic) to (rows an expert up to, tile), in rising order of rows. Chosen by the resource report: no
-# spills on sm_80, sm_90 and gfx942. Speed on a device is not measured yet.
-_TABLE: dict[tuple[str, str], list[tuple[int, Tile]]] = {
-    ("product", "half"): [(16, Tile(16, 128, 64, 4, 3)), (32, Tile(32, 128, 64, 4, 3)), (128, Tile(64, 128, 32, 4, 3))],
-    ("product", "tf32"): [(16, Tile(16, 64, 32, 4, 3)), (32, Tile(32, 64, 32, 4, 3)), (128, Tile(64, 64, 32, 4, 3))],
-    ("product", "ieee"): [(16, Tile(16, 64, 32, 4, 2)), (32, Tile(32, 64, 32, 4, 2)), (128, Tile(64, 64, 16, 8, 2))],
-    ("outer", "half"): [(16, Tile(64, 64, 16, 4, 3)), (128, Tile(64, 64, 32, 4, 3))],
-    ("outer", "tf32"): [(16, Tile(64, 64, 16, 4, 3)), (128, Tile(64, 64, 32, 4, 3))],
-    ("outer", "ieee"): [(128, Tile(64, 64, 16, 8, 2))],
+# (kernel family, arithmetic) to (rows an expert up to, tile for aligned sizes, tile for any), in rising order of rows. Sizes
+# that are no multiple of 16 are read element by element, with a pointer and a mask for each, which takes more registers.
+# Chosen by the resource report: no spills on sm_80, sm_90 and gfx942. Speed on a device is not measured yet.
+_TABLE: dict[tuple[str, str], list[tuple[int, Tile, Tile]]] = {
+    ("product", "half"): [
+        (16, Tile(16, 128, 64, 4, 3), Tile(16, 128, 32, 4, 3)),
+        (32, Tile(32, 128, 64, 4, 3), Tile(32, 128, 32, 8, 3)),
+        (128, Tile(64, 128, 32, 4, 3), Tile(64, 128, 32, 8, 3)),
+    ],
+    ("product", "tf32"): [
+        (16, Tile(16, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
+        (32, Tile(32, 64, 32, 4, 3), Tile(32, 64, 32, 8, 3)),
+        (128, Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 3)),
+    ],
+    ("product", "ieee"): [
+        (16, Tile(16, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)),
+        (32, Tile(32, 64, 32, 4, 2), Tile(32, 64, 16, 4, 2)),
+        (128, Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+    ],
+    ("outer", "half"): [
+        (16, Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+        (128, Tile(64, 64, 32, 4, 3), Tile(64, 64, 16, 8, 3)),
+    ],
+    ("outer", "tf32"): [
+        (16, Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3)),
+        (128, Tile(64, 64, 32, 4, 3), Tile(64, 64, 16, 8, 3)),
+    ],
+    ("outer", "ieee"): [(128, Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2))],
 }
 
 # Sums are bound by memory; one tile serves all.
 SUM_TILE = Tile(1, 256, 8, 4, 2)
 
 # What was measured in this process; filled on request only.
-_MEASURED: dict[tuple[object, ...], Tile] = {}
+_MEASURED: dict[Situation, Tile] = {}
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -80,34 +100,55 @@ def row_bucket(n_rows: int, n_experts: int) -> int:
     return min(MAX_BUCKET, max(MIN_BLOCK, next_power_of_2(cdiv(n_rows, max(n_experts, 1)))))
 
 
-def candidates(family: str, kind: str) -> list[Tile]:
-    """Every tile of the table for this arithmetic, smallest rows first."""
-    return [tile for _, tile in _TABLE[family, kind]]
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether all starts, widths and strides are multiples of 16, as Triton's wide loads need."""
+    sizes = (size for x in tensors for size in (x.data_ptr(), x.shape[-1], *x.stride()) if size != 1)
+    return all(size % 16 == 0 for size in sizes)
 
 
-def default_tile(family: str, kind: str, bucket: int) -> Tile:
-    """The shipped tile for `product` or `outer`."""
-    return next(tile for rows, tile in _TABLE[family, kind] if bucket <= rows)
+def default_tiles(family: str, kind: str, aligned: bool) -> list[tuple[int, Tile]]:
+    """The shipped tiles of `product` or `outer`, each with the rows an expert up to which it serves."""
+    return [(rows, wide if aligned else narrow) for rows, wide, narrow in _TABLE[family, kind]]
 
 
-def pick_tile(name: str, family: str, kind: str, bucket: int, sizes: tuple[int, int], run: Callable[[Tile], object]) -> Tile:
-    """The tile to run a kernel with: the shipped one, or where tuning was asked for the fastest candidate.
+def default_tile(family: str, kind: str, bucket: int, aligned: bool) -> Tile:
+    """The shipped tile for a bucket of `row_bucket`."""
+    return next(tile for rows, tile in default_tiles(family, kind, aligned) if bucket <= rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What tiles are chosen by: a batch of another length is the same situation, unless its experts get far more rows."""
+
+    kernel: str
+    family: str
+    """`product` or `outer`."""
+    kind: str
+    """From `arithmetic`."""
+    bucket: int
+    """From `row_bucket`."""
+    sizes: tuple[int, int]
+    """Widths of the two sides, rounded up to powers of two."""
+    aligned: bool
+    """From `is_aligned`."""
+    device: torch.device
+    """Of the tensors."""
+
+
+def pick_tile(situation: Situation, run: Callable[[Tile], object]) -> Tile:
+    """The tile to run a kernel with: the shipped one, or where tuning was asked for the fastest of the table.
 
     Args:
-        name: of the kernel.
-        family: `product` or `outer`.
-        kind: from `arithmetic`.
-        bucket: from `row_bucket`.
-        sizes: width of the inner and of the outer side; rounded up to powers of two for the key.
+        situation: the key.
         run: launches the kernel with a tile; writes the same result each time.
     """
+    family, kind, aligned = situation.family, situation.kind, situation.aligned
     if os.environ.get(ENVIRONMENT_VARIABLE) != "1":
-        return default_tile(family, kind, bucket)
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    key = (name, kind, bucket, *map(next_power_of_2, sizes), device)
-    if key not in _MEASURED:
-        _MEASURED[key] = min(candidates(family, kind), key=lambda tile: milliseconds(lambda: run(tile)))
-    return _MEASURED[key]
+        return default_tile(family, kind, situation.bucket, aligned)
+    if situation not in _MEASURED:
+        tiles = dict.fromkeys(tile for _, tile in default_tiles(family, kind, aligned))
+        _MEASURED[situation] = min(tiles, key=lambda tile: milliseconds(lambda: run(tile)))
+    return _MEASURED[situation]
 
 
 def milliseconds(call: Callable[[], object]) -> float:
