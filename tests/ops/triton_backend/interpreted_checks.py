@@ -64,6 +64,15 @@ def missing_operation_is_refused() -> None:
     expect("backend 'triton' has no 'sinkhorn'", lambda: ops.sinkhorn(torch.randn(4, 2), backend="triton"))
 
 
+def nothing_selected_gives_zeros() -> None:
+    """K = 0 of weighted rows: output and both gradients."""
+    values, weights = torch.randn(7, 5).requires_grad_(), torch.ones(3, 0).requires_grad_()
+    y = ops.weighted_rows(values, torch.ones(3, 0, dtype=torch.int64), weights, backend="triton")
+    grads = torch.autograd.grad(y, (values, weights), torch.ones_like(y))
+    assert not y.any() and y.shape == (3, 5)
+    assert not grads[0].any() and grads[1].shape == (3, 0)
+
+
 class _RefuseWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "_to_copy.cpu")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from triton_cases import CHECKS, FULL, MUTANTS, QUICK, Case, Mutant
 
 import sparseffn
@@ -23,12 +24,12 @@ Outcomes = dict[str, str]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton has wheels for Linux on x86_64")
 
 
-def run(what: str, folder: Path) -> Outcomes:
-    """Case to complaint, from the process that interprets; warnings are errors there too."""
+def run(what: str, folder: Path, *, interpret: bool = True) -> Outcomes:
+    """Case to complaint, from a process that interprets or that uses the GPU; warnings are errors there too."""
     out = folder / f"{what}.json"
     script = Path(__file__).with_name("run_interpreted.py")
     package = str(Path(sparseffn.__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", str(script), what, str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -45,6 +46,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Outcomes of every operation, shape, dtype and kind of tile."""
     return run("full", tmp_path_factory.mktemp("interpreted"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The same cases as kernels on a GPU."""
+    return run("full", tmp_path_factory.mktemp("compiled"), interpret=False)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=[case.name for case in QUICK])
@@ -70,3 +77,11 @@ def test_interpreted_backend(quick: Outcomes, name: str) -> None:
 def test_full_product_is_near_the_truth(full: Outcomes, case: Case) -> None:
     """Operations x shapes x dtypes x tiles."""
     assert full[case.name] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+@pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
+def test_gpu_is_near_the_truth(compiled: Outcomes, case: Case) -> None:
+    """The full product once more where there is a GPU."""
+    assert compiled[case.name] == ""

@@ -146,6 +146,7 @@ CHECKS = (
     "float64_is_refused",
     "cpu_is_never_automatic",
     "missing_operation_is_refused",
+    "nothing_selected_gives_zeros",
     "device_is_not_waited_for",
     "results_have_equal_bits",
     "whole_graph_compiles",

@@ -26,6 +26,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAP_BLOCK = 128
 
 
+# Products and sums may be fused, as in cuBLAS; Triton 3.10 changes the default.
+FUSION = {"enable_fp_fusion": True}
+
+
 def check_tensors(**tensors: Tensor) -> None:
     """Refuse what the kernels cannot read.
 
@@ -63,20 +67,21 @@ def tile_options(tile: Tile, kind: str) -> dict[str, Any]:
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "num_warps": tile.n_warps,
         "num_stages": tile.n_stages,
+        **FUSION,
     }
 
 
 def sum_options(n_width: int) -> dict[str, int]:
     """The constants of a sum's kernel, for rows so wide."""
     tile = SUM_TILE.fitted(n=n_width)
-    return {"BLOCK_J": tile.k, "BLOCK_D": tile.n, "num_warps": tile.n_warps, "num_stages": tile.n_stages}
+    return {"BLOCK_J": tile.k, "BLOCK_D": tile.n, "num_warps": tile.n_warps, "num_stages": tile.n_stages, **FUSION}
 
 
 def tile_map(offsets: Tensor, n_rows: int, block_m: int) -> Tensor:
     """int64 `[n_tiles, 2]`: expert (-1: none) and first row of each tile, for as many tiles as any routing can need."""
     n_experts = offsets.shape[0] - 1
     tiles = offsets.new_empty(n_rows // block_m + n_experts, 2)
-    options = {"BLOCK_M": block_m, "BLOCK_E": MAP_BLOCK}
+    options = {"BLOCK_M": block_m, "BLOCK_E": MAP_BLOCK, **FUSION}
     start(products.tile_map_kernel, n_experts + 1, offsets, tiles, n_experts, tiles.shape[0], **options)
     return tiles
 

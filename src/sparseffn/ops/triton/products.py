@@ -63,14 +63,16 @@ def tile_product(
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     p_a = p_rows[:, None] + o_k[None, :] * stride_row_inner
     p_b = p_weight[None, :] + o_k[:, None] * stride_weight_inner
+    # A stride of columns may be as long as a batch: 64 bits, like every address.
+    o_step = tl.full([1, 1], BLOCK_K, tl.int64)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_k in range(0, n_inner, BLOCK_K):
         m_k = o_k < n_inner - i_k
         b_a = tl.load(p_a, m_r[:, None] & m_k[None, :], 0.0)
         b_b = tl.load(p_b, m_k[:, None] & m_n[None, :], 0.0)
         b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
-        p_a += BLOCK_K * stride_row_inner
-        p_b += BLOCK_K * stride_weight_inner
+        p_a += o_step * stride_row_inner
+        p_b += o_step * stride_weight_inner
     return b_sum
 
 

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops.triton import outer, products, sums, tuning
-from sparseffn.ops.triton.launch import MAP_BLOCK, sum_options, tile_options
+from sparseffn.ops.triton.launch import FUSION, MAP_BLOCK, sum_options, tile_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,7 +95,7 @@ def default_builds(
 def _configurations(family: str, dtype: str, aligned: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
     if family == "map":
         if dtype == "float32":
-            yield "", 0, {"BLOCK_M": tuning.MIN_BLOCK, "BLOCK_E": MAP_BLOCK, "num_warps": 4, "num_stages": 3}
+            yield "", 0, {"BLOCK_M": tuning.MIN_BLOCK, "BLOCK_E": MAP_BLOCK, "num_warps": 4, "num_stages": 3, **FUSION}
     elif family == "sum":
         yield "", 0, sum_options(tuning.SUM_TILE.n)
     else:
@@ -168,7 +168,7 @@ def compile_build(build: Build, target: str) -> Any:
         signature[name] = _argument_type(name, DTYPES[build.dtype])
         if name.startswith("p_") or (build.aligned and name not in products.BATCH_SIZES):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {name: build.options[name] for name in ("num_warps", "num_stages")}
+    options = {name: value for name, value in build.options.items() if name not in kernel.arg_names}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=options)
 
 
