@@ -73,6 +73,7 @@ def route(shape: Shape) -> ops.ExpertRows:
     else:
         indices = torch.rand(n, e).topk(k, dim=1).indices
         indices = torch.arange(k).expand(n, k) if shape.routing == "hot" else indices
+        indices = torch.randint(e, (n, k)) if shape.routing == "repeats" else indices
         selection = ops.Selection.fixed(indices, torch.ones(n, k), e)
     routed = ops.sort_by_expert(selection)
     return ops.ExpertRows(routed.order, guarded(routed.tokens), routed.offsets, routed.n_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 
 OPERATIONS = ("expert_up", "expert_down", "weighted_rows")
@@ -11,7 +12,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and a routing: `random`, `hot` (all tokens choose the same), or `ragged` (0 to 2 rows a token)."""
+    """Sizes and a routing: `random`, `hot` (all tokens choose the same), `ragged` (0 to 2 rows a token) or `repeats` (a token
+    may choose an expert twice)."""
 
     n_tokens: int
     n_experts: int
@@ -38,6 +40,14 @@ SHAPES = {
 }
 
 
+def draw(seed: int) -> Shape:
+    """Any sizes and routing; which, follows from the seed."""
+    chance = random.Random(seed)
+    n_experts = chance.choice((1, 2, 3, 8, 33))
+    sizes = chance.randint(0, 70), n_experts, chance.randint(1, min(n_experts, 4)), chance.randint(1, 90), chance.randint(1, 70)
+    return Shape(*sizes, chance.choice(("random", "hot", "ragged", "repeats")), chance.random() < 0.3)
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation, forward and every gradient."""
@@ -56,11 +66,18 @@ class Case:
 
 FULL = [Case(*choice) for choice in itertools.product(OPERATIONS, SHAPES, DTYPES, (True, False))]
 
+DRAWN = {f"drawn-{seed}": draw(seed) for seed in range(60)}
+FULL += [
+    Case(*choice)
+    for choice in zip(itertools.cycle(OPERATIONS), DRAWN, itertools.cycle(DTYPES[:2]), itertools.cycle((True, False)))
+]
+SHAPES |= DRAWN
+
 # Every shape in float32, the other dtypes where sums are long, the shipped tiles where sizes are odd.
 QUICK = [
     case
     for case in FULL
-    if (case.small_tiles and case.dtype == "float32")
+    if (case.small_tiles and case.dtype == "float32" and case.shape not in DRAWN)
     or (case.small_tiles and case.shape in ("odd", "ragged", "one"))
     or (not case.small_tiles and case.shape == "odd" and case.dtype != "float16")
 ]
