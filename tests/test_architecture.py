@@ -10,7 +10,20 @@ import pytest
 import sparseffn
 
 ROOT = Path(sparseffn.__file__).parent
-ORDER = ["errors", "ops", "data", "ffn", "accounting", "matching", "models", "contract", "evaluate", "train", "analysis"]
+ORDER = [
+    "errors",
+    "paths",
+    "ops",
+    "data",
+    "ffn",
+    "accounting",
+    "matching",
+    "models",
+    "contract",
+    "evaluate",
+    "train",
+    "analysis",
+]
 ORDER += ["bench", "recipes"]
 
 

@@ -115,6 +115,39 @@ def _expert_down_backward(grad: Any, a: Any, weight: Any, *args: Any, **kwargs: 
     return 2 * _product_flops(a, weight)
 
 
+@register_flop_formula(torch.ops.sparseffn.expert_mlp)
+def _expert_mlp(x: Any, keys: Any, values: Any, gates: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _product_flops((indices[0] * indices[1],), keys)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_mlp_backward)
+def _expert_mlp_backward(grad: Any, x: Any, keys: Any, values: Any, gates: Any, *args: Any, **kwargs: Any) -> int:
+    return 4 * _product_flops((gates[0] * gates[1],), keys)
+
+
+def _inner_flops(keys: Any, gates: Any, inner_k: int) -> int:
+    """All units of the selected experts, the survivors' values."""
+    return 2 * gates[0] * keys[1] * (gates[1] * keys[2] + inner_k)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_mlp_inner)
+def _expert_mlp_inner(x: Any, keys: Any, values: Any, gates: Any, *args: Any, **kwargs: Any) -> int:
+    inner_k = args[4]
+    return _inner_flops(keys, gates, inner_k)
+
+
+@register_flop_formula(torch.ops.sparseffn.expert_mlp_inner_backward)
+def _expert_mlp_inner_backward(
+    grad: Any, x: Any, keys: Any, values: Any, gates: Any, survivors: Any, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _inner_flops(keys, gates, survivors[1])
+
+
+@register_flop_formula(torch.ops.sparseffn.router_logits)
+def _router_logits(x: Any, selector: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * x[0] * x[1] * selector[0]
+
+
 @register_flop_formula(torch.ops.sparseffn.weighted_rows)
 def _weighted_rows(values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * indices[0] * indices[1] * values[1]

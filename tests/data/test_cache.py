@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseffn.data import Corpus, default_cache_dir, load_corpus
+from sparseffn.data import Corpus, load_corpus
 from sparseffn.data.cache import TokenCache, TokenWriter, token_dtype
 from sparseffn.data.splits import Source, Split
 from sparseffn.data.tokenizers import BytesTokenizer
 from sparseffn.errors import UserError
+from sparseffn.paths import default_cache_dir
 
 
 def token_folder(cache: Path) -> Path:

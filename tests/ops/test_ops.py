@@ -253,7 +253,7 @@ def test_compiled_function_takes_several_token_counts() -> None:
 
 def test_backend_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """By argument, by environment variable; what cannot run raises."""
-    assert ops.explain_backend(torch.device("cpu"))[0] == "torch"
+    assert ops.explain_backend(torch.device("cpu"), dtype=torch.float16)[0] == "torch"
     with pytest.raises(UserError, match="did you mean 'torch'"):
         ops.weighted_rows(torch.ones(2, 2), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), backend="torhc")
     monkeypatch.setenv("SPARSEFFN_BACKEND", "reference")

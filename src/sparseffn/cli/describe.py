@@ -12,13 +12,14 @@ import torch
 
 from sparseffn.accounting import count_block
 from sparseffn.cli.output import print_json, print_rows
-from sparseffn.data import default_cache_dir, list_corpora, load_corpus
+from sparseffn.data import list_corpora, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
 from sparseffn.matching import Match
 from sparseffn.matching import match as match_config
 from sparseffn.models.presets import get_preset
 from sparseffn.ops import explain_backend, list_backends
+from sparseffn.paths import default_cache_dir
 from sparseffn.recipes import MethodChoice, parse_methods
 from sparseffn.train.folder import environment
 

@@ -55,10 +55,12 @@ def flops(config: FFNConfig) -> None:
 
 @contract
 def saved_bytes(config: FFNConfig) -> None:
-    """Closed form bytes are what autograd keeps in a training forward."""
-    layer = make_layer(config, dtype=torch.float32, training=True)
-    seen = measured_saved_bytes(layer, tokens(config, _TOKENS, dtype=torch.float32))
-    require(seen == config.saved_bytes(_TOKENS), f"saved_bytes() says {config.saved_bytes(_TOKENS)}, autograd keeps {seen}")
+    """Closed form bytes are what autograd keeps in a training forward, in float32 and in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = make_layer(config, dtype=dtype, training=True)
+        seen = measured_saved_bytes(layer, tokens(config, _TOKENS, dtype=dtype))
+        wanted = config.saved_bytes(_TOKENS, dtype.itemsize)
+        require(seen == wanted, f"saved_bytes() says {wanted} in {dtype}, autograd keeps {seen}")
 
 
 @contract

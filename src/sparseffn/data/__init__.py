@@ -6,7 +6,6 @@ inputs, targets = streams.window(0)
 """
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora
-from sparseffn.data.cache import default_cache_dir
 from sparseffn.data.corpus import Corpus, load_corpus, to_metric
 from sparseffn.data.registry import list_corpora, register_corpus
 from sparseffn.data.splits import SPLITS, Split
@@ -22,7 +21,6 @@ __all__ = [
     "Split",
     "Tokenizer",
     "Unit",
-    "default_cache_dir",
     "evaluation_windows",
     "list_corpora",
     "list_tokenizers",

@@ -26,18 +26,10 @@ from sparseffn.data.splits import SPLITS, Split, digest_of
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
 from sparseffn.errors import UserError
+from sparseffn.paths import default_cache_dir
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1
-
-
-def default_cache_dir() -> Path:
-    """`$SPARSEFFN_CACHE`, else `$XDG_CACHE_HOME/sparseffn`, else `~/.cache/sparseffn`."""
-    if chosen := os.environ.get("SPARSEFFN_CACHE"):
-        return Path(chosen).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "sparseffn"
-    return Path.home() / ".cache" / "sparseffn"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from sparseffn.ops.activations import ACTIVATIONS
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
+__all__ = ["ACTIVATIONS", "saved_activations"]
 
 
 def saved_activations(activation: str, dropout: float = 0.0) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
+from sparseffn.ffn._activations import ACTIVATIONS
 from sparseffn.ffn._config import FFNConfig, require
 from sparseffn.ffn._init import equal_norm_rows_, normal_, scaled_std
 from sparseffn.ffn._layer import FeedForward
@@ -72,12 +72,15 @@ class MixtureConfig(FFNConfig):
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
         """Hidden units of the selected experts, and what routing keeps of each selection."""
-        tensors = saved_activations(self.activation, self.dropout)
-        hidden = self.active_channels * tensors * itemsize
-        # The layer keeps the sort's order and each row's token, and each row's gate.
-        rows = self.n_selected * (2 * INDEX_BYTES + LOGIT_BYTES)
-        offsets = (self.n_experts + 1) * INDEX_BYTES
-        return n_tokens * (hidden + rows + self._router_bytes(itemsize)) + offsets
+        # The operation keeps one hidden tensor, which units dropout left, and the order of the rows.
+        hidden = self.active_channels * (itemsize + (self.dropout > 0))
+        rows = self.n_selected * INDEX_BYTES
+        return n_tokens * (hidden + rows + self._router_bytes(itemsize)) + self._batch_bytes(itemsize)
+
+    def _batch_bytes(self, itemsize: int) -> int:
+        """Bytes that do not grow with the tokens: where each expert's rows begin; in half precision the wide selector."""
+        wide_selector = self._router_params() * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
+        return (self.n_experts + 1) * INDEX_BYTES + wide_selector
 
     def _router_bytes(self, itemsize: int) -> int:
         """Bytes a token that the router keeps: selected indices and their gates, and in half precision the wide x."""
@@ -118,8 +121,9 @@ class TopKMixtureConfig(MixtureConfig):
         return self.k
 
     def _router_bytes(self, itemsize: int) -> int:
-        """With expert dropout also which selections it left."""
-        return MixtureConfig._router_bytes(self, itemsize) + (self.k if self.expert_dropout > 0 else 0)
+        """With expert dropout also which selections it left, and their gates once more."""
+        left = self.k * (1 + LOGIT_BYTES) if self.expert_dropout > 0 else 0
+        return MixtureConfig._router_bytes(self, itemsize) + left
 
     def balancing(self) -> dict[str, float]:
         """The three weights."""
@@ -164,15 +168,21 @@ class Mixture(FeedForward):
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         """Route, sort once, and run both products over the sorted rows."""
         routing: Routing = self.router(x_TD, mask_T)
-        selection = routing.selection()
-        y_TD = self.run_experts(x_TD, selection)
-        return y_TD, Routed(selection, balance=self._balance(routing, mask_T), dropped=routing.dropped)
+        y_TD = self.run_experts(x_TD, routing)
+        return y_TD, Routed(routing.selection(), balance=self._balance(routing, mask_T), dropped=routing.dropped)
 
-    def run_experts(self, x_TD: Tensor, selection: ops.Selection) -> Tensor:
-        """`sum over a token's rows of weight x W2^e act(W1^e x)`."""
-        rows = ops.sort_by_expert(selection)
-        u_RG = self.activate(ops.expert_up(x_TD, self.experts.keys, rows))
-        return ops.expert_down(u_RG, self.experts.values, selection.weights[rows.order], rows)
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """`sum over a token's selections of weight x W2^e act(W1^e x)`."""
+        c = self.config
+        return ops.expert_mlp(
+            x_TD,
+            self.experts.keys,
+            self.experts.values,
+            routing.weights_TK,
+            routing.indices_TK,
+            activation=c.activation,
+            dropout=c.dropout if self.training else 0.0,
+        )
 
     def activate(self, scores: Tensor) -> Tensor:
         """The activation, and standard dropout where it is asked for."""

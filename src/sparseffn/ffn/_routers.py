@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
@@ -50,7 +49,7 @@ class Router(nn.Module, ABC):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
         """Route a batch; padding gets weights of 0."""
-        routing = self.select(wide_linear(x_TD, self.selector), x_TD, self.draw_keep(x_TD), mask_T)
+        routing = self.select(ops.router_logits(x_TD, self.selector), x_TD, self.draw_keep(x_TD), mask_T)
         if mask_T is None:
             return routing
         weights_TK = routing.weights_TK.masked_fill(~mask_T[:, None], 0.0)
@@ -61,13 +60,6 @@ class Router(nn.Module, ABC):
         if not self.training or self.expert_dropout == 0:
             return None
         return torch.rand(x_TD.shape[0], self.selector.shape[0], device=x_TD.device) >= self.expert_dropout
-
-
-def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """`x @ weight.T` in float32 or wider, outside autocast."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(device_type=x_TD.device.type, enabled=False):
-        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
 
 def select_topk(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from sparseffn import ops
 from sparseffn.ffn._config import BlockShape, FFNConfig
 from sparseffn.ffn._mixture import Mixture, MixtureConfig, scatter_scores
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, wide_linear
+from sparseffn.ffn._routers import Router, Routing
 
 BATCH_ROUTING = "training assigns tokens to experts over the whole batch; evaluation is independent of it"
 
@@ -90,7 +90,7 @@ class BASE(Mixture):
 
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""
-        logits_TE = wide_linear(x_TD, self.router.selector)
+        logits_TE = ops.router_logits(x_TD, self.router.selector)
         chosen = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
         rows = [
             scatter_scores(len(logits), [int(e)], torch.sigmoid(logits[e : e + 1]))

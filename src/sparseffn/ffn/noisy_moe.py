@@ -20,7 +20,7 @@ from sparseffn.ffn._config import FFNConfig, require
 from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk
 from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE, renorm_scores_reference
 
 
@@ -57,8 +57,9 @@ class NoisyMoEConfig(TopKMixtureConfig):
         return 2 * selectors * self.n_experts * self.d_model + 4 * self.active_channels * self.d_model
 
     def _router_bytes(self, itemsize: int) -> int:
-        """Also the noise and the input of softplus."""
-        return TopKMixtureConfig._router_bytes(self, itemsize) + 2 * self.n_experts * LOGIT_BYTES
+        """Also the noise and the input of softplus; in half precision x is widened for each of the two selectors."""
+        wide_input = self.d_model * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
+        return TopKMixtureConfig._router_bytes(self, itemsize) + 2 * self.n_experts * LOGIT_BYTES + wide_input
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
@@ -91,7 +92,7 @@ class NoisyRouter(Router):
         """h: the logits, in training with noise (equation 13)."""
         if not self.training:
             return logits_TE
-        return logits_TE + torch.randn_like(logits_TE) * F.softplus(wide_linear(x_TD, self.noise_selector))
+        return logits_TE + torch.randn_like(logits_TE) * F.softplus(ops.router_logits(x_TD, self.noise_selector))
 
     def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
         """Selection and gates both see the noise."""
@@ -120,5 +121,5 @@ class NoisyMoE(Mixture):
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """`normtopk(softmax(h))` of the noisy logits, token by token."""
         keep_TE = self.router.draw_keep(x_TD)
-        noisy_TE = self.router.noisy(wide_linear(x_TD, self.router.selector), x_TD)
+        noisy_TE = self.router.noisy(ops.router_logits(x_TD, self.router.selector), x_TD)
         return renorm_scores_reference(noisy_TE, self.config.k, keep_TE)

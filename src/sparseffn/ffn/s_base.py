@@ -19,7 +19,7 @@ from sparseffn.ffn._config import FFNConfig
 from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, drop, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, drop, select_topk
 from sparseffn.ffn.base import BATCH_ROUTING
 
 
@@ -85,7 +85,7 @@ class SBASE(Mixture):
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """Sinkhorn by its reference in training, then top-K and sigmoid, token by token."""
         keep_TE = self.router.draw_keep(x_TD)
-        logits_TE = wide_linear(x_TD, self.router.selector)
+        logits_TE = ops.router_logits(x_TD, self.router.selector)
         ranked_TE = logits_TE.detach()
         if self.training:
             ranked_TE = ops.sinkhorn(ranked_TE, released=self.config.sinkhorn == "released", backend="reference")

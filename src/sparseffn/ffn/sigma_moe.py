@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
 from sparseffn.ffn._config import FFNConfig, require
-from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
+from sparseffn.ffn._mixture import INDEX_BYTES, Mixture, TopKMixtureConfig, best_experts, scatter_scores
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, drop, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, drop, select_topk
 
-INDEX_BYTES = 8
+POSITION_BYTES = 4
 
 
 @register
@@ -64,11 +62,10 @@ class SigmaMoEConfig(TopKMixtureConfig):
         """As any mixture; with inner_k only the survivors' units are kept."""
         if self.inner_k is None:
             return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize)
-        rows = self.k * (3 * INDEX_BYTES) + self._router_bytes(itemsize) - self.k * INDEX_BYTES
-        # Positions within the K G units, experts' positions, units; gates, then u once or twice, scales, products.
-        tensors = saved_activations(self.activation, self.dropout) + 2
-        survivors = self.inner_k * (3 * INDEX_BYTES + tensors * itemsize)
-        return n_tokens * (rows + survivors) + (self.n_experts + 1) * INDEX_BYTES
+        # A survivor is what the activation keeps of it, and its position.
+        survivors = self.inner_k * (itemsize + POSITION_BYTES)
+        per_token = self.k * INDEX_BYTES + self._router_bytes(itemsize) + survivors
+        return n_tokens * per_token + self._batch_bytes(itemsize)
 
     @classmethod
     def identity_example(cls) -> SigmaMoEConfig:
@@ -110,47 +107,37 @@ class SigmaMoE(Mixture):
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
 
-    def run_experts(self, x_TD: Tensor, selection: ops.Selection) -> Tensor:
+    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As any mixture, or with the inner top-K over the K G coefficients of a token."""
-        if self.config.inner_k is None:
-            return super().run_experts(x_TD, selection)
-        indices, alpha = self._inner(x_TD, selection)
-        return ops.weighted_rows(self.values_matrix(), indices, alpha)
-
-    def _inner(self, x_TD: Tensor, selection: ops.Selection) -> tuple[Tensor, Tensor]:
-        """Indices among all N_E G pairs and coefficients, `[T, inner_k]`, of the survivors."""
         c = self.config
-        assert c.inner_k is not None, "only called with an inner top-K"
-        rows = ops.sort_by_expert(selection)
-        scores_RG = ops.expert_up(x_TD, self.experts.keys, rows)
-        back = torch.empty_like(rows.order).scatter_(0, rows.order, torch.arange(len(rows.order), device=x_TD.device))
-        scores_TU = scores_RG.index_select(0, back).view(-1, c.active_channels)
-        gates_TK = selection.weights.to(scores_TU.dtype).view(-1, c.k)
-        act = ACTIVATIONS[c.activation]
-        with torch.no_grad():
-            u_TU = act(scores_TU)
-            scale_TU = F.dropout(torch.ones_like(u_TU), c.dropout) if self.training and c.dropout > 0 else None
-            rank_TU = u_TU if scale_TU is None else u_TU * scale_TU
-            ranked_TU = rank_TU * gates_TK.repeat_interleave(c.expert_size, dim=1)
-            best = ops.topk(ranked_TU, c.inner_k, ordered=False)
-            slots = best // c.expert_size
-            units = selection.indices.view(-1, c.k).gather(1, slots) * c.expert_size + best % c.expert_size
-        # Only the survivors enter the graph.
-        u = act(ops.select_columns(scores_TU, best))
-        u = u if scale_TU is None else u * scale_TU.gather(1, best)
-        return units, ops.select_columns(gates_TK, slots) * u
+        return ops.expert_mlp(
+            x_TD,
+            self.experts.keys,
+            self.experts.values,
+            routing.weights_TK,
+            routing.indices_TK,
+            activation=c.activation,
+            dropout=c.dropout if self.training else 0.0,
+            inner_k=c.inner_k,
+        )
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """As any mixture; zero also for units that the inner top-K removes."""
+        alpha_TF = super().coefficients_TF(x_TD)
         if self.config.inner_k is None:
-            return super().coefficients_TF(x_TD)
-        indices, alpha = self._inner(x_TD, self.router(x_TD, None).selection())
-        return alpha.new_zeros(x_TD.shape[0], self.config.n_channels).scatter(1, indices, alpha)
+            return alpha_TF
+        selection = self.router(x_TD, None).selection()
+        # Units of experts that are not selected must not win against negative ones that are.
+        selected_TE = torch.zeros(x_TD.shape[0], self.config.n_experts, dtype=torch.bool, device=x_TD.device)
+        selected_TE = selected_TE.scatter(1, selection.indices.view(-1, self.config.k), True)
+        open_TF = selected_TE.repeat_interleave(self.config.expert_size, dim=1)
+        best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), self.config.inner_k)
+        return alpha_TF * torch.zeros_like(alpha_TF).scatter(1, best, 1.0)
 
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """Equations 11 and 22, token by token."""
         keep_TE = self.router.draw_keep(x_TD)
-        logits_TE = wide_linear(x_TD, self.router.selector)
+        logits_TE = ops.router_logits(x_TD, self.router.selector)
         rows = []
         for t, logits in enumerate(logits_TE):
             chosen = best_experts(logits, self.config.k, None if keep_TE is None else keep_TE[t])

@@ -18,7 +18,7 @@ from sparseffn.ffn._config import FFNConfig
 from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig, best_experts, scatter_scores
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, drop, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, drop, select_topk
 
 
 @register
@@ -87,7 +87,7 @@ class SoftmaxMoE(Mixture):
 def softmax_scores_reference(layer: Mixture, x_TD: Tensor, k: int) -> Tensor:
     """s `[T, E]` of a softmax over all experts with the K best kept."""
     keep_TE = layer.router.draw_keep(x_TD)
-    logits_TE = wide_linear(x_TD, layer.router.selector)
+    logits_TE = ops.router_logits(x_TD, layer.router.selector)
     rows = []
     for t, logits in enumerate(logits_TE):
         chosen = best_experts(logits, k, None if keep_TE is None else keep_TE[t])

@@ -19,7 +19,7 @@ from sparseffn.ffn._config import FFNConfig, require
 from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
 from sparseffn.ffn._options import option
 from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk, wide_linear
+from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk
 
 REFUSES_ONE = "at least 2, as a gate renormalised over one expert is the constant 1 and its selector never learns"
 
@@ -85,7 +85,9 @@ class SoftmaxRenormMoE(Mixture):
 
     def scores_reference(self, x_TD: Tensor) -> Tensor:
         """`normtopk(softmax(h))` (equations 23-25), token by token."""
-        return renorm_scores_reference(wide_linear(x_TD, self.router.selector), self.config.k, self.router.draw_keep(x_TD))
+        return renorm_scores_reference(
+            ops.router_logits(x_TD, self.router.selector), self.config.k, self.router.draw_keep(x_TD)
+        )
 
 
 def renorm_scores_reference(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> Tensor:

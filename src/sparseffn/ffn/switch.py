@@ -45,8 +45,8 @@ class SwitchConfig(TopKMixtureConfig):
         return Switch(self)
 
     def _router_bytes(self, itemsize: int) -> int:
-        """Also the logits, their softmax's denominator, and which selections found a place."""
-        places = 0 if self.capacity_factor is None else self.k
+        """Also the logits, their softmax's denominator, which selections found a place, and their gates once more."""
+        places = 0 if self.capacity_factor is None else self.k * (1 + LOGIT_BYTES)
         return TopKMixtureConfig._router_bytes(self, itemsize) + (self.n_experts + 1) * LOGIT_BYTES + places
 
     @classmethod

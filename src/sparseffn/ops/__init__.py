@@ -4,7 +4,9 @@ from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns
+from sparseffn.ops.expert_mlp import expert_mlp
 from sparseffn.ops.experts import cvmm, expert_down, expert_up
+from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
 from sparseffn.ops.topk import topk
@@ -16,12 +18,14 @@ __all__ = [
     "balanced_assignment",
     "cvmm",
     "expert_down",
+    "expert_mlp",
     "expert_up",
     "explain_backend",
     "list_backends",
     "product_key_topk",
     "register_backend",
     "requested_backend",
+    "router_logits",
     "select_columns",
     "sinkhorn",
     "sort_by_expert",

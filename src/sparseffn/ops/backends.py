@@ -1,19 +1,26 @@
 """Where the implementation of an operation is chosen: by argument, by `SPARSEFFN_BACKEND`, or by what can run.
 
-A backend is a name, a table of kernels and a function that says why it cannot run on a device. `auto` takes the
-first registered backend that can run and has the kernel; a backend asked for by name runs or raises.
+A backend is a name, a table of kernels and a function that says why it cannot run on a device in a dtype. `auto` takes the
+first registered backend that can run and has the kernel. One asked for by argument runs or raises. One asked for by the
+environment variable runs or raises too, except that operations which it does not have at all are left to `auto`, said once.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparseffn.errors import UserError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 # Kernels differ in signature; each operation documents its own.
 Kernel = Callable[..., Any]
@@ -29,8 +36,8 @@ class Backend:
     """What `backend=` and the environment variable call it."""
     kernels: Mapping[str, Kernel]
     """Operation name to function."""
-    unavailable: Callable[[torch.device], str | None]
-    """Why it cannot run on a device, or None when it can."""
+    unavailable: Callable[[torch.device, torch.dtype], str | None]
+    """Why it cannot run on a device in a dtype, or None when it can."""
     automatic: bool = True
     """Whether `auto` may take it; the reference is only for comparison."""
     direct: bool = False
@@ -63,14 +70,24 @@ def requested_backend(backend: str = "auto") -> str:
     return backend if backend != "auto" else os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
 
 
-def explain_backend(device: torch.device, backend: str = "auto") -> tuple[str, str]:
-    """The backend that operations on `device` use, and the reason, for `sparseffn doctor`."""
+def explain_backend(device: torch.device, backend: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The backend that operations on `device` use first, and the reason, for `sparseffn doctor`.
+
+    Raises:
+        UserError: the backend asked for is unknown or cannot run there.
+    """
     name = requested_backend(backend)
     if name != "auto":
+        _runnable(name, device, dtype)
         return name, f"asked for by {ENVIRONMENT_VARIABLE}" if backend == "auto" else "asked for by argument"
+    refused = []
     for candidate in _BACKENDS.values():
-        if candidate.automatic and candidate.unavailable(device) is None:
-            return candidate.name, f"first backend that runs on {device.type}"
+        if not candidate.automatic:
+            continue
+        reason = candidate.unavailable(device, dtype)
+        if reason is None:
+            return candidate.name, "; ".join([f"first backend that runs on {device.type}", *refused])
+        refused.append(f"not {candidate.name}: {reason}")
     raise UserError(f"no backend runs on {device.type}; fix: move the tensors to one of: cpu, cuda")
 
 
@@ -80,24 +97,45 @@ def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
     return chosen.kernels.get(operation) if chosen is not None and chosen.direct else None
 
 
-def kernel(operation: str, device: torch.device, backend: str = "auto") -> Kernel:
-    """The function that computes `operation` on `device`.
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether a kernel may be called without PyTorch's dispatcher: nothing traces, counts or differentiates."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+
+
+def kernel(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel:
+    """The function that computes `operation` for tensors like `tensor`.
 
     Raises:
-        UserError: the backend asked for by name is unknown, cannot run here, or lacks the operation.
+        UserError: the backend asked for is unknown, cannot run here, or (asked for by argument) lacks the operation.
     """
+    device, dtype = tensor.device, tensor.dtype
     name = requested_backend(backend)
-    if name == "auto":
-        for candidate in _BACKENDS.values():
-            if candidate.automatic and operation in candidate.kernels and candidate.unavailable(device) is None:
-                return candidate.kernels[operation]
-        raise UserError(f"no backend computes {operation!r} on {device.type}; fix: move the tensors to the CPU")
+    if name != "auto":
+        chosen = _runnable(name, device, dtype)
+        if operation in chosen.kernels:
+            return chosen.kernels[operation]
+        if backend != "auto":
+            raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
+        _say_left(name, operation)
+    for candidate in _BACKENDS.values():
+        if candidate.automatic and operation in candidate.kernels and candidate.unavailable(device, dtype) is None:
+            return candidate.kernels[operation]
+    raise UserError(f"no backend computes {operation!r} on {device.type}; fix: move the tensors to the CPU")
+
+
+def _runnable(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if name not in _BACKENDS:
         raise unknown_name("backend", name, ["auto", *_BACKENDS])
-    chosen = _BACKENDS[name]
-    reason = chosen.unavailable(device)
+    reason = _BACKENDS[name].unavailable(device, dtype)
     if reason is not None:
         raise UserError(f"backend {name!r} cannot run on {device.type}: {reason}; fix: use backend 'auto'")
-    if operation not in chosen.kernels:
-        raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
-    return chosen.kernels[operation]
+    return _BACKENDS[name]
+
+
+@functools.cache
+def _say_left(name: str, operation: str) -> None:
+    logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)

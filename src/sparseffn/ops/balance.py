@@ -10,7 +10,7 @@ from sparseffn.ops.backends import direct_kernel, kernel
 
 @torch.library.custom_op("sparseffn::sinkhorn", mutates_args=())
 def _sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
-    return kernel("sinkhorn", scores.device, backend)(scores, mask, n_rounds, sign)
+    return kernel("sinkhorn", scores, backend)(scores, mask, n_rounds, sign)
 
 
 @_sinkhorn.register_fake
@@ -20,7 +20,7 @@ def _(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) ->
 
 @torch.library.custom_op("sparseffn::sinkhorn_backward", mutates_args=())
 def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
-    return kernel("sinkhorn_backward", scores.device, backend)(grad, scores, mask, n_rounds, sign)
+    return kernel("sinkhorn_backward", scores, backend)(grad, scores, mask, n_rounds, sign)
 
 
 @_sinkhorn_backward.register_fake
@@ -80,7 +80,7 @@ def sinkhorn(
 
 @torch.library.custom_op("sparseffn::balanced_assignment", mutates_args=())
 def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
-    return kernel("balanced_assignment", scores.device, backend)(scores)
+    return kernel("balanced_assignment", scores, backend)(scores)
 
 
 @_balanced_assignment.register_fake

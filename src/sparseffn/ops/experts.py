@@ -16,7 +16,7 @@ from sparseffn.ops.selection import ExpertRows
 
 @torch.library.custom_op("sparseffn::expert_up", mutates_args=())
 def _expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    return kernel("expert_up", x.device, backend)(x, weight, tokens, offsets)
+    return kernel("expert_up", x, backend)(x, weight, tokens, offsets)
 
 
 @_expert_up.register_fake
@@ -28,7 +28,7 @@ def _(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) 
 def _expert_up_backward(
     grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return kernel("expert_up_backward", x.device, backend)(grad, x, weight, tokens, offsets)
+    return kernel("expert_up_backward", x, backend)(grad, x, weight, tokens, offsets)
 
 
 @_expert_up_backward.register_fake
@@ -53,7 +53,7 @@ _expert_up.register_autograd(_differentiate_up, setup_context=_save_up)
 def _expert_down(
     a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
 ) -> Tensor:
-    return kernel("expert_down", a.device, backend)(a, weight, gates, tokens, offsets, n_tokens)
+    return kernel("expert_down", a, backend)(a, weight, gates, tokens, offsets, n_tokens)
 
 
 @_expert_down.register_fake
@@ -65,7 +65,7 @@ def _(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor,
 def _expert_down_backward(
     grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel("expert_down_backward", a.device, backend)(grad, a, weight, gates, tokens, offsets)
+    return kernel("expert_down_backward", a, backend)(grad, a, weight, gates, tokens, offsets)
 
 
 @_expert_down_backward.register_fake

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops.backends import Backend
+from sparseffn.ops._compose import compose_expert_mlp
+from sparseffn.ops.backends import Backend, Kernel
 
 # What PyTorch 2.13 documents for CUDA, and what it was found to compute on the CPU.
 _DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16, torch.float16)}
@@ -22,30 +23,27 @@ _ROW_BYTES = 16
 
 def grouped_mm_backend() -> Backend:
     """The backend `grouped_mm`, for CPUs and for GPUs from compute capability 8.0."""
-    kernels = {
+    kernels: dict[str, Kernel] = {
         "expert_up": expert_up,
         "expert_up_backward": expert_up_backward,
         "expert_down": expert_down,
         "expert_down_backward": expert_down_backward,
     }
+    kernels |= compose_expert_mlp(kernels)
     return Backend(name="grouped_mm", kernels=kernels, unavailable=_unavailable, automatic=False)
 
 
-def _unavailable(device: torch.device) -> str | None:
+def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in _DTYPES:
         return f"torch.nn.functional.grouped_mm has no kernel for {device.type}"
+    if dtype not in _DTYPES[device.type]:
+        return f"it computes in {', '.join(map(str, _DTYPES[device.type]))} there, not in {dtype}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "torch.nn.functional.grouped_mm needs compute capability 8.0"
     return None
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    supported = _DTYPES[x.device.type]
-    if x.dtype not in supported:
-        raise UserError(
-            f"backend 'grouped_mm' computes in {', '.join(map(str, supported))} on {x.device.type}; got {x.dtype}; "
-            f"fix: cast, or use backend 'auto'"
-        )
     multiple = _ROW_BYTES // x.element_size()
     if any(width % multiple for width in weight.shape[1:]):
         raise UserError(

@@ -10,6 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from sparseffn.ops.activations import ACTIVATIONS
+
 
 def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     """`u[r] = x[tokens[r]] @ weight[e(r)]`, rows of expert e at offsets[e]..offsets[e+1] (equation 26, gathered)."""
@@ -27,6 +29,43 @@ def expert_down(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offset
             t = int(tokens[r])
             y[t] = y[t] + gates[r].to(a.dtype) * (a[r] @ weight[e])
     return torch.stack(y) if y else a.new_zeros(0, weight.shape[2]) + 0 * (a.sum() + gates.sum().to(a.dtype) + weight.sum())
+
+
+def expert_mlp(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    indices: Tensor,
+    keep: Tensor | None,
+    keep_scale: float,
+    activation: str,
+    inner_k: int | None = None,
+) -> Tensor:
+    """`y[t] = sum over selections (e, s) of s drop * act(x[t] @ keys[e]) @ values[e]` (equation 12).
+
+    With `inner_k` only the largest coefficients of a token, over all of its selections, take part.
+    """
+    y = []
+    zero = 0 * (x.sum() + keys.sum() + values.sum() + gates.sum().to(x.dtype))
+    for t in range(x.shape[0]):
+        alphas = []
+        for slot, e in enumerate(indices[t].tolist()):
+            u = ACTIVATIONS[activation](x[t] @ keys[e])
+            if keep is not None:
+                u = u * keep[t, slot].to(u.dtype) * keep_scale
+            alphas.append(gates[t, slot].to(x.dtype) * u)
+        alpha = torch.cat(alphas)
+        if inner_k is not None:
+            best = alpha.detach().sort(descending=True, stable=True).indices[:inner_k]
+            alpha = alpha * torch.zeros_like(alpha).index_fill(0, best, 1.0)
+        y.append(zero + alpha @ torch.cat([values[e] for e in indices[t].tolist()]))
+    return torch.stack(y) if y else x * (keys.sum() + values.sum() + gates.sum().to(x.dtype))
+
+
+def router_logits(x: Tensor, selector: Tensor) -> Tensor:
+    """`W3 x` for every token."""
+    return (x[:, None, :] * selector[None, :, :]).sum(dim=-1)
 
 
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

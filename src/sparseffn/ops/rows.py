@@ -6,12 +6,12 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import direct_kernel, kernel
+from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
 
 
 @torch.library.custom_op("sparseffn::weighted_rows", mutates_args=())
 def _weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> Tensor:
-    return kernel("weighted_rows", values.device, backend)(values, indices, weights)
+    return kernel("weighted_rows", values, backend)(values, indices, weights)
 
 
 @_weighted_rows.register_fake
@@ -23,7 +23,7 @@ def _(values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> Tensor:
 def _weighted_rows_backward(
     grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return kernel("weighted_rows_backward", values.device, backend)(grad, values, indices, weights)
+    return kernel("weighted_rows_backward", values, backend)(grad, values, indices, weights)
 
 
 @_weighted_rows_backward.register_fake
@@ -67,12 +67,14 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
     direct = direct_kernel("weighted_rows", backend)
     if direct is not None:
         return direct(values, indices, weights)
+    if runs_eagerly(values, weights):
+        return kernel("weighted_rows", values, backend)(values, indices, weights)
     return torch.ops.sparseffn.weighted_rows(values, indices, weights, backend)
 
 
 @torch.library.custom_op("sparseffn::product_key_topk", mutates_args=())
 def _product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    return kernel("product_key_topk", scores_a.device, backend)(scores_a, scores_b, k)
+    return kernel("product_key_topk", scores_a, backend)(scores_a, scores_b, k)
 
 
 @_product_key_topk.register_fake
@@ -124,4 +126,6 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
     direct = direct_kernel("product_key_topk", backend)
     if direct is not None:
         return direct(scores_a, scores_b, k)
+    if runs_eagerly(scores_a, scores_b):
+        return kernel("product_key_topk", scores_a, backend)(scores_a, scores_b, k)
     return torch.ops.sparseffn.product_key_topk(scores_a, scores_b, k, backend)

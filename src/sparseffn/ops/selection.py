@@ -19,8 +19,8 @@ class Selection:
     """int64 `[R]`: the unit (expert, value row, channel) of each row."""
     weights: Tensor
     """`[R]`, float32 or wider: the coefficient of each row."""
-    offsets: Tensor
-    """int64 `[T + 1]`: token t owns rows offsets[t] up to offsets[t + 1]."""
+    offsets: Tensor | None
+    """int64 `[T + 1]`: token t owns rows offsets[t] up to offsets[t + 1]; None where every token has `k` rows."""
     n_units: int
     """How many units there are to select from."""
     k: int | None
@@ -29,20 +29,22 @@ class Selection:
     @classmethod
     def fixed(cls, indices_TK: Tensor, weights_TK: Tensor, n_units: int) -> Selection:
         """A selection with the same number of rows for every token, from `[T, K]` tensors."""
-        n_tokens, k = indices_TK.shape
-        offsets = torch.arange(n_tokens + 1, device=indices_TK.device) * k
-        return cls(indices_TK.reshape(-1), weights_TK.reshape(-1), offsets, n_units, k)
+        return cls(indices_TK.reshape(-1), weights_TK.reshape(-1), None, n_units, indices_TK.shape[1])
 
     @property
     def n_tokens(self) -> int:
         """T, the number of tokens."""
+        if self.offsets is None:
+            assert self.k, "a selection without offsets has k >= 1 rows a token"
+            return self.indices.shape[0] // self.k
         return self.offsets.shape[0] - 1
 
     def tokens(self) -> Tensor:
         """int64 `[R]`: the token of each row."""
         rows = torch.arange(self.indices.shape[0], device=self.indices.device)
-        if self.k is not None:
-            return rows // max(self.k, 1)
+        if self.offsets is None:
+            assert self.k, "a selection without offsets has k >= 1 rows a token"
+            return rows // self.k
         return torch.searchsorted(self.offsets, rows, right=True) - 1
 
     def detach(self) -> Selection:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseffn import ops
 from sparseffn.errors import UserError
+from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
 CPU = torch.device("cpu")
 
@@ -46,17 +50,22 @@ def expect(words: str, call: Any) -> None:
 
 
 def float64_is_refused() -> None:
-    """The message names the dtype and the remedy."""
-    x, up, *_ = inputs()
-    words = "`x` must be float32, bfloat16 or float16 for backend 'triton'; got torch.float64; fix: cast it"
+    """In the rows, by the backend; in the gates, by the launcher. Both name the remedy."""
+    x, up, down, gates = inputs()
+    words = "computes in float32, bfloat16 and float16, not in torch.float64; fix: use backend 'auto'"
     expect(words, lambda: ops.expert_up(x.double(), up.double(), routing(), backend="triton"))
+    a, words = (
+        torch.ones(40, 9),
+        "`gates` must be float32, bfloat16 or float16 for backend 'triton'; got torch.float64; fix: cast",
+    )
+    expect(words, lambda: ops.expert_down(a, down, gates.double(), routing(), backend="triton"))
 
 
 def cpu_is_never_automatic() -> None:
     """Interpreted kernels only run when asked for."""
     assert ops.explain_backend(CPU)[0] != "triton"
     triton = next(backend for backend in ops.list_backends() if backend.name == "triton")
-    assert triton.unavailable(CPU) is None and not triton.automatic
+    assert triton.unavailable(CPU, torch.float32) is None and not triton.automatic
 
 
 def missing_operation_is_refused() -> None:
@@ -71,6 +80,22 @@ def nothing_selected_gives_zeros() -> None:
     grads = torch.autograd.grad(y, (values, weights), torch.ones_like(y))
     assert not y.any() and y.shape == (3, 5)
     assert not grads[0].any() and grads[1].shape == (3, 0)
+
+
+def layers_agree_with_torch() -> None:
+    """Whole layers, the backend chosen by environment variable; operations that it lacks are computed by another."""
+    configs = (SigmaMoEConfig(d_model=12, n_experts=4, expert_size=9, k=2), PKMConfig(d_model=12, n_subkeys=5, k=3, n_heads=2))
+    for config in configs:
+        torch.manual_seed(0)
+        block, found = config.build(), []
+        x = torch.randn(2, 11, 12)
+        for backend in ("torch", "triton"):
+            with mock.patch.dict(os.environ, {"SPARSEFFN_BACKEND": backend}):
+                leaf = x.clone().requires_grad_()
+                y = block(leaf)
+                found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()])])
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 class _RefuseWaiting(TorchDispatchMode):

@@ -14,7 +14,7 @@ import torch
 import sparseffn
 from sparseffn import ops
 from sparseffn.errors import UserError
-from sparseffn.ops.triton import triton_backend, tuning
+from sparseffn.ops.triton import OPERATIONS, triton_backend, tuning
 from sparseffn.ops.triton.tuning import Situation, Tile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +28,8 @@ def situation(n_rows: int, family: str = "product", kind: str = "half") -> Situa
 
 def test_import_leaves_triton_alone() -> None:
     """Neither the package nor the backend's own modules import it, nor does asking whether it runs on the CPU."""
-    words = "import sys, torch, sparseffn, sparseffn.ops.triton as t; t.triton_backend().unavailable(torch.device('cpu'))"
+    words = "import sys, torch, sparseffn, sparseffn.ops.triton as backend"
+    words += "; backend.triton_backend().unavailable(torch.device('cpu'), torch.float32)"
     script = f"{words}; sys.exit('triton' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(sparseffn.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0
@@ -44,8 +45,16 @@ def test_cpu_is_refused_by_name_and_passed_over_by_auto() -> None:
 def test_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU without Triton the message says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    reason = triton_backend().unavailable(CUDA)
+    reason = triton_backend().unavailable(CUDA, torch.float32)
     assert reason is not None and "pip install triton" in reason
+
+
+def test_float64_falls_through_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where Triton is installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert triton_backend().unavailable(CUDA, torch.float32) is None
+    assert ops.explain_backend(CUDA)[0] == "triton"
+    assert ops.explain_backend(CUDA, dtype=torch.float64)[0] == "torch"
 
 
 def test_gpu_takes_triton_first() -> None:
@@ -63,7 +72,7 @@ def test_kernels_have_the_signatures_of_the_torch_backend() -> None:
     from sparseffn.ops import _torch_kernels
     from sparseffn.ops.triton import experts, rows
 
-    for name in triton_backend().kernels:
+    for name in OPERATIONS:
         module = rows if name.startswith("weighted") else experts
         assert list(signature(getattr(module, name)).parameters) == list(signature(getattr(_torch_kernels, name)).parameters)
 

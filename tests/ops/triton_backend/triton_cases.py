@@ -164,6 +164,7 @@ CHECKS = (
     "cpu_is_never_automatic",
     "missing_operation_is_refused",
     "nothing_selected_gives_zeros",
+    "layers_agree_with_torch",
     "device_is_not_waited_for",
     "results_have_equal_bits",
     "whole_graph_compiles",

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 
+from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, Kernel
 
-# Operation to the module that computes it.
-_MODULES = {
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Operation to the module that computes it; `expert_mlp` is composed of these.
+OPERATIONS = {
     "expert_up": "experts",
     "expert_up_backward": "experts",
     "expert_down": "experts",
@@ -39,20 +42,23 @@ def triton_backend() -> Backend:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
-    def unavailable(device: torch.device) -> str | None:
+    def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda" and not (interpreted and device.type == "cpu"):
             return "it needs a CUDA or ROCm device"
+        if dtype not in DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {dtype}"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed; `pip install triton` brings it"
         return None
 
-    kernels = {name: _lazily(name) for name in _MODULES}
+    kernels = {name: _lazily(name) for name in OPERATIONS}
+    kernels |= compose_expert_mlp(kernels)
     return Backend(name="triton", kernels=kernels, unavailable=unavailable, automatic=not interpreted)
 
 
 def _lazily(name: str) -> Kernel:
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)(*arguments)
+        return getattr(importlib.import_module(f"{__name__}.{OPERATIONS[name]}"), name)(*arguments)
 
     call.__name__ = name
     return call

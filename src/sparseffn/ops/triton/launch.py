@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops.triton import products, sums, tuning
+from sparseffn.ops.triton import DTYPES, products, sums, tuning
 from sparseffn.ops.triton.tuning import SUM_TILE, Situation, Tile, cdiv
 
 Result = TypeVar("Result")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Entries of the tile map that one program handles at once.
 MAP_BLOCK = 128
@@ -40,7 +38,7 @@ def check_tensors(**tensors: Tensor) -> None:
     if len(devices) > 1:
         raise UserError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}; fix: move them")
     for name, x in tensors.items():
-        if x.is_floating_point() and x.dtype not in _DTYPES:
+        if x.is_floating_point() and x.dtype not in DTYPES:
             raise UserError(
                 f"`{name}` must be float32, bfloat16 or float16 for backend 'triton'; got {x.dtype}; "
                 f"fix: cast it, or use backend 'torch'"

@@ -1,0 +1,40 @@
+"""Activations of hidden units by name, their derivatives, and which of input and output determines these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ActivationName = Literal["relu", "gelu", "silu", "identity"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+# These are determined by their output as far as the derivative is concerned; of the others the input is kept.
+KEEPS_OUTPUT = ("relu", "identity")
+
+
+def from_kept(name: str, kept: Tensor) -> Tensor:
+    """The activation from what was kept of it."""
+    return kept if name in KEEPS_OUTPUT else ACTIVATIONS[name](kept)
+
+
+def activation_backward(name: str, grad: Tensor, kept: Tensor) -> Tensor:
+    """Gradient of the activation's input."""
+    match name:
+        case "relu":
+            return grad.masked_fill(kept <= 0, 0.0)
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, kept)
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, kept)
+        case _:
+            return grad

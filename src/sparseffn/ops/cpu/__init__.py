@@ -1,0 +1,24 @@
+"""The compiled backend of the CPU: the C++ of `csrc`, called through its C interface. Compiled at first use."""
+
+from __future__ import annotations
+
+import torch
+
+from sparseffn.ops.backends import Backend
+
+
+def cpu_backend() -> Backend:
+    """The backend; nothing is compiled until one of its kernels is asked for."""
+    from sparseffn.ops.cpu.kernels import KERNELS
+
+    return Backend(name="cpu", kernels=KERNELS, unavailable=_unavailable)
+
+
+def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    from sparseffn.ops.cpu import build
+
+    if device.type != "cpu":
+        return "it is the CPU's"
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"it computes in float32, float64 and bfloat16, not in {dtype}"
+    return build.unavailable()

@@ -1,0 +1,160 @@
+"""The C++ kernels: compiled at first use with the system's compiler, kept in the user's cache.
+
+    CACHE/kernels/KEY.so    KEY: sources, flags, compiler, processor, PyTorch
+
+One process compiles while others wait for its lock; the library appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from sparseffn.paths import default_cache_dir
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+# Neither errno nor floating-point traps are used; multiply-adds may fuse. NaN and infinities keep their meaning.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class CompilerError(RuntimeError):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def find_compiler() -> str:
+    """`$CXX`, or the first C++ compiler on the path.
+
+    Raises:
+        CompilerError: there is none.
+    """
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
+    for name in wanted:
+        if path := shutil.which(name):
+            return path
+    raise CompilerError(f"no C++ compiler found (looked for {', '.join(wanted)}); install g++ or set CXX")
+
+
+def build_key(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+    """What a library depends on, as a name."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256()
+    for part in (version, " ".join(flags), torch.__version__, platform.machine(), _processor()):
+        digest.update(part.encode() + b"\0")
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> str:
+    """Model and instruction sets: `-march=native` code must not move to another processor."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    lines = info.read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[str] = FLAGS) -> Path:
+    """The shared library in `folder`, compiled unless it is there.
+
+    Args:
+        folder: where libraries are kept.
+        sources: folder of `*.cpp` and `*.h`.
+        flags: of the compiler.
+
+    Raises:
+        CompilerError: there is no compiler, it refuses, or `folder` cannot be written.
+    """
+    compiler = find_compiler()
+    key = build_key(compiler, sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]), flags)
+    target = folder / f"{key}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{key}.lock"):
+            if not target.exists():
+                _compile(compiler, sorted(sources.glob("*.cpp")), flags, target)
+    except OSError as error:
+        raise CompilerError(f"{folder} cannot be written: {error.strerror}; set SPARSEFFN_CACHE") from error
+    return target
+
+
+def _compile(compiler: str, files: Sequence[Path], flags: Sequence[str], target: Path) -> None:
+    start = time.monotonic()
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    command = [compiler, *flags, "-o", str(scratch), *map(str, files)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+            raise CompilerError(f"{compiler} failed: {reason}")
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+    logger.warning("compiled the CPU kernels with %s in %.0f s, once, into %s", compiler, time.monotonic() - start, target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels of this process.
+
+    Raises:
+        CompilerError: they cannot be compiled or loaded.
+    """
+    try:
+        return ctypes.CDLL(str(compile_library(default_cache_dir() / "kernels")))
+    except OSError as error:
+        raise CompilerError(f"the compiled kernels cannot be loaded: {error}") from error
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why there are no compiled kernels, said once in the log; None where there are. Compiles at the first call."""
+    try:
+        if not sys.platform.startswith("linux"):
+            raise CompilerError(f"they are written for Linux, this is {sys.platform}")
+        library()
+    except CompilerError as error:
+        logger.warning("no compiled CPU kernels, PyTorch's operations are used: %s", error)
+        return str(error)
+    return None

@@ -1,0 +1,211 @@
+// The whole expert computation of a mixture and its backward:
+//
+//     y[t] = sum over selections (e, s) of token t:  s * (drop * act(x[t] keys[e])) values[e]
+//
+// Many tokens: each thread owns a block of tokens and goes through all experts, so that it alone adds to its tokens' outputs.
+// Few tokens: each thread owns some experts and reads their weights once; its outputs are added up afterwards. Either way the
+// order of every sum is fixed by the routing and the number of threads: results are the same from run to run.
+#pragma once
+
+#include <vector>
+
+#include "activations.h"
+#include "product.h"
+#include "routing.h"
+
+namespace sparseffn {
+
+// Rows of one expert that are taken at a time: their hidden units stay in the second-level cache.
+constexpr int64_t kChunk = 192;
+// Up to this many rows an expert, on average, threads divide experts instead of tokens: measured crossover, see bench layer.
+constexpr int64_t kFewRows = 12;
+
+template <class S> struct Problem {
+    using C = compute_t<S>;
+    const S* x;       // [tokens, width]
+    const S* keys;    // [experts, width, size]
+    const S* values;  // [experts, size, width]
+    const C* gates;   // [tokens * k]
+    S* hidden;        // [rows, size], sorted; null where nothing is kept
+    const uint8_t* keep;  // [tokens * k, size], 0 where dropout removed a unit; null without dropout
+    C keep_scale;
+    Activation activation;
+    int64_t width, size;
+    Routing routing;
+    int threads;
+};
+
+// x in the type of computation: itself, or a copy.
+template <class S> class Widened {
+    using C = compute_t<S>;
+
+  public:
+    Widened(const S* x, int64_t n, int threads) : copy_(std::is_same_v<S, C> ? 0 : n) {
+        if constexpr (std::is_same_v<S, C>) {
+            data_ = x;
+        } else {
+            C* to = copy_.data();
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
+            data_ = to;
+        }
+    }
+    const C* data() const { return data_; }
+
+  private:
+    Buffer<C> copy_;
+    const C* data_;
+};
+
+// What one thread needs for a chunk of rows.
+template <class S> struct Workspace {
+    using C = compute_t<S>;
+    Buffer<C> units;
+    Buffer<S> padded;
+    std::vector<const C*> inputs, rows;
+
+    explicit Workspace(const Problem<S>& p)
+        : units(kChunk * p.size), padded(padded_size<C>(std::max(p.width, p.size))), inputs(kChunk), rows(kChunk) {}
+};
+
+// Hidden units `first..first+size` of rows of one expert, activated, dropped and scaled by their gates, into ws.units.
+template <class S>
+void up(const Problem<S>& p, const compute_t<S>* x, int64_t expert, Range rows, Range units, Workspace<S>& ws) {
+    using C = compute_t<S>;
+    const int64_t n = rows.end - rows.begin, size = units.end - units.begin;
+    for (int64_t i = 0; i < n; ++i) {
+        ws.inputs[i] = x + p.routing.token(rows.begin + i) * p.width;
+        ws.rows[i] = ws.units.data() + i * size;
+    }
+    C* u = ws.units.data();
+    product<C, S>(ws.inputs.data(), n, p.keys + expert * p.width * p.size + units.begin, p.size, p.width, size,
+                  ws.padded.data(), Fetch::of(p.values + expert * p.width * p.size, p.width * p.size),
+                  [&](int64_t i, int64_t first, int columns, const auto& acc) { put(u + i * size + first, acc, columns); });
+    const bool output = keeps_output(p.activation);
+    for (int64_t i = 0; i < n; ++i) {
+        C* row = u + i * size;
+        S* kept = p.hidden ? p.hidden + (rows.begin + i) * p.size + units.begin : nullptr;
+        const int64_t selection = p.routing.order[rows.begin + i];
+        if (kept && !output)
+            for (int64_t g = 0; g < size; ++g) kept[g] = narrow<S>(row[g]);
+        switch (p.activation) {  // outside the loops, so that each of them is vectorised
+            case kRelu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kRelu, row[g]); break;
+            case kGelu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kGelu, row[g]); break;
+            case kSilu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kSilu, row[g]); break;
+            default: break;
+        }
+        if (kept && output)
+            for (int64_t g = 0; g < size; ++g) kept[g] = narrow<S>(row[g]);
+        const C gate = p.gates[selection];
+        if (p.keep) {
+            const uint8_t* keep = p.keep + selection * p.size + units.begin;
+            const C scale = gate * p.keep_scale;
+            for (int64_t g = 0; g < size; ++g) row[g] = keep[g] ? row[g] * scale : C(0);
+        } else {
+            for (int64_t g = 0; g < size; ++g) row[g] *= gate;
+        }
+    }
+}
+
+// y[token] += ws.units values[expert], for rows of one expert; another expert follows.
+template <class S>
+void down(const Problem<S>& p, int64_t expert, Range rows, Range units, Workspace<S>& ws, compute_t<S>* y) {
+    using C = compute_t<S>;
+    product<C, S>(ws.rows.data(), rows.end - rows.begin, p.values + (expert * p.size + units.begin) * p.width, p.width,
+                  units.end - units.begin, p.width, ws.padded.data(),
+                  expert + 1 < p.routing.experts ? Fetch::of(p.keys + (expert + 1) * p.width * p.size, p.width * p.size)
+                                                 : Fetch{},
+                  [&](int64_t i, int64_t first, int columns, const auto& acc) {
+                      add(y + p.routing.token(rows.begin + i) * p.width + first, acc, columns);
+                  });
+}
+
+template <class S, class F> void in_chunks(Range rows, F&& f) {
+    for (int64_t r = rows.begin; r < rows.end; r += kChunk) f(Range{r, std::min(r + kChunk, rows.end)});
+}
+
+template <class S> void forward_by_tokens(const Problem<S>& p, const compute_t<S>* x, compute_t<S>* y) {
+#pragma omp parallel num_threads(p.threads)
+    {
+        Workspace<S> ws(p);
+        const Range tokens = part_of(p.routing.tokens, omp_get_thread_num(), omp_get_num_threads());
+        std::fill(y + tokens.begin * p.width, y + tokens.end * p.width, compute_t<S>(0));
+        for (int64_t e = 0; e < p.routing.experts; ++e)
+            in_chunks<S>(p.routing.rows_of(e, tokens), [&](Range rows) {
+                up(p, x, e, rows, Range{0, p.size}, ws);
+                down(p, e, rows, Range{0, p.size}, ws, y);
+            });
+    }
+}
+
+// Part of an expert's units, with all of its rows.
+struct Share {
+    int64_t expert;
+    Range units;
+};
+
+// Experts in use, split so that threads get equal numbers of shares.
+template <class S> std::vector<Share> shares_of(const Problem<S>& p) {
+    std::vector<int64_t> used;
+    for (int64_t e = 0; e < p.routing.experts; ++e)
+        if (p.routing.offsets[e] < p.routing.offsets[e + 1]) used.push_back(e);
+    const int64_t n = static_cast<int64_t>(used.size()), line = kLanes<compute_t<S>>;
+    int64_t pieces = 1;
+    while (n * pieces % p.threads != 0 && n * pieces < 8 * p.threads && p.size / (2 * pieces) >= 2 * line) pieces *= 2;
+    std::vector<Share> shares;
+    for (const int64_t e : used)
+        for (int64_t i = 0; i < pieces; ++i) {
+            // Whole vectors, so that no share has a ragged end but the last.
+            const auto edge = [&](int64_t j) { return j == pieces ? p.size : p.size * j / pieces / line * line; };
+            shares.push_back({e, {edge(i), edge(i + 1)}});
+        }
+    return shares;
+}
+
+template <class S> void forward_by_experts(const Problem<S>& p, const compute_t<S>* x, compute_t<S>* y) {
+    using C = compute_t<S>;
+    const std::vector<Share> shares = shares_of(p);
+    const int64_t n = p.routing.tokens * p.width;
+    Buffer<C> partial(n * (p.threads - 1));
+#pragma omp parallel num_threads(p.threads)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Workspace<S> ws(p);
+        C* mine = thread == 0 ? y : partial.data() + (thread - 1) * n;
+        std::fill(mine, mine + n, C(0));
+        const Range own = part_of(static_cast<int64_t>(shares.size()), thread, threads);
+        for (int64_t i = own.begin; i < own.end; ++i) {
+            const Share& share = shares[i];
+            in_chunks<S>({p.routing.offsets[share.expert], p.routing.offsets[share.expert + 1]}, [&](Range rows) {
+                up(p, x, share.expert, rows, share.units, ws);
+                down(p, share.expert, rows, share.units, ws, mine);
+            });
+        }
+#pragma omp barrier
+        const Range part = part_of(n, thread, threads);
+        for (int other = 1; other < threads; ++other) {
+            const C* add = partial.data() + (other - 1) * n;
+            for (int64_t i = part.begin; i < part.end; ++i) y[i] += add[i];
+        }
+    }
+}
+
+template <class S> void forward(const Problem<S>& p, S* y) {
+    using C = compute_t<S>;
+    const int64_t n = p.routing.tokens * p.width;
+    const Widened<S> x(p.x, n, p.threads);
+    const auto run = [&](C* to) {
+        if (p.routing.rows() <= kFewRows * p.routing.experts) forward_by_experts(p, x.data(), to);
+        else forward_by_tokens(p, x.data(), to);
+    };
+    if constexpr (std::is_same_v<S, C>) {
+        run(y);
+    } else {
+        Buffer<C> wide(n);
+        run(wide.data());
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+        for (int64_t i = 0; i < n; ++i) y[i] = narrow<S>(wide[i]);
+    }
+}
+
+}  // namespace sparseffn

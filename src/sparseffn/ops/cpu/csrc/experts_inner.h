@@ -1,0 +1,137 @@
+// The expert computation with a further top-K among the hidden units of a token's experts.
+#pragma once
+
+#include <vector>
+
+#include "experts_backward.h"
+#include "select.h"
+
+namespace sparseffn {
+
+// The survivors of the inner top-K: of a token's K G coefficients only the `count` largest take part.
+template <class S> struct Inner {
+    int64_t count;
+    int32_t* positions;  // [tokens, count]: slot * size + unit, ascending; -1 for one that dropout removed
+    S* kept;             // [tokens, count], what the activation keeps of each
+};
+
+// Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
+template <class S>
+void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int64_t* place, const S* hidden,
+            compute_t<S>* alpha, Buffer<Key<compute_t<S>>>& keys, Buffer<int64_t>& chosen) {
+    using C = compute_t<S>;
+    const int64_t k = p.routing.k;
+    for (int64_t slot = 0; slot < k; ++slot) {
+        const C* row = alpha + place[token * k + slot] * p.size;
+        for (int64_t g = 0; g < p.size; ++g) keys[slot * p.size + g] = sortable(row[g]);
+    }
+    select(keys.data(), k * p.size, inner.count, chosen.data());
+    int64_t next = 0;
+    for (int64_t slot = 0; slot < k; ++slot) {
+        C* row = alpha + place[token * k + slot] * p.size;
+        const S* kept = hidden + place[token * k + slot] * p.size;
+        const uint8_t* keep = p.keep ? p.keep + (token * k + slot) * p.size : nullptr;
+        int64_t from = 0;
+        for (; next < inner.count && chosen[next] < (slot + 1) * p.size; ++next) {
+            const int64_t unit = chosen[next] - slot * p.size;
+            std::fill(row + from, row + unit, C(0));
+            from = unit + 1;
+            inner.kept[token * inner.count + next] = kept[unit];
+            inner.positions[token * inner.count + next] =
+                keep && !keep[unit] ? -1 : static_cast<int32_t>(chosen[next]);
+        }
+        std::fill(row + from, row + p.size, C(0));
+    }
+}
+
+// Forward with an inner top-K: all hidden units, the choice token by token, then the values of the survivors.
+template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y) {
+    using C = compute_t<S>;
+    const Routing& routing = p.routing;
+    const int64_t n = routing.tokens * p.width;
+    const Widened<S> x(p.x, n, p.threads);
+    Buffer<S> hidden(routing.rows() * p.size);
+    Buffer<C> alpha(routing.rows() * p.size), sums(n);
+    Buffer<int64_t> place(routing.rows());
+    for (int64_t r = 0; r < routing.rows(); ++r) place[routing.order[r]] = r;
+    p.hidden = hidden.data();
+    const std::vector<Share> shares = shares_of(p);
+    const bool few = routing.rows() <= kFewRows * routing.experts;
+#pragma omp parallel num_threads(p.threads)
+    {
+        Workspace<S> ws(p);
+        Buffer<Key<C>> keys(routing.k * p.size);
+        Buffer<int64_t> chosen(inner.count);
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const auto fill = [&](int64_t e, Range all, Range units) {
+            in_chunks<S>(all, [&](Range rows) {
+                up(p, x.data(), e, rows, units, ws);
+                const int64_t size = units.end - units.begin;
+                for (int64_t r = rows.begin; r < rows.end; ++r)
+                    std::copy_n(ws.units.data() + (r - rows.begin) * size, size, alpha.data() + r * p.size + units.begin);
+            });
+        };
+        const Range tokens = part_of(routing.tokens, thread, threads);
+        if (few) {
+            const Range own = part_of(static_cast<int64_t>(shares.size()), thread, threads);
+            for (int64_t i = own.begin; i < own.end; ++i) {
+                const int64_t e = shares[i].expert;
+                fill(e, {routing.offsets[e], routing.offsets[e + 1]}, shares[i].units);
+            }
+        } else {
+            for (int64_t e = 0; e < routing.experts; ++e) fill(e, routing.rows_of(e, tokens), {0, p.size});
+        }
+#pragma omp barrier
+        for (int64_t t = tokens.begin; t < tokens.end; ++t)
+            choose(p, inner, t, place.data(), hidden.data(), alpha.data(), keys, chosen);
+        std::fill(sums.data() + tokens.begin * p.width, sums.data() + tokens.end * p.width, C(0));
+        if (!few)
+            for (int64_t e = 0; e < routing.experts; ++e)
+                in_chunks<S>(routing.rows_of(e, tokens), [&](Range rows) {
+                    for (int64_t i = 0; i < rows.end - rows.begin; ++i)
+                        ws.rows[i] = alpha.data() + (rows.begin + i) * p.size;
+                    down(p, e, rows, Range{0, p.size}, ws, sums.data());
+                });
+#pragma omp barrier
+        if (few) {
+            // Columns are divided, and only the survivors' values are read.
+            const int64_t lines = (p.width + kLanes<C> - 1) / kLanes<C>;
+            const Range part = part_of(lines, thread, threads);
+            const Range columns{part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)};
+            for (int64_t e = 0; e < routing.experts; ++e)
+                for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; ++r)
+                    for (int64_t g = 0; g < p.size; ++g)
+                        if (const C a = alpha[r * p.size + g]; a != C(0)) {
+                            const S* value = p.values + (e * p.size + g) * p.width;
+                            C* to = sums.data() + routing.token(r) * p.width;
+                            for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * widen(value[c]);
+                        }
+#pragma omp barrier
+        }
+        for (int64_t i = tokens.begin * p.width; i < tokens.end * p.width; ++i) y[i] = narrow<S>(sums[i]);
+    }
+}
+
+// Backward with an inner top-K: that of all units, of which only the survivors were kept.
+template <class S> void backward_inner(Problem<S> p, const Inner<S>& inner, const Gradients<S>& g) {
+    const int64_t k = p.routing.k, n = p.routing.rows() * p.size;
+    Buffer<S> hidden(n);
+    Buffer<uint8_t> alive(n);
+    std::memset(static_cast<void*>(hidden.data()), 0, n * sizeof(S));
+    std::fill(alive.data(), alive.data() + n, uint8_t(0));
+    Buffer<int64_t> place(p.routing.rows());
+    for (int64_t r = 0; r < p.routing.rows(); ++r) place[p.routing.order[r]] = r;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t t = 0; t < p.routing.tokens; ++t)
+        for (int64_t j = t * inner.count; j < (t + 1) * inner.count; ++j) {
+            if (inner.positions[j] < 0) continue;
+            const int64_t selection = t * k + inner.positions[j] / p.size, unit = inner.positions[j] % p.size;
+            hidden[place[selection] * p.size + unit] = inner.kept[j];
+            alive[selection * p.size + unit] = 1;
+        }
+    p.hidden = hidden.data();
+    p.keep = alive.data();
+    backward(p, g);
+}
+
+}  // namespace sparseffn

@@ -1,0 +1,58 @@
+"""Scores of a router: `x @ selector.T` in float32 or wider, whatever autocast says. Shapes: see ops/README.md."""
+# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError
+from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
+
+
+@torch.library.custom_op("sparseffn::router_logits", mutates_args=())
+def _router_logits(x: Tensor, selector: Tensor, backend: str) -> Tensor:
+    return kernel("router_logits", x, backend)(x, selector)
+
+
+@_router_logits.register_fake
+def _(x: Tensor, selector: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], selector.shape[0])
+
+
+def _save(ctx, inputs, output) -> None:
+    x, selector, _ = inputs
+    ctx.save_for_backward(x, selector)
+
+
+def _differentiate(ctx, grad):
+    x, selector = ctx.saved_tensors
+    needs_x, needs_selector, _ = ctx.needs_input_grad
+    return grad @ selector if needs_x else None, grad.t() @ x if needs_selector else None, None
+
+
+_router_logits.register_autograd(_differentiate, setup_context=_save)
+
+
+def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tensor:
+    """`x @ selector.T` in float32 (float64 for float64 x): routing must not depend on a layer's dtype.
+
+    Args:
+        x: `[T, D]`, any floating dtype.
+        selector: `[E, D]`.
+        backend: see `ops.backends`.
+
+    Returns:
+        `[T, E]`, float32 or wider, outside autocast.
+
+    Raises:
+        UserError: the widths differ.
+    """
+    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
+        raise UserError(f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, selector = x.to(dtype), selector.to(dtype)
+    direct = direct_kernel("router_logits", backend)
+    if direct is not None:
+        return direct(x, selector)
+    if runs_eagerly(x, selector):
+        return kernel("router_logits", x, backend)(x, selector)
+    return torch.ops.sparseffn.router_logits(x, selector, backend)
