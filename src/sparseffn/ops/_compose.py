@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseffn.ops import _torch_kernels
 from sparseffn.ops._checks import check_routing
 from sparseffn.ops.activations import ACTIVATIONS, KEEPS_OUTPUT, activation_backward, from_kept
 from sparseffn.ops.backends import Kernel
@@ -22,10 +23,11 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
     """`expert_mlp`, with and without inner top-K, and their backward over the products in `kernels`.
 
     Args:
-        kernels: the four expert products, `weighted_rows` and `topk`.
+        kernels: the four expert products; `weighted_rows` and `topk` are PyTorch's where they are not among them.
     """
     up, up_backward = kernels["expert_up"], kernels["expert_up_backward"]
     down, down_backward = kernels["expert_down"], kernels["expert_down_backward"]
+    topk, weighted_rows = kernels.get("topk", _torch_kernels.topk), kernels.get("weighted_rows", _torch_kernels.weighted_rows)
 
     def forward(
         x: Tensor,
@@ -89,9 +91,9 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         u_TU = ACTIVATIONS[activation](scores_TU)
         scaled_TU = u_TU if keep is None else u_TU * (keep.view(u_TU.shape) * keep_scale).to(u_TU.dtype)
         alpha_TU = scaled_TU * gates.to(u_TU.dtype).repeat_interleave(size, dim=1)
-        best = kernels["topk"](alpha_TU, inner_k, False)
+        best = topk(alpha_TU, inner_k, False)
         units = indices.gather(1, best // size) * size + best % size
-        y = kernels["weighted_rows"](values.flatten(0, 1), units, alpha_TU.gather(1, best))
+        y = weighted_rows(values.flatten(0, 1), units, alpha_TU.gather(1, best))
         kept_TU = u_TU if activation in KEEPS_OUTPUT else scores_TU
         positions = best if keep is None else best.masked_fill(~keep.view(u_TU.shape).gather(1, best), -1)
         return y, kept_TU.gather(1, best), positions.to(torch.int32), order, offsets

@@ -1,4 +1,6 @@
-"""The backends that every installation has: `cpu` where there is a compiler, `torch`, and `reference` for comparison."""
+"""The backends: `triton` for GPUs, `cpu` where there is a compiler, `torch` everywhere, `grouped_mm` and `reference` for
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from sparseffn.ops import _torch_kernels, reference
 from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, register_backend
 from sparseffn.ops.cpu import cpu_backend
+from sparseffn.ops.grouped_mm import grouped_mm_backend
+from sparseffn.ops.triton import triton_backend
 
 FORWARD = (
     "expert_up",
@@ -31,11 +35,13 @@ REFERENCES = (
 
 
 def register_builtin_backends() -> None:
-    """Register them in the order in which `auto` tries them; only an explicit request takes `reference`."""
+    """Register them in the order in which `auto` tries them; only an explicit request takes the last two."""
+    register_backend(triton_backend())
     register_backend(cpu_backend())
     kernels = {name: getattr(_torch_kernels, name) for name in (*FORWARD, *BACKWARD)}
     kernels |= compose_expert_mlp(kernels)
     register_backend(Backend(name="torch", kernels=kernels, unavailable=lambda device, dtype: None))
+    register_backend(grouped_mm_backend())
     slow = {name: getattr(reference, name) for name in REFERENCES}
     register_backend(
         Backend(name="reference", kernels=slow, unavailable=lambda device, dtype: None, automatic=False, direct=True)

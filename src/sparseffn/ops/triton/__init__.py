@@ -1,0 +1,64 @@
+"""The operations as Triton kernels, for CUDA and ROCm devices: expert products and weighted value rows.
+
+Nothing here imports `triton` before the first call, so that `import sparseffn` stays light and works without it:
+
+    ops.expert_up(x, weight, rows, backend="triton")
+
+Kernels: `products.py` (rows times the matrix of their expert), `outer.py` (gradients of the matrices), `sums.py` (sums of
+rows). What calls them: `experts.py` and `rows.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and spills:
+`resources.py`. Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from sparseffn.ops._compose import compose_expert_mlp
+from sparseffn.ops.backends import Backend, Kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Operation to the module that computes it; `expert_mlp` is composed of these.
+OPERATIONS = {
+    "expert_up": "experts",
+    "expert_up_backward": "experts",
+    "expert_down": "experts",
+    "expert_down_backward": "experts",
+    "weighted_rows": "rows",
+    "weighted_rows_backward": "rows",
+}
+
+
+def triton_backend() -> Backend:
+    """The backend `triton`: automatic on GPUs.
+
+    With TRITON_INTERPRET=1 in the environment of the process, Triton interprets its kernels and takes CPU tensors; that is
+    for tests, and then the backend is never taken unless asked for.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+    def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+            return "it needs a CUDA or ROCm device"
+        if dtype not in DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {dtype}"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; `pip install triton` brings it"
+        return None
+
+    kernels = {name: _lazily(name) for name in OPERATIONS}
+    kernels |= compose_expert_mlp(kernels)
+    return Backend(name="triton", kernels=kernels, unavailable=unavailable, automatic=not interpreted)
+
+
+def _lazily(name: str) -> Kernel:
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{OPERATIONS[name]}"), name)(*arguments)
+
+    call.__name__ = name
+    return call

@@ -1,0 +1,41 @@
+"""Triton's interpreter with bfloat16 as GPUs have it. Triton 3.7 to 3.9 multiply bfloat16 matrices as if their bits were
+integers, and cut float32 off where they convert it to bfloat16; hardware rounds to the nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+
+_PLAIN_CONVERT = interpreter._convert_float
+_PLAIN_DOT = interpreter.InterpreterBuilder.create_dot
+
+
+def _convert(values: NDArray[Any], source: tl.dtype, target: tl.dtype, rounding: Any) -> NDArray[Any]:
+    if source == tl.bfloat16 and target == tl.float32:
+        return values.view(np.uint16).astype(np.uint32) << 16
+    if source == tl.float32 and target == tl.bfloat16:
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+    return _PLAIN_CONVERT(values, source, target, rounding)
+
+
+def _widen(block: Any) -> Any:
+    if block.dtype.scalar != tl.bfloat16:
+        return block
+    return interpreter.TensorHandle(_convert(block.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+
+def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    return _PLAIN_DOT(self, _widen(a), _widen(b), *rest)
+
+
+def mend() -> None:
+    """Put the corrections in place, for this process."""
+    interpreter._convert_float = _convert
+    interpreter.InterpreterBuilder.create_dot = _dot

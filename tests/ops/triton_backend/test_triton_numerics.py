@@ -1,0 +1,87 @@
+"""Triton kernels against the reference in float64, through Triton's interpreter on CPU tensors.
+
+Whether a kernel is interpreted is settled when it is decorated, so the cases run in a process of their own and each test
+reads one outcome. See `triton_cases.py` for the cases and `run_interpreted.py` for what is done with them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from triton_cases import CHECKS, FULL, MUTANTS, QUICK, Case, Mutant
+
+import sparseffn
+
+Outcomes = dict[str, str]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton has wheels for Linux on x86_64")
+
+
+def run(what: str, folder: Path, *, interpret: bool = True) -> Outcomes:
+    """Case to complaint, from a process that interprets or that uses the GPU; warnings are errors there too."""
+    out = folder / f"{what}.json"
+    script = Path(__file__).with_name("run_interpreted.py")
+    package = str(Path(sparseffn.__file__).parents[1])
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", str(script), what, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Outcomes of the sample, the mutants and the checks."""
+    return run("quick", tmp_path_factory.mktemp("interpreted"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Outcomes of every operation, shape, dtype and kind of tile."""
+    return run("full", tmp_path_factory.mktemp("interpreted"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The same cases as kernels on a GPU."""
+    return run("full", tmp_path_factory.mktemp("compiled"), interpret=False)
+
+
+@pytest.mark.parametrize("case", QUICK, ids=[case.name for case in QUICK])
+def test_output_and_gradients_are_near_the_truth(quick: Outcomes, case: Case) -> None:
+    """Every shape in float32, a sample of the rest."""
+    assert quick[case.name] == ""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_mistake_in_a_kernel_is_caught(quick: Outcomes, mutant: Mutant) -> None:
+    """A kernel with one expression changed fails the very check that the right one passes."""
+    assert quick[mutant.name].startswith(mutant.operation)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted_backend(quick: Outcomes, name: str) -> None:
+    """See the function of that name in `interpreted_checks.py`."""
+    assert quick[name] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
+def test_full_product_is_near_the_truth(full: Outcomes, case: Case) -> None:
+    """Operations x shapes x dtypes x tiles."""
+    assert full[case.name] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
+@pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
+def test_gpu_is_near_the_truth(compiled: Outcomes, case: Case) -> None:
+    """The full product once more where there is a GPU."""
+    assert compiled[case.name] == ""
