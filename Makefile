@@ -7,12 +7,13 @@ DEMO_OUT ?= runs/demo
 DEMO_METHODS ?= dense topk pkm sigma-moe
 DEMO_BUDGET ?= 8m
 
-.PHONY: help setup demo test test-slow lint format readme clean
+.PHONY: help setup demo test test-slow fuzz lint format readme clean
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
 	@echo "make test       the tests, under 12 minutes"
 	@echo "make test-slow  the full products of what the tests sample, under 30 minutes"
+	@echo "make fuzz       ten minutes of drawn shapes on the compiled kernels"
 	@echo "make lint       formatting, lint, types, spelling, generated text"
 	@echo "make format     rewrite what lint's formatter would"
 	@echo "make readme     rewrite the generated table of the README"
@@ -33,6 +34,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup
+	$(BIN)/python tools/fuzz_kernels.py --minutes 10
 
 lint: setup
 	$(BIN)/ruff format --check .
