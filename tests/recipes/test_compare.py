@@ -19,6 +19,9 @@ from sparseffn.recipes.compare import Silent
 from sparseffn.recipes.plan import make_plan
 from sparseffn.train import RunFolder
 
+# One method of each kind of routing, the batch-wide ones first.
+DIVERGING = ["base", "s-base", "switch", "sigma-moe", "pkm", "topk", "dense"]
+
 
 @pytest.fixture(scope="module")
 def song(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -116,6 +119,15 @@ def test_diverging_method_is_shown_as_missing(song: str, tmp_path: Path) -> None
     result = compare(settings(song, "sigma-moe", "dense"), tmp_path / "out", watcher=Poison())
     assert not result["finished"] and "must be finite" in result["missing"][0]["reason"]
     assert result["methods"][0]["test"] is None and result["methods"][1]["test"]["n"] == 1
+
+
+def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_path: Path) -> None:
+    """An absurd learning rate: every method has its row and its reason, none ends the comparison."""
+    overrides = {"batch": 2, "context": 16, "lr": 1e25, "warmup": 0}
+    result = compare(settings(song, *DIVERGING, steps=30, overrides=overrides), tmp_path / "out")
+    reasons = {run["label"]: run["reason"] for run in result["missing"]}
+    assert list(reasons) == DIVERGING
+    assert all("must be finite; got" in reason and "Last good checkpoint" in reason for reason in reasons.values())
 
 
 def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str) -> None:
