@@ -131,7 +131,7 @@ def test_corpus_with_too_little_text_is_refused(size: int, tmp_path: Path, capsy
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`eval` of nothing; `compare` into a folder with other files."""
     assert main(["eval", str(tmp_path / "nothing")]) == 2
-    assert "config.json must exist" in capsys.readouterr().err
+    assert "config.json` must exist" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("precious")
     assert main(["compare", "--methods", "dense", "--out", str(tmp_path)]) == 2
     assert "which holds other files" in capsys.readouterr().err

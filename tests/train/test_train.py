@@ -21,7 +21,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
-from sparseffn.train.folder import write_json
+from sparseffn.train.stored import write_json
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:

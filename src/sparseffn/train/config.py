@@ -64,10 +64,12 @@ class TrainConfig:
         """The config that `to_json` wrote.
 
         Raises:
-            UserError: a field is unknown or out of range.
+            UserError: a field is unknown, missing or out of range.
         """
         infos = field_infos(cls)
         for key in data:
             if key not in infos:
                 raise unknown_name("training option", key, infos)
+        if "steps" not in data:
+            raise UserError(f"a training config needs steps; got {', '.join(data) or 'nothing'}; fix: add it")
         return cls(**data)

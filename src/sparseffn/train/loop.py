@@ -29,7 +29,8 @@ from sparseffn.train.checkpoint import (
     save_checkpoint,
 )
 from sparseffn.train.config import TrainConfig
-from sparseffn.train.folder import RunFolder, read_json, write_json
+from sparseffn.train.folder import RunFolder
+from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,18 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return {"steps": self.steps, "valid": self.valid, "test": self.test, "seconds": self.seconds}
+
+    @classmethod
+    def read(cls, path: Path) -> TrainResult:
+        """The result that a finished run wrote.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        fields = {"steps": Kind.COUNT, "valid": Kind.NUMBER, "test": Kind.NUMBER, "seconds": Kind.NUMBER}
+        fix = "remove the file and run the same command again, which makes it anew from the last checkpoint"
+        found = read_fields(path, fields, fix=fix)
+        return cls(**{key: found[key] for key in fields})
 
 
 def train(
@@ -100,9 +113,9 @@ def train(
     streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
     folder.open(run_config(model_config, config, corpus))
     if folder.result_path.exists():
-        return TrainResult(**{key: read_json(folder.result_path)[key] for key in ("steps", "valid", "test", "seconds")})
+        return TrainResult.read(folder.result_path)
     if not (folder.path / "tokenizer.json").exists():
-        (folder.path / "tokenizer.json").write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+        write_text(folder.path / "tokenizer.json", corpus.tokenizer.to_json())
     return _Run(model_config, config, corpus, streams, folder, on_step, on_metrics).run()
 
 
@@ -115,20 +128,64 @@ def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: C
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run folder's config says."""
+
+    model: TransformerXLConfig
+    train: TrainConfig
+    corpus: str
+    """The corpus's name."""
+    digest: str
+    """The corpus's digest."""
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> RunSettings:
+        """The settings of a run folder.
+
+        Raises:
+            UserError: the folder holds no run, or its config is damaged.
+        """
+        path = folder.path / "config.json"
+        fix = "restore the file or train again; of a comparison, name a run: OUT/runs/METHOD/seed-0"
+        corpus = {"name": Kind.TEXT, "digest": Kind.TEXT}
+        found = read_fields(path, {"model": {"ffn": Kind.OBJECT}, "train": Kind.OBJECT, "corpus": corpus}, fix=fix)
+        try:
+            model, train_config = TransformerXLConfig.from_json(found["model"]), TrainConfig.from_json(found["train"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
+        return cls(model=model, train=train_config, corpus=found["corpus"]["name"], digest=found["corpus"]["digest"])
+
+
 def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
     """The model of a run folder as of its last checkpoint, in evaluation mode.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint yet, or the checkpoint is damaged.
+        UserError: the folder holds no run or no checkpoint yet, or a file of it is damaged.
     """
     folder = RunFolder(path)
-    config = read_json(folder.path / "config.json")
+    settings = RunSettings.read(folder)
     found = list_checkpoints(folder.checkpoints)
     if not found:
-        raise UserError(f"{folder.path} must hold a checkpoint; got none yet; fix: train it first")
-    model = TransformerXL(TransformerXLConfig.from_json(config["model"]))
-    model.load_state_dict(load_checkpoint(found[-1]).group("model"))
+        raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
+    model = TransformerXL(settings.model)
+    _load_weights(model, found[-1], load_checkpoint(found[-1]))
     return model.eval(), folder
+
+
+def _load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters into a model.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    try:
+        model.load_state_dict(checkpoint.group("model"))
+    except RuntimeError:
+        raise UserError(
+            f"`{path}` must hold the parameters of the run's config; got another model's; "
+            "fix: restore config.json and the checkpoint together"
+        ) from None
 
 
 class _Run:
@@ -269,7 +326,7 @@ class _Run:
             self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens)})
             return
         checkpoint = load_checkpoint(found[-1])
-        self.model.load_state_dict(checkpoint.group("model"))
+        _load_weights(self.model, found[-1], checkpoint)
         restore_optimizer(self.optimizer, checkpoint.group("optimizer"), self.names)
         self.step, self.seconds = checkpoint.step, float(checkpoint.extra["seconds"])
         states = checkpoint.group("memory")
