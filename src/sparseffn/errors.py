@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Input that cannot be used. The message names the value and the remedy; the command line prints it and exits with 2."""
 
 
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the accepted names, those that a misspelt one may stand for, the nearest first."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, offering the nearest ones.
 
@@ -19,6 +24,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         known: every accepted name.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = nearest_names(name, names)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"choose one of {', '.join(names)}"
     return UserError(f"unknown {kind} {name!r}; fix: {hint}")

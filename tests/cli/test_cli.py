@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sparseffn.cli import main
 
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "data", "doctor")
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "bench", "bench layer", "bench step", "data", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,62 @@ def run(song: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def help_text(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `--help` prints."""
+    with pytest.raises(SystemExit, match="0"):
+        main([*words.split(), "--help"])
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command explains itself; those with arguments show an example."""
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    assert command == "doctor" or f"sparseffn {command}" in text.split("Example", 1)[1]
+    """Every command says what it does and shows an example; no default is told where there is none, and none twice."""
+    text = help_text(command, capsys)
+    assert f"sparseffn {command}" in text.split("Example", 1)[1]
+    assert "default: None" not in text and "default: False" not in text and "==SUPPRESS==" not in text
+    assert ") (default" not in text.replace("\n", " ")
+
+
+def test_help_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list that the test before this one goes through is whole."""
+    listed = re.findall(r"^    (\w+) ", help_text("", capsys), flags=re.MULTILINE)
+    kinds = re.findall(r"^    (\w+) ", help_text("bench", capsys), flags=re.MULTILINE)
+    assert {*listed, *(f"bench {kind}" for kind in kinds)} == set(COMMANDS)
+
+
+def test_help_tells_defaults_as_one_types_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A list without brackets, a line end visibly, a zero too."""
+    assert "(default: dense)" in help_text("match", capsys)
+    text = help_text("generate", capsys)
+    assert "(default: '\\n')" in text and "(default: 0)" in text
+
+
+MISSPELT = {
+    "option": ("compare --methods dense --stepz 4 --out x", "unknown option --stepz; fix: did you mean --steps"),
+    "required-option": ("compare --methodz dense --out x", "unknown option --methodz; fix: did you mean --methods"),
+    "option-with-value": ("train --method dense --sed=1 --out x", "unknown option --sed; fix: did you mean --seed"),
+    "no-near-option": ("doctor --zzzzqqq", "unknown option --zzzzqqq; fix: see `sparseffn doctor --help`"),
+    "command": ("comparr --methods dense", "unknown command 'comparr'; fix: did you mean 'compare'?"),
+    "sub-command": ("bench stp", "unknown command 'stp'; fix: did you mean 'step'?"),
+    "choice": ("train --method dense --optimizer adam2 --out x", "unknown --optimizer 'adam2'; fix: did you mean 'adam'"),
+    "type": ("train --method dense --steps x --out x", "argument --steps: invalid int value: 'x'; fix: see `sparseffn train"),
+    "missing": ("eval", "the following arguments are required: RUN; fix: see `sparseffn eval --help`"),
+    "too-many": ("eval a b", "unexpected argument 'b'; fix: see `sparseffn eval --help`"),
+    "exclusive": ("compare --methods dense --steps 4 --budget 8m --out x", "not allowed with argument --steps"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISSPELT.values(), ids=list(MISSPELT))
+def test_misspelt_words_get_one_line_with_the_nearest_names(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    error = capsys.readouterr().err
+    assert error.startswith("sparseffn: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_match_prints_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
