@@ -147,6 +147,9 @@ class _Job:
     def open(cls, settings: CompareSettings, out: Path, watcher: Watcher) -> _Job:
         """Load and match everything before anything is written."""
         preset = with_overrides(get_preset(settings.preset), settings.overrides)
+        for seed in settings.seeds:
+            # Whatever a budget allows later, settings out of range are refused now.
+            train_config(preset, settings.steps or preset.steps, seed)
         corpus = load_corpus(
             settings.corpus,
             tokenizer=settings.tokenizer,
@@ -196,7 +199,7 @@ class _Job:
     def run(self, contender: Contender, seed: int, plan: Plan, on_step: OnStep) -> None:
         """Train and evaluate one method with one seed; at once when that is done already."""
         folder = run_path(self.out, contender.label, seed)
-        train(contender.model, train_config(self.preset, plan, seed), self.corpus, folder, on_step=on_step)
+        train(contender.model, train_config(self.preset, plan.steps, seed), self.corpus, folder, on_step=on_step)
         if seed == self.settings.seeds[0] and not (folder / "usage.json").exists():
             self._count_usage(folder)
 

@@ -34,7 +34,7 @@ def comparison(
     failures: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
     """What `comparison.json` holds, from the runs' files; `failures` says why a run by label and seed has no result."""
-    shared = train_config(preset, plan, seed=0).to_json()
+    shared = train_config(preset, plan.steps, seed=0).to_json()
     shared.pop("seed")
     equal_time = min(plan.step_s.values()) * plan.steps
     folders = {(c.label, seed): RunFolder(run_path(out, c.label, seed)) for c in field for seed in seeds}
