@@ -127,6 +127,8 @@ def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.
     assert main(["eval", str(run), "--data-dir", str(song), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nats_per_token"] == json.loads((run / "result.json").read_text())["test"]
+    assert main(["eval", str(run), "--data-dir", str(song)]) == 0
+    assert f"digest {found['digest']}" in capsys.readouterr().out
     words = ["generate", str(run), "--prompt", "99 bottles", "--n-tokens", "20", "--temperature", "1"]
     texts = []
     for _ in range(2):

@@ -17,6 +17,7 @@ from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.recipes import CompareSettings, compare, contenders, parse_methods
 from sparseffn.recipes.compare import Silent
 from sparseffn.recipes.plan import make_plan
+from sparseffn.report import markdown_table
 from sparseffn.train import RunFolder
 
 # The one with an assignment over the batch, a mixture, and no routing at all.
@@ -71,6 +72,11 @@ def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     dense, sigma, topk = result["methods"]
     assert dense["active"] and not dense["usage"] and sigma["usage"] and sigma["cooccurrence"]
     assert sigma["ffn_flops_vs_dense"] < 0.2 and dense["ffn_flops_vs_dense"] == 1.0
+    # 2 of 16 experts, 64 of 2048 channels.
+    assert [row["ffn_flops_convention"] for row in result["methods"]] == [1.0, 2 / 16, 64 / 2048]
+    table = markdown_table(result)
+    assert "K/N\\_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
+    assert f"digest {result['corpus']['digest'][:12]}" in table and "lr=0.004" in table
     assert "64 channels" in topk["marks"][0]
 
 

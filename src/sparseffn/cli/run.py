@@ -138,6 +138,7 @@ def eval_command(options: argparse.Namespace) -> int:
             ("split", "predictions", "memory", metric, "bits per byte of text"),
             [(options.split, f"{outcome.n_predictions:,}", str(memory), f"{value:.4f}", f"{bits:.4f}")],
         )
+        print(f"\ncorpus {corpus.name}, digest {corpus.digest}")
     return 0
 
 
