@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import killed_comparison
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ from sparseffn.recipes.compare import Silent
 from sparseffn.recipes.plan import make_plan
 from sparseffn.report import markdown_table
 from sparseffn.train import RunFolder
+from sparseffn.train.checkpoint import list_checkpoints
 
 # The one with an assignment over the batch, a mixture, and no routing at all.
 DIVERGING = ["base", "sigma-moe", "dense"]
@@ -101,6 +106,34 @@ def test_interrupted_comparison_goes_on_to_the_same_losses(song: str, tmp_path: 
     assert (tmp_path / "a" / "plan.json").read_text() == plan
     for got, expected in zip(result["methods"], whole["methods"], strict=True):
         assert (got["valid"], got["test"]) == (expected["valid"], expected["test"])
+
+
+def metrics(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every run, without what depends on the clock."""
+    runs = {str(path.relative_to(out)): RunFolder(path).read_metrics() for path in sorted(out.glob("runs/*/seed-*"))}
+    return {name: [{k: v for k, v in line.items() if k != "time_s"} for line in lines] for name, lines in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(song: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison that is killed below, in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compare(killed_comparison.settings(song), out)
+    return out
+
+
+@pytest.mark.parametrize(("when", "saved"), [("step", 6), ("saving", 4)])
+def test_killed_comparison_goes_on_bit_by_bit(when: str, saved: int, song: str, tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL between two checkpoints of the second run, and while one is written: every line is the same in the end."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(killed_comparison.__file__), str(out), song, when]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    killed = RunFolder(next(out.glob("runs/sigma-moe*/seed-0")))
+    assert list_checkpoints(killed.checkpoints)[-1].name == f"step-{saved:08d}" and not killed.result_path.exists()
+    finished = (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino
+    compare(killed_comparison.settings(song), out)
+    assert metrics(out) == metrics(uninterrupted) and len(metrics(out)) == 2
+    assert (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino == finished
 
 
 def test_other_settings_are_refused(song: str, tmp_path: Path) -> None:
