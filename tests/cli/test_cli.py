@@ -137,6 +137,23 @@ def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.
     assert texts[0].startswith("99 bottles") and texts[0] == texts[1]
 
 
+def test_accumulation_is_noted_once(song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When the run begins, not when the same command goes on; the result keeps the note."""
+    words = ["train", "--method", "sigma-moe", "--corpus", "text", "--data-dir", str(song), "--steps", "2", "--batch", "4"]
+    words += ["--context", "16", "--accumulation", "2", "--out", str(tmp_path / "run")]
+    assert main(words) == 0 and main(words) == 0
+    note = "balancing losses and batch-wide routing are per micro-batch of 2 streams"
+    assert [record.message for record in caplog.records] == [note]
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(words) == 0 and len(caplog.records) == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["notes"] == [note]
+
+
+def test_run_without_accumulation_has_no_note(run: Path) -> None:
+    """There is nothing to be said."""
+    assert json.loads((run / "result.json").read_text())["notes"] == []
+
+
 def test_bench_step_prints_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
     """Relative against plain attention."""
     assert main(["bench", "step", "--preset", "tiny", "--batch", "1", "--rounds", "1", "--json"]) == 0

@@ -60,10 +60,6 @@ def train_command(options: argparse.Namespace) -> int:
     )
     watch = Watch(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit)))
     watch.say(f"{contender.label}: {contender.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
-    if config.accumulation > 1:
-        watch.say(
-            f"balancing losses and batch-wide routing are per micro-batch of {config.batch // config.accumulation} streams"
-        )
     try:
         result = train(
             contender.model,

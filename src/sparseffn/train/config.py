@@ -48,6 +48,15 @@ class TrainConfig:
         """Tokens that one step learns from."""
         return self.batch * self.context
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What one must know of these settings to read a run's numbers."""
+        if self.accumulation == 1:
+            return ()
+        n_streams = self.batch // self.accumulation
+        size = f"{n_streams} stream{'s' if n_streams > 1 else ''}"
+        return (f"balancing losses and batch-wide routing are per micro-batch of {size}",)
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step counted from 0: linear warm-up, then cosine decay to 0 at the last step's end."""
         if step < self.warmup:

@@ -60,8 +60,11 @@ class RunFolder:
         """Final numbers; there when the run is finished."""
         return self.path / "result.json"
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any]) -> bool:
         """Create the folder for a config, or check that it is this config's.
+
+        Returns:
+            Whether the folder is new.
 
         Raises:
             UserError: the folder holds a run of another config or files of something else.
@@ -69,10 +72,12 @@ class RunFolder:
         self.check(config)
         path = self.path / "config.json"
         # The config comes first: a kill in between must leave a folder that the same command takes up.
-        if not path.exists():
+        fresh = not path.exists()
+        if fresh:
             write_json(path, config)
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", environment())
+        return fresh
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Check, writing nothing, that the folder is free or this config's.

@@ -6,6 +6,8 @@ on from its last checkpoint when it is called again, with bit-identical losses.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from sparseffn.train.checkpoint import (
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
 from sparseffn.train.stored import Kind, read_fields, write_json, write_text
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +63,12 @@ class TrainResult:
     test: float
     seconds: float
     """Time spent in training steps."""
+    notes: tuple[str, ...] = ()
+    """What one must know of the settings to read the numbers; also logged once, when the run begins."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
-        return {"steps": self.steps, "valid": self.valid, "test": self.test, "seconds": self.seconds}
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
 
     @classmethod
     def read(cls, path: Path) -> TrainResult:
@@ -71,10 +77,10 @@ class TrainResult:
         Raises:
             UserError: the file is damaged.
         """
-        fields = {"steps": Kind.COUNT, "valid": Kind.NUMBER, "test": Kind.NUMBER, "seconds": Kind.NUMBER}
+        fields = {"steps": Kind.COUNT, "valid": Kind.NUMBER, "test": Kind.NUMBER, "seconds": Kind.NUMBER, "notes": Kind.TEXTS}
         fix = "remove the file and run the same command again, which makes it anew from the last checkpoint"
         found = read_fields(path, fields, fix=fix)
-        return cls(**{key: found[key] for key in fields})
+        return cls(**{**{key: found[key] for key in fields}, "notes": tuple(found["notes"])})
 
 
 def train(
@@ -111,7 +117,9 @@ def train(
         )
     # A corpus that is too small for a window is refused before anything is written.
     streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
-    folder.open(run_config(model_config, config, corpus))
+    fresh = folder.open(run_config(model_config, config, corpus))
+    for note in config.notes if fresh else ():
+        _log.warning(note)
     if folder.result_path.exists():
         return TrainResult.read(folder.result_path)
     if not (folder.path / "tokenizer.json").exists():
@@ -225,7 +233,13 @@ class _Run:
                 self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens)})
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.save()
-        result = TrainResult(steps=self.step, valid=self._evaluate("valid"), test=self._evaluate("test"), seconds=self.seconds)
+        result = TrainResult(
+            steps=self.step,
+            valid=self._evaluate("valid"),
+            test=self._evaluate("test"),
+            seconds=self.seconds,
+            notes=self.config.notes,
+        )
         write_json(self.folder.result_path, result.to_json())
         return result
 
