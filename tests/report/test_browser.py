@@ -22,6 +22,12 @@ def page(browser: Any, seeded: dict[str, Any], tmp_path: Path) -> Any:
     return browser
 
 
+def test_continuous_integration_demands_the_browser() -> None:
+    """`.ci/run` sets what makes the fixture fail, not skip, where there is no browser."""
+    script = (Path(__file__).parents[2] / ".ci" / "run").read_text()
+    assert "\nexport CI=true\n" in script.split("make ")[0]
+
+
 def test_browser_reports_nothing_and_loads_nothing(page: Any) -> None:
     """The console is empty, and the page asked for no other resource."""
     assert page.get_log("browser") == []
