@@ -198,6 +198,59 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in error and not (tmp_path / "out").exists()
 
 
+RANGES = {
+    "low": ("k=0", "`k` must be at least 1; got 0; fix: pass a number in this range"),
+    "int": ("k=many", "`k` must be int; got 'many'; fix: pass a whole number"),
+    "float": ("dropout=x", "`dropout` must be float; got 'x'; fix: pass a number"),
+    "below": ("dropout=1", "`dropout` must be at least 0 and below 1; got 1.0; fix: pass a number in this range"),
+    "choice": ("activation=rellu", "got 'rellu'; fix: did you mean 'relu'"),
+    "no-near-choice": ("activation=xyz", "got 'xyz'; fix: pass one of these"),
+}
+
+
+@pytest.mark.parametrize(("word", "message"), RANGES.values(), ids=list(RANGES))
+def test_option_out_of_range_gets_value_and_remedy(
+    word: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Types and ranges of a method's options."""
+    assert main(["train", "--method", "sigma-moe", word, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+SIZES = {
+    "one": ("--d-model 412", "got --d-model 412 alone; fix: --d-model 412 --d-ff 2053"),
+    "other": ("--d-ff 2053", "got --d-ff 2053 alone; fix:"),
+    "none": ("", "got neither; fix:"),
+    "zero": ("--d-model 0 --d-ff 10", "`--d-model` must be at least 1; got 0; fix: pass a positive number"),
+    "negative": ("--preset tiny --d-ff -5", "`--d-ff` must be at least 1; got -5; fix: pass a positive number"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), SIZES.values(), ids=list(SIZES))
+def test_match_says_which_sizes_came(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of two, none, or one that is no size."""
+    assert main(["match", "--method", "pkm", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval --memory -3", "`memory` must be at least 0; got -3; fix:"),
+        ("eval --eval-batch 0", "`batch` must be"),
+        ("generate --memory -3", "`memory_length` must be at least 1; got -3; fix:"),
+    ],
+)
+def test_evaluation_refuses_sizes_out_of_range(
+    words: str, message: str, run: Path, song: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the memory and of the batch."""
+    command, *options = words.split()
+    data = ["--data-dir", str(song)] if command == "eval" else []
+    assert main([command, str(run), *options, *data]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [0, 30], ids=["empty", "tiny"])
 def test_corpus_with_too_little_text_is_refused(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, with the remedy."""
