@@ -20,8 +20,7 @@ from sparseffn.models.presets import get_preset
 from sparseffn.recipes import contenders, parse_methods
 from sparseffn.recipes.compare import with_overrides
 from sparseffn.recipes.plan import CURVE_POINTS
-from sparseffn.train import RunFolder, TrainConfig, load_run_model, train
-from sparseffn.train.loop import RunSettings
+from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model, train
 
 
 def train_command(options: argparse.Namespace) -> int:

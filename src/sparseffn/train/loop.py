@@ -32,6 +32,7 @@ from sparseffn.train.checkpoint import (
 )
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
+from sparseffn.train.restore import load_weights
 from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 _log = logging.getLogger(__name__)
@@ -134,66 +135,6 @@ def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: C
         "train": config.to_json(),
         "corpus": {"name": corpus.name, "tokenizer": corpus.tokenizer.name, "digest": corpus.digest},
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a run folder's config says."""
-
-    model: TransformerXLConfig
-    train: TrainConfig
-    corpus: str
-    """The corpus's name."""
-    digest: str
-    """The corpus's digest."""
-
-    @classmethod
-    def read(cls, folder: RunFolder) -> RunSettings:
-        """The settings of a run folder.
-
-        Raises:
-            UserError: the folder holds no run, or its config is damaged.
-        """
-        path = folder.path / "config.json"
-        fix = "restore the file or train again; of a comparison, name a run: OUT/runs/METHOD/seed-0"
-        corpus = {"name": Kind.TEXT, "digest": Kind.TEXT}
-        found = read_fields(path, {"model": {"ffn": Kind.OBJECT}, "train": Kind.OBJECT, "corpus": corpus}, fix=fix)
-        try:
-            model, train_config = TransformerXLConfig.from_json(found["model"]), TrainConfig.from_json(found["train"])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
-        return cls(model=model, train=train_config, corpus=found["corpus"]["name"], digest=found["corpus"]["digest"])
-
-
-def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
-    """The model of a run folder as of its last checkpoint, in evaluation mode.
-
-    Raises:
-        UserError: the folder holds no run or no checkpoint yet, or a file of it is damaged.
-    """
-    folder = RunFolder(path)
-    settings = RunSettings.read(folder)
-    found = list_checkpoints(folder.checkpoints)
-    if not found:
-        raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
-    model = TransformerXL(settings.model)
-    _load_weights(model, found[-1], load_checkpoint(found[-1]))
-    return model.eval(), folder
-
-
-def _load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters into a model.
-
-    Raises:
-        UserError: they are another model's.
-    """
-    try:
-        model.load_state_dict(checkpoint.group("model"))
-    except RuntimeError:
-        raise UserError(
-            f"`{path}` must hold the parameters of the run's config; got another model's; "
-            "fix: restore config.json and the checkpoint together"
-        ) from None
 
 
 class _Run:
@@ -340,7 +281,7 @@ class _Run:
             self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens)})
             return
         checkpoint = load_checkpoint(found[-1])
-        _load_weights(self.model, found[-1], checkpoint)
+        load_weights(self.model, found[-1], checkpoint)
         restore_optimizer(self.optimizer, checkpoint.group("optimizer"), self.names)
         self.step, self.seconds = checkpoint.step, float(checkpoint.extra["seconds"])
         states = checkpoint.group("memory")
