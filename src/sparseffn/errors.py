@@ -14,6 +14,11 @@ class NonFiniteError(UserError):
     """A tensor that must be finite holds NaN or infinity: a model that diverged, mostly."""
 
 
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the accepted names, those that a misspelt one may stand for, the nearest first."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, offering the nearest ones.
 
@@ -23,6 +28,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         known: every accepted name.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = nearest_names(name, names)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"choose one of {', '.join(names)}"
     return UserError(f"unknown {kind} {name!r}; fix: {hint}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.data import evaluation_windows
-from sparseffn.errors import UserError
+from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import CollectedStats, collect_stats
 from sparseffn.models import TransformerXL
 
@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16")
 OnProgress = Callable[[int, int], None]
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteLossError(NonFiniteError):
     """A loss or a gradient became infinite or not a number."""
 
 
@@ -79,9 +79,11 @@ def evaluate(
         observe: given the routing statistics of every window; None leaves them uncomputed.
 
     Raises:
-        UserError: there are fewer than two tokens.
+        UserError: there are fewer than two tokens, or a size is out of range.
         NonFiniteLossError: the loss is not finite.
     """
+    if memory < 0:
+        raise UserError(f"`memory` must be at least 0; got {memory}; fix: 0 attends to the window alone")
     tokens = tokens if max_tokens is None else tokens[:max_tokens]
     device = next(model.parameters()).device
     was_training = model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from sparseffn.cli import main
 
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "data", "doctor")
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "bench", "bench layer", "bench step", "data", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,62 @@ def run(song: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def help_text(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `--help` prints."""
+    with pytest.raises(SystemExit, match="0"):
+        main([*words.split(), "--help"])
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command explains itself; those with arguments show an example."""
-    with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    assert command == "doctor" or f"sparseffn {command}" in text.split("Example", 1)[1]
+    """Every command says what it does and shows an example; no default is told where there is none, and none twice."""
+    text = help_text(command, capsys)
+    assert f"sparseffn {command}" in text.split("Example", 1)[1]
+    assert "default: None" not in text and "default: False" not in text and "==SUPPRESS==" not in text
+    assert ") (default" not in text.replace("\n", " ")
+
+
+def test_help_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list that the test before this one goes through is whole."""
+    listed = re.findall(r"^    (\w+) ", help_text("", capsys), flags=re.MULTILINE)
+    kinds = re.findall(r"^    (\w+) ", help_text("bench", capsys), flags=re.MULTILINE)
+    assert {*listed, *(f"bench {kind}" for kind in kinds)} == set(COMMANDS)
+
+
+def test_help_tells_defaults_as_one_types_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """A list without brackets, a line end visibly, a zero too."""
+    assert "(default: dense)" in help_text("match", capsys)
+    text = help_text("generate", capsys)
+    assert "(default: '\\n')" in text and "(default: 0)" in text
+
+
+MISSPELT = {
+    "option": ("compare --methods dense --stepz 4 --out x", "unknown option --stepz; fix: did you mean --steps"),
+    "required-option": ("compare --methodz dense --out x", "unknown option --methodz; fix: did you mean --methods"),
+    "option-with-value": ("train --method dense --sed=1 --out x", "unknown option --sed; fix: did you mean --seed"),
+    "no-near-option": ("doctor --zzzzqqq", "unknown option --zzzzqqq; fix: see `sparseffn doctor --help`"),
+    "command": ("comparr --methods dense", "unknown command 'comparr'; fix: did you mean 'compare'?"),
+    "sub-command": ("bench stp", "unknown command 'stp'; fix: did you mean 'step'?"),
+    "choice": ("train --method dense --optimizer adam2 --out x", "unknown --optimizer 'adam2'; fix: did you mean 'adam'"),
+    "type": ("train --method dense --steps x --out x", "argument --steps: invalid int value: 'x'; fix: see `sparseffn train"),
+    "missing": ("eval", "the following arguments are required: RUN; fix: see `sparseffn eval --help`"),
+    "too-many": ("eval a b", "unexpected argument 'b'; fix: see `sparseffn eval --help`"),
+    "exclusive": ("compare --methods dense --steps 4 --budget 8m --out x", "not allowed with argument --steps"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISSPELT.values(), ids=list(MISSPELT))
+def test_misspelt_words_get_one_line_with_the_nearest_names(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    error = capsys.readouterr().err
+    assert error.startswith("sparseffn: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_match_prints_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,12 +127,31 @@ def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.
     assert main(["eval", str(run), "--data-dir", str(song), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nats_per_token"] == json.loads((run / "result.json").read_text())["test"]
+    assert main(["eval", str(run), "--data-dir", str(song)]) == 0
+    assert f"digest {found['digest']}" in capsys.readouterr().out
     words = ["generate", str(run), "--prompt", "99 bottles", "--n-tokens", "20", "--temperature", "1"]
     texts = []
     for _ in range(2):
         assert main(words) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("99 bottles") and texts[0] == texts[1]
+
+
+def test_accumulation_is_noted_once(song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When the run begins, not when the same command goes on; the result keeps the note."""
+    words = ["train", "--method", "sigma-moe", "--corpus", "text", "--data-dir", str(song), "--steps", "2", "--batch", "4"]
+    words += ["--context", "16", "--accumulation", "2", "--out", str(tmp_path / "run")]
+    assert main(words) == 0 and main(words) == 0
+    note = "balancing losses and batch-wide routing are per micro-batch of 2 streams"
+    assert [record.message for record in caplog.records] == [note]
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(words) == 0 and len(caplog.records) == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["notes"] == [note]
+
+
+def test_run_without_accumulation_has_no_note(run: Path) -> None:
+    """There is nothing to be said."""
+    assert json.loads((run / "result.json").read_text())["notes"] == []
 
 
 def test_bench_step_prints_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +170,16 @@ BAD = {
     "budget": (["compare", "--methods", "dense", "--budget", "soon"], "`budget` must be a time such as"),
     "seeds": (["compare", "--methods", "dense", "--seeds", "0"], "`--seeds` must be at least 1"),
     "twice": (["compare", "--methods", "dense", "dense"], "named once"),
+    "warmup": (["compare", "--methods", "dense", "--warmup", "-1"], "`warmup` must be at least 0; got -1"),
+    "warmup-budget": (
+        ["compare", "--methods", "dense", "--warmup", "-1", "--budget", "1m"],
+        "`warmup` must be at least 0; got -1",
+    ),
+    "seed": (["compare", "--methods", "dense", "--seed", "-1", "--steps", "1"], "`seed` must be at least 0; got -1"),
+    "second-seed": (["compare", "--methods", "dense", "--seed", "-1", "--seeds", "2"], "`seed` must be at least 0; got -1"),
+    "lr": (["compare", "--methods", "dense", "--lr", "nan"], "`lr` must be at least 0; got nan"),
+    "context": (["compare", "--methods", "dense", "--context", "0"], "`context` must be at least 1; got 0"),
+    "clip": (["train", "--method", "dense", "--clip", "-1"], "`clip` must be at least 1e-12; got -1"),
     "text-without-data": (["compare", "--methods", "dense", "--corpus", "text"], "--data-dir"),
     "missing-file": (["compare", "--methods", "dense", "--corpus", "text", "--data-dir", "/no/such/place"], "/no/such/place"),
     "unequal": (["compare", "--methods", "pkm", "k=none", "n_heads=4000"], "parameters"),
@@ -119,6 +198,59 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in error and not (tmp_path / "out").exists()
 
 
+RANGES = {
+    "low": ("k=0", "`k` must be at least 1; got 0; fix: pass a number in this range"),
+    "int": ("k=many", "`k` must be int; got 'many'; fix: pass a whole number"),
+    "float": ("dropout=x", "`dropout` must be float; got 'x'; fix: pass a number"),
+    "below": ("dropout=1", "`dropout` must be at least 0 and below 1; got 1.0; fix: pass a number in this range"),
+    "choice": ("activation=rellu", "got 'rellu'; fix: did you mean 'relu'"),
+    "no-near-choice": ("activation=xyz", "got 'xyz'; fix: pass one of these"),
+}
+
+
+@pytest.mark.parametrize(("word", "message"), RANGES.values(), ids=list(RANGES))
+def test_option_out_of_range_gets_value_and_remedy(
+    word: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Types and ranges of a method's options."""
+    assert main(["train", "--method", "sigma-moe", word, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+SIZES = {
+    "one": ("--d-model 412", "got --d-model 412 alone; fix: --d-model 412 --d-ff 2053"),
+    "other": ("--d-ff 2053", "got --d-ff 2053 alone; fix:"),
+    "none": ("", "got neither; fix:"),
+    "zero": ("--d-model 0 --d-ff 10", "`--d-model` must be at least 1; got 0; fix: pass a positive number"),
+    "negative": ("--preset tiny --d-ff -5", "`--d-ff` must be at least 1; got -5; fix: pass a positive number"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), SIZES.values(), ids=list(SIZES))
+def test_match_says_which_sizes_came(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of two, none, or one that is no size."""
+    assert main(["match", "--method", "pkm", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval --memory -3", "`memory` must be at least 0; got -3; fix:"),
+        ("eval --eval-batch 0", "`batch` must be"),
+        ("generate --memory -3", "`memory_length` must be at least 1; got -3; fix:"),
+    ],
+)
+def test_evaluation_refuses_sizes_out_of_range(
+    words: str, message: str, run: Path, song: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the memory and of the batch."""
+    command, *options = words.split()
+    data = ["--data-dir", str(song)] if command == "eval" else []
+    assert main([command, str(run), *options, *data]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [0, 30], ids=["empty", "tiny"])
 def test_corpus_with_too_little_text_is_refused(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By name, with the remedy."""
@@ -131,7 +263,7 @@ def test_corpus_with_too_little_text_is_refused(size: int, tmp_path: Path, capsy
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`eval` of nothing; `compare` into a folder with other files."""
     assert main(["eval", str(tmp_path / "nothing")]) == 2
-    assert "config.json must exist" in capsys.readouterr().err
+    assert "config.json` must exist" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("precious")
     assert main(["compare", "--methods", "dense", "--out", str(tmp_path)]) == 2
     assert "which holds other files" in capsys.readouterr().err

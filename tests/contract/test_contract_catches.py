@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wrong_methods import WRONG, FalseXfailConfig
+from wrong_methods import WRONG, FalseXfailConfig, MuteErrorConfig, NamelessErrorConfig
 
 from sparseffn.contract import ContractError, check_method, list_checks, run_check
 from sparseffn.errors import UserError
@@ -17,6 +17,15 @@ def test_wrong_method_is_caught_by_name(check: str, config_class: type[FFNConfig
     with pytest.raises(ContractError, match=f"{config_class.name} fails {check}") as caught:
         run_check(check, config_class)
     assert caught.value.check == check
+
+
+@pytest.mark.parametrize(
+    ("config_class", "lacks"), [(MuteErrorConfig, "value"), (NamelessErrorConfig, "field")], ids=["no-value", "no-field"]
+)
+def test_error_that_hides_field_or_value_is_caught(config_class: type[FFNConfig], lacks: str) -> None:
+    """A refusal alone does not help whoever reads it."""
+    with pytest.raises(ContractError, match=f"fails bad_values.* does not name the {lacks}"):
+        run_check("bad_values", config_class)
 
 
 def test_right_method_passes_where_the_wrong_ones_fail() -> None:

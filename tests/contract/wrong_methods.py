@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, Routed, option
+from sparseffn.ffn._options import check_fields
 from sparseffn.ffn.dense import Dense, DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoE, SigmaMoEConfig
 
@@ -147,6 +149,34 @@ class LooseRangeConfig(DenseConfig):
 
     def __post_init__(self) -> None:
         """No checks at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MuteErrorConfig(DenseConfig):
+    """A dense block whose errors name the field and keep the value to themselves."""
+
+    name: ClassVar[str] = "mute-error"
+
+    def __post_init__(self) -> None:
+        """The same checks, another message."""
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise UserError(str(error).partition("; got")[0]) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamelessErrorConfig(DenseConfig):
+    """A dense block whose errors name the value and not its field."""
+
+    name: ClassVar[str] = "nameless-error"
+
+    def __post_init__(self) -> None:
+        """The same checks, another message."""
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise UserError(f"this must be another; got {str(error).partition('; got')[2]}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from models.small import METHODS, VOCAB, small_model, text
 from sparseffn.errors import UserError
@@ -45,6 +47,24 @@ def cpu_seconds(model: TransformerXL, n_tokens: int) -> float:
     return time.process_time() - start
 
 
+def projected_rows(model: TransformerXL, call: Callable[[], object]) -> list[int]:
+    """Positions whose keys each layer's attention computes during a call."""
+    counts = [0] * len(model.layers)
+
+    def count(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            counts[layer] += output.shape[:-1].numel()
+
+        return hook
+
+    keys = [layer.get_submodule("attention.key") for layer in model.layers]
+    handles = [key.register_forward_hook(count(i)) for i, key in enumerate(keys)]
+    call()
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
 class TestGreedy:
     @pytest.mark.parametrize("method", METHODS)
     def test_equals_the_uncached_model(self, method: str) -> None:
@@ -61,6 +81,14 @@ class TestGreedy:
         times = [(cpu_seconds(model, 100), cpu_seconds(model, 200)) for _ in range(3)]
         short, long = (min(column) for column in zip(*times, strict=True))
         assert long < 3 * short
+
+    @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=["prompt5", "prompt1"])
+    def test_every_position_is_computed_once(self, prompt: list[int]) -> None:
+        """Each layer's attention projects each token but the last, which nothing follows, once and never again."""
+        model = small_model()
+        assert projected_rows(model, lambda: generate(model, prompt, 20)) == [len(prompt) + 19] * len(model.layers)
+        again = projected_rows(model, lambda: greedy_uncached(model, prompt, 20))
+        assert min(again) > 2 * (len(prompt) + 19), "the count must tell a generator without a cache"
 
     def test_tokens_come_one_at_a_time(self) -> None:
         """A prefix of a longer text; the consumer's gradient mode is its own."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import killed_comparison
 import pytest
 import torch
 
@@ -17,7 +21,12 @@ from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.recipes import CompareSettings, compare, contenders, parse_methods
 from sparseffn.recipes.compare import Silent
 from sparseffn.recipes.plan import make_plan
+from sparseffn.report import markdown_table
 from sparseffn.train import RunFolder
+from sparseffn.train.checkpoint import list_checkpoints
+
+# The one with an assignment over the batch, a mixture, and no routing at all.
+DIVERGING = ["base", "sigma-moe", "dense"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +77,11 @@ def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     dense, sigma, topk = result["methods"]
     assert dense["active"] and not dense["usage"] and sigma["usage"] and sigma["cooccurrence"]
     assert sigma["ffn_flops_vs_dense"] < 0.2 and dense["ffn_flops_vs_dense"] == 1.0
+    # 2 of 16 experts, 64 of 2048 channels.
+    assert [row["ffn_flops_convention"] for row in result["methods"]] == [1.0, 2 / 16, 64 / 2048]
+    table = markdown_table(result)
+    assert "K/N\\_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
+    assert f"digest {result['corpus']['digest'][:12]}" in table and "lr=0.004" in table
     assert "64 channels" in topk["marks"][0]
 
 
@@ -94,6 +108,34 @@ def test_interrupted_comparison_goes_on_to_the_same_losses(song: str, tmp_path: 
         assert (got["valid"], got["test"]) == (expected["valid"], expected["test"])
 
 
+def metrics(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every run, without what depends on the clock."""
+    runs = {str(path.relative_to(out)): RunFolder(path).read_metrics() for path in sorted(out.glob("runs/*/seed-*"))}
+    return {name: [{k: v for k, v in line.items() if k != "time_s"} for line in lines] for name, lines in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(song: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison that is killed below, in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compare(killed_comparison.settings(song), out)
+    return out
+
+
+@pytest.mark.parametrize(("when", "saved"), [("step", 6), ("saving", 4)])
+def test_killed_comparison_goes_on_bit_by_bit(when: str, saved: int, song: str, tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL between two checkpoints of the second run, and while one is written: every line is the same in the end."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(killed_comparison.__file__), str(out), song, when]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    killed = RunFolder(next(out.glob("runs/sigma-moe*/seed-0")))
+    assert list_checkpoints(killed.checkpoints)[-1].name == f"step-{saved:08d}" and not killed.result_path.exists()
+    finished = (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino
+    compare(killed_comparison.settings(song), out)
+    assert metrics(out) == metrics(uninterrupted) and len(metrics(out)) == 2
+    assert (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino == finished
+
+
 def test_other_settings_are_refused(song: str, tmp_path: Path) -> None:
     """A folder belongs to one comparison."""
     compare(settings(song, "dense"), tmp_path / "out")
@@ -116,6 +158,15 @@ def test_diverging_method_is_shown_as_missing(song: str, tmp_path: Path) -> None
     result = compare(settings(song, "sigma-moe", "dense"), tmp_path / "out", watcher=Poison())
     assert not result["finished"] and "must be finite" in result["missing"][0]["reason"]
     assert result["methods"][0]["test"] is None and result["methods"][1]["test"]["n"] == 1
+
+
+def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_path: Path) -> None:
+    """An absurd learning rate: every method has its row and its reason, none ends the comparison."""
+    overrides = {"batch": 2, "context": 16, "lr": 1e25, "warmup": 0}
+    result = compare(settings(song, *DIVERGING, steps=30, overrides=overrides), tmp_path / "out")
+    reasons = {run["label"]: run["reason"] for run in result["missing"]}
+    assert list(reasons) == DIVERGING
+    assert all("must be finite; got" in reason and "Last good checkpoint" in reason for reason in reasons.values())
 
 
 def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparseffn.cli import main
 from sparseffn.report import write_page
 
 LABEL = """<script>document.title = "x"</script> & "q" """
@@ -20,6 +21,12 @@ def page(browser: Any, seeded: dict[str, Any], tmp_path: Path) -> Any:
     write_page(seeded, path)
     browser.get(path.as_uri())
     return browser
+
+
+def test_continuous_integration_demands_the_browser() -> None:
+    """`.ci/run` sets what makes the fixture fail, not skip, where there is no browser."""
+    script = (Path(__file__).parents[2] / ".ci" / "run").read_text()
+    assert "\nexport CI=true\n" in script.split("make ")[0]
 
 
 def test_browser_reports_nothing_and_loads_nothing(page: Any) -> None:
@@ -36,15 +43,19 @@ def test_every_figure_is_visible(page: Any) -> None:
     assert len(page.find_elements("css selector", "#usage figure svg")) == 4
 
 
-def test_no_text_of_a_figure_is_cut_off(page: Any) -> None:
-    """Every word of a drawing lies inside it."""
-    outside = page.execute_script("""
+def cut_off(page: Any) -> list[str]:
+    """Words of drawings that do not lie inside them."""
+    return page.execute_script("""
         return [...document.querySelectorAll("figure svg text")].filter(text => {
             const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
             return inner.left < outer.left - 1 || inner.right > outer.right + 1
                 || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1;
         }).map(text => text.textContent)""")
-    assert outside == []
+
+
+def test_no_text_of_a_figure_is_cut_off(page: Any) -> None:
+    """Every word of a drawing lies inside it."""
+    assert cut_off(page) == []
 
 
 def test_hostile_label_is_shown_as_text(page: Any) -> None:
@@ -73,3 +84,26 @@ def test_print_shows_the_whole_table(page: Any) -> None:
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     widths = page.execute_script("return [...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right)")
     assert max(widths) <= 687
+
+
+def test_page_of_a_real_comparison(browser: Any, tmp_path: Path) -> None:
+    """Twelve steps of four methods by the command itself: nothing in the console, every figure there and whole."""
+    (tmp_path / "song.txt").write_text("".join(f"{i} <b>bottles</b> & more\n" for i in range(900)))
+    words = ["compare", "--methods", "dense", "topk", "k=64", "pkm", "sigma-moe", "--corpus", "text"]
+    words += ["--data-dir", str(tmp_path / "song.txt"), "--steps", "12", "--batch", "2", "--context", "16"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    browser.get((tmp_path / "out" / "page.html").as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    names = [figure.get_attribute("id") for figure in browser.find_elements("css selector", "figure")]
+    drawn = ("curves-steps", "curves-time", "usage-1", "usage-2", "usage-3", "active-0", "cooccurrence-3")
+    assert names == [f"figure-{name}" for name in drawn]
+    drawings = browser.find_elements("css selector", "figure svg[role=img]")
+    assert len(drawings) == len(drawn)
+    assert all(d.is_displayed() and d.size["width"] > 300 and d.size["height"] > 150 for d in drawings)
+    assert cut_off(browser) == []
+    rows = [row.text.split("\n")[0] for row in browser.find_elements("css selector", ".results tbody tr")]
+    assert [row.split()[0] for row in rows] == ["dense", "topk", "pkm", "sigma-moe"]
+    # Every number is there; only what has no meaning for a method is a dash.
+    cells = [row.find_elements("css selector", "td") for row in browser.find_elements("css selector", ".results tbody tr")]
+    assert [[c.text for c in row].count("\u2013") for row in cells] == [1, 1, 1, 0]

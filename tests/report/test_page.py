@@ -120,7 +120,7 @@ def test_incomplete_comparison_says_so_on_the_page(result: dict[str, Any]) -> No
     result["missing"] = [{"label": "s-base", "seed": 0, "reason": "out of memory"}]
     page = page_html(result)
     assert '<p class="incomplete" role="note">incomplete: s-base seed 0 missing: out of memory</p>' in page
-    assert re.search(r"<td class=\"missing start\" colspan=\"12\">seed 0 missing: out of memory</td>", page)
+    assert re.search(r"<td class=\"missing start\" colspan=\"13\">seed 0 missing: out of memory</td>", page)
 
 
 def test_what_was_not_measured_is_said_instead_of_drawn(result: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def test_row_holds_every_quantity(result: dict[str, Any]) -> None:
     """The cells of a method, in the order of the columns."""
     assert markdown_rows(result)["sigma-moe"] == [
         *("2.40 M", "+0.10%", "0.84 M"),
-        *("25.8%", "48.1%", "0.47\u00d7", "0.44\u00d7"),
+        *("25.8%", "25.0%", "48.1%", "0.47\u00d7", "0.44\u00d7"),
         *("2.318", "2.358", "2.346"),
         *("19,481", "0.7%"),
     ]
@@ -71,7 +71,36 @@ def test_headings_name_metric_and_equal_time(result: dict[str, Any]) -> None:
     headings = markdown_rows(result)["method"]
     assert "validation, bits per byte, n = 1" in headings
     assert "validation at equal time (61.2 s)" in headings
-    assert len(headings) == 12
+    assert len(headings) == 13
+
+
+SETTINGS = (
+    "Settings: 600 steps of 2,048 tokens, seed 0; batch=16, context=128, memory=128, eval_memory=512, lr=0.001, "
+    "warmup_steps=50, clip=0.25, optimizer=adam, dropout=0.0"
+)
+CORPUS = (
+    "Corpus: stdlib, tokenizer bytes, digest 9f2c5ad0e1b7, Python 3.11.7; train 912 files, 12,345,678 bytes; "
+    "valid 49 files, 680,123 bytes; test 51 files, 690,456 bytes"
+)
+
+
+def test_settings_and_corpus_stand_below_the_table(result: dict[str, Any]) -> None:
+    """A line each, in the terminal and in Markdown."""
+    assert printed(result).splitlines()[-2:] == [SETTINGS, CORPUS]
+    lines = markdown_table(result).replace("\\_", "_").splitlines()
+    assert lines[-3:] == [SETTINGS, "", CORPUS]
+
+
+def test_python_of_a_text_without_one_is_the_machines(result: dict[str, Any]) -> None:
+    """Only the standard library's text is that of a Python; and a file may lack the optional parts."""
+    del result["corpus"]["python_version"]
+    result["environment"]["python"] = "3.12.1"
+    assert "Python 3.12.1" in printed(result)
+    for key in ("environment", "settings"):
+        del result[key]
+    for key in ("splits", "digest"):
+        del result["corpus"][key]
+    assert printed(result).splitlines()[-2:] == [SETTINGS.split(";")[0], "Corpus: stdlib, tokenizer bytes"]
 
 
 def test_one_seed_is_said(result: dict[str, Any]) -> None:
@@ -84,7 +113,7 @@ def test_one_seed_is_said(result: dict[str, Any]) -> None:
 def test_several_seeds_show_mean_and_spread(seeded: dict[str, Any]) -> None:
     """Three seeds give a deviation, and their number stands in the heading."""
     rows = markdown_rows(seeded)
-    assert rows["dense"][7:9] == ["2.310 ± 0.012", "2.350 ± 0.009"]
+    assert rows["dense"][8:10] == ["2.310 ± 0.012", "2.350 ± 0.009"]
     assert "test, bits per byte, mean ± std, n = 3" in rows["method"]
 
 
@@ -92,8 +121,8 @@ def test_rows_with_different_seeds_each_say_n(seeded: dict[str, Any]) -> None:
     """A method that lost seeds is not taken for one that has them all."""
     seeded["methods"][1]["valid"] = {"mean": 2.3, "std": None, "n": 1}
     rows = markdown_rows(seeded)
-    assert rows["topk k=256"][7] == "2.300 (n = 1)"
-    assert rows["dense"][7] == "2.310 ± 0.012 (n = 3)"
+    assert rows["topk k=256"][8] == "2.300 (n = 1)"
+    assert rows["dense"][8] == "2.310 ± 0.012 (n = 3)"
 
 
 def test_marks_are_footnotes_and_equal_marks_share_a_letter(result: dict[str, Any]) -> None:
@@ -135,7 +164,7 @@ def test_absent_measurements_become_dashes_with_a_note(result: dict[str, Any]) -
         for key in optional:
             del method[key]
     result["equal_time_s"] = None
-    assert markdown_rows(result)["switch"][4:6] == ["\u2013", "\u2013"]
+    assert markdown_rows(result)["switch"][5:7] == ["\u2013", "\u2013"]
     assert "\u2013: not measured, or without meaning for the method." in printed(result)
 
 
@@ -174,6 +203,7 @@ def test_read_result_returns_the_file(result: dict[str, Any], tmp_path: Path) ->
         pytest.param(None, "cannot read", id="absent"),
         pytest.param("{", "is not JSON", id="broken"),
         pytest.param("[]", "`format` of the comparison must be 1; got None", id="not a comparison"),
+        pytest.param('{"format": 1}', "`title` of the comparison must be of type str; got None", id="fields"),
         pytest.param('{"format": 2}', "`format` of the comparison must be 1; got 2", id="another format"),
     ],
 )

@@ -12,7 +12,7 @@ import sparseffn.train.checkpoint as checkpoint
 from sparseffn.data import load_corpus
 from sparseffn.models import TransformerXLConfig
 from sparseffn.train import TrainConfig, train
-from sparseffn.train.folder import read_json
+from sparseffn.train.stored import read_json
 
 out, data, cache, when = sys.argv[1:]
 settings = read_json(Path(out).with_suffix(".json"))

@@ -21,7 +21,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
-from sparseffn.train.folder import write_json
+from sparseffn.train.stored import write_json
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
@@ -132,6 +132,15 @@ def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
     """Linear, then a cosine."""
     c = dataclasses.replace(config, steps=102, warmup=2, lr=1.0)
     assert [c.lr_at(0), c.lr_at(1), c.lr_at(52), c.lr_at(102)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_python_callers_are_told_of_micro_batches_too(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log once, and in the result each time."""
+    first, again = (train(model, config, corpus, tmp_path / "run") for _ in range(2))
+    assert first.notes == again.notes == (caplog.records[0].message,) and len(caplog.records) == 1
+    assert "micro-batch of 2 streams" in first.notes[0]
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path, corpus: Corpus, config: TrainConfig) -> None:

@@ -140,21 +140,33 @@ def match(options: argparse.Namespace) -> int:
 
 def _match(options: argparse.Namespace) -> Match:
     method, like = _single(options.method, "--method"), _single(options.like, "--like")
-    if options.preset:
-        preset = get_preset(options.preset)
-        given = {"d_model": options.d_model, "d_ff": options.d_ff}
-        shape = dataclasses.replace(preset.shape, **{k: v for k, v in given.items() if v is not None})
-    elif options.d_model and options.d_ff:
-        n_experts = max(_K, round(options.d_ff / _EXPERT_SIZE))
-        shape = BlockShape(d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K)
-    else:
-        raise UserError("`--d-model` and `--d-ff`, or `--preset`, must be given; got neither; fix: --d-model 412 --d-ff 2053")
+    shape = _shape(options)
     target = _configured(like, shape).num_params()
     config = _configured(method, shape)
     if not options.preset:
         return match_config(config, target)
     model = dataclasses.replace(get_preset(options.preset), shape=shape).model(config, options.vocab_size)
     return match_config(config, target, n_blocks=shape.n_layers, other_params=model.other_params())
+
+
+def _shape(options: argparse.Namespace) -> BlockShape:
+    """The sizes asked for: a preset's, with those of the command line in their place, or the latter alone."""
+    sizes = {"--d-model": options.d_model, "--d-ff": options.d_ff}
+    given = {flag: value for flag, value in sizes.items() if value is not None}
+    for flag, value in given.items():
+        if value < 1:
+            raise UserError(f"`{flag}` must be at least 1; got {value}; fix: pass a positive number")
+    if options.preset:
+        changes = {flag[2:].replace("-", "_"): value for flag, value in given.items()}
+        return dataclasses.replace(get_preset(options.preset).shape, **changes)
+    if len(given) < len(sizes):
+        got = " ".join(f"{flag} {value}" for flag, value in given.items())
+        raise UserError(
+            f"`--d-model` and `--d-ff`, or `--preset`, must be given; got {f'{got} alone' if got else 'neither'}; "
+            "fix: --d-model 412 --d-ff 2053"
+        )
+    n_experts = max(_K, round(options.d_ff / _EXPERT_SIZE))
+    return BlockShape(d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K)
 
 
 def _single(words: list[str], flag: str) -> MethodChoice:

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from sparseffn.cli.arguments import Parser
+
 DESCRIPTION = """\
 Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
 
@@ -14,16 +16,10 @@ Compare Transformer feedforward blocks at equal parameter count: Top-K, product 
   sparseffn compare --methods dense topk pkm sigma-moe --budget 8m --out runs/first
 """
 
-Parser = argparse.ArgumentParser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as written, defaults told."""
-
 
 def build_parser() -> Parser:
     """The parser of `sparseffn`."""
-    parser = Parser(prog="sparseffn", description=DESCRIPTION, formatter_class=_Help)
+    parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_methods, _match, _compare, _train, _eval, _generate, _bench, _data, _doctor):
         add(commands)
@@ -31,9 +27,14 @@ def build_parser() -> Parser:
 
 
 def _add(commands: Any, name: str, summary: str, text: str, function: str) -> Parser:
-    parser = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}", formatter_class=_Help)
+    parser = _group(commands, name, summary, text)
     parser.set_defaults(run=_lazy(function))
     return parser
+
+
+def _group(commands: Any, name: str, summary: str, text: str) -> Parser:
+    """A command without a function of its own: its sub-commands have them."""
+    return commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}")
 
 
 def _lazy(function: str) -> Callable[[argparse.Namespace], int]:
@@ -202,7 +203,12 @@ def _generate(commands: Any) -> None:
 
 
 def _bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="Measure speed, interleaved in one run.", formatter_class=_Help)
+    parser = _group(
+        commands,
+        "bench",
+        "Measure speed, interleaved in one run.",
+        "Examples:\n  sparseffn bench layer --preset tiny --tokens 64 1024\n  sparseffn bench step --preset wt-s --batch 4",
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
     layer = _add(
         kinds,
@@ -252,7 +258,7 @@ def _doctor(commands: Any) -> None:
         commands,
         "doctor",
         "Say what this installation can do: versions, threads, backends and why, extras.",
-        "",
+        "Paste it into a report of a problem.\n\nExamples:\n  sparseffn doctor\n  sparseffn doctor --json > doctor.json",
         "describe:doctor",
     )
     _json(parser)

@@ -20,8 +20,7 @@ from sparseffn.models.presets import get_preset
 from sparseffn.recipes import contenders, parse_methods
 from sparseffn.recipes.compare import with_overrides
 from sparseffn.recipes.plan import CURVE_POINTS
-from sparseffn.train import RunFolder, TrainConfig, load_run_model, train
-from sparseffn.train.folder import read_json
+from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model, train
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -60,10 +59,6 @@ def train_command(options: argparse.Namespace) -> int:
     )
     watch = Watch(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit)))
     watch.say(f"{contender.label}: {contender.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
-    if config.accumulation > 1:
-        watch.say(
-            f"balancing losses and batch-wide routing are per micro-batch of {config.batch // config.accumulation} streams"
-        )
     try:
         result = train(
             contender.model,
@@ -106,9 +101,8 @@ def eval_command(options: argparse.Namespace) -> int:
     """Evaluate the last checkpoint."""
     set_threads(options)
     model, folder = load_run_model(options.folder)
-    config = read_json(folder.path / "config.json")
-    settings = TrainConfig.from_json(config["train"])
-    corpus = _run_corpus(folder, config, options)
+    run = RunSettings.read(folder)
+    settings, corpus = run.train, _run_corpus(folder, run, options)
     memory = settings.eval_memory if options.memory is None else options.memory
     batch = settings.eval_batch if options.eval_batch is None else options.eval_batch
     outcome = evaluate(
@@ -139,22 +133,20 @@ def eval_command(options: argparse.Namespace) -> int:
             ("split", "predictions", "memory", metric, "bits per byte of text"),
             [(options.split, f"{outcome.n_predictions:,}", str(memory), f"{value:.4f}", f"{bits:.4f}")],
         )
+        print(f"\ncorpus {corpus.name}, digest {corpus.digest}")
     return 0
 
 
-def _run_corpus(folder: RunFolder, config: dict[str, Any], options: argparse.Namespace) -> Corpus:
+def _run_corpus(folder: RunFolder, run: RunSettings, options: argparse.Namespace) -> Corpus:
     """The corpus that a run was trained on, with the run's own tokeniser.
 
     Raises:
         UserError: the corpus here is another text than the run's.
     """
-    wanted = config["corpus"]
-    corpus = load_corpus(
-        wanted["name"], tokenizer=_run_tokenizer(folder), data_dir=options.data_dir, cache_dir=options.cache_dir
-    )
-    if corpus.digest != wanted["digest"]:
+    corpus = load_corpus(run.corpus, tokenizer=_run_tokenizer(folder), data_dir=options.data_dir, cache_dir=options.cache_dir)
+    if corpus.digest != run.digest:
         raise UserError(
-            f"the corpus must be the run's, digest {wanted['digest']}; got {corpus.digest}; "
+            f"the corpus must be the run's, digest {run.digest}; got {corpus.digest}; "
             "fix: pass the same --data-dir, or evaluate with the Python version that trained the run"
         )
     return corpus
@@ -163,15 +155,20 @@ def _run_corpus(folder: RunFolder, config: dict[str, Any], options: argparse.Nam
 def _run_tokenizer(folder: RunFolder) -> Any:
     path = folder.path / "tokenizer.json"
     if not path.exists():
-        raise UserError(f"{path} must exist; got no such file; fix: train the run again, or restore the file")
-    return tokenizer_from_json(path.read_text(encoding="utf-8"))
+        raise UserError(f"`{path}` must exist; got no such file; fix: train the run again, or restore the file")
+    try:
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"`{path}` must hold the run's tokenizer; got a damaged file ({error}); fix: restore the file or train again"
+        ) from None
 
 
 def generate_command(options: argparse.Namespace) -> int:
     """Print the prompt and what follows, token by token."""
     set_threads(options)
     model, folder = load_run_model(options.folder)
-    settings = TrainConfig.from_json(read_json(folder.path / "config.json")["train"])
+    settings = RunSettings.read(folder).train
     tokenizer = _run_tokenizer(folder)
     prompt = [int(t) for t in tokenizer.encode(options.prompt.encode())]
     tokens = generate_tokens(

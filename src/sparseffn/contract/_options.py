@@ -69,7 +69,7 @@ def _signature(config: FFNConfig) -> list[Tensor]:
 
 @contract
 def bad_values(config: FFNConfig) -> None:
-    """A value out of range or of another type is refused by an error that names the field."""
+    """A value out of range or of another type is refused by an error that names field and value."""
     for name, info in field_infos(type(config)).items():
         bad: list[Any] = ["no such value", [], math.nan]
         o = info.option
@@ -87,6 +87,7 @@ def _refuses(config: FFNConfig, name: str, value: Any) -> None:
     try:
         config.replace(**{name: value})
     except UserError as error:
-        require(name in str(error), f"the error for {name}={value!r} does not name the field: {error}")
+        for what, text in (("field", f"`{name}`"), ("value", repr(value))):
+            require(text in str(error), f"the error for {name}={value!r} does not name the {what}: {error}")
         return
     require(False, f"{name}={value!r} is accepted")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparseffn.errors import UserError, unknown_name
+from sparseffn.errors import UserError, nearest_names, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +92,31 @@ def check_fields(config: object) -> None:
         _check(info, getattr(config, info.name))
 
 
+# How a value of each type is put right.
+_REMEDIES = {int: "pass a whole number", float: "pass a number", bool: "pass true or false", str: "pass text"}
+
+
 def _check(info: FieldInfo, value: object) -> None:
     if value is None and info.optional:
         return
     if info.choices:
         if value not in info.choices:
-            raise UserError(f"`{info.name}` must be one of {', '.join(info.choices)}; got {value!r}")
+            near = nearest_names(str(value), info.choices)
+            fix = f"did you mean {' or '.join(map(repr, near))}?" if near else "pass one of these"
+            raise UserError(f"`{info.name}` must be one of {', '.join(info.choices)}; got {value!r}; fix: {fix}")
         return
     accepted = (int, float) if info.kind is float else (info.kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and info.kind is not bool):
-        raise UserError(f"`{info.name}` must be {info.kind.__name__}; got {value!r}")
+        raise _wrong_type(info, value)
     if isinstance(value, int | float) and info.kind is not bool:
         o = info.option
         if not (o.low <= value <= o.high and value < o.below) or not math.isfinite(value):
-            raise UserError(f"`{info.name}` must be {o.range_text()}; got {value!r}")
+            raise UserError(f"`{info.name}` must be {o.range_text()}; got {value!r}; fix: pass a number in this range")
+
+
+def _wrong_type(info: FieldInfo, value: object) -> UserError:
+    none = " or none" if info.optional else ""
+    return UserError(f"`{info.name}` must be {info.kind.__name__}{none}; got {value!r}; fix: {_REMEDIES[info.kind]}{none}")
 
 
 def parse_options(owner: str, config_class: type, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -136,9 +147,9 @@ def _parse(info: FieldInfo, text: str) -> object:
         return text
     if info.kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-            raise UserError(f"`{info.name}` must be true or false; got {text!r}")
+            raise UserError(f"`{info.name}` must be true or false; got {text!r}; fix: write {info.name}=true")
         return text.lower() in ("true", "1", "yes")
     try:
         return info.kind(text)
     except ValueError:
-        raise UserError(f"`{info.name}` must be {info.kind.__name__}; got {text!r}") from None
+        raise _wrong_type(info, text) from None

@@ -72,11 +72,20 @@ class AssignmentRouter(Router):
         if not self.training:
             indices_TK = ops.topk(logits_TE, 1)
         elif mask_T is None:
-            indices_TK = ops.balanced_assignment(logits_TE)[:, None]
+            indices_TK = assign(logits_TE)[:, None]
         else:
             indices_TK = ops.topk(logits_TE, 1)
-            indices_TK[mask_T] = ops.balanced_assignment(logits_TE[mask_T])[:, None]
+            indices_TK[mask_T] = assign(logits_TE[mask_T])[:, None]
         return Routing(logits_TE, indices_TK, ops.select_columns(logits_TE, indices_TK).sigmoid())
+
+
+def assign(logits_TE: Tensor) -> Tensor:
+    """The expert of each token; logits that are not finite are assigned by a finite stand-in.
+
+    The assignment itself has no meaning for them. The gates still come from the logits as they are, so that the loss is not
+    finite either and the trainer, which knows the step and the last checkpoint, can say what happened.
+    """
+    return ops.balanced_assignment(logits_TE.detach().nan_to_num())
 
 
 @final

@@ -1,6 +1,6 @@
 """`sparseffn compare`: parameter-equal models, one method each, on the same data; one table and one page.
 
-Every run lives in `OUT/runs/LABEL/seed-N`, the shared decisions in `OUT/settings.json` and `OUT/plan.json`, the outcome in
+Every run lives in `OUT/runs/LABEL/seed-N`, the shared decisions in `OUT/config.json` and `OUT/plan.json`, the outcome in
 `OUT/comparison.json`, which the report reads. Calling it again with the same settings goes on where it stopped.
 """
 
@@ -24,8 +24,8 @@ from sparseffn.recipes.outcome import comparison
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan, make_plan
 from sparseffn.recipes.runs import run_path, train_config
 from sparseffn.train import NonFiniteLossError, RunFolder, load_run_model, train
-from sparseffn.train.folder import read_json, write_json
 from sparseffn.train.loop import OnStep
+from sparseffn.train.stored import Kind, read_fields, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,9 @@ class _Job:
     def open(cls, settings: CompareSettings, out: Path, watcher: Watcher) -> _Job:
         """Load and match everything before anything is written."""
         preset = with_overrides(get_preset(settings.preset), settings.overrides)
+        for seed in settings.seeds:
+            # Whatever a budget allows later, settings out of range are refused now.
+            train_config(preset, settings.steps or preset.steps, seed)
         corpus = load_corpus(
             settings.corpus,
             tokenizer=settings.tokenizer,
@@ -176,7 +179,7 @@ class _Job:
         """The stored plan, or a new one."""
         path = self.out / "plan.json"
         if path.exists():
-            return Plan(**read_json(path))
+            return Plan.read(path, [contender.label for contender in self.field])
         no_length = self.settings.steps is None and self.settings.budget_s is None
         plan = make_plan(
             self.field,
@@ -196,7 +199,7 @@ class _Job:
     def run(self, contender: Contender, seed: int, plan: Plan, on_step: OnStep) -> None:
         """Train and evaluate one method with one seed; at once when that is done already."""
         folder = run_path(self.out, contender.label, seed)
-        train(contender.model, train_config(self.preset, plan, seed), self.corpus, folder, on_step=on_step)
+        train(contender.model, train_config(self.preset, plan.steps, seed), self.corpus, folder, on_step=on_step)
         if seed == self.settings.seeds[0] and not (folder / "usage.json").exists():
             self._count_usage(folder)
 
@@ -221,6 +224,8 @@ class _Job:
         if not path.exists():
             dense = contenders([MethodChoice("dense")], self.preset, self.corpus.tokenizer.vocab_size)[0]
             configs = {"(dense)": dense.config} | {c.label: c.config for c in self.field}
-            times = time_layers(configs, n_tokens=self.tokens_per_step)
-            write_json(path, {label: dataclasses.asdict(t) for label, t in times.items()})
-        return read_json(path)
+            measured = time_layers(configs, n_tokens=self.tokens_per_step)
+            write_json(path, {label: dataclasses.asdict(t) for label, t in measured.items()})
+        times = {"forward_s": Kind.POSITIVE, "training_s": Kind.POSITIVE}
+        fields = dict.fromkeys(["(dense)", *(c.label for c in self.field)], times)
+        return read_fields(path, fields, fix="remove the file and run the same command again, which times the layers anew")

@@ -14,8 +14,9 @@ from sparseffn.models.presets import Preset
 from sparseffn.recipes.contenders import Contender
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan
 from sparseffn.recipes.runs import run_path, train_config
-from sparseffn.train import RunFolder
-from sparseffn.train.folder import environment, read_json
+from sparseffn.train import RunFolder, TrainResult
+from sparseffn.train.folder import environment
+from sparseffn.train.stored import Kind, read_fields
 
 FORMAT = 1
 # Points of the training curve on the page.
@@ -33,7 +34,7 @@ def comparison(
     failures: Mapping[tuple[str, int], str],
 ) -> dict[str, Any]:
     """What `comparison.json` holds, from the runs' files; `failures` says why a run by label and seed has no result."""
-    shared = train_config(preset, plan, seed=0).to_json()
+    shared = train_config(preset, plan.steps, seed=0).to_json()
     shared.pop("seed")
     equal_time = min(plan.step_s.values()) * plan.steps
     folders = {(c.label, seed): RunFolder(run_path(out, c.label, seed)) for c in field for seed in seeds}
@@ -85,11 +86,10 @@ def _row(
         count_block(config, n_tokens=n_tokens),
         count_block(DenseConfig.from_shape(preset.shape), n_tokens=n_tokens),
     )
-    results = [read_json(f.result_path) for f in folders if f.result_path.exists()]
+    results = [TrainResult.read(f.result_path) for f in folders if f.result_path.exists()]
     step_s = plan.step_s[label]
     curves = [_curve(folder, step_s, corpus) for folder in folders]
-    usage_path = folders[0].path / "usage.json"
-    usage = read_json(usage_path) if usage_path.exists() else {}
+    usage = _usage(folders[0].path / "usage.json")
     sparse = config.active_channels < config.n_channels
     return {
         "label": label,
@@ -109,8 +109,8 @@ def _row(
         "layer_time_training_vs_dense": layers[label]["training_s"] / layers["(dense)"]["training_s"],
         "step_time_s": step_s,
         "tokens_per_s": n_tokens / step_s,
-        "valid": _spread([to_metric(r["valid"], corpus.unit)[1] for r in results]),
-        "test": _spread([to_metric(r["test"], corpus.unit)[1] for r in results]),
+        "valid": _spread([to_metric(r.valid, corpus.unit)[1] for r in results]),
+        "test": _spread([to_metric(r.test, corpus.unit)[1] for r in results]),
         "valid_at_equal_time": _at_time(curves, equal_time),
         "dead_share": usage.get("dead_share") if config.unit == "experts" else None,
         "unit": config.unit,
@@ -119,6 +119,14 @@ def _row(
         "active": usage.get("active") if not sparse else None,
         "cooccurrence": usage.get("cooccurrence"),
     }
+
+
+def _usage(path: Path) -> Mapping[str, Any]:
+    """Counted usage; empty where the run was not finished."""
+    if not path.exists():
+        return {}
+    fields = {"usage": Kind.LIST, "active": Kind.LIST, "cooccurrence": Kind.ANY, "dead_share": Kind.NUMBER}
+    return read_fields(path, fields, fix="remove the file and run the same command again, which counts anew")
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any] | None:

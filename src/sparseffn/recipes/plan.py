@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sparseffn.models.presets import Preset
 from sparseffn.recipes.contenders import Contender
 from sparseffn.train import TrainConfig
 from sparseffn.train.loop import make_optimizer, training_loss
+from sparseffn.train.stored import Kind, read_fields
 
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2
@@ -52,6 +54,23 @@ class Plan:
             "eval_token_s": self.eval_token_s,
             "budget_s": self.budget_s,
         }
+
+    @classmethod
+    def read(cls, path: Path, labels: Sequence[str]) -> Plan:
+        """The stored plan of a comparison of these methods.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        seconds = dict.fromkeys(labels, Kind.POSITIVE)
+        fields = {
+            "steps": Kind.COUNT,
+            "step_s": seconds,
+            "eval_token_s": seconds,
+            "budget_s": Kind.POSITIVE_OR_NULL,
+        }
+        found = read_fields(path, fields, fix="restore the file or choose another --out")
+        return cls(**{key: found[key] for key in fields})
 
 
 def make_plan(

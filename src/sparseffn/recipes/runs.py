@@ -6,22 +6,26 @@ import re
 from pathlib import Path
 
 from sparseffn.models.presets import Preset
-from sparseffn.recipes.plan import CURVE_POINTS, CURVE_TOKENS, Plan
+from sparseffn.recipes.plan import CURVE_POINTS, CURVE_TOKENS
 from sparseffn.train import TrainConfig
 
 
-def train_config(preset: Preset, plan: Plan, seed: int) -> TrainConfig:
-    """Hyperparameters of every run of a comparison."""
-    every = max(1, plan.steps // CURVE_POINTS)
+def train_config(preset: Preset, steps: int, seed: int) -> TrainConfig:
+    """Hyperparameters of every run of a comparison.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    every = max(1, steps // CURVE_POINTS)
     return TrainConfig(
-        steps=plan.steps,
+        steps=steps,
         batch=preset.batch,
         context=preset.context,
         memory=preset.memory,
         eval_memory=preset.eval_memory,
         eval_batch=preset.eval_batch,
         lr=preset.lr,
-        warmup=min(preset.warmup, plan.steps // 10),
+        warmup=min(preset.warmup, steps // 10),
         clip=preset.clip,
         seed=seed,
         eval_every=every,

@@ -149,12 +149,11 @@ def _methods(result: Result) -> Sheet:
             formats.integer(method.get("ffn_params")),
             formats.integer(method.get("residual_params")),
             formats.integer(method.get("active_channels")),
-            formats.percent(method.get("ffn_flops_convention")),
             formats.seconds(method.get("step_time_s")),
         )
         for method in result["methods"]
     ]
-    numbers = ("block parameters", "model residual", "active channels K·G", "FLOPs as K / N", "step time")
+    numbers = ("block parameters", "model residual", "active channels K·G", "step time")
     return Sheet(head=("method", "configuration", *numbers), rows=rows, n_words=2)
 
 

@@ -9,6 +9,9 @@ from typing import Any, TypeAlias
 
 from sparseffn.errors import UserError
 
+# What a report cannot do without; everything else may be absent.
+_NEEDED: dict[str, type] = {"title": str, "metric": str, "corpus": dict, "seeds": list, "steps": int, "methods": list}
+
 FORMAT = 1
 """The only layout of `comparison.json` so far; the file names its own under "format"."""
 
@@ -46,7 +49,7 @@ def check_format(result: Result) -> None:
     """Refuse a file that this version cannot read.
 
     Raises:
-        UserError: "format" is absent or not the one known here.
+        UserError: "format" is absent or not the one known here, or a field that every comparison has is absent.
     """
     found = result.get("format") if isinstance(result, Mapping) else None
     if found != FORMAT:
@@ -54,6 +57,12 @@ def check_format(result: Result) -> None:
             f"`format` of the comparison must be {FORMAT}; got {found!r}; fix: make the report with the version of "
             "sparseffn that wrote the file, or run `sparseffn compare` again"
         )
+    for key, kind in _NEEDED.items():
+        if not isinstance(result.get(key), kind):
+            raise UserError(
+                f"`{key}` of the comparison must be of type {kind.__name__}; got {result.get(key)!r}; "
+                "fix: run `sparseffn compare` again"
+            )
 
 
 def missing_runs(result: Result) -> Iterator[tuple[str, str]]:

@@ -55,6 +55,7 @@ class Table:
         columns: the quantities, the method's label not among them.
         rows: one per method, then one per method without any result.
         notes: pairs of footnote letter ("" for a note to the whole table) and text.
+        facts: what the numbers depend on, a line for the settings and one for the corpus; the page has sheets of them.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, str], ...]
+    facts: tuple[str, ...]
 
 
 def build_table(result: Result) -> Table:
@@ -90,6 +92,7 @@ def build_table(result: Result) -> Table:
         columns=columns,
         rows=tuple(rows),
         notes=tuple(notes),
+        facts=(_settings_line(result), _corpus_line(result)),
     )
 
 
@@ -112,6 +115,8 @@ def print_table(result: Result, console: Console | None = None) -> None:
             console.print(Text(f"{row.label}: {row.missing}"))
     for letter, text in table.notes:
         console.print(Text(f"({letter}) {text}" if letter else text))
+    for fact in table.facts:
+        console.print(Text(fact))
 
 
 def markdown_table(result: Result) -> str:
@@ -135,6 +140,8 @@ def markdown_table(result: Result) -> str:
         lines.append(_markdown_line([label, *cells]))
     for letter, text in table.notes:
         lines += ["", f"<sup>{letter}</sup> {_escape(text)}" if letter else _escape(text)]
+    for fact in table.facts:
+        lines += ["", _escape(fact)]
     return "\n".join(lines) + "\n"
 
 
@@ -170,6 +177,7 @@ def _columns(result: Result) -> tuple[Column, ...]:
         (counts, "residual", "parameter residual", lambda m: formats.signed_percent(m.get("residual_percent"))),
         (counts, "active", "active parameters", lambda m: formats.count(m["active_params"])),
         (cost, "FLOPs", "FLOPs vs dense", lambda m: formats.percent(m.get("ffn_flops_vs_dense"))),
+        (cost, "K/N_E", "K/N_E", lambda m: formats.percent(m.get("ffn_flops_convention"))),
         (cost, "saved bytes", "saved bytes vs dense", lambda m: formats.percent(m.get("saved_bytes_vs_dense"))),
         (
             cost,
@@ -231,10 +239,41 @@ def _general_notes(result: Result, rows: list[Row]) -> list[tuple[str, str]]:
             f"Validation at equal time: after {formats.seconds(result['equal_time_s'])} of training, "
             f"on the first {formats.integer(result.get('curve_tokens'))} tokens of the validation split."
         )
+    if any(m.get("ffn_flops_convention") is not None for m in result["methods"]):
+        notes.append("FLOPs are counted, selection included; K/N_E, the paper's convention, is the share of active channels.")
     units = {m["unit"] for m in result["methods"] if m.get("dead_share") is not None and m.get("unit")}
     if units:
         notes.append(f"Dead units: {', '.join(sorted(units))} that receive under 1% of the mean load.")
     return [("", note) for note in notes]
+
+
+# How often something is evaluated or stored does not change what is learnt; the page's sheet has these too.
+_UNSAID = ("steps", "seed", "eval_every", "eval_tokens", "checkpoint_every")
+
+
+def _settings_line(result: Result) -> str:
+    """The hyperparameters that all methods share."""
+    settings = {key: value for key, value in (result.get("settings") or {}).items() if key not in _UNSAID}
+    seeds = f"seed{'s' if len(result['seeds']) > 1 else ''} {formats.setting(result['seeds'])}"
+    length = f"{formats.integer(result['steps'])} steps of {formats.integer(result['tokens_per_step'])} tokens, {seeds}"
+    return f"Settings: {length}" + (f"; {formats.setting(settings)}" if settings else "")
+
+
+def _corpus_line(result: Result) -> str:
+    """What was read: the text by its digest, the Python that it may come from, and its sizes."""
+    corpus = result["corpus"]
+    python = corpus.get("python_version") or (result.get("environment") or {}).get("python")
+    facts = [
+        corpus["name"],
+        f"tokenizer {corpus['tokenizer']}",
+        f"digest {corpus['digest'][:12]}" if corpus.get("digest") else "",
+        f"Python {python}" if python else "",
+    ]
+    sizes = [
+        f"{name} {formats.integer(split.get('files'))} files, {formats.integer(split.get('bytes'))} bytes"
+        for name, split in (corpus.get("splits") or {}).items()
+    ]
+    return "; ".join([f"Corpus: {', '.join(filter(None, facts))}", *sizes])
 
 
 def _parts(table: Table, console: Console) -> list[RichTable]:

@@ -2,6 +2,7 @@
 
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
-from sparseffn.train.loop import NonFiniteLossError, TrainResult, load_run_model, train
+from sparseffn.train.loop import NonFiniteLossError, TrainResult, train
+from sparseffn.train.restore import RunSettings, load_run_model
 
-__all__ = ["NonFiniteLossError", "RunFolder", "TrainConfig", "TrainResult", "load_run_model", "train"]
+__all__ = ["NonFiniteLossError", "RunFolder", "RunSettings", "TrainConfig", "TrainResult", "load_run_model", "train"]

@@ -1,12 +1,13 @@
 """Checkpoints: every tensor in one safetensors file, everything else in JSON; written whole or not at all.
 
-A checkpoint is a folder `step-N` with `state.safetensors` and `checkpoint.json`, which holds the digest of the former. It is
-made beside its final place and renamed, so that a kill leaves the one before. The last two are kept.
+A checkpoint is a folder `step-N` with `state.safetensors` and `checkpoint.json`, which holds the digest of the former and of
+itself. It is made beside its final place and renamed, so that a kill leaves the one before. The last two are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,12 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.train.folder import read_json, write_json
+from sparseffn.train.stored import Kind, read_fields, write_json
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 
 STATE, MANIFEST = "state.safetensors", "checkpoint.json"
+MANIFEST_FIELDS = {
+    "format": Kind.COUNT,
+    "step": Kind.COUNT,
+    "digest": Kind.TEXT,
+    "manifest_digest": Kind.TEXT,
+    "extra": {"seconds": Kind.NUMBER},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint and remove all but the last two."""
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / _folder_name(checkpoint.step)
     temporary = folder / f".writing-{os.getpid()}"
     _remove_unfinished(folder)
     temporary.mkdir(parents=True)
@@ -58,7 +66,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "digest": _digest(temporary / STATE),
         "extra": dict(checkpoint.extra),
     }
-    write_json(temporary / MANIFEST, manifest)
+    write_json(temporary / MANIFEST, {**manifest, "manifest_digest": _manifest_digest(manifest)})
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -85,20 +93,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, truncated or damaged, or of another format.
     """
-    remedy = f"fix: remove {path} to go on from the checkpoint before it"
-    if not (path / MANIFEST).exists():
-        raise UserError(f"checkpoint {path} must hold {MANIFEST}; got no such file; {remedy}")
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path} must have format {FORMAT}; got another; {remedy}")
+    fix = f"remove {path} to go on from the checkpoint before it"
+    manifest = read_fields(path / MANIFEST, {"format": Kind.COUNT}, fix=fix)
+    if manifest["format"] != FORMAT:
+        raise UserError(f"`{path / MANIFEST}` must have format {FORMAT}; got {manifest['format']}; fix: {fix}")
+    manifest = read_fields(path / MANIFEST, MANIFEST_FIELDS, fix=fix)
+    if _manifest_digest(manifest) != manifest["manifest_digest"]:
+        raise UserError(f"`{path / MANIFEST}` must match its digest; got a changed file; fix: {fix}")
+    if _folder_name(manifest["step"]) != path.name:
+        raise UserError(f"`{path}` must be named after its step; got one of step {manifest['step']}; fix: {fix}")
     state = path / STATE
     if not state.exists() or _digest(state) != manifest["digest"]:
-        raise UserError(f"checkpoint {path} must match its digest; got a missing, truncated or damaged {STATE}; {remedy}")
+        raise UserError(f"`{state}` must match its digest; got a missing, truncated or damaged file; fix: {fix}")
     try:
         tensors = load_file(state)
     except SafetensorError as error:
-        raise UserError(f"checkpoint {path} must be readable; got {error}; {remedy}") from None
-    return Checkpoint(step=int(manifest["step"]), tensors=tensors, extra=manifest["extra"])
+        raise UserError(f"`{state}` must be readable; got {error}; fix: {fix}") from None
+    return Checkpoint(step=manifest["step"], tensors=tensors, extra=manifest["extra"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
@@ -124,6 +135,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = by_name[names[id(parameter)]]
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of every other field of a manifest."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_digest"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -48,6 +48,15 @@ class TrainConfig:
         """Tokens that one step learns from."""
         return self.batch * self.context
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What one must know of these settings to read a run's numbers."""
+        if self.accumulation == 1:
+            return ()
+        n_streams = self.batch // self.accumulation
+        size = f"{n_streams} stream{'s' if n_streams > 1 else ''}"
+        return (f"balancing losses and batch-wide routing are per micro-batch of {size}",)
+
     def lr_at(self, step: int) -> float:
         """Learning rate of a step counted from 0: linear warm-up, then cosine decay to 0 at the last step's end."""
         if step < self.warmup:
@@ -64,10 +73,12 @@ class TrainConfig:
         """The config that `to_json` wrote.
 
         Raises:
-            UserError: a field is unknown or out of range.
+            UserError: a field is unknown, missing or out of range.
         """
         infos = field_infos(cls)
         for key in data:
             if key not in infos:
                 raise unknown_name("training option", key, infos)
+        if "steps" not in data:
+            raise UserError(f"a training config needs steps; got {', '.join(data) or 'nothing'}; fix: add it")
         return cls(**data)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,36 +14,7 @@ import numpy as np
 import torch
 
 from sparseffn.errors import UserError
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file is whole or is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is not there or is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} must exist; got no such file; fix: check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} must hold JSON; got {error}; fix: restore the file or remove its folder") from None
+from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 
 def environment() -> dict[str, Any]:
@@ -91,8 +60,11 @@ class RunFolder:
         """Final numbers; there when the run is finished."""
         return self.path / "result.json"
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any]) -> bool:
         """Create the folder for a config, or check that it is this config's.
+
+        Returns:
+            Whether the folder is new.
 
         Raises:
             UserError: the folder holds a run of another config or files of something else.
@@ -100,10 +72,12 @@ class RunFolder:
         self.check(config)
         path = self.path / "config.json"
         # The config comes first: a kill in between must leave a folder that the same command takes up.
-        if not path.exists():
+        fresh = not path.exists()
+        if fresh:
             write_json(path, config)
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", environment())
+        return fresh
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Check, writing nothing, that the folder is free or this config's.
@@ -113,7 +87,8 @@ class RunFolder:
         """
         path = self.path / "config.json"
         if path.exists():
-            self._compare(read_json(path), json.loads(json.dumps(config)))
+            fix = "restore the file or choose another --out"
+            self._compare(read_fields(path, dict.fromkeys(config, Kind.ANY), fix=fix), json.loads(json.dumps(config)))
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
@@ -135,24 +110,39 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; a line that a kill cut short is left out."""
+        """All whole lines; a last line that a kill cut short is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
         if not self.metrics_path.exists():
             return []
-        records = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        lines = self.metrics_path.read_bytes().splitlines()
+        records = [_metrics_record(line) for line in lines]
+        for number, record in enumerate(records[:-1], start=1):
+            if record is None:
+                raise UserError(
+                    f"`{self.metrics_path}` must hold a step and its losses in every line; got another line {number}; "
+                    "fix: restore the file or remove that line"
+                )
+        return [record for record in records if record is not None]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was written after the checkpoint of a step: the steps run again."""
         kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
-        handle, name = tempfile.mkstemp(dir=self.path, prefix=".metrics.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in kept)
-        Path(name).replace(self.metrics_path)
+        write_text(self.metrics_path, "".join(line + "\n" for line in kept))
+
+
+def _metrics_record(line: bytes) -> dict[str, Any] | None:
+    """A line of the metrics; None where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not Kind.COUNT.accepts(record.get("step")):
+        return None
+    fields = ("valid",) if "valid" in record else ("loss", "balance_loss")
+    return record if all(Kind.NUMBER.accepts(record.get(field)) for field in fields) else None
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -6,6 +6,8 @@ on from its last checkpoint when it is called again, with bit-identical losses.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.data import ContiguousStreams, Corpus
-from sparseffn.errors import UserError
+from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluate import NonFiniteLossError, autocast, evaluate, token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
@@ -29,7 +31,11 @@ from sparseffn.train.checkpoint import (
     save_checkpoint,
 )
 from sparseffn.train.config import TrainConfig
-from sparseffn.train.folder import RunFolder, read_json, write_json
+from sparseffn.train.folder import RunFolder
+from sparseffn.train.restore import load_weights
+from sparseffn.train.stored import Kind, read_fields, write_json, write_text
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,24 @@ class TrainResult:
     test: float
     seconds: float
     """Time spent in training steps."""
+    notes: tuple[str, ...] = ()
+    """What one must know of the settings to read the numbers; also logged once, when the run begins."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
-        return {"steps": self.steps, "valid": self.valid, "test": self.test, "seconds": self.seconds}
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+    @classmethod
+    def read(cls, path: Path) -> TrainResult:
+        """The result that a finished run wrote.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        fields = {"steps": Kind.COUNT, "valid": Kind.NUMBER, "test": Kind.NUMBER, "seconds": Kind.NUMBER, "notes": Kind.TEXTS}
+        fix = "remove the file and run the same command again, which makes it anew from the last checkpoint"
+        found = read_fields(path, fields, fix=fix)
+        return cls(**{**{key: found[key] for key in fields}, "notes": tuple(found["notes"])})
 
 
 def train(
@@ -98,11 +118,13 @@ def train(
         )
     # A corpus that is too small for a window is refused before anything is written.
     streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
-    folder.open(run_config(model_config, config, corpus))
+    fresh = folder.open(run_config(model_config, config, corpus))
+    for note in config.notes if fresh else ():
+        _log.warning(note)
     if folder.result_path.exists():
-        return TrainResult(**{key: read_json(folder.result_path)[key] for key in ("steps", "valid", "test", "seconds")})
+        return TrainResult.read(folder.result_path)
     if not (folder.path / "tokenizer.json").exists():
-        (folder.path / "tokenizer.json").write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+        write_text(folder.path / "tokenizer.json", corpus.tokenizer.to_json())
     return _Run(model_config, config, corpus, streams, folder, on_step, on_metrics).run()
 
 
@@ -113,22 +135,6 @@ def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: C
         "train": config.to_json(),
         "corpus": {"name": corpus.name, "tokenizer": corpus.tokenizer.name, "digest": corpus.digest},
     }
-
-
-def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
-    """The model of a run folder as of its last checkpoint, in evaluation mode.
-
-    Raises:
-        UserError: the folder holds no run or no checkpoint yet, or the checkpoint is damaged.
-    """
-    folder = RunFolder(path)
-    config = read_json(folder.path / "config.json")
-    found = list_checkpoints(folder.checkpoints)
-    if not found:
-        raise UserError(f"{folder.path} must hold a checkpoint; got none yet; fix: train it first")
-    model = TransformerXL(TransformerXLConfig.from_json(config["model"]))
-    model.load_state_dict(load_checkpoint(found[-1]).group("model"))
-    return model.eval(), folder
 
 
 class _Run:
@@ -168,7 +174,13 @@ class _Run:
                 self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens)})
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.save()
-        result = TrainResult(steps=self.step, valid=self._evaluate("valid"), test=self._evaluate("test"), seconds=self.seconds)
+        result = TrainResult(
+            steps=self.step,
+            valid=self._evaluate("valid"),
+            test=self._evaluate("test"),
+            seconds=self.seconds,
+            notes=self.config.notes,
+        )
         write_json(self.folder.result_path, result.to_json())
         return result
 
@@ -185,7 +197,10 @@ class _Run:
         losses, balances = [], []
         micro_batches = zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True)
         for i, (tokens, wanted) in enumerate(micro_batches):
-            loss, balance, self.memories[i] = training_loss(self.model, tokens, wanted, self.memories[i], config)
+            try:
+                loss, balance, self.memories[i] = training_loss(self.model, tokens, wanted, self.memories[i], config)
+            except NonFiniteError as error:
+                raise self._not_finite(f"an operation that says: {error}") from None
             ((loss + balance) / config.accumulation).backward()
             losses.append(float(loss.detach()))
             balances.append(float(balance.detach()))
@@ -205,11 +220,14 @@ class _Run:
     def _check_finite(self, loss: float, norm: float) -> None:
         value = torch.tensor([loss, norm])
         if not bool(value.isfinite().all()):
-            # The step was not taken, so parameters and optimiser are those of the last good step; the memory is not.
-            raise NonFiniteLossError(
-                f"loss and gradient must be finite; got loss {loss} and gradient norm {norm} at step {self.step + 1}, which "
-                f"was not taken; fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
-            )
+            raise self._not_finite(f"loss {loss} and gradient norm {norm}")
+
+    def _not_finite(self, what: str) -> NonFiniteLossError:
+        # The step was not taken, so parameters and optimiser are those of the last good step; the memory is not.
+        return NonFiniteLossError(
+            f"loss and gradient must be finite; got {what} at step {self.step + 1}, which was not taken; "
+            f"fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
+        )
 
     def _last_good(self) -> Path | str:
         found = list_checkpoints(self.folder.checkpoints)
@@ -227,7 +245,7 @@ class _Run:
                 precision=config.precision,
                 max_tokens=max_tokens,
             ).nats_per_token
-        except NonFiniteLossError as error:
+        except NonFiniteError as error:
             raise NonFiniteLossError(
                 f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"
             ) from None
@@ -269,7 +287,7 @@ class _Run:
             self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens)})
             return
         checkpoint = load_checkpoint(found[-1])
-        self.model.load_state_dict(checkpoint.group("model"))
+        load_weights(self.model, found[-1], checkpoint)
         restore_optimizer(self.optimizer, checkpoint.group("optimizer"), self.names)
         self.step, self.seconds = checkpoint.step, float(checkpoint.extra["seconds"])
         states = checkpoint.group("memory")

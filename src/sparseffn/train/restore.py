@@ -1,0 +1,73 @@
+"""A run folder read back: the settings that its config holds, and the model of its last checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseffn.errors import UserError
+from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from sparseffn.train.config import TrainConfig
+from sparseffn.train.folder import RunFolder
+from sparseffn.train.stored import Kind, read_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run folder's config says."""
+
+    model: TransformerXLConfig
+    train: TrainConfig
+    corpus: str
+    """The corpus's name."""
+    digest: str
+    """The corpus's digest."""
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> RunSettings:
+        """The settings of a run folder.
+
+        Raises:
+            UserError: the folder holds no run, or its config is damaged.
+        """
+        path = folder.path / "config.json"
+        fix = "restore the file or train again; of a comparison, name a run: OUT/runs/METHOD/seed-0"
+        corpus = {"name": Kind.TEXT, "digest": Kind.TEXT}
+        found = read_fields(path, {"model": {"ffn": Kind.OBJECT}, "train": Kind.OBJECT, "corpus": corpus}, fix=fix)
+        try:
+            model, train_config = TransformerXLConfig.from_json(found["model"]), TrainConfig.from_json(found["train"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
+        return cls(model=model, train=train_config, corpus=found["corpus"]["name"], digest=found["corpus"]["digest"])
+
+
+def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
+    """The model of a run folder as of its last checkpoint, in evaluation mode.
+
+    Raises:
+        UserError: the folder holds no run or no checkpoint yet, or a file of it is damaged.
+    """
+    folder = RunFolder(path)
+    settings = RunSettings.read(folder)
+    found = list_checkpoints(folder.checkpoints)
+    if not found:
+        raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
+    model = TransformerXL(settings.model)
+    load_weights(model, found[-1], load_checkpoint(found[-1]))
+    return model.eval(), folder
+
+
+def load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters into a model.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    try:
+        model.load_state_dict(checkpoint.group("model"))
+    except RuntimeError:
+        raise UserError(
+            f"`{path}` must hold the parameters of the run's config; got another model's; "
+            "fix: restore config.json and the checkpoint together"
+        ) from None

@@ -1,0 +1,135 @@
+"""Files of a run: written whole or not at all; JSON read back with every field that is needed there and of its kind.
+
+    read_fields(path, {"steps": Kind.COUNT, "valid": Kind.NUMBER}, fix="remove it and run the same command again")
+
+JSON that parses may still be damaged, by hand or by a program; what is wrong is then said of the file, before it is used.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparseffn.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file is whole or is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON so that the file is whole or is not there."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, fix: str = "restore the file or remove its folder") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        fix: the remedy for a damaged file.
+
+    Raises:
+        UserError: the file is not there or is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"`{path}` must exist; got no such file; fix: check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` must hold JSON; got {error}; fix: {fix}") from None
+
+
+# Tells a field that is not there from one that holds null.
+_ABSENT = object()
+
+
+class Kind(enum.Enum):
+    """What a stored field may hold; the value says it in words."""
+
+    COUNT = "a whole number of at least 0"
+    NUMBER = "a finite number"
+    POSITIVE = "a positive number"
+    POSITIVE_OR_NULL = "a positive number or null"
+    TEXT = "a string"
+    TEXTS = "a list of strings"
+    LIST = "a list"
+    OBJECT = "an object"
+    ANY = "any value"
+
+    def accepts(self, value: object) -> bool:
+        """Whether a parsed value is of this kind."""
+        number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+        match self:
+            case Kind.COUNT:
+                return number and isinstance(value, int) and value >= 0
+            case Kind.NUMBER:
+                return number
+            case Kind.POSITIVE:
+                return isinstance(value, int | float) and number and value > 0
+            case Kind.POSITIVE_OR_NULL:
+                return value is None or Kind.POSITIVE.accepts(value)
+            case Kind.TEXT:
+                return isinstance(value, str)
+            case Kind.TEXTS:
+                return isinstance(value, list) and all(isinstance(item, str) for item in value)
+            case Kind.LIST:
+                return isinstance(value, list)
+            case Kind.OBJECT:
+                return isinstance(value, dict)
+            case Kind.ANY:
+                return value is not _ABSENT
+
+
+Fields = Mapping[str, "Kind | Fields"]
+
+
+def read_fields(path: Path, fields: Fields, *, fix: str) -> dict[str, Any]:
+    """Read a JSON object and check the fields that are needed of it; it may hold more.
+
+    Args:
+        path: the file.
+        fields: kind of each field; a mapping for an object with fields of its own.
+        fix: the remedy for a damaged file.
+
+    Raises:
+        UserError: the file is not there, holds no JSON, or a field is absent or of another kind.
+    """
+    data = read_json(path, fix=fix)
+    _check(path, "", data, fields, fix)
+    return data
+
+
+def _check(path: Path, name: str, value: object, expected: Kind | Fields, fix: str) -> None:
+    kind = expected if isinstance(expected, Kind) else Kind.OBJECT
+    if not kind.accepts(value):
+        what = f"`{name}`, {kind.value}" if name else kind.value
+        raise UserError(f"`{path}` must hold {what}; got {_shown(value)}; fix: {fix}")
+    if not isinstance(expected, Kind):
+        assert isinstance(value, dict), "objects are dicts"
+        for key, wanted in expected.items():
+            _check(path, f"{name}.{key}" if name else key, value.get(key, _ABSENT), wanted, fix)
+
+
+def _shown(value: object) -> str:
+    if value is _ABSENT:
+        return "nothing"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
