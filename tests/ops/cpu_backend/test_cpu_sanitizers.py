@@ -11,7 +11,7 @@ import pytest
 
 from sparseffn.ops.cpu import build
 
-FLAGS = ("-std=c++17", "-O1", "-g", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-omit-frame-pointer")
+FLAGS = ("-std=c++17", "-O1", "-g", "-march=native", "-fopenmp", "-fPIC", "-fno-omit-frame-pointer")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FUZZ = Path(__file__).parents[3] / "tools" / "fuzz_kernels.py"
 

@@ -14,12 +14,13 @@ import hashlib
 import logging
 import os
 import platform
-import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,7 +37,6 @@ FLAGS = (
     "-march=native",
     "-fopenmp",
     "-fPIC",
-    "-shared",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -108,18 +108,24 @@ def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[st
 
 
 def _compile(compiler: str, files: Sequence[Path], flags: Sequence[str], target: Path) -> None:
+    """Compile the files side by side, link them, and put the library in its place in one step."""
     start = time.monotonic()
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    command = [compiler, *flags, "-o", str(scratch), *map(str, files)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-            raise CompilerError(f"{compiler} failed: {reason}")
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{file.stem}.o" for file in files]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            pairs = zip(files, objects, strict=True)
+            list(pool.map(lambda pair: _call([compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])]), pairs))
+        whole = Path(scratch) / target.name
+        _call([compiler, *flags, "-shared", "-o", str(whole), *map(str, objects)])
+        whole.replace(target)
     logger.warning("compiled the CPU kernels with %s in %.0f s, once, into %s", compiler, time.monotonic() - start, target)
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise CompilerError(f"{command[0]} failed: {reason}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 // The expert computation behind a C interface.
-#include "experts_inner.h"
+#include "experts_types.h"
 
 using namespace sparseffn;
 

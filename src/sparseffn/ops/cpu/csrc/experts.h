@@ -9,9 +9,8 @@
 
 #include <vector>
 
-#include "activations.h"
+#include "experts_types.h"
 #include "product.h"
-#include "routing.h"
 
 namespace sparseffn {
 
@@ -19,21 +18,6 @@ namespace sparseffn {
 constexpr int64_t kChunk = 192;
 // Up to this many rows an expert, on average, threads divide experts instead of tokens: measured crossover, see bench layer.
 constexpr int64_t kFewRows = 12;
-
-template <class S> struct Problem {
-    using C = compute_t<S>;
-    const S* x;       // [tokens, width]
-    const S* keys;    // [experts, width, size]
-    const S* values;  // [experts, size, width]
-    const C* gates;   // [tokens * k]
-    S* hidden;        // [rows, size], sorted; null where nothing is kept
-    const uint8_t* keep;  // [tokens * k, size], 0 where dropout removed a unit; null without dropout
-    C keep_scale;
-    Activation activation;
-    int64_t width, size;
-    Routing routing;
-    int threads;
-};
 
 // x in the type of computation: itself, or a copy.
 template <class S> class Widened {

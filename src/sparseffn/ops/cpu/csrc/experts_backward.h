@@ -11,15 +11,6 @@ namespace sparseffn {
 // Rows of a weight gradient that are added up before the tile is written.
 constexpr int64_t kDepth = 512;
 
-template <class S> struct Gradients {
-    using C = compute_t<S>;
-    const S* y;  // in
-    S* x;
-    S* keys;
-    S* values;
-    C* gates;
-};
-
 // to[e] = from[e]^T for the experts in use: [rows, columns] becomes [columns, rows], a block at a time.
 template <class S>
 void transpose(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {

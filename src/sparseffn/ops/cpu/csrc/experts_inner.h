@@ -8,13 +8,6 @@
 
 namespace sparseffn {
 
-// The survivors of the inner top-K: of a token's K G coefficients only the `count` largest take part.
-template <class S> struct Inner {
-    int64_t count;
-    int32_t* positions;  // [tokens, count]: slot * size + unit, ascending; -1 for one that dropout removed
-    S* kept;             // [tokens, count], what the activation keeps of each
-};
-
 // Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
 template <class S>
 void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int64_t* place, const S* hidden,
