@@ -71,8 +71,8 @@ def measured_flops(layer: nn.Module, x: Tensor, *, backward: bool = False) -> in
     return counter.get_total_flops()
 
 
-def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps in a call, without parameters and without x."""
+def kept_tensors(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """A tensor of each distinct storage that autograd keeps in a call, without parameters and without x."""
     x = x.detach().requires_grad_()
     known = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
     # The tensors are kept alive so that no address is used twice.
@@ -87,7 +87,12 @@ def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
     del y
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return list(kept.values())
+
+
+def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps in a call, without parameters and without x."""
+    return sum(t.untyped_storage().nbytes() for t in kept_tensors(layer, x))
 
 
 def _product_flops(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:

@@ -1,10 +1,14 @@
-"""The parser that every command uses: short errors that offer the nearest names, help that tells what defaults there are."""
+"""What the parsers of all commands share: short errors that offer the nearest names, help that tells what defaults there are.
+
+Nothing here needs PyTorch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from sparseffn.errors import nearest_names, unknown_name
@@ -72,3 +76,30 @@ def _options(words: Sequence[str], *, until_command: bool) -> Iterable[str]:
             return
         if word.startswith("--"):
             yield word.partition("=")[0]
+
+
+def add_command(commands: Any, name: str, summary: str, text: str, function: str) -> Parser:
+    """A command that runs `module:function` of this package."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}")
+    parser.set_defaults(run=_lazy(function))
+    return parser
+
+
+def _lazy(function: str) -> Callable[[argparse.Namespace], int]:
+    """The command's function, imported when it runs."""
+    module, name = function.split(":")
+
+    def run(options: argparse.Namespace) -> int:
+        return getattr(importlib.import_module(f"sparseffn.cli.{module}"), name)(options)
+
+    return run
+
+
+def add_json(parser: Parser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_machine(parser: Parser) -> None:
+    """`--threads`."""
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")

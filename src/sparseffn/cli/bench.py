@@ -1,86 +1,97 @@
-"""`bench layer` and `bench step`."""
+"""`bench layer`, `memory`, `roofline` and `step`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 
-from sparseffn.bench.layer import time_layers
-from sparseffn.bench.step import attention_ratio
+from sparseffn.bench.expert_counts import N_TOKENS, bench_expert_counts
+from sparseffn.bench.layer import LayerSettings, Shape, bench_layers
+from sparseffn.bench.limit_table import bench_roofline
+from sparseffn.bench.memory import bench_memory
+from sparseffn.bench.step import StepShape, attention_ratio, method_steps, step_result
+from sparseffn.cli.bench_output import check_out, deliver, say
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import print_json, print_rows
 from sparseffn.errors import UserError
 from sparseffn.ffn import list_methods
-from sparseffn.models.presets import get_preset
+from sparseffn.models.presets import Preset, get_preset
+from sparseffn.ops import requested_backend
 from sparseffn.recipes import contenders, parse_methods
-from sparseffn.train.folder import environment
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
 _VOCABULARY = 256
 
+PAPER = ("wt-s", "wt-b", "e8")
+"""The presets whose blocks `--preset paper` times."""
+_PAPER_METHODS = ("sigma-moe", "pkm")
+_PAPER_TOKENS = (1, 8, 64, 1024, 4096)
+_TOKENS = (1024,)
+
 
 def layer_command(options: argparse.Namespace) -> int:
     """Time one layer of each method."""
+    settings = _settings(options)
+    result = bench_layers(_shapes(options), settings, say=say)
+    if options.preset == "paper" and N_TOKENS in settings.tokens:
+        result["expert_counts"] = bench_expert_counts(settings, say=say)
+    return deliver(result, options)
+
+
+def _settings(options: argparse.Namespace) -> LayerSettings:
+    """What the command line says of tokens, backends and dtype."""
     set_threads(options)
-    if min(options.tokens) < 1 or options.rounds < 1:
-        raise UserError(f"`--tokens` and `--rounds` must be at least 1; got {options.tokens}, {options.rounds}")
-    preset = get_preset(options.preset)
-    choices = parse_methods(["dense"] if options.methods is None else options.methods)
-    if options.methods is None:
-        choices = parse_methods(list_methods())
-    field = contenders(choices, preset, _VOCABULARY)
-    dense = contenders(parse_methods(["dense"]), preset, _VOCABULARY)[0]
-    configs = {"(dense)": dense.config} | {c.label: c.config for c in field}
-    rows = []
-    for n_tokens in options.tokens:
-        times = time_layers(configs, n_tokens=n_tokens, rounds=options.rounds)
-        base = times.pop("(dense)")
-        for label, t in times.items():
-            rows.append(
-                {
-                    "method": label,
-                    "tokens": n_tokens,
-                    "forward_ms": 1e3 * t.forward_s,
-                    "training_ms": 1e3 * t.training_s,
-                    "forward_vs_dense": t.forward_s / base.forward_s,
-                    "training_vs_dense": t.training_s / base.training_s,
-                }
-            )
-    if options.json:
-        print_json({"environment": environment(), "preset": preset.name, "rows": rows})
-        return 0
-    print_rows(
-        ("method", "tokens", "forward ms", "forward + backward ms", "forward / dense", "forward + backward / dense"),
-        [
-            (
-                r["method"],
-                str(r["tokens"]),
-                f"{r['forward_ms']:.2f}",
-                f"{r['training_ms']:.2f}",
-                f"{r['forward_vs_dense']:.2f}",
-                f"{r['training_vs_dense']:.2f}",
-            )
-            for r in rows
-        ],
-        title=f"One layer, preset {preset.name}, float32, medians of {options.rounds} interleaved calls",
+    check_out(options.out)
+    return LayerSettings(
+        tokens=tuple(options.tokens or (_PAPER_TOKENS if options.preset == "paper" else _TOKENS)),
+        rounds=options.rounds,
+        backends=tuple(options.backends or (requested_backend(),)),
+        dtype=options.dtype,
+        device=options.device,
+        peers=not options.no_peers,
     )
-    return 0
+
+
+def _shapes(options: argparse.Namespace) -> list[Shape]:
+    """The blocks of a preset, or of the paper's three."""
+    is_paper = options.preset == "paper"
+    words = options.methods or (_PAPER_METHODS if is_paper else list_methods())
+    return [shape_of(get_preset(name), words) for name in (PAPER if is_paper else (options.preset,))]
+
+
+def shape_of(preset: Preset, words: Sequence[str]) -> Shape:
+    """The blocks of a preset at equal parameters, without dropout, which would slow one method and not another."""
+    bare = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, dropout=0.0, expert_dropout=0.0))
+    field = contenders(parse_methods(words), bare, _VOCABULARY)
+    dense = contenders(parse_methods(["dense"]), bare, _VOCABULARY)[0]
+    return Shape(name=preset.name, dense=dense.config, methods={c.label: c.config for c in field})
+
+
+def memory_command(options: argparse.Namespace) -> int:
+    """Bytes that one layer of each method keeps for backward."""
+    return deliver(bench_memory(_shapes(options), _settings(options)), options)
+
+
+def roofline_command(options: argparse.Namespace) -> int:
+    """The machine's speeds, and the limits that follow."""
+    return deliver(bench_roofline(_shapes(options), _settings(options), say=say), options)
 
 
 def step_command(options: argparse.Namespace) -> int:
-    """Time a training step with relative and with plain attention."""
+    """Time a training step with relative and with plain attention, and one of each method against the dense block."""
     set_threads(options)
+    check_out(options.out)
+    if options.rounds < 1:
+        raise UserError(f"`--rounds` must be at least 1; got {options.rounds}; fix: --rounds 5")
     preset = get_preset(options.preset)
+    shape = StepShape(batch=options.batch, context=preset.context, memory=preset.memory)
     contender = contenders(parse_methods(options.method), preset, options.vocab_size)[0]
-    found = attention_ratio(
-        contender.model, batch=options.batch, context=preset.context, memory=preset.memory, rounds=options.rounds
-    )
-    if options.json:
-        print_json({"environment": environment(), **found})
-        return 0
-    shape = f"{options.batch} x {preset.context} tokens, memory {preset.memory}, float32"
-    print_rows(
-        ("attention", "step s", "against plain"),
-        [(name, f"{s:.3f}", f"{s / found['seconds']['plain']:.3f}") for name, s in found["seconds"].items()],
-        title=f"Training step, {contender.label} {contender.model.num_params():,} parameters, {shape}",
-    )
-    return 0
+    say(f"timing {contender.label} with relative and with plain attention")
+    attention = attention_ratio(contender.model, shape, rounds=options.rounds)
+    labels = ["dense", *(word for word in options.methods if word != "dense")]
+    say(f"timing {', '.join(labels)}")
+    models = {c.label: c.model for c in contenders(parse_methods(labels), preset, options.vocab_size)}
+    methods = method_steps(models, shape, rounds=options.rounds)
+    settings = {"preset": preset.name, "method": contender.label, "vocab_size": options.vocab_size, "rounds": options.rounds}
+    settings["params"] = contender.model.num_params()
+    return deliver(step_result(shape, settings, attention=attention, methods=methods), options)

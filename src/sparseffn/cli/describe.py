@@ -30,6 +30,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "data": ("sentencepiece",),
     "track": ("tensorboard",),
+    "hf": ("transformers",),
 }
 
 

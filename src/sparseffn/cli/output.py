@@ -28,18 +28,18 @@ def print_json(data: object) -> None:
     print(json.dumps(data, indent=1))
 
 
-def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """A plain table; all columns but the first are right-aligned."""
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, n_words: int = 1) -> None:
+    """A plain table; all columns but the first `n_words` are right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < n_words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console().print(table)
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `8m`, `2h` or a plain number of seconds.
+def parse_duration(text: str, name: str = "budget") -> float:
+    """Seconds of `90s`, `8m`, `2h` or a plain number of seconds; `name` is the option's.
 
     Raises:
         UserError: the text is none of these, or not positive.
@@ -51,7 +51,7 @@ def parse_duration(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UserError(f"`budget` must be a time such as 90s, 8m or 2h; got {text!r}; fix: --budget 8m")
+        raise UserError(f"`{name}` must be a time such as 90s, 8m or 2h; got {text!r}; fix: --{name} 8m")
     return seconds
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from collections.abc import Callable
 from typing import Any
 
-from sparseffn.cli.arguments import Parser
+from sparseffn.cli.arguments import Parser, add_command, add_json, add_machine
+from sparseffn.cli.bench_parser import add_bench
 
 DESCRIPTION = """\
 Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
@@ -21,38 +19,9 @@ def build_parser() -> Parser:
     """The parser of `sparseffn`."""
     parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_methods, _match, _compare, _train, _eval, _generate, _bench, _data, _doctor):
+    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, _data, _doctor):
         add(commands)
     return parser
-
-
-def _add(commands: Any, name: str, summary: str, text: str, function: str) -> Parser:
-    parser = _group(commands, name, summary, text)
-    parser.set_defaults(run=_lazy(function))
-    return parser
-
-
-def _group(commands: Any, name: str, summary: str, text: str) -> Parser:
-    """A command without a function of its own: its sub-commands have them."""
-    return commands.add_parser(name, help=summary, description=f"{summary}\n\n{text}")
-
-
-def _lazy(function: str) -> Callable[[argparse.Namespace], int]:
-    """The command's function, imported when it runs."""
-    module, name = function.split(":")
-
-    def run(options: argparse.Namespace) -> int:
-        return getattr(importlib.import_module(f"sparseffn.cli.{module}"), name)(options)
-
-    return run
-
-
-def _json(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _machine(parser: Parser) -> None:
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 
 def _corpus(parser: Parser) -> None:
@@ -76,7 +45,7 @@ def _settings(parser: Parser) -> None:
 
 
 def _methods(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "methods",
         "List the methods, or the options of one.",
@@ -85,11 +54,11 @@ def _methods(commands: Any) -> None:
     )
     parser.add_argument("method", nargs="?", help="show this method's options")
     parser.add_argument("--markdown", action="store_true", help="the table of the README")
-    _json(parser)
+    add_json(parser)
 
 
 def _match(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "match",
         "Size a method so that it has another one's parameters.",
@@ -106,11 +75,11 @@ def _match(commands: Any) -> None:
     parser.add_argument("--d-ff", type=int, help="key-value pairs of the dense block")
     parser.add_argument("--preset", help="take sizes from a preset and match the whole model")
     parser.add_argument("--vocab-size", type=int, default=8000, help="vocabulary of the preset's model")
-    _json(parser)
+    add_json(parser)
 
 
 def _compare(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "compare",
         "Train parameter-equal models that differ in their feedforward block; one table and one page.",
@@ -133,12 +102,12 @@ def _compare(commands: Any) -> None:
     length.add_argument("--budget", help="time for everything: 90s, 8m, 2h; sets the steps once, equal for all methods")
     length.add_argument("--steps", type=int, help="training steps, equal for all methods (default: the preset's)")
     parser.add_argument("--out", required=True, help="folder of the comparison")
-    _machine(parser)
-    _json(parser)
+    add_machine(parser)
+    add_json(parser)
 
 
 def _train(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "train",
         "Train one language model.",
@@ -161,12 +130,12 @@ def _train(commands: Any) -> None:
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (default: 10 of them)")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events; needs sparseffn[track]")
     parser.add_argument("--out", required=True, help="run folder")
-    _machine(parser)
-    _json(parser)
+    add_machine(parser)
+    add_json(parser)
 
 
 def _eval(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "eval",
         "Evaluate a run's model: every token of a split is predicted once.",
@@ -179,12 +148,12 @@ def _eval(commands: Any) -> None:
     parser.add_argument("--eval-batch", type=int, help="streams the split is cut into; 1 is exact (default: the run's)")
     parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
     parser.add_argument("--cache-dir", help="where token files are kept")
-    _machine(parser)
-    _json(parser)
+    add_machine(parser)
+    add_json(parser)
 
 
 def _generate(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "generate",
         "Print text that a run's model writes.",
@@ -199,49 +168,11 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--top-k", type=int, help="sample among the K most likely tokens")
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's in evaluation)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    _machine(parser)
-
-
-def _bench(commands: Any) -> None:
-    parser = _group(
-        commands,
-        "bench",
-        "Measure speed, interleaved in one run.",
-        "Examples:\n  sparseffn bench layer --preset tiny --tokens 64 1024\n  sparseffn bench step --preset wt-s --batch 4",
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    layer = _add(
-        kinds,
-        "layer",
-        "Time of one layer of each method against the dense block, at equal parameters.",
-        "A layer that disagrees with its reference is not timed.\n\n"
-        "Example:\n  sparseffn bench layer --preset tiny --tokens 64 1024",
-        "bench:layer_command",
-    )
-    layer.add_argument("--methods", nargs="+", metavar="NAME", help="methods and options (default: all methods)")
-    layer.add_argument("--preset", default="tiny", help="sizes")
-    layer.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens of a call")
-    layer.add_argument("--rounds", type=int, default=7, help="timed calls")
-    _machine(layer)
-    _json(layer)
-    step = _add(
-        kinds,
-        "step",
-        "Time of a training step with relative attention against plain attention over the same keys.",
-        "Example:\n  sparseffn bench step --preset wt-s --batch 4",
-        "bench:step_command",
-    )
-    step.add_argument("--method", nargs="+", default=["dense"], metavar="NAME", help="feedforward block")
-    step.add_argument("--preset", default="wt-s", help="sizes")
-    step.add_argument("--batch", type=int, default=4, help="streams")
-    step.add_argument("--vocab-size", type=int, default=8000, help="vocabulary")
-    step.add_argument("--rounds", type=int, default=5, help="timed steps of each")
-    _machine(step)
-    _json(step)
+    add_machine(parser)
 
 
 def _data(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "data",
         "List the corpora, or prepare one and say what is in it.",
@@ -250,15 +181,15 @@ def _data(commands: Any) -> None:
     )
     _corpus(parser)
     parser.set_defaults(corpus=None)
-    _json(parser)
+    add_json(parser)
 
 
 def _doctor(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "doctor",
         "Say what this installation can do: versions, threads, backends and why, extras.",
         "Paste it into a report of a problem.\n\nExamples:\n  sparseffn doctor\n  sparseffn doctor --json > doctor.json",
         "describe:doctor",
     )
-    _json(parser)
+    add_json(parser)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparseffn.analysis import UsageCounter
-from sparseffn.bench.layer import time_layers
+from sparseffn.bench.race import time_layers
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate

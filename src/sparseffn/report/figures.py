@@ -29,12 +29,14 @@ class Plot:
         title: what is shown, in a few words.
         caption: what is drawn and what to read from it.
         svg: the drawing.
+        png: the same as pixels, where it is also to be a file.
     """
 
     name: str
     title: str
     caption: str
     svg: str
+    png: bytes = b""
 
 
 def curve_plots(result: Result) -> list[Plot]:

@@ -14,6 +14,7 @@ from sparseffn.errors import UserError
 from sparseffn.report import figures, formats
 from sparseffn.report.figures import Plot
 from sparseffn.report.result import Method, Result
+from sparseffn.report.sheet import Sheet
 from sparseffn.report.table import build_table
 
 
@@ -26,15 +27,6 @@ class Section:
     lead: str | None = None
     plots: list[Plot]
     absent: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sheet:
-    """A plain table: its head, its rows, and how many leading columns hold words instead of numbers."""
-
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    n_words: int
 
 
 def write_page(result: Result, path: str | Path) -> None:

@@ -1,0 +1,98 @@
+"""What a measurement depends on beside the code: cache, memory, threads, libraries, date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseffn.errors import UserError
+from sparseffn.train.folder import environment
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Where the system does not tell: as much as the largest cache of most desktop and server chips that a thread sees.
+FALLBACK_CACHE_BYTES = 32 * 2**20
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
+
+
+def last_level_cache_bytes(device: torch.device | None = None, folder: Path = CACHES) -> tuple[int, str]:
+    """Bytes of the largest cache before memory, and where the number comes from.
+
+    Args:
+        device: the CPU unless another is given.
+        folder: where Linux describes the caches of a core.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size, "the device's L2 cache"
+    sizes = []
+    for path in sorted(folder.glob("index*/size")):
+        found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        if found:
+            sizes.append(int(found[1]) * _UNITS[found[2]])
+    if sizes:
+        return max(sizes), str(folder)
+    return FALLBACK_CACHE_BYTES, "assumed, as the system does not say"
+
+
+def memory_bytes(device: torch.device | None = None) -> int:
+    """Memory of the machine, or of the device."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def blas() -> str:
+    """The library of the matrix products, as PyTorch was configured."""
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    name = found[1] if found else "unknown"
+    return f"{name}, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
+
+
+def measured_on(device: torch.device) -> dict[str, Any]:
+    """Machine, threads, libraries, caches and date of a measurement."""
+    cache, source = last_level_cache_bytes(device)
+    facts = {
+        **environment(),
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "blas": blas(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "last_level_cache_bytes": cache,
+        "last_level_cache_source": source,
+        "memory_bytes": memory_bytes(device),
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: this machine has none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("`--device` must be one that this machine has; got 'cuda', but no GPU is visible; fix: --device cpu")
+    return torch.device(name)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock that waits until the device has done what it was told to."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock

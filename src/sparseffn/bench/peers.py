@@ -1,0 +1,146 @@
+"""Other libraries' mixtures of experts over sigma-MoE's own parameters: x in, y out, the very same function.
+
+Hugging Face's experts have three implementations: `eager`, the loop that its models carry, and `batched_mm` and `grouped_mm`
+of `transformers.integrations.moe`. Its layout with `is_transposed=True, has_gate=False` is ours, so no weight is copied.
+scattermoe (arXiv 2403.08245) runs on CUDA only. The router is written with `torch.topk`, the least that a peer's user needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseffn.bench.candidates import Candidate, Setting
+from sparseffn.ffn import FeedForward
+from sparseffn.ffn.sigma_moe import SigmaMoE, SigmaMoEConfig
+
+HF_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+HF_LABEL = "hf {}"
+
+# `batched_mm` copies the matrices of every token's experts; beyond this it is tens of times slower than the others
+# (measured at 268 MB: 239 ms against 10 ms, 2 CPU cores, 2026-11), and the copies soon exceed the memory.
+MOST_GATHERED_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A candidate that is not timed, and why."""
+
+    label: str
+    reason: str
+
+
+@final
+class PeerMixture(nn.Module):
+    """Sigmoid router in plain PyTorch, then a peer's experts: `y = sum over the K best of s[e] W2^e relu(W1^e x)`."""
+
+    def __init__(self, layer: FeedForward, experts: Callable[[SigmaMoE], nn.Module]) -> None:
+        super().__init__()
+        assert isinstance(layer, SigmaMoE), "peers compute sigma-MoE"
+        self.k = layer.config.k
+        self.selector = layer.router.selector
+        self.experts = experts(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Route and run the experts."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits, indices = torch.topk(F.linear(x.to(wide), self.selector.to(wide)), self.k)
+        return self.experts(x, indices, logits.sigmoid())
+
+
+def sigma_peers(config: SigmaMoEConfig, setting: Setting) -> tuple[list[Candidate], list[LeftOut]]:
+    """The peers that can compute this layer here, and those that cannot, each with the reason."""
+    found: list[Candidate] = []
+    absent: list[LeftOut] = []
+    if config.activation != "relu" or config.inner_k is not None:
+        return [], [LeftOut(label="peers", reason="they are set up for ReLU experts without inner_k")]
+    reasons = {implementation: _hf_reason(implementation, config, setting) for implementation in HF_IMPLEMENTATIONS}
+    for implementation, reason in reasons.items():
+        label = HF_LABEL.format(implementation)
+        if reason is None:
+            found.append(Candidate(label=label, config=config, wrap=_hf_wrap(implementation)))
+        else:
+            absent.append(LeftOut(label=label, reason=reason))
+    if setting.device.type == "cuda":
+        if _installed("scattermoe"):
+            found.append(Candidate(label="scattermoe", config=config, wrap=_scattermoe_wrap))
+        else:
+            absent.append(LeftOut(label="scattermoe", reason="scattermoe is not installed"))
+    return found, absent
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _hf_reason(implementation: str, config: SigmaMoEConfig, setting: Setting) -> str | None:
+    """Why an implementation is left out, or None."""
+    if not _installed("transformers"):
+        return "transformers is not installed; pip install 'sparseffn[hf]'"
+    gathered = 2 * setting.n_tokens * config.active_channels * config.d_model * setting.dtype.itemsize
+    if implementation == "batched_mm" and gathered > MOST_GATHERED_BYTES:
+        return f"at {setting.n_tokens} tokens it would copy {gathered / 2**30:.1f} GiB of expert matrices a call"
+    return None
+
+
+def _hf_wrap(implementation: str) -> Callable[[FeedForward], nn.Module]:
+    def wrap(layer: FeedForward) -> nn.Module:
+        settings = SimpleNamespace(_experts_implementation=implementation)
+        return PeerMixture(layer, lambda mixture: _hf_experts_class()(settings, mixture))
+
+    return wrap
+
+
+@cache
+def _hf_experts_class() -> Callable[[Any, SigmaMoE], nn.Module]:
+    """The experts module as a model of transformers would write it; importing takes seconds, hence only when it is used."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    class Experts(nn.Module):
+        def __init__(self, config: Any, mixture: SigmaMoE) -> None:
+            super().__init__()
+            self.num_experts = mixture.config.n_experts
+            self.up_proj = mixture.experts.keys
+            self.down_proj = mixture.experts.values
+            self.act_fn = nn.ReLU()
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            """The loop of transformers' own models (nemotron_h), in the transposed layout."""
+            final = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+            with torch.no_grad():
+                mask = F.one_hot(top_k_index, num_classes=self.num_experts).permute(2, 1, 0)
+                hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().squeeze(-1)
+            for expert in hit.tolist():
+                position, token = torch.where(mask[expert])
+                hidden = self.act_fn(hidden_states[token] @ self.up_proj[expert]) @ self.down_proj[expert]
+                hidden = hidden * top_k_weights[token, position, None]
+                final.index_add_(0, token, hidden.to(final.dtype))
+            return final.to(hidden_states.dtype)
+
+    return use_experts_implementation(Experts, is_transposed=True, has_gate=False)
+
+
+def _scattermoe_wrap(layer: FeedForward) -> nn.Module:
+    return PeerMixture(layer, _scattermoe_experts)
+
+
+def _scattermoe_experts(mixture: SigmaMoE) -> nn.Module:
+    """scattermoe's MLP; its matrices are `[E, out, in]` parameters, so that ours are seen through a transposition."""
+    from scattermoe.mlp import MLP  # pyright: ignore[reportMissingImports]
+
+    c = mixture.config
+    experts = MLP(c.d_model, c.expert_size, c.n_experts, c.k, activation=nn.ReLU())
+    for name, weight in (("experts", mixture.experts.keys), ("output_experts", mixture.experts.values)):
+        product = getattr(experts, name)
+        del product.weight
+        # A plain view: its gradient reaches the parameter itself.
+        product.weight = weight.transpose(1, 2)
+    return experts

@@ -1,0 +1,91 @@
+"""The page of a benchmark: one HTML file with its tables, drawings and machine, that loads nothing; and figures as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sparseffn.errors import UserError
+from sparseffn.report import formats
+from sparseffn.report.bench_plots import plots, standalone_svg
+from sparseffn.report.bench_tables import machine_line, reading, sheets
+from sparseffn.report.result import FORMAT, Result
+
+TITLES = {
+    "layer": "Time of one layer",
+    "step": "Time of a training step",
+    "memory": "Bytes kept for backward",
+    "roofline": "What this machine allows",
+    "figures": "Time and memory over sizes",
+}
+
+
+def read_bench(path: str | Path) -> dict[str, object]:
+    """Read a result of `sparseffn bench`.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or is not of a kind and format known here.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: measure first, without --redraw") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: measure again") from error
+    if not isinstance(result, dict) or result.get("format") != FORMAT or result.get("kind") not in TITLES:
+        raise UserError(f"{str(path)!r} must be a result of `sparseffn bench`, format {FORMAT}; fix: measure again")
+    return result
+
+
+def bench_html(result: Result, *, drawn: bool = True) -> str:
+    """The page as text.
+
+    Args:
+        result: a parsed result.
+        drawn: whether to draw; without matplotlib the page has its tables alone.
+
+    Raises:
+        UserError: something is to be drawn and matplotlib is not installed.
+    """
+    environment = Environment(
+        loader=PackageLoader("sparseffn.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("bench.html.j2").render(
+        title=TITLES[result["kind"]],
+        machine=machine_line(result),
+        reading=reading(result),
+        sheets=sheets(result),
+        plots=plots(result) if drawn else [],
+        environment=result["environment"],
+        settings=result["settings"],
+        formats=formats,
+        kind=result["kind"],
+        markup=Markup,
+    )
+
+
+def write_bench_page(result: Result, path: str | Path, *, drawn: bool = True) -> None:
+    """Write the page; see `bench_html`."""
+    Path(path).write_text(bench_html(result, drawn=drawn), encoding="utf-8", newline="\n")
+
+
+def write_figures(result: Result, folder: Path) -> list[Path]:
+    """Every drawing of a result as SVG and as PNG.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    written = []
+    for plot in plots(result):
+        svg, png = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
+        svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
+        png.write_bytes(plot.png)
+        written += [svg, png]
+    return written

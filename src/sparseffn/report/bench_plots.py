@@ -1,0 +1,181 @@
+"""Drawings of the benchmark's results, made from their JSON alone."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from sparseffn.report.figures import WIDTH, Plot
+from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style
+from sparseffn.report.result import Result
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, svg_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Lines of text below a frame that name what was not measured add this much to a figure's height, in inches.
+_LINE_HEIGHT = 0.16
+# Characters of such a line.
+_LINE_LENGTH = 64
+
+_MEASURES = {
+    "time": ("forward + backward, ms", lambda layer: 1e3 * layer["training"]["median_s"]),
+    "memory": ("saved for backward and output, MiB", lambda layer: layer["memory_bytes"] / 2**20),
+}
+
+
+def plots(result: Result) -> list[Plot]:
+    """The drawings of a result; none for kinds that are tables.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if result["kind"] == "figures":
+        return [plot for number in result["figures"] for plot in figure_plots(result, number)]
+    if result["kind"] == "layer":
+        return [
+            plot
+            for shape, rows in groupby(result["rows"], key=lambda r: r["shape"])
+            for plot in _layer_plots(shape, list(rows))
+        ]
+    return []
+
+
+def figure_plots(result: Result, number: int) -> list[Plot]:
+    """Time and memory of one of the paper's figures; a figure without a point is not drawn."""
+    points = [point for point in result["points"] if point["figure"] == number]
+    return [_figure_plot(result, number, points, measure) for measure in _MEASURES] if points else []
+
+
+def _figure_plot(result: Result, number: int, points: Sequence[dict[str, Any]], measure: str) -> Plot:
+    sweep, settings = result["sweeps"][str(number)], result["settings"]
+    what, value_of = _MEASURES[measure]
+    missing = left_out_lines(result, number)
+    labels = list(points[0]["layers"])
+    x = [float(point["value"]) for point in points]
+    lines = [
+        Line(label=label, x=x, y=[value_of(point["layers"][label]) for point in points], style=_style(index))
+        for index, label in enumerate(labels)
+    ]
+    caption = (
+        f"{what.capitalize()} of one layer over {sweep['variable']}; {sweep['fixed']}; {settings['tokens']:,} tokens, "
+        f"{settings['dtype']}, {result['environment']['threads']} threads."
+    )
+    return _drawn(
+        lines,
+        name=f"figure-{number}-{measure}",
+        title=f"Figure {number} of the paper, {measure}",
+        caption=" ".join([caption, *missing]),
+        axes_names=(sweep["variable"], what),
+        ticks=sweep["values"],
+        below=missing,
+    )
+
+
+def left_out_lines(result: Result, number: int) -> list[str]:
+    """The sentence that names a figure's points that were not measured, broken into lines."""
+    left = sorted((e for e in result["left_out"] if e["figure"] == number), key=lambda e: (e["limit"], e["value"]))
+    if not left:
+        return []
+    groups = []
+    for limit, entries in groupby(left, key=lambda entry: entry["limit"]):
+        values = ", ".join(f"{entry['value']:,}" for entry in entries)
+        groups.append(f"{values} ({limit})")
+    return textwrap.wrap(f"Not measured: {left[0]['variable']} {'; '.join(groups)}.", _LINE_LENGTH)
+
+
+def _layer_plots(shape: str, rows: list[dict[str, Any]]) -> list[Plot]:
+    """Forward, and forward with backward, over tokens; nothing where one size was timed."""
+    tokens = sorted({row["tokens"] for row in rows})
+    if len(tokens) < 2:
+        return []
+    passes = {"forward": "forward", "training": "forward + backward"}
+    return [
+        _drawn(
+            _layer_lines(rows, key),
+            name=f"{shape}-{key}",
+            title=f"{shape}, {what}",
+            caption=f"Median time of one call over the tokens in it. The limit is that of {_limited(rows)}.",
+            axes_names=("tokens", f"{what}, ms"),
+            ticks=tokens,
+            below=[],
+        )
+        for key, what in passes.items()
+    ]
+
+
+def _limited(rows: list[dict[str, Any]]) -> str:
+    """The layer whose limit is drawn: the first that is neither dense nor a peer, else the dense block."""
+    return next((row["label"] for row in rows if not row["peer"] and row["label"] != "dense"), "dense")
+
+
+def _layer_lines(rows: list[dict[str, Any]], key: str) -> list[Line]:
+    lines = []
+    for index, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        own = [row for row in rows if row["label"] == label]
+        x, y = [float(row["tokens"]) for row in own], [1e3 * row[key]["median_s"] for row in own]
+        lines.append(Line(label=label, x=x, y=y, style=_style(index)))
+    limited = [row for row in rows if row["label"] == _limited(rows)]
+    style = {"color": GREY, "linestyle": (0, (1, 2)), "marker": ""}
+    x, y = [float(row["tokens"]) for row in limited], [1e3 * row[key]["limit_s"] for row in limited]
+    return [*lines, Line(label="limit", x=x, y=y, style=style)]
+
+
+def _style(index: int) -> dict[str, Any]:
+    """A method's look with a marker on every point, as there are few."""
+    return {key: value for key, value in method_style(index).items() if key != "markevery"}
+
+
+def _drawn(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    axes_names: tuple[str, str],
+    ticks: Sequence[int],
+    below: Sequence[str],
+) -> Plot:
+    with drawing(WIDTH, HEIGHT + _LINE_HEIGHT * len(below)) as (figure, axes):
+        _draw(axes, lines, axes_names, ticks)
+        if below:
+            figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
+        svg = svg_text(figure, name=name, title=title, description=caption)
+        png = _png(figure)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+
+
+def _draw(axes: Axes, lines: Sequence[Line], names: tuple[str, str], ticks: Sequence[int]) -> None:
+    """Both axes are logarithmic: a power law is a straight line, and what does not grow is flat."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    for line in lines:
+        axes.plot(line.x, line.y, **line.style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    label_ends(axes, lines)
+
+
+def _png(figure: Figure) -> bytes:
+    """The same drawing as pixels, on white, for slides and papers."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def standalone_svg(plot: Plot) -> str:
+    """An SVG file: on white, and with what the page's style sheet says to its drawings."""
+    start = plot.svg.index(">") + 1
+    opening = plot.svg[:start].replace("<svg ", '<svg style="background: #fff; stroke-linejoin: round" ', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{plot.svg[start:]}\n'

@@ -1,0 +1,80 @@
+"""No speed is told of what is not correct."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sparseffn.bench.backends import backend_restored
+from sparseffn.bench.candidates import Candidate, build_layer
+from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_truth, formula
+from sparseffn.errors import UserError
+from sparseffn.ffn import list_methods, method_class
+
+from .conftest import DENSE, SIGMA, setting
+from .wrong_backends import wrong_backends
+
+
+@pytest.fixture
+def wrong() -> Iterator[None]:
+    """The wrong backends, beside the real ones."""
+    with wrong_backends():
+        yield
+
+
+def held(candidate: Candidate, n_tokens: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Check one candidate."""
+    here = setting(n_tokens, dtype)
+    layer = build_layer(candidate.config, here, 0)
+    with backend_restored():
+        return check(candidate, layer, candidate.module(layer), find_truth(candidate.config, here))
+
+
+@pytest.mark.usefixtures("wrong")
+@pytest.mark.parametrize(
+    ("backend", "quantity"), [("last-row", "output"), ("scores", "gradient of")], ids=["forward", "backward"]
+)
+def test_wrong_kernel_is_refused(backend: str, quantity: str) -> None:
+    """By label, backend and the quantity that is off, where one token of 200 is wrong, or one gradient by a per cent."""
+    with pytest.raises(UserError, match=f"sigma-moe must agree.*in the {quantity}.*, 200 tokens.*backend {backend}"):
+        held(Candidate(label="sigma-moe", config=SIGMA, backend=backend), 200)
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("n_tokens", [1, 63], ids=["one", "many"])
+def test_every_method_passes(method: str, n_tokens: int) -> None:
+    """All examples, forward and all gradients."""
+    for config in method_class(method).examples():
+        errors = held(Candidate(label=method, config=config), n_tokens)
+        assert {"output", "gradient of x"} < set(errors)
+
+
+def test_half_precision_passes() -> None:
+    """Within what bfloat16 can do, and not within what float32 must."""
+    assert 1e-4 < held(Candidate(label="sigma-moe", config=SIGMA), 100, torch.bfloat16)["output"] < 4e-2
+
+
+def test_formula_is_the_reference() -> None:
+    """Dense products over all pairs give what the slow reference gives."""
+    for config in (DENSE, SIGMA):
+        layer = build_layer(config, setting(9), 0).double()
+        x = torch.randn(9, 16, dtype=torch.float64)
+        torch.testing.assert_close(formula(layer, x), layer.reference(x))
+
+
+def test_long_batches_are_compared_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the truth would take too long, evenly spaced tokens stand for all."""
+    monkeypatch.setattr("sparseffn.bench.gate._MOST_FLOPS", 12 * 16 * 64 * 5)
+    tokens = compared_tokens(SIGMA.build(), 1001)
+    assert tokens.tolist() == [0, 250, 500, 750, 1000]
+    assert held(Candidate(label="sigma-moe", config=SIGMA), 1001)["gradient of experts.keys"] < 1e-5
+
+
+def test_tokens_have_a_clear_choice() -> None:
+    """No choice of an expert hangs on rounding."""
+    layer = build_layer(SIGMA, setting(500), 0).double()
+    x = clear_tokens(layer, setting(500), seed=0)
+    logits = (x.double() @ layer.router.selector.t()).sort(dim=1, descending=True).values
+    assert x.shape == (500, 16) and bool(((logits[:, 1] - logits[:, 2]) > 1e-4 * (logits[:, 0] - logits[:, -1])).all())

@@ -1,0 +1,120 @@
+"""Timing of layers: cold rotation, rows, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from sparseffn.bench.backends import backend_restored
+from sparseffn.bench.candidates import (
+    Candidate,
+    ForwardTurn,
+    Rotation,
+    TrainingTurn,
+    layers_to_leave_cache,
+)
+from sparseffn.bench.layer import LayerSettings, Shape, bench_layers
+from sparseffn.errors import UserError
+
+from .conftest import DENSE, SIGMA, setting
+
+
+def test_cold_calls_visit_different_layers_with_fresh_tokens() -> None:
+    """Every layer once before any comes again; a warm timing stays with one layer and its tokens."""
+    rotation = Rotation(Candidate(label="sigma-moe", config=SIGMA), setting(4), n_layers=5)
+    seen: list[tuple[int, float]] = []
+    for place, module in enumerate(rotation.modules):
+        module.register_forward_pre_hook(lambda m, args, place=place: seen.append((place, float(args[0][0, 0]))))
+    with backend_restored():
+        for index in range(7):
+            ForwardTurn(rotation).prepare(index)()
+    assert [place for place, _ in seen] == [0, 1, 2, 3, 4, 0, 1]
+    assert len({token for _, token in seen}) == 7
+    weights = {layer.experts.keys.data_ptr() for layer in rotation.layers}
+    assert len(weights) == 5 and not torch.equal(rotation.layers[0].experts.keys, rotation.layers[1].experts.keys)
+    seen.clear()
+    with backend_restored():
+        ForwardTurn(rotation, warm=True).prepare(3)()
+    assert len(seen) == 3 and len(set(seen)) == 1
+
+
+def test_layers_fill_four_times_the_cache() -> None:
+    """2176 parameters of 4 bytes: 8704 bytes a layer, 4 x 20000 bytes to fill."""
+    assert layers_to_leave_cache(SIGMA, 4, 20_000) == 10
+    assert layers_to_leave_cache(SIGMA, 4, 1) == 2
+
+
+def test_gradients_are_freed_between_calls() -> None:
+    """A training turn leaves nothing behind."""
+    rotation = Rotation(Candidate(label="sigma-moe", config=SIGMA), setting(4), n_layers=1)
+    turn = TrainingTurn(rotation)
+    with backend_restored():
+        turn.prepare(0)()
+        assert all(p.grad is not None for p in rotation.layers[0].parameters())
+        turn.finish()
+    assert all(p.grad is None for p in rotation.layers[0].parameters())
+
+
+@pytest.mark.usefixtures("quick")
+def test_result_has_every_figure(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table of figures is checked with, for cold and for other sizes."""
+    monkeypatch.delenv("SPARSEFFN_BACKEND", raising=False)
+    settings = LayerSettings(tokens=(2, 70), rounds=2, backends=("auto", "torch"))
+    result = json.loads(json.dumps(bench_layers([shape], settings)))
+    assert {"format", "kind", "environment", "settings", "roof", "shapes", "rows", "left_out"} == set(result)
+    assert {"torch", "threads", "blas", "last_level_cache_bytes", "date", "cpu"} <= set(result["environment"])
+    labels = {row["label"] for row in result["rows"]}
+    assert {"dense", "sigma-moe [auto]", "sigma-moe [torch]"} <= labels
+    assert {row["backend"] for row in result["rows"] if row["label"] in ("dense", "sigma-moe [torch]")} == {"torch"}
+    for row in result["rows"]:
+        assert row["cache"] == ("cold" if row["tokens"] == 2 else "repeated")
+        assert ("warm" in row) == (row["tokens"] == 2) and row["gate"]["tokens"] == row["tokens"]
+        for key in ("forward", "training"):
+            timing = row[key]
+            assert timing["q1_s"] <= timing["median_s"] <= timing["q3_s"]
+            assert timing["over_limit"] == pytest.approx(timing["median_s"] / timing["limit_s"])
+            assert timing["over_dense_over_share"] == pytest.approx(timing["over_dense"] / row["share"])
+    assert os.environ.get("SPARSEFFN_BACKEND") is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_tiny_layers_are_not_called_cold(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 256 such layers stays in the cache, so that nothing comes from memory."""
+    monkeypatch.setattr("sparseffn.bench.race.last_level_cache_bytes", lambda device: (2**30, "made up"))
+    result = bench_layers([shape], LayerSettings(tokens=(2,), rounds=1, peers=False))
+    assert {row["cache"] for row in result["rows"]} == {"repeated"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_beyond_memory_are_refused(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is built."""
+    monkeypatch.setattr("sparseffn.bench.race.memory_bytes", lambda device: 2**16)
+    with pytest.raises(UserError, match="half of the memory"):
+        bench_layers([shape], LayerSettings(tokens=(2,), rounds=1, peers=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": (0,)}, "at least 1"),
+        ({"tokens": ()}, "at least one"),
+        ({"tokens": (4,), "rounds": 0}, "at least 1"),
+        ({"tokens": (4,), "backends": ("trch",)}, "did you mean 'torch'"),
+        ({"tokens": (4,), "dtype": "float16"}, "`dtype` must be one of"),
+    ],
+    ids=["zero", "none", "rounds", "backend", "dtype"],
+)
+def test_bad_settings_are_refused(changes: dict, message: str, shape: Shape) -> None:
+    """With value and remedy."""
+    with pytest.raises(UserError, match=message):
+        bench_layers([shape], LayerSettings(**changes))
+
+
+def test_peer_module_is_called_not_the_layer() -> None:
+    """A peer's module stands over the layer's parameters."""
+    candidate = Candidate(label="peer", config=DENSE, wrap=lambda layer: nn.Sequential(layer))
+    assert isinstance(Rotation(candidate, setting(1), 1).modules[0], nn.Sequential) and candidate.is_peer

@@ -1,0 +1,78 @@
+"""Limits by numbers worked out by hand, and the machine's facts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseffn.bench.limits import expected_bytes, limit, touched_bytes, weight_bytes
+from sparseffn.bench.machine import FALLBACK_CACHE_BYTES, last_level_cache_bytes
+from sparseffn.bench.roofline import Roof, bandwidth, product_speed
+from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.topk import TopKConfig
+
+from .conftest import DENSE, SIGMA
+
+ROOF = Roof(flops_per_s=1000.0, bytes_per_s=100.0)
+
+
+def test_limit_of_a_mixture() -> None:
+    """2 d E + 4 d K G = 1280 FLOPs a token, three times for training; bytes are read once; gradients stand beside."""
+    forward = limit(SIGMA, ROOF, n_tokens=10, touched_bytes=500.0, itemsize=4, training=False)
+    assert (forward.arithmetic_s, forward.bytes_s, forward.gradient_s) == (12.8, 5.0, 0.0) and forward.seconds == 12.8
+    training = limit(SIGMA, ROOF, n_tokens=10, touched_bytes=5000.0, itemsize=4, training=True)
+    assert training.arithmetic_s == pytest.approx(38.4) and training.seconds == 50.0
+    # 2 x 64 x 16 parameters of experts and 8 x 16 of the selector, 4 bytes each.
+    assert training.gradient_s == pytest.approx((2048 + 128) * 4 / 100)
+
+
+@pytest.mark.parametrize(
+    ("config", "unused", "units", "params"),
+    [
+        (SIGMA, 5, 8, 128 + 3 * 2 * 8 * 16),
+        (DENSE, 30, 66, 2 * 66 * 16 + 66 + 16),
+        (PKMConfig(d_model=16, n_subkeys=4, k=2, n_heads=1), 10, 16, 8 * 8 + 6 * 16),
+        (TopKConfig(d_model=16, d_ff=10, k=2), 7, 10, (2 * 10 * 16 + 10 + 16) - 7 * 16),
+    ],
+    ids=["sigma-moe", "dense", "pkm", "topk"],
+)
+def test_only_touched_weights_are_read(config, unused: int, units: int, params: int) -> None:
+    """Keys and values of idle experts, values that nobody reads; the dense block reads all, zero or not."""
+    assert weight_bytes(config, n_unused=unused, n_units=units, itemsize=4) == 4 * params
+
+
+def test_touched_experts_are_counted_from_the_batch() -> None:
+    """One token of a mixture touches K experts."""
+    layer = SIGMA.build()
+    assert touched_bytes(layer, torch.randn(1, 16)) == 4 * (128 + 2 * 2 * 8 * 16)
+    assert touched_bytes(layer, torch.randn(200, 16)) == 4 * SIGMA.num_params()
+
+
+def test_expected_bytes() -> None:
+    """One token touches K of E; many touch all."""
+    assert expected_bytes(SIGMA, n_tokens=1, itemsize=4) == pytest.approx(4 * (128 + 2 * 2 * 8 * 16))
+    assert expected_bytes(SIGMA, n_tokens=1000, itemsize=4) == pytest.approx(4 * SIGMA.num_params())
+
+
+def test_cache_size_is_read_or_assumed(tmp_path: Path) -> None:
+    """The largest of those the system lists."""
+    for index, size in enumerate(("48K", "1024K", "32M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert last_level_cache_bytes(folder=tmp_path) == (32 * 2**20, str(tmp_path))
+    size, source = last_level_cache_bytes(folder=tmp_path / "nothing")
+    assert size == FALLBACK_CACHE_BYTES and "assumed" in source
+
+
+def test_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are positive; the working set is four times the cache; the better of two measurements counts."""
+    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64, 128)})
+    monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
+    device = torch.device("cpu")
+    assert product_speed(torch.float32, device)["flops_per_s"] > 1e6
+    reading = bandwidth(device)
+    assert reading["bytes"] >= 4 * last_level_cache_bytes()[0] - 4 * 2048 and reading["bytes_per_s"] > 1e6
+    best = ROOF.highest(Roof(flops_per_s=1.0, bytes_per_s=1e6))
+    assert best == Roof(flops_per_s=1000.0, bytes_per_s=1e6)

@@ -1,0 +1,73 @@
+"""A training step and its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from sparseffn.bench.parts import PARTS, whole_with_rest
+from sparseffn.bench.step import Step, StepShape, attention_ratio, method_steps, step_result
+from sparseffn.errors import UserError
+from sparseffn.ffn import FFNConfig
+from sparseffn.models import TransformerXLConfig
+
+from .conftest import DENSE, SIGMA
+
+SHAPE = StepShape(batch=2, context=6, memory=4)
+
+
+def model(ffn: FFNConfig) -> TransformerXLConfig:
+    """Two layers of width 16."""
+    return TransformerXLConfig(vocab_size=20, d_model=16, n_layers=2, n_heads=2, d_head=8, ffn=ffn)
+
+
+class Ticks:
+    """A clock that goes on by one with each look."""
+
+    def __init__(self) -> None:
+        self.ticks: Iterator[int] = iter(range(10_000))
+
+    def __call__(self) -> float:
+        return float(next(self.ticks))
+
+
+@pytest.mark.parametrize("ffn", [DENSE, SIGMA], ids=["dense", "sigma-moe"])
+def test_every_part_is_met_forward_and_backward(ffn: FFNConfig) -> None:
+    """With a clock of looks: two looks for each module's forward and backward, and for each call of the optimiser."""
+    parts = Step(model(ffn), SHAPE).run_in_parts(Ticks())
+    assert {part: parts[part] for part in ("feedforward", "attention", "optimiser")} == {
+        "feedforward": 4.0, "attention": 4.0, "optimiser": 2.0
+    }  # fmt: skip
+    assert parts["output layer"] >= 2.0 and parts["rest"] > 0 and tuple(parts) == (*PARTS, "rest")
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    """The rest is what is left."""
+    assert whole_with_rest({"feedforward": 2.0, "attention": 1.5}, 5.0)["rest"] == 1.5
+
+
+def test_hooks_are_gone_after_a_step_in_parts() -> None:
+    """A step that is timed as a whole runs without them."""
+    step = Step(model(SIGMA), SHAPE)
+    before = step.model.layers[0].ffn.router.selector.detach().clone()
+    step.run_in_parts()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in step.model.modules())
+    assert not before.equal(step.model.layers[0].ffn.router.selector)
+
+
+def test_result_holds_both_comparisons() -> None:
+    """Attentions and methods, as JSON."""
+    attention = attention_ratio(model(DENSE), SHAPE, rounds=1)
+    methods = method_steps({"dense": model(DENSE), "sigma-moe": model(SIGMA)}, SHAPE, rounds=1)
+    result = json.loads(json.dumps(step_result(SHAPE, {"preset": "x"}, attention=attention, methods=methods)))
+    assert result["ratio"] > 0 and result["methods"]["dense"]["over_base"] == 1.0
+    for found in result["methods"].values():
+        assert sum(found["parts"].values()) == pytest.approx(found["parts_whole_s"])
+
+
+def test_bad_shape_is_refused() -> None:
+    """With the remedy."""
+    with pytest.raises(UserError, match="`batch` and `context` must be at least 1"):
+        StepShape(batch=0)
