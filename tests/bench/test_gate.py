@@ -9,7 +9,7 @@ import torch
 
 from sparseffn.bench.backends import backend_restored
 from sparseffn.bench.candidates import Candidate, build_layer
-from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_truth, formula
+from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_truth, formula, near_kink
 from sparseffn.errors import UserError
 from sparseffn.ffn import list_methods, method_class
 
@@ -78,3 +78,16 @@ def test_tokens_have_a_clear_choice() -> None:
     x = clear_tokens(layer, setting(500), seed=0)
     logits = (x.double() @ layer.router.selector.t()).sort(dim=1, descending=True).values
     assert x.shape == (500, 16) and bool(((logits[:, 1] - logits[:, 2]) > 1e-4 * (logits[:, 0] - logits[:, -1])).all())
+
+
+def test_no_gradient_is_sent_through_a_kink() -> None:
+    """A token all of whose scores are 0 is at the kink; of drawn ones hardly any is."""
+    layer = build_layer(DENSE, setting(400), 0).double()
+    x = torch.randn(400, 16, dtype=torch.float64)
+    x[7] = 0
+    near = near_kink(layer, x)
+    assert bool(near[7]) and int(near.sum()) < 8
+    truth = find_truth(DENSE, setting(4000))
+    silent = (truth.grad == 0).all(dim=1)
+    assert 0 < int(silent.sum()) < 40
+    assert torch.equal(silent, near_kink(build_layer(DENSE, setting(4000), 0).double(), truth.x.double()))
