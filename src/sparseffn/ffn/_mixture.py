@@ -166,10 +166,33 @@ class Mixture(FeedForward):
         draw(self.router.selector, key_std, generator)
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
-        """Route, sort once, and run both products over the sorted rows."""
+        """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation."""
+        if mask_T is None and self.evaluates_at_once(x_TD):
+            return self._evaluate(x_TD)
         routing: Routing = self.router(x_TD, mask_T)
         y_TD = self.run_experts(x_TD, routing)
-        return y_TD, Routed(routing.selection(), balance=self._balance(routing, mask_T), dropped=routing.dropped)
+        return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
+
+    def evaluates_at_once(self, x_TD: Tensor) -> bool:
+        """Whether `ops.routed_mlp` computes this call: an eager evaluation of a plain top-K router without gradients."""
+        if self.training or self.router.gate is None or torch.is_autocast_enabled(x_TD.device.type):
+            return False
+        return x_TD.dtype == self.experts.keys.dtype and ops.runs_eagerly(x_TD, self.experts.keys, self.router.selector)
+
+    def _evaluate(self, x_TD: Tensor) -> tuple[Tensor, Routed]:
+        assert self.router.gate is not None, "only called for plain routers"
+        y_TD, indices_TK, gates_TK = ops.routed_mlp(
+            x_TD,
+            self.router.selector,
+            self.experts.keys,
+            self.experts.values,
+            k=self.router.k,
+            gate=self.router.gate,
+            activation=self.config.activation,
+        )
+        selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
+        # Nobody minimises a loss here; who asks for its value pays for the router once more.
+        return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`sum over a token's selections of weight x W2^e act(W1^e x)`."""
@@ -189,17 +212,16 @@ class Mixture(FeedForward):
         u = ACTIVATIONS[self.config.activation](scores)
         return F.dropout(u, self.config.dropout) if self.training and self.config.dropout > 0 else u
 
-    def _balance(self, routing: Routing, mask_T: Tensor | None):
-        weights = {name: weight for name, weight in self.config.balancing().items() if weight > 0}
-        if not weights:
-            return None
+    def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
+        """The balancing losses times their weights, summed."""
         losses = {
             "entropy": lambda: entropy_loss(routing.logits_TE, mask_T),
             "switch": lambda: switch_loss(routing, mask_T),
             "cv": lambda: cv_loss(routing),
             "slot_entropy": lambda: entropy_loss(routing.logits_TE.gather(1, routing.indices_TK), mask_T),
         }
-        return lambda: torch.stack([weight * losses[name]() for name, weight in weights.items()]).sum()
+        terms = [weight * losses[name]() for name, weight in self.config.balancing().items() if weight > 0]
+        return torch.stack(terms).sum() if terms else routing.weights_TK.new_zeros(())
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """`s[e] act(k_i . x)` for the pairs of selected experts, zero elsewhere."""

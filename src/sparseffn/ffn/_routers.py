@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ class Router(nn.Module, ABC):
 
     Logits are float32 (float64 in a float64 layer) whatever the layer's dtype and whether or not autocast is on.
     """
+
+    gate: ClassVar[ops.GateName | None] = None
+    """How evaluation turns the K = `self.k` largest logits into weights, for `ops.routed_mlp`; None: in no such way."""
+    k: int
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
         super().__init__()

@@ -67,6 +67,9 @@ class BASEConfig(MixtureConfig):
 class AssignmentRouter(Router):
     """Sigmoid of the one assigned expert's logit."""
 
+    gate: ClassVar[ops.GateName | None] = "sigmoid"
+    k = 1
+
     def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
         """Balanced assignment in training, the best expert in evaluation."""
         if not self.training:

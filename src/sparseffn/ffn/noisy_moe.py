@@ -83,6 +83,8 @@ class NoisyMoEConfig(TopKMixtureConfig):
 class NoisyRouter(Router):
     """Noise of learned size on the logits in training, and a softmax over the K largest."""
 
+    gate: ClassVar[ops.GateName | None] = "renormalised"
+
     def __init__(self, config: NoisyMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k

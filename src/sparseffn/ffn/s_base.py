@@ -60,6 +60,8 @@ class SBASEConfig(TopKMixtureConfig):
 class SinkhornRouter(Router):
     """Sigmoid scores; in training the selection sees balanced logits."""
 
+    gate: ClassVar[ops.GateName | None] = "sigmoid"
+
     def __init__(self, config: SBASEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k, self.released = config.k, config.sinkhorn == "released"

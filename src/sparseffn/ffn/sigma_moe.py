@@ -87,6 +87,8 @@ class SigmaMoEConfig(TopKMixtureConfig):
 class SigmoidRouter(Router):
     """`s = sigmoid(W3 x)`, the K largest."""
 
+    gate: ClassVar[ops.GateName | None] = "sigmoid"
+
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
@@ -106,6 +108,10 @@ class SigmaMoE(Mixture):
 
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
+
+    def evaluates_at_once(self, x_TD: Tensor) -> bool:
+        """As any mixture, without an inner top-K."""
+        return self.config.inner_k is None and super().evaluates_at_once(x_TD)
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """As any mixture, or with the inner top-K over the K G coefficients of a token."""

@@ -58,6 +58,8 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
 class SoftmaxRouter(Router):
     """`s = softmax(W3 x)` over all experts, the K largest, not renormalised."""
 
+    gate: ClassVar[ops.GateName | None] = "softmax"
+
     def __init__(self, config: TopKMixtureConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k

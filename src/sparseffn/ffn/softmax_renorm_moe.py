@@ -64,6 +64,8 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 class RenormRouter(Router):
     """The K largest logits, and a softmax over them."""
 
+    gate: ClassVar[ops.GateName | None] = "renormalised"
+
     def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, final
 import torch
 from torch import Tensor
 
+from sparseffn import ops
 from sparseffn.ffn._config import BlockShape, FFNConfig
 from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn._options import option
@@ -78,6 +79,8 @@ class SwitchConfig(TopKMixtureConfig):
 @final
 class CapacityRouter(Router):
     """Softmax routing with a limit on how many tokens an expert takes in training."""
+
+    gate: ClassVar[ops.GateName | None] = "softmax"
 
     def __init__(self, config: SwitchConfig, capacity_factor: float) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)

@@ -1,11 +1,12 @@
 """Tensor functions behind the layers; shapes and the list of operations stand in ops/README.md."""
 
 from sparseffn.ops._register import register_builtin_backends
-from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
+from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns
 from sparseffn.ops.expert_mlp import expert_mlp
 from sparseffn.ops.experts import cvmm, expert_down, expert_up
+from sparseffn.ops.routed_mlp import GateName, routed_mlp
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
@@ -14,6 +15,7 @@ from sparseffn.ops.topk import topk
 __all__ = [
     "Backend",
     "ExpertRows",
+    "GateName",
     "Selection",
     "balanced_assignment",
     "cvmm",
@@ -25,7 +27,9 @@ __all__ = [
     "product_key_topk",
     "register_backend",
     "requested_backend",
+    "routed_mlp",
     "router_logits",
+    "runs_eagerly",
     "select_columns",
     "sinkhorn",
     "sort_by_expert",

@@ -11,6 +11,7 @@ from sparseffn.ops import _torch_kernels
 from sparseffn.ops._checks import check_routing
 from sparseffn.ops.activations import ACTIVATIONS, KEEPS_OUTPUT, activation_backward, from_kept
 from sparseffn.ops.backends import Kernel
+from sparseffn.ops.routed_mlp import GateName, gates_of
 
 
 def sorted_routing(indices_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -20,13 +21,15 @@ def sorted_routing(indices_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
-    """`expert_mlp`, with and without inner top-K, and their backward over the products in `kernels`.
+    """`routed_mlp`, `expert_mlp` with and without inner top-K, and their backward over the products in `kernels`.
 
     Args:
-        kernels: the four expert products; `weighted_rows` and `topk` are PyTorch's where they are not among them.
+        kernels: the four expert products; `weighted_rows`, `topk` and `router_logits` are PyTorch's where they are not
+            among them.
     """
     up, up_backward = kernels["expert_up"], kernels["expert_up_backward"]
     down, down_backward = kernels["expert_down"], kernels["expert_down_backward"]
+    router_logits = kernels.get("router_logits", _torch_kernels.router_logits)
     topk, weighted_rows = kernels.get("topk", _torch_kernels.topk), kernels.get("weighted_rows", _torch_kernels.weighted_rows)
 
     def forward(
@@ -120,7 +123,18 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         alive = alive_TU.reshape(n_tokens, k, size)
         return backward(grad, x, keys, values, gates, kept_RG, order, offsets, alive, keep_scale, activation)
 
+    def routed(
+        x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: GateName, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits_TE = router_logits(x.to(wide), selector.to(wide))
+        indices_TK = topk(logits_TE, k, True)
+        gates_TK = gates_of(gate, logits_TE, indices_TK)
+        y, *_ = forward(x, keys, values, gates_TK, indices_TK, None, 1.0, activation, save=False)
+        return y, indices_TK, gates_TK
+
     return {
+        "routed_mlp": routed,
         "expert_mlp": forward,
         "expert_mlp_backward": backward,
         "expert_mlp_inner": forward_inner,

@@ -23,6 +23,7 @@ FORWARD = (
 )
 BACKWARD = ("expert_up_backward", "expert_down_backward", "weighted_rows_backward", "sinkhorn_backward")
 REFERENCES = (
+    "routed_mlp",
     "expert_mlp",
     "expert_up",
     "expert_down",

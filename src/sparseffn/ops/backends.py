@@ -97,13 +97,23 @@ def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
     return chosen.kernels.get(operation) if chosen is not None and chosen.direct else None
 
 
-def runs_eagerly(*tensors: Tensor) -> bool:
-    """Whether a kernel may be called without PyTorch's dispatcher: nothing traces, counts or differentiates."""
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether something watches the operations, so that they must go through PyTorch's dispatcher: a trace, a counter of
+    FLOPs, fake or meta tensors, subclasses of Tensor.
+    """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records an operation on the tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def runs_eagerly(*tensors: Tensor) -> bool:
+    """Whether a kernel may be called as it is: nothing traces, counts or differentiates."""
+    return not is_traced(*tensors) and not needs_gradient(*tensors)
 
 
 def kernel(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel:

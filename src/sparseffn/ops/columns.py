@@ -7,6 +7,9 @@
 import torch
 from torch import Tensor
 
+from sparseffn.ops._differentiable import differentiable
+from sparseffn.ops.backends import is_traced, needs_gradient
+
 
 @torch.library.custom_op("sparseffn::select_columns", mutates_args=())
 def _select_columns(x: Tensor, indices: Tensor) -> Tensor:
@@ -30,6 +33,7 @@ def _differentiate(ctx, grad):
 
 
 _select_columns.register_autograd(_differentiate, setup_context=_save)
+_eager_select_columns = differentiable(lambda x, indices: x.gather(1, indices), _save, _differentiate)
 
 
 def select_columns(x: Tensor, indices: Tensor) -> Tensor:
@@ -42,6 +46,6 @@ def select_columns(x: Tensor, indices: Tensor) -> Tensor:
     Returns:
         `[T, K]`, differentiable in x.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not needs_gradient(x):
         return x.gather(1, indices)
-    return torch.ops.sparseffn.select_columns(x, indices)
+    return torch.ops.sparseffn.select_columns(x, indices) if is_traced(x) else _eager_select_columns(x, indices)

@@ -7,14 +7,28 @@ Shapes: see ops/README.md.
 """
 # Annotations stay real objects here: torch.library reads them to infer the schema.
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops._differentiable import differentiable
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
+from sparseffn.ops.backends import direct_kernel, is_traced, kernel, needs_gradient, runs_eagerly
 from sparseffn.ops.expert_mlp_inner import expert_mlp_inner
+
+
+def _kept_forward(x, keys, values, gates, indices, keep, keep_scale, activation, backend):
+    forward = kernel("expert_mlp", x, backend)
+    return forward(x, keys, values, gates, indices, keep, keep_scale, activation, save=True)
+
+
+def _gradients(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_scale, activation, backend):
+    backward = kernel("expert_mlp_backward", x, backend)
+    return backward(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_scale, activation)
 
 
 @torch.library.custom_op("sparseffn::expert_mlp", mutates_args=())
@@ -29,8 +43,7 @@ def _expert_mlp(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = kernel("expert_mlp", x, backend)
-    return forward(x, keys, values, gates, indices, keep, keep_scale, activation, save=True)
+    return _kept_forward(x, keys, values, gates, indices, keep, keep_scale, activation, backend)
 
 
 @_expert_mlp.register_fake
@@ -59,8 +72,7 @@ def _expert_mlp_backward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = kernel("expert_mlp_backward", x, backend)
-    return backward(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_scale, activation)
+    return _gradients(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_scale, activation, backend)
 
 
 @_expert_mlp_backward.register_fake
@@ -76,12 +88,13 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, *_):
-    backward = torch.ops.sparseffn.expert_mlp_backward
+    backward: Callable[..., Any] = torch.ops.sparseffn.expert_mlp_backward if is_traced(grad) else _gradients
     grads = backward(grad, *ctx.saved_tensors, ctx.keep_scale, ctx.activation, ctx.backend)
     return *grads, None, None, None, None, None
 
 
 _expert_mlp.register_autograd(_differentiate, setup_context=_save)
+_eager_expert_mlp = differentiable(_kept_forward, _save, _differentiate)
 
 
 def expert_mlp(
@@ -131,10 +144,12 @@ def expert_mlp(
         if runs_eagerly(x, keys, values, gates):
             return kernel("expert_mlp_inner", x, backend)(*inputs)[0]
         return expert_mlp_inner(*inputs, backend)[0]
-    if runs_eagerly(x, keys, values, gates):
-        forward = kernel("expert_mlp", x, backend)
-        return forward(x, keys, values, gates, indices, keep, scale, activation, save=False)[0]
-    return torch.ops.sparseffn.expert_mlp(x, keys, values, gates, indices, keep, scale, activation, backend)[0]
+    inputs = (x, keys, values, gates)
+    if is_traced(*inputs):
+        return torch.ops.sparseffn.expert_mlp(*inputs, indices, keep, scale, activation, backend)[0]
+    if needs_gradient(*inputs):
+        return _eager_expert_mlp(*inputs, indices, keep, scale, activation, backend)[0]
+    return kernel("expert_mlp", x, backend)(*inputs, indices, keep, scale, activation, save=False)[0]
 
 
 def _check_options(activation: str, dropout: float, inner_k: int | None, n_units: int) -> None:

@@ -63,6 +63,22 @@ def expert_mlp(
     return torch.stack(y) if y else x * (keys.sum() + values.sum() + gates.sum().to(x.dtype))
 
 
+def routed_mlp(
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_mlp` of the K largest of `selector x` (equation 11), gated by what the variant says (table of section 1.3)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = router_logits(x.to(wide), selector.to(wide))
+    indices = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = logits.gather(1, indices)
+    if gate == "sigmoid":
+        gates = 1 / (1 + torch.exp(-chosen))
+    else:
+        over = logits if gate == "softmax" else chosen
+        gates = torch.exp(chosen) / torch.exp(over).sum(dim=1, keepdim=True)
+    return expert_mlp(x, keys, values, gates, indices, None, 1.0, activation), indices, gates
+
+
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
     """`W3 x` for every token."""
     return (x[:, None, :] * selector[None, :, :]).sum(dim=-1)

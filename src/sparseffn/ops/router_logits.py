@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
+from sparseffn.ops._differentiable import differentiable
+from sparseffn.ops.backends import direct_kernel, is_traced, kernel, needs_gradient
 
 
 @torch.library.custom_op("sparseffn::router_logits", mutates_args=())
@@ -30,6 +31,9 @@ def _differentiate(ctx, grad):
 
 
 _router_logits.register_autograd(_differentiate, setup_context=_save)
+_eager_router_logits = differentiable(
+    lambda x, selector, backend: kernel("router_logits", x, backend)(x, selector), _save, _differentiate
+)
 
 
 def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tensor:
@@ -53,6 +57,8 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
     direct = direct_kernel("router_logits", backend)
     if direct is not None:
         return direct(x, selector)
-    if runs_eagerly(x, selector):
-        return kernel("router_logits", x, backend)(x, selector)
-    return torch.ops.sparseffn.router_logits(x, selector, backend)
+    if is_traced(x, selector):
+        return torch.ops.sparseffn.router_logits(x, selector, backend)
+    if needs_gradient(x, selector):
+        return _eager_router_logits(x, selector, backend)
+    return kernel("router_logits", x, backend)(x, selector)

@@ -2,7 +2,8 @@
 
 Truth is `reference.py` in float64 on the very inputs of the kernel, of unit scale. A kernel passes if
 
-- its largest error is at most twice that of plain PyTorch in the same dtype, plus one rounding of the largest true entry, and
+- its largest error is at most twice that of plain PyTorch in the same dtype, plus two roundings of the largest true entry (a
+  gradient is rounded at least twice on its way, and where few entries are compared plain PyTorch may be lucky), and
 - the root mean square of its error, over that of the truth, is at most `RMS_BOUNDS`.
 
 The second alone would miss a single wrong entry, the first alone an error shared with plain PyTorch.
@@ -58,7 +59,7 @@ def check_against_truth(name: str, got: Tensor, plain: Tensor, truth: Tensor, dt
     assert bool(got.isfinite().all()), f"{name}: {int((~got.isfinite()).sum())} of {got.numel()} entries are not finite"
     eps = torch.finfo(dtype).eps
     error = (got.double() - truth).abs()
-    limit = WORSE_THAN_PLAIN * (plain.double() - truth).abs().max() + eps / 2 * truth.abs().max()
+    limit = WORSE_THAN_PLAIN * (plain.double() - truth).abs().max() + eps * truth.abs().max()
     place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     assert bool(error.max() <= limit), f"{name}: error {error.max():.3g} at {place}, at most {limit:.3g} is allowed"
     # A truth that is zero everywhere leaves the first criterion, which then demands zeros of whoever plain gives them.

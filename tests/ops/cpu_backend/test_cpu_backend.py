@@ -207,6 +207,8 @@ GATES, INDICES = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
         (lambda b: ops.expert_mlp(X.to("meta"), W, W.mT, GATES, INDICES, backend=b), "on one device; got cpu and meta"),
         (lambda b: ops.weighted_rows(X, INDICES + 3, GATES, backend=b), "between 0 and 2, a row of `values` each"),
         (lambda b: ops.router_logits(X, X[:, :2], backend=b), r"must be \[T, D\] and \[E, D\]"),
+        (lambda b: ops.routed_mlp(X, X[:2], W, W.mT, k=3, gate="sigmoid", backend=b), "number of experts 2; got 3"),
+        (lambda b: ops.routed_mlp(X * torch.nan, X[:2], W, W.mT, k=1, gate="sigmoid", backend=b), "`gates` must be finite"),
     ],
     ids=[
         "ranks",
@@ -221,6 +223,8 @@ GATES, INDICES = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
         "devices",
         "rows",
         "widths",
+        "routed-k",
+        "routed-nan",
     ],
 )
 def test_bad_input_is_refused(call: Callable[[str], object], words: str, backend: str) -> None:

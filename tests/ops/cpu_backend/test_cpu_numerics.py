@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseffn import ops
+from sparseffn.ffn import method_class
 from sparseffn.ops.backends import kernel
 from sparseffn.ops.cpu import build
 from sparseffn.ops.spec import check_against_truth
@@ -153,6 +154,36 @@ def test_product_key_topk_is_exact(n_a: int, n_b: int, seed: int, data: st.DataO
     wanted, _ = ops.product_key_topk(a, b, k, backend="reference")
     assert torch.equal(sums, wanted)
     assert torch.equal(b.gather(-1, indices // n_a) + a.gather(-1, indices % n_a), sums)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax", "renormalised"])
+@pytest.mark.parametrize(("n_tokens", "n_experts", "k"), [(0, 4, 2), (1, 7, 3), (9, 5, 5), (200, 40, 20), (150, 3, 1)])
+def test_routed_mlp_is_the_reference(n_tokens: int, n_experts: int, k: int, gate: ops.GateName) -> None:
+    """Selection, gates and output in float64, few tokens and many."""
+    x, selector = torch.randn(n_tokens, 21, dtype=torch.float64), torch.randn(n_experts, 21, dtype=torch.float64)
+    keys, values = torch.randn(n_experts, 21, 6, dtype=torch.float64), torch.randn(n_experts, 6, 21, dtype=torch.float64)
+    results = [
+        ops.routed_mlp(x, selector, keys, values, k=k, gate=gate, activation="gelu", backend=backend)
+        for backend in ("reference", "torch", "cpu")
+    ]
+    for other in results[1:]:
+        assert torch.equal(other[1], results[0][1])
+        torch.testing.assert_close(other[0], results[0][0], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(other[2], results[0][2], atol=1e-12, rtol=1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("method", ["sigma-moe", "softmax-moe", "softmax-renorm-moe", "noisy-moe", "switch", "base", "s-base"])
+def test_evaluation_at_once_is_evaluation_in_steps(method: str, dtype: torch.dtype) -> None:
+    """Without gradients in one operation, with them step by step: the same selection, and the same output to rounding."""
+    for config in method_class(method).examples():
+        layer, x = config.build().to(dtype).eval(), torch.randn(40, config.d_model).to(dtype)
+        y, stats = layer(x, return_stats=True)
+        with torch.no_grad():
+            at_once, other = layer(x, return_stats=True)
+        assert torch.equal(stats.counts, other.counts)
+        torch.testing.assert_close(at_once, y.detach(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(other.balance_loss, stats.balance_loss.detach())
 
 
 @pytest.mark.parametrize(("n_tokens", "width", "n_experts"), [(1, 8, 3), (300, 33, 5), (200, 64, 130)])

@@ -18,6 +18,11 @@ from sparseffn.ops.cpu.build import library
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "silu": 2, "identity": 3}
 
+_GATES = {"sigmoid": 0, "softmax": 1, "renormalised": 2}
+
+# What kernels compute in and gates are.
+_WIDE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+
 # What sort_by_expert returns.
 _BAD_INDEX = 1
 
@@ -34,6 +39,7 @@ _SIGNATURES = {
     "weighted_rows": "ippppp",
     "weighted_rows_backward": "ippppppp",
     "assign": "pnnp",
+    "routed_experts": "ippp",
     "linear": "ipppp",
     "topk": "ippp",
     "product_key_topk": "ippppp",
@@ -201,6 +207,26 @@ def expert_mlp_inner_backward(
     return grads[0], grads[1], grads[2], grads[3]
 
 
+def routed_mlp(
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.routed_mlp`."""
+    inputs = tuple(t.contiguous() for t in (x, selector, keys, values))
+    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
+    y = torch.empty_like(inputs[0])
+    indices = x.new_empty(n_tokens, k, dtype=torch.int64)
+    gates = x.new_empty(n_tokens, k, dtype=_WIDE[x.dtype])
+    problem = _functions()["routed_experts"](
+        _DTYPES[x.dtype],
+        _addresses(*inputs),
+        _sizes(n_tokens, width, n_experts, size, k, _ACTIVATIONS[activation], _GATES[gate]),
+        _addresses(y, indices, gates),
+    )
+    if problem:
+        raise non_finite_gates()
+    return y, indices, gates
+
+
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
     """See `ops.router_logits`; few tokens go to PyTorch, as turning the selector would cost more than the product."""
     if x.shape[0] < _FEW_TOKENS:
@@ -292,6 +318,7 @@ KERNELS: dict[str, Kernel] = {
     "expert_mlp_inner_backward": expert_mlp_inner_backward,
     "weighted_rows": weighted_rows,
     "weighted_rows_backward": weighted_rows_backward,
+    "routed_mlp": routed_mlp,
     "router_logits": router_logits,
     "balanced_assignment": balanced_assignment,
     "topk": topk,

@@ -27,11 +27,7 @@ int sparseffn_sort_by_expert(const int64_t* indices, int64_t rows, int64_t exper
     bool finite = true;
     with_type(dtype, [&](auto* tag) {
         using C = compute_t<std::remove_pointer_t<decltype(tag)>>;
-        const C* g = static_cast<const C*>(gates);
-        // Infinity and NaN times zero are NaN; the sum of the rest is zero.
-        C sum = 0;
-        for (int64_t r = 0; r < rows; ++r) sum += g[r] * C(0);
-        finite = sum == C(0);
+        finite = all_finite(static_cast<const C*>(gates), rows);
     });
     if (!finite) return 2;
     return sort_by_expert(indices, rows, experts, order, offsets) ? 0 : 1;

@@ -11,6 +11,7 @@
 
 #include "experts_types.h"
 #include "product.h"
+#include "widened.h"
 
 namespace sparseffn {
 
@@ -18,28 +19,6 @@ namespace sparseffn {
 constexpr int64_t kChunk = 192;
 // Up to this many rows an expert, on average, threads divide experts instead of tokens: measured crossover, see bench layer.
 constexpr int64_t kFewRows = 12;
-
-// x in the type of computation: itself, or a copy.
-template <class S> class Widened {
-    using C = compute_t<S>;
-
-  public:
-    Widened(const S* x, int64_t n, int threads) : copy_(std::is_same_v<S, C> ? 0 : n) {
-        if constexpr (std::is_same_v<S, C>) {
-            data_ = x;
-        } else {
-            C* to = copy_.data();
-#pragma omp parallel for num_threads(threads) schedule(static)
-            for (int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
-            data_ = to;
-        }
-    }
-    const C* data() const { return data_; }
-
-  private:
-    Buffer<C> copy_;
-    const C* data_;
-};
 
 // What one thread needs for a chunk of rows.
 template <class S> struct Workspace {

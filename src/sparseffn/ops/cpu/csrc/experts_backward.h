@@ -11,30 +11,38 @@ namespace sparseffn {
 // Rows of a weight gradient that are added up before the tile is written.
 constexpr int64_t kDepth = 512;
 
-// to[e] = from[e]^T for the experts in use: [rows, columns] becomes [columns, rows], a block at a time.
+constexpr int64_t kTurn = 16;
+
+// Columns first..first + kTurn of a [rows, columns] matrix as rows of its transpose.
+template <class S> void turn_columns(const S* a, int64_t rows, int64_t columns, int64_t first, S* b) {
+    const int64_t last = std::min(first + kTurn, columns);
+    for (int64_t r = 0; r < rows; r += kTurn) {
+        const int64_t end = std::min(r + kTurn, rows);
+        if (end - r == kTurn && last - first == kTurn) {
+            S block[kTurn][kTurn];
+            for (int64_t i = 0; i < kTurn; ++i)
+                for (int64_t j = 0; j < kTurn; ++j) block[j][i] = a[(r + i) * columns + first + j];
+            for (int64_t j = 0; j < kTurn; ++j) std::memcpy(b + (first + j) * rows + r, block[j], sizeof block[j]);
+        } else {
+            for (int64_t j = first; j < last; ++j)
+                for (int64_t i = r; i < end; ++i) b[j * rows + i] = a[i * columns + j];
+        }
+    }
+}
+
+// b = a^T by one thread.
+template <class S> void turn(const S* a, int64_t rows, int64_t columns, S* b) {
+    for (int64_t first = 0; first < columns; first += kTurn) turn_columns(a, rows, columns, first, b);
+}
+
+// to[e] = from[e]^T for the experts in use, by all threads.
 template <class S>
-void transpose(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {
-    constexpr int64_t kBlock = 16;
+void turn_experts(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t e = 0; e < p.routing.experts; ++e)
-        for (int64_t c = 0; c < (columns + kBlock - 1) / kBlock; ++c) {
-            if (p.routing.offsets[e] == p.routing.offsets[e + 1]) continue;
-            const S* a = from + e * rows * columns;
-            S* b = to + e * rows * columns;
-            const int64_t first = c * kBlock, last = std::min(first + kBlock, columns);
-            for (int64_t r = 0; r < rows; r += kBlock) {
-                const int64_t end = std::min(r + kBlock, rows);
-                if (end - r == kBlock && last - first == kBlock) {
-                    S block[kBlock][kBlock];
-                    for (int64_t i = 0; i < kBlock; ++i)
-                        for (int64_t j = 0; j < kBlock; ++j) block[j][i] = a[(r + i) * columns + first + j];
-                    for (int64_t j = 0; j < kBlock; ++j) std::memcpy(b + (first + j) * rows + r, block[j], sizeof block[j]);
-                } else {
-                    for (int64_t j = first; j < last; ++j)
-                        for (int64_t i = r; i < end; ++i) b[j * rows + i] = a[i * columns + j];
-                }
-            }
-        }
+        for (int64_t c = 0; c < (columns + kTurn - 1) / kTurn; ++c)
+            if (p.routing.offsets[e] < p.routing.offsets[e + 1])
+                turn_columns(from + e * rows * columns, rows, columns, c * kTurn, to + e * rows * columns);
 }
 
 // For a row of hidden units: da (in place) becomes dh, `scaled` gets s * drop * act(h); returns the gate's gradient.
@@ -114,17 +122,152 @@ void outer(const std::vector<const compute_t<S>*>& a, const std::vector<const co
             for (int c = 0; c < width; ++c) to[i * ld + columns.begin + c] = narrow<S>(sums[i * lds + c]);
 }
 
-template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
+// to [height, width] = sum over few rows of a[row] b[row]^T, written nearly from the first element to the last.
+template <class C, class S>
+void outer_of_few(const C* const* a, const C* const* b, int64_t rows, int64_t height, int64_t width, S* to,
+                  Buffer<C>& padded, std::vector<const C*>& padded_rows) {
+    constexpr int64_t kPanel = kVectors * kLanes<C>;
+    const int64_t tail = width / kPanel * kPanel, rest = width - tail;
+    for (int64_t r = 0; r < rows && rest; ++r) {
+        C* row = padded.data() + r * kPanel;
+        std::copy_n(b[r] + tail, rest, row);
+        std::fill(row + rest, row + kPanel, C(0));
+        padded_rows[r] = row;
+    }
+    const auto block = [&](int64_t i, auto r) {
+        constexpr int R = decltype(r)::value;
+        for (int64_t first = 0; first < width; first += kPanel) {
+            const bool last = first == tail;
+            Vec<C> acc[R][kVectors];
+            tile_outer<C, R, kVectors>(a, i, last ? padded_rows.data() : b, last ? 0 : first, rows, acc);
+            const int columns = static_cast<int>(last ? rest : kPanel);
+            for (int q = 0; q < R; ++q) {
+                S* at = to + (i + q) * width + first;
+                if constexpr (std::is_same_v<S, C>) put(at, acc[q], columns);
+                else
+                    for (int c = 0; c < columns; ++c) at[c] = narrow<S>(acc[q][c / kLanes<C>][c % kLanes<C>]);
+            }
+        }
+    };
+    int64_t i = 0;
+    for (; i + kRows <= height; i += kRows) block(i, std::integral_constant<int, kRows>{});
+    with_constant<kRows - 1>(static_cast<int>(height - i), [&](auto r) { block(i, r); });
+}
+
+// Up to this many rows of an expert its weights are read as they lie, in dot products; for more it pays to turn them.
+constexpr int64_t kDotRows = 6;
+
+// Experts in use, in one run for each thread.
+struct Division {
+    std::vector<int64_t> used, unused, first;  // thread t has used[first[t]]..used[first[t + 1]]
+    int64_t most_rows = 0;
+    double imbalance = 0;  // the longest run's work over the mean
+};
+
+inline Division divide(const Routing& routing, int threads) {
+    // Work of an expert is its rows and, once, its weights, which cost as much as a few rows.
+    constexpr int64_t kWeightsAsRows = 8;
+    Division division;
+    std::vector<int64_t> sums{0};
+    for (int64_t e = 0; e < routing.experts; ++e) {
+        const int64_t rows = routing.offsets[e + 1] - routing.offsets[e];
+        (rows ? division.used : division.unused).push_back(e);
+        if (rows) sums.push_back(sums.back() + rows + kWeightsAsRows);
+        division.most_rows = std::max(division.most_rows, rows);
+    }
+    const double mean = static_cast<double>(sums.back()) / threads;
+    for (int t = 0; t <= threads; ++t) {
+        // The edge nearest to an equal share.
+        auto edge = std::lower_bound(sums.begin(), sums.end(), static_cast<int64_t>(mean * t));
+        if (edge != sums.begin() && edge != sums.end() && mean * t - *(edge - 1) < *edge - mean * t) --edge;
+        division.first.push_back(std::min<int64_t>(edge - sums.begin(), static_cast<int64_t>(division.used.size())));
+    }
+    for (int t = 0; t < threads; ++t)
+        division.imbalance = std::max(division.imbalance, (sums[division.first[t + 1]] - sums[division.first[t]]) / mean);
+    return division;
+}
+
+// Each thread goes through some experts, one after the other while their weights are in its cache, and adds to gradients of x
+// of its own, which are summed up at the end.
+template <class S>
+void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Division& division, const compute_t<S>* x,
+                         const compute_t<S>* gy, compute_t<S>* gx) {
     using C = compute_t<S>;
     const Routing& routing = p.routing;
-    const int64_t n = routing.tokens * p.width, line = kVectors * kLanes<C>;
-    const Widened<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
+    const int64_t n = routing.tokens * p.width, matrix = p.width * p.size;
+    const int64_t most = std::max<int64_t>(division.most_rows, 1);
+    Buffer<C> partial(n * (p.threads - 1));
+#pragma omp parallel num_threads(p.threads)
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        C* mine = thread == 0 ? gx : partial.data() + (thread - 1) * n;
+        std::fill(mine, mine + n, C(0));
+        Buffer<C> d(most * p.size), scaled(most * p.size), padded(most * kVectors * kLanes<C>);
+        Buffer<S> turned(most > kDotRows ? matrix : 0), ragged(padded_size<C>(std::max(p.width, p.size)));
+        std::vector<const C*> inputs(most), sent(most), d_rows(most), scaled_rows(most), padded_rows(most);
+        // A team may be smaller than was asked for.
+        const int runs = static_cast<int>(division.first.size()) - 1;
+        const Range own = part_of(runs, thread, threads);
+        for (int64_t u = division.first[own.begin]; u < division.first[own.end]; ++u) {
+            const int64_t e = division.used[u], first = routing.offsets[e], rows = routing.offsets[e + 1] - first;
+            for (int64_t i = 0; i < rows; ++i) {
+                inputs[i] = x + routing.token(first + i) * p.width;
+                sent[i] = gy + routing.token(first + i) * p.width;
+                d_rows[i] = d.data() + i * p.size;
+                scaled_rows[i] = scaled.data() + i * p.size;
+            }
+            const bool by_dots = rows <= kDotRows;
+            if (by_dots) {
+                product_dots<C, S>(sent.data(), rows, p.values + e * matrix, p.width, p.width, p.size,
+                                   [&](int64_t i, int64_t j, C sum) { d[i * p.size + j] = sum; });
+            } else {
+                turn(p.values + e * matrix, p.size, p.width, turned.data());
+                product<C, S>(sent.data(), rows, turned.data(), p.size, p.width, p.size, ragged.data(), Fetch{},
+                              [&](int64_t i, int64_t first, int columns, const auto& acc) {
+                                  put(d.data() + i * p.size + first, acc, columns);
+                              });
+            }
+            for (int64_t i = 0; i < rows; ++i)
+                g.gates[routing.order[first + i]] =
+                    through_activation(p, first + i, d.data() + i * p.size, scaled.data() + i * p.size);
+            if (by_dots) {
+                product_dots<C, S>(d_rows.data(), rows, p.keys + e * matrix, p.size, p.size, p.width,
+                                   [&](int64_t i, int64_t j, C sum) { mine[routing.token(first + i) * p.width + j] += sum; });
+            } else {
+                turn(p.keys + e * matrix, p.width, p.size, turned.data());
+                product<C, S>(d_rows.data(), rows, turned.data(), p.width, p.size, p.width, ragged.data(), Fetch{},
+                              [&](int64_t i, int64_t column, int columns, const auto& acc) {
+                                  add(mine + routing.token(first + i) * p.width + column, acc, columns);
+                              });
+            }
+            outer_of_few(inputs.data(), d_rows.data(), rows, p.width, p.size, g.keys + e * matrix, padded,
+                         padded_rows);
+            outer_of_few(scaled_rows.data(), sent.data(), rows, p.size, p.width, g.values + e * matrix, padded,
+                         padded_rows);
+        }
+        const Range idle = part_of(static_cast<int64_t>(division.unused.size()), thread, threads);
+        for (int64_t u = idle.begin; u < idle.end; ++u) {
+            std::memset(static_cast<void*>(g.keys + division.unused[u] * matrix), 0, matrix * sizeof(S));
+            std::memset(static_cast<void*>(g.values + division.unused[u] * matrix), 0, matrix * sizeof(S));
+        }
+#pragma omp barrier
+        const Range part = part_of(n, thread, threads);
+        for (int other = 1; other < threads; ++other) {
+            const C* add = partial.data() + (other - 1) * n;
+            for (int64_t i = part.begin; i < part.end; ++i) gx[i] += add[i];
+        }
+    }
+}
+
+// Many tokens: weights are turned once for all, each thread adds to the inputs of its own tokens.
+template <class S>
+void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const compute_t<S>* x, const compute_t<S>* gy,
+                        compute_t<S>* gx) {
+    using C = compute_t<S>;
+    const Routing& routing = p.routing;
+    const int64_t line = kVectors * kLanes<C>;
     Buffer<S> turned(routing.experts * p.width * p.size);
     Buffer<C> d(routing.rows() * p.size), scaled(routing.rows() * p.size);
-    Buffer<C> wide_gx(std::is_same_v<S, C> ? 0 : n);
-    C* gx;
-    if constexpr (std::is_same_v<S, C>) gx = g.x;
-    else gx = wide_gx.data();
 
     std::vector<std::pair<int64_t, Range>> chunks;
     for (int64_t e = 0; e < routing.experts; ++e)
@@ -136,12 +279,12 @@ template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
 #pragma omp parallel num_threads(p.threads)
     {
         Workspace<S> ws(p);
-        transpose(p, p.values, p.size, p.width, turned.data());
+        turn_experts(p, p.values, p.size, p.width, turned.data());
 #pragma omp for schedule(dynamic, 1)
         for (size_t c = 0; c < chunks.size(); ++c) {
             const auto [e, rows] = chunks[c];
             const int64_t count = rows.end - rows.begin;
-            for (int64_t i = 0; i < count; ++i) ws.inputs[i] = gy.data() + routing.token(rows.begin + i) * p.width;
+            for (int64_t i = 0; i < count; ++i) ws.inputs[i] = gy + routing.token(rows.begin + i) * p.width;
             C* da = d.data() + rows.begin * p.size;
             product<C, S>(ws.inputs.data(), count, turned.data() + e * p.width * p.size, p.size, p.width, p.size,
                           ws.padded.data(), Fetch{}, [&](int64_t i, int64_t first, int columns, const auto& acc) {
@@ -150,7 +293,7 @@ template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 g.gates[routing.order[r]] = through_activation(p, r, d.data() + r * p.size, scaled.data() + r * p.size);
         }
-        transpose(p, p.keys, p.width, p.size, turned.data());
+        turn_experts(p, p.keys, p.width, p.size, turned.data());
         const Range tokens = part_of(routing.tokens, omp_get_thread_num(), omp_get_num_threads());
         std::fill(gx + tokens.begin * p.width, gx + tokens.end * p.width, C(0));
         for (int64_t e = 0; e < routing.experts; ++e)
@@ -161,8 +304,6 @@ template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
                                   add(gx + routing.token(rows.begin + i) * p.width + first, acc, columns);
                               });
             });
-        if constexpr (!std::is_same_v<S, C>)
-            for (int64_t i = tokens.begin * p.width; i < tokens.end * p.width; ++i) g.x[i] = narrow<S>(gx[i]);
 
         Buffer<C> padded(kDepth * line), sums(std::max(p.width, p.size) * line);
         std::vector<const C*> hidden_rows, token_rows, padded_rows(kDepth);
@@ -178,11 +319,41 @@ template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
             token_rows.clear();
             for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; ++r) {
                 hidden_rows.push_back((of_keys ? d.data() : scaled.data()) + r * p.size);
-                token_rows.push_back((of_keys ? x.data() : gy.data()) + routing.token(r) * p.width);
+                token_rows.push_back((of_keys ? x : gy) + routing.token(r) * p.width);
             }
             if (of_keys) outer<S>(token_rows, hidden_rows, height, columns, width, to, padded, sums, padded_rows);
             else outer<S>(hidden_rows, token_rows, height, columns, width, to, padded, sums, padded_rows);
         }
+    }
+}
+
+// Threads divide experts where that leaves none of them waiting long, and always where there is little to wait for.
+constexpr double kImbalance = 1.25;
+constexpr int64_t kFewTokens = 16;
+
+template <class S> bool divides_experts(const Problem<S>& p, const Division& division) {
+    // An expert's rows must be summed in one go, and the threads' own gradients of x be small beside those of the weights.
+    const int64_t own = p.routing.tokens * p.width * (p.threads - 1), weights = 2 * p.routing.experts * p.width * p.size;
+    if (division.most_rows > kDepth || own > weights) return false;
+    return division.imbalance <= kImbalance || p.routing.tokens <= kFewTokens;
+}
+
+template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
+    using C = compute_t<S>;
+    const int64_t n = p.routing.tokens * p.width;
+    const Widened<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
+    const Division division = divide(p.routing, p.threads);
+    const auto run = [&](C* gx) {
+        if (divides_experts(p, division)) backward_by_experts(p, g, division, x.data(), gy.data(), gx);
+        else backward_by_tokens(p, g, x.data(), gy.data(), gx);
+    };
+    if constexpr (std::is_same_v<S, C>) {
+        run(g.x);
+    } else {
+        Buffer<C> wide(n);
+        run(wide.data());
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+        for (int64_t i = 0; i < n; ++i) g.x[i] = narrow<S>(wide[i]);
     }
 }
 

@@ -5,6 +5,9 @@
 
 #include "vectors.h"
 
+// A tile's accumulators live in registers only where the tile is compiled into its caller.
+#define SPARSEFFN_INLINE __attribute__((always_inline)) inline
+
 namespace sparseffn {
 
 // Lines of B that are fetched ahead, in rows: the hardware does not follow strided lines far enough.
@@ -26,7 +29,7 @@ constexpr int64_t kTerms = 64;
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
 // what comes next.
 template <class C, class S, int R, int N, bool First>
-inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Fetch& next, Vec<C> (&acc)[R][N]) {
+SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Fetch& next, Vec<C> (&acc)[R][N]) {
     const char* ahead = next.at;
     const int64_t step = next.end - next.at >= depth * kLine ? kLine : 0;
     const C* row[R];
@@ -61,7 +64,7 @@ inline void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t dep
 
 // acc[i][j] = sum_r a[r][i] b[r][j] over rows r: the outer products of a gradient of weights.
 template <class C, int R, int N>
-inline void tile_outer(const C* const* a, int64_t at, const C* const* b, int64_t bt, int64_t depth, Vec<C> (&acc)[R][N]) {
+SPARSEFFN_INLINE void tile_outer(const C* const* a, int64_t at, const C* const* b, int64_t bt, int64_t depth, Vec<C> (&acc)[R][N]) {
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < N; ++j) acc[i][j] = Vec<C>{};
     for (int64_t begin = 0; begin < depth; begin += kTerms) {
@@ -149,6 +152,56 @@ inline void product(const C* const* a, int64_t rows, const S* b, int64_t ldb, in
         product_of<C, S, kRows / 2, 2 * kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
     else
         product_of<C, S, kRows, kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
+}
+
+// Sum over the lanes of a register, by halves.
+template <class C> inline C sum_of_lanes(Vec<C> v) {
+    C lanes[kLanes<C>];
+    store(lanes, v);
+    for (int half = kLanes<C> / 2; half > 0; half /= 2)
+        for (int q = 0; q < half; ++q) lanes[q] += lanes[q + half];
+    return lanes[0];
+}
+
+// sums[i][j] = a[i] . B[j]: rows of A and rows of B contiguous along the sum. B is read once where it lies; for many rows it
+// pays to turn it instead.
+template <class C, class S, int R, int N>
+SPARSEFFN_INLINE void tile_dots(const C* const* a, const S* b, int64_t ldb, int64_t depth, C (&sums)[R][N]) {
+    Vec<C> acc[R][N] = {};
+    int64_t k = 0;
+    for (; k + kLanes<C> <= depth; k += kLanes<C>) {
+        Vec<C> line[N];
+        for (int j = 0; j < N; ++j) line[j] = load(b + j * ldb + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const Vec<C> x = load(a[i] + k);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) acc[i][j] += x * line[j];
+        }
+    }
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < N; ++j) {
+            sums[i][j] = sum_of_lanes<C>(acc[i][j]);
+            for (int64_t t = k; t < depth; ++t) sums[i][j] += a[i][t] * widen(b[j * ldb + t]);
+        }
+}
+
+// Calls out(i, j, sum) for every row i of A and row j of B.
+template <class C, class S, class Out>
+inline void product_dots(const C* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
+    constexpr int kSide = 4;
+    for (int64_t j = 0; j < columns; j += kSide)
+        with_constant<kSide>(static_cast<int>(columns - j < kSide ? columns - j : kSide), [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            for (int64_t i = 0; i < rows; i += kSide)
+                with_constant<kSide>(static_cast<int>(rows - i < kSide ? rows - i : kSide), [&](auto r) {
+                    constexpr int R = decltype(r)::value;
+                    C sums[R][N];
+                    tile_dots<C, S, R, N>(a + i, b + j * ldb, ldb, depth, sums);
+                    for (int q = 0; q < R; ++q)
+                        for (int c = 0; c < N; ++c) out(i + q, j + c, sums[q][c]);
+                });
+        });
 }
 
 template <class C, int N> inline void put(C* to, const Vec<C> (&values)[N], int columns) {
