@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sparseffn.ops import backends
-from sparseffn.ops.backends import Backend, Kernel, list_backends, register_backend
+from sparseffn.ops.backends import Backend, Kernel, list_backends, register_backend, unregister_backend
 
 
 def without_last_row(kernel: Kernel) -> Kernel:
@@ -38,4 +37,4 @@ def wrong_backends() -> Iterator[None]:
         yield
     finally:
         for name in changes:
-            del backends._BACKENDS[name]
+            unregister_backend(name)

@@ -175,24 +175,26 @@ class Mixture(FeedForward):
 
     def evaluates_at_once(self, x_TD: Tensor) -> bool:
         """Whether `ops.routed_mlp` computes this call: an eager evaluation of a plain top-K router without gradients."""
-        if self.training or self.router.gate is None or torch.is_autocast_enabled(x_TD.device.type):
+        if self.training or torch.is_autocast_enabled(x_TD.device.type):
             return False
-        return x_TD.dtype == self.experts.keys.dtype and ops.runs_eagerly(x_TD, self.experts.keys, self.router.selector)
+        router, keys = self.router, self.experts.keys
+        return router.gate is not None and x_TD.dtype == keys.dtype and ops.runs_eagerly(x_TD, keys, router.selector)
 
     def _evaluate(self, x_TD: Tensor) -> tuple[Tensor, Routed]:
-        assert self.router.gate is not None, "only called for plain routers"
+        router, experts = self.router, self.experts
+        assert router.gate is not None, "only called for plain routers"
         y_TD, indices_TK, gates_TK = ops.routed_mlp(
             x_TD,
-            self.router.selector,
-            self.experts.keys,
-            self.experts.values,
-            k=self.router.k,
-            gate=self.router.gate,
+            router.selector,
+            experts.keys,
+            experts.values,
+            k=router.k,
+            gate=router.gate,
             activation=self.config.activation,
         )
         selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
         # Nobody minimises a loss here; who asks for its value pays for the router once more.
-        return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
+        return y_TD, Routed(selection, balance=lambda: self._balance_of(router(x_TD, None), None))
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`sum over a token's selections of weight x W2^e act(W1^e x)`."""

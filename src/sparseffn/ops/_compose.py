@@ -123,6 +123,7 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         alive = alive_TU.reshape(n_tokens, k, size)
         return backward(grad, x, keys, values, gates, kept_RG, order, offsets, alive, keep_scale, activation)
 
+    @torch.no_grad()
     def routed(
         x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: GateName, activation: str
     ) -> tuple[Tensor, Tensor, Tensor]:

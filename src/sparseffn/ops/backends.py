@@ -51,6 +51,7 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
     """Make a backend known; `first` puts it before the others that `auto` tries."""
     if backend.name in _BACKENDS:
         raise UserError(f"`name` must be a new backend; got {backend.name!r}, which is registered; fix: rename it")
+    _choose.cache_clear()
     others = dict(_BACKENDS)
     if first:
         _BACKENDS.clear()
@@ -58,6 +59,18 @@ def register_backend(backend: Backend, *, first: bool = False) -> None:
         _BACKENDS.update(others)
     else:
         _BACKENDS[backend.name] = backend
+
+
+def unregister_backend(name: str) -> None:
+    """Forget a backend.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in _BACKENDS:
+        raise unknown_name("backend", name, _BACKENDS)
+    _choose.cache_clear()
+    del _BACKENDS[name]
 
 
 def list_backends() -> list[Backend]:
@@ -122,19 +135,24 @@ def kernel(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel:
     Raises:
         UserError: the backend asked for is unknown, cannot run here, or (asked for by argument) lacks the operation.
     """
-    device, dtype = tensor.device, tensor.dtype
-    name = requested_backend(backend)
+    return _choose(operation, tensor.device.type, tensor.dtype, requested_backend(backend), backend != "auto")
+
+
+@functools.cache
+def _choose(operation: str, device_type: str, dtype: torch.dtype, name: str, by_argument: bool) -> Kernel:
+    """Kept, as a few tokens take no longer than the choice; forgotten when a backend is registered."""
+    device = torch.device(device_type)
     if name != "auto":
         chosen = _runnable(name, device, dtype)
         if operation in chosen.kernels:
             return chosen.kernels[operation]
-        if backend != "auto":
+        if by_argument:
             raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
-        _say_left(name, operation)
+        logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)
     for candidate in _BACKENDS.values():
         if candidate.automatic and operation in candidate.kernels and candidate.unavailable(device, dtype) is None:
             return candidate.kernels[operation]
-    raise UserError(f"no backend computes {operation!r} on {device.type}; fix: move the tensors to the CPU")
+    raise UserError(f"no backend computes {operation!r} on {device_type}; fix: move the tensors to the CPU")
 
 
 def _runnable(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -144,8 +162,3 @@ def _runnable(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if reason is not None:
         raise UserError(f"backend {name!r} cannot run on {device.type}: {reason}; fix: use backend 'auto'")
     return _BACKENDS[name]
-
-
-@functools.cache
-def _say_left(name: str, operation: str) -> None:
-    logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)

@@ -63,6 +63,7 @@ def expert_mlp(
     return torch.stack(y) if y else x * (keys.sum() + values.sum() + gates.sum().to(x.dtype))
 
 
+@torch.no_grad()
 def routed_mlp(
     x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops.activations import ACTIVATIONS
-from sparseffn.ops.backends import direct_kernel, kernel
+from sparseffn.ops.backends import kernel
 
 GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
@@ -67,9 +66,7 @@ def routed_mlp(
         raise unknown_name("gate", gate, GATES)
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", activation, ACTIVATIONS)
-    run = direct_kernel("routed_mlp", backend) or kernel("routed_mlp", x, backend)
-    with torch.no_grad():
-        return run(x, selector, keys, values, k, gate, activation)
+    return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
 
 
 def gates_of(gate: GateName, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
