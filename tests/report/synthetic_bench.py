@@ -106,7 +106,8 @@ def roofline_result() -> dict[str, Any]:
     """One shape."""
     bounds = {"arithmetic_s": 1e-3, "bytes_s": 2e-3, "gradient_s": 0.0, "limit_s": 2e-3}
     row = {"shape": "e8", "label": "dense", "tokens": 64, "touched_bytes": 2**20, "forward": bounds, "training": bounds}
-    product, reading = {"size": 2048, "flops_per_s": 1e11}, {"bytes": 2**28, "how": "sum", "bytes_per_s": 2e10}
+    product = {"size": 2048, "how": "torch.mm", "flops_per_s": 1e11}
+    reading = {"bytes": 2**28, "how": "sum", "bytes_per_s": 2e10}
     speed = {"dtype": "float32", "threads": 2, "product": product, "reading": reading}
     return result("roofline", speeds=[speed], rows=[row])
 

@@ -222,7 +222,7 @@ def _memory_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _roofline_sheets(result: Result) -> list[Sheet]:
     speeds = Sheet(
         title="Measured speeds",
-        head=("dtype", "threads", "GFLOP/s", "product", "GB/s", "read", "by"),
+        head=("dtype", "threads", "GFLOP/s", "product", "by", "GB/s", "read", "by"),
         n_words=1,
         rows=[_speed_cells(speed) for speed in result["speeds"]],
         notes=(
@@ -253,6 +253,7 @@ def _speed_cells(speed: Mapping[str, Any]) -> tuple[str, ...]:
         integer(speed["threads"]),
         number(product["flops_per_s"] / 1e9, 1),
         f"{product['size']:,} x {product['size']:,}",
+        product["how"],
         number(reading["bytes_per_s"] / 1e9, 1),
         f"{reading['bytes'] / 2**20:,.0f} MiB",
         reading["how"],
