@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseffn.ops import _torch_kernels as torch_kernels
 from sparseffn.ops._checks import bad_index, non_finite_gates, non_finite_scores
 from sparseffn.ops.backends import Kernel
 from sparseffn.ops.cpu.build import library
@@ -25,9 +24,6 @@ _WIDE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloa
 
 # What sort_by_expert returns.
 _BAD_INDEX = 1
-
-# Measured with 16 and 256 experts of width 412 to 1024: from here on turning the selector pays.
-_FEW_TOKENS = 128
 
 # Argument types of each function of the library: i an int, n an int64, d a double, p an address.
 _SIGNATURES = {
@@ -228,9 +224,7 @@ def routed_mlp(
 
 
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
-    """See `ops.router_logits`; few tokens go to PyTorch, as turning the selector would cost more than the product."""
-    if x.shape[0] < _FEW_TOKENS:
-        return torch_kernels.router_logits(x, selector)
+    """See `ops.router_logits`."""
     x, selector = x.contiguous(), selector.contiguous()
     logits = x.new_empty(x.shape[0], selector.shape[0])
     sizes = _sizes(*x.shape, selector.shape[0])
