@@ -12,7 +12,7 @@ import pytest
 
 from sparseffn.cli import main
 
-BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures")))
+BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
 COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", *BENCH, "data", "doctor")
 
 
@@ -288,3 +288,15 @@ def test_import_is_light_and_brings_no_extra() -> None:
         float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) for _ in range(3)
     ]
     assert min(times) < 0.5
+
+
+def test_bench_kernels_lists_resources(capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled ahead of time; names that do not exist are refused with the nearest."""
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    words = ["bench", "kernels", "--targets", "sm_90", "--kernels", "token_sum_fwd_kernel", "--dtypes", "float32"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows and all(row["spills"] == 0 and row["registers"] > 0 for row in rows)
+    assert main(words) == 0 and "token_sum_fwd_kernel" in capsys.readouterr().out
+    assert main(["bench", "kernels", "--targets", "sm90"]) == 2
+    assert "sm_90" in capsys.readouterr().err

@@ -16,6 +16,7 @@ Examples:
   sparseffn bench memory                   bytes kept for backward
   sparseffn bench roofline                 what this machine allows
   sparseffn bench figures --out figures    the paper's figures 2, 8, 9, 10, 11
+  sparseffn bench kernels                  registers, spills and shared memory of the Triton kernels
 """
 
 
@@ -23,7 +24,7 @@ def add_bench(commands: Any) -> None:
     """`bench` and its kinds."""
     parser = commands.add_parser("bench", help="Measure speed and memory, interleaved in one run.", description=DESCRIPTION)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    for add in (_layer, _step, _memory, _roofline, _figures):
+    for add in (_layer, _step, _memory, _roofline, _figures, _kernels):
         add(kinds)
 
 
@@ -147,3 +148,18 @@ def _figures(kinds: Any) -> None:
     figures.add_argument("--out", default="runs/figures", help="folder")
     add_machine(figures)
     add_json(figures)
+
+
+def _kernels(kinds: Any) -> None:
+    parser = add_command(
+        kinds,
+        "kernels",
+        "Registers, spills and shared memory of the Triton kernels, compiled ahead of time; no GPU is needed.",
+        "About a second a line; all of them are some hundreds.\n\n"
+        "Example:\n  sparseffn bench kernels --targets sm_90 --dtypes bfloat16",
+        "bench_kernels:kernels_command",
+    )
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="sm_80, sm_90, gfx942 (default: all)")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="kernels by name (default: all)")
+    parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="float32, bfloat16, float16 (default: all)")
+    add_json(parser)

@@ -55,6 +55,11 @@ class MixtureConfig(FFNConfig):
     def n_selected(self) -> int:
         """K, experts a token uses."""
 
+    @property
+    def survivors(self) -> int | None:
+        """Units that an inner top-K leaves of a token's K G; None: all of them."""
+        return None
+
     def _router_params(self) -> int:
         return self.n_experts * self.d_model
 
@@ -175,7 +180,7 @@ class Mixture(FeedForward):
 
     def evaluates_at_once(self, x_TD: Tensor) -> bool:
         """Whether `ops.routed_mlp` computes this call: an eager evaluation of a plain top-K router without gradients."""
-        if self.training or torch.is_autocast_enabled(x_TD.device.type):
+        if self.training or self.config.survivors is not None or torch.is_autocast_enabled(x_TD.device.type):
             return False
         router, keys = self.router, self.experts.keys
         return router.gate is not None and x_TD.dtype == keys.dtype and ops.runs_eagerly(x_TD, keys, router.selector)
@@ -197,7 +202,7 @@ class Mixture(FeedForward):
         return y_TD, Routed(selection, balance=lambda: self._balance_of(router(x_TD, None), None))
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """`sum over a token's selections of weight x W2^e act(W1^e x)`."""
+        """`sum over a token's selections of weight x W2^e act(W1^e x)`, or over what an inner top-K leaves of it."""
         c = self.config
         return ops.expert_mlp(
             x_TD,
@@ -207,6 +212,7 @@ class Mixture(FeedForward):
             routing.indices_TK,
             activation=c.activation,
             dropout=c.dropout if self.training else 0.0,
+            inner_k=c.survivors,
         )
 
     def activate(self, scores: Tensor) -> Tensor:

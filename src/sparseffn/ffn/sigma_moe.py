@@ -45,6 +45,11 @@ class SigmaMoEConfig(TopKMixtureConfig):
             most = f"at most k x expert_size = {self.active_channels}"
             require(self.inner_k <= self.active_channels, "inner_k", most, self.inner_k, "lower inner_k")
 
+    @property
+    def survivors(self) -> int | None:
+        """inner_k."""
+        return self.inner_k
+
     def build(self) -> SigmaMoE:
         """The layer."""
         return SigmaMoE(self)
@@ -108,24 +113,6 @@ class SigmaMoE(Mixture):
 
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
-
-    def evaluates_at_once(self, x_TD: Tensor) -> bool:
-        """As any mixture, without an inner top-K."""
-        return self.config.inner_k is None and super().evaluates_at_once(x_TD)
-
-    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """As any mixture, or with the inner top-K over the K G coefficients of a token."""
-        c = self.config
-        return ops.expert_mlp(
-            x_TD,
-            self.experts.keys,
-            self.experts.values,
-            routing.weights_TK,
-            routing.indices_TK,
-            activation=c.activation,
-            dropout=c.dropout if self.training else 0.0,
-            inner_k=c.inner_k,
-        )
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """As any mixture; zero also for units that the inner top-K removes."""
