@@ -57,6 +57,10 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _in_memory_order(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _addresses(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
 
@@ -106,6 +110,7 @@ def expert_mlp(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_mlp`; with `save` also the kept hidden units, else an empty tensor."""
+    keep = _in_memory_order(keep)
     inputs, order, offsets = _routed(x, keys, values, gates, indices)
     hidden = x.new_empty(indices.numel() if save else 0, keys.shape[2])
     y = torch.empty_like(inputs[0])
@@ -133,6 +138,7 @@ def expert_mlp_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, keys, values and gates."""
+    keep = _in_memory_order(keep)
     inputs = tuple(t.contiguous() for t in (x, keys, values, gates))
     grads = tuple(torch.empty_like(t) for t in inputs)
     grad = grad.contiguous()
@@ -158,6 +164,7 @@ def expert_mlp_inner(
     inner_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.expert_mlp_inner`."""
+    keep = _in_memory_order(keep)
     inputs, order, offsets = _routed(x, keys, values, gates, indices)
     survivors = x.new_empty(x.shape[0], inner_k)
     positions = survivors.new_empty(survivors.shape, dtype=torch.int32)
