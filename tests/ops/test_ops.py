@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ops.assignment import assign_balanced
+from sparseffn.ops.backends import kernel
 
 F64 = torch.float64
 
@@ -159,6 +161,46 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert check(lambda v, w: ops.weighted_rows(v, indices, w), (torch.randn(5, 2, **leaf), torch.randn(4, 3, **leaf)))
     assert check(lambda x: ops.sinkhorn(x), (torch.randn(5, 3, **leaf),))
     assert check(lambda x: ops.select_columns(x, indices), (torch.randn(4, 5, **leaf),))
+    halves = (torch.randn(3, 2, 4, **leaf), torch.randn(3, 2, 3, **leaf))
+    assert check(lambda a, b: ops.product_key_topk(a, b, 5)[0], halves)
+    assert check(lambda x, s: ops.router_logits(x, s), (torch.randn(4, 3, **leaf), torch.randn(5, 3, **leaf)))
+    sel = torch.tensor([1, 0, 1, 2])
+    assert check(lambda x, w: ops.cvmm(x, sel, w), (torch.randn(4, 3, **leaf), torch.randn(3, 3, 2, **leaf)))
+    chosen = torch.tensor([[0, 2], [1, 0], [2, 1]])
+    whole = (
+        torch.randn(3, 4, **leaf),
+        torch.randn(3, 4, 2, **leaf),
+        torch.randn(3, 2, 4, **leaf),
+        torch.rand(3, 2, **leaf),
+    )
+    for backend in ("auto", "torch"):
+        assert check(lambda *t, b=backend: ops.expert_mlp(*t, chosen, activation="gelu", backend=b), whole)
+        assert check(lambda *t, b=backend: ops.expert_mlp(*t, chosen, activation="silu", inner_k=3, backend=b), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many entries the largest tensor has that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+def test_nothing_has_the_size_of_tokens_times_experts_times_width() -> None:
+    """PyTorch's expert products gather rows, never weights: the largest tensor is the weights' gradient or the rows."""
+    n_tokens, width, n_experts, size, k = 60, 10, 50, 8, 2
+    x, keys = torch.randn(n_tokens, width), torch.randn(n_experts, width, size)
+    values, gates = torch.randn(n_experts, size, width), torch.rand(n_tokens, k)
+    indices = torch.rand(n_tokens, n_experts).topk(k, dim=1).indices
+    with Largest() as seen:
+        y, *kept = kernel("expert_mlp", x, "torch")(x, keys, values, gates, indices, None, 1.0, "relu", save=True)
+        kernel("expert_mlp_backward", x, "torch")(y, x, keys, values, gates, *kept, None, 1.0, "relu")
+    assert seen.entries <= max(n_experts * width * size, n_tokens * k * width) < n_tokens * n_experts * width
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
