@@ -182,8 +182,10 @@ class Mixture(FeedForward):
         """Whether `ops.routed_mlp` computes this call: an eager evaluation of a plain top-K router without gradients."""
         if self.training or self.config.survivors is not None or torch.is_autocast_enabled(x_TD.device.type):
             return False
-        router, keys = self.router, self.experts.keys
-        return router.gate is not None and x_TD.dtype == keys.dtype and ops.runs_eagerly(x_TD, keys, router.selector)
+        router, experts = self.router, self.experts
+        if router.gate is None or x_TD.dtype != experts.keys.dtype:
+            return False
+        return ops.runs_eagerly(x_TD, experts.keys, experts.values, router.selector)
 
     def _evaluate(self, x_TD: Tensor) -> tuple[Tensor, Routed]:
         router, experts = self.router, self.experts

@@ -237,3 +237,14 @@ def test_diverged_scores_have_an_error_of_their_own() -> None:
     """So that a trainer can tell them from wrong use."""
     with pytest.raises(NonFiniteError, match="diverged"):
         ops.expert_mlp(X, W, W.mT, GATES / 0, INDICES)
+
+
+@pytest.mark.parametrize("trained", ["router.selector", "experts.keys", "experts.values"])
+def test_evaluation_gives_a_gradient_to_the_only_trained_tensor(trained: str) -> None:
+    """Whichever it is: the others are frozen."""
+    layer = CONFIG.build().eval()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == trained)
+    layer(torch.randn(5, 32)).sum().backward()
+    grad = layer.get_parameter(trained).grad
+    assert grad is not None and bool(grad.any())
