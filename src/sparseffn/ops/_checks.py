@@ -51,3 +51,15 @@ def check_rows(indices: Tensor, n_rows: int) -> None:
 def _check_range(indices: Tensor, what: str, n: int) -> None:
     if int(indices.min()) < 0 or int(indices.max()) >= n:
         raise bad_index(what, n)
+
+
+def require_one_device(*tensors: Tensor) -> None:
+    """Kernels take addresses, which mean nothing on another device.
+
+    Raises:
+        UserError: the tensors are on several devices.
+    """
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        named = " and ".join(sorted(map(str, devices)))
+        raise UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")

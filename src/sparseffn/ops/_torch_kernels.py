@@ -135,7 +135,8 @@ def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     # Adding 0 turns -0.0 into 0.0, which must tie with it. Flipping the magnitude bits of negatives makes order monotone.
     # In place, as wide rows are bound by memory: 2048 x 2048 take 20 ms so and 87 ms otherwise.
-    bits = (scores.float() + 0.0).view(torch.int32)
+    # A NaN of either sign comes first, so that what it is chosen for shows it.
+    bits = (scores.float() + 0.0).view(torch.int32).masked_fill_(scores.isnan(), 0x7FFFFFFF)
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     position = torch.arange(n - 1, -1, -1, device=scores.device)
     unique = bits.to(torch.int64).mul_(1 << 32).add_(position)

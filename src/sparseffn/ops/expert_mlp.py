@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops._differentiable import differentiable
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.autocast import to_autocast
@@ -178,8 +179,6 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tens
             "`x`, `keys` and `values` must share a dtype and `indices` be int64; "
             f"got {x.dtype}, {keys.dtype}, {values.dtype} and {indices.dtype}; fix: cast them"
         )
-    if not x.device == keys.device == values.device == gates.device == indices.device:
-        devices = sorted({str(t.device) for t in (x, keys, values, gates, indices)})
-        raise UserError(f"all tensors must be on one device; got {' and '.join(devices)}; fix: move them with .to(device)")
+    require_one_device(x, keys, values, gates, indices)
     if gates.dtype != torch.promote_types(x.dtype, torch.float32):
         raise UserError(f"`gates` must be {torch.promote_types(x.dtype, torch.float32)}; got {gates.dtype}; fix: cast them")

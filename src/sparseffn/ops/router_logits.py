@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops import _torch_kernels
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops._differentiable import differentiable
 from sparseffn.ops.backends import direct_kernel, is_traced, kernel, needs_gradient, requested_backend
 
@@ -57,6 +58,7 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
     """
     if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
         raise UserError(f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}")
+    require_one_device(x, selector)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, selector = x.to(dtype), selector.to(dtype)
     direct = direct_kernel("router_logits", backend)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.autocast import to_autocast
 from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
 
@@ -28,7 +29,8 @@ def _weighted_rows_backward(
 
 @_weighted_rows_backward.register_fake
 def _(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(values), torch.empty_like(weights)
+    dense = torch.contiguous_format
+    return torch.empty_like(values, memory_format=dense), torch.empty_like(weights, memory_format=dense)
 
 
 def _save_rows(ctx, inputs, output) -> None:
@@ -64,6 +66,11 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
         raise UserError(
             f"`indices` and `weights` must both be [tokens, k]; got {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
+    if values.dim() != 2 or indices.dtype != torch.int64:
+        raise UserError(
+            f"`values` must be [rows, width] and `indices` int64; got {tuple(values.shape)} and {indices.dtype}; fix: cast them"
+        )
+    require_one_device(values, indices, weights)
     direct = direct_kernel("weighted_rows", backend)
     if direct is not None:
         return direct(values, indices, weights)
@@ -120,6 +127,7 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
             f"`scores_a` and `scores_b` must agree before the last dimension; got {tuple(scores_a.shape)} and "
             f"{tuple(scores_b.shape)}"
         )
+    require_one_device(scores_a, scores_b)
     n_pairs = scores_a.shape[-1] * scores_b.shape[-1]
     if not 1 <= k <= n_pairs:
         raise UserError(f"`k` must be between 1 and n_a n_b = {n_pairs}; got {k}; fix: lower k or add sub-keys")

@@ -248,3 +248,32 @@ def test_evaluation_gives_a_gradient_to_the_only_trained_tensor(trained: str) ->
     layer(torch.randn(5, 32)).sum().backward()
     grad = layer.get_parameter(trained).grad
     assert grad is not None and bool(grad.any())
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_of_either_sign_is_chosen_first(sign: float, backend: str) -> None:
+    """A diverged expert must not be passed over in silence."""
+    nan = torch.tensor(torch.nan).copysign(torch.tensor(sign))
+    for n, k in ((6, 2), (60, 30)):
+        scores = torch.randn(2, n)
+        scores[:, 3] = nan
+        assert ops.topk(scores, k, backend=backend)[:, 0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ops.weighted_rows(X, INDICES.int(), GATES), "`indices` int64"),
+        (lambda: ops.weighted_rows(X[0], INDICES, GATES), r"`values` must be \[rows, width\]"),
+        (lambda: ops.weighted_rows(X.to("meta"), INDICES, GATES), "on one device; got cpu and meta"),
+        (lambda: ops.router_logits(X, X.to("meta")), "on one device; got cpu and meta"),
+        (lambda: ops.product_key_topk(X, X.to("meta"), 2), "on one device; got cpu and meta"),
+    ],
+    ids=["int32", "rank", "rows-device", "router-device", "keys-device"],
+)
+def test_operations_refuse_what_an_address_cannot_tell(call: Callable[[], object], words: str) -> None:
+    """Before a kernel reads memory as what it is not."""
+    with pytest.raises(UserError, match=words):
+        call()

@@ -19,6 +19,8 @@ template <class C> using Key = typename key_of<C>::type;
 
 // Adding 0 turns -0 into 0, which must tie with it; the magnitude bits of negative numbers count backwards.
 template <class C> inline Key<C> sortable(C x) {
+    // A NaN of either sign comes first, so that what it is chosen for shows it.
+    if (x != x) return std::numeric_limits<Key<C>>::max();
     const C plain = x + C(0);
     Key<C> bits;
     std::memcpy(&bits, &plain, sizeof bits);
