@@ -85,10 +85,14 @@ def _save(ctx, inputs, output) -> None:
     x, keys, values, gates, _, keep, ctx.keep_scale, ctx.activation, ctx.backend = inputs
     _, hidden, order, offsets = output
     ctx.mark_non_differentiable(hidden, order, offsets)
+    # Else autograd fills a gradient of zeros for each of them, the largest as large as `hidden`.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, keys, values, gates, hidden, order, offsets, keep)
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     backward: Callable[..., Any] = torch.ops.sparseffn.expert_mlp_backward if is_traced(grad) else _gradients
     grads = backward(grad, *ctx.saved_tensors, ctx.keep_scale, ctx.activation, ctx.backend)
     return *grads, None, None, None, None, None

@@ -95,9 +95,12 @@ def _save_keys(ctx, inputs, output) -> None:
     ctx.n_a, ctx.n_b = scores_a.shape[-1], scores_b.shape[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_keys(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
     (indices,) = ctx.saved_tensors
     grad_a = grad.new_zeros(*grad.shape[:-1], ctx.n_a).scatter_add(-1, indices % ctx.n_a, grad)
     grad_b = grad.new_zeros(*grad.shape[:-1], ctx.n_b).scatter_add(-1, indices // ctx.n_a, grad)
