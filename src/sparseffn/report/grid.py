@@ -27,7 +27,9 @@ def letters(index: int) -> str:
     return text
 
 
-def terminal_parts(corner: str, headings: Sequence[Heading], lines: Sequence[Line], console: Console) -> list[RichTable]:
+def terminal_parts(
+    corner: str, headings: Sequence[Heading], lines: Sequence[Line], console: Console, *, label_width: int | None = None
+) -> list[RichTable]:
     """Whole groups of columns side by side while they fit, the rows' labels leading every part.
 
     Args:
@@ -35,18 +37,23 @@ def terminal_parts(corner: str, headings: Sequence[Heading], lines: Sequence[Lin
         headings: of the columns.
         lines: the rows.
         console: where the parts are to fit.
+        label_width: wider labels are broken; None breaks them only where the terminal is too narrow for one part.
     """
+
+    def part(indices: Sequence[int]) -> RichTable:
+        return _rich_table(corner, headings, lines, indices, label_width)
+
     groups: dict[str, list[int]] = {}
     for index, (group, _) in enumerate(headings):
         groups.setdefault(group, []).append(index)
     parts: list[list[int]] = []
     for indices in groups.values():
         joined = [*parts[-1], *indices] if parts else indices
-        if parts and _width(_rich_table(corner, headings, lines, joined), console) <= console.width:
+        if parts and _width(part(joined), console) <= console.width:
             parts[-1] = joined
         else:
             parts.append(list(indices))
-    return [_rich_table(corner, headings, lines, part) for part in parts]
+    return [part(indices) for indices in parts]
 
 
 def _width(table: RichTable, console: Console) -> int:
@@ -54,9 +61,11 @@ def _width(table: RichTable, console: Console) -> int:
     return console.measure(table, options=console.options.update(width=10_000)).maximum
 
 
-def _rich_table(corner: str, headings: Sequence[Heading], lines: Sequence[Line], indices: Sequence[int]) -> RichTable:
+def _rich_table(
+    corner: str, headings: Sequence[Heading], lines: Sequence[Line], indices: Sequence[int], label_width: int | None
+) -> RichTable:
     part = RichTable(box=box.SIMPLE_HEAD, header_style="", pad_edge=False)
-    part.add_column(corner, overflow="fold", vertical="bottom")
+    part.add_column(corner, overflow="fold", vertical="bottom", max_width=label_width)
     for index in indices:
         cells = [texts[index] for _, texts in lines if texts]
         header = _wrapped(headings[index][1], max(9, *map(len, cells), 0))
