@@ -33,7 +33,8 @@ def _expert_up_backward(
 
 @_expert_up_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    dense = torch.contiguous_format
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(weight, memory_format=dense)
 
 
 def _save_up(ctx, inputs, output) -> None:
@@ -72,7 +73,8 @@ def _expert_down_backward(
 def _(
     grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(weight), torch.empty_like(gates)
+    dense = torch.contiguous_format
+    return torch.empty_like(a, memory_format=dense), torch.empty_like(weight, memory_format=dense), torch.empty_like(gates)
 
 
 def _save_down(ctx, inputs, output) -> None:
