@@ -206,7 +206,7 @@ def test_deterministic_mode_gives_equal_bits() -> None:
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float("-inf"), 1e-30]), min_size=1, max_size=12), st.data())
 def test_topk_is_a_stable_descending_sort(values: list[float], data: st.DataObject) -> None:
     """Ties go to the lowest index, in every dtype, zeros of either sign alike; the reference's too."""
-    k = data.draw(st.integers(0, len(values)))
+    k = data.draw(st.integers(1, len(values)))
     x = torch.tensor(values)
     wanted = sorted(range(len(values)), key=lambda i: (-(values[i] + 0.0), i))[:k]
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -274,7 +274,7 @@ def test_backend_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ops.topk(torch.ones(3), 4), "`k` must be between 0 and the number of entries 3; got 4"),
+        (lambda: ops.topk(torch.ones(3), 4), "`k` must be between 1 and the number of entries 3; got 4"),
         (lambda: ops.product_key_topk(torch.ones(1, 2), torch.ones(1, 2), 5), "between 1 and n_a n_b = 4; got 5"),
         (lambda: ops.cvmm(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), torch.ones(1, 2, 2)), "one index a row"),
         (lambda: ops.balanced_assignment(torch.full((3, 2), torch.nan)), "must be finite"),

@@ -280,7 +280,7 @@ class Mixture(FeedForward):
 
 def scatter_scores(n_experts: int, chosen: list[int], weights: Tensor) -> Tensor:
     """s of one token, `[E]`, from the chosen experts and their weights."""
-    index = torch.tensor(chosen, dtype=torch.int64)
+    index = torch.tensor(chosen, dtype=torch.int64, device=weights.device)
     return weights.new_zeros(n_experts).scatter(0, index, weights) if chosen else weights.new_zeros(n_experts)
 
 
