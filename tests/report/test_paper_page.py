@@ -33,6 +33,7 @@ def hostile() -> dict[str, Any]:
     result["rows"][0] |= {"label": HOSTILE, "published_label": HOSTILE, "marks": [HOSTILE]}
     result["rows"][1] |= {"label": LONG, "published_label": LONG}
     result["columns"][0] |= {"name": HOSTILE, "corpus": HOSTILE, "sizes": LONG}
+    result["columns"][1]["name"] = LONG.replace("-", "")
     result["cells"][3]["reason"] = HOSTILE
     return result
 
