@@ -17,7 +17,7 @@ from sparseffn.report.paper_result import check_paper_table, read_paper_table
 from sparseffn.report.paper_table import paper_markdown, print_paper_table, render
 from sparseffn.report.paper_view import build_paper_table
 
-from .synthetic_paper import column, counted_table, measured, paper_table, unmeasured
+from .synthetic_paper import column, counted_table, measured, paper_table, settings_table, unmeasured
 
 LONG = "softmax before top-k without renormalisation " * 4 + "x" * 150
 
@@ -245,6 +245,19 @@ def test_failed_writing_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
         render(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["table4.json", "table4.md"]
     assert (tmp_path / "table4.md").read_text() == "before"
+
+
+def test_settings_stand_beside_the_published_ones_where_they_differ(tmp_path: Path) -> None:
+    """In every form; a damaged file and one of another version are refused."""
+    path = tmp_path / "table8.json"
+    path.write_text(json.dumps(settings_table()))
+    markdown, latex, html = (file.read_text() for file in render(path))
+    assert r"| E8 | 47.26 | 96 \[412\] | 0.1 |" in markdown and "Table 8: Hyperparameters" in markdown
+    assert "96 [412]" in html and r"96 {[}412{]}" in latex and "96 [412]" in printed(settings_table())
+    with pytest.raises(UserError, match="`version` of the table must be 1; got 2"):
+        print_paper_table(settings_table() | {"version": 2})
+    with pytest.raises(UserError, match=r"the table is damaged: .*here.*; fix: run `sparseffn reproduce` again"):
+        print_paper_table(settings_table() | {"rows": [{"name": "E8"}]})
 
 
 Damage = Callable[[dict[str, Any]], object]

@@ -12,6 +12,8 @@ from sparseffn.errors import UserError
 from sparseffn.report.result import Result
 
 KIND = "paper-table"
+SETTINGS_KIND = "paper-settings"
+"""Tables of hyperparameters, see `paper_settings`."""
 VERSION = 1
 """The only layout so far; a file names its own under "version"."""
 
@@ -101,13 +103,14 @@ def read_paper_table(path: str | Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn reproduce` again") from error
-    check_paper_table(result, str(path))
+    if not isinstance(result, dict) or result.get("kind") != SETTINGS_KIND:
+        check_paper_table(result, str(path))
     return result
 
 
 def is_paper_table(result: object) -> bool:
     """Whether parsed JSON says that it is one of the paper's tables, of whatever version."""
-    return isinstance(result, Mapping) and result.get("kind") == KIND
+    return isinstance(result, Mapping) and result.get("kind") in (KIND, SETTINGS_KIND)
 
 
 def check_paper_table(result: object, name: str = "the table") -> None:
@@ -120,7 +123,7 @@ def check_paper_table(result: object, name: str = "the table") -> None:
     Raises:
         UserError: the kind or version is another, a field is absent or of another type, or cells contradict themselves.
     """
-    if not isinstance(result, Mapping) or not is_paper_table(result):
+    if not isinstance(result, Mapping) or result.get("kind") != KIND:
         raise UserError(f"{name} must be of kind {KIND!r}; fix: name a table that `sparseffn reproduce` wrote")
     if result.get("version") != VERSION:
         raise UserError(

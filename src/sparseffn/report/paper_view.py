@@ -122,7 +122,7 @@ def build_paper_table(result: Result) -> PaperTable:
     blocks = tuple(_block(result, column, labels, footnotes) for column in columns)
     return PaperTable(
         name=result["table"],
-        title=_title(result),
+        title=numbered_title(result),
         summary=_summary(result),
         incomplete=_incomplete(result),
         overview=overview,
@@ -133,7 +133,7 @@ def build_paper_table(result: Result) -> PaperTable:
     )
 
 
-def _title(result: Result) -> str:
+def numbered_title(result: Result) -> str:
     """The title after the number of the paper's table, which a title may have already."""
     number = re.fullmatch(r"table(\d+)", result["table"])
     if number is None or result["title"].startswith(f"Table {number[1]}"):
