@@ -28,6 +28,14 @@ def test_tables_are_rectangular_and_say_the_machine(kind: str) -> None:
     assert all(word in machine_line(result) for word in ("A processor", "2 threads", "mkl", "2.13.0", "32 MiB", "2026-11-24"))
 
 
+def test_machine_line_names_packages_and_compiler() -> None:
+    """Where the file tells them; older ones do not."""
+    result = layer_result()
+    assert machine_line(result).count("BLAS mkl, oneDNN on, sparseffn") == 1
+    result["environment"] |= {"packages": {"transformers": "5.0", "triton": "3.7"}, "compiler": "c++ 12.2"}
+    assert "oneDNN on, transformers 5.0, triton 3.7, c++ 12.2, sparseffn" in machine_line(result)
+
+
 def test_busy_machine_is_said() -> None:
     """Load beyond the processors is somebody else's work."""
     result = layer_result()

@@ -36,8 +36,15 @@ def machine_line(result: Result) -> str:
     cache = f"last-level cache {e['last_level_cache_bytes'] / 2**20:.0f} MiB"
     return (
         f"{e['cpu']}, {e['device']}, {e['threads']} threads, {e['cpu_capability']}, {cache}; torch {e['torch']}, "
-        f"BLAS {e['blas']}, sparseffn {e['sparseffn']}; {e['date']}{_busy(e)}"
+        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e)}"
     )
+
+
+def _software(environment: Mapping[str, Any]) -> str:
+    """Other packages whose kernels may have been timed, and the compiler of ours; older files do not tell."""
+    parts = [f"{name} {version}" for name, version in environment.get("packages", {}).items()]
+    parts += [environment["compiler"]] if "compiler" in environment else []
+    return "".join(f"{part}, " for part in parts)
 
 
 def _busy(environment: Mapping[str, Any]) -> str:
