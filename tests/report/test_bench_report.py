@@ -55,7 +55,18 @@ def test_layer_table_holds_the_ratios() -> None:
         "2.50 (eager)",
     )
     assert row["weights"] == "cold" and row["/ limit"] == "1.50" and row["warm ms"] != "\u2013"
-    assert forward.notes == ("not timed: hf batched_mm at 1024 tokens: it would copy 3.2 GiB",)
+    assert forward.notes[1:] == ("not timed: hf batched_mm at 1024 tokens: it would copy 3.2 GiB",)
+
+
+def test_row_faster_than_its_limit_has_a_note() -> None:
+    """The limit is then not one; the speeds that it was computed from are said, in older files without the scattered one."""
+    result = layer_result()
+    result["rows"][1]["forward"]["over_limit"] = 0.71
+    first, second = sheets(result)[0].notes[:2]
+    assert "100 GFLOP/s, reading 10 GB/s in one long pass" in first and first.endswith("come at 5 GB/s")
+    assert second.startswith("sigma-moe at 1 tokens is faster than its limit (0.71)")
+    del result["roof"]["scattered_bytes_per_s"]
+    assert sheets(result)[0].notes[0].endswith("long pass")
 
 
 def test_figures_list_what_was_not_measured() -> None:
