@@ -43,10 +43,14 @@ def _sizes(parser: Parser) -> None:
         "--tokens", type=int, nargs="+", metavar="N", help="tokens of a call (default: 1024; paper: 1 8 64 1024 4096)"
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and tokens")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+
+
+def _timed(parser: Parser) -> None:
+    """What only a command that times layers has."""
     parser.add_argument(
         "--backends", nargs="+", metavar="NAME", help="auto or any that doctor lists (default: SPARSEFFN_BACKEND, else auto)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
 
 
@@ -69,6 +73,7 @@ def _layer(kinds: Any) -> None:
         "bench:layer_command",
     )
     _sizes(layer)
+    _timed(layer)
     layer.add_argument("--rounds", type=int, default=7, help="timed calls of each, at least; short calls get more")
     _result(layer)
 
@@ -84,6 +89,7 @@ def _memory(kinds: Any) -> None:
         "bench:memory_command",
     )
     _sizes(memory)
+    _timed(memory)
     memory.set_defaults(rounds=1)
     _result(memory)
 
@@ -101,7 +107,7 @@ def _roofline(kinds: Any) -> None:
         "bench:roofline_command",
     )
     _sizes(roofline)
-    roofline.set_defaults(rounds=1, preset="paper", methods=["sigma-moe"])
+    roofline.set_defaults(rounds=1, preset="paper", methods=["sigma-moe"], backends=None, no_peers=True)
     _result(roofline)
 
 
