@@ -1,0 +1,115 @@
+"""What `sparseffn reproduce` prints in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparseffn.cli.output import print_rows
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A table in the terminal."""
+    if result["kind"] == "paper-settings":
+        _print_settings(result)
+    else:
+        _print_table(result)
+
+
+def _print_settings(result: dict[str, Any]) -> None:
+    """Values as they are here; a published one that differs stands in brackets."""
+    names = list(result["rows"][0]["here"])
+    rows = [(row["name"], *(_setting(row, key) for key in names)) for row in result["rows"]]
+    print_rows(("", *names), rows, title=f"{result['table']}: {result['title']}, scale {result['scale']}")
+    print("published value in [] where it differs")
+
+
+def _setting(row: dict[str, Any], key: str) -> str:
+    here = _number(row["here"][key])
+    return f"{here} [{_number(row['published'][key])}]" if key in row["differences"] else here
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1f}" if value >= 1 else f"{value:g}"
+
+
+# Replaced by `report.paper_table` once that is there.
+def _print_table(result: dict[str, Any]) -> None:
+    columns = [f"{c['name']} ({c['metric']})" for c in result["columns"]]
+    rows = []
+    for r, row in enumerate(result["rows"]):
+        cells = {c["column"]: c for c in result["cells"] if c["row"] == r}
+        rows.append((row["label"], *(_cell(cells[c]) for c in range(len(columns)))))
+    print_rows(("", *columns), rows, title=f"{result['table']}: {result['title']} ({result['scale']})")
+    for note in result["notes"]:
+        print(f"- {note}")
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    published = "" if cell["published"] is None else f" [{cell['published']:g}]"
+    if cell["status"] == "counted":
+        return f"{cell['flops_percent']:.1f}% ({cell['counted_flops_percent']:.1f}%){published}"
+    if cell["mean"] is None:
+        return f"{cell['status']}: {cell['reason']}{published}"
+    spread = "" if cell["spread"] is None else f" ± {cell['spread']:.4f}"
+    return f"{cell['mean']:.4f}{spread}{published}"
+
+
+def print_dry_run(result: dict[str, Any]) -> None:
+    """Every run with its cost, and what the estimates rest on."""
+    header = (
+        "table",
+        "column",
+        "row",
+        "params",
+        "against dense",
+        "FLOPs (block)",
+        "training FLOPs",
+        "tokens",
+        "memory",
+        "time here",
+        "time GPU",
+    )
+    rows = [
+        (
+            run["table"],
+            run["column"],
+            run["row"] + (" (shared)" if run["shared"] else ""),
+            _large(run["params"]),
+            f"{run['residual_percent']:+.2f}%" + ("*" if run["unequal"] else ""),
+            f"{run['flops_percent']:.1f}%",
+            f"{run['training_flops']:.2e}",
+            _large(run["tokens"]),
+            f"{run['memory_bytes'] / 2**30:.1f} GiB",
+            _duration(run["seconds_here"]),
+            _duration(run["seconds_gpu"]),
+        )
+        for run in result["runs"]
+    ]
+    print_rows(header, rows, title=f"every run, scale {result['scale']}", n_words=3)
+    totals = result["totals"]
+    print(
+        f"\n{result['n_distinct']} distinct runs, seeds counted: {totals['training_flops']:.2e} FLOPs, "
+        f"{_duration(totals['seconds_here'])} here, {_duration(totals['seconds_gpu'])} on the GPU"
+    )
+    for name in ("here", "gpu", "memory"):
+        print(f"- {name}: {result[name]}")
+    if any(run["unequal"] for run in result["runs"]):
+        print("- *: more than 0.5% off the dense model's parameters, as published")
+    for reason in dict.fromkeys(run["corpus_missing"] for run in result["runs"] if run["corpus_missing"]):
+        print(f"- {reason}")
+
+
+def _large(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
