@@ -12,7 +12,7 @@ from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, print_json
 from sparseffn.cli.reproduce_evidence import evidence_command
 from sparseffn.cli.reproduce_jobs import run_all
-from sparseffn.cli.reproduce_output import print_dry_run, print_result
+from sparseffn.cli.reproduce_output import print_dry_run, print_result, write_tables
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paths import default_cache_dir
 from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
@@ -38,7 +38,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
     if figures:
         if len(figures) < len(targets):
             raise UserError("figures and tables must be asked for apart; got both; fix: run the command twice")
-        return _figures(options)
+        return _figures(figures, options)
     if targets == ["evidence"]:
         return evidence_command(options, _request(options), _pool(options))
     if "evidence" in targets:
@@ -49,7 +49,8 @@ def reproduce_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(options, trained, pool)
     _refuse_without_corpus(trained, request)
-    _run(options, pool, trained)
+    if not options.view:
+        _run(options, pool, trained)
     results = {name: _result(name, pool, request, trained) for name in targets}
     return _show(options, results)
 
@@ -71,8 +72,8 @@ def _figure_names() -> tuple[str, ...]:
     return tuple(importlib.import_module("sparseffn.cli.reproduce_figures").FIGURE_NAMES)
 
 
-def _figures(options: argparse.Namespace) -> int:
-    return importlib.import_module("sparseffn.cli.reproduce_figures").run_figures(options)
+def _figures(names: list[str], options: argparse.Namespace) -> int:
+    return importlib.import_module("sparseffn.cli.reproduce_figures").run_figures(names, options)
 
 
 def _pool(options: argparse.Namespace) -> Pool:
@@ -157,8 +158,7 @@ def _result(name: str, pool: Pool, request: Request, trained: dict[str, PlannedT
 
 def _show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> int:
     if options.out is not None:
-        for name, result in results.items():
-            write_json(Path(options.out) / f"{name}.json", result)
+        write_tables(results, options.out)
     if options.json:
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
         return 0

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from sparseffn.cli.output import Watch, clock, parse_duration, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
+from sparseffn.cli.reproduce_output import write_tables
 from sparseffn.errors import UserError
 from sparseffn.recipes.paper.corpora import Corpora
-from sparseffn.recipes.paper.evidence import Item, evidence_items, list_json, spend
+from sparseffn.recipes.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
+from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import get_scale
@@ -27,12 +29,15 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
         request = dataclasses.replace(request, scale=scale, corpora=Corpora(scale=scale, choice=request.corpora.choice))
     if options.budget is None and not options.list:
         raise UserError("evidence needs a budget of time; got none; fix: --budget 60m, or --list to see the order")
+    if options.jobs != 1:
+        raise UserError(f"evidence runs one at a time, as its times are compared; got --jobs {options.jobs}; fix: leave it out")
     items = evidence_items(request)
     if options.budget is not None and not options.list:
         _spend(items, pool, parse_duration(options.budget))
     result = list_json(items, pool)
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
+        write_tables({planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out)
     if options.json:
         print_json(result)
         return 0

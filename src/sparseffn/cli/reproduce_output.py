@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sparseffn.cli.output import print_rows
+from sparseffn.cli.output import console, print_rows
+from sparseffn.train.stored import write_json
+
+# Once `sparseffn.report.paper_table` is merged: import it plainly, and remove this guard and `_print_plainly` with `_cell`.
+_RENDERED = importlib.util.find_spec("sparseffn.report.paper_table") is not None
+
+
+def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
+    """Each table's JSON and, beside it, the renderings."""
+    for name, result in results.items():
+        path = Path(out) / f"{name}.json"
+        write_json(path, result)
+        if _RENDERED and result["kind"] == "paper-table":
+            importlib.import_module("sparseffn.report.paper_table").render(path)
 
 
 def print_result(result: dict[str, Any]) -> None:
     """A table in the terminal."""
     if result["kind"] == "paper-settings":
         _print_settings(result)
+    elif _RENDERED:
+        importlib.import_module("sparseffn.report.paper_table").print_paper_table(result, console())
     else:
-        _print_table(result)
+        _print_plainly(result)
 
 
 def _print_settings(result: dict[str, Any]) -> None:
@@ -34,8 +53,7 @@ def _number(value: Any) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:g}"
 
 
-# Replaced by `report.paper_table` once that is there.
-def _print_table(result: dict[str, Any]) -> None:
+def _print_plainly(result: dict[str, Any]) -> None:
     columns = [f"{c['name']} ({c['metric']})" for c in result["columns"]]
     rows = []
     for r, row in enumerate(result["rows"]):

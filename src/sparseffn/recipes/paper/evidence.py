@@ -14,7 +14,7 @@ from typing import Any
 
 from sparseffn.models import TransformerXLConfig
 from sparseffn.recipes.paper.costs import measured_step_s, training_flops
-from sparseffn.recipes.paper.plan import Request, plan_table
+from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Pool, RunSpec
 from sparseffn.recipes.paper.tables import get_table
 from sparseffn.train import TrainConfig
@@ -102,6 +102,17 @@ def evidence_items(request: Request, stages: Sequence[Stage] = STAGES) -> list[I
             item = Item(label=cell.sized.label, table=stage.table, seed=seed, spec=spec, why=stage.why)
             items.setdefault(spec.digest, item)
     return list(items.values())
+
+
+def evidence_tables(request: Request, stages: Sequence[Stage] = STAGES) -> list[PlannedTable]:
+    """Each stage's rows as a table, with the dense model, and sigma-MoE where the table has it, to be compared with."""
+    tables = []
+    for stage in stages:
+        table = get_table(stage.table)
+        headline = [row.key for row in table.rows if row.key in ("dense", "sigma-moe")]
+        chosen = table.selected(columns=[COLUMN], rows=list(dict.fromkeys([*headline, *stage.rows])), settings="paper")
+        tables.append(plan_table(chosen, dataclasses.replace(request, seeds=tuple(range(stage.n_seeds)))))
+    return tables
 
 
 def list_json(items: Sequence[Item], pool: Pool) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
     ]
     by_column = [[m for m in cells if m.cell.column == c] for c in range(len(planned.columns))]
     times = [_equal_time(column) for column in by_column]
-    dense = [next((m for m in column if m.cell.sized.row.method == "dense"), None) for column in by_column]
+    dense, sigma = ([_keyed(column, key) for column in by_column] for key in ("dense", "sigma-moe"))
     units = {_difference_unit(column) for column in planned.columns}
     return {
         "kind": "paper-table",
@@ -54,7 +54,10 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         "lower_is_better": True,
         "columns": [_column_json(c, t) for c, t in zip(planned.columns, times, strict=True)],
         "rows": _rows_json(planned),
-        "cells": [_cell_json(m, planned.columns[m.cell.column], times[m.cell.column], dense[m.cell.column]) for m in cells],
+        "cells": [
+            _cell_json(m, planned.columns[c := m.cell.column], times[c], {"dense": dense[c], "sigma_moe": sigma[c]})
+            for m in cells
+        ],
         "difference_unit": " or ".join(sorted(units)),
         "extra_columns": [],
         "notes": _notes(planned, cells),
@@ -62,12 +65,17 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
     }
 
 
+def _keyed(column: Sequence[_Measured], key: str) -> _Measured | None:
+    """A column's row of that key."""
+    return next((measured for measured in column if measured.cell.key == key), None)
+
+
 def _column_json(planned: PlannedColumn, equal_time: float | None) -> dict[str, Any]:
     column, corpus = planned.column, planned.corpus
     return {
         "name": column.name,
         "published_name": None if column.is_own else column.name,
-        "corpus": None if corpus is None else corpus.name,
+        "corpus": column.corpus[0] if corpus is None else corpus.name,
         "metric": _published_metric(planned) if corpus is None else to_metric(0.0, corpus.unit)[0],
         "published_metric": None if column.is_own else _published_metric(planned),
         "digest": None if corpus is None else corpus.digest,
@@ -115,7 +123,7 @@ def _unequal_marks(planned: PlannedTable, cells: Sequence[PlannedCell]) -> list[
 
 
 def _cell_json(
-    measured: _Measured, planned: PlannedColumn, equal_time: float | None, dense: _Measured | None
+    measured: _Measured, planned: PlannedColumn, equal_time: float | None, others: Mapping[str, _Measured | None]
 ) -> dict[str, Any]:
     cell, finished = measured.cell, measured.finished
     own, base = count_block(cell.model.ffn), count_block(planned.dense.ffn)
@@ -140,7 +148,7 @@ def _cell_json(
         "equal_time": _at_time(finished, equal_time, planned),
         "train_s": statistics.fmean([f.result.seconds for f in finished.values()]) if finished else None,
         "load": _mean_load(finished),
-        "against_dense": _against(measured, dense, planned),
+        **{f"against_{name}": _against(measured, other, planned) for name, other in others.items()},
     }
 
 
@@ -169,15 +177,15 @@ def _difference_unit(planned: PlannedColumn) -> str:
     return "nats per token" if metric == "perplexity" else metric
 
 
-def _against(measured: _Measured, dense: _Measured | None, planned: PlannedColumn) -> dict[str, Any] | None:
-    """Test loss less the dense model's, paired over seeds and windows; None without a common seed."""
-    if dense is None or dense is measured or not set(dense.finished) & set(measured.finished):
+def _against(measured: _Measured, other: _Measured | None, planned: PlannedColumn) -> dict[str, Any] | None:
+    """Test loss less another row's, paired over seeds and windows; None without a common seed."""
+    if other is None or other is measured or not set(other.finished) & set(measured.finished):
         return None
     # The one place that waits for `sparseffn.analysis.paired`; import it above once it is there.
     if importlib.util.find_spec("sparseffn.analysis.paired") is None:
         return None
     paired_difference = importlib.import_module("sparseffn.analysis.paired").paired_difference
-    found = paired_difference(_windows(measured), _windows(dense))
+    found = paired_difference(_windows(measured), _windows(other))
     scale = 1.0 if _difference_unit(planned) == "nats per token" else 1.0 / math.log(2)
     return {
         "difference": scale * found.difference,
@@ -230,6 +238,8 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
         if request.settings == "paper"
         else f"{first.steps} steps of {train.tokens_per_step:,} tokens, lr {train.lr:g}, precision {train.precision}",
         "the difference against dense is of the test loss, paired over seeds and evaluation windows, 95% bootstrap interval",
+        "equal time is the shortest mean training time of the column's rows; times are of the runs themselves, as the machine "
+        "was then",
     ]
     if request.settings == "released":
         notes.append(
