@@ -20,10 +20,11 @@ from sparseffn.recipes.paper.costs import measure_speed
 from sparseffn.recipes.paper.counted import settings_table, table7
 from sparseffn.recipes.paper.dry_run import dry_run
 from sparseffn.recipes.paper.outcome import table_json
+from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import get_scale
-from sparseffn.recipes.paper.tables import TABLES, get_table
+from sparseffn.recipes.paper.tables import get_table
 from sparseffn.train.stored import write_json
 
 COUNTED = ("table7", "table8", "table9")
@@ -57,7 +58,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
 
 def _targets(names: list[str]) -> list[str]:
     """The targets in order; `all` is every table of the paper."""
-    known = {*PAPER_TABLES, *TABLES, "all", "evidence", *_figure_names()}
+    known = {*PAPER_TABLES, *OWN_TABLES, "all", "evidence", *_figure_names()}
     for name in names:
         if name not in known:
             raise unknown_name("target", name, known)
@@ -112,7 +113,9 @@ def parse_seeds(words: list[str]) -> tuple[int, ...]:
 
 
 def _planned(name: str, options: argparse.Namespace, request: Request) -> PlannedTable:
-    table = get_table(name).selected(columns=options.columns, rows=options.rows, settings=request.settings)
+    table = (OWN_TABLES[name] if name in OWN_TABLES else get_table(name)).selected(
+        columns=options.columns, rows=options.rows, settings=request.settings
+    )
     return plan_table(table, request)
 
 

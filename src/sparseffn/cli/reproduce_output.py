@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import console, print_rows
+from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.train.stored import write_json
 
 # Once `sparseffn.report.paper_table` is merged: import it plainly, and remove this guard and `_print_plainly` with `_cell`.
@@ -22,6 +24,10 @@ def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
         write_json(path, result)
         if _RENDERED and result["kind"] == "paper-table":
             importlib.import_module("sparseffn.report.paper_table").render(path)
+        if result.get("sweep") and can_draw():
+            for plot in sweep_plots(result):
+                path.with_name(f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+                path.with_name(f"{plot.name}.png").write_bytes(plot.png)
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -22,7 +22,13 @@ def add_reproduce(commands: Any) -> None:
         "  sparseffn reproduce evidence --budget 60m --data-dir ptb/",
         "reproduce:reproduce_command",
     )
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="table1 ... table10, all, evidence, fig1 ... fig11")
+    parser.add_argument(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="table1 ... table10, all, evidence, fig1 ... fig11; of our own: ptb, universal, inner, sweep-k, sweep-size, "
+        "sweep-experts",
+    )
     parser.add_argument("--scale", default="paper", help="paper, base (about 10M parameters) or cpu (minutes a run)")
     parser.add_argument("--settings", choices=("paper", "released"), default="paper", help="the paper's, or the released runs'")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="only these columns: WT-S WT-B E8 ...")

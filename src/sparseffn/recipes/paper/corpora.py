@@ -45,7 +45,7 @@ class Corpora:
 
     def wanted(self, column: Column) -> tuple[str, str | None, int | None]:
         """Name, tokeniser and pieces of a column's corpus."""
-        if self.scale.is_published or column.is_own:
+        if self.scale.is_published or column.has_its_corpus:
             return column.corpus
         name = self.choice.name or DEFAULT_CORPUS
         return name, self.choice.tokenizer or _TOKENIZERS.get(name), self.choice.vocab_size
@@ -57,7 +57,7 @@ class Corpora:
             UserError: it is not there; the message says how to get it, or which corpus always is.
         """
         key = self.wanted(column)
-        if self.closed and self.scale.is_published:
+        if self.closed and self.scale.is_published and not column.has_its_corpus:
             raise UserError(f"corpus {key[0]!r} was not opened; fix: leave out --dry-run")
         if key not in self._opened:
             self._opened[key] = self._open(*key)

@@ -84,7 +84,7 @@ def measure_speed(rounds: int = 3) -> Speed:
     column = SCALES["cpu"].column("WT-S")
     preset = column.preset
     shape = StepShape(batch=preset.batch, context=preset.context, memory=preset.memory)
-    models = {row.method: preset.model(sized(row, column, _TIMED_VOCABULARY).ffn, _TIMED_VOCABULARY) for row in (DENSE, SIGMA)}
+    models = {row.method: column.model(sized(row, column, _TIMED_VOCABULARY).ffn, _TIMED_VOCABULARY) for row in (DENSE, SIGMA)}
     steps = {name: Step(model, shape) for name, model in models.items()}
     seconds = medians(interleaved({name: step.run for name, step in steps.items()}, rounds=rounds, warmup=1))
     rates = {name: step_flops(model, shape.config()) / seconds[name] for name, model in models.items()}

@@ -71,7 +71,7 @@ def _counted(r: int, c: int, row: Row, column: Column, published: float | None) 
     vocab_size = vocabulary(column.name)
     ffn, dense = sized(row, column, vocab_size).ffn, sized(DENSE, column, vocab_size).ffn
     own, base = count_block(ffn), count_block(dense)
-    params, dense_params = (column.preset.model(block, vocab_size).num_params() for block in (ffn, dense))
+    params, dense_params = (column.model(block, vocab_size).num_params() for block in (ffn, dense))
     percent = 100.0 * own.active_fraction
     return {
         "row": r,

@@ -60,9 +60,16 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         ],
         "difference_unit": " or ".join(sorted(units)),
         "extra_columns": [],
+        "sweep": _sweep_json(planned),
         "notes": _notes(planned, cells),
         "environment": environment(),
     }
+
+
+def _sweep_json(planned: PlannedTable) -> dict[str, Any] | None:
+    """Of a sweep: its axis and each row's place there."""
+    table = planned.table
+    return {"axis": table.axis, "x": [table.places.get(row.key) for row in table.rows]} if table.axis else None
 
 
 def _keyed(column: Sequence[_Measured], key: str) -> _Measured | None:

@@ -107,7 +107,7 @@ def _column(name: str, request: Request) -> PlannedColumn:
     except UserError as error:
         reason = str(error)
     vocab_size = vocabulary(name) if corpus is None else corpus.tokenizer.vocab_size
-    dense = column.preset.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
+    dense = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
     steps = column.preset.steps if request.steps is None else request.steps
     return PlannedColumn(column=column, corpus=corpus, reason=reason, vocab_size=vocab_size, dense=dense, steps=steps)
 
@@ -119,7 +119,7 @@ def _cell(table: Table, request: Request, r: int, c: int, planned: PlannedColumn
     left_out = request.scale.is_published and published is None and not row.own and not column.is_own
     reason = NOT_PUBLISHED if left_out else planned.reason
     own = sized(row, column, planned.vocab_size)
-    model = column.preset.model(own.ffn, planned.vocab_size)
+    model = column.model(own.ffn, planned.vocab_size)
     trains = {seed: train_settings(planned, row.method, request, seed) for seed in request.seeds}
     specs = {}
     if reason is None and planned.corpus is not None:

@@ -51,6 +51,10 @@ class Row:
     """Whether what the method does is the paper's or the released code's."""
     dropout: Literal["none", "standard"] = "none"
     """Standard dropout inside experts."""
+    n_experts: int | None = None
+    """N_E in place of the column's, so that the block grows or shrinks."""
+    inner_k: int | None = None
+    """Pairs that an inner top-K leaves of the K G selected ones, at the published scale."""
     own: bool = False
     """Not in the paper."""
 
@@ -126,9 +130,9 @@ def _pkm(row: Row, column: Column, vocab_size: int) -> PKMConfig:
         n_subkeys = round(math.sqrt(shape.d_ff))
         return base.replace(n_subkeys=n_subkeys)
     dense = DenseConfig.from_shape(shape)
-    other = column.preset.model(dense, vocab_size).other_params()
+    model = column.model(dense, vocab_size)
     # k = None has no knob of its own; the counts are the same.
-    found = match(base, dense.num_params(), n_blocks=shape.n_layers, other_params=other).config
+    found = match(base, dense.num_params(), n_blocks=model.n_blocks, other_params=model.other_params()).config
     assert isinstance(found, PKMConfig), "matching keeps the method"
     return found
 
@@ -139,10 +143,12 @@ def _mixture(row: Row, column: Column) -> FFNConfig:
     config_class = method_class(row.method)
     expert_size = shape.expert_size * row.g // PAPER_G
     # N_E G is the column's, whatever G is.
-    n_experts = shape.n_experts * PAPER_G // row.g
+    n_experts = shape.n_experts * PAPER_G // row.g if row.n_experts is None else row.n_experts
     k = shape.k if row.k is None else row.k
     base = config_class.from_shape(shape).replace(n_experts=n_experts, expert_size=expert_size, k=k, dropout=0.0)
     changes = dict(row.options)
+    if row.inner_k is not None:
+        changes["inner_k"] = _inner_k(row, column)
     if row.dropout == "standard":
         changes |= {"dropout": column.standard_dropout, "expert_dropout": 0.0}
     if row.form == "released":
@@ -166,7 +172,13 @@ def _released_changes(row: Row, column: Column, n_experts: int) -> dict[str, Any
             raise AssertionError(f"{row.method} has no released form")
 
 
+def _inner_k(row: Row, column: Column) -> int:
+    assert row.inner_k is not None, "asked of rows that have one"
+    return max(1, round(row.inner_k * column.expert_ratio))
+
+
 def _real_numbers(row: Row, column: Column, text: str) -> str:
-    """A label with the expert size that the row has here."""
+    """A label with the expert size, and the inner K, that the row has here."""
     real_g = column.shape.expert_size * row.g // PAPER_G
-    return text.replace(f"G={row.g}", f"G={real_g}")
+    text = text.replace(f"G={row.g}", f"G={real_g}")
+    return text if row.inner_k is None else text.replace(f"inner K={row.inner_k}", f"inner K={_inner_k(row, column)}")

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from sparseffn.errors import unknown_name
-from sparseffn.ffn import BlockShape
+from sparseffn.ffn import BlockShape, FFNConfig
+from sparseffn.models import TransformerXLConfig
 from sparseffn.models.presets import Preset, get_preset
 
 Settings = Literal["paper", "released"]
@@ -32,11 +33,14 @@ COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingP
     }
 )
 
-# Columns of our own tables, with the sizes of WT-S: each has its corpus at every scale.
+# Columns of our own tables, with the sizes of WT-S. PTB's have their corpus at every scale; "shared" is a Universal
+# Transformer, whose one block holds as many pairs as all layers of WT-S together.
+SHARED = "WT-S shared"
 OWN_COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingProxyType(
     {
         "PTB-char": ("wt-s", ("ptb", "chars", None)),
         "PTB-word": ("wt-s", ("ptb", "words", None)),
+        SHARED: COLUMNS["WT-S"],
     }
 )
 
@@ -56,6 +60,15 @@ class Column:
     def is_own(self) -> bool:
         """A column that the paper has not."""
         return self.name in OWN_COLUMNS
+
+    @property
+    def has_its_corpus(self) -> bool:
+        """A corpus of its own at every scale."""
+        return self.corpus[0] == "ptb"
+
+    def model(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
+        """The column's model with a given feedforward block."""
+        return dataclasses.replace(self.preset.model(ffn, vocab_size), shared_layers=self.name == SHARED)
 
     @property
     def shape(self) -> BlockShape:
@@ -100,6 +113,8 @@ class Scale:
             raise unknown_name("column", name, known)
         preset_name, corpus = known[name]
         preset = self.presets[preset_name]
+        if name == SHARED:
+            preset = dataclasses.replace(preset, shape=_all_layers(preset.shape))
         if settings == "released":
             preset = dataclasses.replace(preset, shape=_released_shape(name, preset.shape))
         return Column(name=name, preset=preset, published=get_preset(preset_name), corpus=corpus)
@@ -114,6 +129,12 @@ def _released_shape(column: str, shape: BlockShape) -> BlockShape:
     if column in ("WT-B", "C4-B", "peS2o-B"):
         return dataclasses.replace(shape, expert_dropout=0.1)
     return shape
+
+
+def _all_layers(shape: BlockShape) -> BlockShape:
+    """One block with the pairs of all layers."""
+    n_layers = shape.n_layers
+    return dataclasses.replace(shape, n_experts=n_layers * shape.n_experts, d_ff=n_layers * shape.d_ff)
 
 
 def released_clip(column: str, method: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -79,6 +80,10 @@ class Table:
     rows: tuple[Row, ...]
     values: Values = field(default_factory=dict)
     """Published values by (published label, column)."""
+    axis: str = ""
+    """Of a sweep: what its rows vary."""
+    places: Mapping[str, float] = field(default_factory=dict)
+    """Of a sweep: place on the axis by the row's key."""
 
     def selected(self, *, columns: Sequence[str] | None, rows: Sequence[str] | None, settings: Settings) -> Table:
         """Some of the columns and rows, with the released forms beside the paper's, or alone under released settings.
@@ -90,7 +95,7 @@ class Table:
         every = with_forms(self.rows, settings)
         labels = None if rows is None else _picked("row", rows, [row.key for row in every])
         kept = every if labels is None else tuple(row for row in every if row.key in labels)
-        return Table(name=self.name, title=self.title, columns=tuple(chosen), rows=kept, values=self.values)
+        return dataclasses.replace(self, columns=tuple(chosen), rows=kept)
 
 
 def with_forms(rows: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
