@@ -24,7 +24,7 @@ from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import get_scale
-from sparseffn.recipes.paper.tables import get_table
+from sparseffn.recipes.paper.tables import Table, get_table, with_forms
 from sparseffn.train.stored import write_json
 
 COUNTED = ("table7", "table8", "table9")
@@ -46,7 +46,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
         raise UserError("evidence must be asked for alone; got other targets too; fix: run the command twice")
     request = _request(options)
     pool = _pool(options)
-    trained = {name: _planned(name, options, request) for name in targets if name not in COUNTED}
+    trained = _planned(targets, options, request)
     if options.dry_run:
         return _dry_run(options, trained, pool)
     _refuse_without_corpus(trained, request)
@@ -112,11 +112,37 @@ def parse_seeds(words: list[str]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _planned(name: str, options: argparse.Namespace, request: Request) -> PlannedTable:
-    table = (OWN_TABLES[name] if name in OWN_TABLES else get_table(name)).selected(
-        columns=options.columns, rows=options.rows, settings=request.settings
-    )
-    return plan_table(table, request)
+def _planned(targets: list[str], options: argparse.Namespace, request: Request) -> dict[str, PlannedTable]:
+    """The trained tables among the targets; each takes of the columns and rows that are asked for those that it has.
+
+    Raises:
+        UserError: no target has a column or a row, or one of the targets has none of them.
+    """
+    tables = [OWN_TABLES[name] if name in OWN_TABLES else get_table(name) for name in targets if name not in COUNTED]
+    planned = {}
+    for table in tables:
+        names = {"columns": set(table.columns), "rows": {row.key for row in with_forms(table.rows, request.settings)}}
+        wanted = {kind: getattr(options, kind) for kind in names}
+        if len(tables) > 1:
+            wanted = {kind: _had(kind, wanted[kind], names[kind], tables, request) for kind in names}
+        if wanted["columns"] == [] or wanted["rows"] == []:
+            raise UserError(f"{table.name} has none of these columns or rows; fix: leave it out")
+        chosen = table.selected(columns=wanted["columns"], rows=wanted["rows"], settings=request.settings)
+        planned[table.name] = plan_table(chosen, request)
+    return planned
+
+
+def _had(kind: str, wanted: list[str] | None, names: set[str], tables: list[Table], request: Request) -> list[str] | None:
+    """Of the names that are asked for those that a table has; one that none of the tables has is refused."""
+    if wanted is None:
+        return None
+    every = [name for table in tables for name in table.columns]
+    if kind == "rows":
+        every = [row.key for table in tables for row in with_forms(table.rows, request.settings)]
+    for name in wanted:
+        if name.lower() not in {known.lower() for known in every}:
+            raise unknown_name(kind.removesuffix("s"), name, set(every))
+    return [name for name in wanted if name.lower() in {known.lower() for known in names}]
 
 
 def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -> None:

@@ -46,6 +46,13 @@ def test_table_is_run_once_and_viewed(reproduce: Command, tmp_path: Path, capsys
     assert reproduce(*words, "--view") == 0 and printed(capsys)["cells"] == measured["cells"]
 
 
+def test_each_table_takes_the_columns_that_it_has(reproduce: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """C4-S is no column of table 10, and WT-S none of table 5."""
+    assert reproduce("table3", "table10", "table7", "--columns", "WT-S", "C4-S", "--view", "--json") == 0
+    names = [[column["name"] for column in table["columns"]] for table in printed(capsys)]
+    assert names[:2] == [["WT-S", "C4-S"], ["WT-S"]]
+
+
 def test_every_missing_row_is_printed_with_its_reason(reproduce: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """The terminal too: no row is left out."""
     assert reproduce("table10", "--columns", "WT-S", "--view") == 0
@@ -95,6 +102,8 @@ def test_dry_run_trains_nothing(
         (("table11",), "unknown target 'table11'; fix: did you mean"),
         (("table3", "--columns", "WTS"), "unknown column 'WTS'; fix: did you mean"),
         (("table3", "--rows", "sigma-mo"), "unknown row 'sigma-mo'; fix: did you mean 'sigma-moe'?"),
+        (("table3", "table10", "--rows", "sigma-mo"), "unknown row 'sigma-mo'; fix: did you mean 'sigma-moe'?"),
+        (("table3", "table5", "--columns", "WT-S"), "table5 has none of these columns or rows; fix: leave it out"),
         (("table3", "--seeds", "1", "1"), "`seeds` must be different from one another; got [1, 1]"),
         (("table3", "--seeds", "0"), "`--seeds` must be at least 1; got 0"),
         (("table3", "--seeds", "two"), "`--seeds` must be numbers; got 'two'"),

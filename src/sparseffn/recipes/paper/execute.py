@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from sparseffn.analysis import UsageCounter
-from sparseffn.data import ContiguousStreams, Corpus
+from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn import collect_stats
@@ -90,18 +91,17 @@ def _count_usage(model: TransformerXL, spec: RunSpec, folder: Path) -> float:
 
 @torch.no_grad()
 def training_load(model: TransformerXL, config: TrainConfig, corpus: Corpus) -> float:
-    """Largest over mean load when routing as in training, on the first windows of the training split; the worst layer's."""
-    streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
+    """Largest over mean load on the first windows of validation, routed as in training; the worst layer's."""
+    windows = evaluation_windows(corpus.valid, batch=config.batch, context=config.context)
     counter, memory = UsageCounter(), None
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            for window in range(min(_LOAD_WINDOWS, streams.n_windows)):
-                inputs, _ = streams.window(window)
+            for window in islice(windows, _LOAD_WINDOWS):
                 with collect_stats(model) as stats:
-                    memory = model(inputs, memory, memory_length=config.memory).memory
+                    memory = model(window.inputs, memory, memory_length=config.memory).memory
                 counter.observe(stats)
     finally:
         model.train(was_training)

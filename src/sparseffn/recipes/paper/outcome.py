@@ -52,7 +52,7 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         "scale": planned.request.scale.name,
         "settings": planned.request.settings,
         "lower_is_better": True,
-        "columns": [_column_json(c, t) for c, t in zip(planned.columns, times, strict=True)],
+        "columns": [_column_json(planned, c, t) for c, t in zip(planned.columns, times, strict=True)],
         "rows": _rows_json(planned),
         "cells": [
             _cell_json(m, planned.columns[c := m.cell.column], times[c], {"dense": dense[c], "sigma_moe": sigma[c]})
@@ -77,14 +77,15 @@ def _keyed(column: Sequence[_Measured], key: str) -> _Measured | None:
     return next((measured for measured in column if measured.cell.key == key), None)
 
 
-def _column_json(planned: PlannedColumn, equal_time: float | None) -> dict[str, Any]:
+def _column_json(table: PlannedTable, planned: PlannedColumn, equal_time: float | None) -> dict[str, Any]:
     column, corpus = planned.column, planned.corpus
+    is_own = column.is_own or not table.table.values
     return {
         "name": column.name,
-        "published_name": None if column.is_own else column.name,
+        "published_name": None if is_own else column.name,
         "corpus": column.corpus[0] if corpus is None else corpus.name,
         "metric": _published_metric(planned) if corpus is None else to_metric(0.0, corpus.unit)[0],
-        "published_metric": None if column.is_own else _published_metric(planned),
+        "published_metric": None if is_own else _published_metric(planned),
         "digest": None if corpus is None else corpus.digest,
         "reason": planned.reason,
         "sizes": column.sizes,
@@ -237,24 +238,17 @@ def _mean_load(finished: Mapping[int, Finished]) -> dict[str, float] | None:
 
 def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     """What one must know to read the numbers."""
-    request, first = planned.request, planned.columns[0]
-    train = planned.cells[0].train
+    request = planned.request
     notes = [
-        f"{first.steps} steps of {train.tokens_per_step:,} tokens, lr {train.lr:g}, clip {train.clip:g}, precision "
-        f"{train.precision}; hyperparameters are the same for all methods"
-        if request.settings == "paper"
-        else f"{first.steps} steps of {train.tokens_per_step:,} tokens, lr {train.lr:g}, precision {train.precision}",
-        "the difference against dense is of the test loss, paired over seeds and evaluation windows, 95% bootstrap interval",
-        "equal time is the shortest mean training time of the column's rows; times are of the runs themselves, as the machine "
-        "was then",
+        *_settings_notes(planned),
+        "hyperparameters are the same for all methods of a column" if request.settings == "paper" else "",
+        "times of training are of the runs themselves, as the machine was then",
     ]
     if request.settings == "released":
         notes.append(
             "released settings mix two clippings of the gradient: 0.1 for the small dense and Top-K models on words, 0.25 "
             "for all others; gamma of WT-S is 1e-4 here, and 1e-3 occurs among the released runs too"
         )
-    if not request.scale.is_published:
-        notes.append("published values are of other sizes and corpora: compare the order of rows, not the numbers")
     for measured in cells:
         load = _mean_load(measured.finished)
         if load is not None and measured.cell.sized.row.method in ("s-base", "softmax-renorm-moe", "switch"):
@@ -263,4 +257,19 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
                 f"{name}, {measured.cell.sized.label}: largest over mean load {load['training']:.2f} as in training, "
                 f"{load['valid']:.2f} on validation"
             )
-    return notes
+    return [note for note in notes if note]
+
+
+def _settings_notes(planned: PlannedTable) -> list[str]:
+    """Length, batch and optimiser of the columns; those that share them on one line."""
+    columns: dict[str, list[str]] = {}
+    for c, column in enumerate(planned.columns):
+        train = next(cell.train for cell in planned.cells if cell.column == c)
+        # Released runs clip some methods otherwise, which a note of its own says.
+        clip = f", clip {train.clip:g}" if planned.request.settings == "paper" else ""
+        words = (
+            f"{train.steps:,} steps of {train.tokens_per_step:,} tokens, lr {train.lr:g}, warm-up {train.warmup}{clip}, "
+            f"dropout {column.column.shape.dropout:g}, {train.precision}"
+        )
+        columns.setdefault(words, []).append(column.column.name)
+    return [f"{', '.join(names)}: {words}" for words, names in columns.items()]
