@@ -36,7 +36,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 fuzz: setup
-	$(BIN)/python tools/fuzz_kernels.py --minutes 10
+	$(BIN)/python tools/fuzz_kernels.py --minutes 10 --poison
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,13 +1,16 @@
-"""Draw shapes, routings and options without end and hold every compiled kernel against PyTorch's, in float64.
+"""Draw shapes, routings, dtypes and options without end and hold every compiled kernel against the truth.
 
     python tools/fuzz_kernels.py --minutes 10
 
-Stops at the first disagreement and prints the seed that repeats it: `--seed N --rounds 1`.
+Truth is the reference in float64, for large draws PyTorch's operations in float64, which the tests hold against it. In float64
+a kernel must agree to rounding, in float32 and bfloat16 come as near as `ops/spec.py` says. Stops at the first disagreement and
+prints the seed that repeats it: `--seed N --rounds 1`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 import sys
 import time
@@ -16,10 +19,17 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ops.backends import kernel
+from sparseffn.ops.backends import direct_kernel, kernel
+from sparseffn.ops.cpu import build, kernels
+from sparseffn.ops.spec import check_against_truth
+from sparseffn.paths import default_cache_dir
 
-F64 = torch.float64
-BACKENDS = ("cpu", "torch")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+INPUTS = ("x", "keys", "values", "gates")
+# The reference takes some tenths of a second for so many selections, or products.
+MOST_SELECTIONS, MOST_PRODUCTS = 150, 1_000_000
+# A relative error says nothing of a few sums, all of which may happen to cancel: those are drawn in float64 alone.
+FEWEST_SUMS = 16
 
 
 def near(got: Tensor, wanted: Tensor) -> None:
@@ -27,47 +37,140 @@ def near(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, atol=1e-11, rtol=1e-11)
 
 
+def hold(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """A result that was computed in a dtype is right."""
+    if dtype == F64:
+        near(got, truth)
+    else:
+        check_against_truth(name, got, plain, truth, dtype)
+
+
+def numbers(*shape: int, coarse: bool = False, terms: int = 1) -> Tensor:
+    """Values whose sums of so many products have unit scale, in float64.
+
+    Coarse ones have 5 bits, so that sums of 300 products of two are exact in float32. No unit then lies on the other side of
+    ReLU's edge, or of the K-th largest, by rounding alone; and ties are common.
+    """
+    values = torch.randn(*shape, dtype=F64)
+    if not coarse:
+        return values / terms**0.5
+    # A factor of a power of two costs no bits.
+    return (values * 4).round() / 4 / 2 ** round(torch.tensor(terms).log2().item() / 2)
+
+
+def draw_dtype(draw: random.Random, sums: int, width: int) -> torch.dtype:
+    """Float64 half of the time, and where there are few sums."""
+    return draw.choice([F64, F64, F32, BF16]) if sums >= FEWEST_SUMS and width >= FEWEST_SUMS else F64
+
+
+def truth_backend(selections: int, products: int) -> str:
+    """The reference where it does not take long."""
+    return "reference" if selections <= MOST_SELECTIONS and products <= MOST_PRODUCTS else "torch"
+
+
+def expert_results(
+    backend: str,
+    inputs: list[Tensor],
+    indices: Tensor,
+    direction: Tensor,
+    keep: Tensor | None,
+    activation: str,
+    inner_k: int | None,
+) -> list[Tensor]:
+    """Output and gradients of x, keys, values and gates."""
+    scale = 1.0 if keep is None else 1.5
+    if backend == "reference":
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        run = direct_kernel("expert_mlp", backend)
+        assert run is not None, "the reference differentiates itself"
+        y = run(*leaves, indices, keep, scale, activation, inner_k)
+        return [y.detach(), *torch.autograd.grad(y, leaves, direction)]
+    name = "expert_mlp" if inner_k is None else "expert_mlp_inner"
+    forward, backward = kernel(name, inputs[0], backend), kernel(f"{name}_backward", inputs[0], backend)
+    if inner_k is None:
+        y, *kept = forward(*inputs, indices, keep, scale, activation, save=True)
+        return [y, *backward(direction, *inputs, *kept, keep, scale, activation)]
+    y, *kept = forward(*inputs, indices, keep, scale, activation, inner_k)
+    return [y, *backward(direction, *inputs, *kept, scale, activation)]
+
+
 def experts(draw: random.Random) -> None:
     """The whole expert computation, forward and backward."""
     n_experts = draw.choice([1, 2, 5, 16, 40])
     k, size, width = draw.randint(1, n_experts), draw.randint(1, 150), draw.randint(1, 300)
     n_tokens = draw.choice([0, 1, 2, 7, 64, draw.randint(1, 900)])
+    inner_k = draw.randint(1, k * size) if draw.random() < 0.4 else None
+    dtype = draw_dtype(draw, n_tokens * min(k, inner_k or k), min(width, 2 * size))
+    low = dtype != F64
+    # Coarse coefficients stay exact through these alone.
+    activation = draw.choice(["relu", "identity"] if low and inner_k else ["relu", "gelu", "silu", "identity"])
+    coarse = low and (activation == "relu" or inner_k is not None)
     scores = torch.randn(n_tokens, n_experts) + draw.choice([0.0, 4.0]) * torch.randn(n_experts)
     indices = scores.topk(k, dim=1).indices
-    x, direction = torch.randn(n_tokens, width, dtype=F64), torch.randn(n_tokens, width, dtype=F64)
-    keys, values = torch.randn(n_experts, width, size, dtype=F64), torch.randn(n_experts, size, width, dtype=F64)
     gates = torch.rand(n_tokens, k, dtype=F64)
+    inputs = [
+        numbers(n_tokens, width, coarse=coarse).to(dtype),
+        numbers(n_experts, width, size, coarse=coarse, terms=width).to(dtype),
+        numbers(n_experts, size, width, terms=k * size).to(dtype),
+        ((gates * 8).round() / 8 if coarse else gates).to(torch.promote_types(dtype, F32)),
+    ]
+    direction = numbers(n_tokens, width).to(dtype)
     keep = torch.rand(n_tokens, k, size) >= 0.3 if draw.random() < 0.3 else None
+    judge = truth_backend(n_tokens * k, n_tokens * k * size * width)
+    double = [t.double() for t in inputs]
+    truth = expert_results(judge, double, indices, direction.double(), keep, activation, inner_k)
+    plain = expert_results("torch", inputs, indices, direction, keep, activation, inner_k) if low else truth
+    got = expert_results("cpu", inputs, indices, direction, keep, activation, inner_k)
+    for name, *three in zip(("", *(f".{n}" for n in INPUTS)), got, plain, truth, strict=True):
+        hold(f"expert_mlp{name}", *three, dtype)
+
+
+def routed(draw: random.Random) -> None:
+    """Scores, selection, gates and experts in one call; equal scores are common."""
+    n_experts = draw.choice([1, 2, 5, 16, 40, 130])
+    k, size, width = draw.randint(1, n_experts), draw.randint(1, 60), draw.randint(1, 300)
+    n_tokens = draw.choice([0, 1, 2, 7, 64, draw.randint(1, 500)])
+    dtype = draw_dtype(draw, n_tokens * k, min(width, 2 * size))
+    gate: ops.GateName = draw.choice(["sigmoid", "softmax", "renormalised"])
     activation = draw.choice(["relu", "gelu", "silu", "identity"])
-    inner_k = draw.randint(1, k * size) if draw.random() < 0.4 else None
+    x, selector = numbers(n_tokens, width, coarse=True), numbers(n_experts, width, coarse=True, terms=width)
+    keys = numbers(n_experts, width, size, coarse=activation == "relu", terms=width)
+    inputs = [t.to(dtype) for t in (x, selector, keys, numbers(n_experts, size, width, terms=k * size))]
+    judge = truth_backend(n_tokens * k, n_tokens * k * size * width)
     found = []
-    for backend in BACKENDS:
-        name = "expert_mlp" if inner_k is None else "expert_mlp_inner"
-        forward, backward = kernel(name, x, backend), kernel(f"{name}_backward", x, backend)
-        if inner_k is None:
-            y, *kept = forward(x, keys, values, gates, indices, keep, 1.5, activation, save=True)
-            grads = backward(direction, x, keys, values, gates, *kept, keep, 1.5, activation)
-        else:
-            y, *kept = forward(x, keys, values, gates, indices, keep, 1.5, activation, inner_k)
-            grads = backward(direction, x, keys, values, gates, *kept, 1.5, activation)
-        found.append([y, *grads])
-    scale = max(1.0, float(found[1][0].abs().max()) if n_tokens else 1.0)
-    for got, wanted in zip(*found, strict=True):
-        near(got / scale, wanted / scale)
+    for backend, cast in (("cpu", dtype), ("torch", dtype), (judge, F64)):
+        found.append(ops.routed_mlp(*(t.to(cast) for t in inputs), k=k, gate=gate, activation=activation, backend=backend))
+    got, plain, truth = found
+    near(got[1], truth[1])
+    hold("routed_mlp", got[0], plain[0], truth[0], dtype)
+    hold("routed_mlp.gates", got[2], plain[2], truth[2], torch.promote_types(dtype, F32))
+
+
+def logits(draw: random.Random) -> None:
+    """Scores of a router, which are computed in float32 or wider."""
+    n_tokens, n_experts, width = draw.choice([0, 1, 7, draw.randint(1, 700)]), draw.randint(1, 200), draw.randint(1, 300)
+    dtype = draw_dtype(draw, n_tokens * n_experts, width)
+    x, selector = numbers(n_tokens, width).to(dtype), numbers(n_experts, width, terms=width).to(dtype)
+    got, plain = (ops.router_logits(x, selector, backend=backend) for backend in ("cpu", "torch"))
+    truth = ops.router_logits(x.double(), selector.double(), backend="reference")
+    hold("router_logits", got, plain, truth, torch.promote_types(dtype, F32))
 
 
 def rows(draw: random.Random) -> None:
     """Weighted value rows and their gradients."""
     n_values, width, k = draw.choice([1, 3, 50, 2000]), draw.randint(1, 200), draw.randint(1, 60)
     n_tokens = draw.choice([0, 1, 5, 130, draw.randint(1, 600)])
-    values, weights = torch.randn(n_values, width, dtype=F64), torch.randn(n_tokens, k, dtype=F64)
-    indices, grad = torch.randint(n_values, (n_tokens, k)), torch.randn(n_tokens, width, dtype=F64)
-    found = []
-    for backend in BACKENDS:
+    dtype = draw_dtype(draw, n_tokens * k, width)
+    values, weights = numbers(n_values, width).to(dtype), numbers(n_tokens, k).to(dtype)
+    indices, grad = torch.randint(n_values, (n_tokens, k)), numbers(n_tokens, width).to(dtype)
+    leaves = [values.double().requires_grad_(), weights.double().requires_grad_()]
+    y = ops.weighted_rows(leaves[0], indices, leaves[1], backend="reference")
+    truth, found = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())], []
+    for backend in ("cpu", "torch"):
         y = kernel("weighted_rows", values, backend)(values, indices, weights)
         found.append([y, *kernel("weighted_rows_backward", values, backend)(grad, values, indices, weights)])
-    for got, wanted in zip(*found, strict=True):
-        near(got, wanted)
+    for name, *three in zip(("", ".values", ".weights"), *found, truth, strict=True):
+        hold(f"weighted_rows{name}", *three, dtype)
 
 
 def selection(draw: random.Random) -> None:
@@ -75,11 +178,11 @@ def selection(draw: random.Random) -> None:
     n, n_b, n_rows = draw.randint(1, 700), draw.randint(1, 90), draw.randint(0, 40)
     scores = torch.randn(n_rows, n)
     scores = (scores * draw.choice([1, 3])).round() if draw.random() < 0.5 else scores
-    k = draw.randint(0, n)
+    scores, k = scores.to(draw.choice([F32, F64, BF16])), draw.randint(0, n)
     near(ops.topk(scores, k, backend="cpu"), (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k])
     a, b = torch.randn(n_rows, min(n, 90)), torch.randn(n_rows, n_b)
     k = draw.randint(1, min(a.shape[1] * n_b, 300))
-    near(*(ops.product_key_topk(a, b, k, backend=backend)[0] for backend in BACKENDS))
+    near(*(ops.product_key_topk(a, b, k, backend=backend)[0] for backend in ("cpu", "torch")))
 
 
 def assignment(draw: random.Random) -> None:
@@ -87,7 +190,7 @@ def assignment(draw: random.Random) -> None:
     scores = torch.randn(draw.randint(0, 300), draw.randint(1, 20), dtype=F64)
     scores = scores.round() if draw.random() < 0.5 else scores
     totals = []
-    for backend in BACKENDS:
+    for backend in ("cpu", "torch"):
         assigned = ops.balanced_assignment(scores, backend=backend)
         loads = assigned.bincount(minlength=scores.shape[1])
         low = scores.shape[0] // scores.shape[1]
@@ -97,7 +200,14 @@ def assignment(draw: random.Random) -> None:
     near(*totals)
 
 
-KERNELS = (experts, rows, selection, assignment)
+KERNELS = (experts, routed, logits, rows, selection, assignment)
+
+
+def poison() -> None:
+    """From here on the kernels' scratch memory holds NaN where nothing was written."""
+    path = build.compile_library(default_cache_dir() / "kernels", flags=[*build.FLAGS, "-DSPARSEFFN_POISON"])
+    library = ctypes.CDLL(str(path))
+    kernels.library = lambda: library
 
 
 def main() -> int:
@@ -106,7 +216,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--rounds", type=int, help="how many rounds instead")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first round")
+    parser.add_argument("--poison", action="store_true", help="fill scratch memory with NaN first")
     options = parser.parse_args()
+    if options.poison:
+        poison()
     end, seed = time.monotonic() + 60 * options.minutes, options.seed
     while seed - options.seed < options.rounds if options.rounds is not None else time.monotonic() < end:
         for check in KERNELS:

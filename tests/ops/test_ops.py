@@ -1,4 +1,4 @@
-"""Operations against their references, in float64 with all gradients; opcheck; compilation; backends."""
+"""Operations against their references, in float64 with all gradients; compilation; backends."""
 
 from __future__ import annotations
 
@@ -117,38 +117,6 @@ def test_sinkhorn_equals_the_reference(released: bool) -> None:
     agree(lambda x, backend: ops.sinkhorn(x, mask, released=released, backend=backend), torch.randn(12, 5, dtype=F64))
 
 
-@pytest.mark.parametrize("name", ["up", "down", "rows", "keys", "sinkhorn", "columns", "assignment"])
-def test_operations_pass_opcheck(name: str) -> None:
-    """Schema, fake tensors and autograd registration."""
-    leaf = {"requires_grad": True, "dtype": F64}
-    rows, library = routed(7, 4, 2, "random"), torch.ops.sparseffn
-    up = (torch.randn(7, 3, **leaf), torch.randn(4, 3, 2, **leaf), rows.tokens, rows.offsets, "auto")
-    down = (
-        torch.randn(14, 2, **leaf),
-        torch.randn(4, 2, 3, **leaf),
-        torch.rand(14, **leaf),
-        rows.tokens,
-        rows.offsets,
-        7,
-        "auto",
-    )
-    cases = {
-        "up": (library.expert_up, up),
-        "down": (library.expert_down, down),
-        "rows": (
-            library.weighted_rows,
-            (torch.randn(5, 3, **leaf), torch.randint(5, (4, 2)), torch.randn(4, 2, **leaf), "auto"),
-        ),
-        "keys": (library.product_key_topk, (torch.randn(4, 2, 3, **leaf), torch.randn(4, 2, 3, **leaf), 4, "auto")),
-        "sinkhorn": (library.sinkhorn, (torch.randn(6, 3, **leaf), torch.ones(6, dtype=torch.bool), 3, 1.0, "auto")),
-        "columns": (library.select_columns, (torch.randn(4, 6, **leaf), torch.randint(6, (4, 2)))),
-        "assignment": (library.balanced_assignment, (torch.randn(6, 3, dtype=F64), "auto")),
-    }
-    operation, arguments = cases[name]
-    results = torch.library.opcheck(operation, arguments)
-    assert set(results.values()) == {"SUCCESS"}
-
-
 def test_gradients_are_those_of_finite_differences() -> None:
     """gradcheck in float64 of every differentiable operation."""
     rows = routed(5, 4, 2, "random")
@@ -237,12 +205,13 @@ def test_deterministic_mode_gives_equal_bits() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float("-inf"), 1e-30]), min_size=1, max_size=12), st.data())
 def test_topk_is_a_stable_descending_sort(values: list[float], data: st.DataObject) -> None:
-    """Ties go to the lowest index, in every dtype, zeros of either sign alike."""
-    k = data.draw(st.integers(0, len(values)))
+    """Ties go to the lowest index, in every dtype, zeros of either sign alike; the reference's too."""
+    k = data.draw(st.integers(1, len(values)))
     x = torch.tensor(values)
     wanted = sorted(range(len(values)), key=lambda i: (-(values[i] + 0.0), i))[:k]
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert ops.topk(x.to(dtype) + 0.0, k).tolist() == wanted
+        for backend in ("auto", "torch", "reference"):
+            assert ops.topk(x.to(dtype), k, backend=backend).tolist() == wanted
     assert sorted(ops.topk(x, k, ordered=False).tolist()) == sorted(wanted)
 
 
@@ -305,7 +274,7 @@ def test_backend_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ops.topk(torch.ones(3), 4), "`k` must be between 0 and the number of entries 3; got 4"),
+        (lambda: ops.topk(torch.ones(3), 4), "`k` must be between 1 and the number of entries 3; got 4"),
         (lambda: ops.product_key_topk(torch.ones(1, 2), torch.ones(1, 2), 5), "between 1 and n_a n_b = 4; got 5"),
         (lambda: ops.cvmm(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), torch.ones(1, 2, 2)), "one index a row"),
         (lambda: ops.balanced_assignment(torch.full((3, 2), torch.nan)), "must be finite"),

@@ -1,5 +1,6 @@
-"""What a trained model does with its feedforward blocks."""
+"""What a trained model does with its feedforward blocks, and whether two models differ."""
 
+from sparseffn.analysis.paired import PairedDifference, paired_difference
 from sparseffn.analysis.usage import LayerUsage, UsageCounter
 
-__all__ = ["LayerUsage", "UsageCounter"]
+__all__ = ["LayerUsage", "PairedDifference", "UsageCounter", "paired_difference"]

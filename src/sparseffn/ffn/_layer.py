@@ -28,6 +28,10 @@ class FeedForward(nn.Module, ABC):
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         """The output `[T, D]` and what it was computed from. `mask_T` is False for padding, whose x is zero already."""
 
+    def output_TD(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+        """The output of `compute` alone; a method overrides this where leaving out the rest saves time."""
+        return self.compute(x_TD, mask_T)[0]
+
     @abstractmethod
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """The coefficient of every pair, `[T, d_ff]`, zero for those not selected."""
@@ -84,11 +88,11 @@ class FeedForward(nn.Module, ABC):
             UserError: x or mask has another shape than the layer needs, or x is not floating-point.
         """
         x_TD, mask_T = self._flatten(x, mask)
-        y_TD, routed = self.compute(x_TD, mask_T)
+        y_TD, routed = self.compute(x_TD, mask_T) if return_stats else (self.output_TD(x_TD, mask_T), None)
         if mask_T is not None:
             y_TD = y_TD.masked_fill(~mask_T[:, None], 0.0)
-        y = y_TD.reshape(x.shape)
-        return (y, routing_stats(routed, mask_T, x_TD.shape[0])) if return_stats else y
+        y = y_TD if x.dim() == 2 else y_TD.reshape(x.shape)
+        return y if routed is None else (y, routing_stats(routed, mask_T, x_TD.shape[0]))
 
     def coefficients(self, x: Tensor) -> Tensor:
         """The coefficient of every key-value pair, `(..., d_ff)`: non-negative for ReLU, zero where not selected."""
@@ -107,7 +111,7 @@ class FeedForward(nn.Module, ABC):
                 f"`x` must be floating-point with last dimension d_model = {d_model}; "
                 f"got {tuple(x.shape)} of {x.dtype}; fix: check the layer's d_model"
             )
-        x_TD = x.reshape(-1, d_model)
+        x_TD = x if x.dim() == 2 else x.reshape(-1, d_model)
         if mask is None:
             return x_TD, None
         if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:

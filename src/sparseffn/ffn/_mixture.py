@@ -19,6 +19,7 @@ from sparseffn.ffn._layer import FeedForward
 from sparseffn.ffn._options import option
 from sparseffn.ffn._routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn._stats import Routed
+from sparseffn.ops.backends import kernel
 
 INDEX_BYTES = 8
 LOGIT_BYTES = 4
@@ -172,36 +173,41 @@ class Mixture(FeedForward):
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation."""
-        if mask_T is None and self.evaluates_at_once(x_TD):
-            return self._evaluate(x_TD)
+        evaluated = self.evaluate(x_TD) if mask_T is None else None
+        if evaluated is not None:
+            y_TD, indices_TK, gates_TK = evaluated
+            selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
+            # Nobody minimises a loss here; who asks for its value pays for the router once more.
+            return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
+        return self._compute_in_steps(x_TD, mask_T)
+
+    def _compute_in_steps(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         routing: Routing = self.router(x_TD, mask_T)
         y_TD = self.run_experts(x_TD, routing)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
-    def evaluates_at_once(self, x_TD: Tensor) -> bool:
-        """Whether `ops.routed_mlp` computes this call: an eager evaluation of a plain top-K router without gradients."""
-        if self.training or self.config.survivors is not None or torch.is_autocast_enabled(x_TD.device.type):
-            return False
-        router, experts = self.router, self.experts
-        if router.gate is None or x_TD.dtype != experts.keys.dtype:
-            return False
-        return ops.runs_eagerly(x_TD, experts.keys, experts.values, router.selector)
+    def output_TD(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+        """The output alone: for a token or a few, what describes the selection costs as much as some of the experts."""
+        evaluated = self.evaluate(x_TD) if mask_T is None else None
+        return self._compute_in_steps(x_TD, mask_T)[0] if evaluated is None else evaluated[0]
 
-    def _evaluate(self, x_TD: Tensor) -> tuple[Tensor, Routed]:
+    def evaluate(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Output, experts and gates in one operation, as `ops.routed_mlp` gives them.
+
+        None where that is not possible: in training, under autocast, with gradients, in a trace, or where the router is
+        more than top-K and a gate. Shapes were fixed when the layer was made, so that the kernel is called as it is.
+        """
+        if self.training or self.config.survivors is not None or torch.is_autocast_enabled(x_TD.device.type):
+            return None
         router, experts = self.router, self.experts
-        assert router.gate is not None, "only called for plain routers"
-        y_TD, indices_TK, gates_TK = ops.routed_mlp(
-            x_TD,
-            router.selector,
-            experts.keys,
-            experts.values,
-            k=router.k,
-            gate=router.gate,
-            activation=self.config.activation,
-        )
-        selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
-        # Nobody minimises a loss here; who asks for its value pays for the router once more.
-        return y_TD, Routed(selection, balance=lambda: self._balance_of(router(x_TD, None), None))
+        gate, selector, keys, values = router.gate, router.selector, experts.keys, experts.values
+        if gate is None or not x_TD.dtype == selector.dtype == keys.dtype == values.dtype:
+            return None
+        if not x_TD.device == selector.device == keys.device == values.device:
+            return None
+        if not ops.runs_eagerly(x_TD, keys, values, selector):
+            return None
+        return kernel("routed_mlp", x_TD)(x_TD, selector, keys, values, router.k, gate, self.config.activation)
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`sum over a token's selections of weight x W2^e act(W1^e x)`, or over what an inner top-K leaves of it."""
@@ -274,7 +280,7 @@ class Mixture(FeedForward):
 
 def scatter_scores(n_experts: int, chosen: list[int], weights: Tensor) -> Tensor:
     """s of one token, `[E]`, from the chosen experts and their weights."""
-    index = torch.tensor(chosen, dtype=torch.int64)
+    index = torch.tensor(chosen, dtype=torch.int64, device=weights.device)
     return weights.new_zeros(n_experts).scatter(0, index, weights) if chosen else weights.new_zeros(n_experts)
 
 

@@ -1,15 +1,23 @@
-"""Errors of input that only a look at the numbers shows; made where that look is cheap."""
+"""Errors of input that only a look at the numbers shows; made where that look is cheap.
+
+On a CPU a look raises at once. On a GPU the host does not wait for the numbers: `_assert_async` stops the device at the
+first that is wrong, with the same message.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from sparseffn.errors import NonFiniteError, UserError
 
 
-def bad_index(what: str, n: int) -> UserError:
+def bad_index(what: str, n: int, name: str = "indices") -> UserError:
     """An index outside 0..n-1."""
-    return UserError(f"`indices` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
+    return UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
 
 
 def non_finite_gates() -> NonFiniteError:
@@ -19,38 +27,64 @@ def non_finite_gates() -> NonFiniteError:
     )
 
 
+def non_finite(name: str) -> NonFiniteError:
+    """Scores or weights that are NaN or infinite."""
+    return NonFiniteError(
+        f"`{name}` must be finite; got NaN or infinity; fix: train with a lower lr, or check the layer's input"
+    )
+
+
 def non_finite_scores() -> NonFiniteError:
     """Scores of an assignment that are NaN or infinite."""
     return NonFiniteError("`scores` must be finite; got NaN or infinity; fix: check the router's input")
 
 
 def check_routing(gates: Tensor, indices: Tensor, n_experts: int) -> None:
-    """Look at indices and gates where that needs no synchronisation with a device: on the CPU.
+    """Look at the indices and gates of a selection of experts.
 
     Raises:
         UserError: an index is that of no expert.
         NonFiniteError: a gate is NaN or infinite.
     """
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    _check_range(indices, "an expert", n_experts)
-    if not bool(gates.isfinite().all()):
-        raise non_finite_gates()
+    check_indices(indices, "an expert", n_experts)
+    _demand_between(gates, -math.inf, math.inf, non_finite_gates)
+
+
+def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> None:
+    """Look at indices of `what`, of which there are n.
+
+    Raises:
+        UserError: one is outside 0..n-1.
+    """
+    _demand_between(indices, -1, n, lambda: bad_index(what, n, name))
 
 
 def check_rows(indices: Tensor, n_rows: int) -> None:
-    """The same for indices of value rows.
+    """Look at indices of value rows.
 
     Raises:
         UserError: an index is that of no row.
     """
-    if indices.device.type == "cpu" and indices.numel():
-        _check_range(indices, "a row of `values`", n_rows)
+    check_indices(indices, "a row of `values`", n_rows)
 
 
-def _check_range(indices: Tensor, what: str, n: int) -> None:
-    if int(indices.min()) < 0 or int(indices.max()) >= n:
-        raise bad_index(what, n)
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Look at scores or weights.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    _demand_between(tensor, -math.inf, math.inf, lambda: non_finite(name))
+
+
+def check_expert_rows(tokens: Tensor, offsets: Tensor, n_tokens: int) -> None:
+    """Look at rows sorted by expert: no row may be without an expert or a token.
+
+    Raises:
+        UserError: one is.
+    """
+    starts_and_ends = (offsets[0] == 0) & (offsets[-1] == tokens.shape[0]) & (offsets.diff() >= 0).all()
+    _demand(starts_and_ends & ((tokens >= 0) & (tokens < n_tokens)).all(), _bad_rows)
 
 
 def require_one_device(*tensors: Tensor) -> None:
@@ -59,7 +93,45 @@ def require_one_device(*tensors: Tensor) -> None:
     Raises:
         UserError: the tensors are on several devices.
     """
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        named = " and ".join(sorted(map(str, devices)))
-        raise UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise several_devices(*tensors)
+
+
+def several_devices(*tensors: Tensor) -> UserError:
+    """Tensors that are not on one device."""
+    named = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+    return UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
+
+
+def _bad_rows() -> UserError:
+    return UserError(
+        "`rows` must be sorted by expert and belong to tokens and experts that exist; got a row that does not; "
+        "fix: make them with ops.sort_by_expert, from indices below n_units"
+    )
+
+
+def _demand_between(tensor: Tensor, low: float, high: float, error: Callable[[], UserError]) -> None:
+    """Every entry lies strictly between two numbers; NaN never does."""
+    if tensor.numel() == 0:
+        return
+    least, most = tensor.detach().aminmax()
+    if _is_on_host(tensor):
+        # NaN is the least and the most of whatever holds one.
+        if not (least.item() > low and most.item() < high):
+            raise error()
+    else:
+        torch.ops.aten._assert_async.msg((least > low) & (most < high), str(error()))
+
+
+def _demand(holds: Tensor, error: Callable[[], UserError]) -> None:
+    if not _is_on_host(holds):
+        torch.ops.aten._assert_async.msg(holds, str(error()))
+    elif not holds:
+        raise error()
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether a look at the numbers waits for nothing."""
+    return tensor.device.type == "cpu"

@@ -32,6 +32,7 @@ REFERENCES = (
     "sinkhorn",
     "balanced_assignment",
     "router_logits",
+    "topk",
 )
 
 

@@ -6,6 +6,7 @@ tokens x experts x d exists. Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -86,8 +87,6 @@ def _bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`."""
     check_rows(indices, values.shape[0])
-    if indices.shape[1] == 0:
-        return values.new_zeros(indices.shape[0], values.shape[1])
     return _bag(values, indices, weights)
 
 
@@ -151,13 +150,24 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor
     """
     n_a, n_b = scores_a.shape[-1], scores_b.shape[-1]
     top_a, top_b = topk(scores_a, min(k, n_a), True), topk(scores_b, min(k, n_b), True)
-    rank_a = torch.arange(1, top_a.shape[-1] + 1, device=scores_a.device)
-    rank_b = torch.arange(1, top_b.shape[-1] + 1, device=scores_a.device)
-    pair_b, pair_a = (rank_b[:, None] * rank_a[None, :] <= k).nonzero(as_tuple=True)
+    pair_b, pair_a = _rank_pairs(top_a.shape[-1], top_b.shape[-1], k, scores_a.device)
     sums = scores_b.gather(-1, top_b)[..., pair_b] + scores_a.gather(-1, top_a)[..., pair_a]
     best = topk(sums, k, True)
     index_a, index_b = top_a.gather(-1, pair_a[best]), top_b.gather(-1, pair_b[best])
     return sums.gather(-1, best), index_b * n_a + index_a
+
+
+@functools.lru_cache(maxsize=64)
+def _rank_pairs(n_a: int, n_b: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks in halves b and a, counted from 0, of the pairs that can be among the K largest.
+
+    Counted on the host and kept, so that a GPU is not waited for.
+    """
+    pairs = [(j, i) for j in range(n_b) for i in range(min(n_a, k // (j + 1)))]
+    # Kept tensors outlive the mode they are made in.
+    with torch.inference_mode(False):
+        pair_b, pair_a = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
+    return pair_b, pair_a
 
 
 def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparseffn.errors import UserError, unknown_name
@@ -45,6 +46,8 @@ class Backend:
 
 
 _BACKENDS: dict[str, Backend] = {}
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
@@ -111,17 +114,28 @@ def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether something watches the operations, so that they must go through PyTorch's dispatcher: a trace, a counter of
-    FLOPs, fake or meta tensors, subclasses of Tensor.
+    """Whether something watches the operations, so that they must go through PyTorch's dispatcher: a trace, a transform of
+    `torch.func`, a counter of FLOPs, fake or meta tensors, subclasses of Tensor.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _is_transformed():
         return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+    # No generator: for a token or two it would take longer than the look itself.
+    for t in tensors:  # noqa: SIM110
+        if type(t) not in _PLAIN or t.is_meta:
+            return True
+    return False
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` is active, or `torch.jit.trace` records."""
+    return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records an operation on the tensors."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t.requires_grad for t in tensors)
 
 
 def runs_eagerly(*tensors: Tensor) -> bool:

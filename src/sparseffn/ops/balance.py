@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
+from sparseffn.ops._checks import check_finite, require_one_device
 from sparseffn.ops.backends import direct_kernel, kernel
 
 
 @torch.library.custom_op("sparseffn::sinkhorn", mutates_args=())
 def _sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
+    check_finite(scores, "scores")
     return kernel("sinkhorn", scores, backend)(scores, mask, n_rounds, sign)
 
 
@@ -55,7 +57,7 @@ def sinkhorn(
     Selecting by them balances the load over the whole batch (Clark 2022).
 
     Args:
-        scores: `[T, E]` logits x.
+        scores: `[T, E]` logits x, finite.
         mask: bool `[T]`, True for tokens that take part; None means all.
         n_rounds: rounds, the paper's code uses 3.
         released: subtract a and b inside the log-sum-exps, as the released code does; that does not balance.
@@ -65,15 +67,25 @@ def sinkhorn(
         `[T, E]`, differentiable.
 
     Raises:
-        UserError: `scores` is not a matrix or `n_rounds` is negative.
+        UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
+        NonFiniteError: a score is NaN or infinite.
     """
     if scores.dim() != 2 or n_rounds < 0:
         raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
+    if not scores.is_floating_point():
+        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
     if mask is None:
         mask = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
+    elif mask.shape != scores.shape[:1] or mask.dtype != torch.bool:
+        raise UserError(
+            f"`mask` must be bool, one a token, shape {tuple(scores.shape[:1])}; "
+            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
+        )
+    require_one_device(scores, mask)
     sign = -1.0 if released else 1.0
     direct = direct_kernel("sinkhorn", backend)
     if direct is not None:
+        check_finite(scores, "scores")
         return direct(scores, mask, n_rounds, sign)
     return torch.ops.sparseffn.sinkhorn(scores, mask, n_rounds, sign, backend)
 
@@ -102,9 +114,11 @@ def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
         int64 `[T]`. Computed on the host, in O(T E) memory.
 
     Raises:
-        UserError: `scores` is not a matrix with at least one expert.
+        UserError: `scores` is not a floating matrix with at least one expert.
         NonFiniteError: a score is NaN or infinite.
     """
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
     return torch.ops.sparseffn.balanced_assignment(scores.detach(), backend)

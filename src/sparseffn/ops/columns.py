@@ -7,13 +7,25 @@
 import torch
 from torch import Tensor
 
+from sparseffn.errors import UserError
+from sparseffn.ops._checks import bad_index, require_one_device
 from sparseffn.ops._differentiable import differentiable
 from sparseffn.ops.backends import is_traced, needs_gradient
 
 
+def _gather(x: Tensor, indices: Tensor) -> Tensor:
+    try:
+        return x.gather(1, indices)
+    except RuntimeError as error:
+        # PyTorch looks at each index anyway; on a GPU it stops the device.
+        if "out of bounds" in str(error):
+            raise bad_index("a column of `x`", x.shape[1]) from error
+        raise
+
+
 @torch.library.custom_op("sparseffn::select_columns", mutates_args=())
 def _select_columns(x: Tensor, indices: Tensor) -> Tensor:
-    return x.gather(1, indices)
+    return _gather(x, indices)
 
 
 @_select_columns.register_fake
@@ -33,7 +45,7 @@ def _differentiate(ctx, grad):
 
 
 _select_columns.register_autograd(_differentiate, setup_context=_save)
-_eager_select_columns = differentiable(lambda x, indices: x.gather(1, indices), _save, _differentiate)
+_eager_select_columns = differentiable(_gather, _save, _differentiate)
 
 
 def select_columns(x: Tensor, indices: Tensor) -> Tensor:
@@ -41,11 +53,20 @@ def select_columns(x: Tensor, indices: Tensor) -> Tensor:
 
     Args:
         x: `[T, N]`.
-        indices: int64 `[T, K]`.
+        indices: int64 `[T, K]`, 0 to N - 1.
 
     Returns:
         `[T, K]`, differentiable in x.
+
+    Raises:
+        UserError: ranks, lengths, dtypes or devices do not fit together, or an index is that of no column.
     """
-    if not needs_gradient(x):
-        return x.gather(1, indices)
-    return torch.ops.sparseffn.select_columns(x, indices) if is_traced(x) else _eager_select_columns(x, indices)
+    if x.dim() != 2 or indices.dim() != 2 or x.shape[0] != indices.shape[0] or indices.dtype != torch.int64:
+        raise UserError(
+            "`x` and `indices` must be [T, N] and int64 [T, K]; "
+            f"got {tuple(x.shape)} and {indices.dtype} {tuple(indices.shape)}; fix: flatten leading dimensions first"
+        )
+    require_one_device(x, indices)
+    if is_traced(x):
+        return torch.ops.sparseffn.select_columns(x, indices) if needs_gradient(x) else x.gather(1, indices)
+    return _eager_select_columns(x, indices) if needs_gradient(x) else _gather(x, indices)

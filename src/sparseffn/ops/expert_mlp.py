@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops._checks import require_one_device
+from sparseffn.ops._checks import check_routing, require_one_device
 from sparseffn.ops._differentiable import differentiable
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.autocast import to_autocast
@@ -85,10 +85,14 @@ def _save(ctx, inputs, output) -> None:
     x, keys, values, gates, _, keep, ctx.keep_scale, ctx.activation, ctx.backend = inputs
     _, hidden, order, offsets = output
     ctx.mark_non_differentiable(hidden, order, offsets)
+    # Else autograd fills a gradient of zeros for each of them, the largest as large as `hidden`.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, keys, values, gates, hidden, order, offsets, keep)
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     backward: Callable[..., Any] = torch.ops.sparseffn.expert_mlp_backward if is_traced(grad) else _gradients
     grads = backward(grad, *ctx.saved_tensors, ctx.keep_scale, ctx.activation, ctx.backend)
     return *grads, None, None, None, None, None
@@ -129,6 +133,7 @@ def expert_mlp(
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `K` is 0, `inner_k` is not in 1..K G, an index is
             that of no expert, or the activation is unknown.
+        NonFiniteError: a gate is NaN or infinite.
     """
     x, keys, values = to_autocast(x, keys, values)
     _check(x, keys, values, gates, indices)
@@ -139,6 +144,7 @@ def expert_mlp(
         keep, scale = torch.rand(shape, device=x.device) >= dropout, 1.0 / (1.0 - dropout)
     direct = direct_kernel("expert_mlp", backend)
     if direct is not None:
+        check_routing(gates, indices, keys.shape[0])
         return direct(x, keys, values, gates, indices, keep, scale, activation, inner_k)
     if inner_k is not None:
         inputs = (x, keys, values, gates, indices, keep, scale, activation, inner_k)
@@ -174,9 +180,10 @@ def _check(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tens
             f"`gates` and `indices` must both be [T, K] with T = {x.shape[0]} and K >= 1; "
             f"got {tuple(gates.shape)} and {tuple(indices.shape)}"
         )
-    if x.dtype != keys.dtype or x.dtype != values.dtype or indices.dtype != torch.int64:
+    same = x.dtype == keys.dtype == values.dtype
+    if not same or not x.is_floating_point() or indices.dtype != torch.int64:
         raise UserError(
-            "`x`, `keys` and `values` must share a dtype and `indices` be int64; "
+            "`x`, `keys` and `values` must share a floating dtype and `indices` be int64; "
             f"got {x.dtype}, {keys.dtype}, {values.dtype} and {indices.dtype}; fix: cast them"
         )
     require_one_device(x, keys, values, gates, indices)

@@ -68,10 +68,13 @@ def _save(ctx, inputs, output) -> None:
     x, keys, values, gates, _, _, ctx.keep_scale, ctx.activation, _, ctx.backend = inputs
     _, survivors, positions, order, offsets = output
     ctx.mark_non_differentiable(survivors, positions, order, offsets)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, keys, values, gates, survivors, positions, order, offsets)
 
 
 def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
     backward = torch.ops.sparseffn.expert_mlp_inner_backward
     grads = backward(grad, *ctx.saved_tensors, ctx.keep_scale, ctx.activation, ctx.backend)
     return *grads, None, None, None, None, None, None

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
+from sparseffn.ops._checks import check_expert_rows, check_finite, check_indices, require_one_device
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import direct_kernel, kernel
+from sparseffn.ops.backends import direct_kernel, is_traced, kernel
 from sparseffn.ops.selection import ExpertRows
 
 
 @torch.library.custom_op("sparseffn::expert_up", mutates_args=())
 def _expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    check_expert_rows(tokens, offsets, x.shape[0])
     return kernel("expert_up", x, backend)(x, weight, tokens, offsets)
 
 
@@ -33,7 +35,8 @@ def _expert_up_backward(
 
 @_expert_up_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    dense = torch.contiguous_format
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(weight, memory_format=dense)
 
 
 def _save_up(ctx, inputs, output) -> None:
@@ -53,6 +56,8 @@ _expert_up.register_autograd(_differentiate_up, setup_context=_save_up)
 def _expert_down(
     a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
 ) -> Tensor:
+    check_expert_rows(tokens, offsets, n_tokens)
+    check_finite(gates, "gates")
     return kernel("expert_down", a, backend)(a, weight, gates, tokens, offsets, n_tokens)
 
 
@@ -72,7 +77,8 @@ def _expert_down_backward(
 def _(
     grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(weight), torch.empty_like(gates)
+    dense = torch.contiguous_format
+    return torch.empty_like(a, memory_format=dense), torch.empty_like(weight, memory_format=dense), torch.empty_like(gates)
 
 
 def _save_down(ctx, inputs, output) -> None:
@@ -101,12 +107,14 @@ def expert_up(x: Tensor, weight: Tensor, rows: ExpertRows, *, backend: str = "au
         `[R, G]` in the dtype of `x`.
 
     Raises:
-        UserError: ranks, widths or dtypes do not fit together.
+        UserError: ranks, widths, dtypes or devices do not fit together, or a row has no expert or token.
     """
     x, weight = to_autocast(x, weight)
-    _check_product("x", x, weight)
+    _check_product("x", x, weight, rows, rows.n_tokens)
+    require_one_device(x, weight, rows.tokens, rows.offsets)
     direct = direct_kernel("expert_up", backend)
     if direct is not None:
+        check_expert_rows(rows.tokens, rows.offsets, rows.n_tokens)
         return direct(x, weight, rows.tokens, rows.offsets)
     return torch.ops.sparseffn.expert_up(x, weight, rows.tokens, rows.offsets, backend)
 
@@ -117,7 +125,7 @@ def expert_down(a: Tensor, weight: Tensor, gates: Tensor, rows: ExpertRows, *, b
     Args:
         a: `[R, G]`, rows sorted by expert.
         weight: `[E, G, D]`.
-        gates: `[R]`, float32 or wider, sorted like `a`.
+        gates: `[R]`, float32 or wider, finite, sorted like `a`.
         rows: the routing, from `sort_by_expert`.
         backend: see `ops.backends`.
 
@@ -125,12 +133,22 @@ def expert_down(a: Tensor, weight: Tensor, gates: Tensor, rows: ExpertRows, *, b
         `[T, D]` in the dtype of `a`; zero for a token without rows.
 
     Raises:
-        UserError: ranks, widths or dtypes do not fit together.
+        UserError: ranks, widths, dtypes or devices do not fit together, or a row has no expert or token.
+        NonFiniteError: a gate is NaN or infinite.
     """
     a, weight = to_autocast(a, weight)
-    _check_product("a", a, weight)
+    n_rows = rows.tokens.shape[0]
+    _check_product("a", a, weight, rows, n_rows)
+    if gates.dim() != 1 or gates.shape[0] != n_rows or gates.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"`gates` must be [{n_rows}] in float32 or float64; got {tuple(gates.shape)} in {gates.dtype}; "
+            "fix: one score a row, sorted like `a`"
+        )
+    require_one_device(a, weight, gates, rows.tokens, rows.offsets)
     direct = direct_kernel("expert_down", backend)
     if direct is not None:
+        check_expert_rows(rows.tokens, rows.offsets, rows.n_tokens)
+        check_finite(gates, "gates")
         return direct(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens)
     return torch.ops.sparseffn.expert_down(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens, backend)
 
@@ -148,10 +166,20 @@ def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Te
         `[N, L]`.
 
     Raises:
-        UserError: ranks, widths or dtypes do not fit together, or `sel` has another length.
+        UserError: ranks, widths, dtypes or devices do not fit together, or `sel` has another length or dtype or names a
+            matrix that is not there.
     """
-    if sel.shape != x.shape[:1]:
-        raise UserError(f"`sel` must hold one index a row of x, shape {tuple(x.shape[:1])}; got {tuple(sel.shape)}")
+    if x.dim() != 2 or weight.dim() != 3:
+        raise _misfit("x", x, weight)
+    if sel.shape != x.shape[:1] or sel.dtype != torch.int64:
+        raise UserError(
+            f"`sel` must hold one index a row of x, int64 in shape {tuple(x.shape[:1])}; "
+            f"got {sel.dtype} in shape {tuple(sel.shape)}; fix: flatten and cast it"
+        )
+    require_one_device(x, sel, weight)
+    # In a compiled graph the product looks at the sorted rows.
+    if not is_traced(sel):
+        check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
     sorted_sel, order = sel.sort(stable=True)
     offsets = torch.searchsorted(sorted_sel, torch.arange(weight.shape[0] + 1, device=sel.device))
     rows = ExpertRows(order, order, offsets, x.shape[0])
@@ -159,11 +187,33 @@ def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Te
     return torch.empty_like(sorted_y).index_copy(0, order, sorted_y)
 
 
-def _check_product(name: str, rows: Tensor, weight: Tensor) -> None:
-    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[1] != weight.shape[1]:
+def _check_product(name: str, left: Tensor, weight: Tensor, rows: ExpertRows, n_left: int) -> None:
+    """`left` has `n_left` rows as wide as the matrices are high, and `rows` fit the matrices."""
+    if left.dim() != 2 or weight.dim() != 3 or left.shape[1] != weight.shape[1]:
+        raise _misfit(name, left, weight)
+    if left.dtype != weight.dtype or not left.is_floating_point():
         raise UserError(
-            f"`{name}` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
-            f"got {tuple(rows.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
+            f"`{name}` and `weight` must share a floating dtype; got {left.dtype} and {weight.dtype}; fix: cast one"
         )
-    if rows.dtype != weight.dtype:
-        raise UserError(f"`{name}` and `weight` must share a dtype; got {rows.dtype} and {weight.dtype}; fix: cast one")
+    tokens, offsets = rows.tokens, rows.offsets
+    if tokens.dim() != 1 or tokens.dtype != torch.int64 or offsets.dtype != torch.int64:
+        raise UserError(
+            f"`rows` must hold int64 vectors; got {tokens.dtype} and {offsets.dtype}; fix: make them with ops.sort_by_expert"
+        )
+    if offsets.dim() != 1 or offsets.shape[0] != weight.shape[0] + 1:
+        raise UserError(
+            f"`rows` must be sorted over the {weight.shape[0]} experts of `weight`, with offsets [{weight.shape[0] + 1}]; "
+            f"got offsets {tuple(offsets.shape)}; fix: n_units = {weight.shape[0]} in the selection"
+        )
+    if left.shape[0] != n_left:
+        raise UserError(
+            f"`{name}` must have the {n_left} rows that `rows` speak of; got {left.shape[0]}; "
+            "fix: sort the selection of this input"
+        )
+
+
+def _misfit(name: str, left: Tensor, weight: Tensor) -> UserError:
+    return UserError(
+        f"`{name}` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
+        f"got {tuple(left.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
+    )

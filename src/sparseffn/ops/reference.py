@@ -90,6 +90,11 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(values.dtype)[..., None] * values[indices]).sum(dim=-2)
 
 
+def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
+    """Indices of the K largest, largest first whatever `ordered` says, ties to the lowest index (equation 6)."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
 def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K largest of all sums `u[i] = scores_b[i // n_a] + scores_a[i mod n_a]` (equation 8), and their i."""
     sums = (scores_b[..., :, None] + scores_a[..., None, :]).flatten(-2)

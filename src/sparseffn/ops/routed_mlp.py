@@ -2,19 +2,39 @@
 
 For a few tokens the calls between these steps would cost more than the work. Shapes: see ops/README.md.
 """
-
-from __future__ import annotations
+# Annotations stay real objects here: torch.library reads them to infer the schema.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops._checks import several_devices
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.backends import kernel
 
 GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@torch.library.custom_op("sparseffn::routed_mlp", mutates_args=())
+def _routed_mlp(
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
+
+
+@_routed_mlp.register_fake
+def _(x, selector, keys, values, k, gate, activation, backend):
+    n_tokens, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(n_tokens, k, dtype=torch.int64),
+        x.new_empty(n_tokens, k, dtype=wide),
+    )
 
 
 def routed_mlp(
@@ -44,7 +64,8 @@ def routed_mlp(
         y `[T, D]` in the dtype of `x`; indices int64 `[T, K]`, largest logit first; gates `[T, K]`, float32 or wider.
 
     Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or a name is unknown.
+        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, a name is unknown, or autograd
+            would record the call.
         NonFiniteError: a gate is NaN or infinite.
     """
     n_experts, width = selector.shape if selector.dim() == 2 else (0, 0)
@@ -55,17 +76,26 @@ def routed_mlp(
         )
     if values.shape != (n_experts, keys.shape[2], width):
         raise UserError(f"`values` must be {(n_experts, keys.shape[2], width)}; got {tuple(values.shape)}; fix: [E, G, D]")
-    if not x.dtype == selector.dtype == keys.dtype == values.dtype:
+    if not x.dtype == selector.dtype == keys.dtype == values.dtype or not x.is_floating_point():
         dtypes = f"{x.dtype}, {selector.dtype}, {keys.dtype}, {values.dtype}"
-        raise UserError(f"`x`, `selector`, `keys` and `values` must share a dtype; got {dtypes}; fix: cast them")
+        raise UserError(f"`x`, `selector`, `keys` and `values` must share a floating dtype; got {dtypes}; fix: cast them")
     if not x.device == selector.device == keys.device == values.device:
-        raise UserError(f"all tensors must be on one device; got x on {x.device}, keys on {keys.device}; fix: move them")
+        raise several_devices(x, selector, keys, values)
     if not 1 <= k <= n_experts:
         raise UserError(f"`k` must be between 1 and the number of experts {n_experts}; got {k}; fix: lower k")
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", activation, ACTIVATIONS)
+    # Spelt out here and below, as a token takes 10 microseconds and `needs_gradient` with `is_traced` one.
+    if torch.is_grad_enabled() and (x.requires_grad or selector.requires_grad or keys.requires_grad or values.requires_grad):
+        raise UserError(
+            "`routed_mlp` has no gradients and must run where none is recorded; got a tensor that requires one; "
+            "fix: torch.no_grad(), or router_logits, topk and expert_mlp"
+        )
+    plain = type(x) in _PLAIN and type(selector) in _PLAIN and type(keys) in _PLAIN and type(values) in _PLAIN
+    if torch.compiler.is_compiling() or not plain or x.is_meta:
+        return torch.ops.sparseffn.routed_mlp(x, selector, keys, values, k, gate, activation, backend)
     return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
 
 

@@ -51,13 +51,16 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
         backend: see `ops.backends`.
 
     Returns:
-        `[T, E]`, float32 or wider, outside autocast.
+        `[T, E]`, float32 or wider, outside autocast. NaN and infinity pass, as through `nn.Linear`: what chooses and weighs
+        by the scores refuses them.
 
     Raises:
-        UserError: the widths differ.
+        UserError: ranks or widths do not fit together, a dtype is not floating, or the devices differ.
     """
     if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
         raise UserError(f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}")
+    if not x.is_floating_point() or not selector.is_floating_point():
+        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
     require_one_device(x, selector)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, selector = x.to(dtype), selector.to(dtype)

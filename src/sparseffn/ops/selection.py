@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseffn.errors import UserError
+from sparseffn.ops._checks import check_indices
+from sparseffn.ops.backends import is_traced
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -67,7 +71,17 @@ class ExpertRows:
 
 
 def sort_by_expert(selection: Selection) -> ExpertRows:
-    """Sort the rows by expert, stably: rows of one expert stay in the order of their tokens."""
+    """Sort the rows by expert, stably: rows of one expert stay in the order of their tokens.
+
+    Raises:
+        UserError: the indices are no int64 vector, or one is that of no unit.
+    """
+    indices = selection.indices
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise UserError(f"`indices` must be an int64 vector; got {indices.dtype} in shape {tuple(indices.shape)}; fix: cast it")
+    # In a compiled graph the products look at the sorted rows.
+    if not is_traced(indices):
+        check_indices(indices, "a unit", selection.n_units)
     sorted_units, order = selection.indices.sort(stable=True)
     edges = torch.arange(selection.n_units + 1, device=order.device)
     offsets = torch.searchsorted(sorted_units, edges)

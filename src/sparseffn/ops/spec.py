@@ -32,6 +32,10 @@ RMS_BOUNDS: dict[str, tuple[float, float]] = {
     "expert_mlp.keys": (1.0, 4.0),
     "expert_mlp.values": (1.0, 4.0),
     "expert_mlp.gates": (1.0, 4.0),
+    "routed_mlp": (1.0, 4.0),
+    # Float32 in half precision too, as logits are.
+    "routed_mlp.gates": (0.5, 4.0),
+    "router_logits": (0.5, 4.0),
     "weighted_rows": (0.8, 4.0),
     "weighted_rows.values": (0.8, 4.0),
     "weighted_rows.weights": (0.8, 4.0),

@@ -26,7 +26,7 @@ def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto")
 
     Args:
         scores: `(..., n)`, any floating dtype. Minus infinity is allowed and comes last.
-        k: how many, 0 to n.
+        k: how many, 1 to n.
         ordered: largest first; False leaves the order to the backend, which is faster where K is large.
         backend: see `ops.backends`.
 
@@ -34,11 +34,15 @@ def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto")
         int64 indices `(..., k)`; not differentiable.
 
     Raises:
-        UserError: `k` is outside 0..n.
+        UserError: `k` is outside 1..n, or `scores` are integers or a single number.
     """
+    if scores.dim() == 0 or not scores.is_floating_point():
+        raise UserError(
+            f"`scores` must be floating, (..., n); got {scores.dtype} in shape {tuple(scores.shape)}; fix: cast them"
+        )
     n = scores.shape[-1]
-    if not 0 <= k <= n:
-        raise UserError(f"`k` must be between 0 and the number of entries {n}; got {k}; fix: lower k or add entries")
+    if not 1 <= k <= n:
+        raise UserError(f"`k` must be between 1 and the number of entries {n}; got {k}; fix: choose from 1 to n")
     scores = scores.detach()
     if runs_eagerly(scores):
         return kernel("topk", scores, backend)(scores, k, ordered)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sparseffn.errors import UserError
 from sparseffn.report import formats
 from sparseffn.report.bench_plots import plots, standalone_svg
 from sparseffn.report.bench_tables import machine_line, reading, sheets
+from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
 
 TITLES = {
@@ -50,14 +50,8 @@ def bench_html(result: Result, *, drawn: bool = True) -> str:
     Raises:
         UserError: something is to be drawn and matplotlib is not installed.
     """
-    environment = Environment(
-        loader=PackageLoader("sparseffn.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("bench.html.j2").render(
+    return fill_template(
+        "bench.html.j2",
         title=TITLES[result["kind"]],
         machine=machine_line(result),
         reading=reading(result),

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sparseffn.errors import UserError
 from sparseffn.report import figures, formats
 from sparseffn.report.figures import Plot
+from sparseffn.report.pages import fill_template, write_text
 from sparseffn.report.result import Method, Result
 from sparseffn.report.sheet import Sheet
 from sparseffn.report.table import build_table
@@ -39,11 +38,7 @@ def write_page(result: Result, path: str | Path) -> None:
     Raises:
         UserError: matplotlib is not installed, the file has an unknown format, or the page cannot be written.
     """
-    text = page_html(result)
-    try:
-        Path(path).write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror}; fix: name a file in an existing folder") from error
+    write_text(Path(path), page_html(result))
 
 
 def page_html(result: Result) -> str:
@@ -56,14 +51,8 @@ def page_html(result: Result) -> str:
         UserError: matplotlib is not installed, or the file has an unknown format.
     """
     table = build_table(result)
-    environment = Environment(
-        loader=PackageLoader("sparseffn.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return fill_template(
+        "page.html.j2",
         result=result,
         table=table,
         groups=[(name, len(list(columns))) for name, columns in groupby(table.columns, key=lambda column: column.group)],

@@ -5,16 +5,14 @@ The order of rows is that of the file and no winner is marked: which column deci
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from sparseffn.report import formats
+from sparseffn.report.grid import letters, markdown_line, markdown_text, terminal_parts
 from sparseffn.report.result import Method, Result, check_format, incomplete_line, missing_runs
 
 
@@ -108,7 +106,9 @@ def print_table(result: Result, console: Console | None = None) -> None:
     console.print(Text(table.title))
     if table.incomplete:
         console.print(Text(table.incomplete))
-    for part in _parts(table, console):
+    headings = [(column.group, column.header) for column in table.columns]
+    lines = [(row.label + "".join(f" ({letter})" for letter in row.marks), row.cells) for row in table.rows]
+    for part in terminal_parts("method", headings, lines, console):
         console.print(part)
     for row in table.rows:
         if row.missing:
@@ -129,19 +129,19 @@ def markdown_table(result: Result) -> str:
         The text, ending in a newline; labels and reasons are escaped.
     """
     table = build_table(result)
-    lines = [_escape(table.title), ""]
+    lines = [markdown_text(table.title), ""]
     if table.incomplete:
-        lines += [_escape(table.incomplete), ""]
-    lines.append(_markdown_line(["method", *(_escape(column.header) for column in table.columns)]))
-    lines.append(_markdown_line([":--", *("--:" for _ in table.columns)]))
+        lines += [markdown_text(table.incomplete), ""]
+    lines.append(markdown_line(["method", *(markdown_text(column.header) for column in table.columns)]))
+    lines.append(markdown_line([":--", *("--:" for _ in table.columns)]))
     for row in table.rows:
-        label = _escape(row.label) + (f" <sup>{','.join(row.marks)}</sup>" if row.marks else "")
-        cells = [_escape(row.missing), *("" for _ in table.columns[1:])] if row.missing else row.cells
-        lines.append(_markdown_line([label, *cells]))
+        label = markdown_text(row.label) + (f" <sup>{','.join(row.marks)}</sup>" if row.marks else "")
+        cells = [markdown_text(row.missing), *("" for _ in table.columns[1:])] if row.missing else row.cells
+        lines.append(markdown_line([label, *cells]))
     for letter, text in table.notes:
-        lines += ["", f"<sup>{letter}</sup> {_escape(text)}" if letter else _escape(text)]
+        lines += ["", f"<sup>{letter}</sup> {markdown_text(text)}" if letter else markdown_text(text)]
     for fact in table.facts:
-        lines += ["", _escape(fact)]
+        lines += ["", markdown_text(fact)]
     return "\n".join(lines) + "\n"
 
 
@@ -214,18 +214,8 @@ def _row(method: Method, result: Result, columns: tuple[Column, ...], footnotes:
     texts = list(method.get("marks") or ())
     texts += [words for label, words in missing_runs(result) if label == method["label"]]
     # Equal texts share a letter.
-    marks = tuple(footnotes.setdefault(text, _letters(len(footnotes))) for text in texts)
+    marks = tuple(footnotes.setdefault(text, letters(len(footnotes))) for text in texts)
     return Row(label=method["label"], marks=marks, cells=tuple(column.cell(method) for column in columns))
-
-
-def _letters(index: int) -> str:
-    """The footnote letter of an index: a, b, ..., z, aa, ab, ..."""
-    letters = ""
-    index += 1
-    while index:
-        index, digit = divmod(index - 1, 26)
-        letters = chr(ord("a") + digit) + letters
-    return letters
 
 
 def _general_notes(result: Result, rows: list[Row]) -> list[tuple[str, str]]:
@@ -274,58 +264,3 @@ def _corpus_line(result: Result) -> str:
         for name, split in (corpus.get("splits") or {}).items()
     ]
     return "; ".join([f"Corpus: {', '.join(filter(None, facts))}", *sizes])
-
-
-def _parts(table: Table, console: Console) -> list[RichTable]:
-    """Whole groups of columns side by side while they fit, the method's label leading every part."""
-    groups: dict[str, list[int]] = {}
-    for index, column in enumerate(table.columns):
-        groups.setdefault(column.group, []).append(index)
-    parts: list[list[int]] = []
-    for indices in groups.values():
-        joined = [*parts[-1], *indices] if parts else indices
-        if parts and _width(_rich_table(table, joined), console) <= console.width:
-            parts[-1] = joined
-        else:
-            parts.append(list(indices))
-    return [_rich_table(table, part) for part in parts]
-
-
-def _width(table: RichTable, console: Console) -> int:
-    # Unbounded: a measure within the console's width would never exceed it.
-    return console.measure(table, options=console.options.update(width=10_000)).maximum
-
-
-def _rich_table(table: Table, indices: list[int]) -> RichTable:
-    part = RichTable(box=box.SIMPLE_HEAD, header_style="", pad_edge=False)
-    part.add_column("method", overflow="fold", vertical="bottom")
-    for index in indices:
-        cells = [row.cells[index] for row in table.rows if row.cells]
-        header = _wrapped(table.columns[index].header, max(9, *map(len, cells), 0))
-        part.add_column(Text(header), justify="right", overflow="fold")
-    for row in table.rows:
-        label = Text(row.label + "".join(f" ({letter})" for letter in row.marks))
-        cells = [row.cells[index] for index in indices] if row.cells else ["missing", *("" for _ in indices[1:])]
-        part.add_row(label, *(Text(cell) for cell in cells))
-    return part
-
-
-def _wrapped(words: str, width: int) -> str:
-    """Break a heading at its spaces so that it is no wider than the numbers below, where its words allow."""
-    lines: list[str] = []
-    for word in words.split(" "):
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return "\n".join(lines)
-
-
-def _markdown_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no new line, no end of a cell."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)

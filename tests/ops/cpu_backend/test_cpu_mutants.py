@@ -15,9 +15,10 @@ from sparseffn.ops.cpu import build, kernels
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
 
-# Quick to compile; the comparison does not care for speed.
-FLAGS = [flag for flag in build.FLAGS if flag != "-O3"] + ["-O0"]
+# Quick to compile; the comparison does not care for speed. Scratch memory that is handed out unwritten holds NaN.
+FLAGS = [flag for flag in build.FLAGS if flag != "-O3"] + ["-O0", "-DSPARSEFFN_POISON"]
 
+UNWRITTEN, RIGHT = "unwritten-scratch", "right"
 # File, what is replaced, by what.
 MUTANTS = {
     "off-by-one-tile-edge": ("product.h", "i < rows; i += Rows)", "i + Rows < rows; i += Rows)"),
@@ -41,12 +42,20 @@ MUTANTS = {
         "acc[i][j] = part[i][j];\n    }\n    next.at",
     ),
     "wrong-slope": ("activations.h", "kept > C(0) ? C(1) : C(0)", "C(1)"),
+    # Fresh memory is often zero, so that the numbers of this one may be right: only the poison tells.
+    UNWRITTEN: (
+        "experts_inner.h",
+        "std::fill(sums.data() + tokens.begin * p.width,",
+        "std::fill(sums.data() + tokens.begin * p.width + (tokens.begin < tokens.end),",
+    ),
+    # Nothing is replaced: what all others were made from, compiled as they are.
+    RIGHT: ("product.h", "", ""),
 }
 
 
 @pytest.fixture
-def wrong_library(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels with one mutant in place of the right ones; gives the mutant's name."""
+def variant(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels of one mutant in place of those in use; gives its name."""
     file, old, new = MUTANTS[request.param]
     shutil.copytree(build.SOURCES, tmp_path / "csrc")
     source = tmp_path / "csrc" / file
@@ -66,20 +75,33 @@ QUICK = ("off-by-one-tile-edge", "missing-dropout-mask", "swapped-index", "score
 
 
 @pytest.mark.parametrize(
-    "wrong_library",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MUTANTS],
+    "variant",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in MUTANTS
+        if name not in (UNWRITTEN, RIGHT)
+    ],
     indirect=True,
 )
-def test_mutant_is_caught(wrong_library: str) -> None:
+def test_mutant_is_caught(variant: str) -> None:
     """At least one of a few cases fails."""
-    dropout = "mask" in wrong_library
+    dropout = "mask" in variant
     with pytest.raises(AssertionError, match=r"is allowed|not finite"):
         for name in ("odd", "wide", "decoding", "empty-experts"):
             verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_right_kernels_pass_where_mutants_fail(dropout: bool) -> None:
-    """The same cases, so that a mutant is not caught by a test that always fails."""
+@pytest.mark.parametrize("variant", [pytest.param(UNWRITTEN, marks=pytest.mark.slow)], indirect=True)
+def test_unwritten_scratch_shows(variant: str) -> None:
+    """One element of a thread's sums that nobody set to zero comes out as NaN."""
+    with pytest.raises(AssertionError, match=r"1 of .* entries are not finite"):
+        verify(CASES["one-token"], torch.float32, activation="relu", inner_k=3)
+
+
+@pytest.mark.parametrize("variant", [RIGHT], indirect=True)
+def test_right_kernels_pass_where_mutants_fail(variant: str) -> None:
+    """The same cases, compiled alike, so that a mutant is not caught by a test that always fails."""
     for name in ("odd", "wide", "decoding", "empty-experts"):
-        verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
+        for dropout in (False, True):
+            verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
+    verify(CASES["one-token"], torch.float32, activation="relu", inner_k=3)

@@ -27,7 +27,7 @@ runpy.run_path({fuzz!r}, run_name="__main__")
 
 def runtime(name: str) -> str:
     """Path of a sanitizer's runtime, or a skip where the compiler has none."""
-    asked = [build.find_compiler(), f"-print-file-name={name}"]
+    asked = [*build.find_compiler(), f"-print-file-name={name}"]
     path = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     if not Path(path).is_absolute():
         pytest.skip(f"the compiler brings no {name}")

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,24 +49,28 @@ class CompilerError(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
 
 
-def find_compiler() -> str:
-    """`$CXX`, or the first C++ compiler on the path.
+def find_compiler() -> list[str]:
+    """The command of `$CXX`, a program and its first arguments ("ccache g++"), or the first C++ compiler on the path.
 
     Raises:
         CompilerError: there is none.
     """
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
-    for name in wanted:
-        if path := shutil.which(name):
-            return path
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CompilerError(f"CXX={os.environ['CXX']} is no command: {error}; set CXX to one") from error
+    for program, *arguments in [asked] if asked else [[name] for name in _COMPILERS]:
+        if path := shutil.which(program):
+            return [path, *arguments]
+    wanted = asked[:1] or _COMPILERS
     raise CompilerError(f"no C++ compiler found (looked for {', '.join(wanted)}); install g++ or set CXX")
 
 
-def build_key(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+def build_key(compiler: Sequence[str], sources: Sequence[Path], flags: Sequence[str]) -> str:
     """What a library depends on, as a name."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (version, " ".join(flags), torch.__version__, platform.machine(), _processor()):
+    for part in (version, " ".join([*compiler[1:], *flags]), torch.__version__, platform.machine(), _processor()):
         digest.update(part.encode() + b"\0")
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -107,18 +112,20 @@ def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[st
     return target
 
 
-def _compile(compiler: str, files: Sequence[Path], flags: Sequence[str], target: Path) -> None:
+def _compile(compiler: Sequence[str], files: Sequence[Path], flags: Sequence[str], target: Path) -> None:
     """Compile the files side by side, link them, and put the library in its place in one step."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{file.stem}.o" for file in files]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             pairs = zip(files, objects, strict=True)
-            list(pool.map(lambda pair: _call([compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])]), pairs))
+            list(pool.map(lambda pair: _call([*compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])]), pairs))
         whole = Path(scratch) / target.name
-        _call([compiler, *flags, "-shared", "-o", str(whole), *map(str, objects)])
+        _call([*compiler, *flags, "-shared", "-o", str(whole), *map(str, objects)])
         whole.replace(target)
-    logger.warning("compiled the CPU kernels with %s in %.0f s, once, into %s", compiler, time.monotonic() - start, target)
+    logger.warning(
+        "compiled the CPU kernels with %s in %.0f s, once, into %s", shlex.join(compiler), time.monotonic() - start, target
+    )
 
 
 def _call(command: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "weighted_rows": "ippppp",
     "weighted_rows_backward": "ippppppp",
     "assign": "pnnp",
-    "routed_experts": "ippp",
+    "routed_experts": "ippppnnnnniiippp",
     "linear": "ipppp",
     "topk": "ippp",
     "product_key_topk": "ippppp",
@@ -214,16 +214,28 @@ def routed_mlp(
     x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.routed_mlp`."""
-    inputs = tuple(t.contiguous() for t in (x, selector, keys, values))
-    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
-    y = torch.empty_like(inputs[0])
+    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
+    (n_tokens, width), (n_experts, _, size), dtype = x.shape, keys.shape, x.dtype
+    y = torch.empty_like(x)
     indices = x.new_empty(n_tokens, k, dtype=torch.int64)
-    gates = x.new_empty(n_tokens, k, dtype=_WIDE[x.dtype])
+    gates = x.new_empty(n_tokens, k, dtype=_WIDE[dtype])
     problem = _functions()["routed_experts"](
-        _DTYPES[x.dtype],
-        _addresses(*inputs),
-        _sizes(n_tokens, width, n_experts, size, k, _ACTIVATIONS[activation], _GATES[gate]),
-        _addresses(y, indices, gates),
+        _DTYPES[dtype],
+        x.data_ptr(),
+        selector.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        n_tokens,
+        width,
+        n_experts,
+        size,
+        k,
+        _ACTIVATIONS[activation],
+        _GATES[gate],
+        torch.get_num_threads(),
+        y.data_ptr(),
+        indices.data_ptr(),
+        gates.data_ptr(),
     )
     if problem:
         raise non_finite_gates()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparseffn.ops._checks import check_rows
 from sparseffn.ops.triton import sums
 from sparseffn.ops.triton.launch import check_tensors, device_of, segments, start, sum_options
 from sparseffn.ops.triton.tuning import cdiv
@@ -12,6 +13,7 @@ from sparseffn.ops.triton.tuning import cdiv
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`; the weights are used as they come, not rounded to the dtype of the values."""
     check_tensors(values=values, indices=indices, weights=weights)
+    check_rows(indices, values.shape[0])
     indices, weights = indices.contiguous(), weights.contiguous()
     (n_tokens, n_k), n_width = indices.shape, values.shape[1]
     out, options = values.new_empty(n_tokens, n_width), sum_options(n_width)

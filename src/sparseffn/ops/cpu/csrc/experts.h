@@ -157,8 +157,10 @@ template <class S> void forward(const Problem<S>& p, S* y) {
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
     const Widened<S> x(p.x, n, p.threads);
+    // Partial sums of many threads must not outweigh the experts that they save reading twice.
+    const bool small = n * (p.threads - 1) <= 2 * p.routing.experts * p.width * p.size;
     const auto run = [&](C* to) {
-        if (p.routing.rows() <= kFewRows * p.routing.experts) forward_by_experts(p, x.data(), to);
+        if (small && p.routing.rows() <= kFewRows * p.routing.experts) forward_by_experts(p, x.data(), to);
         else forward_by_tokens(p, x.data(), to);
     };
     if constexpr (std::is_same_v<S, C>) {

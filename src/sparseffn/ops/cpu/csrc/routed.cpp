@@ -1,7 +1,6 @@
 // A mixture's evaluation in one call: scores, top-K, gates, experts. For one token the calls between these cost more than the
 // work.
 #include <cmath>
-#include <tuple>
 
 #include "experts_types.h"
 #include "linear.h"
@@ -13,7 +12,7 @@ namespace {
 
 enum Gate : int { kSigmoid = 0, kSoftmax = 1, kRenormalised = 2 };
 
-// Dot product in a fixed order, the same for every number of tokens.
+// Dot product in a fixed order.
 template <class C> C dot(const C* x, const C* w, int64_t n) {
     Vec<C> even{}, odd{};
     int64_t i = 0;
@@ -76,29 +75,28 @@ void route(const S* x, const S* selector, Gate kind, int64_t tokens, int64_t wid
 
 using namespace sparseffn;
 
-// in: x, selector, keys, values; sizes: tokens, width, experts, size, k, activation, gate, threads; out: y, indices, gates.
-// 2 if a gate is not finite.
-extern "C" int sparseffn_routed_experts(int dtype, const void* const* in, const int64_t* sizes, void* const* out) {
-    const auto [tokens, width, experts, size, k] = std::tuple(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]);
-    const int threads = static_cast<int>(sizes[7]);
-    int64_t* indices = static_cast<int64_t*>(out[1]);
+// x [tokens, width], selector [experts, width], keys, values; out: y, indices and gates [tokens, k]. Plain arguments, as packing
+// them into arrays would take a caller in Python longer than the call. 2 if a gate is not finite.
+extern "C" int sparseffn_routed_experts(int dtype, const void* x, const void* selector, const void* keys, const void* values,
+                                        int64_t tokens, int64_t width, int64_t experts, int64_t size, int64_t k,
+                                        int activation, int gate, int threads, void* y, int64_t* indices, void* gates_out) {
     int problem = 0;
     with_type(dtype, [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         using C = compute_t<S>;
-        C* gates = static_cast<C*>(out[2]);
-        route(static_cast<const S*>(in[0]), static_cast<const S*>(in[1]), static_cast<Gate>(sizes[6]), tokens, width, experts,
-              k, threads, indices, gates);
+        C* gates = static_cast<C*>(gates_out);
+        route(static_cast<const S*>(x), static_cast<const S*>(selector), static_cast<Gate>(gate), tokens, width, experts, k,
+              threads, indices, gates);
         if (!all_finite(gates, tokens * k)) {
             problem = 2;
             return;
         }
         Buffer<int64_t> order(tokens * k), offsets(experts + 1);
         sort_by_expert(indices, tokens * k, experts, order.data(), offsets.data());
-        forward(Problem<S>{static_cast<const S*>(in[0]), static_cast<const S*>(in[2]), static_cast<const S*>(in[3]), gates,
-                           nullptr, nullptr, C(1), static_cast<Activation>(sizes[5]), width, size,
+        forward(Problem<S>{static_cast<const S*>(x), static_cast<const S*>(keys), static_cast<const S*>(values), gates,
+                           nullptr, nullptr, C(1), static_cast<Activation>(activation), width, size,
                            Routing{order.data(), offsets.data(), tokens, experts, k}, threads},
-                static_cast<S*>(out[0]));
+                static_cast<S*>(y));
     });
     return problem;
 }

@@ -1,0 +1,154 @@
+"""The difference of two methods on the same windows under the same seeds, with a bootstrap interval.
+
+    difference = paired_difference({0: ours_0, 1: ours_1}, {0: theirs_0, 1: theirs_1})
+    difference.decided, difference.basis
+
+A table has few seeds and many windows, and two models differ for three reasons: the seeds, the text of the windows, which all
+seeds read alike, and chance in each. So a resample draws seeds, then blocks of neighbouring windows, the same blocks for all
+its seeds (crossed, not nested: windows drawn anew for each seed would take the text for another one each time, and average its
+share away). Windows come in blocks because neighbours share a document and the models' memory.
+
+A percentile interval of few draws is too narrow: for two seeds that differ at random it holds the truth half of the time.
+Deviations at each level are therefore stretched by `sqrt(n / (n - 1))` and by the ratio of Student's t to the normal
+quantile, n the number of seeds or of blocks (Hesterberg 2015, https://arxiv.org/abs/1411.5279, "expanded percentile
+interval"). Two seeds then decide only what is large against the distance between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparseffn.errors import UserError
+
+# The 95% that is stated everywhere, and the normal quantile that belongs to it.
+LEVEL = 0.95
+_Z = 1.959963984540054
+# Resamples drawn at once, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
+_CHUNK = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedDifference:
+    """A mean difference with its 95% interval, in the unit of the losses."""
+
+    difference: float
+    """Mean of `ours - theirs` over seeds and windows."""
+    low: float
+    high: float
+    n_seeds: int
+    n_windows: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def basis(self) -> str:
+        """What the interval covers; one seed says nothing about another."""
+        if self.n_seeds == 1:
+            return f"one seed, {self.n_windows:,} windows: the interval covers the choice of text, not that of the seed"
+        return f"{self.n_seeds} seeds, {self.n_windows:,} windows"
+
+
+def paired_difference(
+    ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], *, resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """Mean over shared seeds and windows of `ours - theirs`, with a two-level bootstrap interval; the same for equal arguments.
+
+    Args:
+        ours: seed to `[n_windows]`, the loss of each evaluation window in the order of the text.
+        theirs: the same of the other method; seeds that only one has are left out.
+        resamples: draws of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        UserError: no seed is common, windows differ in number or are fewer than two, a loss is not finite, or `resamples`
+            is too small for a 95% interval.
+    """
+    if resamples < 100:
+        raise UserError(f"`resamples` must be at least 100; got {resamples}; fix: leave it at its default")
+    difference_SW = _differences(ours, theirs)
+    n_seeds, n_windows = difference_SW.shape
+    generator = np.random.default_rng(seed)
+    sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+    deviations = np.concatenate([_deviations(difference_SW, generator, size) for size in sizes])
+    mean = float(difference_SW.mean())
+    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return PairedDifference(
+        difference=mean, low=mean + float(low), high=mean + float(high), n_seeds=n_seeds, n_windows=n_windows
+    )
+
+
+def _differences(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray]) -> np.ndarray:
+    """`[n_seeds, n_windows]` of the shared seeds, checked."""
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        raise UserError(
+            f"`ours` and `theirs` must share a seed; got {sorted(ours)} and {sorted(theirs)}; fix: run both with the same seeds"
+        )
+    losses = {
+        f"{name}[{seed}]": np.asarray(values[seed], dtype=np.float64)
+        for seed in seeds
+        for name, values in (("ours", ours), ("theirs", theirs))
+    }
+    shape = losses[f"ours[{seeds[0]}]"].shape
+    for name, values in losses.items():
+        if values.ndim != 1 or len(values) < 2:
+            raise UserError(f"`{name}` must be one loss for each of at least 2 windows; got shape {values.shape}")
+        if values.shape != shape:
+            raise UserError(
+                f"`{name}` must hold as many windows as `ours[{seeds[0]}]`, {shape[0]}; got {len(values)}; "
+                "fix: evaluate both on the same split with the same context and batch"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(f"`{name}` must be finite; got NaN or infinity; fix: leave a diverged run out")
+    return np.stack([losses[f"ours[{seed}]"] - losses[f"theirs[{seed}]"] for seed in seeds])
+
+
+def _deviations(difference_SW: np.ndarray, generator: np.random.Generator, n: int) -> np.ndarray:
+    """`[n]`: how far a resample's mean lies from the mean, each level stretched for its number of draws."""
+    n_seeds, n_windows = difference_SW.shape
+    # The root of the number of windows: long enough for neighbours' likeness, and enough blocks to draw from.
+    length = math.ceil(math.sqrt(n_windows))
+    n_blocks = -(-n_windows // length)
+    # Blocks wrap around, so that every window is drawn equally often.
+    starts_NB = generator.integers(0, n_windows, (n, n_blocks))
+    windows_SN = _block_means(difference_SW, length)[:, starts_NB].mean(axis=2)
+    share_NS = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n) / n_seeds
+    seed_means_S = difference_SW.mean(axis=1)
+    from_seeds = share_NS @ seed_means_S - seed_means_S.mean()
+    from_windows = np.einsum("ns,sn->n", share_NS, windows_SN - seed_means_S[:, None])
+    return _stretch(n_seeds) * from_seeds + _stretch(n_blocks) * from_windows
+
+
+def _block_means(difference_SW: np.ndarray, length: int) -> np.ndarray:
+    """`[n_seeds, n_windows]`: the mean of the `length` windows from each window on."""
+    wrapped = np.concatenate([difference_SW, difference_SW[:, : length - 1]], axis=1)
+    sums = np.pad(wrapped.cumsum(axis=1), ((0, 0), (1, 0)))
+    return (sums[:, length:] - sums[:, :-length]) / length
+
+
+def _stretch(n: int) -> float:
+    """What makes a percentile interval of n draws as wide as Student's; 1 for a level of one draw, which does not vary."""
+    return 1.0 if n == 1 else math.sqrt(n / (n - 1)) * student_quantile(n - 1) / _Z
+
+
+def student_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t, within 0.5%; closed forms for 1 and 2, else the Cornish-Fisher expansion."""
+    if freedom == 1:
+        return math.tan(math.pi * LEVEL / 2)
+    if freedom == 2:
+        return LEVEL * math.sqrt(2 / (1 - LEVEL**2))
+    z = _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
+    )
+    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))

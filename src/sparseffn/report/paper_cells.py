@@ -1,0 +1,160 @@
+"""How a cell of the paper's tables is written: its quantities, one function each, and the footnotes that a cell needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparseffn.report import formats
+from sparseffn.report.paper_result import STATUSES
+from sparseffn.report.result import Result
+
+# Parameter counts that differ by more than this are not called equal; the tolerance of matching, in percent.
+PARAMETER_TOLERANCE = 0.5
+# Stands behind a difference, and the value that it is of, where the interval excludes zero.
+DECIDED = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A text and the letters of its footnotes."""
+
+    text: str
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """One column of a block: its headings, how a cell is written, and the footnote that a cell needs, if any."""
+
+    group: str
+    name: str
+    header: str
+    write: Callable[[Result], str]
+    note: Callable[[Result], str | None] = lambda cell: None
+
+
+def cell_counts(result: Result) -> dict[str, int]:
+    """How many cells there are of each status; a place without a cell is a missing one."""
+    cells = [cell_of(result, row, column) for row in range(len(result["rows"])) for column in range(len(result["columns"]))]
+    return {status: sum(cell["status"] == status for cell in cells) for status in STATUSES}
+
+
+def cell_of(result: Result, row: int, column: int) -> Result:
+    """The cell of a place; one that the file lacks is missing, and says so."""
+    for cell in result["cells"]:
+        if (cell["row"], cell["column"]) == (row, column):
+            return cell
+    return {"row": row, "column": column, "status": "missing", "reason": "the file holds nothing for it"}
+
+
+def trained_and_measured(result: Result) -> tuple[bool, bool]:
+    """Whether there are cells to be trained, and whether one was."""
+    counts = cell_counts(result)
+    return counts["counted"] < sum(counts.values()), counts["measured"] > 0
+
+
+def reason(cell: Result) -> str | None:
+    """Why a cell has no loss; what was measured needs no reason."""
+    if cell["status"] == "measured":
+        return None
+    if cell["status"] == "counted":
+        return "counted; nothing is trained for it"
+    return f"{cell['status']}: {cell['reason']}"
+
+
+def measured_text(cell: Result, metric: str) -> str:
+    """The loss over seeds; how many there are has a column of its own."""
+    if cell["status"] != "measured":
+        return formats.NOT_MEASURED
+    return formats.spread({"mean": cell["mean"], "std": cell.get("spread"), "n": cell["n"]}, metric, say_n=False)
+
+
+def published_text(value: float | None, metric: str | None) -> str:
+    """As the paper prints it: two decimals, one for a percentage."""
+    if value is None:
+        return formats.NOT_MEASURED
+    return percent_text(value) if metric and ("percent" in metric or "%" in metric) else f"{value:.2f}"
+
+
+def percent_text(percentage: float | None) -> str:
+    """A number that is a percentage already."""
+    return formats.percent(None if percentage is None else percentage / 100)
+
+
+def _difference(cell: Result) -> str:
+    """The difference, its interval, and the sign of what is decided; a narrow interval has a decimal more."""
+    found = cell.get("against_dense")
+    if found is None or cell["status"] != "measured":
+        return formats.NOT_MEASURED
+    digits = 3 if found["high"] - found["low"] >= 0.01 else 4
+    mean, low, high = (f"{found[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{mean} [{low}, {high}]" + (f" {DECIDED}" if found["decided"] else "")
+
+
+def _residual_note(cell: Result) -> str | None:
+    far = abs(cell.get("residual_percent") or 0.0) > PARAMETER_TOLERANCE
+    return f"more than {PARAMETER_TOLERANCE}% away from the dense model: not at equal parameter count" if far else None
+
+
+def quantities(result: Result, column: Result) -> list[Quantity]:
+    """What a block shows; the same for all columns of a table."""
+    trained, measured = trained_and_measured(result)
+    metric, published_metric = column["metric"], column.get("published_metric") or column["metric"]
+    loss, validation, dense, unit = f"test, {metric}", "validation", "against dense", result["difference_unit"]
+    seconds = column.get("equal_time_s")
+    # The space between a number and its unit does not break.
+    after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
+    published = f"published, {published_metric}"
+    shown: list[Quantity] = []
+    if trained:
+        shown += [
+            Quantity(group=loss, name="mean ± std", header=loss, write=lambda c: measured_text(c, metric), note=reason),
+            Quantity(group=loss, name="n", header="n", write=lambda c: str(c["n"]) if c["status"] == "measured" else ""),
+        ]
+    paper = Quantity(
+        group=loss if trained else "in the paper",
+        name=published if trained else published_metric,
+        header=published,
+        write=lambda c: published_text(c.get("published"), published_metric),
+    )
+    shown.append(paper)
+    if measured:
+        # The difference stands beside the loss that it is of; in a terminal of 100 columns they share a part.
+        shown += [
+            Quantity(group=dense, name=f"{unit}, 95% interval", header=f"{dense}, {unit}, 95% interval", write=_difference),
+            Quantity(
+                group=validation,
+                name="at the end",
+                header=validation,
+                write=lambda c: formats.loss(c.get("valid_mean"), metric),
+            ),
+            Quantity(
+                group=validation,
+                name=after,
+                header=f"{validation} {after}",
+                write=lambda c: formats.loss(c.get("equal_time"), metric),
+            ),
+        ]
+    return [*shown, *_COSTS]
+
+
+_COSTS = (
+    Quantity(
+        group="parameters",
+        name="total",
+        header="parameters",
+        write=lambda c: formats.count(None if c.get("params") is None else round(c["params"])),
+    ),
+    Quantity(
+        group="parameters",
+        name="residual",
+        header="residual",
+        write=lambda c: formats.signed_percent(c.get("residual_percent")),
+        note=_residual_note,
+    ),
+    Quantity(group="FLOPs", name="K/N_E", header="FLOPs, K/N_E", write=lambda c: percent_text(c.get("flops_percent"))),
+    Quantity(
+        group="FLOPs", name="counted", header="FLOPs counted", write=lambda c: percent_text(c.get("counted_flops_percent"))
+    ),
+)

@@ -1,0 +1,135 @@
+"""Paired differences: the mean, what the interval covers, and that it covers it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sparseffn.analysis import PairedDifference, paired_difference
+from sparseffn.analysis.paired import student_quantile
+from sparseffn.errors import UserError
+
+
+def correlated(generator: np.random.Generator, shape: tuple[int, ...], likeness: float) -> np.ndarray:
+    """Normal numbers of variance 1, each like its left neighbour."""
+    noise = generator.normal(size=shape)
+    for i in range(1, shape[-1]):
+        noise[..., i] = likeness * noise[..., i - 1] + (1 - likeness**2) ** 0.5 * noise[..., i]
+    return noise
+
+
+def drawn(generator: np.random.Generator, n_seeds: int, n_windows: int, seed_std: float, likeness: float) -> np.ndarray:
+    """Differences of true mean 0: an effect of the seed, one of the text that all seeds share, one of both."""
+    text, both = (correlated(generator, (n, n_windows), likeness) for n in (1, n_seeds))
+    return seed_std * generator.normal(size=(n_seeds, 1)) + text + both
+
+
+def against_zero(differences: np.ndarray, **options: int) -> PairedDifference:
+    """The interval of differences that are given as such."""
+    ours = dict(enumerate(differences))
+    return paired_difference(ours, {seed: np.zeros_like(row) for seed, row in ours.items()}, **options)
+
+
+@pytest.mark.parametrize(
+    ("n_seeds", "n_windows", "seed_std", "likeness"),
+    [
+        pytest.param(1, 100, 0.0, 0.0, id="one seed"),
+        pytest.param(1, 400, 0.0, 0.5, id="like neighbours"),
+        pytest.param(2, 200, 0.5, 0.5, id="two seeds"),
+        pytest.param(3, 200, 0.5, 0.5, id="three seeds"),
+        pytest.param(3, 200, 0.0, 0.5, id="seeds that are alike"),
+        pytest.param(5, 200, 0.2, 0.5, id="five seeds"),
+    ],
+)
+def test_interval_covers_the_truth_as_often_as_it_says(n_seeds: int, n_windows: int, seed_std: float, likeness: float) -> None:
+    """Of 300 worlds without a difference, 91% to 100% lie in the interval (95% less three deviations of the count)."""
+    generator = np.random.default_rng(n_seeds)
+    worlds = [drawn(generator, n_seeds, n_windows, seed_std, likeness) for _ in range(300)]
+    found = [against_zero(world, resamples=400) for world in worlds]
+    assert sum(not f.decided for f in found) / len(found) >= 0.91
+
+
+def test_interval_narrows_with_windows_and_finds_a_difference() -> None:
+    """Four times the text halves the interval, and what is three times its half-width away from zero is decided."""
+    generator = np.random.default_rng(0)
+    worlds = [(drawn(generator, 1, 200, 0, 0), drawn(generator, 1, 800, 0, 0)) for _ in range(50)]
+    widths = [[f.high - f.low for f in map(against_zero, pair)] for pair in worlds]
+    few, many = np.mean(widths, axis=0)
+    assert many / few == pytest.approx(0.5, rel=0.15)
+    assert all(against_zero(pair[1] + 1.5 * many, resamples=400).decided for pair in worlds)
+
+
+def test_difference_is_the_mean_over_shared_seeds_and_windows() -> None:
+    """Seeds that one side lacks are left out; the sign is that of ours."""
+    ours = {0: np.array([1.0, 2.0]), 1: np.array([3.0, 3.0]), 7: np.array([9.0, 9.0])}
+    theirs = {0: np.array([2.0, 2.0]), 1: np.array([4.0, 5.0]), 8: np.array([9.0, 9.0])}
+    found = paired_difference(ours, theirs)
+    assert (found.difference, found.n_seeds, found.n_windows) == (-1.0, 2, 2)
+    assert found.low <= -1.0 <= found.high and found.basis == "2 seeds, 2 windows"
+
+
+def test_what_never_varies_has_an_interval_of_no_width() -> None:
+    """A constant difference is decided; none at all is not."""
+    constant, none = against_zero(np.full((2, 9), 0.25)), against_zero(np.zeros((2, 9)))
+    assert (constant.low, constant.high, constant.decided) == (0.25, 0.25, True)
+    assert (none.low, none.high, none.decided) == (0.0, 0.0, False)
+
+
+def test_one_seed_says_what_its_interval_leaves_out() -> None:
+    """The spread between seeds is unknown, not nothing."""
+    assert "one seed, 1,234 windows" in against_zero(np.zeros((1, 1234))).basis
+    assert "not that of the seed" in against_zero(np.zeros((1, 2))).basis
+
+
+def test_equal_arguments_give_equal_intervals() -> None:
+    """The order of the seeds is no argument; the seed of the draws is."""
+    world = drawn(np.random.default_rng(3), 3, 50, 1.0, 0.0)
+    first = against_zero(world)
+    zeros = dict.fromkeys((2, 1, 0), np.zeros(50))
+    assert paired_difference({s: world[s] for s in (1, 0, 2)}, zeros) == first == against_zero(world)
+    assert against_zero(world, seed=1).low != first.low
+
+
+def test_many_windows_take_little_time() -> None:
+    """Ten thousand resamples of three seeds and 20,000 windows: nothing loops over resamples."""
+    world = np.random.default_rng(0).normal(size=(3, 20_000))
+    start = time.process_time()
+    against_zero(world)
+    assert time.process_time() - start < 3
+
+
+def test_quantile_is_students() -> None:
+    """Against SciPy, at every size that a table may have."""
+    for freedom in (*range(1, 40), 100, 1000):
+        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        pytest.param({0: np.zeros(3)}, {1: np.zeros(3)}, r"must share a seed; got \[0\] and \[1\]", id="seeds"),
+        pytest.param({}, {}, "must share a seed", id="nothing"),
+        pytest.param({0: np.zeros(3)}, {0: np.zeros(4)}, r"`theirs\[0\]` must hold as many windows.*, 3; got 4", id="count"),
+        pytest.param(
+            {0: np.zeros(3), 1: np.zeros(2)}, {0: np.zeros(3), 1: np.zeros(2)}, r"`ours\[1\]` must hold", id="between seeds"
+        ),
+        pytest.param({0: np.zeros((2, 2))}, {0: np.zeros((2, 2))}, r"got shape \(2, 2\)", id="matrix"),
+        pytest.param({0: np.zeros(1)}, {0: np.zeros(1)}, "at least 2 windows", id="one window"),
+        pytest.param({0: np.array([0.0, np.nan])}, {0: np.zeros(2)}, r"`ours\[0\]` must be finite", id="diverged"),
+    ],
+)
+def test_losses_that_cannot_be_paired_are_refused(
+    ours: dict[int, np.ndarray], theirs: dict[int, np.ndarray], message: str
+) -> None:
+    """Naming the run."""
+    with pytest.raises(UserError, match=message):
+        paired_difference(ours, theirs)
+
+
+def test_too_few_resamples_are_refused() -> None:
+    """The ends of a 95% interval need more than a few."""
+    with pytest.raises(UserError, match="`resamples` must be at least 100; got 10"):
+        against_zero(np.zeros((1, 2)), resamples=10)

@@ -1,0 +1,270 @@
+"""The paper's tables in the terminal and as Markdown, and the files that are refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sparseffn.errors import UserError
+from sparseffn.report.formats import NOT_MEASURED
+from sparseffn.report.paper_result import check_paper_table, read_paper_table
+from sparseffn.report.paper_table import paper_markdown, print_paper_table, render
+from sparseffn.report.paper_view import build_paper_table
+
+from .synthetic_paper import column, counted_table, measured, paper_table, unmeasured
+
+LONG = "softmax before top-k without renormalisation " * 4 + "x" * 150
+
+
+def printed(result: dict[str, Any], width: int = 100) -> str:
+    """What the terminal shows."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    print_paper_table(result, console)
+    assert isinstance(console.file, io.StringIO), "the console writes to memory"
+    return console.file.getvalue().replace("\u00a0", " ")
+
+
+def sections(result: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Heading of each Markdown table to its rows, label to cells."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for line in paper_markdown(build_paper_table(result)).replace("\u00a0", " ").splitlines():
+        if line.startswith("## "):
+            rows = found.setdefault(line[3:], {})
+        if line.startswith("| "):
+            label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[label] = cells
+    return found
+
+
+def test_measured_cell_holds_every_quantity() -> None:
+    """In the order of the headings: loss, seeds, published, difference, validation, parameters, FLOPs."""
+    rows = sections(paper_table())["WT-S: ptb, bits per character"]
+    assert rows["sigma-moe"] == [
+        *("2.260 ± 0.012", "3", "11.71", r"-0.050 \[-0.070, -0.030\] \*"),
+        *("2.220", "2.280", "1.28 M", "-0.12%", "25.0%", "26.1%"),
+    ]
+    assert rows[""][:4] == [
+        *("test, bits per character", "n", "published, perplexity"),
+        "against dense, bits per character, 95% interval",
+    ]
+    assert rows[""][5] == "validation at equal time (61.2 s)"
+
+
+def test_only_what_excludes_zero_is_marked() -> None:
+    """A star in the overview and behind the interval, and nowhere is anything bold."""
+    found = sections(paper_table())
+    stars = {label: cells[0].endswith(r"\*") for label, cells in found["All columns"].items()}
+    assert {label for label, star in stars.items() if star} == {"sigma-moe"}
+    assert found["WT-S: ptb, bits per character"]["softmax after top-k (renorm.)"][3] == r"-0.002 \[-0.022, +0.018\]"
+    assert "**" not in paper_markdown(build_paper_table(paper_table()))
+
+
+def test_cell_without_result_says_why() -> None:
+    """Failed, not run, of another version: a dash with a footnote, beside the published value and the counts."""
+    result = paper_table()
+    rows = sections(result)["WT-S: ptb, bits per character"]
+    assert rows["s-base, K=4, G=64 <sup>c</sup>"][:4] == [f"{NOT_MEASURED} <sup>e</sup>", "", "13.01", NOT_MEASURED]
+    assert rows["s-base, K=4, G=64 <sup>c</sup>"][6] == "1.28 M"
+    table = build_paper_table(result)
+    assert [table.footnotes[letter] for letter in "def"] == [
+        "failed: diverged at step 40",
+        "missing: not run yet",
+        "missing: made by version 0.0.9",
+    ]
+    assert table.incomplete == "incomplete: of 10 cells 2 missing and 1 failed; the footnotes say why"
+
+
+def test_place_without_a_cell_is_missing() -> None:
+    """A row that the file forgets is not left out."""
+    result = paper_table()
+    del result["cells"][0]
+    table = build_paper_table(result)
+    assert "missing: the file holds nothing for it" in table.footnotes.values()
+    assert "3 missing" in (table.incomplete or "")
+
+
+def test_every_footnote_is_referred_to_and_explained() -> None:
+    """Letters in the tables and letters below are the same, in order."""
+    table = build_paper_table(paper_table(n_columns=4))
+    used = set().union(*(block.marks for block in (*table.blocks, table.overview) if block))
+    assert used == set(table.footnotes)
+    assert list(table.footnotes) == sorted(table.footnotes) == list("abcdefg")
+
+
+def test_row_says_where_it_is_not_the_papers() -> None:
+    """Other sizes, other settings, and a parameter count beyond the tolerance."""
+    table = build_paper_table(paper_table())
+    assert {"K=1, G=256 stands for K=1, G=512", "the paper's row 'switch, K=1, G=512'", "released settings"} <= set(
+        table.footnotes.values()
+    )
+    (mark,) = table.blocks[1].rows[3][1][7].marks
+    assert "more than 0.5% away from the dense model" in table.footnotes[mark]
+
+
+def test_one_seed_is_said() -> None:
+    """No spread, and what the interval leaves out."""
+    text = printed(paper_table(seeds=(0,)), width=200)
+    assert "2.310  " in text and "±" not in text.split("Test:")[0]
+    assert "Where n = 1 the spread is unknown, and the interval covers the choice of text" in text
+    assert "n = 1" not in printed(paper_table())
+
+
+def test_one_column_has_no_overview() -> None:
+    """It would say the same twice."""
+    assert build_paper_table(paper_table(n_columns=1)).overview is None
+
+
+def test_counted_table_shows_costs_beside_the_published_ones() -> None:
+    """Nothing is trained, so nothing is missing, and no heading speaks of a loss."""
+    found = sections(counted_table())
+    assert found["All columns"][""] == ["WT-S K/N\\_E", "WT-S published", "E8 K/N\\_E", "E8 published"]
+    rows = found["WT-S: none, percent of dense"]
+    assert rows["sigma-moe"] == ["25.0%", "47.00 M", "-0.12%", "25.0%", "26.1%"]
+    text = printed(counted_table())
+    assert "incomplete" not in text and "test" not in text and "seed" not in text
+
+
+def test_published_value_has_the_decimals_of_the_paper() -> None:
+    """Neither 1.080 nor 11.7."""
+    result = paper_table()
+    result["cells"][5]["published"], result["cells"][0]["published"] = 1.08, 11.7
+    found = sections(result)
+    assert found["All columns"]["dense"] == ["2.310 ± 0.012", "11.70", "2.320 ± 0.012", "1.08"]
+
+
+def test_narrow_interval_has_a_decimal_more() -> None:
+    """A decided difference does not read as zero."""
+    result = paper_table()
+    result["cells"][1]["against_dense"] = {"difference": -4e-4, "low": -6e-4, "high": -2e-4, "decided": True}
+    assert "-0.0004 [-0.0006, -0.0002] *" in printed(result)
+
+
+@pytest.mark.parametrize("n_columns", [1, 7], ids=["one column", "many columns"])
+@pytest.mark.parametrize("label", ["dense", LONG], ids=["short", "long"])
+def test_terminal_of_100_columns_is_wide_enough(n_columns: int, label: str) -> None:
+    """No line is cut, and every loss is on a line of its row."""
+    result = paper_table(n_columns=n_columns)
+    result["rows"][1]["label"] = result["rows"][1]["published_label"] = label
+    text = printed(result)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("2.260 ± 0.012") == (1 if n_columns == 1 else 2)
+    assert "\u2026" not in text
+
+
+def test_block_is_two_parts_in_100_columns() -> None:
+    """The loss and its difference stand together, also where a label of the paper is long and a cell has a footnote."""
+    result = paper_table(n_columns=1)
+    result["rows"][2]["label"] = result["rows"][2]["published_label"] = "softmax before top-k (no renorm.)"
+    lines = printed(result).splitlines()
+    line = next(line for line in lines if line.startswith(" sigma-moe "))
+    assert "11.71" in line and "-0.050 [-0.070, -0.030] *" in line
+    assert sum(line.startswith(" sigma-moe ") for line in lines) == 2
+    assert sum("+0.61% (e)" in line for line in lines) == 1
+
+
+def test_label_is_text() -> None:
+    """Neither Markdown nor markup of the terminal."""
+    result = paper_table()
+    result["rows"][1]["label"] = result["rows"][1]["published_label"] = "a | b\n[bold]c[/bold] <i>*d*"
+    assert r"| a \| b \[bold\]c\[/bold\] &lt;i&gt;\*d\* |" in paper_markdown(build_paper_table(result))
+    assert "[bold]c[/bold]" in printed(result, width=200)
+
+
+def test_render_writes_three_files_beside_the_json(tmp_path: Path) -> None:
+    """The same bytes for the same file, and nothing else in the folder."""
+    path = tmp_path / "table4.json"
+    path.write_text(json.dumps(paper_table()))
+    written = render(path)
+    assert [file.name for file in written] == ["table4.md", "table4.tex", "table4.html"]
+    first = [file.read_bytes() for file in written]
+    assert [file.read_bytes() for file in render(path)] == first
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table4.html", "table4.json", "table4.md", "table4.tex"]
+
+
+def test_failed_writing_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is an error that says so, and no half of a table stays."""
+    path = tmp_path / "table4.json"
+    path.write_text(json.dumps(paper_table()))
+    (tmp_path / "table4.md").write_text("before")
+
+    def full(file: Path, text: str, **options: str) -> int:
+        file.write_bytes(text.encode()[:99])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot write .*table4\.md'; No space left|cannot write .*No space left on device"):
+        render(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table4.json", "table4.md"]
+    assert (tmp_path / "table4.md").read_text() == "before"
+
+
+Damage = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda r: r.update(kind="comparison"), "must be of kind 'paper-table'", id="kind"),
+        pytest.param(lambda r: r.update(version=2), "`version` of the table must be 1; got 2", id="version"),
+        pytest.param(lambda r: r.pop("difference_unit"), "`difference_unit` must be a string; got null", id="absent"),
+        pytest.param(lambda r: r.update(rows=[]), "`rows` must be a list of objects, at least one", id="no rows"),
+        pytest.param(lambda r: r.update(extra_columns=[1]), "`extra_columns` must be an empty list", id="extra"),
+        pytest.param(lambda r: r["columns"][0].pop("metric"), r"`columns\[0\]\.metric` must be a string", id="metric"),
+        pytest.param(lambda r: r["columns"].append(column("E8")), "`columns` must have different names", id="twice"),
+        pytest.param(lambda r: r["rows"][2].update(marks="a"), r"`rows\[2\]\.marks` must be a list of strings", id="marks"),
+        pytest.param(lambda r: r["cells"][0].update(status="done"), r"`cells\[0\]\.status` must be one of", id="status"),
+        pytest.param(lambda r: r["cells"][0].update(mean=None), r"\.mean` must be a finite number; got null", id="mean"),
+        pytest.param(lambda r: r["cells"][0].update(mean=float("nan")), r"finite number; got NaN", id="nan"),
+        pytest.param(lambda r: r["cells"][0].update(n=True), r"`cells\[0\]\.n` must be a whole number", id="flag"),
+        pytest.param(lambda r: r["cells"][0].update(row=5), r"must be in the table; got row 5, column 0", id="row"),
+        pytest.param(lambda r: r["cells"].append(measured(0, 0)), "got row 0, column 0 again", id="same place"),
+        pytest.param(lambda r: r["cells"][4].update(reason=None), "must say why the cell is missing", id="reason"),
+        pytest.param(lambda r: r["cells"][3].update(reason=""), "must say why the cell is failed", id="no reason"),
+        pytest.param(lambda r: r["cells"][0].update(seeds=[0, 0, 1]), "must be n = 3 different seeds", id="seeds repeat"),
+        pytest.param(lambda r: r["cells"][0].update(seeds=[0]), "must be n = 3 different seeds", id="seeds lack"),
+        pytest.param(lambda r: r["cells"][1]["against_dense"].update(decided=False), "excludes 0", id="decided"),
+        pytest.param(lambda r: r["cells"][1]["against_dense"].pop("low"), r"against_dense\.low` must be", id="low"),
+    ],
+)
+def test_damaged_table_is_refused(damage: Damage, message: str) -> None:
+    """Naming the field, and what to do."""
+    result = paper_table()
+    damage(result)
+    with pytest.raises(UserError, match=message) as error:
+        check_paper_table(result)
+    assert "fix: " in str(error.value) and "reproduce" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot read"), ("{", "is not JSON"), ("[]", "must be of kind"), ("\x00", "is not JSON")],
+    ids=["absent", "cut", "list", "binary"],
+)
+def test_other_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    """Before anything is written."""
+    path = tmp_path / "table4.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        render(path)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if text is None else ["table4.json"])
+
+
+def test_optional_fields_may_be_absent(tmp_path: Path) -> None:
+    """Only what is needed is asked for; what lacks is a dash."""
+    result = paper_table(n_columns=1)
+    for key in ("published_name", "published_metric", "digest", "sizes", "steps", "equal_time_s"):
+        del result["columns"][0][key]
+    for key in ("spread", "valid_mean", "params", "residual_percent", "flops_percent", "equal_time", "against_dense"):
+        del result["cells"][1][key]
+    result["cells"][2] = unmeasured({"row": 2, "column": 0}, "missing", "not run yet")
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(result))
+    rows = sections(read_paper_table(path))["WT-S: ptb, bits per character"]
+    assert rows["sigma-moe"] == ["2.260", "3", "11.71", *(NOT_MEASURED,) * 6, "26.1%"]
