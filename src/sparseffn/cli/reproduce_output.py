@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import console, print_rows
+from sparseffn.report.paper_table import print_paper_table, render
 from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.train.stored import write_json
-
-# Once `sparseffn.report.paper_table` is merged: import it plainly, and remove this guard and `_print_plainly` with `_cell`.
-_RENDERED = importlib.util.find_spec("sparseffn.report.paper_table") is not None
 
 
 def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
@@ -22,8 +18,8 @@ def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
     for name, result in results.items():
         path = Path(out) / f"{name}.json"
         write_json(path, result)
-        if _RENDERED and result["kind"] == "paper-table":
-            importlib.import_module("sparseffn.report.paper_table").render(path)
+        if result["kind"] == "paper-table":
+            render(path)
         if result.get("sweep") and can_draw():
             for plot in sweep_plots(result):
                 path.with_name(f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
@@ -34,10 +30,8 @@ def print_result(result: dict[str, Any]) -> None:
     """A table in the terminal."""
     if result["kind"] == "paper-settings":
         _print_settings(result)
-    elif _RENDERED:
-        importlib.import_module("sparseffn.report.paper_table").print_paper_table(result, console())
     else:
-        _print_plainly(result)
+        print_paper_table(result, console())
 
 
 def _print_settings(result: dict[str, Any]) -> None:
@@ -57,27 +51,6 @@ def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.1f}" if value >= 1 else f"{value:g}"
-
-
-def _print_plainly(result: dict[str, Any]) -> None:
-    columns = [f"{c['name']} ({c['metric']})" for c in result["columns"]]
-    rows = []
-    for r, row in enumerate(result["rows"]):
-        cells = {c["column"]: c for c in result["cells"] if c["row"] == r}
-        rows.append((row["label"], *(_cell(cells[c]) for c in range(len(columns)))))
-    print_rows(("", *columns), rows, title=f"{result['table']}: {result['title']} ({result['scale']})")
-    for note in result["notes"]:
-        print(f"- {note}")
-
-
-def _cell(cell: dict[str, Any]) -> str:
-    published = "" if cell["published"] is None else f" [{cell['published']:g}]"
-    if cell["status"] == "counted":
-        return f"{cell['flops_percent']:.1f}% ({cell['counted_flops_percent']:.1f}%){published}"
-    if cell["mean"] is None:
-        return f"{cell['status']}: {cell['reason']}{published}"
-    spread = "" if cell["spread"] is None else f" ± {cell['spread']:.4f}"
-    return f"{cell['mean']:.4f}{spread}{published}"
 
 
 def print_dry_run(result: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparseffn.accounting import count_block
+from sparseffn.analysis.paired import paired_difference
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
 from sparseffn.recipes.paper.pool import Finished, Pool, Status, window_losses
@@ -189,10 +188,6 @@ def _against(measured: _Measured, other: _Measured | None, planned: PlannedColum
     """Test loss less another row's, paired over seeds and windows; None without a common seed."""
     if other is None or other is measured or not set(other.finished) & set(measured.finished):
         return None
-    # The one place that waits for `sparseffn.analysis.paired`; import it above once it is there.
-    if importlib.util.find_spec("sparseffn.analysis.paired") is None:
-        return None
-    paired_difference = importlib.import_module("sparseffn.analysis.paired").paired_difference
     found = paired_difference(_windows(measured), _windows(other))
     scale = 1.0 if _difference_unit(planned) == "nats per token" else 1.0 / math.log(2)
     return {
