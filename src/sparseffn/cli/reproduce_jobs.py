@@ -18,6 +18,7 @@ from sparseffn.cli.output import Watch
 from sparseffn.data import load_corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
+from sparseffn.recipes.paper.costs import training_flops
 from sparseffn.recipes.paper.execute import execute
 from sparseffn.recipes.paper.pool import Pool, RunSpec
 from sparseffn.train import TrainConfig
@@ -32,13 +33,16 @@ def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, choice: argparse.Na
     """Do every run that may give a result; what fails is said and does not stop the rest.
 
     Raises:
-        UserError: `jobs` is not positive, or more than the threads.
+        UserError: `jobs` is not positive.
     """
     if jobs < 1:
         raise UserError(f"`--jobs` must be at least 1; got {jobs}; fix: --jobs 1")
     wanted = [run for run in runs if pool.status(run[2]).wanted]
     if len(wanted) < len(runs):
-        watch.say(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already")
+        watch.say(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already, or failed for good")
+    if wanted:
+        flops = sum(training_flops(spec.model, spec.train) for _, _, spec in wanted)
+        watch.say(f"{len(wanted)} to do, {flops:.1e} FLOPs of training; --dry-run says how long that takes")
     if jobs == 1:
         for position, run in enumerate(wanted):
             run_here(run, pool, position, len(wanted), watch)
