@@ -53,5 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a small cache, measured in no time."""
     monkeypatch.setattr("sparseffn.bench.race.last_level_cache_bytes", lambda device: (2**14, "made up"))
     monkeypatch.setattr("sparseffn.bench.race._AT_LEAST_S", 0.0)
-    monkeypatch.setattr(Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10)))
+    monkeypatch.setattr(
+        Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9))
+    )
     yield

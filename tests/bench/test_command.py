@@ -20,8 +20,12 @@ LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds of the machine that take no time to measure."""
     monkeypatch.setattr(race, "_AT_LEAST_S", 0.0)
-    monkeypatch.setattr(Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10)))
+    monkeypatch.setattr(
+        Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9))
+    )
     monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
+    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
     monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
 
 
@@ -52,6 +56,7 @@ def test_table_json_and_page_tell_the_same(
     result = json.loads((tmp_path / f"{kind}.json").read_text())
     assert result["kind"] == kind and result["environment"]["blas"] in text and result["environment"]["date"] in text
     assert (tmp_path / f"{kind}.html").as_uri() in text
+    assert kind != "step" or result["settings"]["backend"] in ("cpu", "torch")
     assert result["environment"]["freed_memory"] and (kind != "step" or result["ratio"] > 0)
 
 
@@ -63,14 +68,24 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert [row["label"] for row in json.loads(out)["rows"]] == ["dense", "sigma-moe"] and "checking sigma-moe" in err
 
 
+TIMED = {
+    "layer": [*LAYER, "--backends"],
+    "step": [*COMMANDS["step"], "--backend"],
+    "figures": ["bench", "figures", "--figures", "11", "--tokens", "2", "--rounds", "1", "--backend"],
+}
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("backend", ["last-row", "scores"])
-def test_no_speed_is_told_of_a_wrong_kernel(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", TIMED.values(), ids=list(TIMED))
+def test_no_speed_is_told_of_a_wrong_kernel(
+    words: list[str], backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exit code 2, the kernel's backend and error by name, no table and no file."""
     with wrong_backends():
-        assert main([*LAYER, "--backends", "torch", backend, "--out", str(tmp_path)]) == 2
+        assert main([*words, backend, "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert f"sigma-moe [{backend}] must agree with float64 to be timed" in err and out == ""
+    assert "sigma-moe must agree with float64 to be timed" in err and f"backend {backend}" in err and out == ""
     assert list(tmp_path.iterdir()) == []
 
 

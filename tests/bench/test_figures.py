@@ -12,6 +12,7 @@ from sparseffn.bench import figures
 from sparseffn.bench.expert_counts import bench_expert_counts
 from sparseffn.bench.figures import Point, bench_figures, points_of
 from sparseffn.bench.layer import LayerSettings
+from sparseffn.bench.roofline import Roof
 from sparseffn.bench.sweeps import SWEEPS
 from sparseffn.errors import UserError
 
@@ -25,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, quick: None) -> list[Point]:
     """Points that were measured, by a stand-in that takes no time."""
     points: list[Point] = []
 
-    def measure(point: Point, settings: LayerSettings) -> dict[str, Any]:
+    def measure(point: Point, settings: LayerSettings, roof: Roof) -> dict[str, Any]:
         points.append(point)
         return {**point.names, "blocks": figures._blocks_json(point), "layers": {}}
 
@@ -67,10 +68,10 @@ def test_file_is_whole_after_every_point(measured: list[Point], tmp_path: Path, 
     path = tmp_path / "figures.json"
     measure = figures._measure
 
-    def interrupted(point: Point, settings: LayerSettings) -> dict[str, Any]:
+    def interrupted(point: Point, settings: LayerSettings, roof: Roof) -> dict[str, Any]:
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return measure(point, settings)
+        return measure(point, settings, roof)
 
     monkeypatch.setattr(figures, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -123,6 +124,8 @@ def test_a_point_is_really_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # 4 tokens: u of 4096 channels, y of 128, 4 bytes each.
     assert dense["memory_bytes"] == 4 * (4096 + 128) * 4
     assert moe["memory_bytes"] == 4 * (512 + 128) * 4 + moe["selection_bytes"]
+    for timing in (dense["forward"], dense["training"], moe["forward"], moe["training"]):
+        assert timing["over_limit"] == pytest.approx(timing["median_s"] / timing["limit_s"])
     assert dense["training"]["median_s"] > 0 and moe["training"]["over_dense"] > 0
 
 
@@ -132,3 +135,5 @@ def test_expert_counts_are_compared_in_one_run() -> None:
     found = bench_expert_counts(SETTINGS, counts=(8, 16), n_tokens=4)
     assert set(found["layers"]) == {"N_E 8", "N_E 16"} and found["forward_over_few"] > 0 and found["training_over_few"] > 0
     assert found["layers"]["N_E 16"]["gradient_bytes"] == 2 * found["layers"]["N_E 8"]["gradient_bytes"]
+    for layer in found["layers"].values():
+        assert layer["forward"]["over_limit"] == pytest.approx(layer["forward"]["median_s"] / layer["forward"]["limit_s"])

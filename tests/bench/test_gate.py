@@ -6,15 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from sparseffn.bench.backends import backend_restored
 from sparseffn.bench.candidates import Candidate, build_layer
 from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_truth, formula, near_kink
 from sparseffn.errors import UserError
-from sparseffn.ffn import list_methods, method_class
+from sparseffn.ffn import FeedForward, FFNConfig, list_methods, method_class
+from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.topk import TopKConfig
 
 from .conftest import DENSE, SIGMA, setting
 from .wrong_backends import wrong_backends
+
+TOPK = TopKConfig(d_model=32, d_ff=400, k=60)
+PKM_OF_TWO = PKMConfig(d_model=32, n_subkeys=20, k=12, n_heads=2)
 
 
 @pytest.fixture
@@ -51,16 +57,18 @@ def test_every_method_passes(method: str, n_tokens: int) -> None:
         assert {"output", "gradient of x"} < set(errors)
 
 
-def test_half_precision_passes() -> None:
-    """Within what bfloat16 can do, and not within what float32 must."""
-    assert 1e-4 < held(Candidate(label="sigma-moe", config=SIGMA), 100, torch.bfloat16)["output"] < 4e-2
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 4e-2), (torch.float16, 1e-2)], ids=["bfloat16", "float16"])
+def test_half_precision_passes(dtype: torch.dtype, most: float) -> None:
+    """Within what the dtype can do, and not within what float32 must."""
+    assert 1e-4 < held(Candidate(label="sigma-moe", config=SIGMA), 100, dtype)["output"] < most
 
 
 def test_formula_is_the_reference() -> None:
     """Dense products over all pairs give what the slow reference gives."""
-    for config in (DENSE, SIGMA):
-        layer = build_layer(config, setting(9), 0).double()
-        x = torch.randn(9, 16, dtype=torch.float64)
+    selecting = [config for name in ("topk", "pkm") for config in method_class(name).examples()]
+    for config in (DENSE, SIGMA, *selecting):
+        layer = build_layer(config, setting(9), 0).double().eval()
+        x = torch.randn(9, config.d_model, dtype=torch.float64)
         torch.testing.assert_close(formula(layer, x), layer.reference(x))
 
 
@@ -70,6 +78,31 @@ def test_long_batches_are_compared_at_both_ends(monkeypatch: pytest.MonkeyPatch)
     tokens = compared_tokens(SIGMA.build(), 1001)
     assert tokens.tolist() == [0, 250, 500, 750, 1000]
     assert held(Candidate(label="sigma-moe", config=SIGMA), 1001)["gradient of experts.keys"] < 1e-5
+
+
+@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO], ids=["topk", "pkm"])
+def test_pairs_are_compared_on_every_token(config: FFNConfig) -> None:
+    """Methods that rank hundreds of pairs, each of 700 tokens, whose choices do not hang on rounding."""
+    truth = find_truth(config, setting(700))
+    assert truth.tokens.tolist() == list(range(700)) and int((truth.grad != 0).any(dim=1).sum()) > 680
+    assert held(Candidate(label=config.name, config=config), 700)["output"] < 1e-5
+
+
+@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO], ids=["topk", "pkm"])
+def test_wrong_row_of_a_late_token_is_refused(config: FFNConfig) -> None:
+    """One of 700 tokens, that a sample of eight would miss."""
+
+    class Wrong(nn.Module):
+        def __init__(self, layer: FeedForward) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return torch.cat((y[:-7], -y[-7:-6], y[-6:]))
+
+    with pytest.raises(UserError, match="must agree with float64"):
+        held(Candidate(label="wrong", config=config, wrap=Wrong), 700)
 
 
 def test_tokens_have_a_clear_choice() -> None:

@@ -14,10 +14,11 @@ from sparseffn.bench.candidates import (
     Candidate,
     ForwardTurn,
     Rotation,
+    Setting,
     TrainingTurn,
     layers_to_leave_cache,
 )
-from sparseffn.bench.layer import LayerSettings, Shape, bench_layers
+from sparseffn.bench.layer import LayerSettings, Shape, bench_layers, entrants
 from sparseffn.errors import UserError
 
 from .conftest import DENSE, SIGMA, setting
@@ -104,7 +105,7 @@ def test_layers_beyond_memory_are_refused(shape: Shape, monkeypatch: pytest.Monk
         ({"tokens": ()}, "at least one"),
         ({"tokens": (4,), "rounds": 0}, "at least 1"),
         ({"tokens": (4,), "backends": ("trch",)}, "did you mean 'torch'"),
-        ({"tokens": (4,), "dtype": "float16"}, "`dtype` must be one of"),
+        ({"tokens": (4,), "dtype": "float8"}, "`dtype` must be one of"),
     ],
     ids=["zero", "none", "rounds", "backend", "dtype"],
 )
@@ -118,3 +119,15 @@ def test_peer_module_is_called_not_the_layer() -> None:
     """A peer's module stands over the layer's parameters."""
     candidate = Candidate(label="peer", config=DENSE, wrap=lambda layer: nn.Sequential(layer))
     assert isinstance(Rotation(candidate, setting(1), 1).modules[0], nn.Sequential) and candidate.is_peer
+
+
+def test_grouped_mm_stands_beside_the_mixtures_of_a_gpu(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a candidate where it runs, else with the reason; no GPU is needed to say which."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for dtype, runs in ((torch.bfloat16, True), (torch.float32, False)):
+        gpu = Setting(n_tokens=4, dtype=dtype, device=torch.device("cuda"))
+        candidates, absent = entrants(shape, LayerSettings(tokens=(4,), peers=False), gpu)
+        assert [c.backend for c in candidates if c.label == "sigma-moe [grouped_mm]"] == ["grouped_mm"] * runs
+        assert [left.label for left in absent] == ["sigma-moe [grouped_mm]"] * (not runs)
+    assert "not in torch.float32" in absent[0].reason
+    assert {c.backend for c in entrants(shape, LayerSettings(tokens=(4,), peers=False), setting(4))[0]} == {"auto"}

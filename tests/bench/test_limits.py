@@ -15,7 +15,7 @@ from sparseffn.ffn.topk import TopKConfig
 
 from .conftest import DENSE, SIGMA
 
-ROOF = Roof(flops_per_s=1000.0, bytes_per_s=100.0)
+ROOF = Roof(flops_per_s=1000.0, bytes_per_s=100.0, scattered_bytes_per_s=50.0)
 
 
 def test_limit_of_a_mixture() -> None:
@@ -69,10 +69,27 @@ def test_cache_size_is_read_or_assumed(tmp_path: Path) -> None:
 def test_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are positive; the working set is four times the cache; the better of two measurements counts."""
     monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64, 128)})
+    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
+    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
     monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
     device = torch.device("cpu")
     assert product_speed(torch.float32, device)["flops_per_s"] > 1e6
     reading = bandwidth(device)
     assert reading["bytes"] >= 4 * last_level_cache_bytes()[0] - 4 * 2048 and reading["bytes_per_s"] > 1e6
-    best = ROOF.highest(Roof(flops_per_s=1.0, bytes_per_s=1e6))
-    assert best == Roof(flops_per_s=1000.0, bytes_per_s=1e6)
+    assert reading["scattered"]["bytes_per_s"] > 1e6 and reading["scattered"]["block_bytes"] == 2**19
+    best = ROOF.highest(Roof(flops_per_s=1.0, bytes_per_s=1e6, scattered_bytes_per_s=2.0))
+    assert best == Roof(flops_per_s=1000.0, bytes_per_s=1e6, scattered_bytes_per_s=50.0)
+
+
+def test_roof_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch's, the selector's and the experts': a layer may use any, and would be faster than its limit."""
+    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
+    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
+    flops = {"torch.mm": 2 * 64**3, "router_logits": 2 * 64**3, "expert_mlp": 4 * 64 * 32 * 16}
+    for fastest in flops:
+        # The order in which they are timed.
+        seconds = iter(1e-6 if how == fastest else 1.0 for how in ("expert_mlp", "torch.mm", "router_logits"))
+        monkeypatch.setattr("sparseffn.bench.roofline._best", lambda call, clock, seconds=seconds: (call(), next(seconds))[1])
+        found = product_speed(torch.float32, torch.device("cpu"))
+        assert found["how"] == fastest and found["flops_per_s"] == pytest.approx(flops[fastest] / 1e-6)

@@ -300,3 +300,17 @@ def test_bench_kernels_lists_resources(capsys: pytest.CaptureFixture[str]) -> No
     assert main(words) == 0 and "token_sum_fwd_kernel" in capsys.readouterr().out
     assert main(["bench", "kernels", "--targets", "sm90"]) == 2
     assert "sm_90" in capsys.readouterr().err
+
+
+def test_doctor_reports_where_a_wish_cannot_be_met(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend that cannot run is a line of the report, not its end; so are every backend, compiler, cache and Triton."""
+    monkeypatch.setenv("SPARSEFFN_BACKEND", "triton")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backend on cpu"].startswith("none: backend 'triton' cannot run on cpu: it needs a CUDA or ROCm device")
+    assert facts["backend triton"].startswith("not on cpu: ") and facts["backend torch"] == "runs on cpu"
+    assert facts["backend grouped_mm"].endswith("if asked for by name")
+    assert "no-such-compiler" in facts["C++ compiler"] and facts["compiled kernels"].endswith("kernels")
+    assert {"triton", "blas"} <= set(facts)

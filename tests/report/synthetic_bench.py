@@ -57,7 +57,13 @@ def layer_result(label: str = "sigma-moe k=2") -> dict[str, Any]:
         for name, factor in factors.items()
     ]
     absent = {"shape": "wt-s", "tokens": 1024, "label": "hf batched_mm", "reason": "it would copy 3.2 GiB"}
-    return result("layer", rows=rows, left_out=[absent], roof={"flops_per_s": 1e11, "bytes_per_s": 1e10}, shapes=[])
+    return result(
+        "layer",
+        rows=rows,
+        left_out=[absent],
+        roof={"flops_per_s": 1e11, "bytes_per_s": 1e10, "scattered_bytes_per_s": 5e9},
+        shapes=[],
+    )
 
 
 def _figure_layer(seconds: float, memory: int) -> dict[str, Any]:
@@ -106,8 +112,8 @@ def roofline_result() -> dict[str, Any]:
     """One shape."""
     bounds = {"arithmetic_s": 1e-3, "bytes_s": 2e-3, "gradient_s": 0.0, "limit_s": 2e-3}
     row = {"shape": "e8", "label": "dense", "tokens": 64, "touched_bytes": 2**20, "forward": bounds, "training": bounds}
-    product = {"size": 2048, "how": "torch.mm", "flops_per_s": 1e11}
-    reading = {"bytes": 2**28, "how": "sum", "bytes_per_s": 2e10}
+    product = {"shape": "2,048 x 2,048", "how": "torch.mm", "flops_per_s": 1e11}
+    reading = {"bytes": 2**28, "how": "sum", "bytes_per_s": 2e10, "scattered": {"bytes_per_s": 1e10}}
     speed = {"dtype": "float32", "threads": 2, "product": product, "reading": reading}
     return result("roofline", speeds=[speed], rows=[row])
 

@@ -28,6 +28,14 @@ def test_tables_are_rectangular_and_say_the_machine(kind: str) -> None:
     assert all(word in machine_line(result) for word in ("A processor", "2 threads", "mkl", "2.13.0", "32 MiB", "2026-11-24"))
 
 
+def test_machine_line_names_packages_and_compiler() -> None:
+    """Where the file tells them; older ones do not."""
+    result = layer_result()
+    assert machine_line(result).count("BLAS mkl, oneDNN on, sparseffn") == 1
+    result["environment"] |= {"packages": {"transformers": "5.0", "triton": "3.7"}, "compiler": "c++ 12.2"}
+    assert "oneDNN on, transformers 5.0, triton 3.7, c++ 12.2, sparseffn" in machine_line(result)
+
+
 def test_busy_machine_is_said() -> None:
     """Load beyond the processors is somebody else's work."""
     result = layer_result()
@@ -47,7 +55,18 @@ def test_layer_table_holds_the_ratios() -> None:
         "2.50 (eager)",
     )
     assert row["weights"] == "cold" and row["/ limit"] == "1.50" and row["warm ms"] != "\u2013"
-    assert forward.notes == ("not timed: hf batched_mm at 1024 tokens: it would copy 3.2 GiB",)
+    assert forward.notes[1:] == ("not timed: hf batched_mm at 1024 tokens: it would copy 3.2 GiB",)
+
+
+def test_row_faster_than_its_limit_has_a_note() -> None:
+    """The limit is then not one; the speeds that it was computed from are said, in older files without the scattered one."""
+    result = layer_result()
+    result["rows"][1]["forward"]["over_limit"] = 0.71
+    first, second = sheets(result)[0].notes[:2]
+    assert "100 GFLOP/s, reading 10 GB/s in one long pass" in first and first.endswith("come at 5 GB/s")
+    assert second.startswith("sigma-moe at 1 tokens is faster than its limit (0.71)")
+    del result["roof"]["scattered_bytes_per_s"]
+    assert sheets(result)[0].notes[0].endswith("long pass")
 
 
 def test_figures_list_what_was_not_measured() -> None:

@@ -15,7 +15,7 @@ from sparseffn.report.paper_page import paper_html
 from sparseffn.report.paper_table import render
 from sparseffn.report.paper_view import build_paper_table
 
-from .synthetic_paper import counted_table, paper_table
+from .synthetic_paper import counted_table, paper_table, settings_table
 
 HOSTILE = """<script>document.title = "x"</script> & "q" """
 LONG = "softmax-" * 40
@@ -33,6 +33,7 @@ def hostile() -> dict[str, Any]:
     result["rows"][0] |= {"label": HOSTILE, "published_label": HOSTILE, "marks": [HOSTILE]}
     result["rows"][1] |= {"label": LONG, "published_label": LONG}
     result["columns"][0] |= {"name": HOSTILE, "corpus": HOSTILE, "sizes": LONG}
+    result["columns"][1]["name"] = LONG.replace("-", "")
     result["cells"][3]["reason"] = HOSTILE
     return result
 
@@ -73,18 +74,15 @@ def test_markup_of_a_file_is_text() -> None:
 def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
     """Table 4 before table 10; to the page where there is one, else to the file; what else lies there is passed over."""
     table10 = paper_table(n_columns=3) | {"title": "Table 10: all variants"}
-    folder = folder_of(tmp_path, table10=table10, table4=paper_table())
+    folder = folder_of(tmp_path, table10=table10, table8=settings_table(), table4=paper_table())
     (folder / "cpu runs").mkdir()
     (folder / "cpu runs" / "table7.json").write_text(json.dumps(counted_table()))
     (folder / "config.json").write_text('{"steps": 3}')
     written = write_index(folder)
     assert [path.name for path in written] == ["index.html", "index.md"]
     lines = [line for line in written[1].read_text().splitlines() if line.startswith("| [")]
-    assert [re.findall(r"\]\((.*?)\)", line) for line in lines] == [
-        ["cpu%20runs/table7.json"],
-        ["table4.html"],
-        ["table10.html"],
-    ]
+    links = ["cpu%20runs/table7.json", "table4.html", "table8.html", "table10.html"]
+    assert [re.findall(r"\]\((.*?)\)", line)[0] for line in lines] == links
     assert lines[1].split("|")[2:-1] == [f" {word} " for word in ("cpu", "paper", 7, 0, 2, 1, 2, 1, 2)]
     text = written[0].read_text()
     assert all(name in text for name in ('href="table10.html"', "2.260 ± 0.012 *", 'href="table4.html#note-d"'))

@@ -17,7 +17,7 @@ from sparseffn.report.paper_result import check_paper_table, read_paper_table
 from sparseffn.report.paper_table import paper_markdown, print_paper_table, render
 from sparseffn.report.paper_view import build_paper_table
 
-from .synthetic_paper import column, counted_table, measured, paper_table, unmeasured
+from .synthetic_paper import column, counted_table, measured, paper_table, settings_table, unmeasured
 
 LONG = "softmax before top-k without renormalisation " * 4 + "x" * 150
 
@@ -94,17 +94,60 @@ def test_every_footnote_is_referred_to_and_explained() -> None:
     table = build_paper_table(paper_table(n_columns=4))
     used = set().union(*(block.marks for block in (*table.blocks, table.overview) if block))
     assert used == set(table.footnotes)
-    assert list(table.footnotes) == sorted(table.footnotes) == list("abcdefg")
+    assert list(table.footnotes) == sorted(table.footnotes) == list("abcdef")
 
 
 def test_row_says_where_it_is_not_the_papers() -> None:
-    """Other sizes, other settings, and a parameter count beyond the tolerance."""
+    """Other sizes, other settings."""
     table = build_paper_table(paper_table())
     assert {"K=1, G=256 stands for K=1, G=512", "the paper's row 'switch, K=1, G=512'", "released settings"} <= set(
         table.footnotes.values()
     )
-    (mark,) = table.blocks[1].rows[3][1][7].marks
-    assert "more than 0.5% away from the dense model" in table.footnotes[mark]
+
+
+def test_measured_cell_that_lacks_a_seed_says_so() -> None:
+    """Beside its loss, and beside a difference that is over fewer seeds than the loss."""
+    result = paper_table()
+    result["cells"][1]["reason"] = "seed 3: not run yet"
+    result["cells"][2]["against_dense"]["n_seeds"] = 2
+    table = build_paper_table(result)
+    notes = {cell.text: [table.footnotes[mark] for mark in cell.marks] for _, cells in table.blocks[0].rows for cell in cells}
+    assert notes["2.260 ± 0.012"] == ["seed 3: not run yet"]
+    assert notes["-0.002 [-0.022, +0.018]"] == ["the difference is over 2 of 3 seeds, those that both rows have"]
+
+
+def test_difference_from_another_row_stands_beside_that_from_dense() -> None:
+    """Where a file has it."""
+    result = paper_table()
+    assert "sigma-moe, bits" not in printed(result, width=200)
+    difference = {"difference": 0.048, "low": 0.01, "high": 0.09, "decided": True, "n_seeds": 3}
+    result["cells"][2]["against_sigma_moe"] = difference
+    assert "+0.048 [+0.010, +0.090] *" in printed(result)
+    result["cells"][2]["against_sigma_moe"] = difference | {"decided": False}
+    with pytest.raises(UserError, match=r"cells\[2\]\.against_sigma_moe\.decided` must say"):
+        check_paper_table(result)
+
+
+def test_column_of_our_own_has_no_published_values() -> None:
+    """Neither in its block nor in the overview, whose other columns keep theirs."""
+    result = paper_table()
+    result["columns"][1] |= {"name": "PTB words", "published_name": None, "published_metric": None, "metric": "perplexity"}
+    result["difference_unit"] = "bits per character or nats per token"
+    for cell in result["cells"][5:]:
+        cell["published"] = None
+    found = sections(result)
+    assert found["All columns"][""] == ["WT-S test", "WT-S published", "PTB words test"]
+    assert found["PTB words: ptb, perplexity"][""][:3] == [
+        *("test, perplexity", "n", "against dense, nats per token, 95% interval"),
+    ]
+    assert found["WT-S: ptb, bits per character"][""][3] == "against dense, bits per character, 95% interval"
+
+
+def test_title_has_the_number_of_the_table() -> None:
+    """Once."""
+    assert build_paper_table(paper_table()).title.startswith("Table 4: sigma")
+    assert build_paper_table(paper_table() | {"title": "Mixtures"}).title == "Table 4: Mixtures"
+    assert build_paper_table(paper_table() | {"title": "Words", "table": "ptb-words"}).title == "Words"
 
 
 def test_one_seed_is_said() -> None:
@@ -165,7 +208,7 @@ def test_block_is_two_parts_in_100_columns() -> None:
     line = next(line for line in lines if line.startswith(" sigma-moe "))
     assert "11.71" in line and "-0.050 [-0.070, -0.030] *" in line
     assert sum(line.startswith(" sigma-moe ") for line in lines) == 2
-    assert sum("+0.61% (e)" in line for line in lines) == 1
+    assert sum("+0.61%" in line for line in lines) == 1
 
 
 def test_label_is_text() -> None:
@@ -202,6 +245,19 @@ def test_failed_writing_leaves_the_file_before(tmp_path: Path, monkeypatch: pyte
         render(path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["table4.json", "table4.md"]
     assert (tmp_path / "table4.md").read_text() == "before"
+
+
+def test_settings_stand_beside_the_published_ones_where_they_differ(tmp_path: Path) -> None:
+    """In every form; a damaged file and one of another version are refused."""
+    path = tmp_path / "table8.json"
+    path.write_text(json.dumps(settings_table()))
+    markdown, latex, html = (file.read_text() for file in render(path))
+    assert r"| E8 | 47.26 | 96 \[412\] | 0.1 |" in markdown and "Table 8: Hyperparameters" in markdown
+    assert "96 [412]" in html and r"96 {[}412{]}" in latex and "96 [412]" in printed(settings_table())
+    with pytest.raises(UserError, match="`version` of the table must be 1; got 2"):
+        print_paper_table(settings_table() | {"version": 2})
+    with pytest.raises(UserError, match=r"the table is damaged: .*here.*; fix: run `sparseffn reproduce` again"):
+        print_paper_table(settings_table() | {"rows": [{"name": "E8"}]})
 
 
 Damage = Callable[[dict[str, Any]], object]

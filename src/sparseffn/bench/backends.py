@@ -50,6 +50,11 @@ def check_backends(names: Sequence[str], device: torch.device, dtype: torch.dtyp
             )
 
 
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run there, or None."""
+    return next(backend for backend in list_backends() if backend.name == name).unavailable(device, dtype)
+
+
 def resolved(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The first backend that `auto` stands for; any other name is itself."""
     if name != "auto":

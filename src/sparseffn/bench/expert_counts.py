@@ -11,8 +11,9 @@ from typing import Any
 
 from sparseffn.bench.backends import resolved
 from sparseffn.bench.candidates import Candidate
-from sparseffn.bench.layer import LayerSettings
+from sparseffn.bench.layer import LayerSettings, over_limits
 from sparseffn.bench.race import Say, race
+from sparseffn.bench.roofline import Roof
 from sparseffn.bench.sweeps import SWEEPS
 from sparseffn.bench.timing import ratio, spread
 
@@ -41,11 +42,14 @@ def bench_expert_counts(
         Candidate(label=label, config=SWEEPS[9].mixture(count), backend=backend)
         for label, count in zip((few, many), counts, strict=True)
     ]
+    roof = Roof.measure(setting.dtype, setting.device)
     done = race(candidates, setting, rounds=settings.rounds, cold_tokens=0, say=say)
+    roof = roof.highest(Roof.measure(setting.dtype, setting.device))
+    limits = {c.label: over_limits(c, done, setting, roof) for c in candidates}
     layers = {
         c.label: {
-            "forward": dataclasses.asdict(spread(done.forward[c.label])),
-            "training": dataclasses.asdict(spread(done.training[c.label])),
+            "forward": {**dataclasses.asdict(spread(done.forward[c.label])), **limits[c.label]["forward"]},
+            "training": {**dataclasses.asdict(spread(done.training[c.label])), **limits[c.label]["training"]},
             "gradient_bytes": c.config.num_params() * setting.dtype.itemsize,
         }
         for c in candidates

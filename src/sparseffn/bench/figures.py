@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, final
 
 from sparseffn.bench.candidates import Candidate
-from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings
+from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings, over_limits
 from sparseffn.bench.machine import find_device, memory_bytes
 from sparseffn.bench.memory import kept_by
 from sparseffn.bench.race import Race, Say, race
@@ -190,7 +190,7 @@ def bench_figures(
             file.leave_out(point, *reason)
             continue
         say(f"figure {point.sweep.number}, {point.sweep.variable} {point.value}")
-        file.add(_measure(point, settings))
+        file.add(_measure(point, settings, roof))
     file.write()
     return file.data
 
@@ -210,7 +210,7 @@ def _reason_to_leave_out(point: Point, settings: LayerSettings, roof: Roof, *, l
     return None
 
 
-def _measure(point: Point, settings: LayerSettings) -> dict[str, Any]:
+def _measure(point: Point, settings: LayerSettings, roof: Roof) -> dict[str, Any]:
     """Gate, time and memory of one point."""
     setting = settings.setting(settings.tokens[0])
     dense, mixture = point.sweep.blocks(point.value)
@@ -220,6 +220,11 @@ def _measure(point: Point, settings: LayerSettings) -> dict[str, Any]:
     ]
     done = race(candidates, setting, rounds=settings.rounds, cold_tokens=0)
     layers = {c.label: _layer(c, done, kept_by(c, setting), settings.dtype) for c in candidates}
+    # The machine may have been busy when it was measured before the points.
+    roof = roof.highest(Roof.measure(setting.dtype, setting.device))
+    for c in candidates:
+        for name, limits in over_limits(c, done, setting, roof).items():
+            layers[c.label][name] |= limits
     for name, times in (("forward", done.forward), ("training", done.training)):
         layers[MOE][name]["over_dense"] = ratio(times, MOE, DENSE)
     return {**point.names, "variable": point.sweep.variable, "blocks": _blocks_json(point), "layers": layers}

@@ -1,9 +1,9 @@
 """No speed without correctness: a candidate is held against the paper's formula in float64 at the size that is timed.
 
 The candidate runs all tokens at the timed shape, dtype and backend, forward and backward. Its output, the gradient of its input
-and that of every parameter are compared with the truth. For mixtures and the dense block the truth is the formula with dense
-products over all pairs, on all tokens as long as that takes seconds; for other methods it is the layer's slow reference. Where
-only some tokens are compared, the gradient sent back is zero at all others, so that parameter gradients are comparable.
+and that of every parameter are compared with the truth: the formula with dense products over all pairs, on all tokens as long
+as that takes seconds, or where there is none (sigma-MoE's `inner_k`) the layer's slow reference on a few tokens. Where only
+some tokens are compared, the gradient sent back is zero at all others, so that parameter gradients are comparable.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.ffn._activations import ACTIVATIONS
 from sparseffn.ffn._mixture import Mixture
 from sparseffn.ffn.dense import Dense
+from sparseffn.ffn.pkm import PKM
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.ffn.topk import TopK
 
 # Largest deviation over the truth's largest value, and root mean square over the truth's. Measured on the shapes of the paper's
 # models, PyTorch's products and peers, 2026-11: at most 3e-6 in float32 and 1.5e-2 in bfloat16 for the first.
-TOLERANCES = {torch.float32: (3e-5, 1e-5), torch.bfloat16: (4e-2, 1.5e-2)}
+# float16 has three bits more than bfloat16, and loses some of them in small numbers: a quarter, not an eighth.
+TOLERANCES = {torch.float32: (3e-5, 1e-5), torch.bfloat16: (4e-2, 1.5e-2), torch.float16: (1e-2, 3.8e-3)}
 # The same where a method ranks scores of half precision: near ties then fall otherwise than in float64, in every
 # implementation, and a pair selected in one alone is a deviation of 1. Seen of the slow reference itself: 0.44 and 0.12.
 _RANKED_IN_HALF = (1.5, 0.25)
@@ -41,6 +44,8 @@ _CHUNK = 512
 # Smallest gap between the last selected logit and the first that is not, over the logits' spread: below it float32 may choose
 # another expert than float64, rightly.
 _CLEAR_GAP = 1e-4
+# The same where K of thousands of pairs are ranked, whose scores stand close: ten times the error of such a sum of products.
+_CLEAR_PAIR_GAP = 3e-6
 _SPARE_TOKENS = 256
 # Distance from 0 of a unit's score, of unit scale, at which float32 certainly takes the right slope of ReLU: several times the
 # error of a sum of a thousand products.
@@ -75,7 +80,8 @@ def find_truth(config: FFNConfig, setting: Setting, *, seed: int = 0) -> Truth:
         # A single token is compared all the same: with nothing sent back, gradients would not be checked at all.
         grad[tokens[near & ~near.all()]] = 0.0
     values = _by_formula(exact, x.double(), grad.double(), tokens)
-    ranked_in_half = setting.dtype != torch.float32 and not has_formula(exact)
+    ranks_pairs = isinstance(exact, TopK | PKM) or not has_formula(exact)
+    ranked_in_half = setting.dtype != torch.float32 and ranks_pairs
     tolerance = _RANKED_IN_HALF if ranked_in_half else TOLERANCES[setting.dtype]
     return Truth(x=x, grad=grad, tokens=tokens, values=values, tolerance=tolerance)
 
@@ -85,14 +91,29 @@ def near_kink(layer: FeedForward, x_TD: Tensor) -> Tensor:
 
     At 4,096 tokens of 4,110 units some always do. Their outputs are compared, gradients are not sent through them.
     """
+    with torch.no_grad():
+        return torch.cat([_is_near_kink(layer, rows) for rows in x_TD.split(_CHUNK)])
+
+
+def _is_near_kink(layer: FeedForward, x_TD: Tensor) -> Tensor:
+    scores = pair_scores(layer, x_TD)
+    near = scores.abs() < _CLEAR_SCORE
+    if isinstance(layer, PKM) and layer.config.k is not None:
+        # Of many thousands of pairs some always are; those that no head reads do not matter.
+        least = scores.topk(layer.config.k).values[..., -1:]
+        near &= scores > least - 2 * _CLEAR_SCORE
+    return near.flatten(1).any(dim=1)
+
+
+def pair_scores(layer: FeedForward, x_TD: Tensor) -> Tensor:
+    """The score of every pair before the activation, `[T, d_ff]`; of product keys `[T, H, n_a n_b]`."""
+    if isinstance(layer, PKM):
+        halves = zip(x_TD.chunk(2, dim=1), (layer.keys_a, layer.keys_b), strict=True)
+        u_a, u_b = (torch.einsum("td,knd->tkn", x, keys) for x, keys in halves)
+        return (u_b[..., :, None] + u_a[..., None, :]).flatten(2)
     keys, bias = layer.keys_matrix(), layer.key_bias_vector()
     assert keys is not None, "blocks with a formula name their keys"
-    near = []
-    with torch.no_grad():
-        for rows in x_TD.split(_CHUNK):
-            scores_TF = rows @ keys.t() if bias is None else rows @ keys.t() + bias
-            near.append((scores_TF.abs() < _CLEAR_SCORE).any(dim=1))
-    return torch.cat(near)
+    return x_TD @ keys.t() if bias is None else x_TD @ keys.t() + bias
 
 
 def _by_formula(layer: FeedForward, x: Tensor, grad: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -113,14 +134,19 @@ def has_formula(layer: FeedForward) -> bool:
     """Whether dense products give the layer's output."""
     if isinstance(layer.config, SigmaMoEConfig) and layer.config.inner_k is not None:
         return False
-    return isinstance(layer, Mixture | Dense)
+    return isinstance(layer, Mixture | Dense | TopK | PKM)
 
 
 def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
-    """Equation 5 for the dense block, equation 12 over all experts for mixtures, else the reference."""
+    """Equation 5 for the dense block, 6 and 7, 8, equation 12 over all experts for mixtures, else the reference."""
     if not has_formula(layer):
         return layer.reference(x_TD)
+    if isinstance(layer, PKM):
+        return _pkm_formula(layer, x_TD)
     act = ACTIVATIONS[layer.config.activation]
+    if isinstance(layer, TopK):
+        u_TF = act(pair_scores(layer, x_TD))
+        return (u_TF * _best(_ranks(layer, x_TD), layer.config.k)) @ layer.values + layer.bias
     if isinstance(layer, Mixture):
         scores_TF = layer.scores_reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
         return (scores_TF * act(x_TD @ layer.keys_matrix().t())) @ layer.values_matrix()
@@ -128,9 +154,37 @@ def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
     return act(x_TD @ layer.keys.t() + layer.key_bias) @ layer.values + layer.bias
 
 
+def _pkm_formula(layer: PKM, x_TD: Tensor) -> Tensor:
+    """Equation 8 over all pairs of sub-keys."""
+    u_THN = pair_scores(layer, x_TD)
+    if layer.config.k is None:
+        return layer.activate(u_THN.sum(dim=1)) @ layer.values
+    best_THN = _best(u_THN.detach(), layer.config.k)
+    if layer.config.activation == "softmax":
+        return u_THN.masked_fill(best_THN == 0, -torch.inf).softmax(dim=2).sum(dim=1) @ layer.values
+    return (layer.activate(u_THN) * best_THN).sum(dim=1) @ layer.values
+
+
+def _ranks(layer: TopK | PKM, x_TD: Tensor) -> Tensor:
+    """What a method that selects pairs ranks them by; no gradient goes through it."""
+    with torch.no_grad():
+        scores = pair_scores(layer, x_TD)
+        if isinstance(layer, PKM):
+            return scores
+        u_TF = ACTIVATIONS[layer.config.activation](scores)
+        return u_TF * layer.values.norm(dim=1) if layer.config.use_norm else u_TF
+
+
+def _best(ranks: Tensor, k: int) -> Tensor:
+    """1 at the K largest of the last dimension, 0 elsewhere."""
+    return torch.zeros_like(ranks).scatter(-1, ranks.topk(k).indices, 1.0)
+
+
 def compared_tokens(layer: FeedForward, n_tokens: int) -> Tensor:
     """Indices of the tokens to compare: all if the truth takes seconds, else evenly spaced ones with the first and the last."""
-    each = 3 * 4 * layer.config.d_model * layer.config.n_channels
+    # Products of every head are over all pairs.
+    n_heads = layer.config.n_heads if isinstance(layer, PKM) else 1
+    each = 3 * 4 * layer.config.d_model * layer.config.n_channels * n_heads
     most = max(1, int(_MOST_FLOPS / each)) if has_formula(layer) else _REFERENCE_TOKENS
     if most >= n_tokens:
         return torch.arange(n_tokens)
@@ -141,12 +195,25 @@ def clear_tokens(layer: FeedForward, setting: Setting, *, seed: int) -> Tensor:
     """Random tokens whose choice of experts does not hang on rounding, as far as spare ones replace those where it does."""
     drawn = dataclasses.replace(setting, n_tokens=setting.n_tokens + _SPARE_TOKENS)
     x = draw_tokens(layer.config, drawn, seed=seed + 1)
-    if not isinstance(layer, Mixture) or layer.config.n_selected == layer.config.n_experts:
-        return x[: setting.n_tokens].clone()
-    k = layer.config.n_selected
-    logits = (x.double() @ layer.router.selector.detach().t()).sort(dim=1, descending=True).values
-    unclear = (logits[:, k - 1] - logits[:, k]) <= _CLEAR_GAP * (logits[:, 0] - logits[:, -1])
+    unclear = torch.cat([_unclear(layer, rows.double()) for rows in x.split(_CHUNK)])
     return x[unclear.long().argsort(stable=True)[: setting.n_tokens]]
+
+
+def _unclear(layer: FeedForward, x_TD: Tensor) -> Tensor:
+    """Tokens whose last selected unit and first that is not stand too close."""
+    if isinstance(layer, Mixture):
+        k, gap, ranks = layer.config.n_selected, _CLEAR_GAP, x_TD @ layer.router.selector.detach().t()
+    elif isinstance(layer, TopK | PKM) and layer.config.k is not None:
+        k, gap, ranks = layer.config.k, _CLEAR_PAIR_GAP, _ranks(layer, x_TD)
+    else:
+        return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+    if k == ranks.shape[-1]:
+        return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+    ranks = ranks.sort(dim=-1, descending=True).values
+    last, next_one, spread = ranks[..., k - 1], ranks[..., k], ranks[..., 0] - ranks[..., -1]
+    # ReLU's zeros are many and alike: none of them adds anything.
+    is_zero = (last == 0) & (next_one == 0)
+    return ((last - next_one <= gap * spread) & ~is_zero).view(len(x_TD), -1).any(dim=1)
 
 
 def check(candidate: Candidate, layer: FeedForward, module: nn.Module, truth: Truth) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparseffn.bench.backends import check_backends
+from sparseffn.bench.backends import check_backends, why_not
 from sparseffn.bench.candidates import Candidate, Setting
 from sparseffn.bench.limits import Limit, limit
 from sparseffn.bench.machine import find_device
@@ -20,10 +20,13 @@ from sparseffn.bench.roofline import Roof
 from sparseffn.bench.timing import Times, ratio, spread
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig
+from sparseffn.ffn._mixture import MixtureConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
+GROUPED_MM = "grouped_mm"
+"""The backend on PyTorch's product of groups, timed on every GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +139,18 @@ def entrants(shape: Shape, settings: LayerSettings, setting: Setting) -> tuple[l
         for backend in settings.backends:
             name = label if len(settings.backends) == 1 else f"{label} [{backend}]"
             candidates.append(Candidate(label=name, config=config, backend=backend))
+        if setting.device.type == "cuda" and isinstance(config, MixtureConfig) and GROUPED_MM not in settings.backends:
+            # PyTorch's own product for experts, which whoever has a GPU could use instead of our kernels.
+            name, reason = f"{label} [{GROUPED_MM}]", why_not(GROUPED_MM, setting.device, setting.dtype)
+            if reason is None:
+                candidates.append(Candidate(label=name, config=config, backend=GROUPED_MM))
+            else:
+                absent.append(LeftOut(label=name, reason=reason))
     sigma = next((c for c in shape.methods.values() if isinstance(c, SigmaMoEConfig)), None)
     if settings.peers and sigma is not None:
-        peers, absent = sigma_peers(sigma, setting)
+        peers, absent_peers = sigma_peers(sigma, setting)
         candidates += peers
+        absent += absent_peers
     return candidates, absent
 
 
@@ -160,11 +171,9 @@ def _row(candidate: Candidate, candidates: Sequence[Candidate], done: Race, sett
         "gradient_bytes": config.num_params() * itemsize,
         "gate": {"tokens": done.n_compared[label], "largest_deviation": done.errors[label]},
     }
-    for name, times, training in (("forward", done.forward, False), ("training", done.training, True)):
-        bound = limit(
-            config, roof, n_tokens=setting.n_tokens, touched_bytes=done.touched[label], itemsize=itemsize, training=training
-        )
-        row[name] = {**_timing(times, label, share), **_limit(bound, times, label)}
+    limits = over_limits(candidate, done, setting, roof)
+    for name, times in (("forward", done.forward), ("training", done.training)):
+        row[name] = {**_timing(times, label, share), **limits[name]}
         row[name]["over_fastest_hf"] = _over_fastest_peer(candidate, candidates, times)
     if done.is_cold:
         warm = (("forward", done.warm_forward), ("training", done.warm_training))
@@ -175,6 +184,16 @@ def _row(candidate: Candidate, candidates: Sequence[Candidate], done: Race, sett
 def _timing(times: Times, label: str, share: float) -> dict[str, Any]:
     over_dense = ratio(times, label, DENSE)
     return {**dataclasses.asdict(spread(times[label])), "over_dense": over_dense, "over_dense_over_share": over_dense / share}
+
+
+def over_limits(candidate: Candidate, done: Race, setting: Setting, roof: Roof) -> dict[str, dict[str, Any]]:
+    """The limits of a candidate's passes, and its times over them."""
+    label, passes = candidate.label, (("forward", done.forward, False), ("training", done.training, True))
+    size: dict[str, Any] = {"n_tokens": setting.n_tokens, "itemsize": setting.dtype.itemsize}
+    return {
+        name: _limit(limit(candidate.config, roof, touched_bytes=done.touched[label], training=training, **size), times, label)
+        for name, times, training in passes
+    }
 
 
 def _limit(bound: Limit, times: Times, label: str) -> dict[str, Any]:

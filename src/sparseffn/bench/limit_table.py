@@ -29,9 +29,16 @@ def bench_roofline(shapes: Sequence[Shape], settings: LayerSettings, *, say: Say
     """
     device = find_device(settings.device)
     say("measuring matrix products and bandwidth, with one thread and with all")
-    speeds = measure_all(list(DTYPES.values()), device)
+    # PyTorch multiplies float16 very slowly on many CPUs; whoever asks for it waits.
+    names = ("float32", "bfloat16", *(["float16"] if settings.dtype == "float16" or device.type == "cuda" else []))
+    speeds = measure_all([DTYPES[name] for name in names], device)
     own = next(s for s in speeds if s["threads"] == torch.get_num_threads() and s["dtype"] == settings.dtype)
-    roof = Roof(flops_per_s=own["product"]["flops_per_s"], bytes_per_s=own["reading"]["bytes_per_s"])
+    reading = own["reading"]
+    roof = Roof(
+        flops_per_s=own["product"]["flops_per_s"],
+        bytes_per_s=reading["bytes_per_s"],
+        scattered_bytes_per_s=reading["scattered"]["bytes_per_s"],
+    )
     itemsize = DTYPES[settings.dtype].itemsize
     rows = []
     for shape in shapes:

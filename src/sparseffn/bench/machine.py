@@ -5,19 +5,25 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparseffn.errors import UserError
+from sparseffn.ops.cpu import build
 from sparseffn.train.folder import environment
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Where the system does not tell: as much as the largest cache of most desktop and server chips that a thread sees.
 FALLBACK_CACHE_BYTES = 32 * 2**20
+
+# Of what other packages' kernels a speed may be.
+PACKAGES = ("transformers", "scattermoe", "triton")
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 
@@ -55,6 +61,31 @@ def blas() -> str:
     return f"{name}, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
 
 
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpp_compiler() -> str:
+    """The compiler of the CPU kernels with its version, or why there is none."""
+    try:
+        return _described(build.find_compiler())
+    except build.CompilerError as error:
+        return f"none: {error}"
+
+
+def _described(command: str | Sequence[str]) -> str:
+    words = [command] if isinstance(command, str) else list(command)
+    try:
+        done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{' '.join(words)}, which does not run: {error.strerror}"
+    return next(iter(done.stdout.splitlines()), f"{' '.join(words)} of unknown version")
+
+
 def measured_on(device: torch.device) -> dict[str, Any]:
     """Machine, threads, libraries, caches and date of a measurement."""
     cache, source = last_level_cache_bytes(device)
@@ -66,6 +97,8 @@ def measured_on(device: torch.device) -> dict[str, Any]:
         "last_level_cache_bytes": cache,
         "last_level_cache_source": source,
         "memory_bytes": memory_bytes(device),
+        "packages": {name: version for name in PACKAGES if (version := version_of(name)) is not None},
+        "compiler": cpp_compiler(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -105,6 +105,19 @@ def race(
         )
 
 
+def gate_blocks(
+    configs: Mapping[str, FFNConfig], setting: Setting, *, backend: str = "auto", say: Say = lambda text: None
+) -> None:
+    """Hold blocks that are timed inside something larger, a training step, against the truth at their size.
+
+    Raises:
+        UserError: one is wrong, so that no speed is told.
+    """
+    candidates = [Candidate(label=label, config=config, backend=backend) for label, config in configs.items()]
+    with backend_restored():
+        _gate({c.label: Rotation(c, setting, 1) for c in candidates}, setting, say)
+
+
 def _gate(rotations: dict[str, Rotation], setting: Setting, say: Say) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """Hold every candidate against the truth of its config, which peers share with the layer that they imitate."""
     truths: dict[FFNConfig, Truth] = {}

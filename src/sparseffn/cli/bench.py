@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
+
+from sparseffn.bench.backends import backend_restored, check_backends, resolved, use_backend
+from sparseffn.bench.candidates import Setting
 from sparseffn.bench.expert_counts import N_TOKENS, bench_expert_counts
 from sparseffn.bench.layer import LayerSettings, Shape, bench_layers
 from sparseffn.bench.limit_table import bench_roofline
 from sparseffn.bench.memory import bench_memory
+from sparseffn.bench.race import gate_blocks
 from sparseffn.bench.step import StepShape, attention_ratio, method_steps, step_result
 from sparseffn.cli.bench_output import check_out, deliver, say
 from sparseffn.cli.compare import set_threads
 from sparseffn.errors import UserError
-from sparseffn.ffn import list_methods
+from sparseffn.ffn import FFNConfig, field_infos, list_methods
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
 from sparseffn.recipes import contenders, parse_methods
@@ -86,12 +91,28 @@ def step_command(options: argparse.Namespace) -> int:
     preset = get_preset(options.preset)
     shape = StepShape(batch=options.batch, context=preset.context, memory=preset.memory)
     contender = contenders(parse_methods(options.method), preset, options.vocab_size)[0]
-    say(f"timing {contender.label} with relative and with plain attention")
-    attention = attention_ratio(contender.model, shape, rounds=options.rounds)
     labels = ["dense", *(word for word in options.methods if word != "dense")]
-    say(f"timing {', '.join(labels)}")
     models = {c.label: c.model for c in contenders(parse_methods(labels), preset, options.vocab_size)}
-    methods = method_steps(models, shape, rounds=options.rounds)
+    backend = options.backend or requested_backend()
+    _gate_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
+    with backend_restored():
+        use_backend(backend)
+        say(f"timing {contender.label} with relative and with plain attention")
+        attention = attention_ratio(contender.model, shape, rounds=options.rounds)
+        say(f"timing {', '.join(models)}")
+        methods = method_steps(models, shape, rounds=options.rounds)
     settings = {"preset": preset.name, "method": contender.label, "vocab_size": options.vocab_size, "rounds": options.rounds}
-    settings["params"] = contender.model.num_params()
+    settings |= {"params": contender.model.num_params(), "backend": resolved(backend, torch.device("cpu"), torch.float32)}
     return deliver(step_result(shape, settings, attention=attention, methods=methods), options)
+
+
+def _gate_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:
+    """Hold a step's blocks against float64 at its tokens, on a backend that must be able to run."""
+    setting = Setting(n_tokens=shape.batch * shape.context, dtype=torch.float32, device=torch.device("cpu"))
+    check_backends((backend,), setting.device, setting.dtype)
+    gate_blocks({label: _bare(config) for label, config in blocks.items()}, setting, backend=backend, say=say)
+
+
+def _bare(config: FFNConfig) -> FFNConfig:
+    """Without dropout, which draws at random and is off where the gate looks anyway."""
+    return config.replace(**{name: 0.0 for name in ("dropout", "expert_dropout") if name in field_infos(type(config))})

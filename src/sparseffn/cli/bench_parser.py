@@ -6,6 +6,8 @@ from typing import Any
 
 from sparseffn.cli.arguments import Parser, add_command, add_json, add_machine
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 DESCRIPTION = """\
 Measure speed and memory so that nothing is flattered: candidates take turns in one run, every ratio is within that run,
 few tokens are timed with weights that come from memory, and no speed is told of a layer that disagrees with float64.
@@ -40,7 +42,7 @@ def _sizes(parser: Parser) -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", metavar="N", help="tokens of a call (default: 1024; paper: 1 8 64 1024 4096)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and tokens")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and tokens")
     parser.add_argument(
         "--backends", nargs="+", metavar="NAME", help="auto or any that doctor lists (default: SPARSEFFN_BACKEND, else auto)"
     )
@@ -58,7 +60,8 @@ def _layer(kinds: Any) -> None:
         'each call; "warm" is one layer called again and again. The limit is the larger of the FLOPs at the measured speed of\n'
         "matrix products and one reading of the weights that the batch touches at the measured bandwidth.\n"
         "A layer or a peer that disagrees with float64, forward or in any gradient, is refused (exit code 2).\n"
-        "Peers: transformers' experts (pip install 'sparseffn[hf]'), scattermoe on CUDA. Dropout is off for all.\n\n"
+        "Peers: transformers' experts (pip install 'sparseffn[hf]'), on CUDA scattermoe\n"
+        "and our layer on PyTorch's grouped_mm. Dropout is off for all.\n\n"
         "Examples:\n"
         "  sparseffn bench layer --preset paper --out runs/speed\n"
         "  sparseffn bench layer --preset wt-s --methods sigma-moe sigma-moe k=2 --tokens 1 64 1024\n"
@@ -90,8 +93,9 @@ def _roofline(kinds: Any) -> None:
         kinds,
         "roofline",
         "Measured speed of matrix products and memory, and the limits of the blocks that follow from them.",
-        "Products: square, with one thread and with all, in each dtype. Memory: one reading of four times the last-level\n"
-        "cache or more. The best call counts. A block takes at least its FLOPs (selector included) at that speed, and at\n"
+        "Products: square ones and an expert's two, with one thread and with all, in each dtype. Memory: one reading of four\n"
+        "times the last-level cache or more, and beside it what a few scattered blocks of an expert's size come at. The best\n"
+        "call counts. A block takes at least its FLOPs (selector included) at that speed, and at\n"
         "least one reading of the weights that its tokens touch; here tokens choose evenly.\n\n"
         "Example:\n  sparseffn bench roofline --preset paper --tokens 1 64 4096",
         "bench:roofline_command",
@@ -106,7 +110,8 @@ def _step(kinds: Any) -> None:
         kinds,
         "step",
         "Time of a training step: relative against plain attention, and methods against the dense block, in parts.",
-        "The step is the training loop's: forward, loss, backward, clipping, optimiser; float32, memory full. The split into\n"
+        "The step is the training loop's: forward, loss, backward, clipping, optimiser; float32, memory full. Blocks that\n"
+        "disagree with float64 at the step's tokens are refused (exit code 2). The split into\n"
         "feedforward, attention, output layer (with the loss) and optimiser is measured by hooks in steps of its own.\n\n"
         "Examples:\n"
         "  sparseffn bench step                                # 47M, 4 x 256 tokens, sigma-moe against dense\n"
@@ -118,6 +123,7 @@ def _step(kinds: Any) -> None:
     step.add_argument("--preset", default="wt-s", help="sizes")
     step.add_argument("--batch", type=int, default=4, help="streams")
     step.add_argument("--vocab-size", type=int, default=8000, help="vocabulary")
+    step.add_argument("--backend", metavar="NAME", help="as doctor lists them (default: SPARSEFFN_BACKEND, else auto)")
     step.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     _result(step)
 
@@ -142,7 +148,7 @@ def _figures(kinds: Any) -> None:
     figures.add_argument("--time-limit", default="20m", help="for all points that are still to be measured: 90s, 20m, 2h")
     figures.add_argument("--rounds", type=int, default=5, help="timed calls of each, at least")
     figures.add_argument("--backend", metavar="NAME", help="as doctor lists them (default: SPARSEFFN_BACKEND, else auto)")
-    figures.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and tokens")
+    figures.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and tokens")
     figures.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     figures.add_argument("--redraw", action="store_true", help="draw what figures.json holds, and measure nothing")
     figures.add_argument("--out", default="runs/figures", help="folder")

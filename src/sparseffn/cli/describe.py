@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparseffn.accounting import count_block
+from sparseffn.bench.machine import blas, cpp_compiler, version_of
 from sparseffn.cli.output import print_json, print_rows
 from sparseffn.data import list_corpora, load_corpus
 from sparseffn.errors import UserError
@@ -19,6 +20,7 @@ from sparseffn.matching import Match
 from sparseffn.matching import match as match_config
 from sparseffn.models.presets import get_preset
 from sparseffn.ops import explain_backend, list_backends
+from sparseffn.ops.backends import Backend
 from sparseffn.paths import default_cache_dir
 from sparseffn.recipes import MethodChoice, parse_methods
 from sparseffn.train.folder import environment
@@ -213,11 +215,14 @@ def doctor(options: argparse.Namespace) -> int:
     """`sparseffn doctor`."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     facts: dict[str, Any] = dict(environment())
-    facts["blas"] = "mkl" if torch.backends.mkl.is_available() else "other"
+    facts["blas"] = blas()
     for device in devices:
-        name, reason = explain_backend(device)
-        facts[f"backend on {device.type}"] = f"{name} ({reason})"
-    facts["backends"] = ", ".join(backend.name for backend in list_backends())
+        facts[f"backend on {device.type}"] = _first_backend(device)
+    for backend in list_backends():
+        facts[f"backend {backend.name}"] = "; ".join(_how_it_runs(backend, device) for device in devices)
+    facts["C++ compiler"] = cpp_compiler()
+    facts["compiled kernels"] = str(default_cache_dir() / "kernels")
+    facts["triton"] = version_of("triton") or "not installed"
     facts["methods"] = ", ".join(list_methods())
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
@@ -231,3 +236,20 @@ def doctor(options: argparse.Namespace) -> int:
     else:
         print_rows(("", ""), [(key, str(value)) for key, value in facts.items()])
     return 0
+
+
+def _first_backend(device: torch.device) -> str:
+    """What operations use there, or why what is asked for cannot be used: a report must not end at a wrong wish."""
+    try:
+        name, reason = explain_backend(device)
+    except UserError as error:
+        return f"none: {error}"
+    return f"{name} ({reason})"
+
+
+def _how_it_runs(backend: Backend, device: torch.device) -> str:
+    """On one device in float32: whether it runs, and whether anybody gets it without asking."""
+    reason = backend.unavailable(device, torch.float32)
+    if reason is not None:
+        return f"not on {device.type}: {reason}"
+    return f"runs on {device.type}" + ("" if backend.automatic else ", if asked for by name")

@@ -6,6 +6,7 @@
     text = markdown_table(result)               # Markdown
     write_page(result, "runs/first/page.html")  # one file, no network, figures inside; needs sparseffn[plot]
 
+The paper's tables are in `paper_table` (`render`, `print_paper_table`), a folder of them in `paper_index` (`write_index`).
 Nothing here needs torch or the models: a table can be remade on a machine that has neither.
 """
 

@@ -36,8 +36,15 @@ def machine_line(result: Result) -> str:
     cache = f"last-level cache {e['last_level_cache_bytes'] / 2**20:.0f} MiB"
     return (
         f"{e['cpu']}, {e['device']}, {e['threads']} threads, {e['cpu_capability']}, {cache}; torch {e['torch']}, "
-        f"BLAS {e['blas']}, sparseffn {e['sparseffn']}; {e['date']}{_busy(e)}"
+        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e)}"
     )
+
+
+def _software(environment: Mapping[str, Any]) -> str:
+    """Other packages whose kernels may have been timed, and the compiler of ours; older files do not tell."""
+    parts = [f"{name} {version}" for name, version in environment.get("packages", {}).items()]
+    parts += [environment["compiler"]] if "compiler" in environment else []
+    return "".join(f"{part}, " for part in parts)
 
 
 def _busy(environment: Mapping[str, Any]) -> str:
@@ -65,7 +72,8 @@ _READING = {
     ),
     "step": (
         "Each row is the median of whole training steps, the models in turn: forward, loss, backward, clipping, optimiser. "
-        "The split into parts comes from steps of their own, with hooks on the modules."
+        "The split into parts comes from steps of their own, with hooks on the modules. Every block was first held against "
+        "float64 at the step's tokens. A whole step has no limit beside it."
     ),
     "memory": (
         "Bytes of the tensors that autograd keeps in a training call. The block's input and the selection (indices, and a "
@@ -117,7 +125,17 @@ def _expert_counts_sheet(found: Mapping[str, Any]) -> Sheet:
     over = {few: dict.fromkeys(PASSES, 1.0), many: {key: found[f"{key}_over_few"] for key in PASSES}}
     return Sheet(
         title=f"Idle experts: {found['fixed']}; {found['tokens']:,} tokens",
-        head=("experts", "backend", "forward ms", "/ few", "forward + backward ms", "/ few", "gradients MiB"),
+        head=(
+            "experts",
+            "backend",
+            "forward ms",
+            "/ few",
+            "/ limit",
+            "forward + backward ms",
+            "/ few",
+            "/ limit",
+            "gradients MiB",
+        ),
         n_words=2,
         rows=[
             (
@@ -125,8 +143,10 @@ def _expert_counts_sheet(found: Mapping[str, Any]) -> Sheet:
                 found["backend"],
                 milliseconds(layer["forward"]["median_s"]),
                 number(over[label]["forward"]),
+                number(layer["forward"].get("over_limit")),
                 milliseconds(layer["training"]["median_s"]),
                 number(over[label]["training"]),
+                number(layer["training"].get("over_limit")),
                 mebibytes(layer["gradient_bytes"]),
             )
             for label, layer in found["layers"].items()
@@ -157,8 +177,28 @@ def _layer_sheet(result: Result, shape: str, rows: list[Mapping[str, Any]], key:
         ),
         n_words=2,
         rows=[_layer_cells(row, key) for row in rows],
-        notes=tuple(dict.fromkeys(left)),
+        notes=(*_roof_notes(result), *_beaten_notes(rows, key), *dict.fromkeys(left)),
     )
+
+
+def _roof_notes(result: Result) -> list[str]:
+    """The speeds that limits were computed from; older files do not have the last one."""
+    roof = result["roof"]
+    speeds = f"limits: {roof['flops_per_s'] / 1e9:,.0f} GFLOP/s, reading {roof['bytes_per_s'] / 1e9:,.0f} GB/s in one long pass"
+    if "scattered_bytes_per_s" not in roof:
+        return [speeds]
+    scattered = f"{roof['scattered_bytes_per_s'] / 1e9:,.0f} GB/s"
+    return [f"{speeds}; a few blocks of an expert's size, as one token reads, come at {scattered}"]
+
+
+def _beaten_notes(rows: list[Mapping[str, Any]], key: str) -> list[str]:
+    """Rows below their limit: the limit is then not one."""
+    return [
+        f"{row['label']} at {integer(row['tokens'])} tokens is faster than its limit ({number(row[key]['over_limit'])}): the "
+        "speed of products or of memory was measured too low; measure again when the machine is quiet"
+        for row in rows
+        if row[key]["over_limit"] < 1
+    ]
 
 
 def _layer_cells(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -222,11 +262,13 @@ def _memory_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _roofline_sheets(result: Result) -> list[Sheet]:
     speeds = Sheet(
         title="Measured speeds",
-        head=("dtype", "threads", "GFLOP/s", "product", "by", "GB/s", "read", "by"),
+        head=("dtype", "threads", "GFLOP/s", "product", "by", "GB/s", "read", "by", "scattered GB/s"),
         n_words=1,
         rows=[_speed_cells(speed) for speed in result["speeds"]],
         notes=(
-            "square matrix products, and one reading of a working set of four times the last-level cache or more; best calls",
+            "matrix products, square or (tokens x width x units) the two of one expert; one reading of a working set of four "
+            "times the last-level cache or more; best calls",
+            "scattered: a few blocks of an expert's size a call, at random places; about what one token can get, and no limit",
         ),
     )
     limits = [
@@ -252,11 +294,13 @@ def _speed_cells(speed: Mapping[str, Any]) -> tuple[str, ...]:
         speed["dtype"],
         integer(speed["threads"]),
         number(product["flops_per_s"] / 1e9, 1),
-        f"{product['size']:,} x {product['size']:,}",
+        # Older files have squares alone.
+        product.get("shape") or f"{product['size']:,} x {product['size']:,}",
         product["how"],
         number(reading["bytes_per_s"] / 1e9, 1),
         f"{reading['bytes'] / 2**20:,.0f} MiB",
         reading["how"],
+        number(reading["scattered"]["bytes_per_s"] / 1e9, 1) if "scattered" in reading else NOT_MEASURED,
     )
 
 
@@ -268,6 +312,8 @@ def _limit_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _step_sheets(result: Result) -> list[Sheet]:
     s = result["settings"]
     shape = f"{s['batch']} x {s['context']} tokens, memory {s['memory']}, float32"
+    # Older files do not tell.
+    shape += f", backend {s['backend']}" if "backend" in s else ""
     attention = Sheet(
         title=f"Training step, {s['method']} {s['params']:,} parameters, {shape}",
         head=("attention", "step s", "against plain"),
@@ -302,7 +348,19 @@ def _step_sheets(result: Result) -> list[Sheet]:
 
 def _figures_sheets(result: Result) -> list[Sheet]:
     settings = result["settings"]
-    head = ("layer", "ms", "quartiles", "forward ms", "memory MiB", "selection", "gradients", "ms / dense", "memory / dense")
+    head = (
+        "layer",
+        "ms",
+        "quartiles",
+        "/ limit",
+        "forward ms",
+        "/ limit",
+        "memory MiB",
+        "selection",
+        "gradients",
+        "ms / dense",
+        "memory / dense",
+    )
     tables = []
     for number, group in groupby(result["points"], key=lambda point: point["figure"]):
         sweep = result["sweeps"][str(number)]
@@ -328,7 +386,10 @@ def _figure_cells(point: Mapping[str, Any], label: str) -> tuple[str, ...]:
         label,
         milliseconds(timing["median_s"]),
         f"{milliseconds(timing['q1_s'])} to {milliseconds(timing['q3_s'])}",
+        # Points of older files have no limit.
+        number(timing.get("over_limit")),
         milliseconds(layer["forward"]["median_s"]),
+        number(layer["forward"].get("over_limit")),
         mebibytes(layer["memory_bytes"]),
         mebibytes(layer["selection_bytes"]),
         mebibytes(layer["gradient_bytes"]),

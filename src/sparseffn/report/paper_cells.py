@@ -9,10 +9,10 @@ from sparseffn.report import formats
 from sparseffn.report.paper_result import STATUSES
 from sparseffn.report.result import Result
 
-# Parameter counts that differ by more than this are not called equal; the tolerance of matching, in percent.
-PARAMETER_TOLERANCE = 0.5
 # Stands behind a difference, and the value that it is of, where the interval excludes zero.
 DECIDED = "*"
+# Fields of a cell that hold a difference from another row, and how they are called; the second is shown where there is one.
+DIFFERENCES = {"against_dense": "against dense", "against_sigma_moe": "against sigma-moe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,9 @@ def trained_and_measured(result: Result) -> tuple[bool, bool]:
 
 
 def reason(cell: Result) -> str | None:
-    """Why a cell has no loss; what was measured needs no reason."""
+    """Why a cell has no loss, or lacks a seed."""
     if cell["status"] == "measured":
-        return None
+        return cell.get("reason")
     if cell["status"] == "counted":
         return "counted; nothing is trained for it"
     return f"{cell['status']}: {cell['reason']}"
@@ -82,9 +82,9 @@ def percent_text(percentage: float | None) -> str:
     return formats.percent(None if percentage is None else percentage / 100)
 
 
-def _difference(cell: Result) -> str:
+def _difference(cell: Result, key: str) -> str:
     """The difference, its interval, and the sign of what is decided; a narrow interval has a decimal more."""
-    found = cell.get("against_dense")
+    found = cell.get(key)
     if found is None or cell["status"] != "measured":
         return formats.NOT_MEASURED
     digits = 3 if found["high"] - found["low"] >= 0.01 else 4
@@ -92,51 +92,82 @@ def _difference(cell: Result) -> str:
     return f"{mean} [{low}, {high}]" + (f" {DECIDED}" if found["decided"] else "")
 
 
-def _residual_note(cell: Result) -> str | None:
-    far = abs(cell.get("residual_percent") or 0.0) > PARAMETER_TOLERANCE
-    return f"more than {PARAMETER_TOLERANCE}% away from the dense model: not at equal parameter count" if far else None
+def _difference_note(cell: Result, key: str) -> str | None:
+    """Seeds that only one of the two has are not in the difference."""
+    n_seeds = (cell.get(key) or {}).get("n_seeds")
+    if cell["status"] != "measured" or n_seeds in (None, cell["n"]):
+        return None
+    return f"the difference is over {n_seeds} of {cell['n']} seeds, those that both rows have"
 
 
-def quantities(result: Result, column: Result) -> list[Quantity]:
-    """What a block shows; the same for all columns of a table."""
+def difference_unit(result: Result, column: Result) -> str:
+    """The unit of a column's differences; a table whose columns differ in it says `bits per character or nats per token`."""
+    units = result["difference_unit"].split(" or ")
+    own = "nats per token" if column["metric"] == "perplexity" else column["metric"]
+    return own if own in units else result["difference_unit"]
+
+
+def has_published(result: Result, column: int) -> bool:
+    """Whether the paper has the column, or a value for it; columns of our own have neither."""
+    values = [cell.get("published") for cell in result["cells"] if cell["column"] == column]
+    return result["columns"][column].get("published_name") is not None or any(value is not None for value in values)
+
+
+def quantities(result: Result, index: int) -> list[Quantity]:
+    """What the block of a column shows; but for the published values the same for all columns of a table."""
     trained, measured = trained_and_measured(result)
+    shown = _losses(result["columns"][index], trained=trained, published=has_published(result, index))
+    if measured:
+        # The difference stands beside the loss that it is of; in a terminal of 100 columns they share a part.
+        shown += [
+            quantity
+            for key, group in DIFFERENCES.items()
+            if key == "against_dense" or any(cell.get(key) is not None for cell in result["cells"])
+            for quantity in [_difference_quantity(key, group, difference_unit(result, result["columns"][index]))]
+        ]
+        shown += _validation(result["columns"][index])
+    return [*shown, *_COSTS]
+
+
+def _losses(column: Result, *, trained: bool, published: bool) -> list[Quantity]:
     metric, published_metric = column["metric"], column.get("published_metric") or column["metric"]
-    loss, validation, dense, unit = f"test, {metric}", "validation", "against dense", result["difference_unit"]
-    seconds = column.get("equal_time_s")
-    # The space between a number and its unit does not break.
-    after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
-    published = f"published, {published_metric}"
+    loss, paper = f"test, {metric}", f"published, {published_metric}"
     shown: list[Quantity] = []
     if trained:
         shown += [
             Quantity(group=loss, name="mean ± std", header=loss, write=lambda c: measured_text(c, metric), note=reason),
             Quantity(group=loss, name="n", header="n", write=lambda c: str(c["n"]) if c["status"] == "measured" else ""),
         ]
-    paper = Quantity(
-        group=loss if trained else "in the paper",
-        name=published if trained else published_metric,
-        header=published,
-        write=lambda c: published_text(c.get("published"), published_metric),
+    if published:
+        shown.append(
+            Quantity(
+                group=loss if trained else "in the paper",
+                name=paper if trained else published_metric,
+                header=paper,
+                write=lambda c: published_text(c.get("published"), published_metric),
+            )
+        )
+    return shown
+
+
+def _difference_quantity(key: str, group: str, unit: str) -> Quantity:
+    return Quantity(
+        group=group,
+        name=f"{unit}, 95% interval",
+        header=f"{group}, {unit}, 95% interval",
+        write=lambda c: _difference(c, key),
+        note=lambda c: _difference_note(c, key),
     )
-    shown.append(paper)
-    if measured:
-        # The difference stands beside the loss that it is of; in a terminal of 100 columns they share a part.
-        shown += [
-            Quantity(group=dense, name=f"{unit}, 95% interval", header=f"{dense}, {unit}, 95% interval", write=_difference),
-            Quantity(
-                group=validation,
-                name="at the end",
-                header=validation,
-                write=lambda c: formats.loss(c.get("valid_mean"), metric),
-            ),
-            Quantity(
-                group=validation,
-                name=after,
-                header=f"{validation} {after}",
-                write=lambda c: formats.loss(c.get("equal_time"), metric),
-            ),
-        ]
-    return [*shown, *_COSTS]
+
+
+def _validation(column: Result) -> list[Quantity]:
+    metric, seconds, group = column["metric"], column.get("equal_time_s"), "validation"
+    # The space between a number and its unit does not break.
+    after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
+    return [
+        Quantity(group=group, name="at the end", header=group, write=lambda c: formats.loss(c.get("valid_mean"), metric)),
+        Quantity(group=group, name=after, header=f"{group} {after}", write=lambda c: formats.loss(c.get("equal_time"), metric)),
+    ]
 
 
 _COSTS = (
@@ -151,7 +182,6 @@ _COSTS = (
         name="residual",
         header="residual",
         write=lambda c: formats.signed_percent(c.get("residual_percent")),
-        note=_residual_note,
     ),
     Quantity(group="FLOPs", name="K/N_E", header="FLOPs, K/N_E", write=lambda c: percent_text(c.get("flops_percent"))),
     Quantity(

@@ -12,9 +12,10 @@ from sparseffn.errors import UserError
 from sparseffn.report.grid import markdown_line, markdown_text
 from sparseffn.report.pages import fill_template, write_text
 from sparseffn.report.paper_cells import cell_counts
-from sparseffn.report.paper_result import is_paper_table, read_paper_table
+from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table, read_paper_table
+from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_table import block_markdown
-from sparseffn.report.paper_view import Block, PaperTable, build_paper_table
+from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
 
 NAME = "index"
@@ -90,10 +91,10 @@ def _read(folder: Path) -> tuple[list[Entry], list[str]]:
             pass
         try:
             result = read_paper_table(path)
+            entries.append(Entry(link=_link(path, folder), table=build_table(result), facts=_facts(result)))
         except UserError as error:
-            faults.append(str(error).replace(str(path), path.relative_to(folder).as_posix()))
-            continue
-        entries.append(Entry(link=_link(path, folder), table=build_paper_table(result), facts=_facts(result)))
+            name = path.relative_to(folder).as_posix()
+            faults.append(f"{name}: {str(error).replace(str(path), name)}")
     return entries, faults
 
 
@@ -108,6 +109,8 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def _facts(result: Result) -> tuple[str, ...]:
+    if result["kind"] == SETTINGS_KIND:
+        return (result["scale"], result["settings"], *("" for _ in _HEAD[3:]))
     counts = cell_counts(result)
     found = [cell["against_dense"] for cell in result["cells"] if cell["status"] == "measured" and cell.get("against_dense")]
     decided = [difference["difference"] for difference in found if difference["decided"]]

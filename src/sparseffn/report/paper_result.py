@@ -12,6 +12,8 @@ from sparseffn.errors import UserError
 from sparseffn.report.result import Result
 
 KIND = "paper-table"
+SETTINGS_KIND = "paper-settings"
+"""Tables of hyperparameters, see `paper_settings`."""
 VERSION = 1
 """The only layout so far; a file names its own under "version"."""
 
@@ -71,12 +73,16 @@ _CELL: dict[str, _Kind] = {
     **dict.fromkeys(("row", "column"), _COUNT),
     "status": _STATUS,
     "reason": _or_null(_TEXT),
-    "against_dense": _or_null(_OBJECT),
+    **dict.fromkeys(("against_dense", "against_sigma_moe"), _or_null(_OBJECT)),
     **dict.fromkeys(("published", "spread", "valid_mean", "params", "residual_percent"), _or_null(_NUMBER)),
     **dict.fromkeys(("flops_percent", "counted_flops_percent", "equal_time"), _or_null(_NUMBER)),
 }
 _MEASURED: dict[str, _Kind] = {"n": _COUNT, "mean": _NUMBER, "seeds": (lambda value: isinstance(value, list), "a list")}
-_DIFFERENCE: dict[str, _Kind] = {**dict.fromkeys(("difference", "low", "high"), _NUMBER), "decided": _FLAG}
+_DIFFERENCE: dict[str, _Kind] = {
+    **dict.fromkeys(("difference", "low", "high"), _NUMBER),
+    "decided": _FLAG,
+    "n_seeds": _or_null(_COUNT),
+}
 
 
 def read_paper_table(path: str | Path) -> dict[str, Any]:
@@ -97,13 +103,14 @@ def read_paper_table(path: str | Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn reproduce` again") from error
-    check_paper_table(result, str(path))
+    if not isinstance(result, dict) or result.get("kind") != SETTINGS_KIND:
+        check_paper_table(result, str(path))
     return result
 
 
 def is_paper_table(result: object) -> bool:
     """Whether parsed JSON says that it is one of the paper's tables, of whatever version."""
-    return isinstance(result, Mapping) and result.get("kind") == KIND
+    return isinstance(result, Mapping) and result.get("kind") in (KIND, SETTINGS_KIND)
 
 
 def check_paper_table(result: object, name: str = "the table") -> None:
@@ -116,7 +123,7 @@ def check_paper_table(result: object, name: str = "the table") -> None:
     Raises:
         UserError: the kind or version is another, a field is absent or of another type, or cells contradict themselves.
     """
-    if not isinstance(result, Mapping) or not is_paper_table(result):
+    if not isinstance(result, Mapping) or result.get("kind") != KIND:
         raise UserError(f"{name} must be of kind {KIND!r}; fix: name a table that `sparseffn reproduce` wrote")
     if result.get("version") != VERSION:
         raise UserError(
@@ -167,15 +174,19 @@ def _measured_fault(cell: Result) -> str | None:
     seeds = cell["seeds"]
     if cell["n"] < 1 or len(seeds) != cell["n"] or len({json.dumps(seed) for seed in seeds}) != len(seeds):
         return f".seeds` must be n = {cell['n']} different seeds; got {_shown(seeds)}"
-    difference = cell.get("against_dense")
+    faults = (_difference_fault(key, cell.get(key)) for key in ("against_dense", "against_sigma_moe"))
+    return next(filter(None, faults), None)
+
+
+def _difference_fault(name: str, difference: Result | None) -> str | None:
     if difference is None:
         return None
     for key, (accepts, words) in _DIFFERENCE.items():
         if not accepts(difference.get(key)):
-            return f".against_dense.{key}` must be {words}; got {_shown(difference.get(key))}"
+            return f".{name}.{key}` must be {words}; got {_shown(difference.get(key))}"
     low, high = difference["low"], difference["high"]
     if low > high or difference["decided"] != (low > 0 or high < 0):
-        return f".against_dense.decided` must say whether the interval excludes 0; got {_shown(difference)}"
+        return f".{name}.decided` must say whether the interval excludes 0; got {_shown(difference)}"
     return None
 
 

@@ -18,7 +18,8 @@ from sparseffn.report.paper_cells import Cell
 from sparseffn.report.paper_latex import latex_tables
 from sparseffn.report.paper_page import paper_html
 from sparseffn.report.paper_result import read_paper_table
-from sparseffn.report.paper_view import Block, PaperTable, build_paper_table
+from sparseffn.report.paper_settings import build_table
+from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
 
 # With labels this wide a block takes two parts of a terminal of 100 columns.
@@ -38,7 +39,7 @@ def render(path: str | Path) -> list[Path]:
         UserError: the file cannot be read or is damaged, or the others cannot be written.
     """
     path = Path(path)
-    table = build_paper_table(read_paper_table(path))
+    table = build_table(read_paper_table(path))
     # All texts are made before the first is written.
     texts = {".md": paper_markdown(table), ".tex": latex_tables(table), ".html": paper_html(table, source=path.name)}
     for suffix, text in texts.items():
@@ -54,7 +55,7 @@ def print_paper_table(result: Result, console: Console | None = None) -> None:
         console: where to print; standard output by default.
     """
     console = console or Console()
-    table = build_paper_table(result)
+    table = build_table(result)
     for line in filter(None, (table.title, table.summary, table.incomplete)):
         console.print(Text(line))
     for block in filter(None, (table.overview, *table.blocks)):

@@ -6,7 +6,8 @@ paper does. A dash never stands alone: it has a footnote, or the notes say what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, final
@@ -18,6 +19,7 @@ from sparseffn.report.paper_cells import (
     Cell,
     cell_counts,
     cell_of,
+    has_published,
     measured_text,
     percent_text,
     published_text,
@@ -120,7 +122,7 @@ def build_paper_table(result: Result) -> PaperTable:
     blocks = tuple(_block(result, column, labels, footnotes) for column in columns)
     return PaperTable(
         name=result["table"],
-        title=result["title"],
+        title=numbered_title(result),
         summary=_summary(result),
         incomplete=_incomplete(result),
         overview=overview,
@@ -129,6 +131,14 @@ def build_paper_table(result: Result) -> PaperTable:
         notes=(*_general_notes(result, blocks), *result["notes"]),
         environment=result["environment"],
     )
+
+
+def numbered_title(result: Result) -> str:
+    """The title after the number of the paper's table, which a title may have already."""
+    number = re.fullmatch(r"table(\d+)", result["table"])
+    if number is None or result["title"].startswith(f"Table {number[1]}"):
+        return result["title"]
+    return f"Table {number[1]}: {result['title']}"
 
 
 def _row_notes(row: Result, result: Result) -> list[str]:
@@ -143,7 +153,7 @@ def _row_notes(row: Result, result: Result) -> list[str]:
 
 def _block(result: Result, index: int, labels: list[Cell], footnotes: _Footnotes) -> Block:
     column = result["columns"][index]
-    shown = quantities(result, column)
+    shown = quantities(result, index)
     rows = []
     for row, label in enumerate(labels):
         cell = cell_of(result, row, index)
@@ -163,6 +173,7 @@ def _overview(result: Result, labels: list[Cell], footnotes: _Footnotes) -> Bloc
     trained, _ = trained_and_measured(result)
     ours = "test" if trained else "K/N_E"
     columns = list(enumerate(result["columns"]))
+    published = {index for index, _ in columns if has_published(result, index)}
     rows = []
     for row, label in enumerate(labels):
         cells: list[Cell] = []
@@ -172,22 +183,28 @@ def _overview(result: Result, labels: list[Cell], footnotes: _Footnotes) -> Bloc
             decided = cell["status"] == "measured" and (cell.get("against_dense") or {}).get("decided")
             marks = footnotes.mark(reason(cell)) if trained else ()
             cells.append(Cell(text=f"{text} {DECIDED}" if decided else text, marks=marks))
-            cells.append(Cell(text=published_text(cell.get("published"), column.get("published_metric"))))
+            if index in published:
+                cells.append(Cell(text=published_text(cell.get("published"), column.get("published_metric"))))
         rows.append((label, tuple(cells)))
-    headings = [(column["name"], name, f"{column['name']} {name}") for _, column in columns for name in (ours, "published")]
+    headings = [
+        (column["name"], name, f"{column['name']} {name}")
+        for index, column in columns
+        for name in (ours, *(("published",) if index in published else ()))
+    ]
+    theirs = [_metrics([result["columns"][index] for index in sorted(published)], "published_metric", "published")]
     return Block(
         name="overview",
         title="All columns",
-        facts="; ".join([_metrics(result, "metric", ours), _metrics(result, "published_metric", "published")]),
+        facts="; ".join([_metrics(result["columns"], "metric", ours), *(theirs if published else [])]),
         headings=tuple(headings),
         rows=tuple(rows),
     )
 
 
-def _metrics(result: Result, key: str, name: str) -> str:
+def _metrics(shown: Sequence[Result], key: str, name: str) -> str:
     """`test in bits per character`, or which columns are in which metric."""
     columns: dict[str, list[str]] = {}
-    for column in result["columns"]:
+    for column in shown:
         columns.setdefault(column.get(key) or column["metric"], []).append(column["name"])
     if len(columns) == 1:
         return f"{name} in {next(iter(columns))}"
@@ -204,7 +221,7 @@ def _facts(column: Result) -> str:
     steps, digest = column.get("steps"), column.get("digest")
     facts = [
         column.get("sizes") or "",
-        "" if steps is None else f"{formats.integer(steps)} steps",
+        f"{formats.integer(steps)} steps" if steps else "",
         f"digest {digest[:12]}" if digest else "",
     ]
     return "; ".join(filter(None, facts))
@@ -232,7 +249,7 @@ def _general_notes(result: Result, blocks: tuple[Block, ...]) -> list[str]:
         )
     if measured:
         notes += _measured_notes(result)
-    if trained:
+    if trained and any(has_published(result, index) for index in range(len(result["columns"]))):
         same = result["scale"] == "paper"
         compare = "" if same else " It is of other sizes and corpora: only the order of the rows can be compared."
         notes.append(f"Published: what arXiv 2310.10837 prints, in the metric that the heading names.{compare}")
@@ -250,8 +267,8 @@ def _measured_notes(result: Result) -> list[str]:
     alone = " Where n = 1 the spread is unknown, and the interval covers the choice of text, not that of the seed."
     return [
         f"Test: mean and sample standard deviation over n seeds.{alone if 1 in numbers else ''}",
-        f"Against dense: the row's loss less that of the dense model on the same seeds and evaluation windows, in "
-        f"{result['difference_unit']}; {better} is better. The interval is a bootstrap over seeds and blocks of neighbouring "
+        f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; {better} is "
+        f"better. The interval is a bootstrap over seeds and blocks of neighbouring "
         f"windows; {DECIDED} marks those that exclude zero, and nothing else is a finding.",
         "At equal time: validation after the same training time for all rows of a column.",
     ]

@@ -196,7 +196,7 @@ GATES, INDICES = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
     ("call", "words"),
     [
         (lambda b: ops.expert_mlp(X, W, W, GATES, INDICES, backend=b), r"must be \[T, D\], \[E, D, G\] and \[E, G, D\]"),
-        (lambda b: ops.expert_mlp(X.double(), W, W.mT, GATES, INDICES, backend=b), "must share a dtype"),
+        (lambda b: ops.expert_mlp(X.double(), W, W.mT, GATES, INDICES, backend=b), "must share a floating dtype"),
         (lambda b: ops.expert_mlp(X, W, W.mT, GATES.double(), INDICES, backend=b), "`gates` must be torch.float32"),
         (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES + 2, backend=b), "between 0 and 1, an expert each"),
         (lambda b: ops.expert_mlp(X, W, W.mT, GATES, INDICES - 1, backend=b), "between 0 and 1, an expert each"),
