@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import Watch, print_json
+from sparseffn.cli.output import Watch, console, print_json
 from sparseffn.cli.reproduce_evidence import evidence_command
 from sparseffn.cli.reproduce_jobs import run_all
-from sparseffn.cli.reproduce_output import print_dry_run, print_result, write_tables
+from sparseffn.cli.reproduce_output import print_dry_run, write_tables
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paths import default_cache_dir
 from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
@@ -25,6 +25,7 @@ from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import get_scale
 from sparseffn.recipes.paper.tables import Table, get_table, with_forms
+from sparseffn.report.paper_table import print_paper_table
 from sparseffn.train.stored import write_json
 
 COUNTED = ("table7", "table8", "table9")
@@ -192,5 +193,5 @@ def _show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> in
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
         return 0
     for result in results.values():
-        print_result(result)
+        print_paper_table(result, console())
     return 0

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn.cli.bench_output import can_draw
-from sparseffn.cli.output import console, print_rows
-from sparseffn.report.paper_table import print_paper_table, render
+from sparseffn.cli.output import print_rows
+from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.train.stored import write_json
 
@@ -18,39 +18,11 @@ def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
     for name, result in results.items():
         path = Path(out) / f"{name}.json"
         write_json(path, result)
-        if result["kind"] == "paper-table":
-            render(path)
+        render(path)
         if result.get("sweep") and can_draw():
             for plot in sweep_plots(result):
                 path.with_name(f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
                 path.with_name(f"{plot.name}.png").write_bytes(plot.png)
-
-
-def print_result(result: dict[str, Any]) -> None:
-    """A table in the terminal."""
-    if result["kind"] == "paper-settings":
-        _print_settings(result)
-    else:
-        print_paper_table(result, console())
-
-
-def _print_settings(result: dict[str, Any]) -> None:
-    """Values as they are here; a published one that differs stands in brackets."""
-    names = list(result["rows"][0]["here"])
-    rows = [(row["name"], *(_setting(row, key) for key in names)) for row in result["rows"]]
-    print_rows(("", *names), rows, title=f"{result['table']}: {result['title']}, scale {result['scale']}")
-    print("published value in [] where it differs")
-
-
-def _setting(row: dict[str, Any], key: str) -> str:
-    here = _number(row["here"][key])
-    return f"{here} [{_number(row['published'][key])}]" if key in row["differences"] else here
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.1f}" if value >= 1 else f"{value:g}"
 
 
 def print_dry_run(result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparseffn.accounting import count_block
+from sparseffn.errors import UserError
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.published import MAIN_COLUMNS, facts, published_values, rows_of, vocabulary
 from sparseffn.recipes.paper.rows import Row, sized
@@ -101,7 +102,7 @@ def settings_table(name: str, request: Request) -> dict[str, Any]:
     rows = []
     for published_row in data["rows"]:
         published = dict(zip(data["columns"], published_row, strict=True))
-        here = read(request.scale.column(published["name"], request.settings))
+        here = read(request.scale.column(published["name"], request.settings), request)
         shared = {key: value for key, value in published.items() if key in here}
         rows.append(
             {
@@ -130,11 +131,22 @@ def _same(here: object, published: object) -> bool:
     return here == published
 
 
-def _model_settings(column: Column) -> Mapping[str, Any]:
+def _vocabulary(column: Column, request: Request) -> int:
+    """That of the corpus where a small scale has one here, else the published one."""
+    if request.scale.is_published:
+        return vocabulary(column.name)
+    try:
+        return request.corpora.of(column).tokenizer.vocab_size
+    except UserError:
+        return vocabulary(column.name)
+
+
+def _model_settings(column: Column, request: Request) -> Mapping[str, Any]:
     preset, shape = column.preset, column.shape
-    vocab_size = vocabulary(column.name)
-    dense = preset.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
+    vocab_size = _vocabulary(column, request)
+    dense = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
     return {
+        "vocab_size": vocab_size,
         "params_m": dense.num_params() / 1e6,
         "d_model": shape.d_model,
         "d_ff": shape.d_ff,
@@ -148,7 +160,7 @@ def _model_settings(column: Column) -> Mapping[str, Any]:
     }
 
 
-def _mixture_settings(column: Column) -> Mapping[str, Any]:
+def _mixture_settings(column: Column, request: Request) -> Mapping[str, Any]:
     shape = column.shape
     return {
         "d_model": shape.d_model,
