@@ -152,6 +152,22 @@ def test_two_processes_do_not_share_a_run(table: MakeTable, tmp_path: Path) -> N
     assert not pool.folder(spec).path.exists()
 
 
+def test_stopped_step_does_not_count(table: MakeTable, tmp_path: Path) -> None:
+    """A step of an hour among others: the time that is compared stays that of a usual one."""
+    planned, pool = table("table3", ["WT-S"]), Pool(tmp_path)
+    for spec in run_table(planned, pool):
+        folder = pool.folder(spec)
+        records = folder.read_metrics()
+        for record in records:
+            if "time_s" in record:
+                record["time_s"] = 0.1 * record["step"] + 3600.0 * (record["step"] >= 2)
+        folder.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = table_json(planned, pool)
+    assert [cell["train_s"] for cell in result["cells"]] == pytest.approx([0.4, 0.4])
+    assert result["columns"][0]["equal_time_s"] == pytest.approx(0.4)
+    assert all(cell["equal_time"] > 0 for cell in result["cells"])
+
+
 def test_digest_depends_on_every_setting(table: MakeTable) -> None:
     """Seed, model and training; not on the table."""
     planned = table("table10", ["WT-S"], ["sigma-moe", "standard init", "softmax before top-k (no renorm.)"], (0, 1))

@@ -15,7 +15,7 @@ from typing import Any
 from sparseffn.models import TransformerXLConfig
 from sparseffn.recipes.paper.costs import measured_step_s, training_flops
 from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
-from sparseffn.recipes.paper.pool import Pool, RunSpec
+from sparseffn.recipes.paper.pool import Finished, Pool, RunSpec, median_step_s
 from sparseffn.recipes.paper.tables import get_table
 from sparseffn.train import TrainConfig
 
@@ -167,7 +167,7 @@ def spend(
         if not pool.status(item.spec).wanted:
             continue
         finished = {digest: pool.status(other.spec).finished for digest, other in by_digest.items()}
-        needed = estimate(item, {digest: f.wall_s for digest, f in finished.items() if f is not None})
+        needed = estimate(item, {digest: _usual_s(f) for digest, f in finished.items() if f is not None})
         left = budget_s - (clock() - started)
         if needed > left:
             words = f"about {needed:.0f} s, and {max(0.0, left):.0f} s are left of the budget"
@@ -176,6 +176,12 @@ def spend(
         run(item)
         n_started += 1
     return n_started
+
+
+def _usual_s(finished: Finished) -> float:
+    """Seconds of a finished run without what slowed single steps: the median step, and what came on top of training."""
+    result = finished.result
+    return result.steps * median_step_s(finished) + max(0.0, finished.wall_s - result.seconds)
 
 
 def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, RunSpec]) -> float:

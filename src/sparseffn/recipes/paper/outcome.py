@@ -14,7 +14,7 @@ from sparseffn.accounting import count_block
 from sparseffn.analysis.paired import paired_difference
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
-from sparseffn.recipes.paper.pool import Finished, Pool, Status, window_losses
+from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
 from sparseffn.train.folder import environment
 
 VERSION = 1
@@ -153,7 +153,7 @@ def _cell_json(
         "flops_percent": 100.0 * own.active_fraction,
         "counted_flops_percent": 100.0 * own.forward_flops / base.forward_flops,
         "equal_time": _at_time(finished, equal_time, planned),
-        "train_s": statistics.fmean([f.result.seconds for f in finished.values()]) if finished else None,
+        "train_s": _train_s(finished),
         "load": _mean_load(finished),
         **{f"against_{name}": _against(measured, other, planned) for name, other in others.items()},
     }
@@ -204,9 +204,15 @@ def _windows(measured: _Measured) -> dict[int, np.ndarray]:
     return {seed: window_losses(finished, "test") for seed, finished in measured.finished.items()}
 
 
+def _train_s(finished: Mapping[int, Finished]) -> float | None:
+    """Training time: steps x the median step, mean over seeds."""
+    times = [run.result.steps * median_step_s(run) for run in finished.values()]
+    return statistics.fmean(times) if times else None
+
+
 def _equal_time(column: Sequence[_Measured]) -> float | None:
-    """The shortest training time in a column, mean over seeds: how far every run is."""
-    times = [statistics.fmean([f.result.seconds for f in m.finished.values()]) for m in column if m.finished]
+    """The shortest training time in a column: how far every run is."""
+    times = [time for measured in column if (time := _train_s(measured.finished)) is not None]
     return min(times) if len(times) > 1 else None
 
 
@@ -216,9 +222,8 @@ def _at_time(finished: Mapping[int, Finished], seconds: float | None, planned: P
         return None
     losses = []
     for run in finished.values():
-        records = run.folder.read_metrics()
-        clock = {record["step"]: record["time_s"] for record in records if "time_s" in record} | {0: 0.0}
-        points = [(clock[r["step"]], r["valid"]) for r in records if "valid" in r and r["step"] in clock]
+        step_s = median_step_s(run)
+        points = [(record["step"] * step_s, record["valid"]) for record in run.folder.read_metrics() if "valid" in record]
         times, values = zip(*points, strict=True)
         # Seeds differ in speed: the end of one that is a little faster stands for that time.
         losses.append(float(np.interp(seconds, times, values)))
@@ -237,7 +242,7 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     notes = [
         *_settings_notes(planned),
         "hyperparameters are the same for all methods of a column" if request.settings == "paper" else "",
-        "times of training are of the runs themselves, as the machine was then",
+        "training time is steps x the median step of the runs themselves, as the machine was then",
     ]
     if request.settings == "released":
         notes.append(

@@ -185,6 +185,12 @@ def window_losses(finished: Finished, split: str) -> np.ndarray:
     return losses
 
 
+def median_step_s(finished: Finished) -> float:
+    """Median seconds of a training step: neither a burst of other work nor a run that was stopped for a while moves it."""
+    times = [record["time_s"] for record in finished.folder.read_metrics() if "time_s" in record]
+    return float(np.median(np.diff([0.0, *times])))
+
+
 def _read_finished(folder: RunFolder) -> Finished:
     extra = read_fields(folder.path / "paper.json", {"wall_s": Kind.POSITIVE, "load": Kind.ANY}, fix=_FIX)
     return Finished(result=TrainResult.read(folder.result_path), wall_s=extra["wall_s"], load=extra["load"], folder=folder)
