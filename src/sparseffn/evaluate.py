@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ class Evaluation:
     """Mean cross-entropy of the predictions, without any balancing loss."""
     n_predictions: int
     """Predictions made: tokens of the split less one."""
+    window_nats: np.ndarray = field(compare=False, repr=False)
+    """`[n]`, mean cross-entropy of each stream's windows of `context` tokens, one stream after the other: neighbours in the
+    text are neighbours here. A stream's last window may be shorter."""
 
 
 def autocast(precision: str, device_type: str = "cpu") -> AbstractContextManager[object]:
@@ -89,6 +92,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     total, count, state = 0.0, 0, None
+    windows: list[Tensor] = []
     try:
         for window in evaluation_windows(tokens, batch=batch, context=context):
             with autocast(precision, device.type), nullcontext() if observe is None else collect_stats(model) as stats:
@@ -98,6 +102,7 @@ def evaluate(
             state = output.memory
             losses = token_losses(output.logits, window.targets.to(device))
             total += float(losses[window.mask.to(device)].double().sum())
+            windows.append(_row_means(losses.cpu(), window.mask))
             count += int(window.mask.sum())
             if on_progress is not None:
                 on_progress(count, len(tokens) - 1)
@@ -106,4 +111,11 @@ def evaluate(
     nats = total / max(count, 1)
     if not np.isfinite(nats):
         raise NonFiniteLossError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
-    return Evaluation(nats_per_token=nats, n_predictions=count)
+    # Rows that end before the last window have no mean there.
+    means = torch.stack(windows, dim=1).flatten()
+    return Evaluation(nats_per_token=nats, n_predictions=count, window_nats=means[~means.isnan()].numpy())
+
+
+def _row_means(losses: Tensor, mask: Tensor) -> Tensor:
+    """float64 `[batch]`: mean of each row's losses that count; NaN where none does."""
+    return losses.double().where(mask, 0.0).sum(dim=1) / mask.sum(dim=1)

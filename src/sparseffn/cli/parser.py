@@ -6,6 +6,7 @@ from typing import Any
 
 from sparseffn.cli.arguments import Parser, add_command, add_json, add_machine
 from sparseffn.cli.bench_parser import add_bench
+from sparseffn.cli.reproduce_parser import add_reproduce
 
 DESCRIPTION = """\
 Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
@@ -19,7 +20,7 @@ def build_parser() -> Parser:
     """The parser of `sparseffn`."""
     parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, _data, _doctor):
+    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, add_reproduce, _data, _doctor):
         add(commands)
     return parser
 

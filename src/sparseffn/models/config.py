@@ -29,6 +29,8 @@ class TransformerXLConfig:
     """Rate on the embedding, on each sub-block's output and before the output projection."""
     ffn: FFNConfig
     """The feedforward block of every layer."""
+    shared_layers: bool = False
+    """Whether all layers are one layer, applied n_layers times (Universal Transformer, Dehghani 2019, arXiv 1807.03819)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_head"):
@@ -37,10 +39,17 @@ class TransformerXLConfig:
                 raise UserError(f"`{name}` must be an integer of at least 1; got {value!r}; fix: pass a positive integer")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"`dropout` must be at least 0 and below 1; got {self.dropout!r}; fix: 0 switches it off")
+        if not isinstance(self.shared_layers, bool):
+            raise UserError(f"`shared_layers` must be true or false; got {self.shared_layers!r}; fix: leave it out for false")
         if self.ffn.d_model != self.d_model:
             raise UserError(
                 f"`ffn.d_model` must be the model's d_model = {self.d_model}; got {self.ffn.d_model}; fix: use one for both"
             )
+
+    @property
+    def n_blocks(self) -> int:
+        """Layers that have parameters of their own."""
+        return 1 if self.shared_layers else self.n_layers
 
     def attention_params(self) -> int:
         """Five projections, two biases a head, and the scale."""
@@ -50,20 +59,25 @@ class TransformerXLConfig:
     def other_params(self) -> int:
         """Everything but the feedforward blocks: embedding, output with bias, attention, layer norms."""
         embeddings = 2 * self.vocab_size * self.d_model + self.vocab_size
-        norms = 2 * self.d_model * (2 * self.n_layers + 1)
-        return embeddings + norms + self.n_layers * self.attention_params()
+        norms = 2 * self.d_model * (2 * self.n_blocks + 1)
+        return embeddings + norms + self.n_blocks * self.attention_params()
 
     def num_params(self) -> int:
         """All parameters, in closed form."""
-        return self.other_params() + self.n_layers * self.ffn.num_params()
+        return self.other_params() + self.n_blocks * self.ffn.num_params()
 
     def active_params(self) -> int:
-        """Parameters that one token's prediction depends on; of the embedding, all rows count."""
-        return self.other_params() + self.n_layers * self.ffn.active_params()
+        """Parameters that one token's prediction depends on, at most; of the embedding, all rows count."""
+        # A shared block may select other parameters each time, but no more than it has.
+        blocks = min(self.n_layers * self.ffn.active_params(), self.n_blocks * self.ffn.num_params())
+        return self.other_params() + blocks
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        # Left out where it says nothing: the files of models that were written before there was a choice stay theirs.
+        if not self.shared_layers:
+            del data["shared_layers"]
         return {**data, "ffn": self.ffn.to_json()}
 
     @classmethod
@@ -77,7 +91,7 @@ class TransformerXLConfig:
         for key in data:
             if key not in names:
                 raise unknown_name("model option", key, names)
-        missing = [name for name in names if name not in data and name != "dropout"]
+        missing = [name for name in names if name not in data and name not in ("dropout", "shared_layers")]
         if missing:
             raise UserError(f"a model config needs {', '.join(missing)}; got {', '.join(data)}; fix: add them")
         return cls(**{**data, "ffn": config_from_json(data["ffn"])})

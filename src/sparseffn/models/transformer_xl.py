@@ -76,7 +76,9 @@ class TransformerXL(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
+        blocks = [Block(config, attention) for _ in range(config.n_blocks)]
+        # One shared block stands at every place; its parameters go by the name of the first.
+        self.layers = nn.ModuleList(blocks * config.n_layers if config.shared_layers else blocks)
         self.norm = nn.LayerNorm(config.d_model)
         self.output = nn.Linear(config.d_model, config.vocab_size)
 

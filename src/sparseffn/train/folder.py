@@ -1,4 +1,4 @@
-"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `result.json`."""
+"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `windows-*.npy`, `result.json`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ class RunFolder:
     def result_path(self) -> Path:
         """Final numbers; there when the run is finished."""
         return self.path / "result.json"
+
+    def window_losses_path(self, split: str) -> Path:
+        """Mean loss of every evaluation window of a split, written before the final numbers."""
+        return self.path / f"windows-{split}.npy"
 
     def open(self, config: Mapping[str, Any]) -> bool:
         """Create the folder for a config, or check that it is this config's.

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparseffn.data import ContiguousStreams, Corpus
 from sparseffn.errors import NonFiniteError, UserError
-from sparseffn.evaluate import NonFiniteLossError, autocast, evaluate, token_losses
+from sparseffn.evaluate import Evaluation, NonFiniteLossError, autocast, evaluate, token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
 from sparseffn.train.checkpoint import (
@@ -171,13 +172,13 @@ class _Run:
             self.seconds += time.perf_counter() - start
             self._report(record, time.perf_counter() - start)
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens)})
+                self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.save()
         result = TrainResult(
             steps=self.step,
-            valid=self._evaluate("valid"),
-            test=self._evaluate("test"),
+            valid=self._evaluate_whole("valid"),
+            test=self._evaluate_whole("test"),
             seconds=self.seconds,
             notes=self.config.notes,
         )
@@ -233,7 +234,13 @@ class _Run:
         found = list_checkpoints(self.folder.checkpoints)
         return found[-1] if found else "none, the run had not reached its first"
 
-    def _evaluate(self, split: str, max_tokens: int | None = None) -> float:
+    def _evaluate_whole(self, split: str) -> float:
+        """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
+        evaluation = self._evaluate(split)
+        np.save(self.folder.window_losses_path(split), evaluation.window_nats)
+        return evaluation.nats_per_token
+
+    def _evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
         config = self.config
         try:
             return evaluate(
@@ -244,7 +251,7 @@ class _Run:
                 memory=config.eval_memory,
                 precision=config.precision,
                 max_tokens=max_tokens,
-            ).nats_per_token
+            )
         except NonFiniteError as error:
             raise NonFiniteLossError(
                 f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"
@@ -284,7 +291,7 @@ class _Run:
         found = list_checkpoints(self.folder.checkpoints)
         if not found:
             self.folder.rewind_metrics(-1)
-            self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens)})
+            self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
             return
         checkpoint = load_checkpoint(found[-1])
         load_weights(self.model, found[-1], checkpoint)

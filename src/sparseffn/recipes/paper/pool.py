@@ -1,0 +1,196 @@
+"""Runs by the digest of their config: `POOL/runs/DIGEST/` is a run folder, and every table is a view on the pool.
+
+A run is its model, its training settings and its corpus's digest; the package's version and the pool's format are written
+beside the result, and a result of another version or format is never used: it is shown as missing, with the reason.
+
+    POOL/runs/DIGEST/...          the run folder of `train`, and `paper.json` once everything of it is there
+    POOL/runs/DIGEST.lock         held while a process works on the run
+    POOL/failures/DIGEST.json     why a run gave no result
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sparseffn.data import Corpus
+from sparseffn.errors import UserError
+from sparseffn.models import TransformerXLConfig
+from sparseffn.train import RunFolder, TrainConfig, TrainResult
+from sparseffn.train.loop import run_config
+from sparseffn.train.stored import Kind, read_fields, read_json, write_json
+
+FORMAT = 1
+"""Layout of `paper.json` and of the files beside it."""
+
+_FIX = "remove the run's folder and run the same command again"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunSpec:
+    """One run: everything its losses depend on."""
+
+    model: TransformerXLConfig
+    train: TrainConfig
+    corpus: Corpus
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What `config.json` of the run folder holds."""
+        return json.loads(json.dumps(run_config(self.model, self.train, self.corpus)))
+
+    @cached_property
+    def digest(self) -> str:
+        """The name of the run's folder: 32 hexadecimal digits."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a finished run says of itself."""
+
+    result: TrainResult
+    wall_s: float
+    """Training, evaluation and counting."""
+    load: Mapping[str, float] | None
+    """Largest over mean load of the experts by mode; None where nothing is routed."""
+    folder: RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a run stands."""
+
+    kind: Literal["finished", "missing", "failed"]
+    reason: str | None
+    """Why there is no result."""
+    finished: Finished | None = None
+    permanent: bool = False
+    """Of a failure: it would only repeat."""
+    stale: bool = False
+    """Files of another version or format lie in its place."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether running it may give a result."""
+        return self.kind == "missing" or (self.kind == "failed" and not self.permanent)
+
+
+class Pool:
+    """A folder of runs."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def folder(self, spec: RunSpec) -> RunFolder:
+        """The run's folder, whether or not it is there."""
+        return RunFolder(self.path / "runs" / spec.digest)
+
+    def failure_path(self, spec: RunSpec) -> Path:
+        """Why a run gave no result."""
+        return self.path / "failures" / f"{spec.digest}.json"
+
+    def status(self, spec: RunSpec) -> Status:
+        """How a run stands; damaged files are a reason, not an error."""
+        try:
+            return self._status(spec)
+        except UserError as error:
+            return Status(kind="failed", reason=str(error))
+
+    def _status(self, spec: RunSpec) -> Status:
+        folder = self.folder(spec)
+        if foreign := self._foreign(folder):
+            return Status(kind="missing", reason=foreign, stale=True)
+        if (path := self.failure_path(spec)).exists():
+            failure = read_fields(path, {"reason": Kind.TEXT, "permanent": Kind.ANY, "version": Kind.TEXT}, fix="remove it")
+            if failure["version"] == version():
+                return Status(kind="failed", reason=failure["reason"], permanent=failure["permanent"] is True)
+        if (folder.path / "config.json").exists() and read_json(folder.path / "config.json", fix=_FIX) != spec.identity:
+            return Status(kind="failed", reason=f"{folder.path} holds another run's config; {_FIX}")
+        if not (folder.path / "paper.json").exists():
+            steps = [record["step"] for record in folder.read_metrics()]
+            reason = f"not finished: step {steps[-1]} of {spec.train.steps}" if steps else "not run yet"
+            return Status(kind="missing", reason=reason)
+        return Status(kind="finished", reason=None, finished=_read_finished(folder))
+
+    def _foreign(self, folder: RunFolder) -> str | None:
+        """Why what lies in a run's place may not be used; None where it may."""
+        path = folder.path / "environment.json"
+        if path.exists():
+            made_by = read_fields(path, {"sparseffn": Kind.TEXT}, fix=_FIX)["sparseffn"]
+            if made_by != version():
+                return f"made by version {made_by}; this is {version()}"
+        path = folder.path / "paper.json"
+        if path.exists():
+            found = read_fields(path, {"format": Kind.COUNT}, fix=_FIX)["format"]
+            if found != FORMAT:
+                return f"made in format {found}; this version reads {FORMAT}"
+        return None
+
+    def set_aside(self, spec: RunSpec) -> Path:
+        """Move what lies in a run's place out of the way, keeping it."""
+        folder = self.folder(spec).path
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        return folder.rename(aside)
+
+    def record_failure(self, spec: RunSpec, reason: str, *, permanent: bool) -> None:
+        """Write why a run gave no result."""
+        write_json(self.failure_path(spec), {"reason": reason, "permanent": permanent, "version": version()})
+
+    @contextlib.contextmanager
+    def claimed(self, spec: RunSpec) -> Iterator[bool]:
+        """Whether this process may work on the run; False while another one does."""
+        path = self.path / "runs" / f"{spec.digest}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+
+def version() -> str:
+    """Of the package."""
+    return metadata.version("sparseffn")
+
+
+def window_losses(finished: Finished, split: str) -> np.ndarray:
+    """Mean loss in nats of every evaluation window of a split.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = finished.folder.window_losses_path(split)
+    try:
+        losses = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"`{path}` must hold the losses of windows; got {error}; fix: {_FIX}") from None
+    if losses.ndim != 1 or not np.isfinite(losses).all():
+        raise UserError(f"`{path}` must hold finite losses of windows; got other values; fix: {_FIX}")
+    return losses
+
+
+def median_step_s(finished: Finished) -> float:
+    """Median seconds of a training step: neither a burst of other work nor a run that was stopped for a while moves it."""
+    times = [record["time_s"] for record in finished.folder.read_metrics() if "time_s" in record]
+    return float(np.median(np.diff([0.0, *times])))
+
+
+def _read_finished(folder: RunFolder) -> Finished:
+    extra = read_fields(folder.path / "paper.json", {"wall_s": Kind.POSITIVE, "load": Kind.ANY}, fix=_FIX)
+    return Finished(result=TrainResult.read(folder.result_path), wall_s=extra["wall_s"], load=extra["load"], folder=folder)

@@ -1,0 +1,206 @@
+"""Sizes and training settings of every column at three scales.
+
+`paper` is what was published. At `base` and `cpu` each column keeps its N_E, K and K G / d_ff, its delta and its gamma; the
+model around the blocks shrinks, and d_ff is solved so that the dense block has the mixture's parameters, as in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from sparseffn.errors import unknown_name
+from sparseffn.ffn import BlockShape, FFNConfig
+from sparseffn.models import TransformerXLConfig
+from sparseffn.models.presets import Preset, get_preset
+
+Settings = Literal["paper", "released"]
+
+# Preset of each published column, and the corpus that it was trained on: name, tokeniser, pieces.
+COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingProxyType(
+    {
+        "WT-S": ("wt-s", ("wikitext103", "bpe", 8000)),
+        "WT-S*": ("wt-s-star", ("wikitext103", "bpe", 8000)),
+        "WT-B": ("wt-b", ("wikitext103", "bpe", 8000)),
+        "E8": ("e8", ("enwik8", None, None)),
+        "C4-S": ("wt-s", ("c4", "bpe", 8000)),
+        "C4-B": ("wt-b", ("c4", "bpe", 8000)),
+        "peS2o-S": ("wt-s", ("pes2o", "bpe", 8000)),
+        "peS2o-B": ("wt-b", ("pes2o", "bpe", 8000)),
+    }
+)
+
+# Columns of our own tables, with the sizes of WT-S. PTB's have their corpus at every scale; "shared" is a Universal
+# Transformer, whose one block holds as many pairs as all layers of WT-S together.
+SHARED = "WT-S shared"
+OWN_COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingProxyType(
+    {
+        "PTB-char": ("wt-s", ("ptb", "chars", None)),
+        "PTB-word": ("wt-s", ("ptb", "words", None)),
+        SHARED: COLUMNS["WT-S"],
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A published column at some scale."""
+
+    name: str
+    preset: Preset
+    published: Preset
+    """The published sizes: what real numbers in a label stand for, and dropout rates where the scale's model has none."""
+    corpus: tuple[str, str | None, int | None]
+    """Published corpus: name, tokeniser, pieces."""
+
+    @property
+    def is_own(self) -> bool:
+        """A column that the paper has not."""
+        return self.name in OWN_COLUMNS
+
+    @property
+    def has_its_corpus(self) -> bool:
+        """A corpus of its own at every scale."""
+        return self.corpus[0] == "ptb"
+
+    def model(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
+        """The column's model with a given feedforward block."""
+        return dataclasses.replace(self.preset.model(ffn, vocab_size), shared_layers=self.name == SHARED)
+
+    @property
+    def shape(self) -> BlockShape:
+        """The blocks."""
+        return self.preset.shape
+
+    @property
+    def expert_ratio(self) -> float:
+        """Pairs here for one published pair."""
+        return self.shape.expert_size / self.published.shape.expert_size
+
+    @property
+    def standard_dropout(self) -> float:
+        """Rate of rows with standard dropout inside experts: the published model's."""
+        return self.shape.dropout or self.published.shape.dropout
+
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        s = self.shape
+        return f"d_model {s.d_model}, {s.n_layers} layers, d_ff {s.d_ff}, {s.n_experts} x {s.expert_size} experts, K {s.k}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Presets of all columns under one name."""
+
+    name: str
+    presets: Mapping[str, Preset]
+    """By the name of the published preset."""
+    is_published: bool = False
+    """The published sizes, precision and corpora."""
+
+    def column(self, name: str, settings: Settings = "paper") -> Column:
+        """A column by its published name.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        known = {**COLUMNS, **OWN_COLUMNS}
+        if name not in known:
+            raise unknown_name("column", name, known)
+        preset_name, corpus = known[name]
+        preset = self.presets[preset_name]
+        if name == SHARED:
+            preset = dataclasses.replace(preset, shape=_all_layers(preset.shape))
+        if settings == "released":
+            preset = dataclasses.replace(preset, shape=_released_shape(name, preset.shape))
+        return Column(name=name, preset=preset, published=get_preset(preset_name), corpus=corpus)
+
+
+def _released_shape(column: str, shape: BlockShape) -> BlockShape:
+    """Balancing and expert dropout of the released runs where they are not the paper's."""
+    if column == "WT-S":
+        return dataclasses.replace(shape, entropy_weight=1e-4)
+    if column in ("C4-S", "peS2o-S"):
+        return dataclasses.replace(shape, entropy_weight=0.0)
+    if column in ("WT-B", "C4-B", "peS2o-B"):
+        return dataclasses.replace(shape, expert_dropout=0.1)
+    return shape
+
+
+def _all_layers(shape: BlockShape) -> BlockShape:
+    """One block with the pairs of all layers."""
+    n_layers = shape.n_layers
+    return dataclasses.replace(shape, n_experts=n_layers * shape.n_experts, d_ff=n_layers * shape.d_ff)
+
+
+def released_clip(column: str, method: str) -> float | None:
+    """Gradient clipping of the released runs where it is not the paper's 0.25."""
+    small_words = column in ("WT-S", "C4-S", "peS2o-S")
+    return 0.1 if small_words and method in ("dense", "topk") else None
+
+
+def scaled(published: Preset, template: Preset, *, expert_size: int) -> Preset:
+    """A published preset's mixture (N_E, K, delta, gamma) at the width, depth and training settings of a template."""
+    paper, small = published.shape, template.shape
+    n_pairs = paper.n_experts * expert_size
+    # The mixture's parameters, selector included, over those of one dense pair with its bias.
+    d_ff = round((2 * small.d_model * n_pairs + paper.n_experts * small.d_model - small.d_model) / (2 * small.d_model + 1))
+    shape = dataclasses.replace(
+        paper, d_model=small.d_model, n_layers=small.n_layers, d_ff=d_ff, expert_size=expert_size, dropout=small.dropout
+    )
+    return dataclasses.replace(template, name=f"{template.name}/{published.name}", shape=shape)
+
+
+def make_scale(template: Preset, *, expert_size: int) -> Scale:
+    """All columns at one template's sizes."""
+    names = dict.fromkeys(preset for preset, _ in COLUMNS.values())
+    presets = {name: scaled(get_preset(name), template, expert_size=expert_size) for name in names}
+    return Scale(name=template.name, presets=MappingProxyType(presets))
+
+
+# lr and dropout chosen on the validation split of `ptb` characters with the dense model of column WT-S: 200 steps of cosine
+# decay, bits per character of its first 65,536 characters. lr 1, 2, 4, 8 e-3: 2.760, 2.669, 2.675, 2.809. Dropout 0.1 at
+# lr 4e-3: 2.753 against 2.675 without; one epoch is 2,491 steps, so that nothing is seen twice.
+_CPU = Preset(
+    name="cpu",
+    doc="minutes a run on 2 cores: 3 layers of width 128, 1 to 2M parameters (WT-S*: 7M)",
+    shape=BlockShape(d_model=128, d_ff=1027, n_experts=16, expert_size=64, k=4, n_layers=3),
+    n_heads=4,
+    d_head=32,
+    context=128,
+    batch=16,
+    lr=2e-3,
+    warmup=50,
+    clip=0.25,
+    steps=1000,
+    eval_batch=16,
+)
+# Sizes, lr and length of the preset "small"; nothing was tuned at this scale.
+_BASE = dataclasses.replace(get_preset("small"), name="base", doc="hours on a workstation: 6 layers of width 256, about 10M")
+
+SCALES: Mapping[str, Scale] = MappingProxyType(
+    {
+        "paper": Scale(
+            name="paper",
+            presets=MappingProxyType({name: get_preset(name) for name, _ in COLUMNS.values()}),
+            is_published=True,
+        ),
+        "base": make_scale(_BASE, expert_size=128),
+        "cpu": make_scale(_CPU, expert_size=64),
+    }
+)
+
+
+def get_scale(name: str) -> Scale:
+    """A scale by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SCALES:
+        raise unknown_name("scale", name, SCALES)
+    return SCALES[name]
