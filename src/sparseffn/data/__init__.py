@@ -7,7 +7,8 @@ inputs, targets = streams.window(0)
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora
 from sparseffn.data.corpus import Corpus, load_corpus, to_metric
-from sparseffn.data.registry import list_corpora, register_corpus
+from sparseffn.data.prepare import prepare_corpus
+from sparseffn.data.registry import CorpusEntry, corpus_entry, list_corpora, register_corpus
 from sparseffn.data.splits import SPLITS, Split
 from sparseffn.data.streams import ContiguousStreams, EvalWindow, evaluation_windows
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
@@ -17,14 +18,17 @@ __all__ = [
     "SPLITS",
     "ContiguousStreams",
     "Corpus",
+    "CorpusEntry",
     "EvalWindow",
     "Split",
     "Tokenizer",
     "Unit",
+    "corpus_entry",
     "evaluation_windows",
     "list_corpora",
     "list_tokenizers",
     "load_corpus",
+    "prepare_corpus",
     "register_corpus",
     "to_metric",
     "tokenizer_class",

@@ -13,6 +13,7 @@ from typing import final
 import numpy as np
 
 from sparseffn.data.cache import Prepared, TokenCache, TokenWriter
+from sparseffn.data.place import Place
 from sparseffn.data.registry import corpus_entry
 from sparseffn.data.splits import SPLITS, Block, ContentDigest, Source, Split, digest_of
 from sparseffn.data.tokenizer_base import Tokenizer, Unit, to_text
@@ -109,7 +110,7 @@ def load_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     vocab_size: int | None = None,
 ) -> Corpus:
-    """Open a corpus; the first time, find, read and tokenise it.
+    """Open a corpus; the first time, find, read and tokenise it. Nothing is downloaded: `prepare_corpus` does that.
 
     Args:
         name: one of `list_corpora()`.
@@ -125,11 +126,13 @@ def load_corpus(
     entry = corpus_entry(name)
     choice = entry.tokenizer if tokenizer is None else tokenizer
     settings = _settings(choice, vocab_size)
-    source = entry.find(None if data_dir is None else Path(data_dir).expanduser())
+    cache = TokenCache(cache_dir)
+    place = Place(data_dir=None if data_dir is None else Path(data_dir).expanduser(), cache_dir=cache.folder)
+    source = entry.find(place)
     for split in SPLITS:
         # No tokeniser makes more tokens than bytes, but for the end of a last line.
         _check_size(source.corpus, split, source.n_bytes(split) + 1)
-    prepared = _prepare(source, choice, settings, TokenCache(cache_dir))
+    prepared = _prepare(source, choice, settings, cache)
     return _as_corpus(source, prepared)
 
 

@@ -1,0 +1,58 @@
+"""Making a corpus ready: the one function here that uses the network.
+
+prepare_corpus("enwik8", on_progress=show)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparseffn.data.corpus import Corpus, load_corpus
+from sparseffn.data.download import OnProgress
+from sparseffn.data.place import Place
+from sparseffn.data.registry import corpus_entry
+from sparseffn.errors import UserError
+from sparseffn.paths import default_cache_dir
+
+
+def prepare_corpus(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+    accept_digests: Iterable[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Corpus:
+    """Download a corpus where it is not here yet, unpack it and make its tokens.
+
+    Args:
+        name: one of `list_corpora()`.
+        tokenizer: one of `list_tokenizers()`; None for the corpus's own.
+        vocab_size: size of a vocabulary that is trained (`bpe`).
+        data_dir: the user's copy: the published archive, or plain files.
+        cache_dir: where everything is kept; default: `default_cache_dir()`.
+        offline: download nothing.
+        accept_digests: digests that are accepted in place of unverified ones, and remembered.
+        on_progress: told of what has arrived.
+
+    Raises:
+        UserError: as `load_corpus`; or no mirror gives the file that is published.
+    """
+    published, accept = corpus_entry(name).published, tuple(accept_digests)
+    if published is None and accept:
+        raise UserError(
+            f"`accept_digests` must be left out for corpus {name!r}, of which nothing is published; got {accept[0]!r}; "
+            "fix: leave it out"
+        )
+    if published is not None:
+        place = Place(
+            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+        )
+        published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
+    return load_corpus(name, tokenizer=tokenizer, data_dir=data_dir, cache_dir=cache_dir, vocab_size=vocab_size)
