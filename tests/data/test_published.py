@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import resource
 import threading
@@ -141,6 +142,15 @@ class TestDownloads:
         with pytest.raises(UserError, match=r"enwik8 must be the published file; got .* with 5 bytes"):
             enwik8(server.add("enwik8.zip", archive), archive=archive).prepare(place)
         assert cached(place) == ["enwik8.zip"]
+
+    def test_an_archive_that_unpacks_without_bound_is_refused(self, server: Loopback, place: Place) -> None:
+        """Nothing of it stays but the archive, nor of a process that was killed while it unpacked."""
+        corpus = dataclasses.replace(enwik8(server.add("enwik8.zip", ZIP)), max_bytes=1000)
+        (place.corpus_dir("enwik8") / ".0123").mkdir(parents=True)
+        with pytest.raises(UserError, match="must not unpack to more than 1000 bytes a member"):
+            corpus.prepare(place)
+        assert cached(place) == ["enwik8.zip"]
+        assert not [path for path in place.corpus_dir("enwik8").iterdir() if path.is_dir()]
 
     def test_text_that_changed_in_the_cache_is_noticed(self, server: Loopback, place: Place) -> None:
         """With the folder to delete."""

@@ -31,7 +31,7 @@ def list_command(options: argparse.Namespace) -> int:
         [(r["corpus"], r["here"], r["digest"], _size(r["bytes"]), r["tokenizer"], r["summary"]) for r in rows],
         n_words=len(columns),
     )
-    print("\nunverified: the published digest was never compared with a downloaded copy here; nor were the addresses tried")
+    print("\nunverified: never fetched here, so that published digests and addresses were not compared with anything")
     return 0
 
 
@@ -43,11 +43,24 @@ def _listed(entry: CorpusEntry, place: Place) -> dict[str, Any]:
         "summary": entry.summary,
         "tokenizer": entry.tokenizer,
         "here": entry.state(place),
-        "digest": "-" if published is None else "verified" if published.verified else "unverified",
+        "digest": _status(entry),
         "bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else None,
         "digests": {file.name: file.digest for file in published.files} if published else {},
-        "addresses": [url for route in published.routes for remote in route for url in remote.urls] if published else [],
+        "addresses": _addresses(entry),
     }
+
+
+def _status(entry: CorpusEntry) -> str:
+    if entry.published is None:
+        return "unverified" if entry.streamed else "-"
+    return "verified" if entry.published.verified else "unverified"
+
+
+def _addresses(entry: CorpusEntry) -> list[str]:
+    if entry.streamed is not None:
+        return [entry.streamed.url]
+    routes = entry.published.routes if entry.published is not None else ()
+    return [url for route in routes for remote in route for url in remote.urls]
 
 
 def _size(n_bytes: int | None) -> str:

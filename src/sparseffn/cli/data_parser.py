@@ -33,7 +33,7 @@ def _places(parser: Parser) -> None:
 
 def _tokens(parser: Parser) -> None:
     parser.add_argument("--data-dir", help="your copy: the published archive, or plain files")
-    parser.add_argument("--tokenizer", help="bytes, chars, words or bpe (default: the corpus's own)")
+    parser.add_argument("--tokenizer", help="bytes, seen-bytes, chars, words or bpe (default: the corpus's own)")
     parser.add_argument("--vocab-size", type=int, help="pieces of a bpe vocabulary (default: 8000)")
 
 

@@ -28,6 +28,7 @@ _EXPERT_SIZE, _K = 128, 4
 EXTRAS = {
     "plot": ("matplotlib",),
     "data": ("sentencepiece",),
+    "stream": ("datasets",),
     "track": ("tensorboard",),
     "hf": ("transformers",),
 }

@@ -28,7 +28,7 @@ def build_parser() -> Parser:
 def _corpus(parser: Parser) -> None:
     parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text, or one of `sparseffn data list`")
     parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
-    parser.add_argument("--tokenizer", help="bytes, chars, words or bpe (default: the corpus's own)")
+    parser.add_argument("--tokenizer", help="bytes, seen-bytes, chars, words or bpe (default: the corpus's own)")
     parser.add_argument("--vocab-size", type=int, help="pieces of a bpe vocabulary (default: 8000)")
     parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sparseffn.data.corpus import Corpus, load_corpus
+from sparseffn.data.corpus import Corpus, open_corpus
 from sparseffn.data.download import OnProgress
 from sparseffn.data.place import Place
 from sparseffn.data.registry import corpus_entry
@@ -43,16 +43,16 @@ def prepare_corpus(
     Raises:
         UserError: as `load_corpus`; or no mirror gives the file that is published.
     """
-    published, accept = corpus_entry(name).published, tuple(accept_digests)
-    if published is None and accept:
+    entry, accept = corpus_entry(name), tuple(accept_digests)
+    place = Place(
+        data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+    )
+    if entry.published is not None:
+        entry.published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
+    elif accept:
         raise UserError(
-            f"`accept_digests` must be left out for corpus {name!r}, of which nothing is published; got {accept[0]!r}; "
+            f"`accept_digests` must be left out for corpus {name!r}, of which no digest is published; got {accept[0]!r}; "
             "fix: leave it out"
         )
-    if published is not None:
-        place = Place(
-            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
-        )
-        published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
-    return load_corpus(name, tokenizer=tokenizer, data_dir=data_dir, cache_dir=cache_dir, vocab_size=vocab_size)
+    return open_corpus(entry, place, tokenizer=tokenizer, vocab_size=vocab_size, network=not offline, on_progress=on_progress)

@@ -146,7 +146,10 @@ class PublishedCorpus:
         raise DownloadError(" | ".join(failures))
 
     def _unpack(self, archives: Sequence[tuple[RemoteFile, Path]], text: Path, accepted: Iterable[str]) -> None:
-        """Plain files of a whole route, checked, as the folder `text`."""
+        """Plain files of a whole route, checked, as the folder `text`. The lock is held."""
+        # What a killed process left behind: whoever holds the lock is alone.
+        for leftover in text.parent.glob(".*/"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = text.with_name(f".{secrets.token_hex(8)}")
         accepted = set(accepted)
         try:

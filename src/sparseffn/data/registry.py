@@ -9,6 +9,7 @@ from pathlib import Path
 from sparseffn.data.place import Place
 from sparseffn.data.published import PublishedCorpus
 from sparseffn.data.splits import Source
+from sparseffn.data.streamed import StreamedCorpus, StreamedSource
 from sparseffn.errors import UserError, unknown_name
 
 # Finds the files of a corpus in the user's data folder (None: not given).
@@ -26,14 +27,18 @@ class CorpusEntry:
     # Tokeniser where the user names none.
     tokenizer: str
     # Finds the files.
-    find: Callable[[Place], Source]
+    find: Callable[[Place], Source | StreamedSource]
     # What is published of it; None for a corpus that is here anyway.
     published: PublishedCorpus | None = None
+    # What is published of it, where it is streamed.
+    streamed: StreamedCorpus | None = None
     # Whether it needs a file of the user's.
     needs_data_dir: bool = False
 
     def state(self, place: Place) -> str:
-        """Whether it is here: `always`, `prepared`, `no`, or `--data-dir` for the user's own text."""
+        """Whether it is here: `always`, `prepared`, `no`, `streamed`, or `--data-dir` for the user's own text."""
+        if self.streamed is not None:
+            return "streamed"
         if self.published is not None:
             return "prepared" if self.published.is_prepared(place) else "no"
         return "--data-dir" if self.needs_data_dir else "always"
@@ -76,6 +81,18 @@ def register_published(corpus: PublishedCorpus, *, summary: str, tokenizer: str)
         tokenizer: the default tokeniser.
     """
     _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, published=corpus))
+    return corpus
+
+
+def register_streamed(corpus: StreamedCorpus, *, summary: str, tokenizer: str) -> StreamedCorpus:
+    """Register a corpus that is streamed.
+
+    Args:
+        corpus: its shards.
+        summary: one line for lists.
+        tokenizer: the default tokeniser.
+    """
+    _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, streamed=corpus))
     return corpus
 
 
