@@ -48,7 +48,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(command, capsys)
     assert f"sparseffn {command}" in text.split("Example", 1)[1]
     assert "default: None" not in text and "default: False" not in text and "==SUPPRESS==" not in text
-    assert ") (default" not in text.replace("\n", " ")
+    assert ") (default" not in text.replace("\n", " ") and "(default: )" not in " ".join(text.split())
 
 
 def test_help_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,18 @@ def test_what_is_no_archive_is_told(tmp_path: Path, out: Path) -> None:
         unpack(put(tmp_path, b"<!DOCTYPE html>", "enwik8.zip"), {"enwik8": "enwik8"}, out)
 
 
+def test_a_zip_inside_a_tar_is_a_member(tmp_path: Path, out: Path) -> None:
+    """The last one, so that its end is near the archive's: the archive is what it begins with."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as file:
+        for name, data in (("a", b"text"), ("b.zip", zipped({"a": b"other"}))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    unpack(put(tmp_path, stream.getvalue()), {"a": "a"}, out)
+    assert (out / "a").read_bytes() == b"text"
+
+
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_missing_members_are_named(tmp_path: Path, out: Path, pack) -> None:
     """The archive is another one than its name says."""

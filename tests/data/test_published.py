@@ -173,6 +173,20 @@ class TestUsersCopy:
         for _ in range(2):
             assert b"".join(texts(enwik8().find(mine)).values()) == TEXT
 
+    @pytest.mark.parametrize("name", ["enwik8", "enwik8.zip"])
+    def test_what_is_prepared_needs_no_folder_any_more(self, tmp_path: Path, cache_dir: Path, name: str) -> None:
+        """The text is kept once; another text under the same name is refused."""
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / name).write_bytes(ZIP if name.endswith("zip") else TEXT)
+        mine, kept = Place(data_dir=tmp_path / "mine", cache_dir=cache_dir), Place(cache_dir=cache_dir)
+        for _ in range(2):
+            assert b"".join(texts(enwik8().prepare(mine)).values()) == TEXT
+        assert b"".join(texts(enwik8().find(kept)).values()) == TEXT
+        (tmp_path / "mine" / name).unlink()
+        (tmp_path / "mine" / "enwik8").write_bytes(TEXT[::-1])
+        with pytest.raises(UserError, match=r"must be prepared from one text; got another one in .*; fix: delete .*text to"):
+            enwik8().prepare(mine, accept=[sha256(TEXT[::-1])])
+
     def test_an_unpacked_folder_is_taken(self, tmp_path: Path, cache_dir: Path) -> None:
         """As the archive lays it out."""
         for name, data in WIKI.items():
@@ -190,6 +204,7 @@ class TestUsersCopy:
             enwik8().find(mine)
         enwik8().prepare(mine, accept=[sha256(TEXT[::-1])])
         assert b"".join(texts(enwik8().find(mine)).values()) == TEXT[::-1]
+        assert (tmp_path / "enwik8").read_bytes() == TEXT[::-1]
 
     def test_what_is_missing_is_named(self, tmp_path: Path, cache_dir: Path) -> None:
         """In a folder, and where there is no folder."""

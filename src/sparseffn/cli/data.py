@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from sparseffn.cli.output import print_json, print_rows
-from sparseffn.data import SPLITS, Corpus, CorpusEntry, corpus_entry, list_corpora, load_corpus, prepare_corpus
+from sparseffn.data import SPLITS, Corpus, CorpusEntry, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
 from sparseffn.data.place import Place
 from sparseffn.errors import UserError
 from sparseffn.paths import default_cache_dir
@@ -77,7 +78,7 @@ def prepare_command(options: argparse.Namespace) -> int:
             data_dir=options.data_dir,
             cache_dir=options.cache_dir,
             offline=options.offline,
-            accept_digests=options.accept_digest,
+            accept_digests=options.accept_digest or (),
             on_progress=transfers.show,
         )
     _print_corpus(corpus, options)
@@ -124,7 +125,7 @@ def _row(corpus: Corpus) -> tuple[str, ...]:
 
 
 def _print_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
-    first = {split: corpus.tokenizer.decode(corpus.tokens(split)[:_SHOWN_TOKENS]) for split in SPLITS}
+    first = {split: corpus.tokenizer.decode(_first_tokens(corpus, split)) for split in SPLITS}
     if options.json:
         print_json({**corpus.info, "first": first})
         return
@@ -132,6 +133,14 @@ def _print_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
         print(f"{key}: {value}")
     for split, text in first.items():
         print(f"\n{split} begins:\n{text}")
+
+
+def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
+    streamed = corpus.streamed
+    # What is on the hub is not fetched only to be shown.
+    if split == "train" and streamed is not None and not streamed.is_remote:
+        return corpus.training_streams(batch=1, context=_SHOWN_TOKENS).window(0)[0][0].numpy()
+    return corpus.tokens(split)[:_SHOWN_TOKENS]
 
 
 def _place(options: argparse.Namespace) -> Place:

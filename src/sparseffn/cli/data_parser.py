@@ -53,7 +53,8 @@ def _prepare(kinds: Any) -> None:
         kinds,
         "prepare",
         "Get a corpus, check it, make its tokens.",
-        "Where a transfer breaks off, the same command goes on. A wrong file is removed, and the next mirror is asked.\n\n"
+        "Where a transfer breaks off, the same command goes on. A wrong file is removed, and the next mirror is asked.\n"
+        "Of your copy in --data-dir the cache keeps the text, so that later commands need no --data-dir.\n\n"
         "Examples:\n"
         "  sparseffn data prepare --corpus enwik8\n"
         "  sparseffn data prepare --corpus wikitext103 --data-dir downloads/   # holds wikitext-103-v1.zip or wiki.*.tokens",
@@ -65,7 +66,6 @@ def _prepare(kinds: Any) -> None:
     parser.add_argument(
         "--accept-digest",
         nargs="+",
-        default=[],
         metavar="DIGEST",
         help="take a file with this digest, as the error told it, for one whose published digest is unverified",
     )

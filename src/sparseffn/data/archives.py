@@ -74,7 +74,7 @@ def _members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readable],
     """The wanted members with their contents, as they come."""
     with archive.open("rb") as stream:
         head = stream.read(8)
-    if zipfile.is_zipfile(archive):
+    if head.startswith(b"PK"):
         yield from _zip_members(archive, wanted)
     elif _is_tar(archive):
         yield from _tar_members(archive, wanted)

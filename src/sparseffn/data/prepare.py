@@ -34,7 +34,7 @@ def prepare_corpus(
         name: one of `list_corpora()`.
         tokenizer: one of `list_tokenizers()`; None for the corpus's own.
         vocab_size: size of a vocabulary that is trained (`bpe`).
-        data_dir: the user's copy: the published archive, or plain files.
+        data_dir: the user's copy: the published archive, or plain files; the cache keeps the text of it.
         cache_dir: where everything is kept; default: `default_cache_dir()`.
         offline: download nothing.
         accept_digests: digests that are accepted in place of unverified ones, and remembered.
@@ -50,6 +50,8 @@ def prepare_corpus(
     )
     if entry.published is not None:
         entry.published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
+        # Now in the cache, whose copy later commands use.
+        place = Place(cache_dir=place.cache_dir)
     elif accept:
         raise UserError(
             f"`accept_digests` must be left out for corpus {name!r}, of which no digest is published; got {accept[0]!r}; "

@@ -94,7 +94,7 @@ class PublishedCorpus:
         on_progress: OnProgress | None = None,
         timeout: float = TIMEOUT_S,
     ) -> Source:
-        """The text, downloaded where neither the user's folder nor the cache has it.
+        """The text in the cache: from the user's folder, or downloaded.
 
         Args:
             place: where to look and to keep it.
@@ -111,13 +111,29 @@ class PublishedCorpus:
             with locked(folder), writing(folder):
                 known = self._accepted(place)
                 (folder / "accepted").write_text("".join(f"{digest}\n" for digest in sorted({*known, *digests})))
-        if place.data_dir is not None or self.is_prepared(place):
-            return self.find(place)
+        found = None if place.data_dir is None else self._find_in(place.data_dir, place)
         with locked(folder):
             # Somebody else may have been at it meanwhile.
-            if not self.is_prepared(place):
+            if found is not None:
+                self._keep(found, place)
+            elif not self.is_prepared(place):
                 self._download(place, offline=offline, on_progress=on_progress, timeout=timeout)
-        return self.find(place)
+        return self.find(Place(cache_dir=place.cache_dir))
+
+    def _keep(self, found: Path, place: Place) -> None:
+        """Put the user's text where it is found without the user's folder. The lock is held."""
+        text = place.corpus_dir(self.name) / "text"
+        if not text.is_dir():
+            if found.parent == text.parent:
+                found.rename(text)
+            else:
+                plain = [(RemoteFile(file=file, urls=()), found / file.name) for file in self.files]
+                self._unpack(plain, text, self._accepted(place))
+        elif any(file_digest(found / file.name) != file_digest(text / file.name) for file in self.files):
+            raise UserError(
+                f"corpus {self.name!r} must be prepared from one text; got another one in {str(place.data_dir)!r} than the "
+                f"cache has; fix: delete {text} to prepare this one"
+            )
 
     def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None, timeout: float) -> None:
         folder, accepted = place.corpus_dir(self.name), self._accepted(place)

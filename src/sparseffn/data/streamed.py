@@ -130,9 +130,9 @@ class StreamedSource:
     def info(self) -> dict[str, str]:
         """What is printed with every result."""
         spec = self.spec
-        documents = f"{spec.eval_documents} documents of each of {spec.eval_shards} validation shards"
+        shards = "one validation shard" if spec.eval_shards == 1 else f"each of {spec.eval_shards} validation shards"
         return {
-            "split_rule": f"training streamed; test: the first {documents}; valid: as many after them",
+            "split_rule": f"training streamed; test: first {spec.eval_documents} documents of {shards}; valid: as many after",
             "train_shards": f"{len(self.shards)} of {spec.n_train}",
             "tokenizer_from": f"the first {min(spec.fit_shards, len(self.shards))} training shards here",
         }
