@@ -13,7 +13,8 @@ import pytest
 from sparseffn.cli import main
 
 BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", *BENCH, "data", "doctor")
+DATA = ("data", *(f"data {kind}" for kind in ("list", "prepare", "check")))
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", *BENCH, *DATA, "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,15 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(command, capsys)
     assert f"sparseffn {command}" in text.split("Example", 1)[1]
     assert "default: None" not in text and "default: False" not in text and "==SUPPRESS==" not in text
-    assert ") (default" not in text.replace("\n", " ")
+    assert ") (default" not in text.replace("\n", " ") and "(default: )" not in " ".join(text.split())
 
 
 def test_help_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The list that the test before this one goes through is whole."""
     listed = re.findall(r"^    (\w+) ", help_text("", capsys), flags=re.MULTILINE)
-    kinds = re.findall(r"^    (\w+) ", help_text("bench", capsys), flags=re.MULTILINE)
-    assert {*listed, *(f"bench {kind}" for kind in kinds)} == set(COMMANDS)
+    for group in ("bench", "data"):
+        listed += [f"{group} {kind}" for kind in re.findall(r"^    (\w+) ", help_text(group, capsys), flags=re.MULTILINE)]
+    assert set(listed) == set(COMMANDS)
 
 
 def test_help_tells_defaults_as_one_types_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +115,9 @@ def test_match_within_a_preset(preset: str, method: str, size: dict[str, int], c
 
 
 @pytest.mark.parametrize(
-    "words", [["methods"], ["methods", "pkm"], ["doctor"], ["data"], ["data", "--corpus", "stdlib"]], ids=" ".join
+    "words",
+    [["methods"], ["methods", "pkm"], ["doctor"], ["data", "list"], ["data", "check"], ["data", "check", "--corpus", "stdlib"]],
+    ids=" ".join,
 )
 def test_tables_come_as_json_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The same command with and without `--json`."""

@@ -186,7 +186,7 @@ class TestPtb:
 
     def test_the_data_is_asked_for(self) -> None:
         """Nothing is downloaded."""
-        with pytest.raises(UserError, match=r"must have a `data_dir` with the files ptb\.train\.txt.*got nothing"):
+        with pytest.raises(UserError, match=r"must have a `data_dir` with .*plain files ptb\.train\.txt.*got nothing"):
             load_corpus("ptb")
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseffn.data import Tokenizer, list_tokenizers, tokenizer_class, tokenizer_from_json
+from sparseffn.data.bpe import BpeTokenizer, _word_counts
 from sparseffn.errors import UserError
 
 SAMPLE = "def f(x):\n\treturn x + 12345  # café\n    for i in range(10): print(i)\n" * 60
@@ -194,3 +195,38 @@ class TestNames:
         """Whatever is wrong with it."""
         with pytest.raises(UserError, match=r"a stored tokenizer must be what `Tokenizer\.to_json` wrote"):
             tokenizer_from_json(text)
+
+
+class TestSeenBytes:
+    def test_only_bytes_that_occur_are_tokens(self) -> None:
+        """In numeric order, whatever the order of the text; text need not be UTF-8."""
+        tokenizer = tokenizer_class("seen-bytes").fit([b"zab", b"\xffa"])
+        assert tokenizer.vocab_size == 4
+        assert tokenizer.encode(b"ab\xffz").tolist() == [0, 1, 3, 2]
+        with pytest.raises(UserError, match="must consist of the vocabulary's 4 bytes; got 0x63; fix: use tokenizer=bytes"):
+            tokenizer.encode(b"abc")
+
+
+class TestCounted:
+    def test_words_with_counts_give_the_model_of_the_lines(self) -> None:
+        """Pieces do not reach over a space; the memory of the one grows with the text, of the other with its words."""
+        pytest.importorskip("sentencepiece")
+        text = SAMPLE.replace("\t", "    ") + "two  spaces and a space at the end \n" * 9
+        lines = BpeTokenizer.fit([text.encode()], vocab_size=300)
+        counted = BpeTokenizer.fit_counted(iter(text.splitlines(keepends=True)), vocab_size=300)
+        pieces = [[tokenizer.decode([i]) for i in range(300)] for tokenizer in (lines, counted)]
+        assert pieces[0] == pieces[1]
+        assert np.array_equal(lines.encode(text.encode()), counted.encode(text.encode()))
+
+    def test_tabs_only_separate_words(self) -> None:
+        """They are spelled in bytes, and nothing is lost."""
+        pytest.importorskip("sentencepiece")
+        tokenizer = BpeTokenizer.fit_counted([SAMPLE], vocab_size=300)
+        assert tokenizer.decode(tokenizer.encode(SAMPLE.encode())) == SAMPLE
+
+    def test_the_number_of_words_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those seen once go first."""
+        monkeypatch.setattr("sparseffn.data.bpe.MAX_WORDS", 100)
+        counts = _word_counts(f"often word{i} often" for i in range(1000))
+        assert len(counts) <= 100
+        assert counts["often"] == counts[" often"] == 1000

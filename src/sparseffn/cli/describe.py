@@ -1,4 +1,4 @@
-"""`methods`, `match`, `data`, `doctor`: commands that train nothing."""
+"""`methods`, `match`, `doctor`: commands that train nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from sparseffn.accounting import count_block
 from sparseffn.bench.machine import blas, cpp_compiler, version_of
 from sparseffn.cli.output import print_json, print_rows
-from sparseffn.data import list_corpora, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
 from sparseffn.matching import Match
@@ -31,6 +30,7 @@ _EXPERT_SIZE, _K = 128, 4
 EXTRAS = {
     "plot": ("matplotlib",),
     "data": ("sentencepiece",),
+    "stream": ("datasets",),
     "track": ("tensorboard",),
     "hf": ("transformers",),
 }
@@ -182,33 +182,6 @@ def _single(words: list[str], flag: str) -> MethodChoice:
 def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
     config_class = method_class(choice.method)
     return config_class.from_shape(shape).replace(**parse_options(choice.method, config_class, choice.options))
-
-
-def data(options: argparse.Namespace) -> int:
-    """`sparseffn data`."""
-    if options.corpus is None:
-        corpora = list_corpora()
-        if options.json:
-            print_json(corpora)
-        else:
-            print_rows(("corpus", "what it is"), list(corpora.items()))
-        return 0
-    corpus = load_corpus(
-        options.corpus,
-        tokenizer=options.tokenizer,
-        data_dir=options.data_dir,
-        cache_dir=options.cache_dir,
-        vocab_size=options.vocab_size,
-    )
-    first = {split: corpus.tokenizer.decode(corpus.tokens(split)[:200]) for split in ("train", "valid", "test")}
-    if options.json:
-        print_json({**corpus.info, "first": first})
-        return 0
-    for key, value in corpus.info.items():
-        print(f"{key}: {value}")
-    for split, text in first.items():
-        print(f"\n{split} begins:\n{text}")
-    return 0
 
 
 def doctor(options: argparse.Namespace) -> int:

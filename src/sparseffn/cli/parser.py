@@ -6,6 +6,7 @@ from typing import Any
 
 from sparseffn.cli.arguments import Parser, add_command, add_json, add_machine
 from sparseffn.cli.bench_parser import add_bench
+from sparseffn.cli.data_parser import add_data
 from sparseffn.cli.reproduce_parser import add_reproduce
 
 DESCRIPTION = """\
@@ -20,15 +21,15 @@ def build_parser() -> Parser:
     """The parser of `sparseffn`."""
     parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, add_reproduce, _data, _doctor):
+    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, add_reproduce, add_data, _doctor):
         add(commands)
     return parser
 
 
 def _corpus(parser: Parser) -> None:
-    parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text or ptb")
-    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
-    parser.add_argument("--tokenizer", help="bytes, chars, words or bpe (default: the corpus's own)")
+    parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text, or one of `sparseffn data list`")
+    parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
+    parser.add_argument("--tokenizer", help="bytes, seen-bytes, chars, words or bpe (default: the corpus's own)")
     parser.add_argument("--vocab-size", type=int, help="pieces of a bpe vocabulary (default: 8000)")
     parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
 
@@ -147,7 +148,7 @@ def _eval(commands: Any) -> None:
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="split")
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's)")
     parser.add_argument("--eval-batch", type=int, help="streams the split is cut into; 1 is exact (default: the run's)")
-    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
+    parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
     parser.add_argument("--cache-dir", help="where token files are kept")
     add_machine(parser)
     add_json(parser)
@@ -170,19 +171,6 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's in evaluation)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     add_machine(parser)
-
-
-def _data(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "data",
-        "List the corpora, or prepare one and say what is in it.",
-        "Examples:\n  sparseffn data\n  sparseffn data --corpus stdlib",
-        "describe:data",
-    )
-    _corpus(parser)
-    parser.set_defaults(corpus=None)
-    add_json(parser)
 
 
 def _doctor(commands: Any) -> None:

@@ -7,9 +7,10 @@ inputs, targets = streams.window(0)
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora
 from sparseffn.data.corpus import Corpus, load_corpus, to_metric
-from sparseffn.data.registry import list_corpora, register_corpus
+from sparseffn.data.prepare import prepare_corpus
+from sparseffn.data.registry import CorpusEntry, corpus_entry, list_corpora, register_corpus
 from sparseffn.data.splits import SPLITS, Split
-from sparseffn.data.streams import ContiguousStreams, EvalWindow, evaluation_windows
+from sparseffn.data.streams import ContiguousStreams, DocumentStreams, EvalWindow, TrainingStreams, evaluation_windows
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import list_tokenizers, tokenizer_class, tokenizer_from_json
 
@@ -17,14 +18,19 @@ __all__ = [
     "SPLITS",
     "ContiguousStreams",
     "Corpus",
+    "CorpusEntry",
+    "DocumentStreams",
     "EvalWindow",
     "Split",
     "Tokenizer",
+    "TrainingStreams",
     "Unit",
+    "corpus_entry",
     "evaluation_windows",
     "list_corpora",
     "list_tokenizers",
     "load_corpus",
+    "prepare_corpus",
     "register_corpus",
     "to_metric",
     "tokenizer_class",

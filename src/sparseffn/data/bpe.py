@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 # What SentencePiece writes for a space; in a text it is a character like any other and is spelled in bytes.
 SPACE_MARK = "\u2581"
+# A word with the space before it, or a space alone; neither tab nor line end is in a word.
+WORD = re.compile(r" ?[^ \t\n]+| ")
+# Different words of a training text that are held: some 200 MB. More are thinned out.
+MAX_WORDS = 2_000_000
 
 
 @final
@@ -48,12 +54,26 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
         """Train on the lines of the text; the same text gives the same model."""
+        return cls._train(_lines(blocks), vocab_size)
+
+    @classmethod
+    def fit_counted(cls, texts: Iterable[str], *, vocab_size: int | None = None) -> Self:
+        """Train on the words of texts with their counts, so that memory is bounded by their number.
+
+        Pieces do not reach over a space, so that the model is the one of `fit`, but for tabs, which separate words here.
+        """
+        counted = sorted(_word_counts(texts).items(), key=lambda item: (-item[1], item[0]))
+        return cls._train((f"{word}\t{count}" for word, count in counted), vocab_size, input_format="tsv")
+
+    @classmethod
+    def _train(cls, sentences: Iterator[str], vocab_size: int | None, **options: str) -> Self:
         size = cls.default_vocab_size if vocab_size is None else vocab_size
         model = io.BytesIO()
         try:
             _sentencepiece().SentencePieceTrainer.train(
-                sentence_iterator=_lines(blocks),
+                sentence_iterator=sentences,
                 model_writer=model,
+                **options,
                 model_type="bpe",
                 vocab_size=size,
                 split_digits=True,
@@ -113,6 +133,17 @@ class BpeTokenizer(Tokenizer):
 def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
     for block in blocks:
         yield from filter(None, to_text(block).split("\n"))
+
+
+def _word_counts(texts: Iterable[str]) -> Counter[str]:
+    """Words with the space before them, as often as they occur."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(WORD.findall(text))
+        if len(counts) > MAX_WORDS:
+            # Lossy, in favour of what is frequent: pieces come from words that are seen again and again.
+            counts = Counter({word: count for word, count in counts.items() if count > 1})
+    return counts
 
 
 def _sentencepiece() -> ModuleType:

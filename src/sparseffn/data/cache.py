@@ -239,7 +239,8 @@ def _open_tokens(folder: Path, split: Split, dtype: np.dtype, meta: Mapping[str,
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     _expect(folder, f"digest of {path.name}", meta["digest"], digest)
-    return np.memmap(path, dtype=dtype, mode="r")
+    # A split that is not stored has no tokens, and nothing can be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if meta["tokens"] else np.zeros(0, dtype)
 
 
 def _expect(folder: Path, what: str, expected: object, found: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -12,15 +11,18 @@ from typing import final
 
 import numpy as np
 
-from sparseffn.data.cache import Prepared, TokenCache, TokenWriter
-from sparseffn.data.registry import corpus_entry
-from sparseffn.data.splits import SPLITS, Block, ContentDigest, Source, Split, digest_of
-from sparseffn.data.tokenizer_base import Tokenizer, Unit, to_text
+from sparseffn.data.cache import Prepared, TokenCache
+from sparseffn.data.download import OnProgress
+from sparseffn.data.place import Place
+from sparseffn.data.registry import CorpusEntry, corpus_entry
+from sparseffn.data.splits import SPLITS, Source, Split, digest_of
+from sparseffn.data.streamed import StreamedSource
+from sparseffn.data.streams import ContiguousStreams, TrainingStreams
+from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import tokenizer_class
+from sparseffn.data.tokenizing import AnySource, check_size, find_prepared, make_prepared
 from sparseffn.errors import UserError, unknown_name
-
-# Below this nothing can be learned or measured: one window of a tiny model, one prediction.
-MIN_TOKENS: Mapping[Split, int] = {"train": 1000, "valid": 2, "test": 2}
+from sparseffn.paths import default_cache_dir
 
 METRICS: Mapping[Unit, str] = {
     "byte": "bits per byte",
@@ -39,7 +41,7 @@ class Corpus:
     name: str
     # Tokeniser that made the tokens.
     tokenizer: Tokenizer
-    # Training tokens, shape [n], memory-mapped.
+    # Training tokens, shape [n], memory-mapped; none where they are streamed.
     train: np.ndarray
     # Validation tokens.
     valid: np.ndarray
@@ -51,6 +53,23 @@ class Corpus:
     info: dict[str, object]
     # Text length by split, in bytes.
     split_bytes: Mapping[Split, int]
+    # Where training documents are streamed from, if they are.
+    streamed: StreamedSource | None = None
+
+    def training_streams(self, *, batch: int, context: int, seed: int = 0) -> TrainingStreams:
+        """Training windows.
+
+        Args:
+            batch: number of streams.
+            context: inputs of a window in each stream.
+            seed: order of the documents of a streamed corpus; text on disk is read as it stands.
+
+        Raises:
+            UserError: there is too little text.
+        """
+        if self.streamed is not None:
+            return self.streamed.streams(self.tokenizer, batch=batch, context=context, seed=seed)
+        return ContiguousStreams(self.train, batch=batch, context=context)
 
     @property
     def unit(self) -> Unit:
@@ -109,7 +128,7 @@ def load_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     vocab_size: int | None = None,
 ) -> Corpus:
-    """Open a corpus; the first time, find, read and tokenise it.
+    """Open a corpus; the first time, find, read and tokenise it. Nothing is downloaded: `prepare_corpus` does that.
 
     Args:
         name: one of `list_corpora()`.
@@ -122,14 +141,44 @@ def load_corpus(
     Raises:
         UserError: unknown name, missing or unusable data, too little text, damaged cache.
     """
-    entry = corpus_entry(name)
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    place = Place(data_dir=None if data_dir is None else Path(data_dir).expanduser(), cache_dir=folder)
+    return open_corpus(corpus_entry(name), place, tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def open_corpus(
+    entry: CorpusEntry,
+    place: Place,
+    *,
+    tokenizer: str | Tokenizer | None = None,
+    vocab_size: int | None = None,
+    network: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Corpus:
+    """What `load_corpus` does, for a corpus that need not be registered.
+
+    Args:
+        entry: the corpus.
+        place: where it may be found and where tokens are kept.
+        tokenizer: as for `load_corpus`.
+        vocab_size: as for `load_corpus`.
+        network: whether tokeniser and stored splits of a streamed corpus may be made from the network now.
+        on_progress: told of what was read of a streamed corpus.
+
+    Raises:
+        UserError: as `load_corpus`.
+    """
     choice = entry.tokenizer if tokenizer is None else tokenizer
     settings = _settings(choice, vocab_size)
-    source = entry.find(None if data_dir is None else Path(data_dir).expanduser())
-    for split in SPLITS:
-        # No tokeniser makes more tokens than bytes, but for the end of a last line.
-        _check_size(source.corpus, split, source.n_bytes(split) + 1)
-    prepared = _prepare(source, choice, settings, TokenCache(cache_dir))
+    source = entry.find(place)
+    if isinstance(source, Source):
+        for split in SPLITS:
+            # No tokeniser makes more tokens than bytes, but for the end of a last line.
+            check_size(source.corpus, split, source.n_bytes(split) + 1)
+    cache = TokenCache(place.cache_dir)
+    prepared = find_prepared(source, choice, settings, cache, network) or make_prepared(
+        source, choice, settings, cache, on_progress
+    )
     return _as_corpus(source, prepared)
 
 
@@ -147,65 +196,7 @@ def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, obje
     return {"tokenizer": choice, "vocab_size": default if vocab_size is None else vocab_size}
 
 
-def _prepare(source: Source, choice: str | Tokenizer, settings: Mapping[str, object], cache: TokenCache) -> Prepared:
-    fingerprint = source.fingerprint()
-    known = cache.known_content(fingerprint)
-    content = known or source.content_digest()
-    key = cache.key(content, settings)
-    prepared = cache.open(key)
-    if prepared is None:
-        tokenizer = choice if isinstance(choice, Tokenizer) else _fit(source, choice, settings)
-        prepared = cache.store(key, tokenizer, _Filler(source, tokenizer, content), content)
-    if known is None:
-        # The note only saves time; a cache that may be read but not written still serves.
-        with contextlib.suppress(UserError):
-            cache.remember(fingerprint, content)
-    return prepared
-
-
-def _fit(source: Source, name: str, settings: Mapping[str, object]) -> Tokenizer:
-    cls = tokenizer_class(name)
-    texts = (_checked(block, cls.needs_text) for split in cls.fits_on for block in source.blocks(split))
-    vocab_size = settings["vocab_size"]
-    return cls.fit(texts, vocab_size=vocab_size if isinstance(vocab_size, int) else None)
-
-
-@final
-class _Filler:
-    """Encodes the splits into a cache folder, checking that the text is what the folder is named after."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, content: str) -> None:
-        self._source, self._tokenizer, self._content = source, tokenizer, content
-        self._digest = ContentDigest()
-
-    def __call__(self, split: Split, writer: TokenWriter) -> None:
-        for block in self._source.blocks(split):
-            self._digest.update(split, block.data)
-            writer.append(self._tokenizer.encode(_checked(block, self._tokenizer.needs_text)), len(block.data))
-        _check_size(self._source.corpus, split, writer.n_tokens)
-        if split == SPLITS[-1] and self._digest.hexdigest() != self._content:
-            raise UserError(
-                f"corpus files must not change while they are read; got other text for {self._source.corpus!r} than a "
-                f"moment before; fix: run again"
-            )
-
-
-def _checked(block: Block, needs_text: bool) -> bytes:
-    """The block's bytes; text that is not UTF-8 is reported with its file."""
-    if needs_text:
-        to_text(block.data, where=str(block.path), offset=block.offset)
-    return block.data
-
-
-def _check_size(corpus: str, split: Split, n_tokens: int) -> None:
-    if n_tokens < MIN_TOKENS[split]:
-        raise UserError(
-            f"the {split} split of corpus {corpus!r} must have at least {MIN_TOKENS[split]} tokens; got {n_tokens}; "
-            f"fix: use more text"
-        )
-
-
-def _as_corpus(source: Source, prepared: Prepared) -> Corpus:
+def _as_corpus(source: AnySource, prepared: Prepared) -> Corpus:
     tokenizer, tokens = prepared.tokenizer, prepared.tokens
     digest = digest_of(prepared.content, tokenizer.digest)
     splits = {
@@ -234,4 +225,5 @@ def _as_corpus(source: Source, prepared: Prepared) -> Corpus:
         digest=digest,
         info=info,
         split_bytes=prepared.n_bytes,
+        streamed=source if isinstance(source, StreamedSource) else None,
     )

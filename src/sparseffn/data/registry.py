@@ -1,4 +1,4 @@
-"""Corpora by name. A corpus is one file in `corpora/` with a function that finds its files."""
+"""Corpora by name. A corpus is one file in `corpora/`: a function that finds its files, or what is published of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparseffn.data.place import Place
+from sparseffn.data.published import PublishedCorpus
 from sparseffn.data.splits import Source
+from sparseffn.data.streamed import StreamedCorpus, StreamedSource
 from sparseffn.errors import UserError, unknown_name
 
-# Finds the files of a corpus in the user's data folder (None: not given); reads no contents.
+# Finds the files of a corpus in the user's data folder (None: not given).
 Finder = Callable[[Path | None], Source]
 
 
@@ -24,27 +27,78 @@ class CorpusEntry:
     # Tokeniser where the user names none.
     tokenizer: str
     # Finds the files.
-    find: Finder
+    find: Callable[[Place], Source | StreamedSource]
+    # What is published of it; None for a corpus that is here anyway.
+    published: PublishedCorpus | None = None
+    # What is published of it, where it is streamed.
+    streamed: StreamedCorpus | None = None
+    # Whether it needs a file of the user's.
+    needs_data_dir: bool = False
+
+    def state(self, place: Place) -> str:
+        """Whether it is here: `always`, `prepared`, `no`, `streamed`, or `--data-dir` for the user's own text."""
+        if self.streamed is not None:
+            return "streamed"
+        if self.published is not None:
+            return "prepared" if self.published.is_prepared(place) else "no"
+        return "--data-dir" if self.needs_data_dir else "always"
 
 
 _CORPORA: dict[str, CorpusEntry] = {}
 
 
-def register_corpus(*, name: str, summary: str, tokenizer: str) -> Callable[[Finder], Finder]:
+def register_corpus(*, name: str, summary: str, tokenizer: str, needs_data_dir: bool = False) -> Callable[[Finder], Finder]:
     """Decorate the function that finds a corpus's files.
 
     Args:
         name: how users name the corpus.
         summary: one line for lists.
         tokenizer: the default tokeniser.
+        needs_data_dir: whether it needs a file of the user's.
     """
 
     def add(find: Finder) -> Finder:
-        assert name not in _CORPORA, f"corpus {name!r} is registered twice"
-        _CORPORA[name] = CorpusEntry(name=name, summary=summary, tokenizer=tokenizer, find=find)
+        _add(
+            CorpusEntry(
+                name=name,
+                summary=summary,
+                tokenizer=tokenizer,
+                find=lambda place: find(place.data_dir),
+                needs_data_dir=needs_data_dir,
+            )
+        )
         return find
 
     return add
+
+
+def register_published(corpus: PublishedCorpus, *, summary: str, tokenizer: str) -> PublishedCorpus:
+    """Register a corpus that others publish.
+
+    Args:
+        corpus: its files, digests and addresses.
+        summary: one line for lists.
+        tokenizer: the default tokeniser.
+    """
+    _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, published=corpus))
+    return corpus
+
+
+def register_streamed(corpus: StreamedCorpus, *, summary: str, tokenizer: str) -> StreamedCorpus:
+    """Register a corpus that is streamed.
+
+    Args:
+        corpus: its shards.
+        summary: one line for lists.
+        tokenizer: the default tokeniser.
+    """
+    _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, streamed=corpus))
+    return corpus
+
+
+def _add(entry: CorpusEntry) -> None:
+    assert entry.name not in _CORPORA, f"corpus {entry.name!r} is registered twice"
+    _CORPORA[entry.name] = entry
 
 
 def list_corpora() -> dict[str, str]:

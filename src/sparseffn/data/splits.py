@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from sparseffn.errors import UserError
 
@@ -103,6 +103,8 @@ class Source:
     pieces: Mapping[Split, Sequence[Piece]]
     # What belongs into every result besides counts, such as the Python version.
     info: Mapping[str, str] = field(default_factory=dict)
+    # Splits whose tokens are stored.
+    stored: ClassVar[tuple[Split, ...]] = SPLITS
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and times of the files and of the cuts: cheap, changes when a file is written."""
@@ -140,9 +142,14 @@ class Source:
         for index, piece in enumerate(pieces):
             yield from _read_piece(piece, end_line=index + 1 < len(pieces))
 
+    @staticmethod
+    def running_digest() -> ContentDigest:
+        """What the content digest is made with, block by block."""
+        return ContentDigest()
+
     def content_digest(self) -> str:
         """Digest of the bytes of all splits."""
-        digests = ContentDigest()
+        digests = self.running_digest()
         for split in SPLITS:
             for block in self.blocks(split):
                 digests.update(split, block.data)
@@ -150,9 +157,14 @@ class Source:
 
 
 class ContentDigest:
-    """Running digest of the bytes of every split; the same however the bytes are cut in blocks."""
+    """Running digest of the bytes of every split; the same however the bytes are cut in blocks.
 
-    def __init__(self) -> None:
+    Args:
+        more: what it depends on beside the bytes.
+    """
+
+    def __init__(self, *more: str) -> None:
+        self._more = more
         self._digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
 
     def update(self, split: Split, data: bytes) -> None:
@@ -161,7 +173,7 @@ class ContentDigest:
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""
-        return digest_of(*(self._digests[split].digest() for split in SPLITS))
+        return digest_of(*(self._digests[split].digest() for split in SPLITS), *self._more)
 
 
 def split_by_hash(pieces: Sequence[Piece]) -> dict[Split, list[Piece]]:

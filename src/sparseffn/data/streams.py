@@ -1,24 +1,54 @@
 """Contiguous streams for a model with memory: the corpus is cut in `batch` streams that all go on in step.
 
-Training windows are a function of their number alone, so that a position in training is one integer. Evaluation windows
-predict every token but the first exactly once. Both read only the window's slices of the (memory-mapped) tokens.
+Training windows of a corpus on disk are a function of their number alone, so that a position in training is one integer;
+those of a corpus that is streamed come one after the other, and their position is a few small tensors. Evaluation windows
+predict every token but the first exactly once. Tokens on disk are read by the window's slices of the memory-mapped file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 import torch
 
+from sparseffn.data.shards import ShuffledDocuments
 from sparseffn.errors import UserError
 
 
+class TrainingStreams(ABC):
+    """Training windows of `batch` streams that go on in step."""
+
+    # Number of streams.
+    batch: int
+    # Inputs of a window in each stream.
+    context: int
+
+    @property
+    @abstractmethod
+    def n_windows(self) -> int:
+        """Windows in one pass over the corpus; memory starts anew after the last."""
+
+    @abstractmethod
+    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Window `i`: inputs and targets, both int64 of shape `[batch, context]`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold, beside the number of steps, to go on with the same windows."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go to where `state` was taken."""
+
+
 @final
-class ContiguousStreams:
-    """Training windows.
+class ContiguousStreams(TrainingStreams):
+    """Training windows of tokens on disk.
 
     The corpus is cut in `batch` streams of `len(tokens) // batch` tokens; what remains at the end is dropped. Window
     `i` holds positions `i * context .. (i + 1) * context - 1` of every stream, with the next tokens as targets.
@@ -62,9 +92,96 @@ class ContiguousStreams:
         if not 0 <= i < self.n_windows:
             raise IndexError(f"window must be in 0 .. {self.n_windows - 1}; got {i}; fix: take it modulo n_windows")
         starts = i * self.context + np.arange(self.batch) * self._stream_length
-        rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts]).astype(np.int64)
-        both = torch.from_numpy(rows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts])
+        return _inputs_and_targets(rows)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing: the number of the window is all."""
+        return {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to do."""
+
+
+@final
+class DocumentStreams(TrainingStreams):
+    """Training windows of documents that are streamed.
+
+    Every stream goes on with the next document of them all when its last one ends, so that no text is seen twice in an
+    epoch and all streams are full. Windows come in order.
+
+    Args:
+        documents: the texts, without end.
+        encode: token numbers of a document, the separator that ends it included; at least one.
+        batch: number of streams.
+        context: inputs of a window in each stream.
+    """
+
+    def __init__(self, documents: ShuffledDocuments, encode: Callable[[str], np.ndarray], *, batch: int, context: int) -> None:
+        _check_sizes(batch, context)
+        self.batch = batch
+        self.context = context
+        self._documents = documents
+        self._encode = encode
+        self._next = 0
+        self._rests = [np.zeros(0, np.int64)] * batch
+
+    @property
+    def n_windows(self) -> int:
+        """Without end: an epoch's end is no break."""
+        return sys.maxsize
+
+    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next window, which must be `i`.
+
+        Raises:
+            IndexError: it is another one.
+        """
+        if i != self._next:
+            raise IndexError(f"window must be {self._next}, the next one of a stream; got {i}; fix: ask in order, or restore")
+        rows = np.stack([self._take(stream) for stream in range(self.batch)])
+        self._next += 1
+        return _inputs_and_targets(rows)
+
+    def _take(self, stream: int) -> np.ndarray:
+        """The next `context + 1` tokens of a stream; the last one comes again as the next window's first input."""
+        parts = [self._rests[stream]]
+        n_tokens = len(parts[0])
+        while n_tokens <= self.context:
+            parts.append(self._encode(next(self._documents)))
+            n_tokens += len(parts[-1])
+        tokens = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        self._rests[stream] = tokens[self.context :]
+        return tokens[: self.context + 1]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The documents' position, the next window, and what is left of each stream's last document."""
+        return {
+            "position": torch.tensor([self._next, *self._documents.position()], dtype=torch.int64),
+            "lengths": torch.tensor([len(rest) for rest in self._rests], dtype=torch.int64),
+            "rests": torch.from_numpy(np.concatenate(self._rests).astype(np.int64)),
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            UserError: it is of other shards or another number of streams.
+        """
+        lengths = state["lengths"].tolist() if "lengths" in state else []
+        if len(lengths) != self.batch:
+            raise UserError(
+                f"a checkpoint of streamed documents must hold {self.batch} streams; got {len(lengths)}; "
+                "fix: go on with the batch and corpus that the run began with"
+            )
+        self._next, *position = state["position"].tolist()
+        self._documents.restore(position)
+        self._rests = np.split(state["rests"].numpy().copy(), np.cumsum(lengths)[:-1])
+
+
+def _inputs_and_targets(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.from_numpy(rows.astype(np.int64, copy=False))
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,57 @@ class BytesTokenizer(Tokenizer):
 
 
 @final
+class SeenBytesTokenizer(Tokenizer):
+    """One token a byte that occurs in the corpus, in numeric order: 205 of them in enwik8, as in the published counts."""
+
+    name: ClassVar[str] = "seen-bytes"
+    unit: ClassVar[Unit] = "byte"
+    fits_on: ClassVar[tuple[Split, ...]] = SPLITS
+    needs_text: ClassVar[bool] = False
+
+    def __init__(self, values: Iterable[int]) -> None:
+        self._values = np.array(sorted(set(values)), dtype=np.uint8)
+
+    @classmethod
+    def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
+        """Collect the bytes of the text."""
+        found: set[int] = set()
+        for block in blocks:
+            found.update(block)
+        return cls(found)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> Self:
+        """From `values`, hexadecimal digits."""
+        return cls(bytes.fromhex(str(state["values"])))
+
+    def state(self) -> dict[str, object]:
+        """The bytes as hexadecimal digits."""
+        return {"values": self._values.tobytes().hex()}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different bytes."""
+        return len(self._values)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Number of every byte, as int64."""
+        given = np.frombuffer(data, dtype=np.uint8)
+        numbers = np.full(256, -1, dtype=np.int64)
+        numbers[self._values] = np.arange(self.vocab_size)
+        ids = numbers[given]
+        if (ids < 0).any():
+            raise UserError(
+                f"data must consist of the vocabulary's {self.vocab_size} bytes; "
+                f"got 0x{int(given[int(np.argmax(ids < 0))]):02x}; fix: use tokenizer=bytes"
+            )
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._values[ids].tobytes().decode("utf-8", errors="replace")
+
+
+@final
 class CharsTokenizer(Tokenizer):
     """One token a Unicode character, numbered in code point order.
 
@@ -185,7 +236,7 @@ def _from_code_points(points: np.ndarray) -> str:
 
 
 _TOKENIZERS: dict[str, type[Tokenizer]] = {
-    cls.name: cls for cls in (BytesTokenizer, CharsTokenizer, WordsTokenizer, BpeTokenizer)
+    cls.name: cls for cls in (BytesTokenizer, SeenBytesTokenizer, CharsTokenizer, WordsTokenizer, BpeTokenizer)
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparseffn.bench.timing import interleaved, medians
-from sparseffn.data import ContiguousStreams, Corpus
+from sparseffn.data import Corpus, TrainingStreams
 from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.models import TransformerXL
@@ -130,13 +130,15 @@ def _timing_config(preset: Preset) -> TrainConfig:
 
 def _time_steps(field: Sequence[Contender], preset: Preset, corpus: Corpus) -> dict[str, float]:
     config = _timing_config(preset)
-    streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
     with torch.random.fork_rng():
-        calls = {c.label: _training_step(c, config, streams) for c in field}
+        calls = {
+            c.label: _training_step(c, config, corpus.training_streams(batch=config.batch, context=config.context))
+            for c in field
+        }
         return medians(interleaved(calls, rounds=_ROUNDS, warmup=_WARMUP))
 
 
-def _training_step(contender: Contender, config: TrainConfig, streams: ContiguousStreams) -> Callable[[], None]:
+def _training_step(contender: Contender, config: TrainConfig, streams: TrainingStreams) -> Callable[[], None]:
     """A call that trains on the next window, memory carried."""
     model = TransformerXL(contender.model)
     model.init_parameters(0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseffn.data import ContiguousStreams, Corpus
+from sparseffn.data import Corpus, TrainingStreams
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluate import Evaluation, NonFiniteLossError, autocast, evaluate, token_losses
 from sparseffn.ffn import FeedForward
@@ -118,7 +118,7 @@ def train(
             "fix: build the model's config from the corpus"
         )
     # A corpus that is too small for a window is refused before anything is written.
-    streams = ContiguousStreams(corpus.train, batch=config.batch, context=config.context)
+    streams = corpus.training_streams(batch=config.batch, context=config.context, seed=config.seed)
     fresh = folder.open(run_config(model_config, config, corpus))
     for note in config.notes if fresh else ():
         _log.warning(note)
@@ -146,7 +146,7 @@ class _Run:
         model_config: TransformerXLConfig,
         config: TrainConfig,
         corpus: Corpus,
-        streams: ContiguousStreams,
+        streams: TrainingStreams,
         folder: RunFolder,
         on_step: OnStep | None,
         on_metrics: Callable[[dict[str, Any]], None] | None,
@@ -282,6 +282,7 @@ class _Run:
         tensors |= optimizer_tensors(self.optimizer, self.names)
         for i, memory in enumerate(self.memories):
             tensors |= {f"memory.{i}.{layer}": states for layer, states in enumerate(memory or ())}
+        tensors |= {f"stream.{key}": value for key, value in self.streams.state().items()}
         tensors["rng"] = torch.get_rng_state()
         extra = {"seconds": self.seconds}
         save_checkpoint(self.folder.checkpoints, Checkpoint(step=self.step, tensors=tensors, extra=extra))
@@ -301,6 +302,7 @@ class _Run:
         for i in range(len(self.memories)):
             layers = [states[f"{i}.{layer}"] for layer in range(len(self.model.layers)) if f"{i}.{layer}" in states]
             self.memories[i] = tuple(layers) or None
+        self.streams.restore(checkpoint.group("stream"))
         self.folder.rewind_metrics(self.step)
         torch.set_rng_state(checkpoint.tensors["rng"])
 

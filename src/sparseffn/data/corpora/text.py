@@ -24,7 +24,7 @@ MIN_FILES_BY_HASH = 20
 NAMED_SPLITS: dict[str, Split] = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 
 
-@register_corpus(name="text", summary="any file or folder of yours (--data-dir PATH)", tokenizer="bytes")
+@register_corpus(name="text", summary="any file or folder of yours (--data-dir PATH)", tokenizer="bytes", needs_data_dir=True)
 def find_text(data_dir: Path | None) -> Source:
     """Find the files and split them.
 

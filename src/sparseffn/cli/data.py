@@ -1,0 +1,172 @@
+"""`data list`, `data prepare`, `data check`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from sparseffn.cli.output import print_json, print_rows
+from sparseffn.data import SPLITS, Corpus, CorpusEntry, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
+from sparseffn.data.place import Place
+from sparseffn.errors import UserError
+from sparseffn.paths import default_cache_dir
+
+# Tokens of each split that are shown.
+_SHOWN_TOKENS = 200
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """`sparseffn data list`."""
+    rows = [_listed(corpus_entry(name), _place(options)) for name in list_corpora()]
+    if options.json:
+        print_json(rows)
+        return 0
+    columns = ("corpus", "here", "digest", "text", "tokenizer", "what it is")
+    print_rows(
+        columns,
+        [(r["corpus"], r["here"], r["digest"], _size(r["bytes"]), r["tokenizer"], r["summary"]) for r in rows],
+        n_words=len(columns),
+    )
+    print("\nunverified: never fetched here, so that published digests and addresses were not compared with anything")
+    return 0
+
+
+def _listed(entry: CorpusEntry, place: Place) -> dict[str, Any]:
+    published = entry.published
+    sizes = [file.size for file in published.files] if published else []
+    return {
+        "corpus": entry.name,
+        "summary": entry.summary,
+        "tokenizer": entry.tokenizer,
+        "here": entry.state(place),
+        "digest": _status(entry),
+        "bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else None,
+        "digests": {file.name: file.digest for file in published.files} if published else {},
+        "addresses": _addresses(entry),
+    }
+
+
+def _status(entry: CorpusEntry) -> str:
+    if entry.published is None:
+        return "unverified" if entry.streamed else "-"
+    return "verified" if entry.published.verified else "unverified"
+
+
+def _addresses(entry: CorpusEntry) -> list[str]:
+    if entry.streamed is not None:
+        return [entry.streamed.url]
+    routes = entry.published.routes if entry.published is not None else ()
+    return [url for route in routes for remote in route for url in remote.urls]
+
+
+def _size(n_bytes: int | None) -> str:
+    return "-" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def prepare_command(options: argparse.Namespace) -> int:
+    """`sparseffn data prepare`."""
+    with _Transfers() as transfers:
+        corpus = prepare_corpus(
+            options.corpus,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            data_dir=options.data_dir,
+            cache_dir=options.cache_dir,
+            offline=options.offline,
+            accept_digests=options.accept_digest or (),
+            on_progress=transfers.show,
+        )
+    _print_corpus(corpus, options)
+    return 0
+
+
+def check_command(options: argparse.Namespace) -> int:
+    """`sparseffn data check`."""
+    if options.corpus is not None:
+        _print_corpus(_load(options.corpus, options), options)
+        return 0
+    if options.data_dir is not None:
+        raise UserError(f"`--corpus` must be given with --data-dir; got {options.data_dir!r} alone; fix: name the corpus")
+    here = [name for name in list_corpora() if corpus_entry(name).state(_place(options)) in ("always", "prepared")]
+    found, failed = [], {}
+    for name in here:
+        try:
+            found.append(_load(name, options))
+        except UserError as error:
+            failed[name] = str(error)
+    if options.json:
+        print_json({"corpora": [corpus.info for corpus in found], "failed": failed})
+    else:
+        columns = ("corpus", "digest", "tokenizer", "vocabulary", *(f"{split} tokens" for split in SPLITS))
+        print_rows(columns, [_row(corpus) for corpus in found], n_words=3)
+        for name, message in failed.items():
+            print(f"\n{name}: {message}")
+    return 1 if failed else 0
+
+
+def _load(name: str, options: argparse.Namespace) -> Corpus:
+    return load_corpus(
+        name,
+        tokenizer=options.tokenizer,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        vocab_size=options.vocab_size,
+    )
+
+
+def _row(corpus: Corpus) -> tuple[str, ...]:
+    counts = (f"{len(corpus.tokens(split)):,}" for split in SPLITS)
+    return (corpus.name, corpus.digest, corpus.tokenizer.name, f"{corpus.tokenizer.vocab_size:,}", *counts)
+
+
+def _print_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
+    first = {split: corpus.tokenizer.decode(_first_tokens(corpus, split)) for split in SPLITS}
+    if options.json:
+        print_json({**corpus.info, "first": first})
+        return
+    for key, value in corpus.info.items():
+        print(f"{key}: {value}")
+    for split, text in first.items():
+        print(f"\n{split} begins:\n{text}")
+
+
+def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
+    streamed = corpus.streamed
+    # What is on the hub is not fetched only to be shown.
+    if split == "train" and streamed is not None and not streamed.is_remote:
+        return corpus.training_streams(batch=1, context=_SHOWN_TOKENS).window(0)[0][0].numpy()
+    return corpus.tokens(split)[:_SHOWN_TOKENS]
+
+
+def _place(options: argparse.Namespace) -> Place:
+    return Place(cache_dir=Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir())
+
+
+class _Transfers:
+    """Progress of downloads on standard error; nothing where that is not a terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Transfers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tasks:
+            self._progress.stop()
+
+    def show(self, name: str, done: int, total: int | None) -> None:
+        """Tell of the bytes of a file that are there."""
+        if not self._progress.console.is_terminal:
+            return
+        if name not in self._tasks:
+            self._progress.start()
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)

@@ -1,0 +1,235 @@
+"""Corpora too large to keep: training documents are streamed from shards, a fixed part of validation is stored.
+
+Shards are `.json.gz` files in the published layout: in the user's folder, read by the standard library, or on the Hugging
+Face hub, streamed by the `datasets` library. Such a corpus has no test split: `test` is the part of the validation split
+that stands for published results, and `valid` the same number of documents after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, final
+
+import numpy as np
+
+from sparseffn.data.bpe import BpeTokenizer
+from sparseffn.data.download import OnProgress
+from sparseffn.data.place import Place
+from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
+from sparseffn.data.splits import Block, ContentDigest, SourceFile, Split, digest_of
+from sparseffn.data.streams import DocumentStreams
+from sparseffn.data.tokenizer_base import Tokenizer
+from sparseffn.data.tokenizers import BytesTokenizer
+from sparseffn.errors import UserError
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedCorpus:
+    """What is published of a corpus of shards."""
+
+    # How users name it.
+    name: str
+    # Folder of the shards: an address that `datasets` can read.
+    url: str
+    # Path of a training shard there, with `{}` for its number.
+    train: str
+    # How many there are.
+    n_train: int
+    # Path of a validation shard.
+    validation: str
+    # Validation shards that are used, and documents of each for `test`; as many follow for `valid`.
+    eval_shards: int
+    eval_documents: int
+    # Training shards that are read in turn: one where every shard is a fair sample, more where shards differ.
+    n_open: int = 1
+    # Documents that are shuffled among themselves.
+    buffer: int = 1000
+    # First training shards, whose text the tokeniser is trained on.
+    fit_shards: int = 10
+    # What follows every document.
+    separator: str = "\n\n"
+
+    @property
+    def contents(self) -> str:
+        """What the user may put somewhere, in words."""
+        validation = [self.validation.format(i) for i in range(self.eval_shards)]
+        return f"shards {self.train.format(0)} and so on (some are enough), and {', '.join(validation)}"
+
+    def find(self, place: Place) -> StreamedSource:
+        """The shards in the user's folder, or on the hub where none is given; reads nothing yet.
+
+        Raises:
+            UserError: the folder lacks shards.
+        """
+        evaluated = [self.validation.format(i) for i in range(self.eval_shards)]
+        trained = [self.train.format(i) for i in range(self.n_train)]
+        if place.data_dir is None:
+            return StreamedSource(spec=self, shards=trained, validation=evaluated, files={})
+        folder = place.data_dir
+        found = {path: _shard_in(folder, path) for path in (*trained, *evaluated)}
+        files = {path: SourceFile.at(file, path) for path, file in found.items() if file is not None}
+        shards = [path for path in trained if path in files]
+        missing = [path for path in evaluated if path not in files] + ([] if shards else trained[:1])
+        if missing:
+            raise UserError(
+                f"corpus {self.name!r} must have {self.contents} in `data_dir`; got {str(folder)!r} without "
+                f"{', '.join(missing)}; fix: put them there, or pass the --data-dir that has them"
+            )
+        return StreamedSource(spec=self, shards=shards, validation=evaluated, files=files)
+
+
+def _shard_in(folder: Path, path: str) -> Path | None:
+    """A shard in a folder that is laid out as published, or holds the shards alone."""
+    places = (folder / path, folder / Path(path).name)
+    return next((place.resolve() for place in places if place.is_file()), None)
+
+
+# Documents between two words of progress.
+_TOLD_EVERY = 1000
+
+
+def _checksum(path: Path) -> str:
+    """Checksum and length of the text in a gzip file, which are its last eight bytes."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-8, os.SEEK_END)
+            return stream.read().hex()
+    except OSError as error:
+        raise UserError(f"a shard must be a whole .json.gz file; got {str(path)!r} ({error}); fix: get it again") from error
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedSource:
+    """The shards that are there."""
+
+    # What is published.
+    spec: StreamedCorpus
+    # Training shards, by their published path.
+    shards: Sequence[str]
+    # Validation shards that are used.
+    validation: Sequence[str]
+    # The user's files by published path; none where the hub is read.
+    files: Mapping[str, SourceFile]
+    # Splits whose tokens are stored.
+    stored: ClassVar[tuple[Split, ...]] = ("valid", "test")
+
+    @property
+    def corpus(self) -> str:
+        """Name of the corpus."""
+        return self.spec.name
+
+    @property
+    def info(self) -> dict[str, str]:
+        """What is printed with every result."""
+        spec = self.spec
+        shards = "one validation shard" if spec.eval_shards == 1 else f"each of {spec.eval_shards} validation shards"
+        return {
+            "split_rule": f"training streamed; test: first {spec.eval_documents} documents of {shards}; valid: as many after",
+            "train_shards": f"{len(self.shards)} of {spec.n_train}",
+            "tokenizer_from": f"the first {min(spec.fit_shards, len(self.shards))} training shards here",
+        }
+
+    def fingerprint(self) -> str:
+        """Digest of the corpus's description and of names, sizes and times of the user's files."""
+        spec = self.spec
+        rows = [(path, str(f.path), f.size, f.mtime_ns, f.ctime_ns) for path, f in sorted(self.files.items())]
+        parts = (spec.url, spec.separator, spec.eval_documents, spec.fit_shards, list(self.shards), list(self.validation), rows)
+        return digest_of(spec.name, json.dumps(parts))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the hub is read."""
+        return not self.files
+
+    def n_files(self, split: Split) -> int:
+        """Number of shards of the split."""
+        return len(self.shards if split == "train" else self.validation)
+
+    def blocks(self, split: Split) -> Iterator[Block]:
+        """Read a stored split; nothing of `train`."""
+        spec = self.spec
+        if split == "train":
+            return
+        start = spec.eval_documents if split == "valid" else 0
+        for path in self.validation:
+            texts = list(islice(self._read(path, start), spec.eval_documents))
+            if len(texts) < spec.eval_documents:
+                raise UserError(
+                    f"{path} must have {2 * spec.eval_documents} documents, half for test and half for valid; "
+                    f"got {start + len(texts)}; fix: get the shard again"
+                )
+            where = self.files[path].path if path in self.files else Path(path)
+            yield Block("".join(text + spec.separator for text in texts).encode(), where, 0)
+
+    def running_digest(self) -> ContentDigest:
+        """What the content digest is made with: the stored text, and which shards are streamed.
+
+        Of a shard on the disk counts the checksum that ends it; on the hub, the revision in the address stands for all.
+        """
+        shards = [(path, _checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
+        return ContentDigest(json.dumps([shards, self.spec.separator, self.spec.fit_shards]))
+
+    def content_digest(self) -> str:
+        """Digest of what is stored and of the shards that are streamed; their text is not read for it."""
+        digests = self.running_digest()
+        for split in self.stored:
+            for block in self.blocks(split):
+                digests.update(split, block.data)
+        return digests.hexdigest()
+
+    def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
+        """A tokeniser for text that nobody has seen yet.
+
+        Args:
+            tokenizer: `bpe` or `bytes`.
+            vocab_size: pieces; None for the default.
+            on_progress: told of each shard and the bytes of its text that were read.
+
+        Raises:
+            UserError: this one would not know every character.
+        """
+        if tokenizer == BytesTokenizer.name:
+            return BytesTokenizer()
+        if tokenizer != BpeTokenizer.name:
+            raise UserError(
+                f"`tokenizer` must be bpe or bytes for corpus {self.corpus!r}, whose training text is not read beforehand; "
+                f"got {tokenizer!r}; fix: leave it out"
+            )
+        paths = self.shards[: self.spec.fit_shards]
+        texts = (text for path in paths for text in self._read_whole(path, on_progress))
+        return BpeTokenizer.fit_counted(texts, vocab_size=vocab_size)
+
+    def streams(self, tokenizer: Tokenizer, *, batch: int, context: int, seed: int) -> DocumentStreams:
+        """Training windows in the order of a seed."""
+        spec = self.spec
+
+        def read(shard: int, skip: int) -> Iterator[str]:
+            return self._read(self.shards[shard], skip)
+
+        documents = ShuffledDocuments(read, len(self.shards), seed=seed, buffer=spec.buffer, n_open=spec.n_open)
+        return DocumentStreams(documents, partial(_encoded, tokenizer, spec.separator), batch=batch, context=context)
+
+    def _read_whole(self, path: str, on_progress: OnProgress | None) -> Iterator[str]:
+        n_bytes = 0
+        for number, text in enumerate(self._read(path, 0), start=1):
+            yield text
+            n_bytes += len(text)
+            if on_progress is not None and number % _TOLD_EVERY == 0:
+                on_progress(path, n_bytes, None)
+
+    def _read(self, path: str, skip: int) -> Iterator[str]:
+        if path in self.files:
+            return read_local(self.files[path].path, skip)
+        return read_remote(f"{self.spec.url}/{path}", skip)
+
+
+def _encoded(tokenizer: Tokenizer, separator: str, text: str) -> np.ndarray:
+    return tokenizer.encode((text + separator).encode())
