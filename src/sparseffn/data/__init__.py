@@ -9,7 +9,7 @@ import sparseffn.data.corpora  # noqa: F401  registers the corpora
 from sparseffn.data.corpus import Corpus, load_corpus, to_metric
 from sparseffn.data.registry import list_corpora, register_corpus
 from sparseffn.data.splits import SPLITS, Split
-from sparseffn.data.streams import ContiguousStreams, EvalWindow, evaluation_windows
+from sparseffn.data.streams import ContiguousStreams, EvalWindow, evaluation_windows, unpadded
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import list_tokenizers, tokenizer_class, tokenizer_from_json
 
@@ -29,4 +29,5 @@ __all__ = [
     "to_metric",
     "tokenizer_class",
     "tokenizer_from_json",
+    "unpadded",
 ]

@@ -1,4 +1,4 @@
-"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `result.json`."""
+"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `routing/`, `checkpoints/step-*/`, `result.json`."""
 
 from __future__ import annotations
 
