@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from sparseffn.train import RunSettings
 from sparseffn.train.stored import write_json
 
 SPLITS: dict[str, tuple[Split, ...]] = {"valid": ("valid",), "test": ("test",), "both": ("valid", "test")}
+
+# Seconds between lines of progress.
+_SAY_EVERY = 15.0
 
 
 def analyze_command(options: argparse.Namespace) -> int:
@@ -59,13 +63,12 @@ def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) 
     """
     run = finished_run(folder)
     corpus = run_corpus(run, RunSettings.read(run), options)
-    said = [0]
+    said = [time.monotonic()]
 
     def on_progress(n_done: int, n_tokens: int) -> None:
-        quarter = 4 * n_done // n_tokens
-        if quarter > said[0] and n_done < n_tokens:
+        if time.monotonic() - said[0] >= _SAY_EVERY:
+            said[0] = time.monotonic()
             say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
-        said[0] = quarter
 
     return analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
 

@@ -18,11 +18,11 @@ Analysis = Mapping[str, Any]
 
 TEXT_WIDTH = 6.4
 """Inches between the margins of a page."""
-# Experts and tokens that fit on such a picture.
-_MAX_ROWS, _MAX_CELLS = 16, 6
+# Experts on such a picture, and tokens of each that fit on a line: bytes and characters, or words.
+_MAX_ROWS, _SHORT_CELLS, _LONG_CELLS = 16, 6, 4
 _ROW_HEIGHT = 0.23
-# Characters of a token in its cell.
-_TOKEN_LENGTH = 9
+# Characters that a token may have in a wide cell, where it is cut, and in a narrow one.
+_TOKEN_LENGTH, _SHORT_LENGTH = 9, 4
 
 
 def analysis_plots(analysis: Analysis) -> list[Plot]:
@@ -76,6 +76,7 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
     n_experts = len(analysis["tokens"][layer])
     title = f"Tokens by expert: {analysis['run']['method']}, layer {layer}"
     top = max(expert["load"] for expert in experts) or 1.0
+    n_cells = _cells(experts)
     with drawing(TEXT_WIDTH, _ROW_HEIGHT * (len(experts) + 1.2)) as (figure, axes):
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(len(experts) - 0.4, -1.6))
@@ -90,8 +91,8 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
             axes.text(0.045, row, str(expert["expert"]), ha="right", va="center")
             axes.barh(row, 0.095 * expert["load"] / top, left=0.06, height=0.55, color=PALETTE[1])
             axes.text(0.228, row, formats.percent(expert["load"]), ha="right", va="center", fontsize=small)
-            for cell, token in enumerate(expert["tokens"][:_MAX_CELLS]):
-                text = axes.text(0.25 + cell * 0.75 / _MAX_CELLS, row, _cut(token["text"]), va="center")
+            for cell, token in enumerate(expert["tokens"][:n_cells]):
+                text = axes.text(0.25 + cell * 0.75 / n_cells, row, _cut(token["text"]), va="center")
                 place = {"xy": (1, 0.5), "xycoords": text, "xytext": (4, 0), "textcoords": "offset points"}
                 axes.annotate(formats.lift(token["lift"]), **place, va="center", color=GREY, fontsize=small)
         busiest = experts[0]
@@ -106,6 +107,12 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
         "the text. ␣ is a space."
     )
     return Plot(name=f"tokens-{layer}", title=title, caption=caption, svg=svg, png=png)
+
+
+def _cells(experts: Sequence[Mapping[str, Any]]) -> int:
+    """How many tokens fit on a line."""
+    longest = max((len(t["text"]) for expert in experts for t in expert["tokens"][:_SHORT_CELLS]), default=0)
+    return _SHORT_CELLS if longest <= _SHORT_LENGTH else _LONG_CELLS
 
 
 def _cut(text: str) -> str:

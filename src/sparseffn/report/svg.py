@@ -88,6 +88,15 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
+@contextmanager
+def panels(width: float, height: float, n_rows: int, n_columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of several frames with common axes, row by row; see `drawing`."""
+    with drawing(width, height) as (figure, axes):
+        axes.remove()
+        frames = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+        yield figure, list(frames.flat)
+
+
 def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
     """Write a figure as one `<svg>` element.
 
