@@ -21,6 +21,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.routing import list_snapshots
 from sparseffn.train.stored import write_json
 
 
@@ -50,6 +51,8 @@ def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: Trans
     assert (result.valid, result.test) == (whole.valid, whole.test)
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / n / "routing").iterdir()} for n in ("run", "whole"))
+    assert list(list_snapshots(tmp_path / "whole")) == [0, 6, 12] and ours == theirs
 
 
 def test_training_lowers_the_loss_and_reports_both_losses_apart(

@@ -6,6 +6,7 @@ as a cliff; active channels per layer, mean and standard deviation over tokens; 
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import numpy as np
@@ -22,6 +23,45 @@ MAX_POINTS = 512
 MAX_COOCCURRENCE = 128
 
 
+def load_of(counts: Tensor) -> dict[str, float]:
+    """Evenness of a load, tokens by unit.
+
+    Returns:
+        `entropy`: of the units' shares of the selections, over its maximum log n_units; 1 when all are used alike, 0 when one
+        alone is (and where there is only one). `largest_over_mean`: the most used unit against the mean, 1 to n_units.
+    """
+    mean = float(counts.sum()) / len(counts)
+    return {"entropy": _evenness(counts), "largest_over_mean": float(counts.max()) / mean if mean > 0 else 1.0}
+
+
+def _evenness(amounts: Tensor) -> float:
+    """Entropy of the shares over its maximum."""
+    if len(amounts) < 2 or float(amounts.sum()) == 0:
+        return 0.0
+    share = amounts.double() / amounts.double().sum()
+    return float(torch.special.entr(share).sum()) / math.log(len(amounts))
+
+
+@final
+class Moments:
+    """Running sums of numbers and their squares."""
+
+    def __init__(self) -> None:
+        self.n, self.sum, self.square_sum = 0, 0.0, 0.0
+
+    def add(self, values: Tensor, *, n: int) -> None:
+        """Add values that belong to `n` tokens."""
+        numbers = values.double()
+        self.n += n
+        self.sum += float(numbers.sum())
+        self.square_sum += float(numbers.square().sum())
+
+    def mean_and_std(self) -> tuple[float, float]:
+        """Mean and standard deviation over the tokens."""
+        mean = self.sum / max(self.n, 1)
+        return mean, max(0.0, self.square_sum / max(self.n, 1) - mean**2) ** 0.5
+
+
 @final
 class LayerUsage:
     """Running sums of one layer."""
@@ -29,19 +69,15 @@ class LayerUsage:
     def __init__(self, n_units: int) -> None:
         self.counts = torch.zeros(n_units, dtype=torch.int64)
         self.weights = torch.zeros(n_units, dtype=torch.float64)
-        self.n_tokens = 0
-        self.active_sum = 0.0
-        self.active_square_sum = 0.0
+        self.active_units = Moments()
         self.together: Tensor | None = None
 
     def add(self, stats: RoutingStats) -> None:
         """Add one call's statistics."""
         self.counts += stats.counts.cpu()
         self.weights += stats.weights.double().cpu()
-        self.n_tokens += int(stats.n_tokens)
-        active = stats.active.double().cpu()
-        self.active_sum += float(active.sum())
-        self.active_square_sum += float(active.square().sum())
+        # A padded token has no active unit and does not count.
+        self.active_units.add(stats.active, n=int(stats.n_tokens))
         selection = stats.selection
         if selection is not None and selection.k is not None and selection.k > 1 and len(self.counts) <= MAX_COOCCURRENCE:
             chosen = torch.zeros(selection.n_tokens, len(self.counts))
@@ -55,6 +91,10 @@ class LayerUsage:
         mean = float(self.counts.sum()) / len(self.counts)
         return int((self.counts < DEAD_SHARE * mean).sum())
 
+    def load(self) -> dict[str, float | int]:
+        """How evenly the units are used."""
+        return {**load_of(self.counts), "weight_entropy": _evenness(self.weights), "n_dead": self.n_dead}
+
     def shares(self) -> list[float]:
         """Share of the total selection weight of each unit, descending, thinned out to at most 512 points."""
         share = (self.weights / self.weights.sum().clamp_min(1e-30)).sort(descending=True).values
@@ -64,9 +104,7 @@ class LayerUsage:
 
     def active(self) -> tuple[float, float]:
         """Mean and standard deviation over tokens of the units that a token uses."""
-        mean = self.active_sum / max(self.n_tokens, 1)
-        variance = max(0.0, self.active_square_sum / max(self.n_tokens, 1) - mean**2)
-        return mean, variance**0.5
+        return self.active_units.mean_and_std()
 
     def cooccurrence(self) -> list[list[float]] | None:
         """Of the times that row's expert was selected with another, the share that was with column's; diagonal 0."""

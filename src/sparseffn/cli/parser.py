@@ -21,7 +21,8 @@ def build_parser() -> Parser:
     """The parser of `sparseffn`."""
     parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_methods, _match, _compare, _train, _eval, _generate, add_bench, add_reproduce, add_data, _doctor):
+    adders = (_methods, _match, _compare, _train, _eval, _generate, _analyze, add_bench, add_reproduce, add_data, _doctor)
+    for add in adders:
         add(commands)
     return parser
 
@@ -171,6 +172,28 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's in evaluation)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     add_machine(parser)
+
+
+def _analyze(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "analyze",
+        "What a finished run's feedforward blocks do: active channels, use of experts, their tokens, routing over training.",
+        "Writes analysis.json and every figure as PNG and SVG. Per layer: active channels a token; share of the selection\n"
+        "weight of each expert; experts selected together; the tokens that an expert serves, with their lift; evenness of the\n"
+        "load. Over training: load, and how many of its experts a token keeps. Memory does not grow with the text.\n\n"
+        "Examples:\n  sparseffn analyze runs/sigma\n"
+        "  sparseffn analyze runs/first/runs/sigma-moe/seed-0 --split test --max-tokens 100000 --out figures/sigma",
+        "analyze:analyze_command",
+    )
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--split", choices=("valid", "test", "both"), default="valid", help="what to read")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="only the first N tokens (default: the whole split)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: RUN/analysis)")
+    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
+    parser.add_argument("--cache-dir", help="where token files are kept")
+    add_machine(parser)
+    add_json(parser)
 
 
 def _doctor(commands: Any) -> None:

@@ -102,7 +102,7 @@ def eval_command(options: argparse.Namespace) -> int:
     set_threads(options)
     model, folder = load_run_model(options.folder)
     run = RunSettings.read(folder)
-    settings, corpus = run.train, _run_corpus(folder, run, options)
+    settings, corpus = run.train, run_corpus(folder, run, options)
     memory = settings.eval_memory if options.memory is None else options.memory
     batch = settings.eval_batch if options.eval_batch is None else options.eval_batch
     outcome = evaluate(
@@ -137,7 +137,7 @@ def eval_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_corpus(folder: RunFolder, run: RunSettings, options: argparse.Namespace) -> Corpus:
+def run_corpus(folder: RunFolder, run: RunSettings, options: argparse.Namespace) -> Corpus:
     """The corpus that a run was trained on, with the run's own tokeniser.
 
     Raises:

@@ -10,7 +10,7 @@ from sparseffn.data.corpus import Corpus, load_corpus, to_metric
 from sparseffn.data.prepare import prepare_corpus
 from sparseffn.data.registry import CorpusEntry, corpus_entry, list_corpora, register_corpus
 from sparseffn.data.splits import SPLITS, Split
-from sparseffn.data.streams import ContiguousStreams, DocumentStreams, EvalWindow, TrainingStreams, evaluation_windows
+from sparseffn.data.streams import ContiguousStreams, DocumentStreams, EvalWindow, TrainingStreams, evaluation_windows, unpadded
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import list_tokenizers, tokenizer_class, tokenizer_from_json
 
@@ -35,4 +35,5 @@ __all__ = [
     "to_metric",
     "tokenizer_class",
     "tokenizer_from_json",
+    "unpadded",
 ]

@@ -221,6 +221,16 @@ def evaluation_windows(tokens: np.ndarray, *, batch: int, context: int) -> Itera
     return _evaluation_windows(tokens, bounds, context)
 
 
+def unpadded(tokens: np.ndarray, *, batch: int) -> np.ndarray:
+    """The tokens without the last few, fewer than `batch`, so that `evaluation_windows` cuts them in chunks of one length.
+
+    Every row of every window then is a token of the text: what counts tokens needs no mask.
+    """
+    n_predictions = len(tokens) - 1
+    rows = max(1, min(batch, n_predictions))
+    return tokens[: n_predictions // rows * rows + 1]
+
+
 def _evaluation_windows(tokens: np.ndarray, bounds: np.ndarray, context: int) -> Iterator[EvalWindow]:
     """`bounds[b] .. bounds[b + 1] - 1` are the inputs of row b."""
     longest = int(np.diff(bounds).max())

@@ -13,7 +13,7 @@ from statistics import fmean
 from sparseffn.report import formats
 from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, method_style, reference
 from sparseffn.report.result import Method, Result
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing, svg_text
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
 
 WIDTH = 4.8
 DEAD = 0.01
@@ -100,7 +100,7 @@ def curve_plots(result: Result) -> list[Plot]:
     return plots
 
 
-def usage_plots(result: Result) -> list[Plot]:
+def usage_plots(result: Result, *, pixels: bool = False) -> list[Plot]:
     """The use of units sorted per layer, a figure for every method that has it measured.
 
     Raises:
@@ -114,30 +114,30 @@ def usage_plots(result: Result) -> list[Plot]:
     # One range for all methods, so that their figures can be laid side by side.
     low = 10.0 ** max(-4, min(-3, math.floor(math.log10(min(positive)))))
     high = max(2.0, 1.6 * max(positive))
-    return [_usage_plot(method, f"usage-{index}", low, high) for index, method in used]
+    return [_usage_plot(method, f"usage-{index}", (low, high), pixels) for index, method in used]
 
 
-def active_plots(result: Result) -> list[Plot]:
+def active_plots(result: Result, *, pixels: bool = False) -> list[Plot]:
     """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule).
 
     Raises:
         UserError: matplotlib is not installed.
     """
     measured = [(index, method) for index, method in enumerate(result["methods"]) if method.get("active")]
-    return [_active_plot(method, f"active-{index}") for index, method in measured]
+    return [_active_plot(method, f"active-{index}", pixels) for index, method in measured]
 
 
-def cooccurrence_plots(result: Result) -> list[Plot]:
+def cooccurrence_plots(result: Result, *, pixels: bool = False) -> list[Plot]:
     """Heat maps of experts selected together, a figure for every method that has them measured.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     measured = [(index, method) for index, method in enumerate(result["methods"]) if method.get("cooccurrence")]
-    return [_cooccurrence_plot(method, f"cooccurrence-{index}") for index, method in measured]
+    return [_cooccurrence_plot(method, f"cooccurrence-{index}", pixels) for index, method in measured]
 
 
-def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
+def _usage_plot(method: Method, name: str, limits: tuple[float, float], pixels: bool) -> Plot:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     unit, layers = method.get("unit") or "units", method["usage"]
@@ -159,7 +159,7 @@ def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(visible=False, which="minor")
         margin = 0.02 * n_units
-        axes.set(xlim=(1 - margin, n_units + margin), ylim=(low, high))
+        axes.set(xlim=(1 - margin, n_units + margin), ylim=limits)
         axes.set(xlabel=f"{unit} by rank, most used first ({n_units:,})", ylabel="use, uniform = 1")
         # Sorted shares end below 1 and begin above it, so these two corners are always free.
         reference(axes, 1.0, "uniform", x=0.99, rise=3)
@@ -171,11 +171,12 @@ def _usage_plot(method: Method, name: str, low: float, high: float) -> Plot:
             f"in layer {peak['layer']}"
         )
         svg = svg_text(figure, name=name, title=title, description=description)
+        png = png_bytes(figure) if pixels else b""
     caption = f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}."
-    return Plot(name=name, title=title, caption=caption, svg=svg)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
 
 
-def _active_plot(method: Method, name: str) -> Plot:
+def _active_plot(method: Method, name: str, pixels: bool) -> Plot:
     from matplotlib.ticker import MaxNLocator
 
     layers, unit = method["active"], method.get("unit") or "channels"
@@ -214,14 +215,15 @@ def _active_plot(method: Method, name: str) -> Plot:
             f"{' or '.join(map(formats.integer, totals))} {unit} are active"
         )
         svg = svg_text(figure, name=name, title=title, description=description)
+        png = png_bytes(figure) if pixels else b""
     caption = (
         f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
         f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
     )
-    return Plot(name=name, title=title, caption=caption, svg=svg)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
 
 
-def _cooccurrence_plot(method: Method, name: str) -> Plot:
+def _cooccurrence_plot(method: Method, name: str, pixels: bool) -> Plot:
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -249,8 +251,9 @@ def _cooccurrence_plot(method: Method, name: str) -> Plot:
             f"even pairing would give each {formats.percent(even)}"
         )
         svg = svg_text(figure, name=name, title=title, description=description)
+        png = png_bytes(figure) if pixels else b""
     caption = f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
-    return Plot(name=name, title=title, caption=caption, svg=svg)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
 
 
 def _mean_curve(method: Method) -> list[dict[str, float]]:

@@ -44,6 +44,11 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.{2 if ratio >= 0.1 else 3}f}\u00d7"
 
 
+def lift(ratio: float) -> str:
+    """How many times as frequent: `7.2×`, `104×`."""
+    return f"{ratio:.{1 if ratio < 100 else 0}f}\u00d7"
+
+
 def seconds(duration: float | None) -> str:
     """A duration in seconds: `0.213 s`, `61.2 s`, `4,210 s`."""
     if duration is None:

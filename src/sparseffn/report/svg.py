@@ -88,6 +88,15 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
+@contextmanager
+def panels(width: float, height: float, n_rows: int, n_columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of several frames with common axes, row by row; see `drawing`."""
+    with drawing(width, height) as (figure, axes):
+        axes.remove()
+        frames = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+        yield figure, list(frames.flat)
+
+
 def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
     """Write a figure as one `<svg>` element.
 
@@ -117,3 +126,10 @@ def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
         f'role="img" aria-label="{escape(f"{title}. {description}")}">\n <title>{escape(title)}</title>'
     )
     return opening + text[text.index(">") + 1 :].rstrip()
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A figure, still inside its context, as pixels on white, for slides and papers."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,4 +1,6 @@
-"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `windows-*.npy`, `result.json`."""
+"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `windows-*.npy`, `routing/`,
+`result.json`.
+"""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from sparseffn.train.checkpoint import (
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
 from sparseffn.train.restore import load_weights
+from sparseffn.train.routing import routes_to_experts, save_snapshot, snapshot
 from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 _log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class _Run:
             self.seconds += time.perf_counter() - start
             self._report(record, time.perf_counter() - start)
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
+                self._validate()
             if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
                 self.save()
         result = TrainResult(
@@ -234,6 +235,12 @@ class _Run:
         found = list_checkpoints(self.folder.checkpoints)
         return found[-1] if found else "none, the run had not reached its first"
 
+    def _validate(self) -> None:
+        """A point of the validation curve, and the routing at it."""
+        self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
+        if routes_to_experts(self.model):
+            save_snapshot(self.folder.path, self.step, snapshot(self.model, self.corpus, self.config))
+
     def _evaluate_whole(self, split: str) -> float:
         """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
         evaluation = self._evaluate(split)
@@ -292,7 +299,7 @@ class _Run:
         found = list_checkpoints(self.folder.checkpoints)
         if not found:
             self.folder.rewind_metrics(-1)
-            self._record({"step": 0, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
+            self._validate()
             return
         checkpoint = load_checkpoint(found[-1])
         load_weights(self.model, found[-1], checkpoint)

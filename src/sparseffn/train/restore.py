@@ -53,9 +53,18 @@ def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
     found = list_checkpoints(folder.checkpoints)
     if not found:
         raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
+    return load_model(settings, found[-1]), folder
+
+
+def load_model(settings: RunSettings, checkpoint: Path) -> TransformerXL:
+    """The model of one of a run's checkpoints, in evaluation mode.
+
+    Raises:
+        UserError: the checkpoint is damaged, or another model's.
+    """
     model = TransformerXL(settings.model)
-    load_weights(model, found[-1], load_checkpoint(found[-1]))
-    return model.eval(), folder
+    load_weights(model, checkpoint, load_checkpoint(checkpoint))
+    return model.eval()
 
 
 def load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:

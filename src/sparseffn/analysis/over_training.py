@@ -1,0 +1,85 @@
+"""Routing over training, from the snapshots of a run: load and entropy at each step, and stability from one to the next.
+
+Stability compares the sets of experts that a token selects at two steps: Jaccard index |A & B| / |A | B|, mean over tokens, and
+the share of tokens whose sets overlap at all. Two sets drawn evenly at random agree by chance alone; that level stands beside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseffn.analysis.usage import load_of
+
+
+def over_training(snapshots: Mapping[int, Sequence[Tensor]], n_experts: int) -> dict[str, Any]:
+    """What snapshots by step say.
+
+    Args:
+        snapshots: for each step int16 `[n_tokens, K]` a layer, -1 where nothing was selected; all of the same tokens.
+        n_experts: experts of a layer.
+
+    Returns:
+        `points`, load and entropy by step and layer; `stability`, each step against the one before.
+    """
+    steps = sorted(snapshots)
+    points = [{"step": step, "layers": [load_of(_counts(rows, n_experts)) for rows in snapshots[step]]} for step in steps]
+    pairs = itertools.pairwise(steps)
+    stability = [
+        {
+            "from": before,
+            "to": after,
+            "layers": [stability_of(a, b, n_experts) for a, b in zip(snapshots[before], snapshots[after], strict=True)],
+        }
+        for before, after in pairs
+    ]
+    first = snapshots[steps[0]][0]
+    k = first.shape[1]
+    return {
+        "n_tokens": len(first),
+        "points": points,
+        "stability": stability,
+        "chance": {"jaccard": chance_jaccard(n_experts, k), "overlap": 1 - _no_overlap(n_experts, k)},
+    }
+
+
+def stability_of(before_TK: Tensor, after_TK: Tensor, n_experts: int) -> dict[str, float]:
+    """Agreement of the experts of each token, mean over tokens that select anything."""
+    a_TE, b_TE = _sets(before_TK, n_experts), _sets(after_TK, n_experts)
+    both, either = (a_TE & b_TE).sum(1).double(), (a_TE | b_TE).sum(1).double()
+    some = either > 0
+    if not bool(some.any()):
+        return {"jaccard": 1.0, "overlap": 1.0}
+    return {
+        "jaccard": float((both[some] / either[some]).mean()),
+        "overlap": float((both[some] > 0).double().mean()),
+    }
+
+
+def chance_jaccard(n_experts: int, k: int) -> float:
+    """Expected Jaccard index of two sets of k of n experts, drawn evenly and independently (hypergeometric)."""
+    k = min(k, n_experts)
+    total = math.comb(n_experts, k)
+    common = range(max(0, 2 * k - n_experts), k + 1)
+    return sum(math.comb(k, i) * math.comb(n_experts - k, k - i) / total * i / (2 * k - i) for i in common)
+
+
+def _no_overlap(n_experts: int, k: int) -> float:
+    k = min(k, n_experts)
+    return math.comb(n_experts - k, k) / math.comb(n_experts, k)
+
+
+def _sets(rows_TK: Tensor, n_experts: int) -> Tensor:
+    """Bool `[T, E]`; the column of what is not selected is cut off."""
+    chosen_TE = torch.zeros(len(rows_TK), n_experts + 1, dtype=torch.bool)
+    slots_TK = rows_TK.long() % (n_experts + 1)
+    return chosen_TE.scatter_(1, slots_TK, True)[:, :n_experts]
+
+
+def _counts(rows_TK: Tensor, n_experts: int) -> Tensor:
+    return torch.bincount(rows_TK.long().flatten() % (n_experts + 1), minlength=n_experts + 1)[:n_experts]

@@ -1,0 +1,173 @@
+"""Everything that is asked of a finished run, in one pass over a split: `analyze_run(folder, corpus, splits=("valid",))`.
+
+Windows stream through the model as in evaluation and leave running sums alone, so that memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from sparseffn.analysis.channels import ActiveChannels
+from sparseffn.analysis.over_training import over_training
+from sparseffn.analysis.tokens import ServedTokens
+from sparseffn.analysis.usage import UsageCounter
+from sparseffn.data import Corpus, EvalWindow, Split, evaluation_windows, unpadded
+from sparseffn.errors import UserError
+from sparseffn.evaluate import OnProgress, evaluate
+from sparseffn.ffn import CollectedStats
+from sparseffn.models import TransformerXL
+from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
+from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.restore import load_model
+from sparseffn.train.routing import list_snapshots, load_snapshot, routes_to_experts, snapshot
+from sparseffn.train.stored import Kind, read_fields
+
+FORMAT = 1
+"""Layout of `analysis.json`."""
+
+
+@final
+class RunCounts:
+    """The running sums of an analysis."""
+
+    def __init__(self, model: TransformerXL, tokens: Sequence[np.ndarray]) -> None:
+        self.usage = UsageCounter()
+        mixture = routes_to_experts(model)
+        # Channels and values are units themselves, and too many for a table of tokens.
+        self.channels = ActiveChannels() if mixture else None
+        self.served = ServedTokens(tokens, model.config.vocab_size) if mixture else None
+
+    def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
+        """Count what a model does on a text; returns its loss in nats a token."""
+        windows = evaluation_windows(tokens, batch=config.eval_batch, context=config.context)
+        with nullcontext() if self.channels is None else self.channels.watching(model):
+            return evaluate(
+                model,
+                tokens,
+                batch=config.eval_batch,
+                context=config.context,
+                memory=config.eval_memory,
+                precision=config.precision,
+                on_progress=on_progress,
+                observe=lambda stats: self._observe(stats, windows),
+            ).nats_per_token
+
+    def _observe(self, stats: CollectedStats, windows: Iterator[EvalWindow]) -> None:
+        """Add the window that `evaluate` has just read: it reads these windows in this order."""
+        window = next(windows)
+        self.usage.observe(stats)
+        if self.served is not None:
+            self.served.observe(stats, window.inputs)
+
+
+def analyze_run(
+    path: Path | str,
+    corpus: Corpus,
+    *,
+    splits: Sequence[Split] = ("valid",),
+    max_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """What the feedforward blocks of a finished run's model do.
+
+    Args:
+        path: the run folder.
+        corpus: the run's, with its tokeniser.
+        splits: what is read, one after the other; all of it counts together.
+        max_tokens: of each split use only the first so many; None for all.
+        on_progress: told after every window.
+
+    Returns:
+        What `analysis.json` holds: plain data, made for `sparseffn.report`.
+
+    Raises:
+        UserError: the folder holds no finished run, or a file of it is damaged; `max_tokens` is too small.
+    """
+    settings = RunSettings.read(finished_run(path))
+    model, folder = load_run_model(path)
+    config = settings.train
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"`max_tokens` must be at least 2; got {max_tokens}; fix: leave it out to read the whole split")
+    texts = [unpadded(corpus.tokens(split)[:max_tokens], batch=config.eval_batch) for split in splits]
+    counts = RunCounts(model, texts)
+    for text in texts:
+        counts.read(model, text, config, on_progress)
+    return {
+        "format": FORMAT,
+        "kind": "analysis",
+        "run": _run_facts(model, folder, settings),
+        "splits": list(splits),
+        "n_tokens": sum(len(text) - 1 for text in texts),
+        "unit": settings.model.ffn.unit,
+        **_layers(counts),
+        "tokens": None if counts.served is None else counts.served.to_json(corpus.tokenizer),
+        "training": None if counts.served is None else _over_training(folder, settings, corpus, counts),
+    }
+
+
+def finished_run(path: Path | str) -> RunFolder:
+    """The folder of a finished run, checked; loads nothing.
+
+    Raises:
+        UserError: the folder holds no run, or one that is not finished.
+    """
+    folder = RunFolder(path)
+    settings = RunSettings.read(folder)
+    found = list_checkpoints(folder.checkpoints)
+    done = int(found[-1].name.removeprefix("step-")) if found else 0
+    if not folder.result_path.exists() or done != settings.train.steps:
+        what = "result" if done == settings.train.steps else f"checkpoint of step {settings.train.steps}"
+        raise UserError(
+            f"`{folder.path}` must hold a finished run; got one without its {what} (last checkpoint: step {done}); "
+            "fix: run the command that trains it again, which goes on where it stands"
+        )
+    return folder
+
+
+def _run_facts(model: TransformerXL, folder: RunFolder, settings: RunSettings) -> dict[str, Any]:
+    """What one must know of the run to read the figures; no path, since the file may travel."""
+    ffn = settings.model.ffn
+    result = read_fields(folder.result_path, {"valid": Kind.NUMBER}, fix="remove the file and train again")
+    return {
+        "name": folder.path.resolve().name,
+        "method": ffn.name,
+        "config": ffn.to_json(),
+        "params": settings.model.num_params(),
+        "d_model": settings.model.d_model,
+        "n_layers": settings.model.n_layers,
+        "n_channels": ffn.n_channels,
+        "active_channels": ffn.active_channels,
+        "corpus": settings.corpus,
+        "digest": settings.digest,
+        "steps": settings.train.steps,
+        "valid_nats": result["valid"],
+    }
+
+
+def _layers(counts: RunCounts) -> dict[str, Any]:
+    """Usage as the comparison's page draws it, with the pairs of every layer and the evenness of the load."""
+    layers = list(counts.usage.layers.values())
+    found = counts.usage.to_json()
+    return {
+        "usage": found["usage"],
+        "active": found["active"] if counts.channels is None else counts.channels.to_json(),
+        "load": [{"layer": i, "n_units": len(layer.counts), **layer.load()} for i, layer in enumerate(layers)],
+        "cooccurrence": [layer.cooccurrence() for layer in layers],
+    }
+
+
+def _over_training(folder: RunFolder, settings: RunSettings, corpus: Corpus, counts: RunCounts) -> dict[str, Any]:
+    """Routing over training: from the run's snapshots, or else from the checkpoints that it kept."""
+    n_experts = len(next(iter(counts.usage.layers.values())).counts)
+    stored = list_snapshots(folder.path)
+    if stored:
+        found = {step: load_snapshot(path) for step, path in stored.items()}
+        return {"source": "snapshots", **over_training(found, n_experts)}
+    kept = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
+    found = {step: snapshot(load_model(settings, path), corpus, settings.train) for step, path in kept.items()}
+    return {"source": "checkpoints", **over_training(found, n_experts)}

@@ -1,0 +1,219 @@
+"""The paper's figures 1 to 11, for `sparseffn reproduce fig1 ...`: drawn from finished runs, or measured by the benchmark.
+
+Beside each stand the paper's statement and, in words with numbers, what was measured here: in the terminal, in `figures.md`
+and in `reproduced.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseffn.analysis.run import finished_run
+from sparseffn.cli.analyze import analyzed, write_plots
+from sparseffn.cli.bench_figures import measure_figures
+from sparseffn.cli.bench_output import can_draw, check_out
+from sparseffn.cli.output import print_json
+from sparseffn.data import Split
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ffn import FFNConfig
+from sparseffn.report.analysis_plots import channels_result, units_result
+from sparseffn.report.bench_plots import figure_plots
+from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots
+from sparseffn.report.paper_figures import shares_panels, shares_plot
+from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
+from sparseffn.train import RunSettings
+from sparseffn.train.stored import write_json, write_text
+
+FIGURE_NAMES: tuple[str, ...] = tuple(f"fig{number}" for number in range(1, 12))
+"""What `run_figures` takes."""
+
+FORMAT = 1
+"""Layout of `reproduced.json`."""
+
+# Runs by label, and what is drawn of them.
+Runs = dict[str, dict[str, Any]]
+Drawn = tuple[list[str], Callable[[], list[Plot]]]
+
+
+def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
+    """Draw figures of the paper.
+
+    Args:
+        names: of `FIGURE_NAMES`.
+        options: `from_`, folders of finished runs (figures 1 and 3 to 7); `out`, a folder; `max_tokens` of each split, or
+            None; `tokens` of a call and `time_limit` of the benchmark (figures 2 and 8 to 11); `json`. `data_dir` and
+            `cache_dir` of the runs' corpus may be there.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: no such figure; no run that a figure can be drawn from, told before anything is measured.
+    """
+    for name in names:
+        if name not in FIGURE_NAMES:
+            raise unknown_name("figure", name, FIGURE_NAMES)
+    names = [name for name in FIGURE_NAMES if name in names]
+    check_out(options.out)
+    source = _Source(options)
+    chosen = {name: source.choose(name) for name in names if statements()[name]["shows"] != "bench"}
+    bench = _benchmarked(names, options)
+    out, draws, entries = Path(options.out), can_draw(), []
+    for name in names:
+        measured, plots = _bench_figure(name, bench) if name not in chosen else _run_figure(name, chosen[name], source)
+        drawn = plots() if draws else []
+        entries.append(
+            {
+                "name": name,
+                "statement": statements()[name]["statement"],
+                "measured": measured,
+                "runs": list(chosen.get(name, ())),
+                "files": [path.name for path in write_plots(drawn, out)],
+                "captions": [plot.caption for plot in drawn],
+                "not_drawn": None if drawn else "nothing was measured" if draws else "matplotlib is not installed",
+            }
+        )
+    result = {"format": FORMAT, "kind": "paper-figures", "source": statements()["source"], "figures": entries}
+    write_json(out / "reproduced.json", result)
+    write_text(out / "figures.md", markdown(entries))
+    _show(result, out, options)
+    return 0
+
+
+def _show(result: Mapping[str, Any], out: Path, options: argparse.Namespace) -> None:
+    if options.json:
+        print_json(result)
+        return
+    for figure in result["figures"]:
+        print(f"{figure['name']}\n  paper: {figure['statement']}")
+        for words in figure["measured"]:
+            print(f"  here:  {words}")
+        for file in figure["files"]:
+            if file.endswith(".png"):
+                print(f"  png:   {(out / file).resolve().as_uri()}")
+        print()
+    print(f"md: {(out / 'figures.md').resolve().as_uri()}")
+
+
+class _Source:
+    """The runs of `--from`: read when first needed, once for each choice of splits."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        folders = list(dict.fromkeys(options.from_ or ()))
+        self.options = argparse.Namespace(**{"data_dir": None, "cache_dir": None, **vars(options)})
+        settings = {folder: RunSettings.read(finished_run(folder)) for folder in folders}
+        labels = _labels({folder: found.model.ffn.name for folder, found in settings.items()})
+        self.folders = {labels[folder]: folder for folder in folders}
+        self.settings = {labels[folder]: found for folder, found in settings.items()}
+        self._done: dict[tuple[str, tuple[Split, ...]], dict[str, Any]] = {}
+
+    def choose(self, name: str) -> list[str]:
+        """Labels of the runs that a figure is drawn from.
+
+        Raises:
+            UserError: none of the runs is of the kind that it needs.
+        """
+        figure = statements()[name]
+        if figure["shows"] == "active":
+            dense = self._of(name, "of the dense block", "dense", lambda ffn: ffn.name == "dense")
+            published = [label for label in dense if self._is_published(label, figure)]
+            return published or dense
+        if figure["shows"] == "cooccurrence":
+            pairs = self._of(name, "of a mixture that selects several experts", "sigma-moe", _selects_several)
+            ours = [label for label in pairs if self.settings[label].model.ffn.name == "sigma-moe"]
+            return ours or pairs
+        return self._of(name, "of a mixture of experts", "sigma-moe", lambda ffn: ffn.unit == "experts")
+
+    def _of(self, name: str, kind: str, example: str, suits: Callable[[FFNConfig], bool]) -> list[str]:
+        found = [label for label, settings in self.settings.items() if suits(settings.model.ffn)]
+        if not found:
+            raise UserError(
+                f"`--from` must name a finished run {kind} for {name}; got {', '.join(self.settings) or 'no run'}; "
+                f"fix: sparseffn train --method {example} --out RUN, then --from RUN"
+            )
+        return found
+
+    def _is_published(self, label: str, figure: Mapping[str, Any]) -> bool:
+        """Whether a run is of the figure's corpus and width."""
+        settings = self.settings[label]
+        return settings.corpus == figure["corpus"] and settings.model.d_model == figure["d_model"]
+
+    def analyses(self, labels: Sequence[str], splits: tuple[Split, ...]) -> Runs:
+        """Analyses by label."""
+        for label in labels:
+            if (label, splits) not in self._done:
+                self._done[label, splits] = analyzed(self.folders[label], self.options, splits)
+        return {label: self._done[label, splits] for label in labels}
+
+
+def _selects_several(ffn: FFNConfig) -> bool:
+    """Whether a token has several experts, so that there are pairs."""
+    return ffn.unit == "experts" and getattr(ffn, "n_selected", 1) > 1
+
+
+def _labels(methods: Mapping[str, str]) -> dict[str, str]:
+    """A label for each folder: its method where that tells it from the others, else with the folder's name or place."""
+    labels = {}
+    for folder, method in methods.items():
+        label = method if list(methods.values()).count(method) == 1 else f"{method} {Path(folder).resolve().name}"
+        while label in labels.values():
+            label += "'"
+        labels[folder] = label
+    return labels
+
+
+def _run_figure(name: str, labels: Sequence[str], source: _Source) -> Drawn:
+    """Words and plots of a figure that is drawn from runs."""
+    figure = statements()[name]
+    # The paper counts active channels over validation and test, everything else on validation.
+    splits: tuple[Split, ...] = ("valid", "test") if figure["shows"] == "active" else ("valid",)
+    runs = source.analyses(labels, splits)
+    match figure["shows"]:
+        case "active":
+            words = [active_words(figure, label, analysis) for label, analysis in runs.items()]
+            return words, lambda: _each(name, runs, lambda label, a: active_plots(channels_result(a, label=label), pixels=True))
+        case "cooccurrence":
+            layers = {label: _layer(figure["layer"], analysis) for label, analysis in runs.items()}
+            words = [pair_words(label, analysis, layers[label]) for label, analysis in runs.items()]
+            return words, lambda: _each(
+                name,
+                runs,
+                lambda label, a: cooccurrence_plots(units_result(a, layers[label], label=label), pixels=True),
+            )
+        case "shares":
+            layer = min(len(analysis["usage"]) for analysis in runs.values()) // 2
+            return share_words(figure, runs, layer), lambda: [shares_plot(runs, layer, name=name)]
+    return share_words(figure, runs, None), lambda: [shares_panels(runs, name=name)]
+
+
+def _layer(wanted: int, analysis: Mapping[str, Any]) -> int:
+    """The paper's layer where the model has it, else the middle one."""
+    n_layers = len(analysis["usage"])
+    return wanted if wanted < n_layers else n_layers // 2
+
+
+def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot]]) -> list[Plot]:
+    """A drawing of each run, named after the figure and, where there are several, numbered."""
+    plots = [plot for label, analysis in runs.items() for plot in draw(label, analysis)]
+    names = [name] if len(plots) == 1 else [f"{name}-{number}" for number in range(1, len(plots) + 1)]
+    return [
+        Plot(name=new, title=plot.title, caption=f"{plot.title}. {plot.caption}", svg=plot.svg, png=plot.png)
+        for new, plot in zip(names, plots, strict=True)
+    ]
+
+
+def _benchmarked(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The benchmark of all figures of time and memory at once, as they share points and the time limit; empty without any."""
+    numbers = [statements()[name]["number"] for name in names if statements()[name]["shows"] == "bench"]
+    if not numbers:
+        return {}
+    settings = {"rounds": 5, "backend": None, "dtype": "float32", "device": "cpu", "redraw": False}
+    return measure_figures(argparse.Namespace(**{**settings, **vars(options), "figures": numbers}))
+
+
+def _bench_figure(name: str, result: dict[str, Any]) -> Drawn:
+    number = statements()[name]["number"]
+    return bench_words(result, number), lambda: figure_plots(result, number)

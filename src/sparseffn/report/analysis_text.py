@@ -1,0 +1,91 @@
+"""Tables of one run's `analysis.json`, for the terminal, and the file read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparseffn.errors import UserError
+from sparseffn.report import formats
+from sparseffn.report.sheet import Sheet
+
+FORMAT = 1
+"""The only layout of `analysis.json` so far."""
+# Rows of the table of experts, and tokens named in each.
+_MAX_EXPERTS, _MAX_TOKENS = 16, 6
+
+
+def read_analysis(path: str | Path) -> dict[str, Any]:
+    """Read an `analysis.json`.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or is not of the format known here.
+    """
+    fix = "make it again with `sparseffn analyze RUN`"
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: {fix}") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: {fix}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("kind") != "analysis":
+        raise UserError(f"{str(path)!r} must be an analysis of format {FORMAT}; got another file; fix: {fix}")
+    return found
+
+
+def analysis_sheets(analysis: Mapping[str, Any]) -> list[Sheet]:
+    """Layers, and the tokens of the experts of the middle layer."""
+    sheets = [_layers(analysis)]
+    if analysis["tokens"]:
+        sheets.append(_experts(analysis, len(analysis["tokens"]) // 2))
+    return sheets
+
+
+def facts_line(analysis: Mapping[str, Any]) -> str:
+    """The run and what was read, in one line."""
+    run = analysis["run"]
+    return (
+        f"{run['method']}, {formats.count(run['params'])} parameters, {run['steps']:,} steps; "
+        f"{formats.integer(analysis['n_tokens'])} tokens of {' and '.join(analysis['splits'])} of {run['corpus']}, "
+        f"digest {run['digest']}"
+    )
+
+
+def _layers(analysis: Mapping[str, Any]) -> Sheet:
+    unit = analysis["unit"]
+    head = ["layer", "active channels" if unit == "experts" else f"active {unit}", "std", "of"]
+    head += ["dead " + unit, "largest load / mean", "load entropy", "weight entropy"]
+    training = analysis["training"]
+    if training and training["stability"]:
+        head += ["stability"]
+    rows = []
+    for i, (active, load) in enumerate(zip(analysis["active"], analysis["load"], strict=True)):
+        row = [str(i), f"{active['mean']:.1f}", f"{active['std']:.1f}", formats.integer(active["total"])]
+        row += [f"{load['n_dead']} of {load['n_units']}", f"{load['largest_over_mean']:.2f}"]
+        row += [f"{load['entropy']:.3f}", f"{load['weight_entropy']:.3f}"]
+        if training and training["stability"]:
+            row.append(formats.percent(training["stability"][-1]["layers"][i]["jaccard"]))
+        rows.append(tuple(row))
+    notes = ["entropies over their maximum: 1 when all are used alike"]
+    if training and training["stability"]:
+        last = training["stability"][-1]
+        notes.append(
+            f"stability: experts that a token keeps from step {last['from']} to {last['to']} (Jaccard index), "
+            f"by chance {formats.percent(training['chance']['jaccard'])}"
+        )
+    return Sheet(head=tuple(head), rows=rows, n_words=1, title="Layers", notes=tuple(notes))
+
+
+def _experts(analysis: Mapping[str, Any], layer: int) -> Sheet:
+    experts = sorted(analysis["tokens"][layer], key=lambda e: (-e["load"], e["expert"]))
+    rows = []
+    for expert in experts[:_MAX_EXPERTS]:
+        named = "  ".join(f"{t['text']} {formats.lift(t['lift'])}" for t in expert["tokens"][:_MAX_TOKENS])
+        rows.append((str(expert["expert"]), formats.percent(expert["load"]), named))
+    notes = ["lift: how many times as frequent a token is among the expert's as in the text; ␣ is a space"]
+    if len(experts) > len(rows):
+        notes.append(f"the {len(rows)} most used of {len(experts)}; all of them, in every layer, are in analysis.json")
+    title = f"Tokens by expert, layer {layer}"
+    return Sheet(head=("expert", "selections", "tokens"), rows=rows, n_words=3, title=title, notes=tuple(notes))

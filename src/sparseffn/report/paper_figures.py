@@ -1,0 +1,125 @@
+"""Figures 3 and 7 of the paper: the use of experts by all variants, one layer or every layer, from several runs' analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparseffn.report import formats
+from sparseffn.report.analysis_plots import TEXT_WIDTH
+from sparseffn.report.figures import WIDTH, Plot
+from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style, reference
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, panels, png_bytes, svg_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Analysis = Mapping[str, Any]
+
+# Panels beside each other in the figure of all layers, and the height in inches of a row of many and of the only one.
+_COLUMNS, _ROW_HEIGHT, _ONE_ROW_HEIGHT = 4, 1.55, 2.4
+# Of the logarithmic axis: what is used less is drawn at the bottom.
+_LOWEST = 1e-3
+
+
+def shares_plot(runs: Mapping[str, Analysis], layer: int, *, name: str) -> Plot:
+    """Sorted shares of one layer, a line for each run.
+
+    Args:
+        runs: analyses of mixtures by label.
+        layer: the layer; a run with fewer shows its last.
+        name: of the plot.
+    """
+    title = f"Use of experts, sorted, layer {layer}"
+    with drawing(WIDTH, HEIGHT) as (figure, axes):
+        lines = _lines(runs, layer)
+        _draw(axes, lines)
+        axes.set(xlabel=_rank_label(runs), ylabel="selection weight, uniform = 1")
+        reference(axes, 1.0, "uniform", x=0.99, rise=3)
+        label_ends(axes, lines)
+        description = "; ".join(f"the most used of {line.label} has {line.y[0]:.1f} times the uniform share" for line in lines)
+        svg = svg_text(figure, name=name, title=title, description=description)
+        png = png_bytes(figure)
+    caption = (
+        f"Share of the selection weight over the uniform share, experts sorted within each run, layer {layer}. A flat line is "
+        f"an even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
+    )
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+
+
+def shares_panels(runs: Mapping[str, Analysis], *, name: str) -> Plot:
+    """The same for every layer, a panel each."""
+    from matplotlib.lines import Line2D
+
+    n_layers = max(len(analysis["usage"]) for analysis in runs.values())
+    columns = min(_COLUMNS, n_layers)
+    n_rows = -(-n_layers // columns)
+    title = "Use of experts, sorted, all layers"
+    width = TEXT_WIDTH if columns > 2 else WIDTH
+    height = (_ROW_HEIGHT if n_rows > 1 else _ONE_ROW_HEIGHT) * n_rows + 0.8
+    with panels(width, height, n_rows, columns) as (figure, frames):
+        for layer, axes in enumerate(frames):
+            if layer >= n_layers:
+                axes.set_visible(False)
+                continue
+            _draw(axes, _lines(runs, layer, large=False))
+            axes.axhline(1.0, color=GREY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
+            axes.set_title(f"layer {layer}", fontsize=FONT_SIZE - 0.5, pad=3)
+        figure.supxlabel(_rank_label(runs), fontsize=FONT_SIZE)
+        figure.supylabel("selection weight, uniform = 1", fontsize=FONT_SIZE)
+        samples = [Line2D([], [], label=label, **_style(i, large=False)) for i, label in enumerate(runs)]
+        figure.legend(handles=samples, loc="outside upper center", ncols=min(len(runs), 3), frameon=False, handlelength=3.5)
+        description = f"{n_layers} layers of {', '.join(runs)}"
+        svg = svg_text(figure, name=name, title=title, description=description)
+        png = png_bytes(figure)
+    caption = (
+        "Share of the selection weight over the uniform share, experts sorted within each run and layer. A flat line is an "
+        f"even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
+    )
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+
+
+def _lines(runs: Mapping[str, Analysis], layer: int, *, large: bool = True) -> list[Line]:
+    """A line for each run that has the layer, looking alike in every panel."""
+    lines = []
+    for index, (label, analysis) in enumerate(runs.items()):
+        if large or layer < len(analysis["usage"]):
+            usage = analysis["usage"][min(layer, len(analysis["usage"]) - 1)]
+            heights = [max(share / usage["uniform"], _LOWEST) for share in usage["share"]]
+            lines.append(Line(label=label, x=_ranks(runs, heights), y=heights, style=_style(index, large=large)))
+    return lines
+
+
+def _ranks(runs: Mapping[str, Analysis], heights: Sequence[float]) -> list[float]:
+    """Ranks from 1, or percent of the experts where runs have different numbers of them."""
+    n = len(heights)
+    return [float(i + 1) for i in range(n)] if len(_sizes(runs)) == 1 else [100 * (i + 0.5) / n for i in range(n)]
+
+
+def _sizes(runs: Mapping[str, Analysis]) -> set[int]:
+    return {len(analysis["usage"][0]["share"]) for analysis in runs.values()}
+
+
+def _rank_label(runs: Mapping[str, Analysis]) -> str:
+    sizes = _sizes(runs)
+    one = f"experts by rank, most used first ({formats.integer(min(sizes))})"
+    return one if len(sizes) == 1 else f"experts by rank, percent of {' or '.join(map(str, sorted(sizes)))}"
+
+
+def _style(index: int, *, large: bool) -> dict[str, Any]:
+    """A run's look; in small panels markers are small and few."""
+    return method_style(index) | ({} if large else {"markersize": 2.8, "markeredgewidth": 0.0, "markevery": 0.2})
+
+
+def _draw(axes: Axes, lines: Sequence[Line]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    for line in lines:
+        axes.plot(line.x, line.y, **line.style)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=False, which="minor")
+    lowest = min((y for line in lines for y in line.y), default=1.0)
+    highest = max((y for line in lines for y in line.y), default=1.0)
+    axes.set_ylim(0.7 * max(min(lowest, 0.1), _LOWEST), 1.6 * max(highest, 2.0))

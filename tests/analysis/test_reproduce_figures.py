@@ -1,0 +1,121 @@
+"""The paper's figures from runs and from the benchmark: what is written, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparseffn.cli.bench_output as bench_output
+import sparseffn.cli.reproduce_figures as reproduce_figures
+from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
+from sparseffn.errors import UserError
+
+
+def options(out: Path, song: Path, runs: list[Path], **changes: Any) -> argparse.Namespace:
+    """What `reproduce` hands over."""
+    given = {
+        "from_": [str(run) for run in runs],
+        "out": str(out),
+        "time_limit": "1s",
+        "tokens": 4,
+        "max_tokens": 300,
+        "json": False,
+        "threads": None,
+        "data_dir": str(song),
+        "cache_dir": str(song.parent / "cache"),
+    }
+    return argparse.Namespace(**{**given, **changes})
+
+
+def test_there_are_eleven_figures() -> None:
+    """As in the paper."""
+    assert tuple(f"fig{number}" for number in range(1, 12)) == FIGURE_NAMES
+
+
+def test_figures_from_runs_stand_beside_the_statement(
+    runs: dict[str, Path], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each from the runs that suit it; channels on validation and test, the rest on validation."""
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed here")
+    assert run_figures(["fig6", "fig1", "fig3", "fig7"], options(tmp_path / "f", song, list(runs.values()))) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "f" / "reproduced.json").read_text())["figures"]
+    assert [(figure["name"], figure["runs"]) for figure in found] == [
+        ("fig1", ["dense"]),
+        ("fig3", ["sigma-moe"]),
+        ("fig6", ["sigma-moe"]),
+        ("fig7", ["sigma-moe"]),
+    ]
+    text = (tmp_path / "f" / "figures.md").read_text()
+    for figure in found:
+        assert figure["files"] == [f"{figure['name']}.png", f"{figure['name']}.svg"]
+        assert all((tmp_path / "f" / file).stat().st_size > 1000 for file in figure["files"])
+        assert all(words in text and words in printed for words in [figure["statement"], *figure["measured"]])
+    assert "of 32 channels active" in found[0]["measured"][0] and "N_E = 4, layer 1:" in found[2]["measured"][0]
+
+
+REFUSED = {
+    "no-run": (["fig1"], [], r"must name a finished run of the dense block for fig1; got no run; fix: sparseffn train"),
+    "no-dense": (["fig4"], ["sigma-moe"], r"of the dense block for fig4; got sigma-moe"),
+    "no-experts": (["fig6"], ["dense"], r"of a mixture that selects several experts for fig6; got dense"),
+    "no-mixture": (["fig7"], ["dense"], r"of a mixture of experts for fig7; got dense"),
+    "one-of-several": (["fig1", "fig3"], ["dense"], r"of a mixture of experts for fig3"),
+    "name": (["fig12"], ["dense"], r"unknown figure 'fig12'; fix: did you mean"),
+}
+
+
+@pytest.mark.parametrize(("names", "given", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_figure_without_its_run_is_refused_before_anything_is_written(
+    names: list[str], given: list[str], message: str, runs: dict[str, Path], song: Path, tmp_path: Path
+) -> None:
+    """With the command that makes one."""
+    with pytest.raises(UserError, match=message):
+        run_figures(names, options(tmp_path / "f", song, [runs[name] for name in given]))
+    assert not (tmp_path / "f").exists()
+
+
+def test_folder_that_is_no_run_is_refused(song: Path, tmp_path: Path) -> None:
+    """By name."""
+    with pytest.raises(UserError, match=r"config.json` must exist"):
+        run_figures(["fig1"], options(tmp_path / "f", song, [tmp_path]))
+
+
+def test_figures_of_time_are_the_benchmarks(
+    song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, with the time limit and the tokens given; the words are made from what it measured."""
+    asked: list[argparse.Namespace] = []
+
+    def measure(given: argparse.Namespace) -> dict[str, Any]:
+        asked.append(given)
+        layers = {
+            label: {"training": {"median_s": s}, "memory_bytes": 1000 * s} for label, s in (("dense", 1.0), ("sigma-moe", 0.5))
+        }
+        sweep = {"variable": "G", "values": [64, 128], "fixed": "N_E = 32"}
+        return {
+            "points": [{"figure": 10, "value": value, "layers": layers} for value in (64, 128)],
+            "left_out": [{"figure": 9, "value": 256, "variable": "N_E", "limit": "time limit"}],
+            "settings": {"tokens": 4, "dtype": "float32"},
+            "environment": {"threads": 2},
+            "sweeps": {"9": {**sweep, "variable": "N_E"}, "10": sweep},
+        }
+
+    monkeypatch.setattr(reproduce_figures, "measure_figures", measure)
+    monkeypatch.setattr(bench_output.importlib.util, "find_spec", lambda name: None)
+    assert run_figures(["fig10", "fig9"], options(tmp_path / "f", song, [], json=True)) == 0
+    (given,) = asked
+    assert (given.figures, given.tokens, given.time_limit, given.out) == ([9, 10], 4, "1s", str(tmp_path / "f"))
+    nine, ten = json.loads(capsys.readouterr().out)["figures"]
+    assert nine["measured"] == ["Nothing was measured: 1 points fit neither the time limit nor half of the memory."]
+    assert "0.50" in ten["measured"][0] and ten["files"] == []
+    assert "Not drawn: matplotlib is not installed." in (tmp_path / "f" / "figures.md").read_text()
+
+
+def test_runs_of_one_method_get_labels_that_differ() -> None:
+    """The folder's name where the method does not tell them apart."""
+    methods = {"a/x": "dense", "b/x": "sigma-moe", "b/y": "sigma-moe", "c/y": "sigma-moe"}
+    assert list(reproduce_figures._labels(methods).values()) == ["dense", "sigma-moe x", "sigma-moe y", "sigma-moe y'"]
