@@ -13,7 +13,7 @@ import pytest
 from sparseffn.cli import main
 
 BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", *BENCH, "data", "doctor")
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", *BENCH, "study", "data", "doctor")
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparseffn.ffn._mixture import TopKMixtureConfig
+from sparseffn.ops import GateName
 
 Array = NDArray[np.float64]
-Gate = Literal["sigmoid", "softmax", "renormalised"]
 
 # Half-width of the grid of t in standard deviations, and its points: the trapezoid rule is then exact to 1e-9.
 _REACH, _POINTS = 8.0, 4001
@@ -113,7 +113,7 @@ def logit_std(config: TopKMixtureConfig) -> float:
     return math.sqrt(2.0 * variance_factors(config)[0] / config.n_layers)
 
 
-def gate_square(config: TopKMixtureConfig, gate: Gate = "sigmoid") -> float:
+def gate_square(config: TopKMixtureConfig, gate: GateName = "sigmoid") -> float:
     """`E[s^2]` over the selected experts.
 
     The softmaxes' denominators are replaced by their means: over all N_E (good to 1 / N_E), or over the K selected.
@@ -147,6 +147,21 @@ def ratios(config: TopKMixtureConfig) -> Ratios:
     )
 
 
+def interference_bounds(config: TopKMixtureConfig, gate: GateName) -> tuple[float, float]:
+    """Share of the logits' squared gradient that is other experts', at equal logits: contributions independent, and alike.
+
+    Expert j's own part is `c_j s_j (1 - s_j)`, the others' `-s_j sum_{i != j} c_i s_i`, c the gradients of the gates.
+    """
+    n, k = config.n_experts, config.k
+    if gate == "sigmoid":
+        return 0.0, 0.0
+    # Experts that share a denominator; all but the selected ones of them have a part of others alone.
+    m = n if gate == "softmax" else k
+    own = k * (m - 1) ** 2
+    independent, alike = k * (m - 1), k * (k - 1) ** 2 + k**2 * (m - k)
+    return independent / (own + independent), alike / (own + alike)
+
+
 def load_variation(config: TopKMixtureConfig, n_tokens: int) -> float:
     """Standard deviation over mean of the experts' load for isotropic x: norms, angles between rows, and chance.
 
@@ -178,25 +193,36 @@ def _chance_part(config: TopKMixtureConfig, n_tokens: int) -> float:
     return (config.n_experts / config.k - 1) / n_tokens
 
 
-def load_variation_on(x_TD: Array, config: TopKMixtureConfig) -> float:
-    """The same for given tokens of norm `sqrt(d_model)`: the mean over pairs of how much one's choice tells of the other's.
+def load_variation_on(x_TD: Array, config: TopKMixtureConfig, n_tokens: int) -> float:
+    """The same for given tokens: the mean over pairs of them of how much the choice of one tells of the other's.
 
     For a cosine c, `P(both select e) / P(one does)^2 - 1` of a bivariate normal with correlation c and the threshold that K of
-    N_E exceed. Rows of one norm lack the part of the norms.
+    N_E exceed. Rows of one norm lack the part of the norms. For many experts: their competition is left out.
+
+    Args:
+        x_TD: a sample of the tokens, at least two.
+        config: the mixture.
+        n_tokens: tokens whose load is counted, for what is left to chance.
     """
     law = ranking(config)
-    share = config.k / config.n_experts
-    threshold = _upper_quantile(share)
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 2001)[1:]
-    # d P(both) / d c, with c the sine of an angle; 0 at a right angle below.
-    slope = np.exp(-(threshold**2) / (1 + np.sin(angles))) / (2 * math.pi)
-    both = np.concatenate(([0.0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(angles))))
-    excess = (both - np.interp(0.0, angles, both)) / share**2
+    angles, excess = _joint_excess(config.k / config.n_experts)
     units = x_TD / np.linalg.norm(x_TD, axis=1, keepdims=True)
-    cosines = np.clip(units @ units.T, -1, 1)
+    cosines = np.clip(units @ units.T, -1, 1)[~np.eye(len(units), dtype=bool)]
     mean = float(np.interp(np.arcsin(cosines), angles, excess).mean())
     norms = law.elasticity**2 / (2 * config.d_model) if law.equal_norm else 0.0
-    return math.sqrt(max(0.0, mean - norms))
+    return math.sqrt(max(0.0, mean - norms) + _chance_part(config, n_tokens))
+
+
+def _joint_excess(share: float) -> tuple[Array, Array]:
+    """`P(both exceed) / share^2 - 1` for two standard normals whose correlation is the sine of an angle, on a grid of angles.
+
+    `d P(both) / d angle = exp(-tau^2 / (1 + sin angle)) / (2 pi)`.
+    """
+    threshold = _upper_quantile(share)
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 2001)[1:]
+    slope = np.exp(-(threshold**2) / (1 + np.sin(angles))) / (2 * math.pi)
+    both = np.concatenate(([0.0], np.cumsum((slope[1:] + slope[:-1]) / 2 * np.diff(angles))))
+    return angles, (both - np.interp(0.0, angles, both)) / share**2
 
 
 def largest_of_normals(n: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,7 +13,9 @@ from sparseffn.errors import UserError
 from sparseffn.report import formats
 from sparseffn.report.bench_plots import plots, standalone_svg
 from sparseffn.report.bench_tables import machine_line, reading, sheets
+from sparseffn.report.figures import Plot
 from sparseffn.report.result import FORMAT, Result
+from sparseffn.report.sheet import Sheet
 
 TITLES = {
     "layer": "Time of one layer",
@@ -50,6 +53,18 @@ def bench_html(result: Result, *, drawn: bool = True) -> str:
     Raises:
         UserError: something is to be drawn and matplotlib is not installed.
     """
+    return render(
+        result,
+        title=TITLES[result["kind"]],
+        command=f"bench {result['kind']}",
+        reading=reading(result),
+        sheets=sheets(result),
+        plots=plots(result) if drawn else [],
+    )
+
+
+def render(result: Result, *, title: str, command: str, reading: str, sheets: Sequence[Sheet], plots: Sequence[Plot]) -> str:
+    """The page of any result that has the benchmark's head; `command` is what made it, without `sparseffn`."""
     environment = Environment(
         loader=PackageLoader("sparseffn.report"),
         autoescape=True,
@@ -58,11 +73,12 @@ def bench_html(result: Result, *, drawn: bool = True) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("bench.html.j2").render(
-        title=TITLES[result["kind"]],
+        title=title,
+        command=command,
         machine=machine_line(result),
-        reading=reading(result),
-        sheets=sheets(result),
-        plots=plots(result) if drawn else [],
+        reading=reading,
+        sheets=sheets,
+        plots=plots,
         environment=result["environment"],
         settings=result["settings"],
         formats=formats,
@@ -82,8 +98,13 @@ def write_figures(result: Result, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
+    return write_plots(plots(result), folder)
+
+
+def write_plots(drawn: Sequence[Plot], folder: Path) -> list[Path]:
+    """Drawings as SVG and as PNG; returns the files."""
     written = []
-    for plot in plots(result):
+    for plot in drawn:
         svg, png = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
         svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
         png.write_bytes(plot.png)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sparseffn.report.figures import WIDTH, Plot
 from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style
 from sparseffn.report.result import Result
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing, svg_text
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Lines of text below a frame that name what was not measured add this much to a figure's height, in inches.
 _LINE_HEIGHT = 0.16
@@ -145,7 +143,7 @@ def _drawn(
         if below:
             figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
         svg = svg_text(figure, name=name, title=title, description=caption)
-        png = _png(figure)
+        png = png_bytes(figure)
     return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
 
 
@@ -165,13 +163,6 @@ def _draw(axes: Axes, lines: Sequence[Line], names: tuple[str, str], ticks: Sequ
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     label_ends(axes, lines)
-
-
-def _png(figure: Figure) -> bytes:
-    """The same drawing as pixels, on white, for slides and papers."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def standalone_svg(plot: Plot) -> str:

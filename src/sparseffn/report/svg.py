@@ -117,3 +117,10 @@ def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
         f'role="img" aria-label="{escape(f"{title}. {description}")}">\n <title>{escape(title)}</title>'
     )
     return opening + text[text.index(">") + 1 :].rstrip()
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The same drawing as pixels, on white, for slides and papers."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
