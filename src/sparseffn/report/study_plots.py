@@ -1,10 +1,11 @@
-"""Drawings of `sparseffn study`, made from its JSON alone: measured lines with markers, predictions dotted without."""
+"""Drawings of `sparseffn study`, made from its JSON alone: predictions are lines, measurements markers with their range."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseffn.report.figures import WIDTH, Plot
@@ -16,8 +17,15 @@ from sparseffn.report.svg import drawing, png_bytes, svg_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# A prediction has its measurement's colour and no marker.
-_PREDICTED = {"linestyle": (0, (1, 2)), "marker": "", "linewidth": 1.0}
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """What was predicted and what was measured of one scheme."""
+
+    line: Line
+    """The prediction; its label and look are those of both."""
+    points: list[tuple[float, float, float, float]]
+    """x, median, least, greatest."""
 
 
 def study_plots(result: Result) -> list[Plot]:
@@ -43,15 +51,12 @@ def study_plots(result: Result) -> list[Plot]:
 
 def _output_plot(result: Result, axis: str) -> Plot:
     rows = pick(along(result, axis), input="gaussian", selector="equal-norm")
-    lines = []
-    for index, init in enumerate(INITS):
-        lines += _pair(pick(rows, init=init), axis, "output", init, index)
     return _drawn(
         result,
-        lines,
+        [_series(pick(rows, init=init), axis, "output", init, index) for index, init in enumerate(INITS)],
         name=f"output-{axis.replace('_', '-')}",
         title=f"Output variance over {AXES[axis]}",
-        caption=f"Variance of the block's output over the dense block's, at initialisation; dotted: predicted. {_fixed(axis)}",
+        caption=f"Variance of the block's output over the dense block's, at initialisation. {_fixed(axis)}",
         axes_names=(AXES[axis], "variance / dense"),
         ticks=sorted({row[axis] for row in rows}),
         log_y=True,
@@ -60,16 +65,17 @@ def _output_plot(result: Result, axis: str) -> Plot:
 
 def _load_plot(result: Result, source: str) -> Plot:
     rows = pick(along(result, "n_experts"), input=source, init="shared")
-    lines = []
-    for index, selector in enumerate(SELECTORS):
-        lines += _pair(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
+    schemes = [
+        _series(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
+        for index, selector in enumerate(SELECTORS)
+    ]
     what = {"gaussian": "isotropic tokens", "text": "text, last block of an untrained model"}[source]
     return _drawn(
         result,
-        lines,
+        schemes,
         name=f"load-{source}",
         title=f"Unevenness of the load, {what}",
-        caption=f"Standard deviation over mean of the load, at initialisation; dotted: predicted. {_fixed('n_experts')}",
+        caption=f"Standard deviation over mean of the load, at initialisation. {_fixed('n_experts')}",
         axes_names=("N_E", "load, std / mean"),
         ticks=sorted({row["n_experts"] for row in rows}),
         log_y=True,
@@ -78,15 +84,13 @@ def _load_plot(result: Result, source: str) -> Plot:
 
 def _correlation_plot(result: Result) -> Plot:
     rows = pick(along(result, "k"), init="shared", selector="free")
-    lines = []
-    for index, source in enumerate(("gaussian", "text")):
-        lines += _pair(pick(rows, input=source), "k", "norm_correlation", source, index)
+    sources = {"gaussian": "isotropic", "text": "text"}
     return _drawn(
         result,
-        lines,
+        [_series(pick(rows, input=s), "k", "norm_correlation", sources[s], index) for index, s in enumerate(sources)],
         name="correlation-k",
         title="Do longer selector rows get more tokens?",
-        caption="Correlation over experts of load and row norm, rows drawn freely; dotted: predicted. The sign is to change at "
+        caption="Correlation over experts of load and row norm, rows drawn freely. The sign is to change at "
         f"K = N_E / 2. {_fixed('k')}",
         axes_names=("K", "correlation"),
         ticks=sorted({row["k"] for row in rows}),
@@ -94,19 +98,15 @@ def _correlation_plot(result: Result) -> Plot:
     )
 
 
-def _pair(rows: Sequence[Mapping[str, Any]], axis: str, key: str, label: str, index: int) -> list[Line]:
-    """The medians, and what was predicted, which shares the label."""
-    style = _style(index)
-    found = [(float(row[axis]), row["measured"][key][0]) for row in rows if row["measured"][key] is not None]
+def _series(rows: Sequence[Mapping[str, Any]], axis: str, key: str, label: str, index: int) -> _Series:
     wanted = [(float(row[axis]), row["predicted"][key]) for row in rows if row["predicted"][key] is not None]
-    return [
-        Line(label="", x=[x for x, _ in wanted], y=[y for _, y in wanted], style={**style, **_PREDICTED}),
-        Line(label=label, x=[x for x, _ in found], y=[y for _, y in found], style=style),
-    ]
+    line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=_style(index))
+    measured = [(float(row[axis]), *row["measured"][key]) for row in rows if row["measured"][key] is not None]
+    return _Series(line, measured)
 
 
 def _fixed(axis: str) -> str:
-    return f"Medians over seeds; only {AXES[axis]} varies."
+    return f"Lines: predicted; markers: median and range over seeds. Only {AXES[axis]} varies."
 
 
 _PROBES = {
@@ -124,7 +124,7 @@ def _probed(result: Result) -> list[str]:
 
 def _probe_plot(result: Result, key: str) -> Plot:
     title, name = _PROBES[key]
-    lines = []
+    entries = []
     for index, variant in enumerate(result["variants"]):
         if variant["runs"]:
             by_step: dict[int, list[float]] = {}
@@ -133,10 +133,11 @@ def _probe_plot(result: Result, key: str) -> Plot:
                     by_step.setdefault(probe["step"], []).append(probe[key])
             steps = sorted(by_step)
             y = [statistics.fmean(by_step[step]) for step in steps]
-            lines.append(Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=_style(index)))
+            line = Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=_style(index))
+            entries.append(_Series(line, []))
     return _drawn(
         result,
-        lines,
+        entries,
         name=key.replace("_", "-"),
         title=title,
         caption=f"{name} over training steps; means over layers and seeds.",
@@ -153,7 +154,7 @@ def _style(index: int) -> dict[str, Any]:
 
 def _drawn(
     result: Result,
-    lines: Sequence[Line],
+    series: Sequence[_Series],
     *,
     name: str,
     title: str,
@@ -165,18 +166,30 @@ def _drawn(
     """One drawing; the axis of sizes is logarithmic, that of steps is not."""
     name = f"{result['kind']}-{name}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
-        for line in lines:
-            axes.plot(line.x, line.y, **line.style)
+        for entry in series:
+            _draw(axes, entry)
         if ticks is not None:
             _size_axis(axes, ticks)
         if log_y:
-            _log_axis(axes, [y for line in lines for y in line.y])
+            _log_axis(axes, [y for entry in series for y in entry.line.y])
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
-        label_ends(axes, [line for line in lines if line.label])
+        label_ends(axes, [entry.line for entry in series])
         svg = svg_text(figure, name=name, title=title, description=caption)
         png = png_bytes(figure)
     return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+
+
+def _draw(axes: Axes, series: _Series) -> None:
+    """A line alone has markers; a prediction leaves them to the measurements."""
+    line, style = series.line, series.line.style
+    if not series.points:
+        axes.plot(line.x, line.y, **style)
+        return
+    axes.plot(line.x, line.y, color=style["color"], linestyle=style["linestyle"], linewidth=1.0)
+    x, middle, low, high = (list(values) for values in zip(*series.points, strict=True))
+    spread = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
+    axes.errorbar(x, middle, yerr=spread, color=style["color"], marker=style["marker"], linestyle="none", elinewidth=1.0)
 
 
 def _size_axis(axes: Axes, ticks: Sequence[int]) -> None:
