@@ -15,7 +15,7 @@ from sparseffn.models.presets import Preset
 from sparseffn.recipes.compare import Silent
 from sparseffn.recipes.study import StudySettings, study
 from sparseffn.recipes.study_runs import Scale, get_scale
-from sparseffn.recipes.study_start import Grid, Point
+from sparseffn.recipes.study_start import Grid, Point, schemes
 from sparseffn.report.study_page import read_study, study_markdown, write_study
 from sparseffn.report.study_tables import study_sheets
 
@@ -49,7 +49,7 @@ def whole(song: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
 
 
 def test_result_is_complete_and_comes_back_from_its_file(whole: tuple[Path, dict[str, Any]]) -> None:
-    """Two sizes with six schemes on two inputs, six variants with a probe at the start and at the end."""
+    """Two sizes with six schemes on two inputs, four variants with a probe at the start and at the end."""
     out, result = whole
     assert result == read_study(out / "study-init.json") and result["missing"] == [] and result["missing_sizes"] == []
     assert len(result["start"]) == 2 * 6 * 2 and len(GRID.points) == 2
@@ -108,7 +108,7 @@ def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"`budget` must suffice for one measurement.*; fix: --budget 1m"):
         study(settings(song, "competition", budget_s=1e-6), tmp_path / "a")
     result = study(settings(song, "init", budget_s=1e-6), tmp_path / "b")
-    assert result["missing_sizes"] == [GRID.points[1].name] and len(result["missing"]) == 6
+    assert result["missing_sizes"] == [GRID.points[1].name] and len(result["missing"]) == 4
     assert "not run yet" in study_markdown(result) and GRID.points[1].name in study_markdown(result)
     page = write_study(result, tmp_path / "b")[1].read_text()
     assert "not run yet" in page
@@ -132,16 +132,8 @@ def test_unknown_scale_and_scheme_are_refused(capsys: pytest.CaptureFixture[str]
     """With the nearest names, and exit code 2."""
     assert main(["study", "init", "--scale", "cpus"]) == 2
     assert "unknown scale 'cpus'; fix: did you mean 'cpu'?" in capsys.readouterr().err
-    point = Point(1, 4, 4, 2)
     with pytest.raises(UserError, match="`init` must be one of"):
-        next(iter_schemes(point)).replace(init="xavier")
-
-
-def iter_schemes(point: Point) -> Any:
-    """The schemes of a size."""
-    from sparseffn.recipes.study_start import schemes
-
-    return schemes(point, 32)
+        next(schemes(Point(1, 4, 4, 2), 32)).replace(init="xavier")
 
 
 def test_folder_of_another_scale_is_refused(song: str, whole: tuple[Path, dict[str, Any]]) -> None:

@@ -176,7 +176,7 @@ def _study(commands: Any) -> None:
         commands,
         "study",
         "Measure why this selector and why this initialisation: predictions beside figures.",
-        "init: output, gradients and load at initialisation over depth, N_E, G and K, then short trainings of six schemes;\n"
+        "init: output, gradients and load at initialisation over depth, N_E, G and K, then short trainings;\n"
         "competition: sigmoid against softmax before and after top-k; balance: entropy loss and expert dropout, two by two.\n"
         "With --budget a call ends when its time is spent; the same command goes on.\n\n"
         "Examples:\n"

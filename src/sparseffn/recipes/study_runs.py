@@ -40,9 +40,7 @@ STUDIES: dict[str, dict[str, MethodChoice]] = {
         "shared, equal-norm": MethodChoice("sigma-moe"),
         "shared, free": MethodChoice("sigma-moe", {"selector_init": "free"}),
         "standard, equal-norm": MethodChoice("sigma-moe", {"init": "standard"}),
-        "standard, free": MethodChoice("sigma-moe", {"init": "standard", "selector_init": "free"}),
         "switch, equal-norm": MethodChoice("sigma-moe", {"init": "switch"}),
-        "switch, free": MethodChoice("sigma-moe", {"init": "switch", "selector_init": "free"}),
     },
     "competition": {
         "sigmoid": MethodChoice("sigma-moe"),

@@ -135,20 +135,24 @@ def _loss_sheet(result: Result) -> Sheet:
         cells = [variant["name"], variant["method"], str(len(variant["runs"]))]
         for split in ("valid", "test"):
             cells.append(mean_std([run[split] for run in variant["runs"]]))
-        pairs = differences(variant, variants[0], "valid")
-        cells += [NOT_MEASURED, NOT_MEASURED] if variant is variants[0] else [interval(pairs), verdict(pairs)]
+        for split in ("valid", "test"):
+            pairs = [] if variant is variants[0] else differences(variant, variants[0], split)
+            cells += [interval(pairs), verdict(pairs)]
         rows.append(tuple(cells))
     preset, first = result["settings"]["preset"], variants[0]["name"]
     size = f"{preset['steps']:,} steps of {preset['batch'] * preset['context']:,} tokens, {preset['doc']}"
     return Sheet(
         title=f"Loss after a short training, nats a {result['corpus']['unit']}: {size}, corpus {result['corpus']['corpus']}",
-        head=("variant", "method", "seeds", "validation", "test", f"validation against {first}", "95%"),
+        head=(
+            *("variant", "method", "seeds", "validation", "test"),
+            *(f"validation - {first}", "is", f"test - {first}", "is"),
+        ),
         rows=rows,
         n_words=2,
         notes=(
             f"Mean ± standard deviation over seeds, on the first {result['settings']['eval_tokens']:,} tokens of each split. "
-            "The difference is paired by seed, with the 95% interval of Student's t over seeds; undecided where it holds 0. "
-            "Not corrected for the number of comparisons.",
+            f"Differences from {first} are paired by seed, with the 95% interval of Student's t over seeds; undecided where it "
+            "holds 0. Not corrected for the number of comparisons, and blind to which tokens were evaluated.",
             *missing_lines(result),
         ),
     )
