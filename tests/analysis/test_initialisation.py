@@ -172,8 +172,8 @@ def test_tokens_that_repeat_make_the_load_uneven_as_predicted() -> None:
 
 def test_both_forms_of_the_load_agree_on_isotropic_tokens() -> None:
     """By pairs of tokens, and by norms and angles of rows."""
-    config = mixture(d_model=128, n_experts=64, selector_init="free")
-    x_TD = gaussian_inputs(d_model=128, n_tokens=2048, n_gradients=1, seed=0).x_TD
+    config = mixture(d_model=512, n_experts=256, k=32, selector_init="free")
+    x_TD = gaussian_inputs(d_model=512, n_tokens=2048, n_gradients=1, seed=0).x_TD
     assert load_variation_on(x_TD.double().numpy(), config, 10**9) == pytest.approx(load_variation(config, 10**9), rel=0.05)
 
 
