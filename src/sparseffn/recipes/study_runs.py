@@ -180,7 +180,7 @@ class Training:
         """Train, or go on, and take the probes that are missing.
 
         Args:
-            on_progress: told of every step, and with None after every probe; what it raises ends the call.
+            on_progress: told of every step, and with None after the probe of a checkpoint; what it raises ends the call.
         """
         config = train_config(self.scale.preset, self.scale.preset.steps, self.seed)
 
@@ -200,7 +200,7 @@ class Training:
         return read_fields(self.probes_path, {"0": Kind.OBJECT}, fix=fix)
 
     def _catch_up(self) -> bool:
-        """Probe the start and the checkpoints that are there; whether one was new."""
+        """Probe the start and the checkpoints that are there; whether a checkpoint, from which a run goes on, was new."""
         found = self._probes()
         paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(self.folder.checkpoints)}
         new = [step for step in (0, *paths) if str(step) not in found]
@@ -208,7 +208,7 @@ class Training:
             found[str(step)] = self._probe(paths.get(step))
         if new:
             write_json(self.probes_path, found)
-        return bool(new)
+        return any(step > 0 for step in new)
 
     def _probe(self, path: Path | None) -> dict[str, float]:
         preset = self.scale.preset
