@@ -14,6 +14,7 @@ from typing import Any
 from sparseffn.analysis.initialisation import (
     BlockScale,
     Inputs,
+    Load,
     Start,
     gaussian_inputs,
     measure_block,
@@ -36,6 +37,7 @@ from sparseffn.models import TransformerXLConfig
 INITS = ("shared", "standard", "switch")
 SELECTORS = ("equal-norm", "free")
 INPUTS = ("gaussian", "text")
+LOAD = tuple(field.name for field in dataclasses.fields(Load))
 
 # Tokens whose pairs are compared for a prediction; pairs grow with the square.
 _PAIRED = 1024
@@ -100,15 +102,15 @@ def measure_point(point: Point, grid: Grid, corpus: Corpus, seeds: Sequence[int]
                 start = measure_start(config, dense, inputs, seed=seed)
                 found.setdefault((config.init, config.selector_init), []).append((start, _predicted(config, inputs, source)))
         for (init, selector), pairs in found.items():
-            measured = [_flat(start) for start, _ in pairs]
+            measured, wanted = [_flat(start) for start, _ in pairs], [prediction for _, prediction in pairs]
+            scheme = {**dataclasses.asdict(point), "input": source, "init": init, "selector": selector}
+            # The order of logits, hence the load, does not depend on how the experts start: it is told once.
+            told = [key for key in measured[0] if init == INITS[0] or key not in LOAD]
             rows.append(
                 {
-                    **dataclasses.asdict(point),
-                    "input": source,
-                    "init": init,
-                    "selector": selector,
-                    "measured": {key: _spread([m[key] for m in measured]) for key in measured[0]},
-                    "predicted": {key: _middle([p[key] for _, p in pairs]) for key in pairs[0][1]},
+                    **scheme,
+                    "measured": {key: _spread([m[key] for m in measured]) for key in told},
+                    "predicted": {key: _middle([w[key] for w in wanted]) for key in told if key in wanted[0]},
                 }
             )
     return rows
