@@ -100,7 +100,7 @@ def test_competition_tells_interference_apart(song: str, whole: tuple[Path, dict
     result = study(settings(song, "competition"), whole[0])
     found = [variant["runs"][0]["probes"][0]["interference"] for variant in result["variants"]]
     assert found[0] == 0 and found[1] > 0 and found[2] > 0
-    assert "interference" in study_markdown(result)
+    assert "interference" in study_markdown(result) and "gates" in study_sheets(result)
 
 
 def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> None:

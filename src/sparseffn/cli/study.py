@@ -43,7 +43,7 @@ def study_command(options: argparse.Namespace) -> int:
         for note in sheet.notes:
             print(note)
         print()
-    print(machine_line(result))
+    print(machine_line(result, timed=False))
     for path in written:
         print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
     return 0

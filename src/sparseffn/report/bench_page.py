@@ -75,7 +75,7 @@ def render(result: Result, *, title: str, command: str, reading: str, sheets: Se
     return environment.get_template("bench.html.j2").render(
         title=title,
         command=command,
-        machine=machine_line(result),
+        machine=machine_line(result, timed=result["kind"] in TITLES),
         reading=reading,
         sheets=sheets,
         plots=plots,

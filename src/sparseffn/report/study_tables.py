@@ -56,6 +56,8 @@ def study_sheets(result: Result) -> dict[str, Sheet]:
                 sheets[f"load {axis}"] = _load_sheet(result, axis, rows)
     sheets["loss"] = _loss_sheet(result)
     sheets["selectors"] = _selector_sheet(result)
+    if result["kind"] == "study-competition":
+        sheets["gates"] = _gate_sheet(result)
     return sheets
 
 
@@ -176,35 +178,38 @@ _STATES: tuple[tuple[str, str], ...] = (
     ("norm_spread", "spread of row norms"),
 )
 
-_LOAD_NOTE = "Load over 8,192 tokens of validation; an expert is dead with under 1% of the mean load."
-_INTERFERENCE_NOTE = "Interference: share of the squared gradient of the logits that comes from other experts."
-
 
 def _selector_sheet(result: Result) -> Sheet:
     """What the selectors do at the start and at the end."""
-    competition = result["kind"] == "study-competition"
     rows = []
     for variant in result["variants"]:
         first, last = ends(variant)
-        cells = [variant["name"]]
-        for key, _ in _STATES:
-            cells += [arrow(first, last, key)]
-        if competition:
-            low, high = variant["predicted"]["interference"]
-            bounds = number(low) if low == high else f"{number(low)} to {number(high)}"
-            cells += [number(variant["predicted"]["gate_square"]), arrow(first, last, "gate_square")]
-            cells += [bounds, arrow(first, last, "interference")]
-        rows.append(tuple(cells))
-    head = ["variant", *(f"{name}, start → end" for _, name in _STATES)]
-    if competition:
-        head += ["E[s²] at the start, predicted", "E[s²], start → end"]
-        head += ["interference at equal logits, predicted", "interference, start → end"]
+        rows.append((variant["name"], *(arrow(first, last, key) for key, _ in _STATES)))
     return Sheet(
-        title="Selectors before and after the short training, means over layers and seeds",
-        head=tuple(head),
+        title="Selectors before and after the short training (start → end), means over layers and seeds",
+        head=("variant", *(name for _, name in _STATES)),
         rows=rows,
         n_words=1,
-        notes=(_LOAD_NOTE, _INTERFERENCE_NOTE) if competition else (_LOAD_NOTE,),
+        notes=("Load over 8,192 tokens of validation; an expert is dead with under 1% of the mean load.",),
+    )
+
+
+def _gate_sheet(result: Result) -> Sheet:
+    """Gates and interference beside what was predicted of them before the first step."""
+    rows = []
+    for variant in result["variants"]:
+        first, last = ends(variant)
+        low, high = variant["predicted"]["interference"]
+        bounds = number(low) if low == high else f"{number(low)} to {number(high)}"
+        cells = [number(variant["predicted"]["gate_square"]), arrow(first, last, "gate_square")]
+        rows.append((variant["name"], *cells, bounds, arrow(first, last, "interference")))
+    names = ("E[s²] at the start, predicted", "E[s²], start → end")
+    return Sheet(
+        title="Gates and interference before and after the short training, means over layers and seeds",
+        head=("variant", *names, "interference at equal logits, predicted", "interference, start → end"),
+        rows=rows,
+        n_words=1,
+        notes=("Interference: share of the squared gradient of the logits that comes from other experts.",),
     )
 
 
