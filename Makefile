@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz       ten minutes of drawn shapes on the compiled kernels"
 	@echo "make lint       formatting, lint, types, spelling, generated text"
 	@echo "make format     rewrite what lint's formatter would"
-	@echo "make readme     rewrite the generated table of the README"
+	@echo "make readme     rewrite the generated tables of the README and of docs/"
 	@echo "make setup      the virtual environment alone"
 
 setup: $(STAMP)
@@ -42,8 +42,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/codespell src tests README.md CONTRIBUTING.md
+	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md
 	$(BIN)/python tools/readme_table.py --check
+	$(BIN)/python tools/study_tables.py --check
 
 format: setup
 	$(BIN)/ruff format .
@@ -51,6 +52,7 @@ format: setup
 
 readme: setup
 	$(BIN)/python tools/readme_table.py
+	$(BIN)/python tools/study_tables.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from sparseffn.cli import main
 
 BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
 DATA = ("data", *(f"data {kind}" for kind in ("list", "prepare", "check")))
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "analyze", *BENCH, *DATA, "doctor")
+COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "analyze", *BENCH, "study", *DATA, "doctor")
 
 
 @pytest.fixture(scope="module")

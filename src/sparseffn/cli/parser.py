@@ -21,8 +21,8 @@ def build_parser() -> Parser:
     """The parser of `sparseffn`."""
     parser = Parser(prog="sparseffn", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = (_methods, _match, _compare, _train, _eval, _generate, _analyze, add_bench, add_reproduce, add_data, _doctor)
-    for add in adders:
+    own = (_methods, _match, _compare, _train, _eval, _generate, _analyze)
+    for add in (*own, add_bench, add_reproduce, _study, add_data, _doctor):
         add(commands)
     return parser
 
@@ -172,6 +172,31 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's in evaluation)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     add_machine(parser)
+
+
+def _study(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "study",
+        "Measure why this selector and why this initialisation: predictions beside figures.",
+        "init: output, gradients and load at initialisation over depth, N_E, G and K, then short trainings;\n"
+        "competition: sigmoid against softmax before and after top-k; balance: entropy loss and expert dropout, two by two.\n"
+        "With --budget a call ends when its time is spent; the same command goes on.\n\n"
+        "Examples:\n"
+        "  sparseffn study init --budget 10m --out runs/study\n"
+        "  sparseffn study competition --seeds 5 --out runs/study   # shares its runs with the others in one folder",
+        "study:study_command",
+    )
+    parser.add_argument("study", choices=("init", "competition", "balance"), help="what is asked")
+    parser.add_argument("--scale", default="cpu", help="sizes: cpu, half a million parameters, 12 seconds a run on 2 cores")
+    parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text or ptb")
+    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
+    parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
+    parser.add_argument("--budget", help="time for this call: 90s, 8m, 2h (default: until all is done)")
+    parser.add_argument("--out", default="runs/study", help="folder of the studies")
+    add_machine(parser)
+    add_json(parser)
 
 
 def _analyze(commands: Any) -> None:

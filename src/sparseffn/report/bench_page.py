@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -11,8 +12,10 @@ from sparseffn.errors import UserError
 from sparseffn.report import formats
 from sparseffn.report.bench_plots import plots, standalone_svg
 from sparseffn.report.bench_tables import machine_line, reading, sheets
+from sparseffn.report.figures import Plot
 from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
+from sparseffn.report.sheet import Sheet
 
 TITLES = {
     "layer": "Time of one layer",
@@ -50,13 +53,26 @@ def bench_html(result: Result, *, drawn: bool = True) -> str:
     Raises:
         UserError: something is to be drawn and matplotlib is not installed.
     """
-    return fill_template(
-        "bench.html.j2",
+    return render(
+        result,
         title=TITLES[result["kind"]],
-        machine=machine_line(result),
+        command=f"bench {result['kind']}",
         reading=reading(result),
         sheets=sheets(result),
         plots=plots(result) if drawn else [],
+    )
+
+
+def render(result: Result, *, title: str, command: str, reading: str, sheets: Sequence[Sheet], plots: Sequence[Plot]) -> str:
+    """The page of any result that has the benchmark's head; `command` is what made it, without `sparseffn`."""
+    return fill_template(
+        "bench.html.j2",
+        title=title,
+        command=command,
+        machine=machine_line(result, timed=result["kind"] in TITLES),
+        reading=reading,
+        sheets=sheets,
+        plots=plots,
         environment=result["environment"],
         settings=result["settings"],
         formats=formats,
@@ -76,8 +92,13 @@ def write_figures(result: Result, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
+    return write_plots(plots(result), folder)
+
+
+def write_plots(drawn: Sequence[Plot], folder: Path) -> list[Path]:
+    """Drawings as SVG and as PNG; returns the files."""
     written = []
-    for plot in plots(result):
+    for plot in drawn:
         svg, png = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
         svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
         png.write_bytes(plot.png)

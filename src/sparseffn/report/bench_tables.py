@@ -30,13 +30,13 @@ def sheets(result: Result) -> list[Sheet]:
     return _SHEETS[kind](result)
 
 
-def machine_line(result: Result) -> str:
-    """Machine, threads, libraries and date in one line, and a warning where other work ran beside the measurement."""
+def machine_line(result: Result, *, timed: bool = True) -> str:
+    """Machine, threads, libraries and date in one line, and a warning where other work ran beside what was timed."""
     e = result["environment"]
     cache = f"last-level cache {e['last_level_cache_bytes'] / 2**20:.0f} MiB"
     return (
         f"{e['cpu']}, {e['device']}, {e['threads']} threads, {e['cpu_capability']}, {cache}; torch {e['torch']}, "
-        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e)}"
+        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e) if timed else ''}"
     )
 
 

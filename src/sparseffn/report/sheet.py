@@ -16,3 +16,17 @@ class Sheet:
     """What the table shows; empty where a heading says so."""
     notes: tuple[str, ...] = ()
     """Lines below the table."""
+
+
+def markdown_sheet(sheet: Sheet) -> str:
+    """The sheet as Markdown: title, table, notes; ends in a newline."""
+    marks = [":--" if i < sheet.n_words else "--:" for i in range(len(sheet.head))]
+    lines = [f"**{sheet.title}**", ""] if sheet.title else []
+    lines += ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in (sheet.head, marks, *sheet.rows)]
+    for note in sheet.notes:
+        lines += ["", _escaped(note)]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

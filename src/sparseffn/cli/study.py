@@ -1,0 +1,49 @@
+"""`sparseffn study`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparseffn.cli.bench_output import can_draw, check_out
+from sparseffn.cli.compare import set_threads
+from sparseffn.cli.output import Watch, parse_duration, print_json, print_rows
+from sparseffn.recipes.study import StudySettings, study
+from sparseffn.recipes.study_runs import get_scale
+from sparseffn.report.bench_tables import machine_line
+from sparseffn.report.study_page import write_study
+from sparseffn.report.study_tables import study_sheets
+
+
+def study_command(options: argparse.Namespace) -> int:
+    """Measure what is missing, print the tables, write them, the page and the figures."""
+    set_threads(options)
+    check_out(options.out)
+    settings = StudySettings(
+        study=options.study,
+        scale=get_scale(options.scale),
+        corpus=options.corpus,
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        n_seeds=options.seeds,
+        budget_s=None if options.budget is None else parse_duration(options.budget),
+    )
+    watch = Watch(lambda nats: f"loss {nats:.3f} nats")
+    try:
+        result = study(settings, options.out, watcher=watch)
+    finally:
+        watch.close()
+    written = write_study(result, Path(options.out), drawn=can_draw())
+    if options.json:
+        print_json(result)
+        return 0
+    for sheet in study_sheets(result).values():
+        print(sheet.title)
+        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
+        for note in sheet.notes:
+            print(note)
+        print()
+    print(machine_line(result, timed=False))
+    for path in written:
+        print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+    return 0

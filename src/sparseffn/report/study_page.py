@@ -1,0 +1,55 @@
+"""A study's files, made from its JSON alone: tables as Markdown, one HTML page, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparseffn.errors import UserError
+from sparseffn.report.bench_page import render, write_plots
+from sparseffn.report.result import Result
+from sparseffn.report.sheet import markdown_sheet
+from sparseffn.report.study_plots import study_plots
+from sparseffn.report.study_tables import TITLES, check_study, reading, study_sheets
+
+
+def read_study(path: str | Path) -> dict[str, Any]:
+    """Read a `study-NAME.json`.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or is not a study's result.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: run `sparseffn study` first") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn study` again") from error
+    check_study(result)
+    return result
+
+
+def study_markdown(result: Result) -> str:
+    """Every table as Markdown."""
+    return "\n".join(markdown_sheet(sheet) for sheet in study_sheets(result).values())
+
+
+def study_html(result: Result, *, drawn: bool = True) -> str:
+    """The page as text; without `drawn` it has its tables alone."""
+    return render(
+        result,
+        title=TITLES[result["kind"]],
+        command=f"study {result['settings']['study']}",
+        reading=reading(result),
+        sheets=list(study_sheets(result).values()),
+        plots=study_plots(result) if drawn else [],
+    )
+
+
+def write_study(result: Result, folder: Path, *, drawn: bool = True) -> list[Path]:
+    """Tables, page and, where matplotlib is there, figures; returns the files."""
+    text, page = folder / f"{result['kind']}.md", folder / f"{result['kind']}.html"
+    text.write_text(study_markdown(result), encoding="utf-8", newline="\n")
+    page.write_text(study_html(result, drawn=drawn), encoding="utf-8", newline="\n")
+    return [text, page, *(write_plots(study_plots(result), folder) if drawn else [])]

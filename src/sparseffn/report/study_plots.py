@@ -1,0 +1,212 @@
+"""Drawings of `sparseffn study`, made from its JSON alone: predictions are lines, measurements markers with their range."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparseffn.report.figures import WIDTH, Plot
+from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style
+from sparseffn.report.result import Result
+from sparseffn.report.study_tables import AXES, INITS, SELECTORS, along, check_study, pick
+from sparseffn.report.svg import drawing, png_bytes, svg_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """What was predicted and what was measured of one scheme."""
+
+    line: Line
+    """The prediction; its label and look are those of both."""
+    points: list[tuple[float, float, float, float]]
+    """x, median, least, greatest."""
+
+
+def study_plots(result: Result) -> list[Plot]:
+    """Every drawing of a study.
+
+    Raises:
+        UserError: it is not a study's result, or matplotlib is not installed.
+    """
+    check_study(result)
+    plots = []
+    if result.get("start"):
+        plots += [
+            _output_plot(result, "n_experts"),
+            _output_plot(result, "n_layers"),
+            _load_plot(result, "gaussian"),
+            _load_plot(result, "text"),
+            _correlation_plot(result),
+        ]
+    if any(variant["runs"] for variant in result["variants"]):
+        plots += [_probe_plot(result, key) for key in _probed(result)]
+    return plots
+
+
+def _output_plot(result: Result, axis: str) -> Plot:
+    rows = pick(along(result, axis), input="gaussian", selector="equal-norm")
+    return _drawn(
+        result,
+        [_series(pick(rows, init=init), axis, "output", init, index) for index, init in enumerate(INITS)],
+        name=f"output-{axis.replace('_', '-')}",
+        title=f"Output variance over {AXES[axis]}",
+        caption=f"Variance of the block's output over the dense block's, at initialisation. {_fixed(axis)}",
+        axes_names=(AXES[axis], "variance / dense"),
+        ticks=sorted({row[axis] for row in rows}),
+        log_y=True,
+    )
+
+
+def _load_plot(result: Result, source: str) -> Plot:
+    rows = pick(along(result, "n_experts"), input=source, init="shared")
+    schemes = [
+        _series(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
+        for index, selector in enumerate(SELECTORS)
+    ]
+    what = {"gaussian": "isotropic tokens", "text": "text, last block of an untrained model"}[source]
+    return _drawn(
+        result,
+        schemes,
+        name=f"load-{source}",
+        title=f"Unevenness of the load, {what}",
+        caption=f"Standard deviation over mean of the load, at initialisation. {_fixed('n_experts')}",
+        axes_names=("N_E", "load, std / mean"),
+        ticks=sorted({row["n_experts"] for row in rows}),
+        log_y=True,
+    )
+
+
+def _correlation_plot(result: Result) -> Plot:
+    rows = pick(along(result, "k"), init="shared", selector="free")
+    sources = {"gaussian": "isotropic", "text": "text"}
+    return _drawn(
+        result,
+        [_series(pick(rows, input=s), "k", "norm_correlation", sources[s], index) for index, s in enumerate(sources)],
+        name="correlation-k",
+        title="Do longer selector rows get more tokens?",
+        caption="Correlation over experts of load and row norm, rows drawn freely. The sign is to change at "
+        f"K = N_E / 2. {_fixed('k')}",
+        axes_names=("K", "correlation"),
+        ticks=sorted({row["k"] for row in rows}),
+        log_y=False,
+    )
+
+
+def _series(rows: Sequence[Mapping[str, Any]], axis: str, key: str, label: str, index: int) -> _Series:
+    wanted = [(float(row[axis]), row["predicted"][key]) for row in rows if row["predicted"][key] is not None]
+    line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=_style(index))
+    measured = [(float(row[axis]), *row["measured"][key]) for row in rows if row["measured"][key] is not None]
+    return _Series(line, measured)
+
+
+def _fixed(axis: str) -> str:
+    return f"Lines: predicted; markers: median and range over seeds. Only {AXES[axis]} varies."
+
+
+_PROBES = {
+    "load_entropy": ("Evenness of the load", "load entropy / log N_E"),
+    "largest_over_mean": ("The busiest expert", "largest / mean load"),
+    "norm": ("Growth of the selector's rows", "mean row norm"),
+    "interference": ("Interference between experts", "share of squared gradient"),
+}
+
+
+def _probed(result: Result) -> list[str]:
+    """Interference is 0 for every sigmoid; only the competition study draws it."""
+    return [key for key in _PROBES if key != "interference" or result["kind"] == "study-competition"]
+
+
+def _probe_plot(result: Result, key: str) -> Plot:
+    title, name = _PROBES[key]
+    entries = []
+    for index, variant in enumerate(result["variants"]):
+        if variant["runs"]:
+            by_step: dict[int, list[float]] = {}
+            for run in variant["runs"]:
+                for probe in run["probes"]:
+                    by_step.setdefault(probe["step"], []).append(probe[key])
+            steps = sorted(by_step)
+            y = [statistics.fmean(by_step[step]) for step in steps]
+            line = Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=_style(index))
+            entries.append(_Series(line, []))
+    return _drawn(
+        result,
+        entries,
+        name=key.replace("_", "-"),
+        title=title,
+        caption=f"{name} over training steps; means over layers and seeds.",
+        axes_names=("step", name),
+        ticks=None,
+        log_y=False,
+    )
+
+
+def _style(index: int) -> dict[str, Any]:
+    """A variant's look with a marker on every point, as there are few."""
+    return {key: value for key, value in method_style(index).items() if key != "markevery"}
+
+
+def _drawn(
+    result: Result,
+    series: Sequence[_Series],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    axes_names: tuple[str, str],
+    ticks: Sequence[int] | None,
+    log_y: bool,
+) -> Plot:
+    """One drawing; the axis of sizes is logarithmic, that of steps is not."""
+    name = f"{result['kind']}-{name}"
+    with drawing(WIDTH, HEIGHT) as (figure, axes):
+        for entry in series:
+            _draw(axes, entry)
+        if ticks is not None:
+            _size_axis(axes, ticks)
+        if log_y:
+            _log_axis(axes, [y for entry in series for y in entry.line.y])
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        label_ends(axes, [entry.line for entry in series])
+        svg = svg_text(figure, name=name, title=title, description=caption)
+        png = png_bytes(figure)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+
+
+def _draw(axes: Axes, series: _Series) -> None:
+    """A line alone has markers; a prediction leaves them to the measurements."""
+    line, style = series.line, series.line.style
+    if not series.points:
+        axes.plot(line.x, line.y, **style)
+        return
+    axes.plot(line.x, line.y, color=style["color"], linestyle=style["linestyle"], linewidth=1.0)
+    x, middle, low, high = (list(values) for values in zip(*series.points, strict=True))
+    spread = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
+    axes.errorbar(x, middle, yerr=spread, color=style["color"], marker=style["marker"], linestyle="none", elinewidth=1.0)
+
+
+def _size_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks at 1, 2 and 5 where the values span less than two decades, else at powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    positive = [y for y in values if y > 0]
+    narrow = bool(positive) and math.log10(max(positive) / min(positive)) < 2
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

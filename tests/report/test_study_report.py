@@ -1,0 +1,113 @@
+"""The studies' page and tables agree with the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from sparseffn.errors import UserError
+from sparseffn.report.formats import NOT_MEASURED
+from sparseffn.report.sheet import Sheet, markdown_sheet
+from sparseffn.report.study_page import read_study, study_html
+from sparseffn.report.study_tables import TITLES, along, differences, interval, number, ranged, study_sheets, verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("init", "competition", "balance")
+
+
+def tool() -> ModuleType:
+    """tools/study_tables.py."""
+    spec = importlib.util.spec_from_file_location("study_tables", ROOT / "tools" / "study_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def committed(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return read_study(ROOT / "results" / f"study-{name}.json")
+
+
+def test_page_holds_what_the_results_say() -> None:
+    """Made anew, the tables are those on the page; a figure that was edited by hand is found."""
+    text = (ROOT / "docs" / "why-this-selector.md").read_text(encoding="utf-8")
+    module = tool()
+    assert module.with_tables(text) == text
+    assert {match[2] for match in module.BLOCK.finditer(text)} == set(NAMES)
+    block = next(module.BLOCK.finditer(text))
+    edited = text[: block.start()] + re.sub(r"\d\.\d", "7.7", block[0]) + text[block.end() :]
+    assert edited != text and module.with_tables(edited) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_results_are_whole_and_small(name: str) -> None:
+    """Nothing missing, several seeds of each variant, no path of a machine."""
+    result = committed(name)
+    text = json.dumps(result)
+    assert result["missing"] == [] and result.get("missing_sizes", []) == []
+    assert {len(variant["runs"]) for variant in result["variants"]} == {result["settings"]["n_seeds"]}
+    assert len(text) < 150_000 and "/home" not in text and "/tmp" not in text
+
+
+def test_axes_of_the_grid_share_the_base() -> None:
+    """The base size stands in each of the four tables once a scheme."""
+    result = committed("init")
+    for axis, value in zip(("n_layers", "n_experts", "expert_size", "k"), result["settings"]["grid"]["base"], strict=True):
+        rows = [row for row in along(result, axis) if row[axis] == value]
+        assert len(rows) == 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_without_figures_has_every_table(name: str) -> None:
+    """One file that loads nothing."""
+    result = committed(name)
+    page = study_html(result, drawn=False)
+    for sheet in study_sheets(result).values():
+        assert page.count(sheet.title.replace("'", "&#39;")) >= 1
+    assert TITLES[f"study-{name}"] in page and f"sparseffn study {name}" in page and "<script" not in page
+
+
+def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
+    """Only seeds that both have; 4.303 standard errors for three."""
+    base = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.0), (1, 2.0), (2, 3.0), (7, 9.0))]}
+    other = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.1), (1, 2.1), (2, 3.4))]}
+    found = differences(other, base, "valid")
+    assert found == pytest.approx([0.1, 0.1, 0.4])
+    assert interval(found) == "+0.2000 ± 0.4303" and verdict(found) == "undecided"
+    assert verdict([0.1, 0.11, 0.1]) == "worse" and verdict([-0.1, -0.11, -0.1]) == "better"
+    assert verdict([0.5]) == "undecided" and verdict([]) == NOT_MEASURED
+
+
+def test_numbers_have_three_digits() -> None:
+    """Whatever their size."""
+    assert [number(v) for v in (0.070456, 2.2546, 13.84, 138.4, 1e-9, -0.196, None)] == [
+        "0.0705",
+        "2.25",
+        "13.8",
+        "138",
+        "0",
+        "-0.196",
+        NOT_MEASURED,
+    ]
+    assert ranged([0.5, 0.4, 0.6]) == "0.500 [0.400, 0.600]" and ranged(None) == NOT_MEASURED
+
+
+def test_markdown_escapes_bars() -> None:
+    """A bar in a cell must not end it."""
+    text = markdown_sheet(Sheet(head=("a", "b"), rows=[("x|y", "1")], n_words=1, title="T", notes=("n",)))
+    assert text == "**T**\n\n| a | b |\n| :-- | --: |\n| x\\|y | 1 |\n\nn\n"
+
+
+def test_result_of_another_version_is_refused(tmp_path: Path) -> None:
+    """By its format."""
+    path = tmp_path / "study-init.json"
+    path.write_text(json.dumps({**committed("init"), "format": 2}))
+    with pytest.raises(UserError, match=r"in format 1; got 'study-init' in format 2; fix: run `sparseffn study` again"):
+        read_study(path)
