@@ -188,11 +188,11 @@ class Mixture(FeedForward):
 
     def output_TD(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
         """The output alone: for a token or a few, what describes the selection costs as much as some of the experts."""
-        evaluated = self.evaluate(x_TD) if mask_T is None else None
+        evaluated = self.evaluate(x_TD, selection=False) if mask_T is None else None
         return self._compute_in_steps(x_TD, mask_T)[0] if evaluated is None else evaluated[0]
 
-    def evaluate(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Output, experts and gates in one operation, as `ops.routed_mlp` gives them.
+    def evaluate(self, x_TD: Tensor, *, selection: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Output, experts and gates in one operation, as `ops.routed_mlp` gives them; without `selection` the output and Nones.
 
         None where that is not possible: in training, under autocast, with gradients, in a trace, or where the router is
         more than top-K and a gate. Shapes were fixed when the layer was made, so that the kernel is called as it is.
@@ -207,7 +207,9 @@ class Mixture(FeedForward):
             return None
         if not ops.runs_eagerly(x_TD, keys, values, selector):
             return None
-        return kernel("routed_mlp", x_TD)(x_TD, selector, keys, values, router.k, gate, self.config.activation)
+        return kernel("routed_mlp", x_TD)(
+            x_TD, selector, keys, values, router.k, gate, self.config.activation, selection=selection
+        )
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`sum over a token's selections of weight x W2^e act(W1^e x)`, or over what an inner top-K leaves of it."""

@@ -125,14 +125,22 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
 
     @torch.no_grad()
     def routed(
-        x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: GateName, activation: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor,
+        selector: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        k: int,
+        gate: GateName,
+        activation: str,
+        *,
+        selection: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         wide = torch.promote_types(x.dtype, torch.float32)
         logits_TE = router_logits(x.to(wide), selector.to(wide))
         indices_TK = topk(logits_TE, k, True)
         gates_TK = gates_of(gate, logits_TE, indices_TK)
         y, *_ = forward(x, keys, values, gates_TK, indices_TK, None, 1.0, activation, save=False)
-        return y, indices_TK, gates_TK
+        return (y, indices_TK, gates_TK) if selection else (y, None, None)
 
     return {
         "routed_mlp": routed,

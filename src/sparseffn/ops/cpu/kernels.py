@@ -211,14 +211,14 @@ def expert_mlp_inner_backward(
 
 
 def routed_mlp(
-    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.routed_mlp`."""
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str, *, selection: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `ops.routed_mlp`; without `selection` the output alone."""
     x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
     (n_tokens, width), (n_experts, _, size), dtype = x.shape, keys.shape, x.dtype
     y = torch.empty_like(x)
-    indices = x.new_empty(n_tokens, k, dtype=torch.int64)
-    gates = x.new_empty(n_tokens, k, dtype=_WIDE[dtype])
+    indices = x.new_empty(n_tokens, k, dtype=torch.int64) if selection else None
+    gates = x.new_empty(n_tokens, k, dtype=_WIDE[dtype]) if selection else None
     problem = _functions()["routed_experts"](
         _DTYPES[dtype],
         x.data_ptr(),
@@ -234,8 +234,8 @@ def routed_mlp(
         _GATES[gate],
         torch.get_num_threads(),
         y.data_ptr(),
-        indices.data_ptr(),
-        gates.data_ptr(),
+        _address(indices),
+        _address(gates),
     )
     if problem:
         raise non_finite_gates()

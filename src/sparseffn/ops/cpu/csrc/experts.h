@@ -27,8 +27,14 @@ template <class S> struct Workspace {
     Buffer<S> padded;
     std::vector<const C*> inputs, rows;
 
+    // No larger than the rows need: for one token, taking memory would else cost as much as the routing.
     explicit Workspace(const Problem<S>& p)
-        : units(kChunk * p.size), padded(padded_size<C>(std::max(p.width, p.size))), inputs(kChunk), rows(kChunk) {}
+        : units(most_rows(p) * p.size),
+          padded(std::max(padded_size<C>(p.width, p.size), padded_size<C>(p.size, p.width))),
+          inputs(most_rows(p)),
+          rows(most_rows(p)) {}
+
+    static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
 };
 
 // Hidden units `first..first+size` of rows of one expert, activated, dropped and scaled by their gates, into ws.units.

@@ -106,6 +106,10 @@ template <class C, class S> struct Panel {
 
 // Elements that the `padded` of a product or of `outer` over `depth` rows must hold.
 template <class C> inline int64_t padded_size(int64_t depth) { return depth * 2 * kVectors * kLanes<C>; }
+// The same where the number of columns is known, or that of which whole vectors are split off.
+template <class C> inline int64_t padded_size(int64_t depth, int64_t columns) {
+    return columns % kLanes<C> == 0 ? 0 : padded_size<C>(depth);
+}
 
 template <class C, class S>
 inline Panel<C, S> panel_at(const S* b, int64_t ldb, int64_t depth, int64_t columns, int64_t first, int most, S* padded) {
