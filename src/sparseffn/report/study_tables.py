@@ -203,7 +203,7 @@ def _gate_sheet(result: Result) -> Sheet:
         bounds = number(low) if low == high else f"{number(low)} to {number(high)}"
         cells = [number(variant["predicted"]["gate_square"]), arrow(first, last, "gate_square")]
         rows.append((variant["name"], *cells, bounds, arrow(first, last, "interference")))
-    names = ("E[s²] at the start, predicted", "E[s²], start → end")
+    names = ("mean s² at the start, predicted", "mean s², start → end")
     return Sheet(
         title="Gates and interference before and after the short training, means over layers and seeds",
         head=("variant", *names, "interference at equal logits, predicted", "interference, start → end"),
