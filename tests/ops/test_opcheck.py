@@ -42,6 +42,11 @@ def experts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, keys, leaf(N_EXPERTS, SIZE, D_MODEL), leaf(N_TOKENS, K, positive=True)
 
 
+def routed_weights() -> tuple[Tensor, Tensor, Tensor]:
+    """Selector, keys, values."""
+    return leaf(N_EXPERTS, D_MODEL), leaf(N_EXPERTS, D_MODEL, SIZE), leaf(N_EXPERTS, SIZE, D_MODEL)
+
+
 def constants(*tensors: Tensor) -> Arguments:
     """Inputs of a backward, which itself has no gradient; an output's gradient first."""
     return tuple(t.detach() for t in tensors)
@@ -86,6 +91,8 @@ CASES: dict[str, Callable[[str], Arguments]] = {
     "expert_mlp_backward": expert_mlp_backward,
     "expert_mlp_inner": lambda b: (*experts(), chosen(), kept(), 1.5, "silu", INNER_K, b),
     "expert_mlp_inner_backward": expert_mlp_inner_backward,
+    # Of an evaluation: it refuses what asks for a gradient.
+    "routed_mlp": lambda b: (*constants(leaf(N_TOKENS, D_MODEL), *routed_weights()), K, "softmax", "gelu", b),
     "router_logits": lambda b: (leaf(N_TOKENS, D_MODEL), leaf(N_EXPERTS, D_MODEL), b),
     "weighted_rows": lambda b: (leaf(5, D_MODEL), torch.randint(5, (4, K)), leaf(4, K), b),
     "weighted_rows_backward": lambda b: (

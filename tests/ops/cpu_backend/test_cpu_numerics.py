@@ -133,7 +133,7 @@ def test_weighted_rows_are_near_the_truth(n_tokens: int, n_values: int, width: i
 @given(st.integers(1, 300), st.booleans(), st.integers(0, 10**6), st.data())
 def test_topk_agrees_with_a_stable_sort(n: int, ties: bool, seed: int, data: st.DataObject) -> None:
     """Every K, few and many, ordered and not; with ties and infinities."""
-    k = data.draw(st.integers(0, n))
+    k = data.draw(st.integers(1, n))
     scores = torch.randn(3, n, generator=torch.Generator().manual_seed(seed))
     scores = scores.round() if ties else scores
     scores[1, : n // 2] = -torch.inf

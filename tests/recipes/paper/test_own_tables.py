@@ -34,7 +34,7 @@ def test_rows_are_of_our_own(name: str, micro: Scale) -> None:
 def test_column_without_its_corpus_says_why(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
     """PTB is wanted whatever corpus the other columns have; the song is no PTB."""
     cells = table_json(plan("ptb", micro, corpora, ["PTB-char"], ["dense"]), Pool(tmp_path))["cells"]
-    assert cells[0]["status"] == "missing" and "corpus 'ptb' must have the files" in cells[0]["reason"]
+    assert cells[0]["status"] == "missing" and "simple-examples.tgz must be the published file" in cells[0]["reason"]
 
 
 def test_shared_layers_are_parameter_equal(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
