@@ -30,6 +30,9 @@ INPUTS = ("x", "keys", "values", "gates")
 MOST_SELECTIONS, MOST_PRODUCTS = 150, 1_000_000
 # A relative error says nothing of a few sums, all of which may happen to cancel: those are drawn in float64 alone.
 FEWEST_SUMS = 16
+# The relative bounds of ops/spec.py are for sums of fewer terms than this. A value row's gradient is one long sum, in these
+# kernels and in PyTorch's: of 1,300 float32 terms both err by 5 to 6 epsilons, where 4 are allowed.
+MOST_TERMS = 300
 
 
 def near(got: Tensor, wanted: Tensor) -> None:
@@ -160,7 +163,7 @@ def rows(draw: random.Random) -> None:
     """Weighted value rows and their gradients."""
     n_values, width, k = draw.choice([1, 3, 50, 2000]), draw.randint(1, 200), draw.randint(1, 60)
     n_tokens = draw.choice([0, 1, 5, 130, draw.randint(1, 600)])
-    dtype = draw_dtype(draw, n_tokens * k, width)
+    dtype = draw_dtype(draw, n_tokens * k, width) if n_tokens * k <= MOST_TERMS * n_values else F64
     values, weights = numbers(n_values, width).to(dtype), numbers(n_tokens, k).to(dtype)
     indices, grad = torch.randint(n_values, (n_tokens, k)), numbers(n_tokens, width).to(dtype)
     leaves = [values.double().requires_grad_(), weights.double().requires_grad_()]
