@@ -92,13 +92,13 @@ def compose_expert_mlp(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         scores_TU = scores_RG.index_select(0, back).view(n_tokens, k * size)
         u_TU = ACTIVATIONS[activation](scores_TU)
-        scaled_TU = u_TU if keep is None else u_TU * (keep.view(u_TU.shape) * keep_scale).to(u_TU.dtype)
+        scaled_TU = u_TU if keep is None else u_TU * (keep.reshape(u_TU.shape) * keep_scale).to(u_TU.dtype)
         alpha_TU = scaled_TU * gates.to(u_TU.dtype).repeat_interleave(size, dim=1)
         best = topk(alpha_TU, inner_k, False)
         units = indices.gather(1, best // size) * size + best % size
         y = weighted_rows(values.flatten(0, 1), units, alpha_TU.gather(1, best))
         kept_TU = u_TU if activation in KEEPS_OUTPUT else scores_TU
-        positions = best if keep is None else best.masked_fill(~keep.view(u_TU.shape).gather(1, best), -1)
+        positions = best if keep is None else best.masked_fill(~keep.reshape(u_TU.shape).gather(1, best), -1)
         return y, kept_TU.gather(1, best), positions.to(torch.int32), order, offsets
 
     def backward_inner(

@@ -34,12 +34,12 @@ template <class C> void gates_of(Gate kind, const C* logits, int64_t experts, co
         return;
     }
     const C top = logits[chosen[0]];
-    C sum = 0;
+    double sum = 0;  // one number a token, of up to N_E terms one after the other
     if (kind == kSoftmax)
         for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - top);
     else
         for (int64_t j = 0; j < k; ++j) sum += std::exp(logits[chosen[j]] - top);
-    for (int64_t j = 0; j < k; ++j) gates[j] = std::exp(logits[chosen[j]] - top) / sum;
+    for (int64_t j = 0; j < k; ++j) gates[j] = std::exp(logits[chosen[j]] - top) / static_cast<C>(sum);
 }
 
 // From here on turning the selector pays; below, each logit is a dot product.
