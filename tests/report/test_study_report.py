@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from sparseffn.analysis.paired import student_quantile as expanded_quantile
 from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED
 from sparseffn.report.sheet import Sheet, markdown_sheet
+from sparseffn.report.student import student_quantile
 from sparseffn.report.study_page import read_study, study_html
-from sparseffn.report.study_tables import TITLES, along, differences, interval, number, ranged, study_sheets, verdict
+from sparseffn.report.study_tables import (
+    TITLES,
+    along,
+    differences,
+    half_width,
+    interval,
+    number,
+    ranged,
+    study_sheets,
+    verdict,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("init", "competition", "balance")
@@ -83,6 +97,19 @@ def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
     assert interval(found) == "+0.2000 ± 0.4303" and verdict(found) == "undecided"
     assert verdict([0.1, 0.11, 0.1]) == "worse" and verdict([-0.1, -0.11, -0.1]) == "better"
     assert verdict([0.5]) == "undecided" and verdict([]) == NOT_MEASURED
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (10, 2.2622), (11, 2.2281), (40, 2.0227), (1001, 1.9623)])
+def test_any_number_of_seeds_has_its_interval_and_verdict(n: int, quantile: float) -> None:
+    """Quantiles of Student's t from tables; a difference that is plain is decided, one just within the interval is not."""
+    assert student_quantile(n - 1) == pytest.approx(quantile, abs=1e-4)
+    assert student_quantile(n - 1) == pytest.approx(expanded_quantile(n - 1), rel=0.005)
+    spread = [(-1.0) ** seed for seed in range(n)]
+    noise = [value - statistics.fmean(spread) for value in spread]
+    half = quantile * statistics.stdev(noise) / math.sqrt(n)
+    found = [verdict([value + shift * half for value in noise]) for shift in (1.01, -1.01, 0.99)]
+    assert found == ["worse", "better", "undecided"]
+    assert half_width(noise) == pytest.approx(half, rel=1e-4)
 
 
 def test_numbers_have_three_digits() -> None:

@@ -11,6 +11,7 @@ from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
+from sparseffn.report.student import student_quantile
 
 TITLES = {
     "study-init": "Why this selector, why this initialisation",
@@ -21,9 +22,6 @@ TITLES = {
 AXES = {"n_experts": "N_E", "n_layers": "layers", "expert_size": "G", "k": "K"}
 INITS = ("shared", "standard", "switch")
 SELECTORS = ("equal-norm", "free")
-
-# Two-sided 95% points of Student's t for 1 to 9 degrees of freedom (any table of it).
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def check_study(result: Result) -> None:
@@ -233,9 +231,9 @@ def differences(variant: Mapping[str, Any], against: Mapping[str, Any], split: s
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95% interval of the mean; None for one value."""
-    if not 2 <= len(values) <= len(_T95) + 1:
+    if len(values) < 2:
         return None
-    return _T95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values: Sequence[float]) -> str:
