@@ -143,6 +143,22 @@ def test_folder_of_another_scale_is_refused(song: str, whole: tuple[Path, dict[s
         study(settings(song, "init", scale=other), whole[0])
 
 
+def test_run_of_a_study_is_evaluated_like_any_other(
+    song: str, whole: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the whole split, which says that the run's own loss is of less; another corpus is refused by its digest."""
+    run = whole[0] / "runs" / "sigma-moe" / "seed-0"
+    assert main(["eval", str(run), "--data-dir", song, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predictions"] > 200 and found["run_evaluated_tokens"] == 200
+    assert main(["eval", str(run), "--data-dir", song]) == 0
+    assert "the run's own results are of its first 200 tokens" in capsys.readouterr().out
+    other = Path(song).with_name("other.txt")
+    other.write_text(Path(song).read_text()[:-31])
+    assert main(["eval", str(run), "--data-dir", str(other)]) == 2
+    assert f"the corpus must be the run's, digest {found['digest']}; got" in capsys.readouterr().err
+
+
 def test_damaged_files_are_named(song: str, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """A result that is cut short, and one of something else."""
     path = tmp_path / "study-init.json"

@@ -125,6 +125,7 @@ def eval_command(options: argparse.Namespace) -> int:
         "value": value,
         "bits_per_byte": bits,
         "digest": corpus.digest,
+        "run_evaluated_tokens": run.evaluated,
     }
     if options.json:
         print_json(data)
@@ -134,6 +135,8 @@ def eval_command(options: argparse.Namespace) -> int:
             [(options.split, f"{outcome.n_predictions:,}", str(memory), f"{value:.4f}", f"{bits:.4f}")],
         )
         print(f"\ncorpus {corpus.name}, digest {corpus.digest}")
+        if run.evaluated is not None:
+            print(f"the whole split; the run's own results are of its first {run.evaluated:,} tokens")
     return 0
 
 

@@ -27,7 +27,7 @@ from sparseffn.recipes.study_start import Grid
 from sparseffn.train import RunFolder, train
 from sparseffn.train.checkpoint import list_checkpoints, load_checkpoint
 from sparseffn.train.loop import StepReport
-from sparseffn.train.restore import load_weights
+from sparseffn.train.restore import SHORTENED, load_weights
 from sparseffn.train.stored import Kind, read_fields, write_json
 
 # Tokens of validation that a probe reads.
@@ -134,7 +134,7 @@ def shortened(corpus: Corpus, n_tokens: int) -> Corpus:
     """The corpus with the first tokens of validation and test alone; its digest says so."""
     # One more than predictions: the first token of a split is not predicted.
     n = n_tokens + 1
-    digest = f"{corpus.digest}, evaluated on the first {n_tokens}"
+    digest = f"{corpus.digest}{SHORTENED}{n_tokens}"
     return dataclasses.replace(corpus, valid=corpus.valid[:n], test=corpus.test[:n], digest=digest)
 
 

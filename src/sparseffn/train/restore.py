@@ -12,6 +12,9 @@ from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
 from sparseffn.train.stored import Kind, read_fields
 
+SHORTENED = ", evaluated on the first "
+"""Stands in a run's digest behind that of the corpus, before a number of tokens, where less than whole splits was evaluated."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -23,6 +26,8 @@ class RunSettings:
     """The corpus's name."""
     digest: str
     """The corpus's digest."""
+    evaluated: int | None
+    """First tokens of a split that the run's own results are of; None: whole splits."""
 
     @classmethod
     def read(cls, folder: RunFolder) -> RunSettings:
@@ -39,7 +44,14 @@ class RunSettings:
             model, train_config = TransformerXLConfig.from_json(found["model"]), TrainConfig.from_json(found["train"])
         except (TypeError, ValueError) as error:
             raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
-        return cls(model=model, train=train_config, corpus=found["corpus"]["name"], digest=found["corpus"]["digest"])
+        digest, _, evaluated = found["corpus"]["digest"].partition(SHORTENED)
+        return cls(
+            model=model,
+            train=train_config,
+            corpus=found["corpus"]["name"],
+            digest=digest,
+            evaluated=int(evaluated) if evaluated.isdecimal() else None,
+        )
 
 
 def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
