@@ -254,8 +254,8 @@ def _general_notes(result: Result, blocks: tuple[Block, ...]) -> list[str]:
         compare = "" if same else " It is of other sizes and corpora: only the order of the rows can be compared."
         notes.append(f"Published: what arXiv 2310.10837 prints, in the metric that the heading names.{compare}")
     notes.append(
-        "FLOPs are those of the feedforward blocks in percent of the dense model's: K/N_E is the paper's convention, "
-        "counted includes the selection."
+        "FLOPs are those of the feedforward blocks in percent of the dense model's: K/N_E is the paper's convention, shown for "
+        "the dense model and mixtures with the N_E G of the column; counted includes the selection."
     )
     notes.append("Residual: parameters of the whole model against those of the dense model of the column.")
     return notes

@@ -10,11 +10,11 @@ from micro_tables import MakeTable
 from sparseffn.recipes.paper.corpora import Corpora
 from sparseffn.recipes.paper.costs import Speed, costs, forward_flops
 from sparseffn.recipes.paper.dry_run import dry_run
-from sparseffn.recipes.paper.evidence import Item, Stage, estimated_s, evidence_items, list_json, spend
+from sparseffn.recipes.paper.evidence import COLUMN, STAGES, Item, Stage, estimated_s, evidence_items, list_json, spend
 from sparseffn.recipes.paper.execute import execute
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
-from sparseffn.recipes.paper.scales import Scale
+from sparseffn.recipes.paper.scales import Scale, get_scale
 
 
 @pytest.fixture
@@ -31,6 +31,13 @@ def test_headline_comes_first_and_no_run_twice(request_micro: Request) -> None:
     order = [item.table for item in items]
     assert order == sorted(order, key=["table3", "table10", "table1", "table6"].index)
     assert len({item.spec.digest for item in items}) == len(items) == 40
+
+
+def test_no_claim_is_named_that_the_column_cannot_decide() -> None:
+    """Without expert dropout in the column, "no reg" is without the entropy loss alone."""
+    delta = get_scale("cpu").column(COLUMN).shape.expert_dropout
+    (stage,) = [stage for stage in STAGES if "no reg (gamma=0, delta=0)" in stage.rows]
+    assert delta == 0 and "but for expert dropout" in stage.why
 
 
 SHORT = (Stage(table="table3", rows=("sigma-moe", "dense"), n_seeds=1, why="headline"),)

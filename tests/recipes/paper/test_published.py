@@ -7,8 +7,11 @@ import pytest
 from sparseffn.errors import UserError
 from sparseffn.recipes.paper.corpora import Corpora
 from sparseffn.recipes.paper.counted import settings_table, table7
+from sparseffn.recipes.paper.outcome import table_json
+from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import Request, plan_table, residual_percent
-from sparseffn.recipes.paper.published import facts, published_values
+from sparseffn.recipes.paper.pool import Pool
+from sparseffn.recipes.paper.published import facts, published_values, rows_of
 from sparseffn.recipes.paper.scales import SCALES, get_scale
 from sparseffn.recipes.paper.tables import TABLES, get_table
 
@@ -93,6 +96,84 @@ def test_released_form_differs_from_the_papers_where_spec_says() -> None:
     switch = blocks["switch, K=1, G=512 (balancing weight 0.01 / N_E^2, as released)"]
     assert switch["switch_weight"] == pytest.approx(0.01 / 32**2)
     assert blocks["switch, K=1, G=512"]["switch_weight"] == 0.01
+
+
+def marks_of(name: str, columns: list[str], scale: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """By key and column."""
+    planned = plan_table(get_table(name).selected(columns=columns, rows=None, settings="paper"), request_at(scale))
+    return {(c.key, planned.columns[c.column].column.name): c.sized.marks for c in planned.cells}
+
+
+def test_released_forms_mark_every_option_that_differs() -> None:
+    """Also what the label does not name: delta of S-BASE where the column has one, Switch's start on big C4, its dropout."""
+    marks = marks_of("table10", ["WT-S", "WT-S*"], "paper")
+    sbase = "s-base, K=4, G=128 (Sinkhorn as released)"
+    sinkhorn = "as released: sinkhorn released, in the paper's form correct"
+    assert marks[sbase, "WT-S"] == (sinkhorn,)
+    delta = "as released: expert_dropout 0.05, in the paper's form 0"
+    assert set(marks[sbase, "WT-S*"]) == {sinkhorn, delta}
+    switch = marks["switch, K=4, G=128 (balancing weight 0.01 / N_E^2, as released)", "WT-S"]
+    assert "as released: dropout 0, in the paper's form 0.1" in switch
+    big = marks_of("table5", ["C4-S", "C4-B"], "paper")
+    start = {
+        "as released: init standard, in the paper's form switch",
+        "as released: selector_init equal-norm, in the paper's form free",
+    }
+    assert start <= set(big["switch (balancing weight 0.01 / N_E^2, as released)", "C4-B"])
+    assert not start & set(big["switch (balancing weight 0.01 / N_E^2, as released)", "C4-S"])
+
+
+def test_product_keys_say_their_k() -> None:
+    """Which the paper does not give."""
+    marks = marks_of("table2", ["WT-S"], "paper")
+    assert "K = 128 a head (the paper gives none)" in marks["pkm, parameters, relu", "WT-S"]
+    assert "every value is read, without top-K" in marks["pkm, parameters, relu (no top-K, as released)", "WT-S"]
+
+
+def test_rows_named_without_sizes_have_the_real_numbers() -> None:
+    """Of tables 5 and 7 at a small scale; at the published one there is nothing to say."""
+    marks = marks_of("table5", ["C4-S"], "cpu")
+    assert "K=1, G=256 stands for K=1, G=512" in marks["switch", "C4-S"]
+    assert "K=4, G=64 stands for K=4, G=128" in marks["s-base", "C4-S"]
+    assert marks_of("table5", ["C4-S"], "paper")["switch", "C4-S"] == ()
+    labels = [row["label"] for row in table7(request_at("cpu"))["rows"]]
+    assert labels[:2] == ["sigma-moe and every variant with G*K = 256", "2 N_E, G=32"]
+    assert [row["label"] for row in table7(request_at("paper"))["rows"]] == list(rows_of("table7"))
+
+
+def test_convention_stands_only_where_the_block_has_the_columns_pairs() -> None:
+    """Not for Top-K and product keys, nor for a mixture of more or fewer pairs; counted FLOPs are there for all."""
+    tables = [get_table("table1"), get_table("table6"), OWN_TABLES["sweep-experts"]]
+    result = [
+        table_json(plan_table(table.selected(columns=["WT-S"], rows=None, settings="paper"), request_at("cpu")), Pool("."))
+        for table in tables
+    ]
+    shown = {
+        row["label"]: cell["flops_percent"]
+        for table in result
+        for row, cell in zip(table["rows"], table["cells"], strict=True)
+        if cell["flops_percent"] is not None
+    }
+    assert shown == {"dense": 100.0, "N_E=16": 25.0}
+    assert all(cell["counted_flops_percent"] > 0 for table in result for cell in table["cells"])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "settings", "words"),
+    [
+        ("table3", "paper", "paper", ["11.71", "end-of-line", "separates documents"]),
+        ("table6", "paper", "paper", ["dense path", "same published", "end-of-line"]),
+        ("table6", "base", "released", ["dense path", "not tuned", "delta of"]),
+        ("table1", "cpu", "paper", []),
+    ],
+    ids=["table3", "table6", "released", "cpu"],
+)
+def test_notes_say_what_the_comparison_hides(name: str, scale: str, settings: str, words: list[str]) -> None:
+    """Each where it holds, and not elsewhere."""
+    table = get_table(name).selected(columns=None, rows=None, settings=settings)  # type: ignore[arg-type]
+    notes = " ".join(table_json(plan_table(table, request_at(scale, settings)), Pool("."))["notes"])
+    every = {"11.71", "end-of-line", "separates documents", "dense path", "same published", "not tuned", "delta of"}
+    assert {word for word in every if word in notes} == set(words)
 
 
 def test_released_settings_change_clipping_gamma_and_delta() -> None:

@@ -9,7 +9,7 @@ from sparseffn.accounting import count_block
 from sparseffn.errors import UserError
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.published import MAIN_COLUMNS, facts, published_values, rows_of, vocabulary
-from sparseffn.recipes.paper.rows import Row, sized
+from sparseffn.recipes.paper.rows import Row, convention_percent, real_numbers, sized
 from sparseffn.recipes.paper.scales import Column
 from sparseffn.recipes.paper.tables import DENSE, MIXTURE
 from sparseffn.train.folder import environment
@@ -23,6 +23,9 @@ def table7(request: Request) -> dict[str, Any]:
     values = published_values("table7")
     columns = [request.scale.column(name, request.settings) for name in MAIN_COLUMNS]
     rows = [(label, MIXTURE[_SAME_SIZES.get(label, label)]) for label in rows_of("table7")]
+    # A scale has one expert size for all columns.
+    shape = columns[0].shape
+    product = f"G*K = {shape.active_channels}"
     return {
         "kind": "paper-table",
         "version": 1,
@@ -46,7 +49,12 @@ def table7(request: Request) -> dict[str, Any]:
             for column in columns
         ],
         "rows": [
-            {"label": label, "published_label": label, "settings": "paper", "marks": list(_marks(row, columns[0]))}
+            {
+                "label": real_numbers(row, columns[0], label).replace("G*K = 512", product),
+                "published_label": label,
+                "settings": "paper",
+                "marks": list(_marks(row, columns[0])),
+            }
             for label, row in rows
         ],
         "cells": [
@@ -73,7 +81,7 @@ def _counted(r: int, c: int, row: Row, column: Column, published: float | None) 
     ffn, dense = sized(row, column, vocab_size).ffn, sized(DENSE, column, vocab_size).ffn
     own, base = count_block(ffn), count_block(dense)
     params, dense_params = (column.model(block, vocab_size).num_params() for block in (ffn, dense))
-    percent = 100.0 * own.active_fraction
+    percent = convention_percent(ffn, column)
     return {
         "row": r,
         "column": c,

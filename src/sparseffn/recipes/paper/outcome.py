@@ -15,6 +15,8 @@ from sparseffn.analysis.paired import paired_difference
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
 from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
+from sparseffn.recipes.paper.published import SCALED_COLUMNS, facts
+from sparseffn.recipes.paper.rows import convention_percent
 from sparseffn.train.folder import environment
 
 VERSION = 1
@@ -150,7 +152,7 @@ def _cell_json(
         "values": test,
         "params": cell.model.num_params(),
         "residual_percent": residual_percent(cell, planned),
-        "flops_percent": 100.0 * own.active_fraction,
+        "flops_percent": convention_percent(cell.model.ffn, planned.column),
         "counted_flops_percent": 100.0 * own.forward_flops / base.forward_flops,
         "equal_time": _at_time(finished, equal_time, planned),
         "train_s": _train_s(finished),
@@ -242,12 +244,16 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     notes = [
         *_settings_notes(planned),
         "hyperparameters are the same for all methods of a column" if request.settings == "paper" else "",
+        request.scale.note,
         "training time is steps x the median step of the runs themselves, as the machine was then",
+        *_published_notes(planned),
     ]
     if request.settings == "released":
         notes.append(
             "released settings mix two clippings of the gradient: 0.1 for the small dense and Top-K models on words, 0.25 "
-            "for all others; gamma of WT-S is 1e-4 here, and 1e-3 occurs among the released runs too"
+            "for all others; gamma of WT-S is 1e-4 here, and 1e-3 occurs among the released runs too; gamma of C4-S and "
+            "peS2o-S is 0 (paper: 1e-3); delta of WT-B, C4-B and peS2o-B is 0.1 (paper: 0.2); Switch starts at standard scale "
+            "with rows of equal norm on C4-B and peS2o-B, elsewhere at a tenth of the variance with free rows"
         )
     for measured in cells:
         load = _mean_load(measured.finished)
@@ -258,6 +264,28 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
                 f"{load['valid']:.2f} on validation"
             )
     return [note for note in notes if note]
+
+
+def _published_notes(planned: PlannedTable) -> list[str]:
+    """In what the published values differ from one another, and from what is measured here."""
+    own = facts().get(planned.table.name, {}).get("note", "")
+    notes = [f"of the published values: {own}" if own else ""]
+    if any(cell.sized.row.method == "pkm" and cell.published is not None for cell in planned.cells):
+        beside = "; the paper's top-K form and the released one stand beside the same published value"
+        notes.append(
+            "the published PKM rows measured the released dense path, which reads every value (k None)"
+            + (beside if planned.request.settings == "paper" else "")
+        )
+    if planned.request.scale.is_published:
+        names = [planned.columns[cell.column].column.name for cell in planned.cells]
+        if any(name.startswith("WT") for name in names):
+            notes.append(
+                "the published WikiText-103 runs encoded the text line by line without an end-of-line token; here line ends "
+                "are kept and predicted"
+            )
+        if any(name in SCALED_COLUMNS for name in names):
+            notes.append("C4 and peS2o: what separates documents, and the part of peS2o that is evaluated, are chosen here")
+    return notes
 
 
 def _settings_notes(planned: PlannedTable) -> list[str]:

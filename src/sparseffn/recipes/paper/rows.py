@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparseffn.ffn import FFNConfig, method_class
+from sparseffn.ffn._mixture import MixtureConfig
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.pkm import PKMConfig
 from sparseffn.ffn.topk import TopKConfig
@@ -94,14 +95,19 @@ def sized(row: Row, column: Column, vocab_size: int) -> Sized:
     if row.method == "pkm":
         ffn = _pkm(row, column, vocab_size)
         marks.append(f"{ffn.n_subkeys} + {ffn.n_b} sub-keys a head, {ffn.n_channels} values")
+        marks.append("every value is read, without top-K" if ffn.k is None else f"K = {ffn.k} a head (the paper gives none)")
         return Sized(row=row, label=row.key, ffn=ffn, marks=tuple(marks))
     ffn = _mixture(row, column)
-    label = _real_numbers(row, column, row.key)
+    label = real_numbers(row, column, row.key)
     if label != row.key:
-        marks.append(f"{_real_numbers(row, column, row.published)} stands for {row.published}")
-    if row.form == "released" and row.dropout == "standard" and getattr(ffn, "dropout", 0.0) == 0:
-        marks.append("without dropout, as released")
-    elif row.dropout == "standard" and shape.dropout == 0:
+        marks.append(f"{real_numbers(row, column, row.published)} stands for {row.published}")
+    elif column.expert_ratio != 1 and not row.own:
+        # A label without G: the sizes that the paper's row has.
+        k = shape.k if row.k is None else row.k
+        marks.append(real_numbers(row, column, f"K={k}, G={row.g}") + f" stands for K={k}, G={row.g}")
+    if row.form == "released":
+        marks += _released_marks(ffn, _mixture(dataclasses.replace(row, form="paper"), column))
+    if row.dropout == "standard" and shape.dropout == 0 and ffn.to_json()["dropout"] > 0:
         marks.append(f"dropout {column.standard_dropout:g} inside experts alone: the model has none at this scale")
     return Sized(row=row, label=label, ffn=ffn, marks=tuple(marks))
 
@@ -172,12 +178,38 @@ def _released_changes(row: Row, column: Column, n_experts: int) -> dict[str, Any
             raise AssertionError(f"{row.method} has no released form")
 
 
+def _released_marks(released: FFNConfig, paper: FFNConfig) -> list[str]:
+    """Every option in which a released form is not the paper's; the label names one of them."""
+    options, others = released.to_json(), paper.to_json()
+    return [
+        f"as released: {name} {_shown(value)}, in the paper's form {_shown(others[name])}"
+        for name, value in options.items()
+        if value != others[name]
+    ]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def convention_percent(ffn: FFNConfig, column: Column) -> float | None:
+    """K / N_E in percent, 100 for a dense block; None where the paper's convention compares nothing.
+
+    A share of a block's own channels says what of the dense block is computed only while the block has the dense block's pairs.
+    """
+    if isinstance(ffn, DenseConfig):
+        return 100.0
+    if not isinstance(ffn, MixtureConfig) or ffn.n_channels != column.shape.n_experts * column.shape.expert_size:
+        return None
+    return 100.0 * ffn.active_channels / ffn.n_channels
+
+
 def _inner_k(row: Row, column: Column) -> int:
     assert row.inner_k is not None, "asked of rows that have one"
     return max(1, round(row.inner_k * column.expert_ratio))
 
 
-def _real_numbers(row: Row, column: Column, text: str) -> str:
+def real_numbers(row: Row, column: Column, text: str) -> str:
     """A label with the expert size, and the inner K, that the row has here."""
     real_g = column.shape.expert_size * row.g // PAPER_G
     text = text.replace(f"G={row.g}", f"G={real_g}")

@@ -101,6 +101,8 @@ class Scale:
     """By the name of the published preset."""
     is_published: bool = False
     """The published sizes, precision and corpora."""
+    note: str = ""
+    """What must be known of its settings, for every table."""
 
     def column(self, name: str, settings: Settings = "paper") -> Column:
         """A column by its published name.
@@ -155,11 +157,11 @@ def scaled(published: Preset, template: Preset, *, expert_size: int) -> Preset:
     return dataclasses.replace(template, name=f"{template.name}/{published.name}", shape=shape)
 
 
-def make_scale(template: Preset, *, expert_size: int) -> Scale:
+def make_scale(template: Preset, *, expert_size: int, note: str = "") -> Scale:
     """All columns at one template's sizes."""
     names = dict.fromkeys(preset for preset, _ in COLUMNS.values())
     presets = {name: scaled(get_preset(name), template, expert_size=expert_size) for name in names}
-    return Scale(name=template.name, presets=MappingProxyType(presets))
+    return Scale(name=template.name, presets=MappingProxyType(presets), note=note)
 
 
 # lr and dropout chosen on the validation split of `ptb` characters with the dense model of column WT-S: 200 steps of cosine
@@ -189,7 +191,7 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
             presets=MappingProxyType({name: get_preset(name) for name, _ in COLUMNS.values()}),
             is_published=True,
         ),
-        "base": make_scale(_BASE, expert_size=128),
+        "base": make_scale(_BASE, expert_size=128, note="settings not tuned at this scale"),
         "cpu": make_scale(_CPU, expert_size=64),
     }
 )
