@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import sparseffn.cli.bench_figures as bench_figures
 import sparseffn.cli.bench_output as bench_output
 import sparseffn.cli.reproduce_figures as reproduce_figures
+from sparseffn.cli import main
 from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
 from sparseffn.errors import UserError
 
@@ -113,6 +115,26 @@ def test_figures_of_time_are_the_benchmarks(
     assert nine["measured"] == ["Nothing was measured: 1 points fit neither the time limit nor half of the memory."]
     assert "0.50" in ten["measured"][0] and ten["files"] == []
     assert "Not drawn: matplotlib is not installed." in (tmp_path / "f" / "figures.md").read_text()
+
+
+def test_figures_without_a_folder_go_to_the_usual_one(
+    runs: dict[str, Path], song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As typed, without `--out`: drawn ones and timed ones."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce_figures, "can_draw", lambda: False)
+    asked: list[Path] = []
+
+    def measure(figures: list[int], settings: object, path: Path, **limits: object) -> dict[str, Any]:
+        asked.append(path)
+        raise UserError("measured elsewhere")
+
+    monkeypatch.setattr(bench_figures, "bench_figures", measure)
+    data = ["--data-dir", str(song), "--cache-dir", str(song.parent / "cache")]
+    drawn = ["fig1", "fig3", "--from", *map(str, runs.values()), "--max-tokens", "300"]
+    assert main(["reproduce", *drawn, *data, "--json"]) == 0
+    assert {path.name for path in (tmp_path / "runs" / "figures").iterdir()} == {"reproduced.json", "figures.md"}
+    assert main(["reproduce", "fig10"]) == 2 and asked == [Path("runs/figures/figures.json")]
 
 
 def test_runs_of_one_method_get_labels_that_differ() -> None:

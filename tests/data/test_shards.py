@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparseffn.data import shards
 from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
 from sparseffn.data.streams import DocumentStreams
 from sparseffn.errors import UserError
@@ -116,6 +118,27 @@ class TestFiles:
         write_shard(tmp_path / "a.json.gz", texts)
         for skip in (0, 7):
             assert list(read_remote(str(tmp_path / "a.json.gz"), skip)) == texts[skip:]
+
+    @pytest.mark.parametrize("at", ["opening", "reading"])
+    @pytest.mark.parametrize("error", [ConnectionError("reset by peer"), LookupError("no such shard")], ids=["os", "other"])
+    def test_a_network_that_fails_is_told(self, at: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the address, the cause and the way out; documents that came before are given."""
+
+        def rows() -> Iterator[dict[str, str]]:
+            yield {"text": '{"text": "a"}'}
+            raise error
+
+        def load_dataset(*args: object, **kwargs: object) -> Iterator[dict[str, str]]:
+            if at == "opening":
+                raise error
+            return rows()
+
+        monkeypatch.setattr(shards, "_datasets", lambda: SimpleNamespace(load_dataset=load_dataset))
+        texts = read_remote("https://host/a")
+        if at == "reading":
+            assert next(texts) == "a"
+        with pytest.raises(UserError, match=rf"got {type(error).__name__} \(.*\) from https://host/a; fix: .*--data-dir"):
+            next(texts)
 
 
 def streams(seed: int = 0, batch: int = 3, context: int = 5) -> DocumentStreams:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, console, print_json
 from sparseffn.cli.reproduce_evidence import evidence_command
+from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
 from sparseffn.cli.reproduce_jobs import run_all
+from sparseffn.cli.reproduce_options import checked
 from sparseffn.cli.reproduce_output import print_dry_run, write_tables
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paths import default_cache_dir
 from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
 from sparseffn.recipes.paper.costs import measure_speed
-from sparseffn.recipes.paper.counted import settings_table, table7
+from sparseffn.recipes.paper.counted import COUNTED, settings_table, table7
 from sparseffn.recipes.paper.dry_run import dry_run
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import get_scale
-from sparseffn.recipes.paper.tables import Table, get_table, with_forms
+from sparseffn.recipes.paper.selection import select_columns, select_tables
+from sparseffn.recipes.paper.tables import get_table
 from sparseffn.report.paper_table import print_paper_table
 from sparseffn.train.stored import write_json
 
-COUNTED = ("table7", "table8", "table9")
 PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
 
 
@@ -36,30 +37,32 @@ def reproduce_command(options: argparse.Namespace) -> int:
     """Run each target's missing runs, then print its table as the pool knows it."""
     set_threads(options)
     targets = _targets(options.targets)
-    figures = [target for target in targets if target.startswith("fig")]
-    if figures:
-        if len(figures) < len(targets):
-            raise UserError("figures and tables must be asked for apart; got both; fix: run the command twice")
-        return _figures(figures, options)
+    _refuse_mixtures(targets)
+    options = checked(options, targets)
+    if targets[0] in FIGURE_NAMES:
+        return run_figures(targets, options)
     if targets == ["evidence"]:
         return evidence_command(options, _request(options), _pool(options))
-    if "evidence" in targets:
-        raise UserError("evidence must be asked for alone; got other targets too; fix: run the command twice")
     request = _request(options)
     pool = _pool(options)
-    trained = _planned(targets, options, request)
+    tables = [OWN_TABLES[name] if name in OWN_TABLES else get_table(name) for name in targets if name not in COUNTED]
+    columns = select_columns(options.columns, tables, [name for name in targets if name in COUNTED])
+    chosen = select_tables(tables, columns, options.rows, request)
+    trained = {table.name: plan_table(table, request) for table in chosen}
     if options.dry_run:
         return _dry_run(options, trained, pool)
     _refuse_without_corpus(trained, request)
     if not options.view:
         _run(options, pool, trained)
-    results = {name: _result(name, pool, request, trained) for name in targets}
+    results = {
+        name: table_json(trained[name], pool) if name in trained else _counted(name, request, columns[name]) for name in targets
+    }
     return _show(options, results)
 
 
 def _targets(names: list[str]) -> list[str]:
     """The targets in order; `all` is every table of the paper."""
-    known = {*PAPER_TABLES, *OWN_TABLES, "all", "evidence", *_figure_names()}
+    known = {*PAPER_TABLES, *OWN_TABLES, "all", "evidence", *FIGURE_NAMES}
     for name in names:
         if name not in known:
             raise unknown_name("target", name, known)
@@ -67,15 +70,17 @@ def _targets(names: list[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def _figure_names() -> tuple[str, ...]:
-    """Targets that `reproduce_figures` serves; none where that module is not there."""
-    if importlib.util.find_spec("sparseffn.cli.reproduce_figures") is None:
-        return ()
-    return tuple(importlib.import_module("sparseffn.cli.reproduce_figures").FIGURE_NAMES)
+def _refuse_mixtures(targets: Sequence[str]) -> None:
+    """Figures and evidence are commands of their own.
 
-
-def _figures(names: list[str], options: argparse.Namespace) -> int:
-    return importlib.import_module("sparseffn.cli.reproduce_figures").run_figures(names, options)
+    Raises:
+        UserError: they are asked for together with something else.
+    """
+    figures = [target for target in targets if target in FIGURE_NAMES]
+    if figures and len(figures) < len(targets):
+        raise UserError("figures and tables must be asked for apart; got both; fix: run the command twice")
+    if "evidence" in targets and len(targets) > 1:
+        raise UserError("evidence must be asked for alone; got other targets too; fix: run the command twice")
 
 
 def _pool(options: argparse.Namespace) -> Pool:
@@ -106,44 +111,11 @@ def parse_seeds(words: list[str]) -> tuple[int, ...]:
         numbers = [int(part) for word in words for part in word.split(",") if part]
     except ValueError:
         raise UserError(f"`--seeds` must be numbers; got {' '.join(words)!r}; fix: --seeds 3, or --seeds 0,4") from None
-    if len(words) == 1 and "," not in words[0]:
+    if len(words) == 1 and "," not in words[0] and numbers:
         if numbers[0] < 1:
             raise UserError(f"`--seeds` must be at least 1; got {numbers[0]}; fix: --seeds 1")
         return tuple(range(numbers[0]))
     return tuple(numbers)
-
-
-def _planned(targets: list[str], options: argparse.Namespace, request: Request) -> dict[str, PlannedTable]:
-    """The trained tables among the targets; each takes of the columns and rows that are asked for those that it has.
-
-    Raises:
-        UserError: no target has a column or a row, or one of the targets has none of them.
-    """
-    tables = [OWN_TABLES[name] if name in OWN_TABLES else get_table(name) for name in targets if name not in COUNTED]
-    planned = {}
-    for table in tables:
-        names = {"columns": set(table.columns), "rows": {row.key for row in with_forms(table.rows, request.settings)}}
-        wanted = {kind: getattr(options, kind) for kind in names}
-        if len(tables) > 1:
-            wanted = {kind: _had(kind, wanted[kind], names[kind], tables, request) for kind in names}
-        if wanted["columns"] == [] or wanted["rows"] == []:
-            raise UserError(f"{table.name} has none of these columns or rows; fix: leave it out")
-        chosen = table.selected(columns=wanted["columns"], rows=wanted["rows"], settings=request.settings)
-        planned[table.name] = plan_table(chosen, request)
-    return planned
-
-
-def _had(kind: str, wanted: list[str] | None, names: set[str], tables: list[Table], request: Request) -> list[str] | None:
-    """Of the names that are asked for those that a table has; one that none of the tables has is refused."""
-    if wanted is None:
-        return None
-    every = [name for table in tables for name in table.columns]
-    if kind == "rows":
-        every = [row.key for table in tables for row in with_forms(table.rows, request.settings)]
-    for name in wanted:
-        if name.lower() not in {known.lower() for known in every}:
-            raise unknown_name(kind.removesuffix("s"), name, set(every))
-    return [name for name in wanted if name.lower() in {known.lower() for known in names}]
 
 
 def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -> None:
@@ -178,12 +150,8 @@ def _run(options: argparse.Namespace, pool: Pool, trained: dict[str, PlannedTabl
         watch.close()
 
 
-def _result(name: str, pool: Pool, request: Request, trained: dict[str, PlannedTable]) -> dict[str, Any]:
-    if name == "table7":
-        return table7(request)
-    if name in COUNTED:
-        return settings_table(name, request)
-    return table_json(trained[name], pool)
+def _counted(name: str, request: Request, columns: Sequence[str] | None) -> dict[str, Any]:
+    return table7(request, columns) if name == "table7" else settings_table(name, request, columns)
 
 
 def _show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> int:

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparseffn.cli.output import Watch, clock, parse_duration, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
+from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
 from sparseffn.errors import UserError
-from sparseffn.recipes.paper.corpora import Corpora
-from sparseffn.recipes.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
+from sparseffn.recipes.paper.evidence import COLUMN, STAGES, Item, Stage, evidence_items, evidence_tables, list_json, spend
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
-from sparseffn.recipes.paper.scales import get_scale
 from sparseffn.train.stored import write_json
-
-# Evidence is what minutes on a few cores can give; `--scale base` is there for more.
-_SCALE = "cpu"
 
 
 def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) -> int:
     """Go on with the missing runs while the budget lasts, then say how all of them stand."""
     if request.scale.is_published:
-        scale = get_scale(_SCALE)
-        request = dataclasses.replace(request, scale=scale, corpora=Corpora(scale=scale, choice=request.corpora.choice))
-    if options.budget is None and not options.list:
+        raise UserError("`--scale` must be cpu or base for evidence; got 'paper'; fix: leave it out for cpu")
+    lists = options.list or options.dry_run or options.view
+    if options.budget is None and not lists:
         raise UserError("evidence needs a budget of time; got none; fix: --budget 60m, or --list to see the order")
     if options.jobs != 1:
         raise UserError(f"evidence runs one at a time, as its times are compared; got --jobs {options.jobs}; fix: leave it out")
     items = evidence_items(request)
-    if options.budget is not None and not options.list:
+    if options.budget is not None and not lists:
         _spend(items, pool, parse_duration(options.budget))
     result = list_json(items, pool)
     if options.out is not None:
@@ -55,8 +51,23 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     ]
     print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
     done = [run["wall_s"] for run in result["runs"] if run["wall_s"] is not None]
-    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them: sparseffn reproduce table10")
+    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:")
+    for command in view_commands(options):
+        print(f"  {command}")
     return 0
+
+
+def view_commands(options: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> list[str]:
+    """Commands that show the runs and train nothing: one for all tables with the same number of seeds."""
+    tables: dict[int, list[str]] = {}
+    for stage in stages:
+        tables.setdefault(stage.n_seeds, []).append(stage.table)
+    # All that a run's digest or its place depends on.
+    rest = typed(options, ("scale", "steps", "corpus", "tokenizer", "vocab_size", "data_dir", "cache_dir", "pool"))
+    return [
+        f"sparseffn reproduce {' '.join(names)} --columns {COLUMN} --view --seeds {n_seeds} {rest}"
+        for n_seeds, names in tables.items()
+    ]
 
 
 def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:

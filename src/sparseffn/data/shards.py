@@ -42,12 +42,22 @@ def read_remote(url: str, skip: int = 0) -> Iterator[str]:
     """Texts of a `.json.gz` shard elsewhere, streamed by the `datasets` library.
 
     Raises:
-        UserError: the library is not installed, or a line is no document.
+        UserError: the library is not installed, the shard cannot be had, or a line is no document.
     """
-    # Lines instead of its JSON reader: fields whose type differs between shards are of no matter then.
-    lines = _datasets().load_dataset("text", data_files={"train": [url]}, split="train", streaming=True)
-    rows = lines.skip(skip) if skip else lines
-    yield from _texts((row["text"] for row in rows), 0, url)
+    datasets = _datasets()
+    try:
+        # Lines instead of its JSON reader: fields whose type differs between shards are of no matter then.
+        lines = datasets.load_dataset("text", data_files={"train": [url]}, split="train", streaming=True)
+        rows = lines.skip(skip) if skip else lines
+        yield from _texts((row["text"] for row in rows), 0, url)
+    except UserError:
+        raise
+    except Exception as error:
+        # The library's own, those of three libraries for the network, those of gzip: they have no common base.
+        raise UserError(
+            f"a shard must come whole over the network; got {type(error).__name__} ({error}) from {url}; "
+            "fix: run the same command again once it can be reached, or pass --data-dir with the .json.gz shards"
+        ) from error
 
 
 def _texts(lines: Iterable[str | bytes], skip: int, where: str) -> Iterator[str]:

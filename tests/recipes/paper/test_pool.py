@@ -98,18 +98,40 @@ def test_failure_is_recorded_and_the_rest_goes_on(table: MakeTable, tmp_path: Pa
     assert execute(pool, sigma).kind == "failed"
 
 
-def test_passing_failure_is_tried_again(table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that ran out may suffice the next time."""
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), OSError(28, "No space left on device"), ConnectionError("reset"), KeyError("text")],
+    ids=["memory", "disk", "network", "any"],
+)
+def test_passing_failure_is_tried_again(
+    table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Memory that ran out may suffice the next time; so may a disk, or a connection."""
     ((_, _, spec),) = table("table3", ["WT-S"], ["dense"]).runs()
     pool = Pool(tmp_path)
 
-    def out_of_memory(*args: object, **kwargs: object) -> None:
-        raise MemoryError("no room")
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(execution, "train", out_of_memory)
-        assert execute(pool, spec).reason == "MemoryError: no room"
+        patch.setattr(execution, "train", fail)
+        assert execute(pool, spec).reason == f"{type(error).__name__}: {error}" and not execute(pool, spec).permanent
     assert execute(pool, spec).kind == "finished" and not pool.failure_path(spec).exists()
+
+
+def test_failure_that_cannot_be_recorded_does_not_stop_the_rest(
+    table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk has no room for the reason either; it is given back all the same."""
+    ((_, _, spec),) = table("table3", ["WT-S"], ["dense"]).runs()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(execution, "train", full)
+    monkeypatch.setattr(pools, "write_json", full)
+    status = execute(Pool(tmp_path), spec)
+    assert status.kind == "failed" and status.wanted and "No space left on device (not recorded: " in str(status.reason)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +163,23 @@ def test_damaged_result_is_failed_with_the_file(table: MakeTable, tmp_path: Path
     pool.folder(spec).result_path.write_text("{")
     cell = table_json(planned, pool)["cells"][0]
     assert cell["status"] == "failed" and "result.json` must hold JSON" in cell["reason"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "nan"])
+def test_damaged_windows_cost_their_run_alone(table: MakeTable, tmp_path: Path, damage: str) -> None:
+    """The other rows of the table stay; this one says which file it is."""
+    planned, pool = table("table3", ["WT-S"]), Pool(tmp_path)
+    _, sigma = run_table(planned, pool)
+    path = pool.folder(sigma).window_losses_path("test")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        np.save(path, np.full(0 if damage == "empty" else 3, np.nan))
+    cells = table_json(planned, pool)["cells"]
+    assert [cell["status"] for cell in cells] == ["measured", "failed"]
+    assert "windows-test.npy` must hold" in cells[1]["reason"] and "remove the run's folder" in cells[1]["reason"]
 
 
 def test_two_processes_do_not_share_a_run(table: MakeTable, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from sparseffn.recipes.paper.scales import Column, Scale
 DEFAULT_CORPUS = "ptb"
 _TOKENIZERS = {"ptb": "chars"}
 
+CLOSED = "a dry run opens no published corpus, as they are large: the sizes are those of the published vocabularies"
+"""Why a column of a dry run at scale paper has no corpus."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusChoice:
@@ -37,11 +40,13 @@ class Corpora:
     _opened: dict[tuple[str, str | None, int | None], Corpus | UserError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.scale.is_published and self.choice.name is not None:
-            raise UserError(
-                f"`--corpus` must be left out at scale paper, where each column has its own; got {self.choice.name!r}; "
-                "fix: leave it out, or --scale cpu"
-            )
+        given = {"corpus": self.choice.name, "tokenizer": self.choice.tokenizer, "vocab-size": self.choice.vocab_size}
+        for option, value in given.items():
+            if self.scale.is_published and value is not None:
+                raise UserError(
+                    f"`--{option}` must be left out at scale paper, where each column has its own; got {value!r}; "
+                    "fix: leave it out, or --scale cpu"
+                )
 
     def wanted(self, column: Column) -> tuple[str, str | None, int | None]:
         """Name, tokeniser and pieces of a column's corpus."""
@@ -58,7 +63,7 @@ class Corpora:
         """
         key = self.wanted(column)
         if self.closed and self.scale.is_published and not column.has_its_corpus:
-            raise UserError(f"corpus {key[0]!r} was not opened; fix: leave out --dry-run")
+            raise UserError(CLOSED)
         if key not in self._opened:
             self._opened[key] = self._open(*key)
         found = self._opened[key]

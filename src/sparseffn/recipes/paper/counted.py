@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseffn.accounting import count_block
@@ -11,20 +11,33 @@ from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.published import MAIN_COLUMNS, facts, published_values, rows_of, vocabulary
 from sparseffn.recipes.paper.rows import Row, convention_percent, real_numbers, sized
 from sparseffn.recipes.paper.scales import Column
-from sparseffn.recipes.paper.tables import DENSE, MIXTURE
+from sparseffn.recipes.paper.tables import DENSE, MIXTURE, picked
 from sparseffn.train.folder import environment
+
+COUNTED = ("table7", "table8", "table9")
+"""The tables of this file."""
 
 # Rows of table 7 by the rows of table 10 that have their sizes.
 _SAME_SIZES = {"sigma-moe and every variant with G*K = 512": "sigma-moe"}
 
 
-def table7(request: Request) -> dict[str, Any]:
-    """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector."""
+def counted_columns(name: str) -> tuple[str, ...]:
+    """Columns of table 7, 8 or 9; the last two have them as rows."""
+    return MAIN_COLUMNS if name == "table7" else tuple(row[0] for row in facts()[name]["rows"])
+
+
+def table7(request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector.
+
+    Args:
+        request: scale and settings.
+        columns: some of `counted_columns`; None: all.
+    """
     values = published_values("table7")
-    columns = [request.scale.column(name, request.settings) for name in MAIN_COLUMNS]
+    kept = [request.scale.column(name, request.settings) for name in _kept("table7", columns)]
     rows = [(label, MIXTURE[_SAME_SIZES.get(label, label)]) for label in rows_of("table7")]
     # A scale has one expert size for all columns.
-    shape = columns[0].shape
+    shape = kept[0].shape
     product = f"G*K = {shape.active_channels}"
     return {
         "kind": "paper-table",
@@ -46,21 +59,21 @@ def table7(request: Request) -> dict[str, Any]:
                 "steps": 0,
                 "equal_time_s": None,
             }
-            for column in columns
+            for column in kept
         ],
         "rows": [
             {
-                "label": real_numbers(row, columns[0], label).replace("G*K = 512", product),
+                "label": real_numbers(row, kept[0], label).replace("G*K = 512", product),
                 "published_label": label,
                 "settings": "paper",
-                "marks": list(_marks(row, columns[0])),
+                "marks": list(_marks(row, kept[0])),
             }
             for label, row in rows
         ],
         "cells": [
             _counted(r, c, row, column, values.get((label, column.name)))
             for r, (label, row) in enumerate(rows)
-            for c, column in enumerate(columns)
+            for c, column in enumerate(kept)
         ],
         "difference_unit": "percent",
         "extra_columns": [],
@@ -70,6 +83,11 @@ def table7(request: Request) -> dict[str, Any]:
         ],
         "environment": environment(),
     }
+
+
+def _kept(name: str, wanted: Sequence[str] | None) -> Sequence[str]:
+    every = counted_columns(name)
+    return every if wanted is None else picked("column", wanted, every)
 
 
 def _marks(row: Row, column: Column) -> tuple[str, ...]:
@@ -103,13 +121,21 @@ def _counted(r: int, c: int, row: Row, column: Column, published: float | None) 
     }
 
 
-def settings_table(name: str, request: Request) -> dict[str, Any]:
-    """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ."""
-    data = facts()[name]
+def settings_table(name: str, request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ.
+
+    Args:
+        name: of the table.
+        request: scale, settings and corpora.
+        columns: some of `counted_columns`; None: all.
+    """
+    data, kept = facts()[name], _kept(name, columns)
     read = {"table8": _model_settings, "table9": _mixture_settings}[name]
     rows = []
     for published_row in data["rows"]:
         published = dict(zip(data["columns"], published_row, strict=True))
+        if published["name"] not in kept:
+            continue
         here = read(request.scale.column(published["name"], request.settings), request)
         shared = {key: value for key, value in published.items() if key in here}
         rows.append(

@@ -11,7 +11,7 @@ import torch
 
 from sparseffn.analysis import UsageCounter
 from sparseffn.data import Corpus, evaluation_windows
-from sparseffn.errors import NonFiniteError, UserError
+from sparseffn.errors import NonFiniteError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn import collect_stats
 from sparseffn.models import TransformerXL
@@ -38,21 +38,31 @@ def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None) -> Status:
         if status.stale:
             pool.set_aside(spec)
         pool.failure_path(spec).unlink(missing_ok=True)
-        _guarded(pool, spec, lambda: _run(pool, spec, on_step))
-        return pool.status(spec)
+        unrecorded = _guarded(pool, spec, lambda: _run(pool, spec, on_step))
+        return unrecorded or pool.status(spec)
 
 
-def _guarded(pool: Pool, spec: RunSpec, work: Callable[[], None]) -> None:
-    """Record an error, so that it costs this run alone."""
+def _guarded(pool: Pool, spec: RunSpec, work: Callable[[], None]) -> Status | None:
+    """Record an error, so that it costs this run alone; returns the failure where even that could not be written."""
     try:
         work()
     except NonFiniteError as error:
         steps = [record["step"] for record in pool.folder(spec).read_metrics()]
         at = f"diverged at step {steps[-1] + 1}" if steps else "diverged"
         # The same settings diverge again.
-        pool.record_failure(spec, f"{at}: {error}", permanent=True)
-    except (UserError, RuntimeError, MemoryError) as error:
-        pool.record_failure(spec, f"{type(error).__name__}: {error}", permanent=False)
+        return _recorded(pool, spec, f"{at}: {error}", permanent=True)
+    except Exception as error:
+        # Whatever it is, a full disk or a connection that dropped, the runs after it may do.
+        return _recorded(pool, spec, f"{type(error).__name__}: {error}", permanent=False)
+    return None
+
+
+def _recorded(pool: Pool, spec: RunSpec, reason: str, *, permanent: bool) -> Status | None:
+    try:
+        pool.record_failure(spec, reason, permanent=permanent)
+    except OSError as error:
+        return Status(kind="failed", reason=f"{reason} (not recorded: {error})", permanent=permanent)
+    return None
 
 
 def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None) -> None:

@@ -98,7 +98,7 @@ def sized(row: Row, column: Column, vocab_size: int) -> Sized:
         marks.append("every value is read, without top-K" if ffn.k is None else f"K = {ffn.k} a head (the paper gives none)")
         return Sized(row=row, label=row.key, ffn=ffn, marks=tuple(marks))
     ffn = _mixture(row, column)
-    label = real_numbers(row, column, row.key)
+    label = shown_label(row, column)
     if label != row.key:
         marks.append(f"{real_numbers(row, column, row.published)} stands for {row.published}")
     elif column.expert_ratio != 1 and not row.own:
@@ -112,11 +112,19 @@ def sized(row: Row, column: Column, vocab_size: int) -> Sized:
     return Sized(row=row, label=label, ffn=ffn, marks=tuple(marks))
 
 
-def _topk(row: Row, column: Column) -> Sized:
+def shown_label(row: Row, column: Column) -> str:
+    """What tables call a row: its label with the numbers that it has at the column's sizes."""
+    return topk_label(_topk_k(row, column)) if row.method == "topk" else real_numbers(row, column, row.key)
+
+
+def _topk_k(row: Row, column: Column) -> int:
     """K scales with d_ff, the nearest multiple of the expert ratio."""
     assert row.k is not None, "Top-K rows name their K"
-    k = max(1, round(row.k * column.expert_ratio))
-    label = topk_label(k)
+    return max(1, round(row.k * column.expert_ratio))
+
+
+def _topk(row: Row, column: Column) -> Sized:
+    k, label = _topk_k(row, column), shown_label(row, column)
     marks = (f"{label} of {column.shape.d_ff} stands for K={row.k} of {column.published.shape.d_ff}",) if k != row.k else ()
     return Sized(row=row, label=label, ffn=TopKConfig.from_shape(column.shape).replace(k=k), marks=marks)
 

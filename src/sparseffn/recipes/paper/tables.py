@@ -91,9 +91,9 @@ class Table:
         Raises:
             UserError: a column or a row is unknown or named twice.
         """
-        chosen = self.columns if columns is None else _picked("column", columns, self.columns)
+        chosen = self.columns if columns is None else picked("column", columns, self.columns)
         every = with_forms(self.rows, settings)
-        labels = None if rows is None else _picked("row", rows, [row.key for row in every])
+        labels = None if rows is None else picked("row", rows, [row.key for row in every])
         kept = every if labels is None else tuple(row for row in every if row.key in labels)
         return dataclasses.replace(self, columns=tuple(chosen), rows=kept)
 
@@ -105,8 +105,12 @@ def with_forms(rows: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
     return tuple(form for row in rows for form in ((row, row.released()) if row.method in RELEASED_FORMS else (row,)))
 
 
-def _picked(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names as they are known, in the table's order; case does not count."""
+def picked(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names as they are known, in the table's order; case does not count.
+
+    Raises:
+        UserError: a name is unknown or given twice.
+    """
     by_name = {name.lower(): name for name in known}
     for name in wanted:
         if name.lower() not in by_name:
