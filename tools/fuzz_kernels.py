@@ -187,7 +187,7 @@ def selection(draw: random.Random) -> None:
     n, n_b, n_rows = draw.randint(1, 700), draw.randint(1, 90), draw.randint(0, 40)
     scores = torch.randn(n_rows, n)
     scores = (scores * draw.choice([1, 3])).round() if draw.random() < 0.5 else scores
-    scores, k = scores.to(draw.choice([F32, F64, BF16])), draw.randint(0, n)
+    scores, k = scores.to(draw.choice([F32, F64, BF16])), draw.randint(1, n)
     near(ops.topk(scores, k, backend="cpu"), (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k])
     a, b = torch.randn(n_rows, min(n, 90)), torch.randn(n_rows, n_b)
     k = draw.randint(1, min(a.shape[1] * n_b, 300))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from expert_cases import CASES
 from test_cpu_numerics import verify
 
+from sparseffn import ops
 from sparseffn.ops.cpu import build, kernels
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
@@ -53,10 +55,61 @@ MUTANTS = {
 }
 
 
+def weighted_rows(backend: str) -> torch.Tensor:
+    """Rows of a ragged width, more than are added up at once."""
+    torch.manual_seed(0)
+    return ops.weighted_rows(torch.randn(20, 37), torch.randint(20, (5, 11)), torch.randn(5, 11), backend=backend)
+
+
+def topk_of_ties(backend: str) -> torch.Tensor:
+    """The two best of equals."""
+    return ops.topk(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), 2, backend=backend)
+
+
+def softmax_gates(backend: str) -> torch.Tensor:
+    """Gates of two experts of five."""
+    torch.manual_seed(0)
+    x, selector, keys, values = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5, 6, 3), torch.randn(5, 3, 6)
+    return ops.routed_mlp(x, selector, keys, values, k=2, gate="softmax", backend=backend)[2]
+
+
+def router_logits(backend: str) -> torch.Tensor:
+    """Enough tokens for the turned selector."""
+    torch.manual_seed(0)
+    return ops.router_logits(torch.randn(130, 7), torch.randn(3, 7), backend=backend)
+
+
+def assigned_score(backend: str) -> torch.Tensor:
+    """The best total, whichever of equal assignments has it."""
+    torch.manual_seed(0)
+    scores = torch.randn(24, 4, dtype=torch.float64)
+    return scores.gather(1, ops.balanced_assignment(scores, backend=backend)[:, None]).sum()
+
+
+# The same for the other operations, with what is compared.
+OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
+    "weight-of-another-row": ("rows.cpp", "y[c] += weights[q] * widen", "y[c] += weights[0] * widen", weighted_rows),
+    "ties-to-the-highest": (
+        "select.h",
+        "keys[i] <= keys[chosen[k - 1]]) return",
+        "keys[i] < keys[chosen[k - 1]]) return",
+        topk_of_ties,
+    ),
+    "softmax-over-the-chosen": ("routed.cpp", "if (kind == kSoftmax)", "if (false)", softmax_gates),
+    "last-column-not-turned": (
+        "linear.h",
+        "for (int64_t d = 0; d < width; ++d)",
+        "for (int64_t d = 0; d + 1 < width; ++d)",
+        router_logits,
+    ),
+    "gain-for-loss": ("assignment.cpp", "score(t, from) - score(t, to)", "score(t, to) - score(t, from)", assigned_score),
+}
+
+
 @pytest.fixture
 def variant(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels of one mutant in place of those in use; gives its name."""
-    file, old, new = MUTANTS[request.param]
+    file, old, new = MUTANTS[request.param] if request.param in MUTANTS else OTHERS[request.param][:3]
     shutil.copytree(build.SOURCES, tmp_path / "csrc")
     source = tmp_path / "csrc" / file
     text = source.read_text()
@@ -98,6 +151,15 @@ def test_unwritten_scratch_shows(variant: str) -> None:
         verify(CASES["one-token"], torch.float32, activation="relu", inner_k=3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", OTHERS, indirect=True)
+def test_mutant_of_another_operation_is_caught(variant: str) -> None:
+    """What the compiled kernel gives is not what PyTorch's operations give."""
+    *_, compute = OTHERS[variant]
+    with pytest.raises(AssertionError, match=r"not (close|equal)"):
+        torch.testing.assert_close(compute("cpu"), compute("torch"))
+
+
 @pytest.mark.parametrize("variant", [RIGHT], indirect=True)
 def test_right_kernels_pass_where_mutants_fail(variant: str) -> None:
     """The same cases, compiled alike, so that a mutant is not caught by a test that always fails."""
@@ -105,3 +167,5 @@ def test_right_kernels_pass_where_mutants_fail(variant: str) -> None:
         for dropout in (False, True):
             verify(CASES[name], torch.float32, activation="relu", dropout=dropout)
     verify(CASES["one-token"], torch.float32, activation="relu", inner_k=3)
+    for *_, compute in OTHERS.values():
+        torch.testing.assert_close(compute("cpu"), compute("torch"))
