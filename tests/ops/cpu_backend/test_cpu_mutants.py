@@ -79,13 +79,6 @@ def router_logits(backend: str) -> torch.Tensor:
     return ops.router_logits(torch.randn(130, 7), torch.randn(3, 7), backend=backend)
 
 
-def assigned_score(backend: str) -> torch.Tensor:
-    """The best total, whichever of equal assignments has it."""
-    torch.manual_seed(0)
-    scores = torch.randn(24, 4, dtype=torch.float64)
-    return scores.gather(1, ops.balanced_assignment(scores, backend=backend)[:, None]).sum()
-
-
 # The same for the other operations, with what is compared.
 OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
     "weight-of-another-row": ("rows.cpp", "y[c] += weights[q] * widen", "y[c] += weights[0] * widen", weighted_rows),
@@ -96,13 +89,7 @@ OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
         topk_of_ties,
     ),
     "softmax-over-the-chosen": ("routed.cpp", "if (kind == kSoftmax)", "if (false)", softmax_gates),
-    "last-column-not-turned": (
-        "linear.h",
-        "for (int64_t d = 0; d < width; ++d)",
-        "for (int64_t d = 0; d + 1 < width; ++d)",
-        router_logits,
-    ),
-    "gain-for-loss": ("assignment.cpp", "score(t, from) - score(t, to)", "score(t, to) - score(t, from)", assigned_score),
+    "first-column-for-all": ("linear.h", "= w[o * width + d];", "= w[o * width];", router_logits),
 }
 
 
