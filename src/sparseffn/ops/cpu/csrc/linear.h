@@ -9,9 +9,18 @@
 namespace sparseffn {
 // Rows that a thread takes at a time.
 constexpr int64_t kLinearRows = 192;
+// Up to this many tokens the selector is read where it lies; sums of lanes also err less than one after the other.
+constexpr int64_t kLinearDots = 16;
 
 template <class C>
 inline void linear(const C* x, const C* w, int64_t tokens, int64_t width, int64_t outputs, int threads, C* y) {
+    if (tokens <= kLinearDots) {
+        std::vector<const C*> rows(tokens);
+        for (int64_t i = 0; i < tokens; ++i) rows[i] = x + i * width;
+        product_dots<C, C>(rows.data(), tokens, w, width, width, outputs,
+                           [&](int64_t i, int64_t o, C sum) { y[i * outputs + o] = sum; });
+        return;
+    }
     Buffer<C> turned(width * outputs);
 #pragma omp parallel num_threads(threads)
     {
