@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops._checks import several_devices
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.activations import ACTIVATIONS
-from sparseffn.ops.backends import kernel
+from sparseffn.ops.backends import is_traced, kernel, needs_gradient
 
 GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @torch.library.custom_op("sparseffn::routed_mlp", mutates_args=())
@@ -79,22 +77,19 @@ def routed_mlp(
     if not x.dtype == selector.dtype == keys.dtype == values.dtype or not x.is_floating_point():
         dtypes = f"{x.dtype}, {selector.dtype}, {keys.dtype}, {values.dtype}"
         raise UserError(f"`x`, `selector`, `keys` and `values` must share a floating dtype; got {dtypes}; fix: cast them")
-    if not x.device == selector.device == keys.device == values.device:
-        raise several_devices(x, selector, keys, values)
+    require_one_device(x, selector, keys, values)
     if not 1 <= k <= n_experts:
         raise UserError(f"`k` must be between 1 and the number of experts {n_experts}; got {k}; fix: lower k")
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", activation, ACTIVATIONS)
-    # Spelt out here and below, as a token takes 10 microseconds and `needs_gradient` with `is_traced` one.
-    if torch.is_grad_enabled() and (x.requires_grad or selector.requires_grad or keys.requires_grad or values.requires_grad):
+    if needs_gradient(x, selector, keys, values):
         raise UserError(
             "`routed_mlp` has no gradients and must run where none is recorded; got a tensor that requires one; "
             "fix: torch.no_grad(), or router_logits, topk and expert_mlp"
         )
-    plain = type(x) in _PLAIN and type(selector) in _PLAIN and type(keys) in _PLAIN and type(values) in _PLAIN
-    if torch.compiler.is_compiling() or not plain or x.is_meta:
+    if is_traced(x, selector, keys, values):
         return torch.ops.sparseffn.routed_mlp(x, selector, keys, values, k, gate, activation, backend)
     return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
 
