@@ -7,7 +7,6 @@ One process compiles while others wait for its lock; the library appears whole o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -20,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from sparseffn.paths import default_cache_dir
 
@@ -104,7 +104,7 @@ def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[st
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock"):
+        with FileLock(folder / f"{key}.lock"):
             if not target.exists():
                 _compile(compiler, sorted(sources.glob("*.cpp")), flags, target)
     except OSError as error:
@@ -133,18 +133,6 @@ def _call(command: Sequence[str]) -> None:
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         raise CompilerError(f"{command[0]} failed: {reason}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ beside the result, and a result of another version or format is never used: it i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
+from sparseffn.stored import Kind, read_fields, read_json, write_json
 from sparseffn.train import RunFolder, TrainConfig, TrainResult
 from sparseffn.train.loop import run_config
-from sparseffn.train.stored import Kind, read_fields, read_json, write_json
 
 FORMAT = 1
 """Layout of `paper.json` and of the files beside it."""
@@ -155,13 +155,16 @@ class Pool:
         """Whether this process may work on the run; False while another one does."""
         path = self.path / "runs" / f"{spec.digest}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
+        lock = FileLock(path, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
             yield True
+        finally:
+            lock.release()
 
 
 def version() -> str:
