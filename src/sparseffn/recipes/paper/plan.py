@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ from sparseffn.recipes.paper.published import vocabulary
 from sparseffn.recipes.paper.rows import Sized, sized
 from sparseffn.recipes.paper.scales import Column, Scale, Settings, released_clip
 from sparseffn.recipes.paper.tables import DENSE, Table
-from sparseffn.recipes.plan import CURVE_POINTS, CURVE_TOKENS
+from sparseffn.recipes.plan import CURVE_TOKENS
+from sparseffn.recipes.runs import train_config
 from sparseffn.train import TrainConfig
 
 NOT_PUBLISHED = "not evaluated in the paper"
@@ -138,25 +140,14 @@ def _cell(table: Table, request: Request, r: int, c: int, planned: PlannedColumn
 
 def train_settings(planned: PlannedColumn, method: str, request: Request, seed: int) -> TrainConfig:
     """Hyperparameters of a run: the preset's, for all methods alike but where the released runs are not."""
-    preset, steps = planned.column.preset, planned.steps
+    common = train_config(planned.column.preset, planned.steps, seed)
     clip = released_clip(planned.column.name, method) if request.settings == "released" else None
-    every = max(1, steps // CURVE_POINTS)
-    return TrainConfig(
-        steps=steps,
-        batch=preset.batch,
-        context=preset.context,
-        memory=preset.memory,
-        eval_memory=preset.eval_memory,
-        eval_batch=preset.eval_batch,
-        lr=preset.lr,
-        warmup=min(preset.warmup, steps // 10),
-        clip=preset.clip if clip is None else clip,
+    return dataclasses.replace(
+        common,
+        clip=common.clip if clip is None else clip,
         # The paper's mixed precision; float16 there, bfloat16 here.
         precision="bfloat16" if request.scale.is_published else "float32",
-        seed=seed,
-        eval_every=every,
         eval_tokens=2 * CURVE_TOKENS,
-        checkpoint_every=2 * every,
     )
 
 
