@@ -29,9 +29,13 @@ def build_parser() -> Parser:
 
 def _corpus(parser: Parser) -> None:
     parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text, or one of `sparseffn data list`")
-    parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
+    _places(parser)
     parser.add_argument("--tokenizer", help="bytes, seen-bytes, chars, words or bpe (default: the corpus's own)")
     parser.add_argument("--vocab-size", type=int, help="pieces of a bpe vocabulary (default: 8000)")
+
+
+def _places(parser: Parser) -> None:
+    parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
     parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
 
 
@@ -149,8 +153,7 @@ def _eval(commands: Any) -> None:
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="split")
     parser.add_argument("--memory", type=int, help="positions that are remembered (default: the run's)")
     parser.add_argument("--eval-batch", type=int, help="streams the split is cut into; 1 is exact (default: the run's)")
-    parser.add_argument("--data-dir", help="your file or folder, for text, or with a copy of a published corpus")
-    parser.add_argument("--cache-dir", help="where token files are kept")
+    _places(parser)
     add_machine(parser)
     add_json(parser)
 
@@ -188,10 +191,8 @@ def _study(commands: Any) -> None:
         "study:study_command",
     )
     parser.add_argument("study", choices=("init", "competition", "balance"), help="what is asked")
-    parser.add_argument("--scale", default="cpu", help="sizes: cpu, half a million parameters, 12 seconds a run on 2 cores")
     parser.add_argument("--corpus", default="stdlib", help="stdlib (always there), text or ptb")
-    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
-    parser.add_argument("--cache-dir", help="where token files are kept (default: the user's cache folder)")
+    _places(parser)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each variant")
     parser.add_argument("--budget", help="time for this call: 90s, 8m, 2h (default: until all is done)")
     parser.add_argument("--out", default="runs/study", help="folder of the studies")
@@ -215,8 +216,7 @@ def _analyze(commands: Any) -> None:
     parser.add_argument("--split", choices=("valid", "test", "both"), default="valid", help="what to read")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="only the first N tokens (default: the whole split)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: RUN/analysis)")
-    parser.add_argument("--data-dir", help="your file or folder, for text and ptb")
-    parser.add_argument("--cache-dir", help="where token files are kept")
+    _places(parser)
     add_machine(parser)
     add_json(parser)
 

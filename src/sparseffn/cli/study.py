@@ -9,7 +9,6 @@ from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, parse_duration, print_json, print_rows
 from sparseffn.recipes.study import StudySettings, study
-from sparseffn.recipes.study_runs import get_scale
 from sparseffn.report.bench_tables import machine_line
 from sparseffn.report.study_page import write_study
 from sparseffn.report.study_tables import study_sheets
@@ -21,7 +20,6 @@ def study_command(options: argparse.Namespace) -> int:
     check_out(options.out)
     settings = StudySettings(
         study=options.study,
-        scale=get_scale(options.scale),
         corpus=options.corpus,
         data_dir=options.data_dir,
         cache_dir=options.cache_dir,

@@ -22,11 +22,11 @@ from sparseffn.ffn._mixture import TopKMixtureConfig
 from sparseffn.models.presets import Preset
 from sparseffn.recipes.compare import Silent, Watcher
 from sparseffn.recipes.contenders import MethodChoice
-from sparseffn.recipes.study_runs import GATES, Deadline, Scale, Training, block_config, shortened, variants
+from sparseffn.recipes.study_runs import CPU, GATES, Deadline, Scale, Training, block_config, shortened, variants
 from sparseffn.recipes.study_start import Point, measure_point, rounded
+from sparseffn.stored import Kind, read_fields, write_json
 from sparseffn.train import NonFiniteLossError, RunFolder
 from sparseffn.train.loop import StepReport
-from sparseffn.train.stored import Kind, read_fields, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class StudySettings:
 
     study: str
     """init, competition or balance."""
-    scale: Scale
+    scale: Scale = CPU
     corpus: str = "stdlib"
     data_dir: str | None = None
     cache_dir: str | None = None
