@@ -177,10 +177,11 @@ def test_missing_matplotlib_names_the_extra(result: dict[str, Any], monkeypatch:
         page_html(result)
 
 
-def test_page_into_an_absent_folder_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
+def test_page_under_a_file_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
     """The error names the file."""
-    with pytest.raises(UserError, match="cannot write"):
-        write_page(result, tmp_path / "absent" / "page.html")
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"cannot write '.*page\.html'"):
+        write_page(result, tmp_path / "taken" / "page.html")
 
 
 def test_report_imports_neither_torch_nor_matplotlib() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import sparseffn.train.checkpoint as checkpoint
 from sparseffn.data import load_corpus
 from sparseffn.models import TransformerXLConfig
+from sparseffn.stored import read_json
 from sparseffn.train import TrainConfig, train
-from sparseffn.train.stored import read_json
 
 out, data, cache, when = sys.argv[1:]
 settings = read_json(Path(out).with_suffix(".json"))

@@ -19,10 +19,10 @@ from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.stored import write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
 from sparseffn.train.routing import list_snapshots
-from sparseffn.train.stored import write_json
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparseffn.errors import UserError
+from sparseffn.student import LEVEL, student_quantile
 
-# The 95% that is stated everywhere, and the normal quantile that belongs to it.
-LEVEL = 0.95
+# The normal quantile that belongs to the 95% of Student's.
 _Z = 1.959963984540054
 # Resamples drawn at once, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
 _CHUNK = 1000
@@ -136,19 +136,3 @@ def _block_means(difference_SW: np.ndarray, length: int) -> np.ndarray:
 def _stretch(n: int) -> float:
     """What makes a percentile interval of n draws as wide as Student's; 1 for a level of one draw, which does not vary."""
     return 1.0 if n == 1 else math.sqrt(n / (n - 1)) * student_quantile(n - 1) / _Z
-
-
-def student_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, within 0.5%; closed forms for 1 and 2, else the Cornish-Fisher expansion."""
-    if freedom == 1:
-        return math.tan(math.pi * LEVEL / 2)
-    if freedom == 2:
-        return LEVEL * math.sqrt(2 / (1 - LEVEL**2))
-    z = _Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
-    )
-    return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))

@@ -21,11 +21,11 @@ from sparseffn.errors import UserError
 from sparseffn.evaluate import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
+from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
 from sparseffn.train.checkpoint import list_checkpoints
 from sparseffn.train.restore import load_model
 from sparseffn.train.routing import list_snapshots, load_snapshot, routes_to_experts, snapshot
-from sparseffn.train.stored import Kind, read_fields
 
 FORMAT = 1
 """Layout of `analysis.json`."""

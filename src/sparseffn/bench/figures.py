@@ -24,7 +24,7 @@ from sparseffn.bench.roofline import Roof
 from sparseffn.bench.sweeps import SWEEPS, Sweep
 from sparseffn.bench.timing import Clock, ratio, spread
 from sparseffn.errors import UserError
-from sparseffn.train.stored import Kind, read_fields, write_json
+from sparseffn.stored import Kind, read_fields, write_json
 
 MOE = "sigma-moe"
 # Of the environment, what must be the same for points to stand in one figure.

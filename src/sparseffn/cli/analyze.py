@@ -19,8 +19,8 @@ from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_text import analysis_sheets, facts_line
 from sparseffn.report.bench_plots import standalone_svg
 from sparseffn.report.figures import Plot
+from sparseffn.stored import write_json
 from sparseffn.train import RunSettings
-from sparseffn.train.stored import write_json
 
 SPLITS: dict[str, tuple[Split, ...]] = {"valid": ("valid",), "test": ("test",), "both": ("valid", "test")}
 

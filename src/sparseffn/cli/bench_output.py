@@ -15,7 +15,7 @@ from sparseffn.cli.output import print_json, print_rows
 from sparseffn.errors import UserError
 from sparseffn.report.bench_page import write_bench_page
 from sparseffn.report.bench_tables import machine_line, sheets
-from sparseffn.train.stored import write_json
+from sparseffn.stored import write_json
 
 
 def say(text: str) -> None:

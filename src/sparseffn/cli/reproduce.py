@@ -28,7 +28,7 @@ from sparseffn.recipes.paper.scales import get_scale
 from sparseffn.recipes.paper.selection import select_columns, select_tables
 from sparseffn.recipes.paper.tables import get_table
 from sparseffn.report.paper_table import print_paper_table
-from sparseffn.train.stored import write_json
+from sparseffn.stored import write_json
 
 PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
 

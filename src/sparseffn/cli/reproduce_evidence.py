@@ -15,7 +15,7 @@ from sparseffn.recipes.paper.evidence import COLUMN, STAGES, Item, Stage, eviden
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
-from sparseffn.train.stored import write_json
+from sparseffn.stored import write_json
 
 
 def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) -> int:

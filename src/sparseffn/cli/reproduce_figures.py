@@ -24,8 +24,8 @@ from sparseffn.report.bench_plots import figure_plots
 from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
+from sparseffn.stored import write_json, write_text
 from sparseffn.train import RunSettings
-from sparseffn.train.stored import write_json, write_text
 
 FIGURE_NAMES: tuple[str, ...] = tuple(f"fig{number}" for number in range(1, 12))
 """What `run_figures` takes."""

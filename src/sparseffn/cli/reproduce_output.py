@@ -10,7 +10,7 @@ from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
 from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
-from sparseffn.train.stored import write_json
+from sparseffn.stored import write_json
 
 
 def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:

@@ -23,9 +23,9 @@ from sparseffn.recipes.contenders import Contender, MethodChoice, contenders
 from sparseffn.recipes.outcome import comparison
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan, make_plan
 from sparseffn.recipes.runs import run_path, train_config
+from sparseffn.stored import Kind, read_fields, write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, load_run_model, train
 from sparseffn.train.loop import OnStep
-from sparseffn.train.stored import Kind, read_fields, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

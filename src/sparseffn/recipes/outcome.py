@@ -14,9 +14,9 @@ from sparseffn.models.presets import Preset
 from sparseffn.recipes.contenders import Contender
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan
 from sparseffn.recipes.runs import run_path, train_config
+from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, TrainResult
 from sparseffn.train.folder import environment
-from sparseffn.train.stored import Kind, read_fields
 
 FORMAT = 1
 # Points of the training curve on the page.

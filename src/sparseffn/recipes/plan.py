@@ -21,9 +21,9 @@ from sparseffn.evaluate import evaluate
 from sparseffn.models import TransformerXL
 from sparseffn.models.presets import Preset
 from sparseffn.recipes.contenders import Contender
+from sparseffn.stored import Kind, read_fields
 from sparseffn.train import TrainConfig
 from sparseffn.train.loop import make_optimizer, training_loss
-from sparseffn.train.stored import Kind, read_fields
 
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2

@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from sparseffn.report import figures, formats
 from sparseffn.report.figures import Plot
-from sparseffn.report.pages import fill_template, write_text
+from sparseffn.report.pages import fill_template
 from sparseffn.report.result import Method, Result
 from sparseffn.report.sheet import Sheet
 from sparseffn.report.table import build_table
+from sparseffn.stored import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,14 @@ from urllib.parse import quote
 
 from sparseffn.errors import UserError
 from sparseffn.report.grid import markdown_line, markdown_text
-from sparseffn.report.pages import fill_template, write_text
+from sparseffn.report.pages import fill_template
 from sparseffn.report.paper_cells import cell_counts
 from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table, read_paper_table
 from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_table import block_markdown
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
+from sparseffn.stored import write_text
 
 NAME = "index"
 _HEAD = ("table", "scale", "settings", "measured", "counted", "missing", "failed", "better than dense", "worse", "undecided")

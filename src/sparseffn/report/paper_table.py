@@ -13,7 +13,6 @@ from rich.text import Text
 
 from sparseffn.report import formats
 from sparseffn.report.grid import markdown_line, markdown_text, terminal_parts
-from sparseffn.report.pages import write_text
 from sparseffn.report.paper_cells import Cell
 from sparseffn.report.paper_latex import latex_tables
 from sparseffn.report.paper_page import paper_html
@@ -21,6 +20,7 @@ from sparseffn.report.paper_result import read_paper_table
 from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
+from sparseffn.stored import write_text
 
 # With labels this wide a block takes two parts of a terminal of 100 columns.
 _LABEL_WIDTH = 26

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.train.stored import Kind, read_fields, write_json
+from sparseffn.stored import Kind, read_fields, write_json
 
 FORMAT = 2
 KEPT = 2

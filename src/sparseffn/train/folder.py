@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sparseffn.errors import UserError
-from sparseffn.train.stored import Kind, read_fields, write_json, write_text
+from sparseffn.stored import Kind, read_fields, write_json, write_text
 
 
 def environment() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluate import Evaluation, NonFiniteLossError, autocast, evaluate, token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
+from sparseffn.stored import Kind, read_fields, write_json, write_text
 from sparseffn.train.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -35,7 +36,6 @@ from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
 from sparseffn.train.restore import load_weights
 from sparseffn.train.routing import routes_to_experts, save_snapshot, snapshot
-from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 _log = logging.getLogger(__name__)
 

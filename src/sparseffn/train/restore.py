@@ -7,10 +7,10 @@ from pathlib import Path
 
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.stored import Kind, read_fields
 from sparseffn.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from sparseffn.train.config import TrainConfig
 from sparseffn.train.folder import RunFolder
-from sparseffn.train.stored import Kind, read_fields
 
 SHORTENED = ", evaluated on the first "
 """Stands in a run's digest behind that of the corpus, before a number of tokens, where less than whole splits was evaluated."""

@@ -22,8 +22,8 @@ from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
+from sparseffn.stored import write_bytes
 from sparseffn.train.config import TrainConfig
-from sparseffn.train.stored import write_bytes
 
 SNAPSHOT_TOKENS = 4096
 """Tokens of a snapshot: with 16 experts and K = 4 an expert's load is then known to about 3%, as good as a line on paper."""

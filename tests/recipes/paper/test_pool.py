@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_failure_that_cannot_be_recorded_does_not_stop_the_rest(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(execution, "train", full)
-    monkeypatch.setattr(pools, "write_json", full)
+    monkeypatch.setattr(os, "fsync", full)
     status = execute(Pool(tmp_path), spec)
     assert status.kind == "failed" and status.wanted and "No space left on device (not recorded: " in str(status.reason)
 

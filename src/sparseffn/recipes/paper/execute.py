@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -11,15 +12,17 @@ import torch
 
 from sparseffn.analysis import UsageCounter
 from sparseffn.data import Corpus, evaluation_windows
-from sparseffn.errors import NonFiniteError
+from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn import collect_stats
 from sparseffn.models import TransformerXL
 from sparseffn.recipes.paper.pool import FORMAT, Pool, RunSpec, Status
 from sparseffn.recipes.plan import CURVE_TOKENS
+from sparseffn.stored import write_json
 from sparseffn.train import TrainConfig, load_run_model, train
 from sparseffn.train.loop import OnStep
-from sparseffn.train.stored import write_json
+
+logger = logging.getLogger(__name__)
 
 # Tokens of validation that usage is counted on, as `compare` does.
 USAGE_TOKENS = 16 * CURVE_TOKENS
@@ -53,6 +56,8 @@ def _guarded(pool: Pool, spec: RunSpec, work: Callable[[], None]) -> Status | No
         return _recorded(pool, spec, f"{at}: {error}", permanent=True)
     except Exception as error:
         # Whatever it is, a full disk or a connection that dropped, the runs after it may do.
+        if not isinstance(error, UserError | OSError):
+            logger.exception("a run failed as none should")
         return _recorded(pool, spec, f"{type(error).__name__}: {error}", permanent=False)
     return None
 
@@ -60,7 +65,7 @@ def _guarded(pool: Pool, spec: RunSpec, work: Callable[[], None]) -> Status | No
 def _recorded(pool: Pool, spec: RunSpec, reason: str, *, permanent: bool) -> Status | None:
     try:
         pool.record_failure(spec, reason, permanent=permanent)
-    except OSError as error:
+    except UserError as error:
         return Status(kind="failed", reason=f"{reason} (not recorded: {error})", permanent=permanent)
     return None
 

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all; JSON read back with every field that is needed there and of its kind.
+"""Files of runs and results: written whole or not at all; JSON read back with every field that is needed there and of its kind.
 
     read_fields(path, {"steps": Kind.COUNT, "valid": Kind.NUMBER}, fix="remove it and run the same command again")
 
@@ -11,7 +11,7 @@ import enum
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,34 @@ from sparseffn.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that the file is whole or is not there."""
+    """Write UTF-8 text as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes so that the file is whole or is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write bytes so that the file is whole or is what it was before; its folder is made where there is none.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    # Beside its target, as only a move within a file system is whole or not at all.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}; fix: check its rights and the disk") from error
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file is whole or is not there."""
+    """Write JSON so that the file is whole or is what it was before."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 

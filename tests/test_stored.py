@@ -12,8 +12,8 @@ import pytest
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
+from sparseffn.stored import Kind, read_fields, write_json, write_text
 from sparseffn.train import TrainConfig, train
-from sparseffn.train.stored import Kind, read_fields, write_json, write_text
 
 ACCEPTED: dict[Kind, tuple[list[Any], list[Any]]] = {
     Kind.COUNT: ([0, 3], [-1, 1.0, True, "3", None]),

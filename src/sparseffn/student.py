@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 
+# The 95% that is stated everywhere.
 LEVEL = 0.95
 
 
