@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.models import TransformerXLConfig
 from sparseffn.stored import Kind, read_fields, write_json, write_text
-from sparseffn.train import TrainConfig, train
 
 ACCEPTED: dict[Kind, tuple[list[Any], list[Any]]] = {
     Kind.COUNT: ([0, 3], [-1, 1.0, True, "3", None]),
@@ -54,32 +51,11 @@ def test_interrupted_write_leaves_the_file_before(tmp_path: Path, monkeypatch: p
     """And nothing beside it."""
     path = tmp_path / "file.txt"
     write_text(path, "before")
-    monkeypatch.setattr(Path, "replace", _interrupt("file.txt"))
+
+    def interrupted(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-
-
-def test_tokenizer_of_a_run_is_whole_or_absent(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An interruption while it is written leaves none, and the same call goes on."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", _interrupt("tokenizer.json"))
-        with pytest.raises(KeyboardInterrupt):
-            train(model, config, corpus, tmp_path / "run")
-    assert not (tmp_path / "run" / "tokenizer.json").exists()
-    train(model, config, corpus, tmp_path / "run")
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == corpus.tokenizer.to_json()
-
-
-def _interrupt(name: str) -> Any:
-    """`Path.replace` that is interrupted at one name."""
-    replace = Path.replace
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if Path(target).name == name:
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    return interrupted

@@ -55,6 +55,26 @@ def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: Trans
     assert list(list_snapshots(tmp_path / "whole")) == [0, 6, 12] and ours == theirs
 
 
+def test_tokenizer_of_a_run_is_whole_or_absent(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption while it is written leaves none, and the same call goes on."""
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if Path(target).name == "tokenizer.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, config, corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    train(model, config, corpus, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == corpus.tokenizer.to_json()
+
+
 def test_training_lowers_the_loss_and_reports_both_losses_apart(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
 ) -> None:
