@@ -53,19 +53,21 @@ compute_t<S> through_activation(const Problem<S>& p, int64_t row, compute_t<S>* 
     const S* kept = p.hidden + row * p.size;
     const uint8_t* keep = p.keep ? p.keep + selection * p.size : nullptr;
     const C gate = p.gates[selection];
-    C gate_gradient = 0;
+    C sums[kLanes<C>] = {};
     const auto pass = [&](auto activation) {
         constexpr Activation a = decltype(activation)::value;
-        C sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t g = 0; g < p.size; ++g) {
+        const auto unit = [&](int64_t g, C& sum) {
             const Slope<C> s = slope_of(a, C(widen(kept[g])));
             const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
             sum += d[g] * s.value * drop;
             scaled[g] = gate * drop * s.value;
             d[g] = d[g] * gate * drop * s.slope;
-        }
-        gate_gradient = sum;
+        };
+        const int64_t whole = p.size / kLanes<C> * kLanes<C>;
+        for (int64_t first = 0; first < whole; first += kLanes<C>)
+#pragma omp simd
+            for (int q = 0; q < kLanes<C>; ++q) unit(first + q, sums[q]);
+        for (int64_t g = whole; g < p.size; ++g) unit(g, sums[g - whole]);
     };
     switch (p.activation) {
         case kRelu: pass(std::integral_constant<Activation, kRelu>{}); break;
@@ -73,7 +75,7 @@ compute_t<S> through_activation(const Problem<S>& p, int64_t row, compute_t<S>* 
         case kSilu: pass(std::integral_constant<Activation, kSilu>{}); break;
         default: pass(std::integral_constant<Activation, kIdentity>{}); break;
     }
-    return gate_gradient;
+    return sum_of_lanes<C>(load(sums));
 }
 
 // to [height, columns] = sum over rows of a[row] b[row]^T; zero without rows.

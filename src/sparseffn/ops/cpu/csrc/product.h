@@ -23,8 +23,9 @@ struct Fetch {
     }
 };
 constexpr int64_t kLine = 64;
-// Terms that are added up one after the other; sums of such sums err less than one long sum.
-constexpr int64_t kTerms = 64;
+// Terms that are added up one after the other; sums of such sums err less than one long sum. Measured at 1,024 and 4,096
+// tokens: 64 instead are 0 to 2% faster, and their largest error can be more than twice PyTorch's.
+constexpr int64_t kTerms = 32;
 
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
 // what comes next.
@@ -185,8 +186,10 @@ SPARSEFFN_INLINE void tile_dots(const C* const* a, const S* b, int64_t ldb, int6
     }
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < N; ++j) {
-            sums[i][j] = sum_of_lanes<C>(acc[i][j]);
-            for (int64_t t = k; t < depth; ++t) sums[i][j] += a[i][t] * widen(b[j * ldb + t]);
+            // Added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
+            C rest = 0;
+            for (int64_t t = k; t < depth; ++t) rest += a[i][t] * widen(b[j * ldb + t]);
+            sums[i][j] = sum_of_lanes<C>(acc[i][j]) + rest;
         }
 }
 
