@@ -12,7 +12,7 @@ import pytest
 from sparseffn.errors import UserError
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_text import analysis_sheets, facts_line, read_analysis
-from sparseffn.report.bench_plots import standalone_svg
+from sparseffn.report.figures import standalone_svg
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 

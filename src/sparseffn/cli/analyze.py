@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from sparseffn.cli.run import run_corpus
 from sparseffn.data import Split
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_text import analysis_sheets, facts_line
-from sparseffn.report.bench_plots import standalone_svg
-from sparseffn.report.figures import Plot
+from sparseffn.report.figures import write_plots
 from sparseffn.stored import write_json
 from sparseffn.train import RunSettings
 
@@ -71,15 +70,3 @@ def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) 
             say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
     return analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
-
-
-def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
-    """Every drawing as PNG and as SVG."""
-    written = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
-        png.write_bytes(plot.png)
-        svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
-        written += [png, svg]
-    return written

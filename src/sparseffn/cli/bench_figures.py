@@ -14,7 +14,9 @@ from sparseffn.cli.bench_output import can_draw, check_out, say, show, write_fil
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import parse_duration
 from sparseffn.ops import requested_backend
-from sparseffn.report.bench_page import read_bench, write_figures
+from sparseffn.report.bench_page import read_bench
+from sparseffn.report.bench_plots import plots
+from sparseffn.report.figures import write_plots
 
 
 def figures_command(options: argparse.Namespace) -> int:
@@ -22,7 +24,7 @@ def figures_command(options: argparse.Namespace) -> int:
     set_threads(options)
     check_out(options.out)
     result = measure_figures(options)
-    drawn = write_figures(result, Path(options.out)) if can_draw() else []
+    drawn = write_plots(plots(result), Path(options.out)) if can_draw() else []
     return show(result, [*write_files(result, options.out), *drawn], options)
 
 

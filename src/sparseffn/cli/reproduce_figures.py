@@ -7,12 +7,13 @@ and in `reproduced.json`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseffn.analysis.run import finished_run
-from sparseffn.cli.analyze import analyzed, write_plots
+from sparseffn.cli.analyze import analyzed
 from sparseffn.cli.bench_figures import measure_figures
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.output import print_json
@@ -21,7 +22,7 @@ from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FFNConfig
 from sparseffn.report.analysis_plots import channels_result, units_result
 from sparseffn.report.bench_plots import figure_plots
-from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots
+from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots, write_plots
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 from sparseffn.stored import write_json, write_text
@@ -200,7 +201,7 @@ def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot
     plots = [plot for label, analysis in runs.items() for plot in draw(label, analysis)]
     names = [name] if len(plots) == 1 else [f"{name}-{number}" for number in range(1, len(plots) + 1)]
     return [
-        Plot(name=new, title=plot.title, caption=f"{plot.title}. {plot.caption}", svg=plot.svg, png=plot.png)
+        dataclasses.replace(plot, name=new, caption=f"{plot.title}. {plot.caption}")
         for new, plot in zip(names, plots, strict=True)
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
+from sparseffn.report.figures import write_plots
 from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.stored import write_json
@@ -20,9 +21,7 @@ def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
         write_json(path, result)
         render(path)
         if result.get("sweep") and can_draw():
-            for plot in sweep_plots(result):
-                path.with_name(f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-                path.with_name(f"{plot.name}.png").write_bytes(plot.png)
+            write_plots(sweep_plots(result), path.parent)
 
 
 def print_dry_run(result: dict[str, Any]) -> None:

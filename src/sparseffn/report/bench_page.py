@@ -1,4 +1,4 @@
-"""The page of a benchmark: one HTML file with its tables, drawings and machine, that loads nothing; and figures as files."""
+"""The page of a benchmark: one HTML file with its tables, drawings and machine, that loads nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from sparseffn.errors import UserError
 from sparseffn.report import formats
-from sparseffn.report.bench_plots import plots, standalone_svg
+from sparseffn.report.bench_plots import plots
 from sparseffn.report.bench_tables import machine_line, reading, sheets
 from sparseffn.report.figures import Plot
 from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
+from sparseffn.stored import write_text
 
 TITLES = {
     "layer": "Time of one layer",
@@ -83,24 +84,4 @@ def render(result: Result, *, title: str, command: str, reading: str, sheets: Se
 
 def write_bench_page(result: Result, path: str | Path, *, drawn: bool = True) -> None:
     """Write the page; see `bench_html`."""
-    Path(path).write_text(bench_html(result, drawn=drawn), encoding="utf-8", newline="\n")
-
-
-def write_figures(result: Result, folder: Path) -> list[Path]:
-    """Every drawing of a result as SVG and as PNG.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    return write_plots(plots(result), folder)
-
-
-def write_plots(drawn: Sequence[Plot], folder: Path) -> list[Path]:
-    """Drawings as SVG and as PNG; returns the files."""
-    written = []
-    for plot in drawn:
-        svg, png = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
-        svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
-        png.write_bytes(plot.png)
-        written += [svg, png]
-    return written
+    write_text(Path(path), bench_html(result, drawn=drawn))
