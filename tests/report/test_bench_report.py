@@ -110,7 +110,7 @@ def test_page_needs_no_network_and_no_drawing_library(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "measure first"), ("{", "is not JSON"), ('{"format": 1, "kind": "poem"}', "must be a result"), ("[]", "must be")],
+    [(None, "must exist"), ("{", "must hold JSON"), ('{"format": 1, "kind": "poem"}', "must be a result"), ("[]", "must be")],
     ids=["absent", "cut", "kind", "list"],
 )
 def test_other_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:

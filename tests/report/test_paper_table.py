@@ -299,7 +299,7 @@ def test_damaged_table_is_refused(damage: Damage, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot read"), ("{", "is not JSON"), ("[]", "must be of kind"), ("\x00", "is not JSON")],
+    [(None, "must exist"), ("{", "must hold JSON"), ("[]", "must be of kind"), ("\x00", "must hold JSON")],
     ids=["absent", "cut", "list", "binary"],
 )
 def test_other_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sparseffn.report.figures import Plot
 from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
-from sparseffn.stored import write_text
+from sparseffn.stored import read_json, write_text
 
 TITLES = {
     "layer": "Time of one layer",
@@ -33,12 +32,7 @@ def read_bench(path: str | Path) -> dict[str, object]:
     Raises:
         UserError: the file is absent, is not JSON, or is not of a kind and format known here.
     """
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: measure first, without --redraw") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: measure again") from error
+    result = read_json(Path(path), fix="measure again")
     if not isinstance(result, dict) or result.get("format") != FORMAT or result.get("kind") not in TITLES:
         raise UserError(f"{str(path)!r} must be a result of `sparseffn bench`, format {FORMAT}; fix: measure again")
     return result

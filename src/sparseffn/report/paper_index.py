@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from sparseffn.errors import UserError
 from sparseffn.report.grid import markdown_line, markdown_text
 from sparseffn.report.pages import fill_template
 from sparseffn.report.paper_cells import cell_counts
-from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table, read_paper_table
+from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table
 from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_table import block_markdown
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
-from sparseffn.stored import write_text
+from sparseffn.stored import read_json, write_text
 
 NAME = "index"
 _HEAD = ("table", "scale", "settings", "measured", "counted", "missing", "failed", "better than dense", "worse", "undecided")
@@ -85,15 +84,11 @@ def _read(folder: Path) -> tuple[list[Entry], list[str]]:
     entries, faults = [], []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")], key=lambda path: _natural(str(path))):
         try:
-            if not is_paper_table(json.loads(path.read_text(encoding="utf-8"))):
-                continue
-        except (OSError, ValueError):
-            # What cannot be parsed may have been a table: reading it as one says what is wrong.
-            pass
-        try:
-            result = read_paper_table(path)
-            entries.append(Entry(link=_link(path, folder), table=build_table(result), facts=_facts(result)))
-        except UserError as error:
+            # What cannot be read may have been a table, and is told.
+            result = read_json(path, fix="run `sparseffn reproduce` again")
+            if is_paper_table(result):
+                entries.append(Entry(link=_link(path, folder), table=build_table(result), facts=_facts(result)))
+        except (UserError, OSError) as error:
             name = path.relative_to(folder).as_posix()
             faults.append(f"{name}: {str(error).replace(str(path), name)}")
     return entries, faults
