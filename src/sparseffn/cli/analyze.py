@@ -12,7 +12,7 @@ from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.bench_output import can_draw, check_out, say
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import print_json, print_rows
+from sparseffn.cli.output import print_files, print_json, print_sheets
 from sparseffn.cli.run import run_corpus
 from sparseffn.data import Split
 from sparseffn.report.analysis_plots import analysis_plots
@@ -41,14 +41,9 @@ def analyze_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(analysis)
         return 0
-    for sheet in analysis_sheets(analysis):
-        print(sheet.title)
-        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
-        print("\n".join([*sheet.notes, ""]))
+    print_sheets(analysis_sheets(analysis))
     print(facts_line(analysis))
-    for path in written:
-        if path.suffix != ".svg":
-            print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+    print_files(path for path in written if path.suffix != ".svg")
     return 0
 
 
