@@ -79,7 +79,7 @@ def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
     (folder / "cpu runs" / "table7.json").write_text(json.dumps(counted_table()))
     (folder / "config.json").write_text('{"steps": 3}')
     written = write_index(folder)
-    assert [path.name for path in written] == ["index.html", "index.md"]
+    assert [path.name for path in written] == ["tables.html", "tables.md"]
     lines = [line for line in written[1].read_text().splitlines() if line.startswith("| [")]
     links = ["cpu%20runs/table7.json", "table4.html", "table8.html", "table10.html"]
     assert [re.findall(r"\]\((.*?)\)", line)[0] for line in lines] == links
@@ -126,7 +126,7 @@ def test_pages_open_in_a_browser(browser: Any, tmp_path: Path) -> None:
     """Table and index of hostile texts: nothing in the console, nothing loaded, no overflow, labels as they were written."""
     folder = folder_of(tmp_path, table4=hostile(), table7=counted_table(), one=paper_table(n_columns=1, seeds=(0,)))
     write_index(folder)
-    for name in ("table4", "table7", "one", "index"):
+    for name in ("table4", "table7", "one", "tables"):
         browser.get((folder / f"{name}.html").as_uri())
         assert browser.get_log("browser") == [] and browser.find_elements("css selector", "script") == []
         assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -142,7 +142,7 @@ def test_page_fits_paper(browser: Any, tmp_path: Path) -> None:
     """Seven columns beside each other; the text width of A4 in CSS pixels, with the margins of the style sheet."""
     folder = folder_of(tmp_path, table4=paper_table(n_columns=7))
     write_index(folder)
-    for name in ("table4", "index"):
+    for name in ("table4", "tables"):
         browser.get((folder / f"{name}.html").as_uri())
         emulate(browser, 687, media="print")
         rights = browser.execute_script(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparseffn.cli.output import Watch, clock, parse_duration, print_json, print_rows
+from sparseffn.cli.output import Watch, clock, parse_duration, print_files, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
@@ -36,9 +36,12 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     if options.budget is not None:
         _spend(items, pool, parse_duration(options.budget))
     result = list_json(items, pool)
+    index: list[Path] = []
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
-        write_tables({planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out)
+        index = write_tables(
+            {planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out
+        )
     if options.json:
         print_json(result)
         return 0
@@ -59,6 +62,7 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:")
     for command in view_commands(options):
         print(f"  {command}")
+    print_files(index)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `sparseffn reproduce` prints in the terminal."""
+"""What `sparseffn reproduce` writes to `--out` and prints in the terminal."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
 from sparseffn.report.figures import write_plots
+from sparseffn.report.paper_index import write_index
 from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.stored import write_json
 
 
-def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
-    """Each table's JSON and, beside it, the renderings."""
+def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> list[Path]:
+    """Each table's JSON and, beside it, the renderings; returns the files of the index of all that the folder holds."""
     for name, result in results.items():
         path = Path(out) / f"{name}.json"
         write_json(path, result)
         render(path)
         if result.get("sweep") and can_draw():
             write_plots(sweep_plots(result), path.parent)
+    return write_index(out)
 
 
 def print_dry_run(result: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
 from sparseffn.stored import read_json, write_text
 
-NAME = "index"
+# Not `index`, which a folder may have for something else.
+NAME = "tables"
 _HEAD = ("table", "scale", "settings", "measured", "counted", "missing", "failed", "better than dense", "worse", "undecided")
 
 
@@ -53,7 +54,7 @@ class Entry:
 
 
 def write_index(folder: str | Path) -> list[Path]:
-    """Write `index.html` and `index.md` of the tables in a folder and in the folders in it.
+    """Write `tables.html` and `tables.md` of the tables in a folder and in the folders in it.
 
     Files that are damaged or of another version are listed with the reason; other JSON files are passed over.
 
