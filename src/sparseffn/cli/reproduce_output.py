@@ -8,6 +8,7 @@ from typing import Any
 
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
+from sparseffn.report import formats
 from sparseffn.report.figures import write_plots
 from sparseffn.report.paper_index import write_index
 from sparseffn.report.paper_table import render
@@ -33,8 +34,8 @@ def print_dry_run(result: dict[str, Any]) -> None:
         "column",
         "row",
         "params",
-        "against dense",
-        "FLOPs (block)",
+        "residual",
+        "FLOPs, K/N_E",
         "training FLOPs",
         "tokens",
         "memory",
@@ -46,11 +47,11 @@ def print_dry_run(result: dict[str, Any]) -> None:
             run["table"],
             run["column"],
             run["row"] + (" (shared)" if run["shared"] else ""),
-            _large(run["params"]),
-            f"{run['residual_percent']:+.2f}%" + ("*" if run["unequal"] else ""),
-            f"{run['flops_percent']:.1f}%",
+            formats.count(run["params"]),
+            formats.signed_percent(run["residual_percent"]) + ("*" if run["unequal"] else ""),
+            formats.percent(run["flops_percent"] / 100),
             f"{run['training_flops']:.2e}",
-            _large(run["tokens"]),
+            formats.count(run["tokens"]),
             f"{run['memory_bytes'] / 2**30:.1f} GiB",
             _duration(run["seconds_here"]),
             _duration(run["seconds_gpu"]),
@@ -71,14 +72,8 @@ def print_dry_run(result: dict[str, Any]) -> None:
         print(f"- {reason}")
 
 
-def _large(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)
-
-
 def _duration(seconds: float) -> str:
+    """In a unit that leaves few digits: some of these take years, which `clock` would give in hours."""
     for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
