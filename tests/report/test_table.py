@@ -130,7 +130,7 @@ def test_marks_are_footnotes_and_equal_marks_share_a_letter(result: dict[str, An
     result["methods"][4]["marks"] = ["K x G deviates by 12% from the preset", "other"]
     text = printed(result)
     assert "pkm (a)" in text
-    assert "switch (a) (b)" in text
+    assert "switch (a,b)" in text
     assert text.count("(a) K x G deviates by 12% from the preset") == 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sparseffn.errors import UserError
-from sparseffn.report.grid import markdown_line, markdown_text
+from sparseffn.report.grid import markdown_footnote, markdown_line, markdown_text
 from sparseffn.report.pages import fill_template
 from sparseffn.report.paper_cells import cell_counts
 from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table
@@ -128,5 +128,5 @@ def _markdown(entries: list[Entry], faults: list[str]) -> str:
         about = markdown_text(f"{entry.about} {entry.block.facts}")
         lines += ["", f"## {markdown_text(entry.table.title)}", "", about, "", *block_markdown(entry.block)]
         for letter, text in entry.footnotes.items():
-            lines += ["", f"<sup>{letter}</sup> {markdown_text(text)}"]
+            lines += ["", markdown_footnote(letter, text)]
     return "\n".join(lines) + "\n"
