@@ -89,13 +89,6 @@ def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
     assert all((folder / link.split("#")[0]).exists() for link in re.findall(r'href="(table[^"]*)"', text))
 
 
-def test_index_counts_directions_by_what_is_better(tmp_path: Path) -> None:
-    """Where higher is better, a decided decrease is a loss."""
-    folder = folder_of(tmp_path, table4=paper_table() | {"lower_is_better": False})
-    (line,) = [line for line in write_index(folder)[1].read_text().splitlines() if line.startswith("| [")]
-    assert [cell.strip() for cell in line.split("|")[8:11]] == ["1", "2", "2"]
-
-
 def test_index_names_the_tables_that_it_cannot_show(tmp_path: Path) -> None:
     """A damaged file and one of another version are no silent gap."""
     folder = folder_of(tmp_path, table4=paper_table())

@@ -111,9 +111,10 @@ def _facts(result: Result) -> tuple[str, ...]:
     counts = cell_counts(result)
     found = [cell["against_dense"] for cell in result["cells"] if cell["status"] == "measured" and cell.get("against_dense")]
     decided = [difference["difference"] for difference in found if difference["decided"]]
-    lower = sum(difference < 0 for difference in decided)
-    better, worse = (lower, len(decided) - lower) if result["lower_is_better"] else (len(decided) - lower, lower)
-    numbers = (*(counts[key] for key in ("measured", "counted", "missing", "failed")), better, worse, len(found) - len(decided))
+    # Every metric of the paper is better where it is lower.
+    better = sum(difference < 0 for difference in decided)
+    numbers = [counts[key] for key in ("measured", "counted", "missing", "failed")]
+    numbers += [better, len(decided) - better, len(found) - len(decided)]
     return (result["scale"], result["settings"], *map(str, numbers))
 
 

@@ -43,10 +43,8 @@ _STATUS: _Kind = (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)
 _TABLE: dict[str, _Kind] = {
     **dict.fromkeys(("table", "title", "scale", "settings", "difference_unit"), _TEXT),
     **dict.fromkeys(("columns", "rows", "cells"), _OBJECTS),
-    "lower_is_better": _FLAG,
     "notes": _TEXTS,
     "environment": _OBJECT,
-    "extra_columns": (lambda value: value is None or value == [], "an empty list, as this version knows none"),
 }
 _COLUMN: dict[str, _Kind] = {
     **dict.fromkeys(("name", "corpus", "metric"), _TEXT),
