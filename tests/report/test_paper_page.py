@@ -90,13 +90,14 @@ def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
 
 
 def test_index_names_the_tables_that_it_cannot_show(tmp_path: Path) -> None:
-    """A damaged file and one of another version are no silent gap."""
+    """A damaged file, one of another version and what is no file are no silent gap."""
     folder = folder_of(tmp_path, table4=paper_table())
     (folder / "table5.json").write_text('{"kind": "paper-table", ')
     (folder / "table6.json").write_text(json.dumps(paper_table() | {"version": 7}))
+    (folder / "table9.json").mkdir()
     html, markdown = (path.read_text() for path in write_index(folder))
     for text in (html, markdown):
-        assert text.count("annot be shown: ") == 2 and "table5.json" in text and "table6.json: " in text
+        assert text.count("annot be shown: ") == 3 and all(f"table{n}.json: " in text for n in (5, 6, 9))
         assert "of the table must be 1; got 7" in text
         assert str(tmp_path) not in text
 
