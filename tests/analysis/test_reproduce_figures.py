@@ -12,6 +12,7 @@ import pytest
 import sparseffn.cli.bench_figures as bench_figures
 import sparseffn.cli.bench_output as bench_output
 import sparseffn.cli.reproduce_figures as reproduce_figures
+from sparseffn.bench.layer import LayerSettings
 from sparseffn.cli import main
 from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
 from sparseffn.errors import UserError
@@ -90,10 +91,10 @@ def test_figures_of_time_are_the_benchmarks(
     song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All at once, with the time limit and the tokens given; the words are made from what it measured."""
-    asked: list[argparse.Namespace] = []
+    asked: list[tuple[object, ...]] = []
 
-    def measure(given: argparse.Namespace) -> dict[str, Any]:
-        asked.append(given)
+    def measure(figures: list[int], settings: LayerSettings, path: Path, *, time_limit: str) -> dict[str, Any]:
+        asked.append((figures, settings.tokens, path, time_limit))
         layers = {
             label: {"training": {"median_s": s}, "memory_bytes": 1000 * s} for label, s in (("dense", 1.0), ("sigma-moe", 0.5))
         }
@@ -109,8 +110,7 @@ def test_figures_of_time_are_the_benchmarks(
     monkeypatch.setattr(reproduce_figures, "measure_figures", measure)
     monkeypatch.setattr(bench_output.importlib.util, "find_spec", lambda name: None)
     assert run_figures(["fig10", "fig9"], options(tmp_path / "f", song, [], json=True)) == 0
-    (given,) = asked
-    assert (given.figures, given.tokens, given.time_limit, given.out) == ([9, 10], 4, "1s", str(tmp_path / "f"))
+    assert asked == [([9, 10], (4,), tmp_path / "f" / "figures.json", "1s")]
     nine, ten = json.loads(capsys.readouterr().out)["figures"]
     assert nine["measured"] == ["Nothing was measured: 1 points fit neither the time limit nor half of the memory."]
     assert "0.50" in ten["measured"][0] and ten["files"] == []

@@ -160,7 +160,7 @@ def test_damaged_files_are_named(song: str, whole: tuple[Path, dict[str, Any]], 
     """A result that is cut short, and one of something else."""
     path = tmp_path / "study-init.json"
     path.write_text((whole[0] / "study-init.json").read_text()[:100])
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="must hold JSON"):
         read_study(path)
     path.write_text(json.dumps({"kind": "layer", "format": 1}))
     with pytest.raises(UserError, match="`kind` of the result must be one of study-init"):

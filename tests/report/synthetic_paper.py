@@ -75,12 +75,10 @@ def paper_table(*, n_columns: int = 2, seeds: tuple[int, ...] = (0, 1, 2)) -> di
         "title": "Table 4: sigma-MoE against other mixtures",
         "scale": "cpu",
         "settings": "paper",
-        "lower_is_better": True,
         "columns": [column(name) for name in COLUMNS[:n_columns]],
         "rows": rows,
         "cells": cells,
         "difference_unit": "bits per character",
-        "extra_columns": [],
         "notes": ["The released runs of the dense model clip gradients at 0.1."],
         "environment": dict(ENVIRONMENT),
     }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import xml.dom.minidom
-from pathlib import Path
 
 import pytest
 
-from sparseffn.errors import UserError
 from sparseffn.report.analysis_plots import analysis_plots
-from sparseffn.report.analysis_text import analysis_sheets, facts_line, read_analysis
-from sparseffn.report.bench_plots import standalone_svg
+from sparseffn.report.analysis_text import analysis_sheets, facts_line
+from sparseffn.report.figures import standalone_svg
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 
@@ -124,19 +121,13 @@ def test_benchmark_in_words() -> None:
     assert bench_words(result, 2) == ["Nothing was measured: 0 points fit neither the time limit nor half of the memory."]
 
 
-def test_tables_and_file(tmp_path: Path) -> None:
-    """A row a layer, sixteen experts at most; the file comes back, another does not."""
+def test_tables_of_an_analysis() -> None:
+    """A row a layer, sixteen experts at most."""
     found = analysis(n_experts=20)
     layers, experts = analysis_sheets(found)
     assert len(layers.rows) == 4 and all(len(row) == len(layers.head) for row in layers.rows)
     assert len(experts.rows) == 16 and "the 16 most used of 20" in experts.notes[1]
     assert "600,000 tokens of valid of stdlib" in facts_line(found)
-    path = tmp_path / "analysis.json"
-    path.write_text(json.dumps(found))
-    assert read_analysis(path) == found
-    path.write_text('{"format": 9}')
-    with pytest.raises(UserError, match="must be an analysis of format 1"):
-        read_analysis(path)
 
 
 def test_markdown_sets_statement_and_measurement_beside_the_picture() -> None:

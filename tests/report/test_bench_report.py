@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from sparseffn.errors import UserError
-from sparseffn.report.bench_page import bench_html, read_bench, write_bench_page, write_figures
+from sparseffn.report.bench_page import bench_html, read_bench, write_bench_page
 from sparseffn.report.bench_plots import figure_plots, plots
 from sparseffn.report.bench_tables import machine_line, sheets
+from sparseffn.report.figures import write_plots
 
 from .synthetic_bench import KINDS, figures_result, layer_result
 
@@ -89,12 +90,12 @@ def test_figure_without_points_is_not_drawn() -> None:
 
 def test_figures_are_written_as_svg_and_png(tmp_path: Path) -> None:
     """Two drawings a figure, each in both forms; the SVG stands alone, the same result gives the same bytes."""
-    written = write_figures(figures_result(), tmp_path)
+    written = write_plots(plots(figures_result()), tmp_path)
     assert len(written) == 8 and all(path.stat().st_size > 2000 for path in written)
     first = {path: path.read_bytes() for path in written}
     assert first[tmp_path / "figure-2-time.png"].startswith(b"\x89PNG")
     assert ElementTree.fromstring(first[tmp_path / "figure-2-time.svg"]).tag.endswith("svg")
-    assert {path: path.read_bytes() for path in write_figures(figures_result(), tmp_path)} == first
+    assert {path: path.read_bytes() for path in write_plots(plots(figures_result()), tmp_path)} == first
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +110,7 @@ def test_page_needs_no_network_and_no_drawing_library(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "measure first"), ("{", "is not JSON"), ('{"format": 1, "kind": "poem"}', "must be a result"), ("[]", "must be")],
+    [(None, "must exist"), ("{", "must hold JSON"), ('{"format": 1, "kind": "poem"}', "must be a result"), ("[]", "must be")],
     ids=["absent", "cut", "kind", "list"],
 )
 def test_other_files_are_refused(text: str | None, message: str, tmp_path: Path) -> None:

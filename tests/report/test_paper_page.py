@@ -79,7 +79,7 @@ def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
     (folder / "cpu runs" / "table7.json").write_text(json.dumps(counted_table()))
     (folder / "config.json").write_text('{"steps": 3}')
     written = write_index(folder)
-    assert [path.name for path in written] == ["index.html", "index.md"]
+    assert [path.name for path in written] == ["tables.html", "tables.md"]
     lines = [line for line in written[1].read_text().splitlines() if line.startswith("| [")]
     links = ["cpu%20runs/table7.json", "table4.html", "table8.html", "table10.html"]
     assert [re.findall(r"\]\((.*?)\)", line)[0] for line in lines] == links
@@ -89,21 +89,16 @@ def test_index_lists_the_tables_in_order_with_links(tmp_path: Path) -> None:
     assert all((folder / link.split("#")[0]).exists() for link in re.findall(r'href="(table[^"]*)"', text))
 
 
-def test_index_counts_directions_by_what_is_better(tmp_path: Path) -> None:
-    """Where higher is better, a decided decrease is a loss."""
-    folder = folder_of(tmp_path, table4=paper_table() | {"lower_is_better": False})
-    (line,) = [line for line in write_index(folder)[1].read_text().splitlines() if line.startswith("| [")]
-    assert [cell.strip() for cell in line.split("|")[8:11]] == ["1", "2", "2"]
-
-
 def test_index_names_the_tables_that_it_cannot_show(tmp_path: Path) -> None:
-    """A damaged file and one of another version are no silent gap."""
+    """A damaged file, one of another version and what is no file are no silent gap."""
     folder = folder_of(tmp_path, table4=paper_table())
     (folder / "table5.json").write_text('{"kind": "paper-table", ')
     (folder / "table6.json").write_text(json.dumps(paper_table() | {"version": 7}))
+    (folder / "table9.json").mkdir()
     html, markdown = (path.read_text() for path in write_index(folder))
     for text in (html, markdown):
-        assert text.count("annot be shown: ") == 2 and "table5.json" in text and "table6.json must be 1; got 7" in text
+        assert text.count("annot be shown: ") == 3 and all(f"table{n}.json: " in text for n in (5, 6, 9))
+        assert "of the table must be 1; got 7" in text
         assert str(tmp_path) not in text
 
 
@@ -125,7 +120,7 @@ def test_pages_open_in_a_browser(browser: Any, tmp_path: Path) -> None:
     """Table and index of hostile texts: nothing in the console, nothing loaded, no overflow, labels as they were written."""
     folder = folder_of(tmp_path, table4=hostile(), table7=counted_table(), one=paper_table(n_columns=1, seeds=(0,)))
     write_index(folder)
-    for name in ("table4", "table7", "one", "index"):
+    for name in ("table4", "table7", "one", "tables"):
         browser.get((folder / f"{name}.html").as_uri())
         assert browser.get_log("browser") == [] and browser.find_elements("css selector", "script") == []
         assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -141,7 +136,7 @@ def test_page_fits_paper(browser: Any, tmp_path: Path) -> None:
     """Seven columns beside each other; the text width of A4 in CSS pixels, with the margins of the style sheet."""
     folder = folder_of(tmp_path, table4=paper_table(n_columns=7))
     write_index(folder)
-    for name in ("table4", "index"):
+    for name in ("table4", "tables"):
         browser.get((folder / f"{name}.html").as_uri())
         emulate(browser, 687, media="print")
         rights = browser.execute_script(

@@ -130,7 +130,7 @@ def test_marks_are_footnotes_and_equal_marks_share_a_letter(result: dict[str, An
     result["methods"][4]["marks"] = ["K x G deviates by 12% from the preset", "other"]
     text = printed(result)
     assert "pkm (a)" in text
-    assert "switch (a) (b)" in text
+    assert "switch (a,b)" in text
     assert text.count("(a) K x G deviates by 12% from the preset") == 1
 
 
@@ -200,8 +200,8 @@ def test_read_result_returns_the_file(result: dict[str, Any], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(None, "cannot read", id="absent"),
-        pytest.param("{", "is not JSON", id="broken"),
+        pytest.param(None, "must exist", id="absent"),
+        pytest.param("{", "must hold JSON", id="broken"),
         pytest.param("[]", "`format` of the comparison must be 1; got None", id="not a comparison"),
         pytest.param('{"format": 1}', "`title` of the comparison must be of type str; got None", id="fields"),
         pytest.param('{"format": 2}', "`format` of the comparison must be 1; got 2", id="another format"),

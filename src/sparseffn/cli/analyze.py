@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.bench_output import can_draw, check_out, say
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import print_json, print_rows
+from sparseffn.cli.output import print_files, print_json, print_sheets
 from sparseffn.cli.run import run_corpus
 from sparseffn.data import Split
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_text import analysis_sheets, facts_line
-from sparseffn.report.bench_plots import standalone_svg
-from sparseffn.report.figures import Plot
+from sparseffn.report.figures import write_plots
 from sparseffn.stored import write_json
 from sparseffn.train import RunSettings
 
@@ -42,14 +41,9 @@ def analyze_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(analysis)
         return 0
-    for sheet in analysis_sheets(analysis):
-        print(sheet.title)
-        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
-        print("\n".join([*sheet.notes, ""]))
+    print_sheets(analysis_sheets(analysis))
     print(facts_line(analysis))
-    for path in written:
-        if path.suffix != ".svg":
-            print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+    print_files(path for path in written if path.suffix != ".svg")
     return 0
 
 
@@ -71,15 +65,3 @@ def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) 
             say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
     return analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
-
-
-def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
-    """Every drawing as PNG and as SVG."""
-    written = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
-        png.write_bytes(plot.png)
-        svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
-        written += [png, svg]
-    return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,30 @@ from sparseffn.bench.machine import find_device
 from sparseffn.cli.bench_output import can_draw, check_out, say, show, write_files
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import parse_duration
+from sparseffn.errors import UserError
 from sparseffn.ops import requested_backend
-from sparseffn.report.bench_page import read_bench, write_figures
+from sparseffn.report.bench_page import read_bench
+from sparseffn.report.bench_plots import plots
+from sparseffn.report.figures import write_plots
 
 
 def figures_command(options: argparse.Namespace) -> int:
     """Measure what is not there yet, then draw."""
     set_threads(options)
     check_out(options.out)
-    result = measure_figures(options)
-    drawn = write_figures(result, Path(options.out)) if can_draw() else []
+    path = Path(options.out) / "figures.json"
+    result = _read(path) if options.redraw else _measured(options, path)
+    drawn = write_plots(plots(result), Path(options.out)) if can_draw() else []
     return show(result, [*write_files(result, options.out), *drawn], options)
 
 
-def measure_figures(options: argparse.Namespace) -> dict[str, Any]:
-    """What `figures.json` in the folder `options.out` holds, once what it lacks and what fits is measured."""
-    path = Path(options.out) / "figures.json"
-    if options.redraw:
-        return read_bench(path)
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"`--redraw` must have a result to draw; got no {str(path)!r}; fix: measure first, without --redraw")
+    return read_bench(path)
+
+
+def _measured(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     settings = LayerSettings(
         tokens=(options.tokens,),
         rounds=options.rounds,
@@ -38,6 +45,20 @@ def measure_figures(options: argparse.Namespace) -> dict[str, Any]:
         dtype=options.dtype,
         device=options.device,
     )
+    return measure_figures(options.figures, settings, path, time_limit=options.time_limit)
+
+
+def measure_figures(figures: Sequence[int], settings: LayerSettings, path: Path, *, time_limit: str) -> dict[str, Any]:
+    """What the file of the figures holds, once what it lacks and what fits is measured; tells its progress.
+
+    Args:
+        figures: numbers of the paper's.
+        settings: how layers are timed.
+        path: the file.
+        time_limit: as typed, `20m`; see `parse_duration`.
+
+    Raises:
+        UserError: the device or a backend is not there, or the time limit is none.
+    """
     check_backends(settings.backends, find_device(settings.device), DTYPES[settings.dtype])
-    limit_s = parse_duration(options.time_limit, "time-limit")
-    return bench_figures(options.figures, settings, path, time_limit_s=limit_s, say=say)
+    return bench_figures(figures, settings, path, time_limit_s=parse_duration(time_limit, "time-limit"), say=say)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparseffn.cli.output import print_json, print_rows
+from sparseffn.cli.output import print_files, print_json, print_sheets
 from sparseffn.errors import UserError
 from sparseffn.report.bench_page import write_bench_page
 from sparseffn.report.bench_tables import machine_line, sheets
@@ -37,15 +37,9 @@ def show(result: dict[str, Any], written: list[Path], options: argparse.Namespac
     if options.json:
         print_json(result)
         return 0
-    for sheet in sheets(result):
-        print(sheet.title)
-        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
-        for note in sheet.notes:
-            print(note)
-        print()
+    print_sheets(sheets(result))
     print(machine_line(result))
-    for path in written:
-        print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+    print_files(written)
     return 0
 
 

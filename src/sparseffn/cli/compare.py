@@ -13,6 +13,7 @@ from sparseffn.cli.output import Watch, console, parse_duration, print_json
 from sparseffn.errors import UserError
 from sparseffn.recipes import CompareSettings, compare, parse_methods
 from sparseffn.report import markdown_table, print_table, write_page
+from sparseffn.stored import write_text
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def compare_command(options: argparse.Namespace) -> int:
     finally:
         watch.close()
     out = Path(options.out)
-    (out / "table.md").write_text(markdown_table(result), encoding="utf-8")
+    write_text(out / "table.md", markdown_table(result))
     if has_plots:
         write_page(result, out / "page.html")
     if options.json:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from sparseffn.errors import UserError
+from sparseffn.report.sheet import Sheet
 from sparseffn.train.loop import OnStep, StepReport
 
 # Seconds between lines of progress where there is no terminal to draw a bar in.
@@ -36,6 +38,20 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     for row in rows:
         table.add_row(*row)
     console().print(table)
+
+
+def print_sheets(sheets: Iterable[Sheet]) -> None:
+    """Each table with its title above and its notes below."""
+    for sheet in sheets:
+        print(sheet.title)
+        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
+        print("\n".join([*sheet.notes, ""]))
+
+
+def print_files(paths: Iterable[Path]) -> None:
+    """Where files are, each as its kind and an address that a terminal opens."""
+    for path in paths:
+        print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
 
 
 def parse_duration(text: str, name: str = "budget") -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import Watch, console, print_json
+from sparseffn.cli.output import Watch, console, print_files, print_json
 from sparseffn.cli.reproduce_evidence import evidence_command
 from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
 from sparseffn.cli.reproduce_jobs import run_all
@@ -155,11 +155,11 @@ def _counted(name: str, request: Request, columns: Sequence[str] | None) -> dict
 
 
 def _show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> int:
-    if options.out is not None:
-        write_tables(results, options.out)
+    index = [] if options.out is None else write_tables(results, options.out)
     if options.json:
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
         return 0
     for result in results.values():
         print_paper_table(result, console())
+    print_files(index)
     return 0

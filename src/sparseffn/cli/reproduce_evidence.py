@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparseffn.cli.output import Watch, clock, parse_duration, print_json, print_rows
+from sparseffn.cli.output import Watch, clock, parse_duration, print_files, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
@@ -22,18 +22,26 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     """Go on with the missing runs while the budget lasts, then say how all of them stand."""
     if request.scale.is_published:
         raise UserError("`--scale` must be cpu or base for evidence; got 'paper'; fix: leave it out for cpu")
-    lists = options.list or options.dry_run or options.view
+    lists = [f"--{name.replace('_', '-')}" for name in ("list", "dry_run", "view") if getattr(options, name)]
     if options.budget is None and not lists:
         raise UserError("evidence needs a budget of time; got none; fix: --budget 60m, or --list to see the order")
+    if options.budget is not None and lists:
+        raise UserError(
+            f"`--budget` must be left out with {' '.join(lists)}, which trains nothing; got {options.budget}; "
+            "fix: leave out one of them"
+        )
     if options.jobs != 1:
         raise UserError(f"evidence runs one at a time, as its times are compared; got --jobs {options.jobs}; fix: leave it out")
     items = evidence_items(request)
-    if options.budget is not None and not lists:
+    if options.budget is not None:
         _spend(items, pool, parse_duration(options.budget))
     result = list_json(items, pool)
+    index: list[Path] = []
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
-        write_tables({planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out)
+        index = write_tables(
+            {planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out
+        )
     if options.json:
         print_json(result)
         return 0
@@ -54,6 +62,7 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:")
     for command in view_commands(options):
         print(f"  {command}")
+    print_files(index)
     return 0
 
 

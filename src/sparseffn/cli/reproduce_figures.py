@@ -7,21 +7,24 @@ and in `reproduced.json`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseffn.analysis.run import finished_run
-from sparseffn.cli.analyze import analyzed, write_plots
+from sparseffn.bench.layer import LayerSettings
+from sparseffn.cli.analyze import analyzed
 from sparseffn.cli.bench_figures import measure_figures
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.output import print_json
 from sparseffn.data import Split
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FFNConfig
+from sparseffn.ops import requested_backend
 from sparseffn.report.analysis_plots import channels_result, units_result
 from sparseffn.report.bench_plots import figure_plots
-from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots
+from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots, write_plots
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 from sparseffn.stored import write_json, write_text
@@ -44,8 +47,8 @@ def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
     Args:
         names: of `FIGURE_NAMES`.
         options: `from_`, folders of finished runs (figures 1 and 3 to 7); `out`, a folder; `max_tokens` of each split, or
-            None; `tokens` of a call and `time_limit` of the benchmark (figures 2 and 8 to 11); `json`. `data_dir` and
-            `cache_dir` of the runs' corpus may be there.
+            None; `data_dir` and `cache_dir` of the runs' corpus; `tokens` of a call and `time_limit` of the benchmark
+            (figures 2 and 8 to 11); `json`.
 
     Returns:
         The exit code, 0.
@@ -103,7 +106,7 @@ class _Source:
 
     def __init__(self, options: argparse.Namespace) -> None:
         folders = list(dict.fromkeys(options.from_ or ()))
-        self.options = argparse.Namespace(**{"data_dir": None, "cache_dir": None, **vars(options)})
+        self.options = options
         settings = {folder: RunSettings.read(finished_run(folder)) for folder in folders}
         labels = _labels({folder: found.model.ffn.name for folder, found in settings.items()})
         self.folders = {labels[folder]: folder for folder in folders}
@@ -200,7 +203,7 @@ def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot
     plots = [plot for label, analysis in runs.items() for plot in draw(label, analysis)]
     names = [name] if len(plots) == 1 else [f"{name}-{number}" for number in range(1, len(plots) + 1)]
     return [
-        Plot(name=new, title=plot.title, caption=f"{plot.title}. {plot.caption}", svg=plot.svg, png=plot.png)
+        dataclasses.replace(plot, name=new, caption=f"{plot.title}. {plot.caption}")
         for new, plot in zip(names, plots, strict=True)
     ]
 
@@ -210,8 +213,9 @@ def _benchmarked(names: Sequence[str], options: argparse.Namespace) -> dict[str,
     numbers = [statements()[name]["number"] for name in names if statements()[name]["shows"] == "bench"]
     if not numbers:
         return {}
-    settings = {"rounds": 5, "backend": None, "dtype": "float32", "device": "cpu", "redraw": False}
-    return measure_figures(argparse.Namespace(**{**settings, **vars(options), "figures": numbers}))
+    # Five rounds as `sparseffn bench figures` takes, so that either goes on where the other ended.
+    settings = LayerSettings(tokens=(options.tokens,), rounds=5, backends=(requested_backend(),))
+    return measure_figures(numbers, settings, Path(options.out) / "figures.json", time_limit=options.time_limit)
 
 
 def _bench_figure(name: str, result: dict[str, Any]) -> Drawn:

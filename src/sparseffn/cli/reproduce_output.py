@@ -1,4 +1,4 @@
-"""What `sparseffn reproduce` prints in the terminal."""
+"""What `sparseffn reproduce` writes to `--out` and prints in the terminal."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
+from sparseffn.report import formats
+from sparseffn.report.figures import write_plots
+from sparseffn.report.paper_index import write_index
 from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
 from sparseffn.stored import write_json
 
 
-def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> None:
-    """Each table's JSON and, beside it, the renderings."""
+def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> list[Path]:
+    """Each table's JSON and, beside it, the renderings; returns the files of the index of all that the folder holds."""
     for name, result in results.items():
         path = Path(out) / f"{name}.json"
         write_json(path, result)
         render(path)
         if result.get("sweep") and can_draw():
-            for plot in sweep_plots(result):
-                path.with_name(f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-                path.with_name(f"{plot.name}.png").write_bytes(plot.png)
+            write_plots(sweep_plots(result), path.parent)
+    return write_index(out)
 
 
 def print_dry_run(result: dict[str, Any]) -> None:
@@ -32,8 +34,8 @@ def print_dry_run(result: dict[str, Any]) -> None:
         "column",
         "row",
         "params",
-        "against dense",
-        "FLOPs (block)",
+        "residual",
+        "FLOPs, K/N_E",
         "training FLOPs",
         "tokens",
         "memory",
@@ -45,11 +47,11 @@ def print_dry_run(result: dict[str, Any]) -> None:
             run["table"],
             run["column"],
             run["row"] + (" (shared)" if run["shared"] else ""),
-            _large(run["params"]),
-            f"{run['residual_percent']:+.2f}%" + ("*" if run["unequal"] else ""),
-            f"{run['flops_percent']:.1f}%",
+            formats.count(run["params"]),
+            formats.signed_percent(run["residual_percent"]) + ("*" if run["unequal"] else ""),
+            formats.percent(run["flops_percent"] / 100),
             f"{run['training_flops']:.2e}",
-            _large(run["tokens"]),
+            formats.count(run["tokens"]),
             f"{run['memory_bytes'] / 2**30:.1f} GiB",
             _duration(run["seconds_here"]),
             _duration(run["seconds_gpu"]),
@@ -70,14 +72,8 @@ def print_dry_run(result: dict[str, Any]) -> None:
         print(f"- {reason}")
 
 
-def _large(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)
-
-
 def _duration(seconds: float) -> str:
+    """In a unit that leaves few digits: some of these take years, which `clock` would give in hours."""
     for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import Watch, parse_duration, print_json, print_rows
+from sparseffn.cli.output import Watch, parse_duration, print_files, print_json, print_sheets
 from sparseffn.recipes.study import StudySettings, study
 from sparseffn.report.bench_tables import machine_line
 from sparseffn.report.study_page import write_study
@@ -35,13 +35,7 @@ def study_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(result)
         return 0
-    for sheet in study_sheets(result).values():
-        print(sheet.title)
-        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
-        for note in sheet.notes:
-            print(note)
-        print()
+    print_sheets(study_sheets(result).values())
     print(machine_line(result, timed=False))
-    for path in written:
-        print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+    print_files(written)
     return 0

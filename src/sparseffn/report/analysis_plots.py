@@ -6,13 +6,14 @@ do not tell colours apart: markers and line styles go with every colour; heat ma
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparseffn.report import formats
-from sparseffn.report.figures import WIDTH, Plot, active_plots, cooccurrence_plots, usage_plots
+from sparseffn.report.figures import WIDTH, Plot, active_plots, cooccurrence_plots, finished, usage_plots
 from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, reference
-from sparseffn.report.svg import FONT_SIZE, GREY, HAIRLINE, drawing, png_bytes, svg_text
+from sparseffn.report.svg import FONT_SIZE, GREY, HAIRLINE, drawing
 
 Analysis = Mapping[str, Any]
 
@@ -35,18 +36,13 @@ def analysis_plots(analysis: Analysis) -> list[Plot]:
     layer = middle_layer(analysis)
     if layer is not None:
         plots += cooccurrence_plots(units_result(analysis, layer), pixels=True)
-    plots = [_renamed(plot) for plot in plots]
+    # One run needs no number in its figures' names.
+    plots = [dataclasses.replace(plot, name=plot.name.removesuffix("-0")) for plot in plots]
     if analysis["tokens"]:
         plots += [_tokens_plot(analysis, layer) for layer in range(len(analysis["tokens"]))]
     if analysis["training"]:
         plots += _training_plots(analysis)
     return plots
-
-
-def _renamed(plot: Plot) -> Plot:
-    """One run needs no number in its figures' names."""
-    name = plot.name.removesuffix("-0")
-    return Plot(name=name, title=plot.title, caption=plot.caption, svg=plot.svg, png=plot.png)
 
 
 def units_result(analysis: Analysis, layer: int | None = None, *, label: str | None = None) -> dict[str, Any]:
@@ -98,15 +94,13 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
         busiest = experts[0]
         first = f", first {busiest['tokens'][0]['text']}" if busiest["tokens"] else ""
         description = f"Expert {busiest['expert']} has the most selections, {formats.percent(busiest['load'])}{first}"
-        svg = svg_text(figure, name=f"tokens-{layer}", title=title, description=description)
-        png = png_bytes(figure)
-    shown = "All" if len(experts) == n_experts else f"The {len(experts)} most used of {n_experts}"
-    caption = (
-        f"{shown} experts by their share of the selections (an even share is {formats.percent(1 / n_experts)}), and the tokens "
-        "that set what each sees apart from the text. Lift: how many times as frequent the token is among the expert's as in "
-        "the text. ␣ is a space."
-    )
-    return Plot(name=f"tokens-{layer}", title=title, caption=caption, svg=svg, png=png)
+        shown = "All" if len(experts) == n_experts else f"The {len(experts)} most used of {n_experts}"
+        caption = (
+            f"{shown} experts by their share of the selections (an even share is {formats.percent(1 / n_experts)}), and the "
+            "tokens that set what each sees apart from the text. Lift: how many times as frequent the token is among the "
+            "expert's as in the text. ␣ is a space."
+        )
+        return finished(figure, name=f"tokens-{layer}", title=title, caption=caption, description=description)
 
 
 def _cells(experts: Sequence[Mapping[str, Any]]) -> int:
@@ -192,6 +186,4 @@ def _over_steps(
         reference(axes, level[0], level[1], x=0.99, rise=level[2])
         label_ends(axes, lines)
         description = "; ".join(f"{line.label} ends at {line.y[-1]:.2f}" for line in lines)
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        return finished(figure, name=name, title=title, caption=caption, description=description)

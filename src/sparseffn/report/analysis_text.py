@@ -1,38 +1,15 @@
-"""Tables of one run's `analysis.json`, for the terminal, and the file read back."""
+"""Tables of one run's `analysis.json`, for the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from sparseffn.errors import UserError
 from sparseffn.report import formats
 from sparseffn.report.sheet import Sheet
 
-FORMAT = 1
-"""The only layout of `analysis.json` so far."""
 # Rows of the table of experts, and tokens named in each.
 _MAX_EXPERTS, _MAX_TOKENS = 16, 6
-
-
-def read_analysis(path: str | Path) -> dict[str, Any]:
-    """Read an `analysis.json`.
-
-    Raises:
-        UserError: the file is absent, is not JSON, or is not of the format known here.
-    """
-    fix = "make it again with `sparseffn analyze RUN`"
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: {fix}") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: {fix}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("kind") != "analysis":
-        raise UserError(f"{str(path)!r} must be an analysis of format {FORMAT}; got another file; fix: {fix}")
-    return found
 
 
 def analysis_sheets(analysis: Mapping[str, Any]) -> list[Sheet]:

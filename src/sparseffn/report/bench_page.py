@@ -1,8 +1,7 @@
-"""The page of a benchmark: one HTML file with its tables, drawings and machine, that loads nothing; and figures as files."""
+"""The page of a benchmark: one HTML file with its tables, drawings and machine, that loads nothing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,13 @@ from markupsafe import Markup
 
 from sparseffn.errors import UserError
 from sparseffn.report import formats
-from sparseffn.report.bench_plots import plots, standalone_svg
+from sparseffn.report.bench_plots import plots
 from sparseffn.report.bench_tables import machine_line, reading, sheets
 from sparseffn.report.figures import Plot
 from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
+from sparseffn.stored import read_json, write_text
 
 TITLES = {
     "layer": "Time of one layer",
@@ -32,12 +32,7 @@ def read_bench(path: str | Path) -> dict[str, object]:
     Raises:
         UserError: the file is absent, is not JSON, or is not of a kind and format known here.
     """
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: measure first, without --redraw") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: measure again") from error
+    result = read_json(Path(path), fix="measure again")
     if not isinstance(result, dict) or result.get("format") != FORMAT or result.get("kind") not in TITLES:
         raise UserError(f"{str(path)!r} must be a result of `sparseffn bench`, format {FORMAT}; fix: measure again")
     return result
@@ -83,24 +78,4 @@ def render(result: Result, *, title: str, command: str, reading: str, sheets: Se
 
 def write_bench_page(result: Result, path: str | Path, *, drawn: bool = True) -> None:
     """Write the page; see `bench_html`."""
-    Path(path).write_text(bench_html(result, drawn=drawn), encoding="utf-8", newline="\n")
-
-
-def write_figures(result: Result, folder: Path) -> list[Path]:
-    """Every drawing of a result as SVG and as PNG.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    return write_plots(plots(result), folder)
-
-
-def write_plots(drawn: Sequence[Plot], folder: Path) -> list[Path]:
-    """Drawings as SVG and as PNG; returns the files."""
-    written = []
-    for plot in drawn:
-        svg, png = folder / f"{plot.name}.svg", folder / f"{plot.name}.png"
-        svg.write_text(standalone_svg(plot), encoding="utf-8", newline="\n")
-        png.write_bytes(plot.png)
-        written += [svg, png]
-    return written
+    write_text(Path(path), bench_html(result, drawn=drawn))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sparseffn.report.figures import WIDTH, Plot
-from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style
+from sparseffn.report.figures import WIDTH, Plot, finished
+from sparseffn.report.lines import HEIGHT, Line, label_ends, log_heights, pointed_style, size_axis
 from sparseffn.report.result import Result
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def _figure_plot(result: Result, number: int, points: Sequence[dict[str, Any]], 
     labels = list(points[0]["layers"])
     x = [float(point["value"]) for point in points]
     lines = [
-        Line(label=label, x=x, y=[value_of(point["layers"][label]) for point in points], style=_style(index))
+        Line(label=label, x=x, y=[value_of(point["layers"][label]) for point in points], style=pointed_style(index))
         for index, label in enumerate(labels)
     ]
     caption = (
@@ -116,16 +116,11 @@ def _layer_lines(rows: list[dict[str, Any]], key: str) -> list[Line]:
     for index, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
         own = [row for row in rows if row["label"] == label]
         x, y = [float(row["tokens"]) for row in own], [1e3 * row[key]["median_s"] for row in own]
-        lines.append(Line(label=label, x=x, y=y, style=_style(index)))
+        lines.append(Line(label=label, x=x, y=y, style=pointed_style(index)))
     limited = [row for row in rows if row["label"] == _limited(rows)]
     style = {"color": GREY, "linestyle": (0, (1, 2)), "marker": ""}
     x, y = [float(row["tokens"]) for row in limited], [1e3 * row[key]["limit_s"] for row in limited]
     return [*lines, Line(label="limit", x=x, y=y, style=style)]
-
-
-def _style(index: int) -> dict[str, Any]:
-    """A method's look with a marker on every point, as there are few."""
-    return {key: value for key, value in method_style(index).items() if key != "markevery"}
 
 
 def _drawn(
@@ -142,31 +137,15 @@ def _drawn(
         _draw(axes, lines, axes_names, ticks)
         if below:
             figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
-        svg = svg_text(figure, name=name, title=title, description=caption)
-        png = png_bytes(figure)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        return finished(figure, name=name, title=title, caption=caption, description=caption)
 
 
 def _draw(axes: Axes, lines: Sequence[Line], names: tuple[str, str], ticks: Sequence[int]) -> None:
     """Both axes are logarithmic: a power law is a straight line, and what does not grow is flat."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
     for line in lines:
         axes.plot(line.x, line.y, **line.style)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    size_axis(axes, ticks)
+    log_heights(axes, form=",.10g", ticks=(1, 2, 5))
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     label_ends(axes, lines)
-
-
-def standalone_svg(plot: Plot) -> str:
-    """An SVG file: on white, and with what the page's style sheet says to its drawings."""
-    start = plot.svg.index(">") + 1
-    opening = plot.svg[:start].replace("<svg ", '<svg style="background: #fff; stroke-linejoin: round" ', 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{plot.svg[start:]}\n'

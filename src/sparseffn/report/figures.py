@@ -6,14 +6,20 @@ Nothing in them rests on colour alone; `lines.py` says how lines are told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from sparseffn.report import formats
-from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, method_style, reference
+from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, log_heights, method_style, reference
 from sparseffn.report.result import Method, Result
 from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
+from sparseffn.stored import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTH = 4.8
 DEAD = 0.01
@@ -37,6 +43,43 @@ class Plot:
     caption: str
     svg: str
     png: bytes = b""
+
+
+def finished(figure: Figure, *, name: str, title: str, caption: str, description: str, pixels: bool = True) -> Plot:
+    """A drawing that is complete, still inside its context.
+
+    Args:
+        figure: what `drawing` gave.
+        name: unique on the page.
+        title: what is shown.
+        caption: what to read from it.
+        description: one sentence for people who hear the page.
+        pixels: whether it is also to be a file.
+    """
+    svg = svg_text(figure, name=name, title=title, description=description)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png_bytes(figure) if pixels else b"")
+
+
+def standalone_svg(plot: Plot) -> str:
+    """An SVG file: on white, and with what the page's style sheet says to its drawings."""
+    start = plot.svg.index(">") + 1
+    opening = plot.svg[:start].replace("<svg ", '<svg style="background: #fff; stroke-linejoin: round" ', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{plot.svg[start:]}\n'
+
+
+def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
+    """Every drawing as PNG and as SVG; returns the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    written = []
+    for plot in plots:
+        png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
+        write_bytes(png, plot.png)
+        write_text(svg, standalone_svg(plot))
+        written += [png, svg]
+    return written
 
 
 def curve_plots(result: Result) -> list[Plot]:
@@ -95,8 +138,7 @@ def curve_plots(result: Result) -> list[Plot]:
             label_ends(axes, lines)
             caption = f"{metric.capitalize()}{part} (lower is better). {reading}{seeds} The steep beginning is cut off."
             description = "; ".join(f"{line.label} ends at {formats.loss(line.y[-1], metric)}" for line in lines)
-            svg = svg_text(figure, name=name, title=title, description=description)
-        plots.append(Plot(name=name, title=title, caption=caption, svg=svg))
+            plots.append(finished(figure, name=name, title=title, caption=caption, description=description, pixels=False))
     return plots
 
 
@@ -138,8 +180,6 @@ def cooccurrence_plots(result: Result, *, pixels: bool = False) -> list[Plot]:
 
 
 def _usage_plot(method: Method, name: str, limits: tuple[float, float], pixels: bool) -> Plot:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     unit, layers = method.get("unit") or "units", method["usage"]
     title = f"Use of {unit}, sorted: {method['label']}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
@@ -154,10 +194,7 @@ def _usage_plot(method: Method, name: str, limits: tuple[float, float], pixels: 
             style = layer_style(index, len(layers), n_points)
             axes.plot(ranks, heights, **style)
             lines.append(Line(f"layer {layer['layer']}", ranks, heights, style))
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(visible=False, which="minor")
+        log_heights(axes)
         margin = 0.02 * n_units
         axes.set(xlim=(1 - margin, n_units + margin), ylim=limits)
         axes.set(xlabel=f"{unit} by rank, most used first ({n_units:,})", ylabel="use, uniform = 1")
@@ -170,10 +207,8 @@ def _usage_plot(method: Method, name: str, limits: tuple[float, float], pixels: 
             f"The most used of the {unit} has {peak['share'][0] / peak['uniform']:.1f} times the uniform share, "
             f"in layer {peak['layer']}"
         )
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure) if pixels else b""
-    caption = f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}."
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}."
+        return finished(figure, name=name, title=title, caption=caption, description=description, pixels=pixels)
 
 
 def _active_plot(method: Method, name: str, pixels: bool) -> Plot:
@@ -214,13 +249,11 @@ def _active_plot(method: Method, name: str, pixels: bool) -> Plot:
             f"On average over the layers {formats.percent(share)} of the "
             f"{' or '.join(map(formats.integer, totals))} {unit} are active"
         )
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure) if pixels else b""
-    caption = (
-        f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
-        f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
-    )
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = (
+            f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
+            f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
+        )
+        return finished(figure, name=name, title=title, caption=caption, description=description, pixels=pixels)
 
 
 def _cooccurrence_plot(method: Method, name: str, pixels: bool) -> Plot:
@@ -250,10 +283,8 @@ def _cooccurrence_plot(method: Method, name: str, pixels: bool) -> Plot:
             f"The strongest pairing takes {formats.percent(top)} of its row; "
             f"even pairing would give each {formats.percent(even)}"
         )
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure) if pixels else b""
-    caption = f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
+        return finished(figure, name=name, title=title, caption=caption, description=description, pixels=pixels)
 
 
 def _mean_curve(method: Method) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 from rich import box
 from rich.console import Console
@@ -25,6 +25,27 @@ def letters(index: int) -> str:
         index, digit = divmod(index - 1, 26)
         text = chr(ord("a") + digit) + text
     return text
+
+
+@final
+class Footnotes:
+    """Letters in the order of first use; equal texts share one."""
+
+    def __init__(self) -> None:
+        self._letters: dict[str, str] = {}
+
+    def mark(self, *texts: str | None) -> tuple[str, ...]:
+        """The letters of texts, None left out."""
+        return tuple(self._letters.setdefault(text, letters(len(self._letters))) for text in texts if text)
+
+    def texts(self) -> dict[str, str]:
+        """Letter to text."""
+        return {letter: text for text, letter in self._letters.items()}
+
+
+def terminal_marked(text: str, marks: Sequence[str]) -> str:
+    """Text with the letters of its footnotes behind it."""
+    return text + (f" ({','.join(marks)})" if marks else "")
 
 
 def terminal_parts(
@@ -90,6 +111,16 @@ def _wrapped(words: str, width: int) -> str:
 def markdown_line(cells: Iterable[str]) -> str:
     """A row of a Markdown table; the cells are Markdown already."""
     return f"| {' | '.join(cells)} |"
+
+
+def markdown_marked(text: str, marks: Sequence[str]) -> str:
+    """Text with the letters of its footnotes behind it."""
+    return markdown_text(text) + (f" <sup>{','.join(marks)}</sup>" if marks else "")
+
+
+def markdown_footnote(letter: str, text: str) -> str:
+    """A footnote below the table."""
+    return f"<sup>{letter}</sup> {markdown_text(text)}"
 
 
 def markdown_text(text: str) -> str:

@@ -51,6 +51,11 @@ def method_style(index: int) -> dict[str, Any]:
     }
 
 
+def pointed_style(index: int) -> dict[str, Any]:
+    """A method's look with a marker on every point, for lines of few."""
+    return {key: value for key, value in method_style(index).items() if key != "markevery"}
+
+
 def layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
     """Layers are in order, so their colours are: dark for the first, lighter for the last."""
     import matplotlib
@@ -67,6 +72,32 @@ def layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
     if n_points > 32:
         style["markevery"] = (index * n_points // (10 * n_layers), n_points // 10)
     return style
+
+
+def size_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    """A logarithmic axis of sizes below the frame, with a tick at each of them and nowhere else."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def log_heights(axes: Axes, *, form: str = "g", ticks: Sequence[int] | None = None) -> None:
+    """A logarithmic axis of heights whose numbers are written as such.
+
+    Args:
+        axes: the frame.
+        form: how a number is formatted.
+        ticks: which multiples of a power of ten are labelled; None leaves that to matplotlib.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    if ticks is not None:
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def reference(axes: Axes, level: float, words: str, *, x: float, rise: float) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparseffn.report import formats
 from sparseffn.report.analysis_plots import TEXT_WIDTH
-from sparseffn.report.figures import WIDTH, Plot
-from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style, reference
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing, panels, png_bytes, svg_text
+from sparseffn.report.figures import WIDTH, Plot, finished
+from sparseffn.report.lines import HEIGHT, Line, label_ends, log_heights, method_style, reference
+from sparseffn.report.svg import FONT_SIZE, GREY, drawing, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,13 +38,11 @@ def shares_plot(runs: Mapping[str, Analysis], layer: int, *, name: str) -> Plot:
         reference(axes, 1.0, "uniform", x=0.99, rise=3)
         label_ends(axes, lines)
         description = "; ".join(f"the most used of {line.label} has {line.y[0]:.1f} times the uniform share" for line in lines)
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure)
-    caption = (
-        f"Share of the selection weight over the uniform share, experts sorted within each run, layer {layer}. A flat line is "
-        f"an even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
-    )
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = (
+            f"Share of the selection weight over the uniform share, experts sorted within each run, layer {layer}. A flat line "
+            f"is an even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
+        )
+        return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
 def shares_panels(runs: Mapping[str, Analysis], *, name: str) -> Plot:
@@ -70,13 +68,11 @@ def shares_panels(runs: Mapping[str, Analysis], *, name: str) -> Plot:
         samples = [Line2D([], [], label=label, **_style(i, large=False)) for i, label in enumerate(runs)]
         figure.legend(handles=samples, loc="outside upper center", ncols=min(len(runs), 3), frameon=False, handlelength=3.5)
         description = f"{n_layers} layers of {', '.join(runs)}"
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = png_bytes(figure)
-    caption = (
-        "Share of the selection weight over the uniform share, experts sorted within each run and layer. A flat line is an "
-        f"even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
-    )
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = (
+            "Share of the selection weight over the uniform share, experts sorted within each run and layer. A flat line is an "
+            f"even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
+        )
+        return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
 def _lines(runs: Mapping[str, Analysis], layer: int, *, large: bool = True) -> list[Line]:
@@ -112,14 +108,9 @@ def _style(index: int, *, large: bool) -> dict[str, Any]:
 
 
 def _draw(axes: Axes, lines: Sequence[Line]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     for line in lines:
         axes.plot(line.x, line.y, **line.style)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(visible=False, which="minor")
+    log_heights(axes)
     lowest = min((y for line in lines for y in line.y), default=1.0)
     highest = max((y for line in lines for y in line.y), default=1.0)
     axes.set_ylim(0.7 * max(min(lowest, 0.1), _LOWEST), 1.6 * max(highest, 2.0))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from sparseffn.errors import UserError
-from sparseffn.report.grid import markdown_line, markdown_text
+from sparseffn.report.grid import markdown_footnote, markdown_line, markdown_text
 from sparseffn.report.pages import fill_template
 from sparseffn.report.paper_cells import cell_counts
-from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table, read_paper_table
+from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table
 from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_table import block_markdown
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
-from sparseffn.stored import write_text
+from sparseffn.stored import read_json, write_text
 
-NAME = "index"
+# Not `index`, which a folder may have for something else.
+NAME = "tables"
 _HEAD = ("table", "scale", "settings", "measured", "counted", "missing", "failed", "better than dense", "worse", "undecided")
 
 
@@ -54,7 +54,7 @@ class Entry:
 
 
 def write_index(folder: str | Path) -> list[Path]:
-    """Write `index.html` and `index.md` of the tables in a folder and in the folders in it.
+    """Write `tables.html` and `tables.md` of the tables in a folder and in the folders in it.
 
     Files that are damaged or of another version are listed with the reason; other JSON files are passed over.
 
@@ -85,15 +85,11 @@ def _read(folder: Path) -> tuple[list[Entry], list[str]]:
     entries, faults = [], []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")], key=lambda path: _natural(str(path))):
         try:
-            if not is_paper_table(json.loads(path.read_text(encoding="utf-8"))):
-                continue
-        except (OSError, ValueError):
-            # What cannot be parsed may have been a table: reading it as one says what is wrong.
-            pass
-        try:
-            result = read_paper_table(path)
-            entries.append(Entry(link=_link(path, folder), table=build_table(result), facts=_facts(result)))
-        except UserError as error:
+            # What cannot be read may have been a table, and is told.
+            result = read_json(path, fix="run `sparseffn reproduce` again")
+            if is_paper_table(result):
+                entries.append(Entry(link=_link(path, folder), table=build_table(result), facts=_facts(result)))
+        except (UserError, OSError) as error:
             name = path.relative_to(folder).as_posix()
             faults.append(f"{name}: {str(error).replace(str(path), name)}")
     return entries, faults
@@ -115,9 +111,10 @@ def _facts(result: Result) -> tuple[str, ...]:
     counts = cell_counts(result)
     found = [cell["against_dense"] for cell in result["cells"] if cell["status"] == "measured" and cell.get("against_dense")]
     decided = [difference["difference"] for difference in found if difference["decided"]]
-    lower = sum(difference < 0 for difference in decided)
-    better, worse = (lower, len(decided) - lower) if result["lower_is_better"] else (len(decided) - lower, lower)
-    numbers = (*(counts[key] for key in ("measured", "counted", "missing", "failed")), better, worse, len(found) - len(decided))
+    # Every metric of the paper is better where it is lower.
+    better = sum(difference < 0 for difference in decided)
+    numbers = [counts[key] for key in ("measured", "counted", "missing", "failed")]
+    numbers += [better, len(decided) - better, len(found) - len(decided)]
     return (result["scale"], result["settings"], *map(str, numbers))
 
 
@@ -132,5 +129,5 @@ def _markdown(entries: list[Entry], faults: list[str]) -> str:
         about = markdown_text(f"{entry.about} {entry.block.facts}")
         lines += ["", f"## {markdown_text(entry.table.title)}", "", about, "", *block_markdown(entry.block)]
         for letter, text in entry.footnotes.items():
-            lines += ["", f"<sup>{letter}</sup> {markdown_text(text)}"]
+            lines += ["", markdown_footnote(letter, text)]
     return "\n".join(lines) + "\n"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sparseffn.errors import UserError
 from sparseffn.report.result import Result
+from sparseffn.stored import Kind, read_json
 
 KIND = "paper-table"
 SETTINGS_KIND = "paper-settings"
@@ -25,29 +25,15 @@ _Check: TypeAlias = Callable[[object], bool]
 _Kind: TypeAlias = tuple[_Check, str]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
 def _or_null(kind: _Kind) -> _Kind:
     check, words = kind
     return (lambda value: value is None or check(value), f"{words} or null")
 
 
-_TEXT: _Kind = (lambda value: isinstance(value, str), "a string")
-_TEXTS: _Kind = (_texts, "a list of strings")
-_COUNT: _Kind = (_count, "a whole number of at least 0")
-_NUMBER: _Kind = (_number, "a finite number")
+_TEXT, _TEXTS, _COUNT, _NUMBER, _LIST, _OBJECT = (
+    (kind.accepts, kind.value) for kind in (Kind.TEXT, Kind.TEXTS, Kind.COUNT, Kind.NUMBER, Kind.LIST, Kind.OBJECT)
+)
 _FLAG: _Kind = (lambda value: isinstance(value, bool), "true or false")
-_OBJECT: _Kind = (lambda value: isinstance(value, dict), "an object")
 _OBJECTS: _Kind = (
     lambda value: isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value),
     "a list of objects, at least one",
@@ -57,10 +43,8 @@ _STATUS: _Kind = (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)
 _TABLE: dict[str, _Kind] = {
     **dict.fromkeys(("table", "title", "scale", "settings", "difference_unit"), _TEXT),
     **dict.fromkeys(("columns", "rows", "cells"), _OBJECTS),
-    "lower_is_better": _FLAG,
     "notes": _TEXTS,
     "environment": _OBJECT,
-    "extra_columns": (lambda value: value is None or value == [], "an empty list, as this version knows none"),
 }
 _COLUMN: dict[str, _Kind] = {
     **dict.fromkeys(("name", "corpus", "metric"), _TEXT),
@@ -77,7 +61,7 @@ _CELL: dict[str, _Kind] = {
     **dict.fromkeys(("published", "spread", "valid_mean", "params", "residual_percent"), _or_null(_NUMBER)),
     **dict.fromkeys(("flops_percent", "counted_flops_percent", "equal_time"), _or_null(_NUMBER)),
 }
-_MEASURED: dict[str, _Kind] = {"n": _COUNT, "mean": _NUMBER, "seeds": (lambda value: isinstance(value, list), "a list")}
+_MEASURED: dict[str, _Kind] = {"n": _COUNT, "mean": _NUMBER, "seeds": _LIST}
 _DIFFERENCE: dict[str, _Kind] = {
     **dict.fromkeys(("difference", "low", "high"), _NUMBER),
     "decided": _FLAG,
@@ -94,15 +78,7 @@ def read_paper_table(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, is not JSON, is no table of the paper, or a field is absent or damaged.
     """
-    path = Path(path)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(path)!r}: {error.strerror}; fix: name a table that `sparseffn reproduce` wrote"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn reproduce` again") from error
+    result = read_json(Path(path), fix="run `sparseffn reproduce` again")
     if not isinstance(result, dict) or result.get("kind") != SETTINGS_KIND:
         check_paper_table(result, str(path))
     return result

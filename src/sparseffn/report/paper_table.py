@@ -12,8 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from sparseffn.report import formats
-from sparseffn.report.grid import markdown_line, markdown_text, terminal_parts
-from sparseffn.report.paper_cells import Cell
+from sparseffn.report.grid import (
+    markdown_footnote,
+    markdown_line,
+    markdown_marked,
+    markdown_text,
+    terminal_marked,
+    terminal_parts,
+)
 from sparseffn.report.paper_latex import latex_tables
 from sparseffn.report.paper_page import paper_html
 from sparseffn.report.paper_result import read_paper_table
@@ -60,7 +66,8 @@ def print_paper_table(result: Result, console: Console | None = None) -> None:
         console.print(Text(line))
     for block in filter(None, (table.overview, *table.blocks)):
         console.print(Text(f"\n{block.title}" + (f"; {block.facts}" if block.facts else "")))
-        lines = [(_plain(label), [_plain(cell) for cell in cells]) for label, cells in block.rows]
+        rows = ([terminal_marked(cell.text, cell.marks) for cell in (label, *cells)] for label, cells in block.rows)
+        lines = [(label, cells) for label, *cells in rows]
         for part in terminal_parts("", block.short_headings, lines, console, label_width=_LABEL_WIDTH):
             console.print(part)
     for letter, text in table.footnotes.items():
@@ -79,7 +86,7 @@ def paper_markdown(table: PaperTable) -> str:
         lines += [markdown_text(block.facts), ""] if block.facts else []
         lines += block_markdown(block)
     for letter, text in table.footnotes.items():
-        lines += ["", f"<sup>{letter}</sup> {markdown_text(text)}"]
+        lines += ["", markdown_footnote(letter, text)]
     for note in (*table.notes, f"Made with: {formats.setting(table.environment)}"):
         lines += ["", markdown_text(note)]
     return "\n".join(lines) + "\n"
@@ -91,12 +98,5 @@ def block_markdown(block: Block) -> list[str]:
         markdown_line(["", *(markdown_text(header) for _, header in block.short_headings)]),
         markdown_line([":--", *("--:" for _ in block.headings)]),
     ]
-    return head + [markdown_line([_marked(label), *map(_marked, cells)]) for label, cells in block.rows]
-
-
-def _plain(cell: Cell) -> str:
-    return cell.text + (f" ({','.join(cell.marks)})" if cell.marks else "")
-
-
-def _marked(cell: Cell) -> str:
-    return markdown_text(cell.text) + (f" <sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
+    rows = ([markdown_marked(cell.text, cell.marks) for cell in (label, *cells)] for label, cells in block.rows)
+    return head + [markdown_line(row) for row in rows]

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, final
+from typing import Any
 
 from sparseffn.report import formats
-from sparseffn.report.grid import Heading, letters
+from sparseffn.report.grid import Footnotes, Heading
 from sparseffn.report.paper_cells import (
     DECIDED,
     Cell,
@@ -92,22 +92,6 @@ class PaperTable:
     environment: Mapping[str, Any]
 
 
-@final
-class _Footnotes:
-    """Letters in the order of first use; equal texts share one."""
-
-    def __init__(self) -> None:
-        self._letters: dict[str, str] = {}
-
-    def mark(self, *texts: str | None) -> tuple[str, ...]:
-        """The letters of texts, None left out."""
-        return tuple(self._letters.setdefault(text, letters(len(self._letters))) for text in texts if text)
-
-    def texts(self) -> dict[str, str]:
-        """Letter to text."""
-        return {letter: text for text, letter in self._letters.items()}
-
-
 def build_paper_table(result: Result) -> PaperTable:
     """Arrange a table's parsed JSON.
 
@@ -115,7 +99,7 @@ def build_paper_table(result: Result) -> PaperTable:
         UserError: see `check_paper_table`.
     """
     check_paper_table(result)
-    footnotes = _Footnotes()
+    footnotes = Footnotes()
     labels = [Cell(text=row["label"], marks=footnotes.mark(*_row_notes(row, result))) for row in result["rows"]]
     columns = range(len(result["columns"]))
     overview = _overview(result, labels, footnotes) if len(columns) > 1 else None
@@ -151,7 +135,7 @@ def _row_notes(row: Result, result: Result) -> list[str]:
     return notes
 
 
-def _block(result: Result, index: int, labels: list[Cell], footnotes: _Footnotes) -> Block:
+def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Block:
     column = result["columns"][index]
     shown = quantities(result, index)
     rows = []
@@ -168,7 +152,7 @@ def _block(result: Result, index: int, labels: list[Cell], footnotes: _Footnotes
     )
 
 
-def _overview(result: Result, labels: list[Cell], footnotes: _Footnotes) -> Block:
+def _overview(result: Result, labels: list[Cell], footnotes: Footnotes) -> Block:
     """All columns side by side: what was measured, or counted where nothing is trained, and what was published."""
     trained, _ = trained_and_measured(result)
     ours = "test" if trained else "K/N_E"
@@ -263,11 +247,10 @@ def _general_notes(result: Result, blocks: tuple[Block, ...]) -> list[str]:
 
 def _measured_notes(result: Result) -> list[str]:
     numbers = {cell["n"] for cell in result["cells"] if cell["status"] == "measured"}
-    better = "negative" if result["lower_is_better"] else "positive"
     alone = " Where n = 1 the spread is unknown, and the interval covers the choice of text, not that of the seed."
     return [
         f"Test: mean and sample standard deviation over n seeds.{alone if 1 in numbers else ''}",
-        f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; {better} is "
+        f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; negative is "
         f"better. The interval is a bootstrap over seeds and blocks of neighbouring "
         f"windows; {DECIDED} marks those that exclude zero, and nothing else is a finding.",
         "At equal time: validation after the same training time for all rows of a column.",

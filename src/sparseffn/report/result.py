@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sparseffn.errors import UserError
+from sparseffn.stored import read_json
 
 # What a report cannot do without; everything else may be absent.
 _NEEDED: dict[str, type] = {"title": str, "metric": str, "corpus": dict, "seeds": list, "steps": int, "methods": list}
@@ -32,15 +32,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, is not JSON, or has another format.
     """
-    path = Path(path)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {str(path)!r}: {error.strerror}; fix: name a comparison.json that `sparseffn compare` wrote"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn compare` again") from error
+    result = read_json(Path(path), fix="run `sparseffn compare` again")
     check_format(result)
     return result
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparseffn.report.grid import markdown_line
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
@@ -22,11 +24,12 @@ def markdown_sheet(sheet: Sheet) -> str:
     """The sheet as Markdown: title, table, notes; ends in a newline."""
     marks = [":--" if i < sheet.n_words else "--:" for i in range(len(sheet.head))]
     lines = [f"**{sheet.title}**", ""] if sheet.title else []
-    lines += ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in (sheet.head, marks, *sheet.rows)]
+    lines += [markdown_line(map(_escaped, cells)) for cells in (sheet.head, marks, *sheet.rows)]
     for note in sheet.notes:
         lines += ["", _escaped(note)]
     return "\n".join(lines) + "\n"
 
 
 def _escaped(cell: str) -> str:
+    """Sheets hold our own words, which stay readable in the source of a document."""
     return cell.replace("|", "\\|")

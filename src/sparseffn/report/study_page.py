@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sparseffn.errors import UserError
-from sparseffn.report.bench_page import render, write_plots
+from sparseffn.report.bench_page import render
+from sparseffn.report.figures import write_plots
 from sparseffn.report.result import Result
 from sparseffn.report.sheet import markdown_sheet
 from sparseffn.report.study_plots import study_plots
 from sparseffn.report.study_tables import TITLES, check_study, reading, study_sheets
+from sparseffn.stored import read_json, write_text
 
 
 def read_study(path: str | Path) -> dict[str, Any]:
@@ -20,12 +20,7 @@ def read_study(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, is not JSON, or is not a study's result.
     """
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; fix: run `sparseffn study` first") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}; fix: run `sparseffn study` again") from error
+    result = read_json(Path(path), fix="run `sparseffn study` again")
     check_study(result)
     return result
 
@@ -50,6 +45,6 @@ def study_html(result: Result, *, drawn: bool = True) -> str:
 def write_study(result: Result, folder: Path, *, drawn: bool = True) -> list[Path]:
     """Tables, page and, where matplotlib is there, figures; returns the files."""
     text, page = folder / f"{result['kind']}.md", folder / f"{result['kind']}.html"
-    text.write_text(study_markdown(result), encoding="utf-8", newline="\n")
-    page.write_text(study_html(result, drawn=drawn), encoding="utf-8", newline="\n")
+    write_text(text, study_markdown(result))
+    write_text(page, study_html(result, drawn=drawn))
     return [text, page, *(write_plots(study_plots(result), folder) if drawn else [])]

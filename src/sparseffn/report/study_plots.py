@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseffn.report.figures import WIDTH, Plot
-from sparseffn.report.lines import HEIGHT, Line, label_ends, method_style
+from sparseffn.report.figures import WIDTH, Plot, finished
+from sparseffn.report.lines import HEIGHT, Line, label_ends, log_heights, pointed_style, size_axis
 from sparseffn.report.result import Result
 from sparseffn.report.study_tables import AXES, INITS, SELECTORS, along, check_study, pick
-from sparseffn.report.svg import drawing, png_bytes, svg_text
+from sparseffn.report.svg import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,7 @@ def _correlation_plot(result: Result) -> Plot:
 
 def _series(rows: Sequence[Mapping[str, Any]], axis: str, key: str, label: str, index: int) -> _Series:
     wanted = [(float(row[axis]), row["predicted"][key]) for row in rows if row["predicted"][key] is not None]
-    line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=_style(index))
+    line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=pointed_style(index))
     measured = [(float(row[axis]), *row["measured"][key]) for row in rows if row["measured"][key] is not None]
     return _Series(line, measured)
 
@@ -133,7 +133,7 @@ def _probe_plot(result: Result, key: str) -> Plot:
                     by_step.setdefault(probe["step"], []).append(probe[key])
             steps = sorted(by_step)
             y = [statistics.fmean(by_step[step]) for step in steps]
-            line = Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=_style(index))
+            line = Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=pointed_style(index))
             entries.append(_Series(line, []))
     return _drawn(
         result,
@@ -145,11 +145,6 @@ def _probe_plot(result: Result, key: str) -> Plot:
         ticks=None,
         log_y=False,
     )
-
-
-def _style(index: int) -> dict[str, Any]:
-    """A variant's look with a marker on every point, as there are few."""
-    return {key: value for key, value in method_style(index).items() if key != "markevery"}
 
 
 def _drawn(
@@ -169,15 +164,13 @@ def _drawn(
         for entry in series:
             _draw(axes, entry)
         if ticks is not None:
-            _size_axis(axes, ticks)
+            size_axis(axes, ticks)
         if log_y:
             _log_axis(axes, [y for entry in series for y in entry.line.y])
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
         label_ends(axes, [entry.line for entry in series])
-        svg = svg_text(figure, name=name, title=title, description=caption)
-        png = png_bytes(figure)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        return finished(figure, name=name, title=title, caption=caption, description=caption)
 
 
 def _draw(axes: Axes, series: _Series) -> None:
@@ -192,21 +185,8 @@ def _draw(axes: Axes, series: _Series) -> None:
     axes.errorbar(x, middle, yerr=spread, color=style["color"], marker=style["marker"], linestyle="none", elinewidth=1.0)
 
 
-def _size_axis(axes: Axes, ticks: Sequence[int]) -> None:
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log")
-    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
     """Ticks at 1, 2 and 5 where the values span less than two decades, else at powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     positive = [y for y in values if y > 0]
     narrow = bool(positive) and math.log10(max(positive) / min(positive)) < 2
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    log_heights(axes, form=".10g", ticks=(1, 2, 5) if narrow else (1,))

@@ -5,17 +5,15 @@ for plot in sweep_plots(json.loads(Path("out/sweep-k.json").read_text())): ...
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
-from sparseffn.report.figures import WIDTH, Plot
+from sparseffn.report.figures import WIDTH, Plot, finished
 from sparseffn.report.lines import HEIGHT, PALETTE, reference
 from sparseffn.report.result import Result
-from sparseffn.report.svg import drawing, svg_text
+from sparseffn.report.svg import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Points a curve needs: fewer show no course.
 MIN_POINTS = 2
@@ -57,10 +55,8 @@ def _plot(result: Result, column: Result, points: list[tuple[float, Any]], level
         _axes(axes, axis, column["metric"], x)
         if level is not None:
             reference(axes, level, "dense", x=0.99, rise=3)
-        svg = svg_text(figure, name=name, title=title, description=description)
-        png = _png(figure)
-    caption = f"Test {column['metric']}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png)
+        caption = f"Test {column['metric']}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
+        return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
 def _axes(axes: Axes, axis: str, metric: str, x: list[float]) -> None:
@@ -73,9 +69,3 @@ def _axes(axes: Axes, axis: str, metric: str, x: list[float]) -> None:
 def index_name(column: str) -> str:
     """A column's name as part of a file's: `WT-S*` is `wt-s-star`."""
     return column.lower().replace("*", "-star").replace(" ", "-")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()

@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from sparseffn.report import formats
-from sparseffn.report.grid import letters, markdown_line, markdown_text, terminal_parts
+from sparseffn.report.grid import (
+    Footnotes,
+    markdown_footnote,
+    markdown_line,
+    markdown_marked,
+    markdown_text,
+    terminal_marked,
+    terminal_parts,
+)
 from sparseffn.report.result import Method, Result, check_format, incomplete_line, missing_runs
 
 
@@ -75,7 +83,7 @@ def build_table(result: Result) -> Table:
     """
     check_format(result)
     columns = _columns(result)
-    footnotes: dict[str, str] = {}
+    footnotes = Footnotes()
     rows = [_row(method, result, columns, footnotes) for method in result["methods"]]
     present = {method["label"] for method in result["methods"]}
     absent: dict[str, list[str]] = {}
@@ -83,7 +91,7 @@ def build_table(result: Result) -> Table:
         if label not in present:
             absent.setdefault(label, []).append(words)
     rows += [Row(label=label, marks=(), cells=(), missing="; ".join(words)) for label, words in absent.items()]
-    notes = [(letter, text) for text, letter in footnotes.items()] + _general_notes(result, rows)
+    notes = [*footnotes.texts().items(), *_general_notes(result, rows)]
     return Table(
         title=result["title"],
         incomplete=incomplete_line(result),
@@ -107,7 +115,7 @@ def print_table(result: Result, console: Console | None = None) -> None:
     if table.incomplete:
         console.print(Text(table.incomplete))
     headings = [(column.group, column.header) for column in table.columns]
-    lines = [(row.label + "".join(f" ({letter})" for letter in row.marks), row.cells) for row in table.rows]
+    lines = [(terminal_marked(row.label, row.marks), row.cells) for row in table.rows]
     for part in terminal_parts("method", headings, lines, console):
         console.print(part)
     for row in table.rows:
@@ -135,11 +143,10 @@ def markdown_table(result: Result) -> str:
     lines.append(markdown_line(["method", *(markdown_text(column.header) for column in table.columns)]))
     lines.append(markdown_line([":--", *("--:" for _ in table.columns)]))
     for row in table.rows:
-        label = markdown_text(row.label) + (f" <sup>{','.join(row.marks)}</sup>" if row.marks else "")
         cells = [markdown_text(row.missing), *("" for _ in table.columns[1:])] if row.missing else row.cells
-        lines.append(markdown_line([label, *cells]))
+        lines.append(markdown_line([markdown_marked(row.label, row.marks), *cells]))
     for letter, text in table.notes:
-        lines += ["", f"<sup>{letter}</sup> {markdown_text(text)}" if letter else markdown_text(text)]
+        lines += ["", markdown_footnote(letter, text) if letter else markdown_text(text)]
     for fact in table.facts:
         lines += ["", markdown_text(fact)]
     return "\n".join(lines) + "\n"
@@ -210,12 +217,10 @@ def _columns(result: Result) -> tuple[Column, ...]:
     return tuple(Column(group=group, name=name, header=header, cell=cell) for group, name, header, cell in rows)
 
 
-def _row(method: Method, result: Result, columns: tuple[Column, ...], footnotes: dict[str, str]) -> Row:
+def _row(method: Method, result: Result, columns: tuple[Column, ...], footnotes: Footnotes) -> Row:
     texts = list(method.get("marks") or ())
     texts += [words for label, words in missing_runs(result) if label == method["label"]]
-    # Equal texts share a letter.
-    marks = tuple(footnotes.setdefault(text, letters(len(footnotes))) for text in texts)
-    return Row(label=method["label"], marks=marks, cells=tuple(column.cell(method) for column in columns))
+    return Row(label=method["label"], marks=footnotes.mark(*texts), cells=tuple(column.cell(method) for column in columns))
 
 
 def _general_notes(result: Result, rows: list[Row]) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ def test_table_is_run_once_and_viewed(reproduce: Command, tmp_path: Path, capsys
     measured = printed(capsys)
     assert [cell["status"] for cell in measured["cells"]] == ["measured"] * 2
     assert json.loads((tmp_path / "out" / "table3.json").read_text()) == measured
+    assert "](table3.html)" in (tmp_path / "out" / "tables.md").read_text()
     assert reproduce(*words, "--view") == 0 and printed(capsys)["cells"] == measured["cells"]
 
 

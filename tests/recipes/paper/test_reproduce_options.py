@@ -99,9 +99,12 @@ def test_counted_tables_take_columns(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.usefixtures("_trains_nothing")
 @pytest.mark.parametrize("flag", ["--list", "--dry-run", "--view"])
 def test_evidence_lists_where_nothing_is_to_be_trained(flag: str, cpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """With a budget too."""
-    assert main(["reproduce", "evidence", flag, "--budget", "60m", "--steps", "3", *cpu]) == 0
+    """With a budget it would be unclear whether something is; that is refused."""
+    words = ["reproduce", "evidence", flag, "--steps", "3", *cpu]
+    assert main(words) == 0
     assert "0 of 40 runs finished" in capsys.readouterr().out
+    assert main([*words, "--budget", "60m"]) == 2
+    assert f"`--budget` must be left out with {flag}, which trains nothing; got 60m" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_trains_nothing")
