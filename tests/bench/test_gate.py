@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -14,12 +15,14 @@ from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_trut
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig, list_methods, method_class
 from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.topk import TopKConfig
 
 from .conftest import DENSE, SIGMA, setting
 from .wrong_backends import wrong_backends
 
 TOPK = TopKConfig(d_model=32, d_ff=400, k=60)
+INNER = SigmaMoEConfig(d_model=32, n_experts=8, expert_size=40, k=3, inner_k=20, activation="gelu")
 PKM_OF_TWO = PKMConfig(d_model=32, n_subkeys=20, k=12, n_heads=2)
 
 
@@ -66,7 +69,7 @@ def test_half_precision_passes(dtype: torch.dtype, most: float) -> None:
 def test_formula_is_the_reference() -> None:
     """Dense products over all pairs give what the slow reference gives."""
     selecting = [config for name in ("topk", "pkm") for config in method_class(name).examples()]
-    for config in (DENSE, SIGMA, *selecting):
+    for config in (DENSE, SIGMA, INNER, dataclasses.replace(INNER, inner_k=100), *selecting):
         layer = build_layer(config, setting(9), 0).double().eval()
         x = torch.randn(9, config.d_model, dtype=torch.float64)
         torch.testing.assert_close(formula(layer, x), layer.reference(x))
@@ -80,7 +83,7 @@ def test_long_batches_are_compared_at_both_ends(monkeypatch: pytest.MonkeyPatch)
     assert held(Candidate(label="sigma-moe", config=SIGMA), 1001)["gradient of experts.keys"] < 1e-5
 
 
-@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO], ids=["topk", "pkm"])
+@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO, INNER], ids=["topk", "pkm", "inner-top-k"])
 def test_pairs_are_compared_on_every_token(config: FFNConfig) -> None:
     """Methods that rank hundreds of pairs, each of 700 tokens, whose choices do not hang on rounding."""
     truth = find_truth(config, setting(700))
@@ -88,7 +91,7 @@ def test_pairs_are_compared_on_every_token(config: FFNConfig) -> None:
     assert held(Candidate(label=config.name, config=config), 700)["output"] < 1e-5
 
 
-@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO], ids=["topk", "pkm"])
+@pytest.mark.parametrize("config", [TOPK, PKM_OF_TWO, INNER], ids=["topk", "pkm", "inner-top-k"])
 def test_wrong_row_of_a_late_token_is_refused(config: FFNConfig) -> None:
     """One of 700 tokens, that a sample of eight would miss."""
 

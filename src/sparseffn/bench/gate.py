@@ -2,8 +2,8 @@
 
 The candidate runs all tokens at the timed shape, dtype and backend, forward and backward. Its output, the gradient of its input
 and that of every parameter are compared with the truth: the formula with dense products over all pairs, on all tokens as long
-as that takes seconds, or where there is none (sigma-MoE's `inner_k`) the layer's slow reference on a few tokens. Where only
-some tokens are compared, the gradient sent back is zero at all others, so that parameter gradients are comparable.
+as that takes seconds, or where there is none (a method registered from outside) the layer's slow reference on a few tokens.
+Where only some tokens are compared, the gradient sent back is zero at all others, so that parameter gradients are comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from sparseffn.ffn._activations import ACTIVATIONS
 from sparseffn.ffn._mixture import Mixture
 from sparseffn.ffn.dense import Dense
 from sparseffn.ffn.pkm import PKM
-from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.topk import TopK
 
 # Largest deviation over the truth's largest value, and root mean square over the truth's. Measured on the shapes of the paper's
@@ -80,7 +79,7 @@ def find_truth(config: FFNConfig, setting: Setting, *, seed: int = 0) -> Truth:
         # A single token is compared all the same: with nothing sent back, gradients would not be checked at all.
         grad[tokens[near & ~near.all()]] = 0.0
     values = _by_formula(exact, x.double(), grad.double(), tokens)
-    ranks_pairs = isinstance(exact, TopK | PKM) or not has_formula(exact)
+    ranks_pairs = isinstance(exact, TopK | PKM) or not has_formula(exact) or _survivors(exact) is not None
     ranked_in_half = setting.dtype != torch.float32 and ranks_pairs
     tolerance = _RANKED_IN_HALF if ranked_in_half else TOLERANCES[setting.dtype]
     return Truth(x=x, grad=grad, tokens=tokens, values=values, tolerance=tolerance)
@@ -132,9 +131,12 @@ def _by_formula(layer: FeedForward, x: Tensor, grad: Tensor, tokens: Tensor) -> 
 
 def has_formula(layer: FeedForward) -> bool:
     """Whether dense products give the layer's output."""
-    if isinstance(layer.config, SigmaMoEConfig) and layer.config.inner_k is not None:
-        return False
     return isinstance(layer, Mixture | Dense | TopK | PKM)
+
+
+def _survivors(layer: FeedForward) -> int | None:
+    """Units that a top-K inside the experts leaves of each token's; None: there is no such top-K."""
+    return layer.config.survivors if isinstance(layer, Mixture) else None
 
 
 def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
@@ -148,10 +150,20 @@ def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
         u_TF = act(pair_scores(layer, x_TD))
         return (u_TF * _best(_ranks(layer, x_TD), layer.config.k)) @ layer.values + layer.bias
     if isinstance(layer, Mixture):
-        scores_TF = layer.scores_reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
-        return (scores_TF * act(x_TD @ layer.keys_matrix().t())) @ layer.values_matrix()
+        alpha_TF, selected_TF = _units(layer, x_TD)
+        survivors = _survivors(layer)
+        if survivors is not None:
+            alpha_TF = alpha_TF * _best(alpha_TF.detach().masked_fill(~selected_TF, -torch.inf), survivors)
+        return alpha_TF @ layer.values_matrix()
     assert isinstance(layer, Dense), "the only other layer with a formula"
     return act(x_TD @ layer.keys.t() + layer.key_bias) @ layer.values + layer.bias
+
+
+def _units(layer: Mixture, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Score times activation of every pair, `[T, d_ff]`, and which pairs are of selected experts."""
+    u_TF = ACTIVATIONS[layer.config.activation](pair_scores(layer, x_TD))
+    scores_TF = layer.scores_reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
+    return scores_TF * u_TF, scores_TF != 0
 
 
 def _pkm_formula(layer: PKM, x_TD: Tensor) -> Tensor:
@@ -202,18 +214,28 @@ def clear_tokens(layer: FeedForward, setting: Setting, *, seed: int) -> Tensor:
 def _unclear(layer: FeedForward, x_TD: Tensor) -> Tensor:
     """Tokens whose last selected unit and first that is not stand too close."""
     if isinstance(layer, Mixture):
-        k, gap, ranks = layer.config.n_selected, _CLEAR_GAP, x_TD @ layer.router.selector.detach().t()
-    elif isinstance(layer, TopK | PKM) and layer.config.k is not None:
-        k, gap, ranks = layer.config.k, _CLEAR_PAIR_GAP, _ranks(layer, x_TD)
-    else:
-        return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+        logits_TE = x_TD @ layer.router.selector.detach().t()
+        unclear_T = _stand_close(logits_TE, layer.config.n_selected, _CLEAR_GAP)
+        survivors = _survivors(layer)
+        if survivors is None:
+            return unclear_T
+        with torch.no_grad():
+            alpha_TF, selected_TF = _units(layer, x_TD)
+        return unclear_T | _stand_close(alpha_TF[selected_TF].view(len(x_TD), -1), survivors, _CLEAR_PAIR_GAP)
+    if isinstance(layer, TopK | PKM) and layer.config.k is not None:
+        return _stand_close(_ranks(layer, x_TD), layer.config.k, _CLEAR_PAIR_GAP)
+    return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+
+
+def _stand_close(ranks: Tensor, k: int, gap: float) -> Tensor:
+    """Tokens whose K-th largest rank and the next one differ by no more than a share of the ranks' spread."""
     if k == ranks.shape[-1]:
-        return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+        return torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
     ranks = ranks.sort(dim=-1, descending=True).values
     last, next_one, spread = ranks[..., k - 1], ranks[..., k], ranks[..., 0] - ranks[..., -1]
     # ReLU's zeros are many and alike: none of them adds anything.
     is_zero = (last == 0) & (next_one == 0)
-    return ((last - next_one <= gap * spread) & ~is_zero).view(len(x_TD), -1).any(dim=1)
+    return ((last - next_one <= gap * spread) & ~is_zero).view(len(ranks), -1).any(dim=1)
 
 
 def check(candidate: Candidate, layer: FeedForward, module: nn.Module, truth: Truth) -> dict[str, float]:
