@@ -5,7 +5,7 @@ Windows stream through the model as in evaluation and leave running sums alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +16,7 @@ from sparseffn.analysis.channels import ActiveChannels
 from sparseffn.analysis.over_training import over_training
 from sparseffn.analysis.tokens import ServedTokens
 from sparseffn.analysis.usage import UsageCounter
-from sparseffn.data import Corpus, EvalWindow, Split, evaluation_windows, unpadded
+from sparseffn.data import Corpus, EvalWindow, Split, unpadded
 from sparseffn.errors import UserError
 from sparseffn.evaluate import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
@@ -25,7 +25,7 @@ from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
 from sparseffn.train.checkpoint import list_checkpoints
 from sparseffn.train.restore import load_model
-from sparseffn.train.routing import list_snapshots, load_snapshot, routes_to_experts, snapshot
+from sparseffn.train.routing import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
 
 FORMAT = 1
 """Layout of `analysis.json`."""
@@ -44,7 +44,6 @@ class RunCounts:
 
     def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
         """Count what a model does on a text; returns its loss in nats a token."""
-        windows = evaluation_windows(tokens, batch=config.eval_batch, context=config.context)
         with nullcontext() if self.channels is None else self.channels.watching(model):
             return evaluate(
                 model,
@@ -54,13 +53,12 @@ class RunCounts:
                 memory=config.eval_memory,
                 precision=config.precision,
                 on_progress=on_progress,
-                observe=lambda stats: self._observe(stats, windows),
+                observe=self._observe,
             ).nats_per_token
 
-    def _observe(self, stats: CollectedStats, windows: Iterator[EvalWindow]) -> None:
-        """Add the window that `evaluate` has just read: it reads these windows in this order."""
-        window = next(windows)
-        self.usage.observe(stats)
+    def _observe(self, stats: CollectedStats, window: EvalWindow) -> None:
+        """Add a window that `evaluate` has read, layer by layer also where layers share a block."""
+        self.usage.observe({name: [layer] for name, layer in by_layer(stats).items()})
         if self.served is not None:
             self.served.observe(stats, window.inputs)
 
