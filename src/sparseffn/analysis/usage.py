@@ -136,14 +136,15 @@ class UsageCounter:
         layers = list(self.layers.values())
         middle = len(layers) // 2
         matrix = layers[middle].cooccurrence() if layers else None
+        active = [layer.active() for layer in layers]
         n_units = sum(len(layer.counts) for layer in layers)
         return {
             "usage": [
                 {"layer": i, "share": layer.shares(), "uniform": 1.0 / len(layer.counts)} for i, layer in enumerate(layers)
             ],
             "active": [
-                {"layer": i, "mean": layer.active()[0], "std": layer.active()[1], "total": len(layer.counts)}
-                for i, layer in enumerate(layers)
+                {"layer": i, "mean": mean, "std": std, "total": len(layer.counts)}
+                for i, (layer, (mean, std)) in enumerate(zip(layers, active, strict=True))
             ],
             "cooccurrence": None if matrix is None else {"layer": middle, "matrix": matrix},
             "dead_share": sum(layer.n_dead for layer in layers) / max(n_units, 1),
