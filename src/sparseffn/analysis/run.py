@@ -23,7 +23,7 @@ from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
 from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
-from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.checkpoint import list_checkpoints, step_of
 from sparseffn.train.restore import load_model
 from sparseffn.train.routing import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
 
@@ -117,7 +117,7 @@ def finished_run(path: Path | str) -> RunFolder:
     folder = RunFolder(path)
     settings = RunSettings.read(folder)
     found = list_checkpoints(folder.checkpoints)
-    done = int(found[-1].name.removeprefix("step-")) if found else 0
+    done = step_of(found[-1]) if found else 0
     if not folder.result_path.exists() or done != settings.train.steps:
         what = "result" if done == settings.train.steps else f"checkpoint of step {settings.train.steps}"
         raise UserError(
@@ -166,6 +166,6 @@ def _over_training(folder: RunFolder, settings: RunSettings, corpus: Corpus, cou
     if stored:
         found = {step: load_snapshot(path) for step, path in stored.items()}
         return {"source": "snapshots", **over_training(found, n_experts)}
-    kept = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
+    kept = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
     found = {step: snapshot(load_model(settings, path), corpus, settings.train) for step, path in kept.items()}
     return {"source": "checkpoints", **over_training(found, n_experts)}

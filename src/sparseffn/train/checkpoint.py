@@ -53,7 +53,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint and remove all but the last two."""
-    final = folder / _folder_name(checkpoint.step)
+    final = folder / step_name(checkpoint.step)
     temporary = folder / f".writing-{os.getpid()}"
     _remove_unfinished(folder)
     temporary.mkdir(parents=True)
@@ -100,7 +100,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest = read_fields(path / MANIFEST, MANIFEST_FIELDS, fix=fix)
     if _manifest_digest(manifest) != manifest["manifest_digest"]:
         raise UserError(f"`{path / MANIFEST}` must match its digest; got a changed file; fix: {fix}")
-    if _folder_name(manifest["step"]) != path.name:
+    if step_name(manifest["step"]) != path.name:
         raise UserError(f"`{path}` must be named after its step; got one of step {manifest['step']}; fix: {fix}")
     state = path / STATE
     if not state.exists() or _digest(state) != manifest["digest"]:
@@ -137,8 +137,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
             optimizer.state[parameter] = by_name[names[id(parameter)]]
 
 
-def _folder_name(step: int) -> str:
+def step_name(step: int) -> str:
+    """What is kept of a step goes by this name."""
     return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint or a file is named after."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from sparseffn.evaluate import evaluate
 from sparseffn.ffn import RoutingStats
 from sparseffn.models import TransformerXL
 from sparseffn.stored import write_bytes
+from sparseffn.train.checkpoint import step_name, step_of
 from sparseffn.train.config import TrainConfig
 
 SNAPSHOT_TOKENS = 4096
@@ -84,12 +85,12 @@ def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
 def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
     """Write a run's snapshot of a step."""
     tensors = {str(layer): chosen for layer, chosen in enumerate(layers)}
-    write_bytes(folder / "routing" / f"step-{step:08d}.safetensors", save(tensors))
+    write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", save(tensors))
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
     """A run's snapshots by step, in order; none where it has none."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted((folder / "routing").glob("step-*.safetensors"))}
+    return {step_of(path): path for path in sorted((folder / "routing").glob("step-*.safetensors"))}
 
 
 def load_snapshot(path: Path) -> list[Tensor]:
