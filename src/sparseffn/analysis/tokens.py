@@ -76,7 +76,6 @@ class ServedTokens:
                     "text": token_text(tokenizer, int(self.ids[i])),
                     "share": round(float(of_expert[i]), 6),
                     "lift": round(float(lift[i]), 4),
-                    "served": round(float(own[i] / self.totals[i]), 6),
                 }
                 for i in best
                 if float(telling[i]) > 0
