@@ -75,7 +75,6 @@ def fetch(
     *,
     accepted: Collection[str] = (),
     on_progress: OnProgress | None = None,
-    timeout: float = TIMEOUT_S,
 ) -> Path:
     """The file in `folder`, downloaded unless it is there.
 
@@ -84,7 +83,6 @@ def fetch(
         folder: where it goes.
         accepted: digests that the user accepts in place of an unverified one.
         on_progress: told of what has arrived.
-        timeout: seconds without a byte after which a mirror is given up.
 
     Raises:
         DownloadError: no mirror gave the file; says of each one why.
@@ -97,7 +95,7 @@ def fetch(
     failures: list[str] = []
     fixes = ["try again later (a broken transfer goes on where it stopped)"]
     for url in remote.urls:
-        transfer = _Transfer(remote.file, url, place, accepted, on_progress, timeout)
+        transfer = _Transfer(remote.file, url, place, accepted, on_progress)
         try:
             with writing(folder):
                 transfer.run()
@@ -172,10 +170,9 @@ class _Transfer:
         place: Path,
         accepted: Collection[str],
         on_progress: OnProgress | None,
-        timeout: float,
     ) -> None:
         self.file, self.url, self.place, self.accepted = file, url, place, accepted
-        self.on_progress, self.timeout = on_progress, timeout
+        self.on_progress = on_progress
         self.part = place.with_name(f"{place.name}.part")
 
     def run(self) -> None:
@@ -229,7 +226,7 @@ class _Transfer:
         if have:
             headers["Range"] = f"bytes={have}-"
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=self.timeout)
+            return urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             if have and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return None

@@ -19,7 +19,7 @@ from typing import final
 
 from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
 from sparseffn.data.digests import file_digest, parse_digest
-from sparseffn.data.download import TIMEOUT_S, DownloadError, OnProgress, check_file, fetch, locked, writing
+from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch, locked, writing
 from sparseffn.data.place import Place
 from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import Piece, Source, SourceFile, Split, digest_of
@@ -92,7 +92,6 @@ class PublishedCorpus:
         offline: bool = False,
         accept: Iterable[str] = (),
         on_progress: OnProgress | None = None,
-        timeout: float = TIMEOUT_S,
     ) -> Source:
         """The text in the cache: from the user's folder, or downloaded.
 
@@ -101,7 +100,6 @@ class PublishedCorpus:
             offline: download nothing.
             accept: digests that the user accepts in place of unverified ones; they are remembered.
             on_progress: told of what has arrived.
-            timeout: seconds without a byte after which a mirror is given up.
 
         Raises:
             UserError: no mirror gives it, it is not what is published, the disk is full, or it may not be downloaded.
@@ -117,7 +115,7 @@ class PublishedCorpus:
             if found is not None:
                 self._keep(found, place)
             elif not self.is_prepared(place):
-                self._download(place, offline=offline, on_progress=on_progress, timeout=timeout)
+                self._download(place, offline=offline, on_progress=on_progress)
         return self.find(Place(cache_dir=place.cache_dir))
 
     def _keep(self, found: Path, place: Place) -> None:
@@ -135,7 +133,7 @@ class PublishedCorpus:
                 f"cache has; fix: delete {text} to prepare this one"
             )
 
-    def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None, timeout: float) -> None:
+    def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None) -> None:
         folder, accepted = place.corpus_dir(self.name), self._accepted(place)
         failures: list[str] = []
         for route in self.routes:
@@ -143,9 +141,7 @@ class PublishedCorpus:
             if offline and not all(path.exists() for path in here):
                 continue
             try:
-                archives = [
-                    fetch(remote, folder, accepted=accepted, on_progress=on_progress, timeout=timeout) for remote in route
-                ]
+                archives = [fetch(remote, folder, accepted=accepted, on_progress=on_progress) for remote in route]
             except DownloadError as error:
                 failures.append(str(error))
                 continue
