@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseffn.data import Corpus, load_corpus
+from sparseffn.data import SPLITS, Corpus, load_corpus, tokenizing
 from sparseffn.data.cache import TokenCache, TokenWriter, token_dtype
 from sparseffn.data.splits import Source, Split
 from sparseffn.data.tokenizers import BytesTokenizer
@@ -29,9 +29,18 @@ def fill_zeros(split: Split, writer: TokenWriter) -> None:
     writer.append(np.zeros(10, np.uint8), 10)
 
 
-def open_digest(book: Path, cache: Path) -> str:
-    """For another process."""
-    return load_corpus("text", data_dir=book, cache_dir=cache).digest
+def prepare_together(book: Path, cache: Path, together: threading.Barrier, found: multiprocessing.SimpleQueue[str]) -> None:
+    """For another process: all tokens are written before anybody's folder gets its name."""
+    fill = tokenizing._Filler.__call__
+
+    def filled(self: tokenizing._Filler, split: Split, writer: TokenWriter) -> None:
+        fill(self, split, writer)
+        if split == SPLITS[-1]:
+            together.wait(timeout=60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizing._Filler, "__call__", filled)
+        found.put(load_corpus("text", data_dir=book, cache_dir=cache).digest)
 
 
 class TestReopening:
@@ -122,11 +131,16 @@ class TestAtomicity:
         assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["key"]
 
     def test_two_processes_at_once_agree(self, book: Path, tmp_path: Path) -> None:
-        """Both get the corpus, one folder is left."""
-        cache = tmp_path / "shared"
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            digests = pool.starmap(open_digest, [(book, cache)] * 4, chunksize=1)
-        assert len(set(digests)) == 1
+        """Neither finds the other's tokens before it has made its own; both get the corpus, one folder is left."""
+        cache, spawn = tmp_path / "shared", multiprocessing.get_context("spawn")
+        together, found = spawn.Barrier(2), spawn.SimpleQueue()
+        workers = [spawn.Process(target=prepare_together, args=(book, cache, together, found)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        assert found.get() == found.get() == load_corpus("text", data_dir=book).digest
         assert token_folder(cache)
 
     def test_many_threads_at_once_agree(self, book: Path, cache_dir: Path) -> None:
