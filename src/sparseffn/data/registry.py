@@ -36,11 +36,10 @@ class CorpusEntry:
     needs_data_dir: bool = False
 
     def state(self, place: Place) -> str:
-        """Whether it is here: `always`, `prepared`, `no`, `streamed`, or `--data-dir` for the user's own text."""
-        if self.streamed is not None:
-            return "streamed"
-        if self.published is not None:
-            return "prepared" if self.published.is_prepared(place) else "no"
+        """Whether it is here: `always`, `prepared`, `no`, or `--data-dir` for the user's own text."""
+        others = self.published or self.streamed
+        if others is not None:
+            return "prepared" if others.is_prepared(place) else "no"
         return "--data-dir" if self.needs_data_dir else "always"
 
 

@@ -19,6 +19,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from sparseffn.data.bpe import BpeTokenizer
+from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.place import Place
 from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
@@ -65,6 +66,15 @@ class StreamedCorpus:
     def evaluated(self) -> list[str]:
         """Validation shards that are used."""
         return [self.validation.format(i) for i in range(self.eval_shards)]
+
+    def is_prepared(self, place: Place) -> bool:
+        """Whether the cache has its stored splits, made from the hub with one tokeniser or another.
+
+        Raises:
+            UserError: the cache's note of it is damaged.
+        """
+        hub = self.find(Place(cache_dir=place.cache_dir))
+        return TokenCache(place.cache_dir).known_content(hub.fingerprint()) is not None
 
     def find(self, place: Place) -> StreamedSource:
         """The shards in the user's folder, or on the hub where none is given; reads nothing yet.
@@ -133,6 +143,7 @@ class StreamedSource:
         spec = self.spec
         shards = "one validation shard" if spec.eval_shards == 1 else f"each of {spec.eval_shards} validation shards"
         return {
+            "source": spec.url if self.is_remote else "shards in data_dir",
             "split_rule": f"training streamed; test: first {spec.eval_documents} documents of {shards}; valid: as many after",
             "train_shards": f"{len(self.shards)} of {spec.n_train}",
             "tokenizer_from": f"the first {min(spec.fit_shards, len(self.shards))} training shards here",
