@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from song_text import TEXT
 
+import sparseffn
 import sparseffn.train.loop as loop
 from sparseffn.data import Corpus, load_corpus
+from sparseffn.data.splits import digest_of
 from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn.dense import DenseConfig
@@ -24,6 +27,7 @@ from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.stored import write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.folder import sources_digest
 from sparseffn.train.routing import list_snapshots
 
 
@@ -95,6 +99,27 @@ def test_finished_run_returns_its_result_at_once(
     before = losses(tmp_path / "run")
     assert train(model, config, corpus, tmp_path / "run") == first
     assert losses(tmp_path / "run") == before
+
+
+def test_run_says_which_code_made_it_and_goes_on_with_other_code(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Outside its identity; the digest follows every file's name and contents."""
+    train(model, config, corpus, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    made = json.loads(path.read_text())
+    assert made["sources"] == sources_digest(Path(sparseffn.__file__).parent)
+    assert "sources" not in (tmp_path / "run" / "config.json").read_text()
+    write_json(path, {**made, "sources": "of other code"})
+    (tmp_path / "run" / "result.json").unlink()
+    assert train(model, config, corpus, tmp_path / "run").steps == 12
+    assert json.loads(path.read_text())["sources"] == "of other code"
+    digests = set()
+    for number, (name, text) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("a.cpp", "1"), ("a.txt", "1")]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_text(text)
+        digests.add(sources_digest(tmp_path / str(number)))
+    assert len(digests) == 5 and sources_digest(tmp_path / "4") == digest_of()
 
 
 def test_folder_of_another_config_is_refused_and_left_alone(
