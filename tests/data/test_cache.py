@@ -219,7 +219,9 @@ class TestPlace:
 
     def test_a_place_that_cannot_be_written_is_explained(self, book: Path) -> None:
         """Here a file where the folder should be."""
-        with pytest.raises(UserError, match=r"`cache_dir` must be a folder that can be written; .*; fix: pass --cache-dir"):
+        with pytest.raises(
+            UserError, match=r"`cache_dir` must be a folder that can be written .*; fix: make it writable, or pass --cache-dir"
+        ):
             load_corpus("text", data_dir=book, cache_dir=book)
 
     def test_a_full_disk_is_explained(self, book: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

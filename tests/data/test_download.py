@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sparseffn.data.digests import parse_digest
-from sparseffn.data.download import DownloadError, fetch, locked
+from sparseffn.data.download import DownloadError, fetch
 from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
 
 from .loopback import Loopback, loopback

@@ -42,6 +42,12 @@ def file_digest(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
+def content_digest(path: Path) -> str:
+    """Digest of a file that this library wrote: 32 hexadecimal digits (BLAKE2b)."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def stream_digests(stream: BinaryIO, algorithms: Iterable[str]) -> set[str]:
     """Digests of the rest of a stream, read once."""
     found = {name: hashlib.new(name) for name in algorithms}

@@ -8,21 +8,18 @@ a file with the right size and digest gets its name. Whoever calls this holds th
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from filelock import FileLock
-
 from sparseffn.data.digests import mismatch
 from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.writing import writing
 from sparseffn.errors import UserError
 
 # Told of a file's name, the bytes that are there, and how many there will be (None: not known).
@@ -41,32 +38,6 @@ USER_AGENT = "Mozilla/5.0 (compatible; sparseffn)"
 
 class DownloadError(UserError):
     """No mirror gave the file."""
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; who comes second waits."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an error with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        room = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
-        raise UserError(
-            f"`cache_dir` must be a folder that can be written and has room; got {str(folder)!r} "
-            f"({error.strerror or error}); fix: {room}, or pass --cache-dir PATH"
-        ) from error
 
 
 def fetch(

@@ -10,7 +10,6 @@ A `text` folder is unpacked under a hidden name, checked and renamed, so that it
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import final
 
 from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
 from sparseffn.data.digests import file_digest, parse_digest
-from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch, locked, writing
+from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch
 from sparseffn.data.place import Place
 from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import Piece, Source, SourceFile, Split, digest_of
+from sparseffn.data.writing import locked, temporary, writing
 from sparseffn.errors import UserError
 
 # The pieces of every split, from the plain files by name.
@@ -162,27 +162,23 @@ class PublishedCorpus:
         # What a killed process left behind: whoever holds the lock is alone.
         for leftover in text.parent.glob(".*/"):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = text.with_name(f".{secrets.token_hex(8)}")
         accepted = set(accepted)
-        try:
-            with writing(text.parent):
-                temporary.mkdir()
-                origin: dict[str, str] = {}
-                for remote, path in archives:
-                    origin[path.name] = file_digest(path)
-                    if remote.members:
-                        unpack(path, remote.members, temporary, max_bytes=self.max_bytes)
-                    else:
-                        shutil.copyfile(path, temporary / remote.file.name)
-                # An accepted archive stands for what is in it.
-                whole = any(digest in accepted for digest in origin.values())
-                for file in () if whole else self.files:
-                    check_file(temporary / file.name, file, accepted)
-                notes = {"from": origin, "files": {file.name: file_digest(temporary / file.name) for file in self.files}}
-                (temporary / ORIGIN).write_text(json.dumps(notes, indent=1))
-                temporary.replace(text)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with writing(text.parent), temporary(text.parent) as folder:
+            folder.mkdir()
+            origin: dict[str, str] = {}
+            for remote, path in archives:
+                origin[path.name] = file_digest(path)
+                if remote.members:
+                    unpack(path, remote.members, folder, max_bytes=self.max_bytes)
+                else:
+                    shutil.copyfile(path, folder / remote.file.name)
+            # An accepted archive stands for what is in it.
+            whole = any(digest in accepted for digest in origin.values())
+            for file in () if whole else self.files:
+                check_file(folder / file.name, file, accepted)
+            notes = {"from": origin, "files": {file.name: file_digest(folder / file.name) for file in self.files}}
+            (folder / ORIGIN).write_text(json.dumps(notes, indent=1))
+            folder.replace(text)
 
     def _find_in(self, data_dir: Path, place: Place) -> Path:
         """The folder with the plain files, unpacked into the cache where the user has the archive."""
