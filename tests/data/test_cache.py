@@ -164,7 +164,7 @@ class TestAtomicity:
         self, book: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The tokens must be those of the digest."""
-        monkeypatch.setattr(Source, "content_digest", lambda self: "of other text")
+        monkeypatch.setattr(tokenizing, "content_digest", lambda source: "of other text")
         with pytest.raises(UserError, match="must not change while they are read"):
             load_corpus("text", data_dir=book)
         assert not list((cache_dir / "tokens").iterdir())

@@ -189,14 +189,6 @@ class StreamedSource:
         shards = [(path, _checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
         return ContentDigest(json.dumps([shards, self.spec.separator, self.spec.fit_shards]))
 
-    def content_digest(self) -> str:
-        """Digest of what is stored and of the shards that are streamed; their text is not read for it."""
-        digests = self.running_digest()
-        for split in self.stored:
-            for block in self.blocks(split):
-                digests.update(split, block.data)
-        return digests.hexdigest()
-
     def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
         """A tokeniser for text that nobody has seen yet.
 
