@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseffn.data import evaluation_windows
+from sparseffn.data import EvalWindow, evaluation_windows
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import CollectedStats, collect_stats
 from sparseffn.models import TransformerXL
@@ -66,7 +66,7 @@ def evaluate(
     precision: str = "float32",
     max_tokens: int | None = None,
     on_progress: OnProgress | None = None,
-    observe: Callable[[CollectedStats], None] | None = None,
+    observe: Callable[[CollectedStats, EvalWindow], None] | None = None,
 ) -> Evaluation:
     """Mean loss of a model on a split, memory carried from window to window.
 
@@ -79,7 +79,7 @@ def evaluate(
         precision: float32 or bfloat16 (autocast).
         max_tokens: use only the first so many tokens; None for all.
         on_progress: told after every window.
-        observe: given the routing statistics of every window; None leaves them uncomputed.
+        observe: given the routing statistics of every window, and the window; None leaves them uncomputed.
 
     Raises:
         UserError: there are fewer than two tokens, or a size is out of range.
@@ -98,7 +98,7 @@ def evaluate(
             with autocast(precision, device.type), nullcontext() if observe is None else collect_stats(model) as stats:
                 output = model(window.inputs.to(device), state, memory_length=memory)
             if observe is not None and stats is not None:
-                observe(stats)
+                observe(stats, window)
             state = output.memory
             losses = token_losses(output.logits, window.targets.to(device))
             total += float(losses[window.mask.to(device)].double().sum())

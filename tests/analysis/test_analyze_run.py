@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparseffn.cli.bench_output as bench_output
 from sparseffn.analysis import analyze_run
@@ -15,7 +17,10 @@ from sparseffn.analysis.run import RunCounts
 from sparseffn.cli import main
 from sparseffn.data import Corpus, unpadded
 from sparseffn.errors import UserError
-from sparseffn.train import RunSettings, load_run_model
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.train import RunSettings, TrainConfig, load_run_model
+from sparseffn.train.routing import snapshot
 
 
 def test_everything_counts_the_same_tokens(runs: dict[str, Path], corpus: Corpus) -> None:
@@ -30,6 +35,27 @@ def test_everything_counts_the_same_tokens(runs: dict[str, Path], corpus: Corpus
         assert int(layer.counts.sum()) == 2 * (len(text) - 1)
         assert counts.served.layers[name].sum(1).tolist() == layer.counts.tolist()
         assert (counts.served.layers[name].sum(0) == 2 * counts.served.totals).all()
+
+
+def test_a_block_shared_by_layers_is_counted_as_its_copies_would_be(corpus: Corpus) -> None:
+    """Layer by layer, each token once; snapshots of routing too."""
+    ffn = SigmaMoEConfig(d_model=16, n_experts=4, expert_size=8, k=2)
+    plain = TransformerXL(TransformerXLConfig(vocab_size=256, d_model=16, n_layers=3, n_heads=2, d_head=8, ffn=ffn))
+    shared = TransformerXL(dataclasses.replace(plain.config, shared_layers=True))
+    shared.init_parameters(0)
+    plain.load_state_dict(shared.state_dict())
+    config, text = TrainConfig(steps=1, batch=3, context=16), unpadded(corpus.valid, batch=8)
+    counts = [RunCounts(model, [text]) for model in (shared, plain)]
+    for model, own in zip((shared, plain), counts, strict=True):
+        own.read(model, text, config, None)
+    usage = [own.usage.to_json() for own in counts]
+    assert usage[0] == usage[1] and len(usage[0]["usage"]) == 3
+    served = [own.served.to_json(corpus.tokenizer) for own in counts if own.served is not None]
+    assert len(served) == 2 and served[0] == served[1]
+    channels = [own.channels.to_json() for own in counts if own.channels is not None]
+    assert len(channels) == 2 and channels[0] == channels[1]
+    snapshots = [snapshot(model, corpus, config) for model in (shared, plain)]
+    assert len(snapshots[0]) == 3 and all(map(torch.equal, *snapshots))
 
 
 def test_state_does_not_grow_with_the_text(runs: dict[str, Path], corpus: Corpus) -> None:

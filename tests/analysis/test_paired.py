@@ -66,7 +66,7 @@ def test_difference_is_the_mean_over_shared_seeds_and_windows() -> None:
     theirs = {0: np.array([2.0, 2.0]), 1: np.array([4.0, 5.0]), 8: np.array([9.0, 9.0])}
     found = paired_difference(ours, theirs)
     assert (found.difference, found.n_seeds, found.n_windows) == (-1.0, 2, 2)
-    assert found.low <= -1.0 <= found.high and found.basis == "2 seeds, 2 windows"
+    assert found.low <= -1.0 <= found.high
 
 
 def test_what_never_varies_has_an_interval_of_no_width() -> None:
@@ -74,12 +74,6 @@ def test_what_never_varies_has_an_interval_of_no_width() -> None:
     constant, none = against_zero(np.full((2, 9), 0.25)), against_zero(np.zeros((2, 9)))
     assert (constant.low, constant.high, constant.decided) == (0.25, 0.25, True)
     assert (none.low, none.high, none.decided) == (0.0, 0.0, False)
-
-
-def test_one_seed_says_what_its_interval_leaves_out() -> None:
-    """The spread between seeds is unknown, not nothing."""
-    assert "one seed, 1,234 windows" in against_zero(np.zeros((1, 1234))).basis
-    assert "not that of the seed" in against_zero(np.zeros((1, 2))).basis
 
 
 def test_equal_arguments_give_equal_intervals() -> None:

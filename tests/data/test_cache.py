@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseffn.data import Corpus, load_corpus
+from sparseffn.data import SPLITS, Corpus, load_corpus, tokenizing
 from sparseffn.data.cache import TokenCache, TokenWriter, token_dtype
 from sparseffn.data.splits import Source, Split
 from sparseffn.data.tokenizers import BytesTokenizer
@@ -29,9 +29,18 @@ def fill_zeros(split: Split, writer: TokenWriter) -> None:
     writer.append(np.zeros(10, np.uint8), 10)
 
 
-def open_digest(book: Path, cache: Path) -> str:
-    """For another process."""
-    return load_corpus("text", data_dir=book, cache_dir=cache).digest
+def prepare_together(book: Path, cache: Path, together: threading.Barrier, found: multiprocessing.SimpleQueue[str]) -> None:
+    """For another process: all tokens are written before anybody's folder gets its name."""
+    fill = tokenizing._Filler.__call__
+
+    def filled(self: tokenizing._Filler, split: Split, writer: TokenWriter) -> None:
+        fill(self, split, writer)
+        if split == SPLITS[-1]:
+            together.wait(timeout=60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizing._Filler, "__call__", filled)
+        found.put(load_corpus("text", data_dir=book, cache_dir=cache).digest)
 
 
 class TestReopening:
@@ -122,11 +131,16 @@ class TestAtomicity:
         assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["key"]
 
     def test_two_processes_at_once_agree(self, book: Path, tmp_path: Path) -> None:
-        """Both get the corpus, one folder is left."""
-        cache = tmp_path / "shared"
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            digests = pool.starmap(open_digest, [(book, cache)] * 4, chunksize=1)
-        assert len(set(digests)) == 1
+        """Neither finds the other's tokens before it has made its own; both get the corpus, one folder is left."""
+        cache, spawn = tmp_path / "shared", multiprocessing.get_context("spawn")
+        together, found = spawn.Barrier(2), spawn.SimpleQueue()
+        workers = [spawn.Process(target=prepare_together, args=(book, cache, together, found)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        assert found.get() == found.get() == load_corpus("text", data_dir=book).digest
         assert token_folder(cache)
 
     def test_many_threads_at_once_agree(self, book: Path, cache_dir: Path) -> None:
@@ -150,7 +164,7 @@ class TestAtomicity:
         self, book: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The tokens must be those of the digest."""
-        monkeypatch.setattr(Source, "content_digest", lambda self: "of other text")
+        monkeypatch.setattr(tokenizing, "content_digest", lambda source: "of other text")
         with pytest.raises(UserError, match="must not change while they are read"):
             load_corpus("text", data_dir=book)
         assert not list((cache_dir / "tokens").iterdir())
@@ -205,7 +219,9 @@ class TestPlace:
 
     def test_a_place_that_cannot_be_written_is_explained(self, book: Path) -> None:
         """Here a file where the folder should be."""
-        with pytest.raises(UserError, match=r"`cache_dir` must be a folder that can be written; .*; fix: pass --cache-dir"):
+        with pytest.raises(
+            UserError, match=r"`cache_dir` must be a folder that can be written .*; fix: make it writable, or pass --cache-dir"
+        ):
             load_corpus("text", data_dir=book, cache_dir=book)
 
     def test_a_full_disk_is_explained(self, book: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sparseffn.data.digests import parse_digest
-from sparseffn.data.download import DownloadError, fetch, locked
+from sparseffn.data.download import DownloadError, fetch
 from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
 
 from .loopback import Loopback, loopback
@@ -88,11 +89,12 @@ class TestTransfers:
         fetch(remote(server.add("a", DATA)), tmp_path)
         assert not server.log and names(tmp_path) == ["a.bin"]
 
-    def test_a_silent_server_is_given_up(self, server: Loopback, tmp_path: Path) -> None:
+    def test_a_silent_server_is_given_up(self, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """After the timeout, not never."""
+        monkeypatch.setattr("sparseffn.data.download.TIMEOUT_S", 0.1)
         gate = threading.Event()
         with pytest.raises(DownloadError, match="timed out"):
-            fetch(remote(server.add("a", DATA, gate=gate)), tmp_path, timeout=0.1)
+            fetch(remote(server.add("a", DATA, gate=gate)), tmp_path)
         gate.set()
 
 

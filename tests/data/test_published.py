@@ -6,8 +6,10 @@ import dataclasses
 import multiprocessing
 import resource
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,6 +19,7 @@ from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_
 from sparseffn.data.place import Place
 from sparseffn.data.published import PublishedCorpus
 from sparseffn.data.splits import SPLITS, Source
+from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
 
 from .loopback import Loopback, loopback
@@ -73,7 +76,9 @@ class TestRegistered:
         """One mirror is none."""
         remotes = [remote for route in corpus.routes for remote in route]
         assert all(file.digest and file.source for file in (*corpus.files, *(remote.file for remote in remotes)))
-        assert min(sum(len(route[0].urls) for route in corpus.routes), len(corpus.files[0].name)) >= 2
+        # A route is whole only where each of its files comes.
+        assert sum(min(len(remote.urls) for remote in route) for route in corpus.routes) >= 2
+        assert len({urlsplit(url).hostname for remote in remotes for url in remote.urls}) >= 2
 
 
 class TestDownloads:
@@ -216,28 +221,33 @@ class TestUsersCopy:
             enwik8().find(Place(data_dir=tmp_path / "none", cache_dir=cache_dir))
 
 
-def _prepare(corpus_urls: tuple[str, ...], place: Place, results: Mapping) -> None:
-    """What a second process does."""
-    source = enwik8(*corpus_urls).prepare(place)
-    results[multiprocessing.current_process().name] = b"".join(texts(source).values()) == TEXT
+def _prepare(
+    corpus_urls: tuple[str, ...], place: Place, together: threading.Barrier, found: multiprocessing.SimpleQueue[bool]
+) -> None:
+    """What each of two processes does: both are at the lock before either holds it."""
+
+    def reached(folder: Path) -> AbstractContextManager[None]:
+        together.wait(timeout=60)
+        return locked(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparseffn.data.published.locked", reached)
+        found.put(b"".join(texts(enwik8(*corpus_urls).prepare(place)).values()) == TEXT)
 
 
 class TestTogether:
     def test_two_processes_at_once_get_one_whole_text(self, server: Loopback, place: Place) -> None:
         """The file is asked for once; the second process waits for the first one's."""
-        gate = threading.Event()
-        url = server.add("enwik8.zip", ZIP, gate=gate)
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager:
-            results = manager.dict()
-            processes = [context.Process(target=_prepare, args=((url,), place, results)) for _ in range(2)]
-            for process in processes:
-                process.start()
-            gate.set()
-            for process in processes:
-                process.join(60)
-            assert [process.exitcode for process in processes] == [0, 0]
-            assert list(results.values()) == [True, True]
+        url = server.add("enwik8.zip", ZIP)
+        spawn = multiprocessing.get_context("spawn")
+        together, found = spawn.Barrier(2), spawn.SimpleQueue()
+        processes = [spawn.Process(target=_prepare, args=((url,), place, together, found)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+        assert found.get() and found.get()
         assert len(server.log) == 1
         assert cached(place) == ["text/enwik8", "text/origin.json"]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparseffn.data import splits
 from sparseffn.data.splits import SPLITS, Piece, Source, SourceFile, split_by_cutting, split_by_hash
+from sparseffn.data.tokenizing import content_digest
 from sparseffn.errors import UserError
 
 
@@ -101,7 +102,7 @@ class TestReading:
         source = Source(corpus="text", pieces=split_by_cutting([SourceFile.at(book, "book")]))
         book.write_text("short")
         with pytest.raises(UserError, match=r"must not change while they are read; .*book\.txt.*; fix: run again"):
-            source.content_digest()
+            content_digest(source)
 
     def test_a_file_that_vanished_is_reported(self, book: Path) -> None:
         """With its path."""

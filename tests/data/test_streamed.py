@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sparseffn.data import SPLITS, load_corpus, prepare_corpus
+from sparseffn.cli import main
+from sparseffn.data import SPLITS, load_corpus, prepare_corpus, registry
 from sparseffn.data.corpora.c4 import C4
 from sparseffn.data.corpus import open_corpus
 from sparseffn.data.place import Place
+from sparseffn.data.shards import read_local
 from sparseffn.errors import UserError
 
 from .sharded import SMALL_C4, SMALL_PES2O, document, entry, open_small, write_shard, write_shards
@@ -131,6 +135,26 @@ class TestNetwork:
             load_corpus("c4")
         with pytest.raises(UserError, match="corpus 'pes2o' must have a `data_dir`"):
             prepare_corpus("pes2o", offline=True)
+
+    def test_what_is_prepared_of_a_streamed_corpus_is_listed_and_checked(
+        self, shards: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With the bytes of the stored text and the place that it came from; a copy in a folder prepares nothing."""
+        monkeypatch.setattr("sparseffn.data.streamed.read_remote", lambda url, skip=0: read_local(Path(url), skip))
+        spec = dataclasses.replace(SMALL_C4, url=str(shards))
+        monkeypatch.setitem(registry._CORPORA, "c4", dataclasses.replace(entry(spec), tokenizer="bytes"))
+
+        def found(*words: str) -> Any:
+            assert main(["data", *words, "--json"]) == 0
+            rows = json.loads(capsys.readouterr().out)
+            return [row for row in (rows if words == ("list",) else rows["corpora"]) if row["corpus"] == "c4"]
+
+        open_small(spec, shards, cache_dir)
+        assert (found("list")[0]["here"], found("list")[0]["bytes"], found("check")) == ("no", None, [])
+        stored = sum(prepare_corpus("c4").split_bytes.values())
+        (listed,), (checked,) = found("list"), found("check")
+        assert (listed["here"], listed["bytes"], listed["addresses"]) == ("prepared", stored, [str(shards)])
+        assert checked["source"] == str(shards) and sum(split["bytes"] for split in checked["splits"].values()) == stored
 
     def test_the_datasets_library_gives_the_same_corpus(self, shards: Path, cache_dir: Path) -> None:
         """Here from a folder, which it reads as it reads the hub."""

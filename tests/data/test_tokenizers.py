@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseffn.data import Tokenizer, list_tokenizers, tokenizer_class, tokenizer_from_json
-from sparseffn.data.bpe import BpeTokenizer, _word_counts
+from sparseffn.data.bpe import BpeTokenizer, _thinned, _word_counts
 from sparseffn.errors import UserError
 
 SAMPLE = "def f(x):\n\treturn x + 12345  # café\n    for i in range(10): print(i)\n" * 60
@@ -224,9 +225,17 @@ class TestCounted:
         tokenizer = BpeTokenizer.fit_counted([SAMPLE], vocab_size=300)
         assert tokenizer.decode(tokenizer.encode(SAMPLE.encode())) == SAMPLE
 
-    def test_the_number_of_words_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Those seen once go first."""
+    @pytest.mark.parametrize("times", [1, 3], ids=["once", "thrice"])
+    def test_the_number_of_words_is_bounded(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        """Also where none of them is seen once alone; the rarest go first."""
         monkeypatch.setattr("sparseffn.data.bpe.MAX_WORDS", 100)
-        counts = _word_counts(f"often word{i} often" for i in range(1000))
+        counts = _word_counts("often" + f" word{i}" * times + " often" for i in range(1000))
         assert len(counts) <= 100
         assert counts["often"] == counts[" often"] == 1000
+
+    def test_words_within_the_bound_are_counted_exactly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rare ones too. Beyond it they go up to a floor, 14 of each count here, until at most half of the bound are left."""
+        texts = [f"word{i}" for i in range(98) for _ in range(1 + i % 7)]
+        monkeypatch.setattr("sparseffn.data.bpe.MAX_WORDS", 98)
+        assert _word_counts(texts) == Counter(texts)
+        assert _thinned(Counter(texts)) == {word: count for word, count in Counter(texts).items() if count > 4}

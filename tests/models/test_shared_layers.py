@@ -8,9 +8,9 @@ from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 
 
-def config(*, shared: bool) -> TransformerXLConfig:
+def config(*, shared: bool, n_experts: int = 6) -> TransformerXLConfig:
     """Three layers."""
-    ffn = SigmaMoEConfig(d_model=16, n_experts=6, expert_size=4, k=2, n_layers=3)
+    ffn = SigmaMoEConfig(d_model=16, n_experts=n_experts, expert_size=4, k=2, n_layers=3)
     return TransformerXLConfig(vocab_size=20, d_model=16, n_layers=3, n_heads=2, d_head=8, ffn=ffn, shared_layers=shared)
 
 
@@ -19,7 +19,13 @@ def test_count_is_of_one_block() -> None:
     for shared in (True, False):
         model = TransformerXL(config(shared=shared))
         assert sum(p.numel() for p in model.parameters()) == config(shared=shared).num_params()
-    assert config(shared=True).active_params() <= config(shared=True).num_params()
+
+
+def test_applications_may_select_other_parameters_but_none_twice() -> None:
+    """Of 6 experts three times two are all; of 12 half; the selector, which each of them reads, counts each time."""
+    for n_experts, active in ((6, 6 * 2 * 16 * 4 + 6 * 16), (12, 3 * (2 * 2 * 16 * 4 + 12 * 16))):
+        sizes = config(shared=True, n_experts=n_experts)
+        assert sizes.active_params() == sizes.other_params() + active
 
 
 def test_shared_model_is_the_plain_one_with_equal_layers() -> None:
@@ -30,7 +36,12 @@ def test_shared_model_is_the_plain_one_with_equal_layers() -> None:
     tokens = torch.arange(10)[None]
     ours, theirs = (model(tokens, memory_length=4, return_stats=True) for model in (shared, plain))
     torch.testing.assert_close(ours.logits, theirs.logits)
-    assert len(ours.memory) == len(theirs.memory) == 3 and ours.stats is not None and len(ours.stats) == 3
+    torch.testing.assert_close(ours.memory, theirs.memory)
+    assert ours.stats is not None and theirs.stats is not None
+    for our, their in zip(ours.stats, theirs.stats, strict=True):
+        assert torch.equal(our.counts, their.counts)
+        torch.testing.assert_close(our.weights, their.weights)
+    assert len(ours.memory) == len(ours.stats) == 3 and not torch.equal(ours.stats[0].weights, ours.stats[2].weights)
 
 
 def test_gradient_sums_over_applications() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from song_text import TEXT
 
+import sparseffn
 import sparseffn.train.loop as loop
 from sparseffn.data import Corpus, load_corpus
+from sparseffn.data.splits import digest_of
 from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
 from sparseffn.ffn.dense import DenseConfig
@@ -22,6 +27,7 @@ from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.stored import write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.folder import sources_digest
 from sparseffn.train.routing import list_snapshots
 
 
@@ -93,6 +99,27 @@ def test_finished_run_returns_its_result_at_once(
     before = losses(tmp_path / "run")
     assert train(model, config, corpus, tmp_path / "run") == first
     assert losses(tmp_path / "run") == before
+
+
+def test_run_says_which_code_made_it_and_goes_on_with_other_code(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Outside its identity; the digest follows every file's name and contents."""
+    train(model, config, corpus, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    made = json.loads(path.read_text())
+    assert made["sources"] == sources_digest(Path(sparseffn.__file__).parent)
+    assert "sources" not in (tmp_path / "run" / "config.json").read_text()
+    write_json(path, {**made, "sources": "of other code"})
+    (tmp_path / "run" / "result.json").unlink()
+    assert train(model, config, corpus, tmp_path / "run").steps == 12
+    assert json.loads(path.read_text())["sources"] == "of other code"
+    digests = set()
+    for number, (name, text) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("a.cpp", "1"), ("a.txt", "1")]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_text(text)
+        digests.add(sources_digest(tmp_path / str(number)))
+    assert len(digests) == 5 and sources_digest(tmp_path / "4") == digest_of()
 
 
 def test_folder_of_another_config_is_refused_and_left_alone(
@@ -201,3 +228,18 @@ def test_evaluation_predicts_every_token_but_the_first_once(corpus: Corpus, mode
     whole = float(torch.nn.functional.cross_entropy(logits[0], text[0, 1:]))
     got = evaluate(net, tokens, batch=1, context=16, memory=256).nats_per_token
     assert got == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens", [190, 191, 210], ids=["even", "narrow-last", "uneven"])
+def test_window_losses_follow_the_text(corpus: Corpus, model: TransformerXLConfig, n_tokens: int) -> None:
+    """Stream by stream, as if each were a text of its own; rows that end early have no window more."""
+    net = TransformerXL(model)
+    net.init_parameters(0)
+    tokens = corpus.valid[:n_tokens]
+    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(n_tokens - 1), 3))])
+    alone = [
+        evaluate(net, tokens[start : stop + 1], batch=1, context=21, memory=32).window_nats
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    together = evaluate(net, tokens, batch=3, context=21, memory=32).window_nats
+    assert together == pytest.approx(np.concatenate(alone), rel=1e-5)

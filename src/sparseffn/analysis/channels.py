@@ -6,6 +6,7 @@ alpha, so that a mixture and the dense block are counted alike; that computes th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseffn.analysis.usage import Moments
 from sparseffn.ffn import FeedForward
+from sparseffn.train.routing import layer_name
 
 
 @final
@@ -23,12 +25,15 @@ class ActiveChannels:
 
     def __init__(self) -> None:
         self.layers: dict[str, tuple[int, Moments]] = {}
+        # Runs of each block in this window: a shared one runs once for every layer.
+        self._runs: Counter[str] = Counter()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Count what runs through the model's blocks while the context is open."""
         blocks = {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
         handles = [block.register_forward_pre_hook(self._hook(name)) for name, block in blocks.items()]
+        handles.append(model.register_forward_pre_hook(lambda module, args: self._runs.clear()))
         try:
             yield
         finally:
@@ -39,7 +44,9 @@ class ActiveChannels:
         def before(block: FeedForward, args: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
                 active = (block.coefficients(args[0]) != 0).sum(dim=-1)
-            _, moments = self.layers.setdefault(name, (block.config.n_channels, Moments()))
+            layer = layer_name(name, self._runs[name])
+            self._runs[name] += 1
+            _, moments = self.layers.setdefault(layer, (block.config.n_channels, Moments()))
             moments.add(active, n=active.numel())
 
         return before

@@ -7,7 +7,6 @@ squares is the interference between experts.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +61,14 @@ def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int)
         raise UserError("`model` must have mixtures for feedforward blocks; got others; fix: probe a mixture of experts")
     usage = UsageCounter()
     evaluate(model, tokens, batch=batch, context=context, memory=context, observe=usage.observe)
-    counts = [layer.counts.double() for layer in usage.layers.values()]
+    loads = [layer.load() for layer in usage.layers.values()]
     routings, gradients = _routings(model, mixtures, tokens, batch, context)
     norms = [layer.router.selector.detach().norm(dim=1) for layer in mixtures]
     shares = [gradient_parts(r, c, _gate(layer)) for r, c, layer in zip(routings, gradients, mixtures, strict=True)]
     return Probe(
-        load_entropy=_mean([_entropy(c) for c in counts]),
+        load_entropy=_mean([load["entropy"] for load in loads]),
         dead=_mean([layer.n_dead / len(layer.counts) for layer in usage.layers.values()]),
-        largest_over_mean=_mean([float(c.max() / c.mean()) for c in counts]),
+        largest_over_mean=_mean([load["largest_over_mean"] for load in loads]),
         norm=_mean([float(n.mean()) for n in norms]),
         norm_spread=_mean([float(n.std(correction=0) / n.mean()) for n in norms]),
         gate_square=_mean([float(r.weights_TK.detach().square().mean()) for r in routings]),
@@ -129,11 +128,6 @@ def _gate(layer: Mixture) -> GateName:
     gate = layer.router.gate
     assert gate is not None, "plain routers name their gate"
     return gate
-
-
-def _entropy(counts: Tensor) -> float:
-    share = counts / counts.sum().clamp_min(1.0)
-    return float(torch.special.entr(share).sum()) / math.log(len(counts)) if len(counts) > 1 else 1.0
 
 
 def _mean(values: list[float]) -> float:

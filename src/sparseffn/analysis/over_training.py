@@ -1,7 +1,7 @@
 """Routing over training, from the snapshots of a run: load and entropy at each step, and stability from one to the next.
 
-Stability compares the sets of experts that a token selects at two steps: Jaccard index |A & B| / |A | B|, mean over tokens, and
-the share of tokens whose sets overlap at all. Two sets drawn evenly at random agree by chance alone; that level stands beside.
+Stability compares the sets of experts that a token selects at two steps: Jaccard index |A & B| / |A | B|, mean over tokens.
+Two sets drawn evenly at random agree by chance alone; that level stands beside.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def over_training(snapshots: Mapping[int, Sequence[Tensor]], n_experts: int) -> 
         "n_tokens": len(first),
         "points": points,
         "stability": stability,
-        "chance": {"jaccard": chance_jaccard(n_experts, k), "overlap": 1 - _no_overlap(n_experts, k)},
+        "chance": {"jaccard": chance_jaccard(n_experts, k)},
     }
 
 
@@ -53,12 +53,7 @@ def stability_of(before_TK: Tensor, after_TK: Tensor, n_experts: int) -> dict[st
     a_TE, b_TE = _sets(before_TK, n_experts), _sets(after_TK, n_experts)
     both, either = (a_TE & b_TE).sum(1).double(), (a_TE | b_TE).sum(1).double()
     some = either > 0
-    if not bool(some.any()):
-        return {"jaccard": 1.0, "overlap": 1.0}
-    return {
-        "jaccard": float((both[some] / either[some]).mean()),
-        "overlap": float((both[some] > 0).double().mean()),
-    }
+    return {"jaccard": float((both[some] / either[some]).mean()) if bool(some.any()) else 1.0}
 
 
 def chance_jaccard(n_experts: int, k: int) -> float:
@@ -67,11 +62,6 @@ def chance_jaccard(n_experts: int, k: int) -> float:
     total = math.comb(n_experts, k)
     common = range(max(0, 2 * k - n_experts), k + 1)
     return sum(math.comb(k, i) * math.comb(n_experts - k, k - i) / total * i / (2 * k - i) for i in common)
-
-
-def _no_overlap(n_experts: int, k: int) -> float:
-    k = min(k, n_experts)
-    return math.comb(n_experts - k, k) / math.comb(n_experts, k)
 
 
 def _sets(rows_TK: Tensor, n_experts: int) -> Tensor:

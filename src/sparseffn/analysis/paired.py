@@ -1,7 +1,7 @@
 """The difference of two methods on the same windows under the same seeds, with a bootstrap interval.
 
     difference = paired_difference({0: ours_0, 1: ours_1}, {0: theirs_0, 1: theirs_1})
-    difference.decided, difference.basis
+    difference.decided, difference.low, difference.high
 
 A table has few seeds and many windows, and two models differ for three reasons: the seeds, the text of the windows, which all
 seeds read alike, and chance in each. So a resample draws seeds, then blocks of neighbouring windows, the same blocks for all
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from sparseffn.errors import UserError
 from sparseffn.student import LEVEL, student_quantile
 
 # The normal quantile that belongs to the 95% of Student's.
-_Z = 1.959963984540054
+_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 # Resamples drawn at once, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
 _CHUNK = 1000
 
@@ -40,19 +41,13 @@ class PairedDifference:
     low: float
     high: float
     n_seeds: int
+    """With one, the interval covers the choice of text alone, not that of the seed."""
     n_windows: int
 
     @property
     def decided(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
-
-    @property
-    def basis(self) -> str:
-        """What the interval covers; one seed says nothing about another."""
-        if self.n_seeds == 1:
-            return f"one seed, {self.n_windows:,} windows: the interval covers the choice of text, not that of the seed"
-        return f"{self.n_seeds} seeds, {self.n_windows:,} windows"
 
 
 def paired_difference(

@@ -5,7 +5,7 @@ Windows stream through the model as in evaluation and leave running sums alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, final
@@ -16,16 +16,16 @@ from sparseffn.analysis.channels import ActiveChannels
 from sparseffn.analysis.over_training import over_training
 from sparseffn.analysis.tokens import ServedTokens
 from sparseffn.analysis.usage import UsageCounter
-from sparseffn.data import Corpus, EvalWindow, Split, evaluation_windows, unpadded
+from sparseffn.data import Corpus, EvalWindow, Split, unpadded
 from sparseffn.errors import UserError
 from sparseffn.evaluate import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
 from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
-from sparseffn.train.checkpoint import list_checkpoints
+from sparseffn.train.checkpoint import list_checkpoints, step_of
 from sparseffn.train.restore import load_model
-from sparseffn.train.routing import list_snapshots, load_snapshot, routes_to_experts, snapshot
+from sparseffn.train.routing import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
 
 FORMAT = 1
 """Layout of `analysis.json`."""
@@ -44,7 +44,6 @@ class RunCounts:
 
     def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
         """Count what a model does on a text; returns its loss in nats a token."""
-        windows = evaluation_windows(tokens, batch=config.eval_batch, context=config.context)
         with nullcontext() if self.channels is None else self.channels.watching(model):
             return evaluate(
                 model,
@@ -54,13 +53,12 @@ class RunCounts:
                 memory=config.eval_memory,
                 precision=config.precision,
                 on_progress=on_progress,
-                observe=lambda stats: self._observe(stats, windows),
+                observe=self._observe,
             ).nats_per_token
 
-    def _observe(self, stats: CollectedStats, windows: Iterator[EvalWindow]) -> None:
-        """Add the window that `evaluate` has just read: it reads these windows in this order."""
-        window = next(windows)
-        self.usage.observe(stats)
+    def _observe(self, stats: CollectedStats, window: EvalWindow) -> None:
+        """Add a window that `evaluate` has read, layer by layer also where layers share a block."""
+        self.usage.observe({name: [layer] for name, layer in by_layer(stats).items()})
         if self.served is not None:
             self.served.observe(stats, window.inputs)
 
@@ -119,7 +117,7 @@ def finished_run(path: Path | str) -> RunFolder:
     folder = RunFolder(path)
     settings = RunSettings.read(folder)
     found = list_checkpoints(folder.checkpoints)
-    done = int(found[-1].name.removeprefix("step-")) if found else 0
+    done = step_of(found[-1]) if found else 0
     if not folder.result_path.exists() or done != settings.train.steps:
         what = "result" if done == settings.train.steps else f"checkpoint of step {settings.train.steps}"
         raise UserError(
@@ -168,6 +166,6 @@ def _over_training(folder: RunFolder, settings: RunSettings, corpus: Corpus, cou
     if stored:
         found = {step: load_snapshot(path) for step, path in stored.items()}
         return {"source": "snapshots", **over_training(found, n_experts)}
-    kept = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder.checkpoints)}
+    kept = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
     found = {step: snapshot(load_model(settings, path), corpus, settings.train) for step, path in kept.items()}
     return {"source": "checkpoints", **over_training(found, n_experts)}

@@ -7,7 +7,7 @@ text, so that a rare token which met the expert by chance does not lead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sparseffn.data import Tokenizer
-from sparseffn.ffn import CollectedStats
+from sparseffn.ffn import RoutingStats
+from sparseffn.train.routing import by_layer
 
 # Tokens that are counted apart, the most frequent ones; the rest of a larger vocabulary is one column. Bounds the memory:
 # 128 experts x 16384 tokens x 8 bytes = 16 MiB a layer. The paper's vocabularies (205 and 8000) fit whole.
@@ -42,18 +43,17 @@ class ServedTokens:
         self.totals = torch.zeros(len(self.ids) + 1, dtype=torch.int64)
         self.layers: dict[str, Tensor] = {}
 
-    def observe(self, stats: CollectedStats, inputs: Tensor) -> None:
+    def observe(self, stats: Mapping[str, Sequence[RoutingStats]], inputs: Tensor) -> None:
         """Add one window: what was selected, and the tokens `[batch, length]` that it was selected for."""
         columns_T = self._column[inputs.flatten()]
         n_columns = len(self.totals)
         self.totals += torch.bincount(columns_T, minlength=n_columns)
-        for name, calls in stats.items():
-            for call in calls:
-                chosen = call.selection
-                assert chosen is not None, "a mixture has a selection"
-                counts = self.layers.setdefault(name, torch.zeros(chosen.n_units, n_columns, dtype=torch.int64))
-                cells = chosen.indices.cpu() * n_columns + columns_T[chosen.tokens().cpu()]
-                counts.view(-1).scatter_add_(0, cells, (chosen.weights != 0).long().cpu())
+        for name, layer in by_layer(stats).items():
+            chosen = layer.selection
+            assert chosen is not None, "a mixture has a selection"
+            counts = self.layers.setdefault(name, torch.zeros(chosen.n_units, n_columns, dtype=torch.int64))
+            cells = chosen.indices.cpu() * n_columns + columns_T[chosen.tokens().cpu()]
+            counts.view(-1).scatter_add_(0, cells, (chosen.weights != 0).long().cpu())
 
     def to_json(self, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
         """For every layer and expert: its share of the selections, and its tokens, the most telling first."""
@@ -76,7 +76,6 @@ class ServedTokens:
                     "text": token_text(tokenizer, int(self.ids[i])),
                     "share": round(float(of_expert[i]), 6),
                     "lift": round(float(lift[i]), 4),
-                    "served": round(float(own[i] / self.totals[i]), 6),
                 }
                 for i in best
                 if float(telling[i]) > 0

@@ -7,13 +7,15 @@ as a cliff; active channels per layer, mean and standard deviation over tokens; 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparseffn.ffn import CollectedStats, RoutingStats
+from sparseffn.data import EvalWindow
+from sparseffn.ffn import RoutingStats
 
 # A unit is dead when it serves less than this share of the mean load.
 DEAD_SHARE = 0.01
@@ -118,13 +120,13 @@ class LayerUsage:
 
 @final
 class UsageCounter:
-    """Usage of all layers of a model; pass `observe` to `evaluate`."""
+    """Usage of all blocks of a model, over all layers that share one; pass `observe` to `evaluate`."""
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerUsage] = {}
 
-    def observe(self, stats: CollectedStats) -> None:
-        """Add the statistics of one window."""
+    def observe(self, stats: Mapping[str, Sequence[RoutingStats]], window: EvalWindow | None = None) -> None:
+        """Add the statistics of one window, which itself is of no matter here."""
         for name, calls in stats.items():
             for call in calls:
                 self.layers.setdefault(name, LayerUsage(len(call.counts))).add(call)
@@ -134,14 +136,15 @@ class UsageCounter:
         layers = list(self.layers.values())
         middle = len(layers) // 2
         matrix = layers[middle].cooccurrence() if layers else None
+        active = [layer.active() for layer in layers]
         n_units = sum(len(layer.counts) for layer in layers)
         return {
             "usage": [
                 {"layer": i, "share": layer.shares(), "uniform": 1.0 / len(layer.counts)} for i, layer in enumerate(layers)
             ],
             "active": [
-                {"layer": i, "mean": layer.active()[0], "std": layer.active()[1], "total": len(layer.counts)}
-                for i, layer in enumerate(layers)
+                {"layer": i, "mean": mean, "std": std, "total": len(layer.counts)}
+                for i, (layer, (mean, std)) in enumerate(zip(layers, active, strict=True))
             ],
             "cooccurrence": None if matrix is None else {"layer": middle, "matrix": matrix},
             "dead_share": sum(layer.n_dead for layer in layers) / max(n_units, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
@@ -26,13 +27,17 @@ def list_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
         return 0
-    columns = ("corpus", "here", "digest", "text", "tokenizer", "what it is")
+    columns = ("corpus", "here", "digest", "text", "tokenizer", "from", "what it is")
     print_rows(
         columns,
-        [(r["corpus"], r["here"], r["digest"], _size(r["bytes"]), r["tokenizer"], r["summary"]) for r in rows],
+        [
+            (r["corpus"], r["here"], r["digest"], _size(r["bytes"]), r["tokenizer"], _origin(r["addresses"]), r["summary"])
+            for r in rows
+        ],
         n_words=len(columns),
     )
     print("\nunverified: never fetched here, so that published digests and addresses were not compared with anything")
+    print("text: of a streamed corpus, what is stored of it once it is prepared; +n: so many other places, see --json")
     return 0
 
 
@@ -45,10 +50,28 @@ def _listed(entry: CorpusEntry, place: Place) -> dict[str, Any]:
         "tokenizer": entry.tokenizer,
         "here": entry.state(place),
         "digest": _status(entry),
-        "bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else None,
+        "bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else _stored_bytes(entry, place),
         "digests": {file.name: file.digest for file in published.files} if published else {},
         "addresses": _addresses(entry),
     }
+
+
+def _stored_bytes(entry: CorpusEntry, place: Place) -> int | None:
+    """Bytes of the text that is stored of a streamed corpus with its own tokeniser; None where there is none."""
+    if entry.streamed is None or not entry.streamed.is_prepared(place):
+        return None
+    try:
+        return sum(load_corpus(entry.name, cache_dir=place.cache_dir).split_bytes.values())
+    except UserError:
+        # Prepared with another tokeniser, or damaged, of which `data check` tells.
+        return None
+
+
+def _origin(addresses: list[str]) -> str:
+    """The place that is asked first, and how many others there are."""
+    hosts = list(dict.fromkeys(url if url.startswith("hf:") else str(urlsplit(url).hostname) for url in addresses))
+    first = hosts[0].partition("@")[0] if hosts else "-"
+    return first + (f" +{len(hosts) - 1}" if len(hosts) > 1 else "")
 
 
 def _status(entry: CorpusEntry) -> str:
@@ -102,8 +125,8 @@ def check_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"corpora": [corpus.info for corpus in found], "failed": failed})
     else:
-        columns = ("corpus", "digest", "tokenizer", "vocabulary", *(f"{split} tokens" for split in SPLITS))
-        print_rows(columns, [_row(corpus) for corpus in found], n_words=3)
+        columns = ("corpus", "digest", "tokenizer", "from", "vocabulary", "text", *(f"{split} tokens" for split in SPLITS))
+        print_rows(columns, [_row(corpus) for corpus in found], n_words=4)
         for name, message in failed.items():
             print(f"\n{name}: {message}")
     return 1 if failed else 0
@@ -120,8 +143,10 @@ def _load(name: str, options: argparse.Namespace) -> Corpus:
 
 
 def _row(corpus: Corpus) -> tuple[str, ...]:
-    counts = (f"{len(corpus.tokens(split)):,}" for split in SPLITS)
-    return (corpus.name, corpus.digest, corpus.tokenizer.name, f"{corpus.tokenizer.vocab_size:,}", *counts)
+    streamed = corpus.streamed is not None
+    counts = ("streamed" if streamed and split == "train" else f"{len(corpus.tokens(split)):,}" for split in SPLITS)
+    words = (corpus.name, corpus.digest, corpus.tokenizer.name, _origin(_addresses(corpus_entry(corpus.name))))
+    return (*words, f"{corpus.tokenizer.vocab_size:,}", _size(sum(corpus.split_bytes.values())), *counts)
 
 
 def _print_corpus(corpus: Corpus, options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPACE_MARK = "\u2581"
 # A word with the space before it, or a space alone; neither tab nor line end is in a word.
 WORD = re.compile(r" ?[^ \t\n]+| ")
-# Different words of a training text that are held: some 200 MB. More are thinned out.
+# Different words of a training text that are held: some 200 MB. Where a text has more, the rarest go (`_thinned`).
 MAX_WORDS = 2_000_000
 
 
@@ -58,9 +58,10 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def fit_counted(cls, texts: Iterable[str], *, vocab_size: int | None = None) -> Self:
-        """Train on the words of texts with their counts, so that memory is bounded by their number.
+        """Train on the words of texts with their counts, of which at most `MAX_WORDS` are held, however long the texts are.
 
-        Pieces do not reach over a space, so that the model is the one of `fit`, but for tabs, which separate words here.
+        Pieces do not reach over a space, so that the model is the one of `fit`, but for tabs, which separate words here, and
+        for the rarest words where there are more than `MAX_WORDS`.
         """
         counted = sorted(_word_counts(texts).items(), key=lambda item: (-item[1], item[0]))
         return cls._train((f"{word}\t{count}" for word, count in counted), vocab_size, input_format="tsv")
@@ -136,13 +137,25 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
 
 
 def _word_counts(texts: Iterable[str]) -> Counter[str]:
-    """Words with the space before them, as often as they occur."""
+    """Words with the space before them, as often as they occur; exact for up to `MAX_WORDS` different ones."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(WORD.findall(text))
         if len(counts) > MAX_WORDS:
-            # Lossy, in favour of what is frequent: pieces come from words that are seen again and again.
-            counts = Counter({word: count for word, count in counts.items() if count > 1})
+            counts = _thinned(counts)
+    return counts
+
+
+def _thinned(counts: Counter[str]) -> Counter[str]:
+    """The words above the lowest floor that at most half of `MAX_WORDS` reach over: the next thinning is far off then.
+
+    Lossy, in favour of what is frequent: pieces come from words that are seen again and again.
+    """
+    n_left = len(counts)
+    for floor, n_words in sorted(Counter(counts.values()).items()):
+        n_left -= n_words
+        if n_left <= MAX_WORDS // 2:
+            return Counter({word: count for word, count in counts.items() if count > floor})
     return counts
 
 

@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,14 @@ from typing import BinaryIO, cast, final
 
 import numpy as np
 
+from sparseffn.data.digests import content_digest
 from sparseffn.data.splits import SPLITS, Split, digest_of
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
+from sparseffn.data.writing import temporary, writing
 from sparseffn.errors import UserError
 from sparseffn.paths import default_cache_dir
+from sparseffn.stored import write_text
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1
@@ -109,12 +110,12 @@ class TokenCache:
             raise _damaged(path, "a readable entry", repr(error)) from error
 
     def remember(self, fingerprint: str, content: str) -> None:
-        """Note the content digest of a source."""
-        with self._writing(), _temporary(self.folder / "sources") as temporary:
-            temporary.mkdir()
-            entry = {"content": content, "digest": digest_of(fingerprint, content)}
-            _write(temporary / "entry", json.dumps(entry).encode())
-            (temporary / "entry").replace(self._note(fingerprint))
+        """Note the content digest of a source.
+
+        Raises:
+            UserError: the note cannot be written.
+        """
+        write_text(self._note(fingerprint), json.dumps({"content": content, "digest": digest_of(fingerprint, content)}))
 
     def open(self, key: str) -> Prepared | None:
         """The stored corpus, verified, or None if there is none.
@@ -150,20 +151,20 @@ class TokenCache:
             content: digest of the corpus.
         """
         place = self.path(key)
-        with self._writing(), _temporary(place.parent) as temporary:
-            temporary.mkdir()
-            _write(temporary / "tokenizer.json", tokenizer.to_json().encode())
+        with writing(self.folder), temporary(place.parent) as folder:
+            folder.mkdir()
+            _write(folder / "tokenizer.json", tokenizer.to_json().encode())
             splits: dict[Split, Mapping[str, int | str]] = {}
             for split in SPLITS:
-                with _synced(temporary / f"{split}.bin") as stream:
+                with _synced(folder / f"{split}.bin") as stream:
                     writer = TokenWriter(stream, token_dtype(tokenizer.vocab_size))
                     fill(split, writer)
                     splits[split] = writer.summary()
             meta = {"format": FORMAT, "content": content, "tokenizer": tokenizer.digest, "splits": splits}
-            _write(temporary / "meta.json", json.dumps({**meta, "digest": _meta_digest(meta)}, indent=1).encode())
-            _sync_folder(temporary)
+            _write(folder / "meta.json", json.dumps({**meta, "digest": _meta_digest(meta)}, indent=1).encode())
+            _sync_folder(folder)
             try:
-                temporary.rename(place)
+                folder.rename(place)
             except OSError:
                 # A folder with files in it cannot be replaced: somebody else was first.
                 if not place.is_dir():
@@ -172,28 +173,6 @@ class TokenCache:
         prepared = self.open(key)
         assert prepared is not None, f"{place} was stored just now"
         return prepared
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn a failure of the file system into an error with a remedy."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"`cache_dir` must be a folder that can be written; got {str(self.folder)!r} ({error.strerror}); "
-                f"fix: pass --cache-dir PATH or set SPARSEFFN_CACHE"
-            ) from error
-
-
-@contextlib.contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    """A hidden name in `parent` that nobody else uses; what is there at the end is removed."""
-    parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{secrets.token_hex(8)}"
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -236,9 +215,7 @@ def _read_meta(path: Path) -> dict:
 def _open_tokens(folder: Path, split: Split, dtype: np.dtype, meta: Mapping[str, int | str]) -> np.ndarray:
     path = folder / f"{split}.bin"
     _expect(folder, f"size of {path.name}", int(meta["tokens"]) * dtype.itemsize, path.stat().st_size)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    _expect(folder, f"digest of {path.name}", meta["digest"], digest)
+    _expect(folder, f"digest of {path.name}", meta["digest"], content_digest(path))
     # A split that is not stored has no tokens, and nothing can be mapped.
     return np.memmap(path, dtype=dtype, mode="r") if meta["tokens"] else np.zeros(0, dtype)
 

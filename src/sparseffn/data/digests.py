@@ -36,10 +36,16 @@ def parse_digest(text: str) -> str:
     return f"{algorithm}:{digits}"
 
 
-def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """Digest of a file as `algorithm:hex`."""
+def file_digest(path: Path) -> str:
+    """Digest of a file as `sha256:hex`."""
     with path.open("rb") as stream:
-        return f"{algorithm}:{hashlib.file_digest(stream, algorithm).hexdigest()}"
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file that this library wrote: 32 hexadecimal digits (BLAKE2b)."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def stream_digests(stream: BinaryIO, algorithms: Iterable[str]) -> set[str]:

@@ -8,21 +8,18 @@ a file with the right size and digest gets its name. Whoever calls this holds th
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from filelock import FileLock
-
 from sparseffn.data.digests import mismatch
 from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.writing import writing
 from sparseffn.errors import UserError
 
 # Told of a file's name, the bytes that are there, and how many there will be (None: not known).
@@ -43,39 +40,12 @@ class DownloadError(UserError):
     """No mirror gave the file."""
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; who comes second waits."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an error with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        room = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
-        raise UserError(
-            f"`cache_dir` must be a folder that can be written and has room; got {str(folder)!r} "
-            f"({error.strerror or error}); fix: {room}, or pass --cache-dir PATH"
-        ) from error
-
-
 def fetch(
     remote: RemoteFile,
     folder: Path,
     *,
     accepted: Collection[str] = (),
     on_progress: OnProgress | None = None,
-    timeout: float = TIMEOUT_S,
 ) -> Path:
     """The file in `folder`, downloaded unless it is there.
 
@@ -84,7 +54,6 @@ def fetch(
         folder: where it goes.
         accepted: digests that the user accepts in place of an unverified one.
         on_progress: told of what has arrived.
-        timeout: seconds without a byte after which a mirror is given up.
 
     Raises:
         DownloadError: no mirror gave the file; says of each one why.
@@ -97,7 +66,7 @@ def fetch(
     failures: list[str] = []
     fixes = ["try again later (a broken transfer goes on where it stopped)"]
     for url in remote.urls:
-        transfer = _Transfer(remote.file, url, place, accepted, on_progress, timeout)
+        transfer = _Transfer(remote.file, url, place, accepted, on_progress)
         try:
             with writing(folder):
                 transfer.run()
@@ -172,10 +141,9 @@ class _Transfer:
         place: Path,
         accepted: Collection[str],
         on_progress: OnProgress | None,
-        timeout: float,
     ) -> None:
         self.file, self.url, self.place, self.accepted = file, url, place, accepted
-        self.on_progress, self.timeout = on_progress, timeout
+        self.on_progress = on_progress
         self.part = place.with_name(f"{place.name}.part")
 
     def run(self) -> None:
@@ -229,7 +197,7 @@ class _Transfer:
         if have:
             headers["Range"] = f"bytes={have}-"
         try:
-            return urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=self.timeout)
+            return urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             if have and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return None

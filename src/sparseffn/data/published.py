@@ -10,7 +10,6 @@ A `text` folder is unpacked under a hidden name, checked and renamed, so that it
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import final
 
 from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
 from sparseffn.data.digests import file_digest, parse_digest
-from sparseffn.data.download import TIMEOUT_S, DownloadError, OnProgress, check_file, fetch, locked, writing
+from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch
 from sparseffn.data.place import Place
 from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import Piece, Source, SourceFile, Split, digest_of
+from sparseffn.data.writing import locked, temporary, writing
 from sparseffn.errors import UserError
 
 # The pieces of every split, from the plain files by name.
@@ -92,7 +92,6 @@ class PublishedCorpus:
         offline: bool = False,
         accept: Iterable[str] = (),
         on_progress: OnProgress | None = None,
-        timeout: float = TIMEOUT_S,
     ) -> Source:
         """The text in the cache: from the user's folder, or downloaded.
 
@@ -101,7 +100,6 @@ class PublishedCorpus:
             offline: download nothing.
             accept: digests that the user accepts in place of unverified ones; they are remembered.
             on_progress: told of what has arrived.
-            timeout: seconds without a byte after which a mirror is given up.
 
         Raises:
             UserError: no mirror gives it, it is not what is published, the disk is full, or it may not be downloaded.
@@ -117,7 +115,7 @@ class PublishedCorpus:
             if found is not None:
                 self._keep(found, place)
             elif not self.is_prepared(place):
-                self._download(place, offline=offline, on_progress=on_progress, timeout=timeout)
+                self._download(place, offline=offline, on_progress=on_progress)
         return self.find(Place(cache_dir=place.cache_dir))
 
     def _keep(self, found: Path, place: Place) -> None:
@@ -135,7 +133,7 @@ class PublishedCorpus:
                 f"cache has; fix: delete {text} to prepare this one"
             )
 
-    def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None, timeout: float) -> None:
+    def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None) -> None:
         folder, accepted = place.corpus_dir(self.name), self._accepted(place)
         failures: list[str] = []
         for route in self.routes:
@@ -143,9 +141,7 @@ class PublishedCorpus:
             if offline and not all(path.exists() for path in here):
                 continue
             try:
-                archives = [
-                    fetch(remote, folder, accepted=accepted, on_progress=on_progress, timeout=timeout) for remote in route
-                ]
+                archives = [fetch(remote, folder, accepted=accepted, on_progress=on_progress) for remote in route]
             except DownloadError as error:
                 failures.append(str(error))
                 continue
@@ -166,27 +162,23 @@ class PublishedCorpus:
         # What a killed process left behind: whoever holds the lock is alone.
         for leftover in text.parent.glob(".*/"):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = text.with_name(f".{secrets.token_hex(8)}")
         accepted = set(accepted)
-        try:
-            with writing(text.parent):
-                temporary.mkdir()
-                origin: dict[str, str] = {}
-                for remote, path in archives:
-                    origin[path.name] = file_digest(path)
-                    if remote.members:
-                        unpack(path, remote.members, temporary, max_bytes=self.max_bytes)
-                    else:
-                        shutil.copyfile(path, temporary / remote.file.name)
-                # An accepted archive stands for what is in it.
-                whole = any(digest in accepted for digest in origin.values())
-                for file in () if whole else self.files:
-                    check_file(temporary / file.name, file, accepted)
-                notes = {"from": origin, "files": {file.name: file_digest(temporary / file.name) for file in self.files}}
-                (temporary / ORIGIN).write_text(json.dumps(notes, indent=1))
-                temporary.replace(text)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with writing(text.parent), temporary(text.parent) as folder:
+            folder.mkdir()
+            origin: dict[str, str] = {}
+            for remote, path in archives:
+                origin[path.name] = file_digest(path)
+                if remote.members:
+                    unpack(path, remote.members, folder, max_bytes=self.max_bytes)
+                else:
+                    shutil.copyfile(path, folder / remote.file.name)
+            # An accepted archive stands for what is in it.
+            whole = any(digest in accepted for digest in origin.values())
+            for file in () if whole else self.files:
+                check_file(folder / file.name, file, accepted)
+            notes = {"from": origin, "files": {file.name: file_digest(folder / file.name) for file in self.files}}
+            (folder / ORIGIN).write_text(json.dumps(notes, indent=1))
+            folder.replace(text)
 
     def _find_in(self, data_dir: Path, place: Place) -> Path:
         """The folder with the plain files, unpacked into the cache where the user has the archive."""

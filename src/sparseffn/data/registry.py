@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sparseffn.data.place import Place
 from sparseffn.data.published import PublishedCorpus
@@ -14,6 +15,8 @@ from sparseffn.errors import UserError, unknown_name
 
 # Finds the files of a corpus in the user's data folder (None: not given).
 Finder = Callable[[Path | None], Source]
+# What is published of a corpus.
+Others = TypeVar("Others", PublishedCorpus, StreamedCorpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,10 @@ class CorpusEntry:
     needs_data_dir: bool = False
 
     def state(self, place: Place) -> str:
-        """Whether it is here: `always`, `prepared`, `no`, `streamed`, or `--data-dir` for the user's own text."""
-        if self.streamed is not None:
-            return "streamed"
-        if self.published is not None:
-            return "prepared" if self.published.is_prepared(place) else "no"
+        """Whether it is here: `always`, `prepared`, `no`, or `--data-dir` for the user's own text."""
+        others = self.published or self.streamed
+        if others is not None:
+            return "prepared" if others.is_prepared(place) else "no"
         return "--data-dir" if self.needs_data_dir else "always"
 
 
@@ -72,27 +74,24 @@ def register_corpus(*, name: str, summary: str, tokenizer: str, needs_data_dir: 
     return add
 
 
-def register_published(corpus: PublishedCorpus, *, summary: str, tokenizer: str) -> PublishedCorpus:
-    """Register a corpus that others publish.
+def register_published(corpus: Others, *, summary: str, tokenizer: str) -> Others:
+    """Register a corpus that others publish, as files or as shards that are streamed.
 
     Args:
-        corpus: its files, digests and addresses.
+        corpus: its files or shards, and their addresses.
         summary: one line for lists.
         tokenizer: the default tokeniser.
     """
-    _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, published=corpus))
-    return corpus
-
-
-def register_streamed(corpus: StreamedCorpus, *, summary: str, tokenizer: str) -> StreamedCorpus:
-    """Register a corpus that is streamed.
-
-    Args:
-        corpus: its shards.
-        summary: one line for lists.
-        tokenizer: the default tokeniser.
-    """
-    _add(CorpusEntry(name=corpus.name, summary=summary, tokenizer=tokenizer, find=corpus.find, streamed=corpus))
+    _add(
+        CorpusEntry(
+            name=corpus.name,
+            summary=summary,
+            tokenizer=tokenizer,
+            find=corpus.find,
+            published=corpus if isinstance(corpus, PublishedCorpus) else None,
+            streamed=corpus if isinstance(corpus, StreamedCorpus) else None,
+        )
+    )
     return corpus
 
 

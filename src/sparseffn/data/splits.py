@@ -147,14 +147,6 @@ class Source:
         """What the content digest is made with, block by block."""
         return ContentDigest()
 
-    def content_digest(self) -> str:
-        """Digest of the bytes of all splits."""
-        digests = self.running_digest()
-        for split in SPLITS:
-            for block in self.blocks(split):
-                digests.update(split, block.data)
-        return digests.hexdigest()
-
 
 class ContentDigest:
     """Running digest of the bytes of every split; the same however the bytes are cut in blocks.

@@ -19,6 +19,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from sparseffn.data.bpe import BpeTokenizer
+from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.place import Place
 from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
@@ -59,8 +60,21 @@ class StreamedCorpus:
     @property
     def contents(self) -> str:
         """What the user may put somewhere, in words."""
-        validation = [self.validation.format(i) for i in range(self.eval_shards)]
-        return f"shards {self.train.format(0)} and so on (some are enough), and {', '.join(validation)}"
+        return f"shards {self.train.format(0)} and so on (some are enough), and {', '.join(self.evaluated)}"
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Validation shards that are used."""
+        return [self.validation.format(i) for i in range(self.eval_shards)]
+
+    def is_prepared(self, place: Place) -> bool:
+        """Whether the cache has its stored splits, made from the hub with one tokeniser or another.
+
+        Raises:
+            UserError: the cache's note of it is damaged.
+        """
+        hub = self.find(Place(cache_dir=place.cache_dir))
+        return TokenCache(place.cache_dir).known_content(hub.fingerprint()) is not None
 
     def find(self, place: Place) -> StreamedSource:
         """The shards in the user's folder, or on the hub where none is given; reads nothing yet.
@@ -68,21 +82,20 @@ class StreamedCorpus:
         Raises:
             UserError: the folder lacks shards.
         """
-        evaluated = [self.validation.format(i) for i in range(self.eval_shards)]
         trained = [self.train.format(i) for i in range(self.n_train)]
         if place.data_dir is None:
-            return StreamedSource(spec=self, shards=trained, validation=evaluated, files={})
+            return StreamedSource(spec=self, shards=trained, files={})
         folder = place.data_dir
-        found = {path: _shard_in(folder, path) for path in (*trained, *evaluated)}
+        found = {path: _shard_in(folder, path) for path in (*trained, *self.evaluated)}
         files = {path: SourceFile.at(file, path) for path, file in found.items() if file is not None}
         shards = [path for path in trained if path in files]
-        missing = [path for path in evaluated if path not in files] + ([] if shards else trained[:1])
+        missing = [path for path in self.evaluated if path not in files] + ([] if shards else trained[:1])
         if missing:
             raise UserError(
                 f"corpus {self.name!r} must have {self.contents} in `data_dir`; got {str(folder)!r} without "
                 f"{', '.join(missing)}; fix: put them there, or pass the --data-dir that has them"
             )
-        return StreamedSource(spec=self, shards=shards, validation=evaluated, files=files)
+        return StreamedSource(spec=self, shards=shards, files=files)
 
 
 def _shard_in(folder: Path, path: str) -> Path | None:
@@ -114,8 +127,6 @@ class StreamedSource:
     spec: StreamedCorpus
     # Training shards, by their published path.
     shards: Sequence[str]
-    # Validation shards that are used.
-    validation: Sequence[str]
     # The user's files by published path; none where the hub is read.
     files: Mapping[str, SourceFile]
     # Splits whose tokens are stored.
@@ -132,6 +143,7 @@ class StreamedSource:
         spec = self.spec
         shards = "one validation shard" if spec.eval_shards == 1 else f"each of {spec.eval_shards} validation shards"
         return {
+            "source": spec.url if self.is_remote else "shards in data_dir",
             "split_rule": f"training streamed; test: first {spec.eval_documents} documents of {shards}; valid: as many after",
             "train_shards": f"{len(self.shards)} of {spec.n_train}",
             "tokenizer_from": f"the first {min(spec.fit_shards, len(self.shards))} training shards here",
@@ -141,7 +153,7 @@ class StreamedSource:
         """Digest of the corpus's description and of names, sizes and times of the user's files."""
         spec = self.spec
         rows = [(path, str(f.path), f.size, f.mtime_ns, f.ctime_ns) for path, f in sorted(self.files.items())]
-        parts = (spec.url, spec.separator, spec.eval_documents, spec.fit_shards, list(self.shards), list(self.validation), rows)
+        parts = (spec.url, spec.separator, spec.eval_documents, spec.fit_shards, list(self.shards), spec.evaluated, rows)
         return digest_of(spec.name, json.dumps(parts))
 
     @property
@@ -151,7 +163,7 @@ class StreamedSource:
 
     def n_files(self, split: Split) -> int:
         """Number of shards of the split."""
-        return len(self.shards if split == "train" else self.validation)
+        return len(self.shards if split == "train" else self.spec.evaluated)
 
     def blocks(self, split: Split) -> Iterator[Block]:
         """Read a stored split; nothing of `train`."""
@@ -159,7 +171,7 @@ class StreamedSource:
         if split == "train":
             return
         start = spec.eval_documents if split == "valid" else 0
-        for path in self.validation:
+        for path in spec.evaluated:
             texts = list(islice(self._read(path, start), spec.eval_documents))
             if len(texts) < spec.eval_documents:
                 raise UserError(
@@ -176,14 +188,6 @@ class StreamedSource:
         """
         shards = [(path, _checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
         return ContentDigest(json.dumps([shards, self.spec.separator, self.spec.fit_shards]))
-
-    def content_digest(self) -> str:
-        """Digest of what is stored and of the shards that are streamed; their text is not read for it."""
-        digests = self.running_digest()
-        for split in self.stored:
-            for block in self.blocks(split):
-                digests.update(split, block.data)
-        return digests.hexdigest()
 
     def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
         """A tokeniser for text that nobody has seen yet.

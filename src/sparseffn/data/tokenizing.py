@@ -55,7 +55,7 @@ def make_prepared(
     """
     fingerprint = source.fingerprint()
     known = cache.known_content(fingerprint)
-    content = known or source.content_digest()
+    content = known or content_digest(source)
     key = cache.key(content, settings)
     prepared = cache.open(key)
     if prepared is None:
@@ -66,6 +66,15 @@ def make_prepared(
         with contextlib.suppress(UserError):
             cache.remember(fingerprint, content)
     return prepared
+
+
+def content_digest(source: AnySource) -> str:
+    """Digest of the text that is stored; of a streamed corpus also of which shards are streamed, whose text is not read."""
+    digests = source.running_digest()
+    for split in source.stored:
+        for block in source.blocks(split):
+            digests.update(split, block.data)
+    return digests.hexdigest()
 
 
 def _fit(source: AnySource, name: str, settings: Mapping[str, object], on_progress: OnProgress | None) -> Tokenizer:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparseffn.data.digests import content_digest
 from sparseffn.errors import UserError
 from sparseffn.stored import Kind, read_fields, write_json
 
@@ -53,7 +54,7 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint and remove all but the last two."""
-    final = folder / _folder_name(checkpoint.step)
+    final = folder / step_name(checkpoint.step)
     temporary = folder / f".writing-{os.getpid()}"
     _remove_unfinished(folder)
     temporary.mkdir(parents=True)
@@ -63,7 +64,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     manifest = {
         "format": FORMAT,
         "step": checkpoint.step,
-        "digest": _digest(temporary / STATE),
+        "digest": content_digest(temporary / STATE),
         "extra": dict(checkpoint.extra),
     }
     write_json(temporary / MANIFEST, {**manifest, "manifest_digest": _manifest_digest(manifest)})
@@ -100,10 +101,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     manifest = read_fields(path / MANIFEST, MANIFEST_FIELDS, fix=fix)
     if _manifest_digest(manifest) != manifest["manifest_digest"]:
         raise UserError(f"`{path / MANIFEST}` must match its digest; got a changed file; fix: {fix}")
-    if _folder_name(manifest["step"]) != path.name:
+    if step_name(manifest["step"]) != path.name:
         raise UserError(f"`{path}` must be named after its step; got one of step {manifest['step']}; fix: {fix}")
     state = path / STATE
-    if not state.exists() or _digest(state) != manifest["digest"]:
+    if not state.exists() or content_digest(state) != manifest["digest"]:
         raise UserError(f"`{state}` must match its digest; got a missing, truncated or damaged file; fix: {fix}")
     try:
         tensors = load_file(state)
@@ -137,19 +138,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tens
             optimizer.state[parameter] = by_name[names[id(parameter)]]
 
 
-def _folder_name(step: int) -> str:
+def step_name(step: int) -> str:
+    """What is kept of a step goes by this name."""
     return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint or a file is named after."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Digest of every other field of a manifest."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_digest"}
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, final
@@ -15,14 +16,19 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from sparseffn.data.splits import digest_of
 from sparseffn.errors import UserError
 from sparseffn.stored import Kind, read_fields, write_json, write_text
+
+SOURCES = (".py", ".cpp", ".h")
+"""Files of the package that a run's numbers follow from."""
 
 
 def environment() -> dict[str, Any]:
     """What a result depends on beside its config."""
     return {
         "sparseffn": metadata.version("sparseffn"),
+        "sources": sources_digest(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -30,6 +36,13 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+@cache
+def sources_digest(package: Path) -> str:
+    """32 hexadecimal digits of a package's Python and C++ files: two runs of one version may be of different code."""
+    paths = sorted(path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in SOURCES)
+    return digest_of(*(part for path in paths for part in (path, (package / path).read_bytes())))
 
 
 def _cpu_name() -> str:

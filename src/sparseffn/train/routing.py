@@ -8,7 +8,7 @@ and show how load and entropy moved and how long a token stays with its experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sparseffn.data import Corpus, unpadded
+from sparseffn.data import Corpus, EvalWindow, unpadded
 from sparseffn.errors import UserError
 from sparseffn.evaluate import evaluate
-from sparseffn.ffn import CollectedStats
+from sparseffn.ffn import RoutingStats
 from sparseffn.models import TransformerXL
 from sparseffn.stored import write_bytes
+from sparseffn.train.checkpoint import step_name, step_of
 from sparseffn.train.config import TrainConfig
 
 SNAPSHOT_TOKENS = 4096
@@ -34,17 +35,30 @@ def routes_to_experts(model: TransformerXL) -> bool:
     return model.config.ffn.unit == "experts"
 
 
+def by_layer(stats: Mapping[str, Sequence[RoutingStats]]) -> dict[str, RoutingStats]:
+    """One window's statistics for each layer of the model.
+
+    A block that several layers share runs once for each of them: the tokens of the window pass it again, and are not more
+    tokens of one layer.
+    """
+    return {layer_name(name, place): call for name, calls in stats.items() for place, call in enumerate(calls)}
+
+
+def layer_name(name: str, place: int) -> str:
+    """A block's name, with the number of its run in a window where it is not the first."""
+    return f"{name}[{place}]" if place else name
+
+
 def snapshot(model: TransformerXL, corpus: Corpus, config: TrainConfig) -> list[Tensor]:
     """The experts that some validation tokens, always the same, select: int16 `[n_tokens, K]` a layer, -1 for nothing."""
     rows: dict[str, list[Tensor]] = {}
 
-    def observe(stats: CollectedStats) -> None:
-        for name, calls in stats.items():
-            for call in calls:
-                chosen = call.selection
-                assert chosen is not None and chosen.k is not None, "a mixture selects K experts a token"
-                experts = torch.where(chosen.weights != 0, chosen.indices, -1).to(torch.int16)
-                rows.setdefault(name, []).append(experts.view(-1, chosen.k).cpu())
+    def observe(stats: Mapping[str, Sequence[RoutingStats]], window: EvalWindow) -> None:
+        for name, layer in by_layer(stats).items():
+            chosen = layer.selection
+            assert chosen is not None and chosen.k is not None, "a mixture selects K experts a token"
+            experts = torch.where(chosen.weights != 0, chosen.indices, -1).to(torch.int16)
+            rows.setdefault(name, []).append(experts.view(-1, chosen.k).cpu())
 
     evaluate(
         model,
@@ -71,12 +85,12 @@ def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
 def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
     """Write a run's snapshot of a step."""
     tensors = {str(layer): chosen for layer, chosen in enumerate(layers)}
-    write_bytes(folder / "routing" / f"step-{step:08d}.safetensors", save(tensors))
+    write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", save(tensors))
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
     """A run's snapshots by step, in order; none where it has none."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted((folder / "routing").glob("step-*.safetensors"))}
+    return {step_of(path): path for path in sorted((folder / "routing").glob("step-*.safetensors"))}
 
 
 def load_snapshot(path: Path) -> list[Tensor]:

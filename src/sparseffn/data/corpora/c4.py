@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparseffn.data.registry import register_streamed
+from sparseffn.data.registry import register_published
 from sparseffn.data.streamed import StreamedCorpus
 
-C4 = register_streamed(
+C4 = register_published(
     StreamedCorpus(
         name="c4",
         # Revision, paths and numbers of shards: the loading script c4.py of the dataset on the hub.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sparseffn.data.registry import register_streamed
+from sparseffn.data.registry import register_published
 from sparseffn.data.streamed import StreamedCorpus
 
-PES2O = register_streamed(
+PES2O = register_published(
     StreamedCorpus(
         name="pes2o",
         # Paths and numbers of shards: the loading script peS2o.py of the dataset on the hub; the revision is the one that
