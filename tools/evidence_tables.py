@@ -143,8 +143,8 @@ def _scatter(evidence: Evidence) -> str:
     dense, sigma = evidence.cells[DENSE], evidence.cells[SIGMA]
     first = sigma["values"][sigma["seeds"].index(0)] - sigma["mean"]
     return (
-        f"**Seeds differ**: by {dense['spread']:.3f} between the {dense['n']} dense models and by {sigma['spread']:.3f} between "
-        f"the {sigma['n']} sigma-MoEs (standard deviations), so that a difference of two runs scatters by "
+        f"**Seeds differ**: by {dense['spread']:.3f} between the {dense['n']} dense models and by {sigma['spread']:.3f} "
+        f"between the {sigma['n']} sigma-MoEs (standard deviations), so that a difference of two runs scatters by "
         f"{evidence.scatter:.3f}.\nA difference of one seed under {2 * evidence.scatter:.3f} therefore counts as undecided. "
         f"Seed 0, the one that every row has, lies {first:+.3f} from the mean of sigma-MoE's seeds.\n"
     )

@@ -118,13 +118,15 @@ def test_flops_are_those_of_the_matrix_products(request_micro: Request) -> None:
         assert counter.get_total_flops() == pytest.approx(forward_flops(item.spec.model, train) * tokens.numel(), rel=0.02)
 
 
-def test_dry_run_counts_shared_runs_once(table: MakeTable, tmp_path: Path) -> None:
+def test_dry_run_counts_shared_runs_once(table: MakeTable) -> None:
     """C4-S has the sizes of WT-S; totals count seeds and distinct runs."""
     planned = [table("table3", ["WT-S", "C4-S"], None, (0, 1)), table("table10", ["WT-S"], ["sigma-moe"])]
     speed = Speed(dense=1e9, mixture=5e8, basis="a test")
-    result = dry_run(planned, Pool(tmp_path), speed)
+    result = dry_run(planned, speed)
     assert [run["shared"] for run in result["runs"]] == [False, True, False, True, True]
     assert result["n_distinct"] == 4
+    assert [run["flops_percent"] for run in result["runs"][::2]] == [100.0, 25.0, 25.0]
+    assert all(25.0 < run["counted_flops_percent"] < 60.0 for run in result["runs"][2:])
     cell = planned[0].cells[0]
     expected = costs(cell.model, cell.train, speed)
     assert result["runs"][0]["seconds_here"] == pytest.approx(expected["training_flops"] / 1e9)
