@@ -6,8 +6,10 @@ STAMP := $(VENV)/.installed
 DEMO_OUT ?= runs/demo
 DEMO_METHODS ?= dense topk pkm sigma-moe
 DEMO_BUDGET ?= 8m
+POOL ?= runs/paper
+DATA_DIR ?= ptb
 
-.PHONY: help setup demo test test-slow fuzz lint format readme clean
+.PHONY: help setup demo test test-slow fuzz lint format readme evidence clean
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
@@ -17,6 +19,7 @@ help:
 	@echo "make lint       formatting, lint, types, spelling, generated text"
 	@echo "make format     rewrite what lint's formatter would"
 	@echo "make readme     rewrite the generated tables of the README and of docs/"
+	@echo "make evidence   results/evidence/ and docs/results.md from the runs of POOL, on Penn Treebank in DATA_DIR"
 	@echo "make setup      the virtual environment alone"
 
 setup: $(STAMP)
@@ -43,16 +46,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md
-	$(BIN)/python tools/readme_table.py --check
-	$(BIN)/python tools/study_tables.py --check
+	$(BIN)/python tools/generated.py --check
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 readme: setup
-	$(BIN)/python tools/readme_table.py
-	$(BIN)/python tools/study_tables.py
+	$(BIN)/python tools/generated.py
+
+# Made from the pool: results/evidence/, and of the page the blocks that say so. LaTeX and HTML are not kept.
+evidence: setup
+	$(BIN)/sparseffn reproduce evidence --view --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
+	rm -f results/evidence/*.tex results/evidence/*.html
+	$(BIN)/python tools/generated.py docs/results.md
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -40,7 +40,7 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
         index = write_tables(
-            {planned.table.name: table_json(planned, pool) for planned in evidence_tables(request)}, options.out
+            {planned.table.name: table_json(planned, pool) for planned in evidence_tables(request, pool)}, options.out
         )
     if options.json:
         print_json(result)
@@ -59,24 +59,18 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     ]
     print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
     done = [run["wall_s"] for run in result["runs"] if run["wall_s"] is not None]
-    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:")
-    for command in view_commands(options):
-        print(f"  {command}")
+    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:\n  {view_command(options)}")
     print_files(index)
     return 0
 
 
-def view_commands(options: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> list[str]:
-    """Commands that show the runs and train nothing: one for all tables with the same number of seeds."""
-    tables: dict[int, list[str]] = {}
-    for stage in stages:
-        tables.setdefault(stage.n_seeds, []).append(stage.table)
+def view_command(options: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> str:
+    """The command that shows the runs and trains nothing, with the seeds of the row that has the most."""
+    names = " ".join(dict.fromkeys(stage.table for stage in stages))
+    n_seeds = max(stage.n_seeds for stage in stages)
     # All that a run's digest or its place depends on.
     rest = typed(options, ("scale", "steps", "corpus", "tokenizer", "vocab_size", "data_dir", "cache_dir", "pool"))
-    return [
-        f"sparseffn reproduce {' '.join(names)} --columns {COLUMN} --view --seeds {n_seeds} {rest}"
-        for n_seeds, names in tables.items()
-    ]
+    return f"sparseffn reproduce {names} --columns {COLUMN} --view --seeds {n_seeds} {rest}"
 
 
 def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:

@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparseffn.analysis import UsageCounter
 from sparseffn.bench.race import time_layers
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
-from sparseffn.evaluate import evaluate
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.recipes.contenders import Contender, MethodChoice, contenders
 from sparseffn.recipes.outcome import comparison
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan, make_plan
-from sparseffn.recipes.runs import run_path, train_config
+from sparseffn.recipes.runs import count_usage, run_path, train_config
 from sparseffn.stored import Kind, read_fields, write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, load_run_model, train
 from sparseffn.train.loop import OnStep
@@ -199,24 +197,11 @@ class _Job:
     def run(self, contender: Contender, seed: int, plan: Plan, on_step: OnStep) -> None:
         """Train and evaluate one method with one seed; at once when that is done already."""
         folder = run_path(self.out, contender.label, seed)
-        train(contender.model, train_config(self.preset, plan.steps, seed), self.corpus, folder, on_step=on_step)
+        config = train_config(self.preset, plan.steps, seed)
+        train(contender.model, config, self.corpus, folder, on_step=on_step)
         if seed == self.settings.seeds[0] and not (folder / "usage.json").exists():
-            self._count_usage(folder)
-
-    def _count_usage(self, folder: Path) -> None:
-        """Usage of the feedforward blocks, on the first 131,072 tokens of validation."""
-        model, _ = load_run_model(folder)
-        counter = UsageCounter()
-        evaluate(
-            model,
-            self.corpus.valid,
-            batch=self.preset.eval_batch,
-            context=self.preset.context,
-            memory=self.preset.eval_memory,
-            max_tokens=16 * CURVE_TOKENS,
-            observe=counter.observe,
-        )
-        write_json(folder / "usage.json", counter.to_json())
+            model, _ = load_run_model(folder)
+            count_usage(model, config, self.corpus, folder)
 
     def layer_times(self) -> dict[str, dict[str, float]]:
         """Stored or new timings of one layer of each method, and of the dense block."""

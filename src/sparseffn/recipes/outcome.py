@@ -13,7 +13,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models.presets import Preset
 from sparseffn.recipes.contenders import Contender
 from sparseffn.recipes.plan import CURVE_TOKENS, Plan
-from sparseffn.recipes.runs import run_path, train_config
+from sparseffn.recipes.runs import run_path, train_config, valid_at
 from sparseffn.stored import Kind, read_fields
 from sparseffn.train import RunFolder, TrainResult
 from sparseffn.train.folder import environment
@@ -158,13 +158,8 @@ def _at_time(curves: Sequence[Mapping[str, Any]], seconds: float) -> float | Non
     """Mean over seeds of the validation curve at a time, linear between its points; None where a run is not so far."""
     values = []
     for curve in curves:
-        points = curve["points"]
-        after = next((i for i, p in enumerate(points) if p["time_s"] >= seconds * (1 - 1e-9)), None)
-        if after is None:
+        points = [(point["time_s"], point["valid"]) for point in curve["points"]]
+        if not points or points[-1][0] < seconds * (1 - 1e-9):
             return None
-        right = points[after]
-        left = points[max(0, after - 1)]
-        span = right["time_s"] - left["time_s"]
-        part = 1.0 if span == 0 else min(1.0, (seconds - left["time_s"]) / span)
-        values.append(left["valid"] + part * (right["valid"] - left["valid"]))
+        values.append(valid_at(points, seconds))
     return statistics.fmean(values) if values else None

@@ -1,13 +1,24 @@
-"""One run of a comparison: its hyperparameters and its folder."""
+"""One run of a comparison: its hyperparameters, its folder, its curve at a time, the usage of its blocks."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from sparseffn.analysis import UsageCounter
+from sparseffn.data import Corpus
+from sparseffn.evaluate import evaluate
+from sparseffn.models import TransformerXL
 from sparseffn.models.presets import Preset
 from sparseffn.recipes.plan import CURVE_POINTS, CURVE_TOKENS
+from sparseffn.stored import write_json
 from sparseffn.train import TrainConfig
+
+# Tokens of validation that usage is counted on.
+USAGE_TOKENS = 16 * CURVE_TOKENS
 
 
 def train_config(preset: Preset, steps: int, seed: int) -> TrainConfig:
@@ -38,3 +49,25 @@ def train_config(preset: Preset, steps: int, seed: int) -> TrainConfig:
 def run_path(out: Path, label: str, seed: int) -> Path:
     """Folder of one run."""
     return out / "runs" / re.sub(r"[^A-Za-z0-9=.,_-]+", "_", label) / f"seed-{seed}"
+
+
+def valid_at(points: Sequence[tuple[float, float]], seconds: float) -> float:
+    """A curve of (seconds, value) at a time: linear between its points, the nearest one before the first and after the last."""
+    times, values = zip(*points, strict=True)
+    return float(np.interp(seconds, times, values))
+
+
+def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folder: Path) -> UsageCounter:
+    """Count the usage of the feedforward blocks on the first tokens of validation, and write it to `usage.json`."""
+    counter = UsageCounter()
+    evaluate(
+        model,
+        corpus.valid,
+        batch=config.eval_batch,
+        context=config.context,
+        memory=config.eval_memory,
+        max_tokens=USAGE_TOKENS,
+        observe=counter.observe,
+    )
+    write_json(folder / "usage.json", counter.to_json())
+    return counter

@@ -26,7 +26,7 @@ from sparseffn.recipes.runs import run_path, train_config
 from sparseffn.recipes.study_start import Grid
 from sparseffn.stored import Kind, read_fields, write_json
 from sparseffn.train import RunFolder, train
-from sparseffn.train.checkpoint import list_checkpoints, load_checkpoint
+from sparseffn.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparseffn.train.loop import StepReport
 from sparseffn.train.restore import SHORTENED, load_weights
 
@@ -189,7 +189,7 @@ class Training:
     def _catch_up(self) -> bool:
         """Probe the start and the checkpoints that are there; whether a checkpoint, from which a run goes on, was new."""
         found = self._probes()
-        paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(self.folder.checkpoints)}
+        paths = {step_of(path): path for path in list_checkpoints(self.folder.checkpoints)}
         new = [step for step in (0, *paths) if str(step) not in found]
         for step in new:
             found[str(step)] = self._probe(paths.get(step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,19 @@ from micro_tables import MakeTable
 from sparseffn.recipes.paper.corpora import Corpora
 from sparseffn.recipes.paper.costs import Speed, costs, forward_flops
 from sparseffn.recipes.paper.dry_run import dry_run
-from sparseffn.recipes.paper.evidence import COLUMN, STAGES, Item, Stage, estimated_s, evidence_items, list_json, spend
+from sparseffn.recipes.paper.evidence import (
+    COLUMN,
+    STAGES,
+    Item,
+    Stage,
+    estimated_s,
+    evidence_items,
+    evidence_tables,
+    list_json,
+    spend,
+)
 from sparseffn.recipes.paper.execute import execute
+from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.recipes.paper.scales import Scale, get_scale
@@ -41,6 +53,23 @@ def test_no_claim_is_named_that_the_column_cannot_decide() -> None:
 
 
 SHORT = (Stage(table="table3", rows=("sigma-moe", "dense"), n_seeds=1, why="headline"),)
+
+
+def test_rows_keep_every_seed_that_exists(request_micro: Request, tmp_path: Path) -> None:
+    """Each row its own number; a difference is over the seeds that both have, and nobody asks for what no stage wants."""
+    stages = (
+        Stage(table="table3", rows=("dense", "sigma-moe"), n_seeds=3, why="headline"),
+        Stage(table="table10", rows=("standard init",), n_seeds=1, why="another"),
+    )
+    pool = Pool(tmp_path)
+    seeds = dataclasses.replace(stages[1], n_seeds=2)
+    for item in evidence_items(request_micro, (stages[0], seeds)):
+        if (item.label, item.seed) != ("sigma-moe", 1):
+            execute(pool, item.spec)
+    dense, sigma, init = table_json(evidence_tables(request_micro, pool, stages)[1], pool)["cells"]
+    assert (dense["seeds"], sigma["seeds"], init["seeds"]) == ([0, 1, 2], [0, 2], [0, 1])
+    assert (sigma["reason"], init["reason"]) == ("seed 1: not run yet", None)
+    assert [init[f"against_{other}"]["n_seeds"] for other in ("dense", "sigma_moe")] == [2, 1]
 
 
 def test_budget_stops_before_what_does_not_fit(request_micro: Request, tmp_path: Path) -> None:
@@ -89,13 +118,15 @@ def test_flops_are_those_of_the_matrix_products(request_micro: Request) -> None:
         assert counter.get_total_flops() == pytest.approx(forward_flops(item.spec.model, train) * tokens.numel(), rel=0.02)
 
 
-def test_dry_run_counts_shared_runs_once(table: MakeTable, tmp_path: Path) -> None:
+def test_dry_run_counts_shared_runs_once(table: MakeTable) -> None:
     """C4-S has the sizes of WT-S; totals count seeds and distinct runs."""
     planned = [table("table3", ["WT-S", "C4-S"], None, (0, 1)), table("table10", ["WT-S"], ["sigma-moe"])]
     speed = Speed(dense=1e9, mixture=5e8, basis="a test")
-    result = dry_run(planned, Pool(tmp_path), speed)
+    result = dry_run(planned, speed)
     assert [run["shared"] for run in result["runs"]] == [False, True, False, True, True]
     assert result["n_distinct"] == 4
+    assert [run["flops_percent"] for run in result["runs"][::2]] == [100.0, 25.0, 25.0]
+    assert all(25.0 < run["counted_flops_percent"] < 60.0 for run in result["runs"][2:])
     cell = planned[0].cells[0]
     expected = costs(cell.model, cell.train, speed)
     assert result["runs"][0]["seconds_here"] == pytest.approx(expected["training_flops"] / 1e9)

@@ -11,9 +11,9 @@ from sparseffn.recipes.paper.corpora import Corpora
 from sparseffn.recipes.paper.execute import execute
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.own_tables import OWN_TABLES
-from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table, residual_percent
+from sparseffn.recipes.paper.plan import NOT_PUBLISHED, PlannedTable, Request, plan_table, residual_percent
 from sparseffn.recipes.paper.pool import Pool
-from sparseffn.recipes.paper.scales import Scale
+from sparseffn.recipes.paper.scales import Scale, get_scale
 from sparseffn.report.sweep_plots import sweep_plots
 
 
@@ -25,10 +25,14 @@ def plan(name: str, micro: Scale, corpora: Corpora, columns: list[str], rows: li
 
 @pytest.mark.parametrize("name", list(OWN_TABLES))
 def test_rows_are_of_our_own(name: str, micro: Scale) -> None:
-    """No published value and no published label; every row has its size at the small scales."""
-    planned = plan_table(OWN_TABLES[name], Request(scale=micro, corpora=Corpora(scale=micro)))
-    assert all(cell.published is None and cell.sized.row.own for cell in planned.cells)
-    assert len(planned.cells) == len(OWN_TABLES[name].rows) * len(OWN_TABLES[name].columns)
+    """None is left out as unpublished at the published scale, and no table shows a label as the paper's."""
+    table, scales = OWN_TABLES[name], (micro, get_scale("paper"))
+    for planned in (plan_table(table, Request(scale=s, corpora=Corpora(scale=s, closed=True))) for s in scales):
+        assert NOT_PUBLISHED not in {cell.reason for cell in planned.cells}
+        result = table_json(planned, Pool("."))
+        assert {row["published_label"] for row in result["rows"]} == {None}
+        assert {cell["published"] for cell in result["cells"]} == {None}
+    assert len({row.key for row in table.rows}) == len(table.rows)
 
 
 def test_column_without_its_corpus_says_why(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from micro_tables import MakeTable
 
 from sparseffn.recipes.paper import execute as execution
-from sparseffn.recipes.paper import pool as pools
 from sparseffn.recipes.paper.execute import execute
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import PlannedTable
@@ -209,11 +209,23 @@ def test_stopped_step_does_not_count(table: MakeTable, tmp_path: Path) -> None:
 
 
 def test_digest_depends_on_every_setting(table: MakeTable) -> None:
-    """Seed, model and training; not on the table."""
-    planned = table("table10", ["WT-S"], ["sigma-moe", "standard init", "softmax before top-k (no renorm.)"], (0, 1))
-    digests = [spec.digest for _, _, spec in planned.runs()]
-    assert len(digests) == len(set(digests)) == 6
-    assert pools.FORMAT >= 1 and all(len(digest) == 32 for digest in digests)
+    """Each of training, the model, its block, and the corpus; not on the table."""
+    ((_, _, spec),) = table("table3", ["WT-S"], ["sigma-moe"]).runs()
+    words = {"optimizer": "adamw", "precision": "bfloat16"}
+    train = {
+        field.name: words.get(field.name) or 2 * getattr(spec.train, field.name) or 2
+        for field in dataclasses.fields(spec.train)
+    }
+    changed = [
+        *(dataclasses.replace(spec, train=dataclasses.replace(spec.train, **{name: value})) for name, value in train.items()),
+        dataclasses.replace(spec, model=dataclasses.replace(spec.model, d_head=4)),
+        dataclasses.replace(spec, model=dataclasses.replace(spec.model, ffn=spec.model.ffn.replace(k=3))),
+        dataclasses.replace(spec, corpus=dataclasses.replace(spec.corpus, digest="0" * 32)),
+    ]
+    digests = [spec.digest, *(one.digest for one in changed)]
+    assert len(set(digests)) == len(digests) == len(train) + 4
+    ((_, _, same),) = table("table10", ["WT-S"], ["sigma-moe"]).runs()
+    assert same.digest == spec.digest
 
 
 def test_table_json_is_complete(table: MakeTable, tmp_path: Path) -> None:

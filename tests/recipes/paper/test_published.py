@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
+
 import pytest
 
 from sparseffn.errors import UserError
@@ -11,7 +14,7 @@ from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import Request, plan_table, residual_percent
 from sparseffn.recipes.paper.pool import Pool
-from sparseffn.recipes.paper.published import facts, published_values, rows_of
+from sparseffn.recipes.paper.published import dense_values, facts, published_values, rows_of
 from sparseffn.recipes.paper.scales import SCALES, get_scale
 from sparseffn.recipes.paper.tables import TABLES, get_table
 
@@ -215,5 +218,24 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 def test_facts_name_their_source() -> None:
-    """Tables of the published file are all there."""
-    assert {f"table{n}" for n in range(1, 11)} <= set(facts())
+    """The version of the paper before the first table, and what each table is on its line."""
+    text = resources.files("sparseffn.recipes.paper").joinpath("published.toml").read_text(encoding="utf-8")
+    head, *sections = re.split(r"^\[", text, flags=re.MULTILINE)
+    assert "https://arxiv.org/abs/2310.10837v" in head
+    lines = {section.partition("]")[0]: section.partition("\n")[0] for section in sections}
+    assert all(re.search(r"\]  # \w", lines[f"table{n}"]) for n in range(1, 11))
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_tables_agree_on_the_dense_models(name: str) -> None:
+    """A dense model has one value, in whichever of the paper's tables it stands."""
+    dense = {key: value for key, value in published_values(name).items() if key[0] == "dense"}
+    assert dense and dense.items() <= dense_values().items()
+
+
+def test_parts_of_tables_hold_rows_of_the_whole() -> None:
+    """Table 4 is a part of table 10, table 2 one of table 6, with the labels that those have."""
+    whole = {row[0] for row in facts()["table10"]["rows"]}
+    assert set(facts()["table4"]["rows_of_table10"]) < whole
+    assert set(rows_of("table2")) < set(rows_of("table6"))
+    assert {label.replace(",", "") for label in rows_of("table2")} == set(facts()["table2"]["rows_of_table6"])

@@ -7,10 +7,10 @@ from typing import Any
 
 from sparseffn.recipes.paper.costs import GPU_NAME, GPU_PEAK, GPU_SHARE, Speed, costs
 from sparseffn.recipes.paper.plan import NOT_PUBLISHED, PlannedTable, is_unequal, residual_percent
-from sparseffn.recipes.paper.pool import Pool
+from sparseffn.recipes.paper.rows import convention_percent, counted_percent
 
 
-def dry_run(tables: Sequence[PlannedTable], pool: Pool, speed: Speed) -> dict[str, Any]:
+def dry_run(tables: Sequence[PlannedTable], speed: Speed) -> dict[str, Any]:
     """The runs of all tables; a run that several tables share is listed with the first and counted once."""
     runs, seen = [], set()
     for planned in tables:
@@ -30,9 +30,9 @@ def dry_run(tables: Sequence[PlannedTable], pool: Pool, speed: Speed) -> dict[st
                     "n_seeds": len(planned.request.seeds),
                     "residual_percent": percent,
                     "unequal": is_unequal(percent),
-                    "flops_percent": 100.0 * cell.model.ffn.active_channels / cell.model.ffn.n_channels,
+                    "flops_percent": convention_percent(cell.model.ffn, column.column),
+                    "counted_flops_percent": counted_percent(cell.model.ffn, column.dense.ffn),
                     "shared": identity in seen,
-                    "finished": [seed for seed, spec in cell.specs.items() if pool.status(spec).kind == "finished"],
                     "corpus": planned.request.corpora.wanted(column.column)[0],
                     "corpus_missing": column.reason,
                     **costs(cell.model, cell.train, speed),

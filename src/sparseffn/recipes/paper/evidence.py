@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparseffn.models import TransformerXLConfig
 from sparseffn.recipes.paper.costs import measured_step_s, training_flops
 from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
 from sparseffn.recipes.paper.pool import Finished, Pool, RunSpec, median_step_s
-from sparseffn.recipes.paper.tables import get_table
-from sparseffn.train import TrainConfig
+from sparseffn.recipes.paper.tables import Table, get_table
 
 COLUMN = "WT-S"
 # Evaluation and counting on top of training, before any run has shown it.
@@ -105,15 +103,39 @@ def evidence_items(request: Request, stages: Sequence[Stage] = STAGES) -> list[I
     return list(items.values())
 
 
-def evidence_tables(request: Request, stages: Sequence[Stage] = STAGES) -> list[PlannedTable]:
-    """Each stage's rows as a table, with the dense model, and sigma-MoE where the table has it, to be compared with."""
+def evidence_tables(request: Request, pool: Pool, stages: Sequence[Stage] = STAGES) -> list[PlannedTable]:
+    """Each stage's rows as a table, with the dense model, and sigma-MoE where the table has it, to be compared with.
+
+    A row has the seeds that some stage wants for it and those that the pool holds beyond them, whatever the other rows have.
+    """
+    wanted = {item.spec.digest for item in evidence_items(request, stages)}
     tables = []
     for stage in stages:
         table = get_table(stage.table)
         headline = [row.key for row in table.rows if row.key in ("dense", "sigma-moe")]
         chosen = table.selected(columns=[COLUMN], rows=list(dict.fromkeys([*headline, *stage.rows])), settings="paper")
-        tables.append(plan_table(chosen, dataclasses.replace(request, seeds=tuple(range(stage.n_seeds)))))
+        tables.append(_with_held_seeds(chosen, request, pool, wanted))
     return tables
+
+
+def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collection[str]) -> PlannedTable:
+    """A table with as many seeds as are wanted or held of any of its rows."""
+
+    def has_place(spec: RunSpec) -> bool:
+        return spec.digest in wanted or pool.status(spec).kind != "missing"
+
+    def plan(n_seeds: int) -> PlannedTable:
+        return plan_table(table, dataclasses.replace(request, seeds=tuple(range(n_seeds))))
+
+    n_seeds = 1
+    while any(has_place(cell.specs[n_seeds]) for cell in plan(n_seeds + 1).cells):
+        n_seeds += 1
+    planned = plan(n_seeds)
+    cells = [
+        dataclasses.replace(cell, specs={seed: spec for seed, spec in cell.specs.items() if has_place(spec)})
+        for cell in planned.cells
+    ]
+    return dataclasses.replace(planned, cells=cells)
 
 
 def list_json(items: Sequence[Item], pool: Pool) -> dict[str, Any]:
@@ -162,20 +184,22 @@ def spend(
         The number of runs that were started.
     """
     started, n_started = clock(), 0
-    by_digest = {item.spec.digest: item for item in items}
-    estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, {d: i.spec for d, i in by_digest.items()}))
+    specs = {item.spec.digest: item.spec for item in items}
+    estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs))
+    statuses = {digest: pool.status(spec) for digest, spec in specs.items()}
+    walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
     for item in items:
-        if not pool.status(item.spec).wanted:
+        if not statuses[item.spec.digest].wanted:
             continue
-        finished = {digest: pool.status(other.spec).finished for digest, other in by_digest.items()}
-        needed = estimate(item, {digest: _usual_s(f) for digest, f in finished.items() if f is not None})
-        left = budget_s - (clock() - started)
+        needed, left = estimate(item, walls), budget_s - (clock() - started)
         if needed > left:
             words = f"about {needed:.0f} s, and {max(0.0, left):.0f} s are left of the budget"
             say(f"next is {item.label}, seed {item.seed}: {words}")
             break
         run(item)
         n_started += 1
+        if (finished := pool.status(item.spec).finished) is not None:
+            walls[item.spec.digest] = _usual_s(finished)
     return n_started
 
 
@@ -192,16 +216,10 @@ def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, R
         return max(same)
     if walls:
         # The slowest speed seen: a run that is too long for the budget is worse than one that is left for the next call.
-        slowest = max(wall / _flops(specs[digest]) for digest, wall in walls.items())
-        return slowest * _flops(spec)
+        slowest = max(wall / training_flops(specs[digest].model, specs[digest].train) for digest, wall in walls.items())
+        return slowest * training_flops(spec.model, spec.train)
     return _OVERHEAD * spec.train.steps * measured_step_s(spec.model, spec.train)
 
 
 def _differs_in_seed(a: RunSpec, b: RunSpec) -> bool:
     return a.model == b.model and dataclasses.replace(a.train, seed=b.train.seed) == b.train
-
-
-def _flops(spec: RunSpec) -> float:
-    model: TransformerXLConfig = spec.model
-    train: TrainConfig = spec.train
-    return training_flops(model, train)

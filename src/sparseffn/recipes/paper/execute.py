@@ -6,26 +6,22 @@ import logging
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from sparseffn.analysis import UsageCounter
 from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.errors import NonFiniteError, UserError
-from sparseffn.evaluate import evaluate
 from sparseffn.ffn import collect_stats
 from sparseffn.models import TransformerXL
 from sparseffn.recipes.paper.pool import FORMAT, Pool, RunSpec, Status
-from sparseffn.recipes.plan import CURVE_TOKENS
+from sparseffn.recipes.runs import count_usage
 from sparseffn.stored import write_json
 from sparseffn.train import TrainConfig, load_run_model, train
 from sparseffn.train.loop import OnStep
 
 logger = logging.getLogger(__name__)
 
-# Tokens of validation that usage is counted on, as `compare` does.
-USAGE_TOKENS = 16 * CURVE_TOKENS
 # Windows whose routing is looked at in training mode, where batch-wide methods route otherwise.
 _LOAD_WINDOWS = 16
 
@@ -77,7 +73,8 @@ def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None) -> None:
     load = None
     if spec.model.ffn.unit == "experts":
         model, _ = load_run_model(folder.path)
-        load = {"valid": _count_usage(model, spec, folder.path), "training": training_load(model, spec.train, spec.corpus)}
+        usage = count_usage(model, spec.train, spec.corpus, folder.path)
+        load = {"valid": _worst(usage), "training": training_load(model, spec.train, spec.corpus)}
     wall_s = before + time.perf_counter() - started
     write_json(folder.path / "paper.json", {"format": FORMAT, "wall_s": max(wall_s, result.seconds), "load": load})
 
@@ -86,22 +83,6 @@ def _trained_s(pool: Pool, spec: RunSpec) -> float:
     """Seconds of training that an interrupted run has behind it."""
     times = [record["time_s"] for record in pool.folder(spec).read_metrics() if "time_s" in record]
     return times[-1] if times else 0.0
-
-
-def _count_usage(model: TransformerXL, spec: RunSpec, folder: Path) -> float:
-    """Write the usage on validation; largest over mean load, the worst layer's."""
-    counter = UsageCounter()
-    evaluate(
-        model,
-        spec.corpus.valid,
-        batch=spec.train.eval_batch,
-        context=spec.train.context,
-        memory=spec.train.eval_memory,
-        max_tokens=USAGE_TOKENS,
-        observe=counter.observe,
-    )
-    write_json(folder / "usage.json", counter.to_json())
-    return _worst(counter)
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from sparseffn.accounting import count_block
 from sparseffn.analysis.paired import paired_difference
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
 from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
 from sparseffn.recipes.paper.published import SCALED_COLUMNS, facts
-from sparseffn.recipes.paper.rows import convention_percent
+from sparseffn.recipes.paper.rows import convention_percent, counted_percent
+from sparseffn.recipes.runs import valid_at
 from sparseffn.train.folder import environment
 
 VERSION = 1
@@ -52,7 +52,6 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         "title": planned.table.title,
         "scale": planned.request.scale.name,
         "settings": planned.request.settings,
-        "lower_is_better": True,
         "columns": [_column_json(planned, c, t) for c, t in zip(planned.columns, times, strict=True)],
         "rows": _rows_json(planned),
         "cells": [
@@ -60,7 +59,6 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
             for m in cells
         ],
         "difference_unit": " or ".join(sorted(units)),
-        "extra_columns": [],
         "sweep": _sweep_json(planned),
         "notes": _notes(planned, cells),
         "environment": environment(),
@@ -135,7 +133,6 @@ def _cell_json(
     measured: _Measured, planned: PlannedColumn, equal_time: float | None, others: Mapping[str, _Measured | None]
 ) -> dict[str, Any]:
     cell, finished = measured.cell, measured.finished
-    own, base = count_block(cell.model.ffn), count_block(planned.dense.ffn)
     status, reason = _cell_status(measured)
     test, valid = ([_metric(getattr(f.result, split), planned) for f in finished.values()] for split in ("test", "valid"))
     return {
@@ -153,7 +150,7 @@ def _cell_json(
         "params": cell.model.num_params(),
         "residual_percent": residual_percent(cell, planned),
         "flops_percent": convention_percent(cell.model.ffn, planned.column),
-        "counted_flops_percent": 100.0 * own.forward_flops / base.forward_flops,
+        "counted_flops_percent": counted_percent(cell.model.ffn, planned.dense.ffn),
         "equal_time": _at_time(finished, equal_time, planned),
         "train_s": _train_s(finished),
         "load": _mean_load(finished),
@@ -226,9 +223,8 @@ def _at_time(finished: Mapping[int, Finished], seconds: float | None, planned: P
     for run in finished.values():
         step_s = median_step_s(run)
         points = [(record["step"] * step_s, record["valid"]) for record in run.folder.read_metrics() if "valid" in record]
-        times, values = zip(*points, strict=True)
         # Seeds differ in speed: the end of one that is a little faster stands for that time.
-        losses.append(float(np.interp(seconds, times, values)))
+        losses.append(valid_at(points, seconds))
     return _metric(statistics.fmean(losses), planned)
 
 

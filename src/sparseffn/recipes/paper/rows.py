@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparseffn.accounting import count_block
 from sparseffn.ffn import FFNConfig, method_class
 from sparseffn.ffn._mixture import MixtureConfig
 from sparseffn.ffn.dense import DenseConfig
@@ -210,6 +211,11 @@ def convention_percent(ffn: FFNConfig, column: Column) -> float | None:
     if not isinstance(ffn, MixtureConfig) or ffn.n_channels != column.shape.n_experts * column.shape.expert_size:
         return None
     return 100.0 * ffn.active_channels / ffn.n_channels
+
+
+def counted_percent(ffn: FFNConfig, dense: FFNConfig) -> float:
+    """FLOPs of a block in percent of the dense one's, selection included: 2 for each multiply-add."""
+    return 100.0 * count_block(ffn).forward_flops / count_block(dense).forward_flops
 
 
 def _inner_k(row: Row, column: Column) -> int:
