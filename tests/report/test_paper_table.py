@@ -155,7 +155,7 @@ def test_one_seed_is_said() -> None:
     """No spread, and what the interval leaves out."""
     text = printed(paper_table(seeds=(0,)), width=200)
     assert "2.310  " in text and "±" not in text.split("Test:")[0]
-    assert "Where n = 1 the spread is unknown, and the interval covers the choice of text" in text
+    assert "Where n = 1 the spread is unknown; unless a note gives the scatter of all rows, the interval" in text
     assert "n = 1" not in printed(paper_table())
 
 
@@ -283,7 +283,9 @@ Damage = Callable[[dict[str, Any]], object]
         pytest.param(lambda r: r["cells"][3].update(reason=""), "must say why the cell is failed", id="no reason"),
         pytest.param(lambda r: r["cells"][0].update(seeds=[0, 0, 1]), "must be n = 3 different seeds", id="seeds repeat"),
         pytest.param(lambda r: r["cells"][0].update(seeds=[0]), "must be n = 3 different seeds", id="seeds lack"),
-        pytest.param(lambda r: r["cells"][1]["against_dense"].update(decided=False), "excludes 0", id="decided"),
+        pytest.param(
+            lambda r: r["cells"][1]["against_dense"].update(decided=True, low=-1.0, high=1.0), "holds 0", id="decided"
+        ),
         pytest.param(lambda r: r["cells"][1]["against_dense"].pop("low"), r"against_dense\.low` must be", id="low"),
     ],
 )

@@ -12,6 +12,11 @@ A percentile interval of few draws is too narrow: for two seeds that differ at r
 Deviations at each level are therefore stretched by `sqrt(n / (n - 1))` and by the ratio of Student's t to the normal
 quantile, n the number of seeds or of blocks (Hesterberg 2015, https://arxiv.org/abs/1411.5279, "expanded percentile
 interval"). Two seeds then decide only what is large against the distance between them.
+
+Where a table has more methods, all of them tell how much seeds differ: `seed_noise` pools what rows and seeds leave
+unexplained (a randomised block design: a seed's start and order of the data, which all methods share, cancel in a difference).
+Its many degrees of freedom take the place of a pair's own, and a single seed has an honest interval too. The price is the
+assumption that methods scatter alike.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -41,23 +47,63 @@ class PairedDifference:
     low: float
     high: float
     n_seeds: int
-    """With one, the interval covers the choice of text alone, not that of the seed."""
     n_windows: int
+    covers_seeds: bool
+    """Whether the interval covers the choice of the seed; of one seed without `SeedNoise` it covers that of the text alone."""
 
     @property
     def decided(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero, and covers what it must."""
+        return self.covers_seeds and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedNoise:
+    """How much runs of one method differ by the seed, beyond what a seed does to all methods alike."""
+
+    std: float
+    """Of one run, in the unit of the losses; a difference of two runs has the square root of two times it."""
+    freedom: int
+    """Degrees of freedom behind it, at least 1."""
+
+
+def seed_noise(losses: Mapping[Any, Mapping[int, float]]) -> SeedNoise | None:
+    """Pool the scatter of seeds over methods: what remains of each loss after an effect of its method and one of its seed.
+
+    Args:
+        losses: method to seed to the mean loss of that run; methods may have seeds of their own number.
+
+    Returns:
+        None where nothing remains to estimate it from, as with one seed or one method.
+    """
+    runs = [(method, seed, loss) for method, by_seed in losses.items() for seed, loss in by_seed.items()]
+    methods = list(losses)
+    seeds = sorted({seed for _, seed, _ in runs})
+    design = np.zeros((len(runs), len(methods) + len(seeds)))
+    for n, (method, seed, _) in enumerate(runs):
+        design[n, methods.index(method)] = design[n, len(methods) + seeds.index(seed)] = 1.0
+    freedom = len(runs) - (int(np.linalg.matrix_rank(design)) if runs else 0)
+    if freedom < 1:
+        return None
+    found = np.array([loss for _, _, loss in runs])
+    rest = found - design @ np.linalg.lstsq(design, found, rcond=None)[0]
+    return SeedNoise(std=math.sqrt(float(rest @ rest) / freedom), freedom=freedom)
 
 
 def paired_difference(
-    ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], *, resamples: int = 10_000, seed: int = 0
+    ours: Mapping[int, np.ndarray],
+    theirs: Mapping[int, np.ndarray],
+    *,
+    noise: SeedNoise | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> PairedDifference:
     """Mean over shared seeds and windows of `ours - theirs`, with a two-level bootstrap interval; the same for equal arguments.
 
     Args:
         ours: seed to `[n_windows]`, the loss of each evaluation window in the order of the text.
         theirs: the same of the other method; seeds that only one has are left out.
+        noise: of seeds, pooled over more methods; None: what these two show.
         resamples: draws of the bootstrap.
         seed: of the draws.
 
@@ -71,11 +117,16 @@ def paired_difference(
     n_seeds, n_windows = difference_SW.shape
     generator = np.random.default_rng(seed)
     sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
-    deviations = np.concatenate([_deviations(difference_SW, generator, size) for size in sizes])
+    deviations = np.concatenate([_deviations(difference_SW, generator, size, noise) for size in sizes])
     mean = float(difference_SW.mean())
     low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return PairedDifference(
-        difference=mean, low=mean + float(low), high=mean + float(high), n_seeds=n_seeds, n_windows=n_windows
+        difference=mean,
+        low=mean + float(low),
+        high=mean + float(high),
+        n_seeds=n_seeds,
+        n_windows=n_windows,
+        covers_seeds=n_seeds > 1 or noise is not None,
     )
 
 
@@ -105,7 +156,7 @@ def _differences(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray
     return np.stack([losses[f"ours[{seed}]"] - losses[f"theirs[{seed}]"] for seed in seeds])
 
 
-def _deviations(difference_SW: np.ndarray, generator: np.random.Generator, n: int) -> np.ndarray:
+def _deviations(difference_SW: np.ndarray, generator: np.random.Generator, n: int, noise: SeedNoise | None) -> np.ndarray:
     """`[n]`: how far a resample's mean lies from the mean, each level stretched for its number of draws."""
     n_seeds, n_windows = difference_SW.shape
     # The root of the number of windows: long enough for neighbours' likeness, and enough blocks to draw from.
@@ -114,6 +165,10 @@ def _deviations(difference_SW: np.ndarray, generator: np.random.Generator, n: in
     # Blocks wrap around, so that every window is drawn equally often.
     starts_NB = generator.integers(0, n_windows, (n, n_blocks))
     windows_SN = _block_means(difference_SW, length)[:, starts_NB].mean(axis=2)
+    if noise is not None:
+        scale = noise.std * math.sqrt(2 / n_seeds) * student_quantile(noise.freedom) / _Z
+        from_windows = windows_SN.mean(axis=0) - difference_SW.mean()
+        return scale * generator.standard_normal(n) + _stretch(n_blocks) * from_windows
     share_NS = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n) / n_seeds
     seed_means_S = difference_SW.mean(axis=1)
     from_seeds = share_NS @ seed_means_S - seed_means_S.mean()

@@ -247,11 +247,14 @@ def _general_notes(result: Result, blocks: tuple[Block, ...]) -> list[str]:
 
 def _measured_notes(result: Result) -> list[str]:
     numbers = {cell["n"] for cell in result["cells"] if cell["status"] == "measured"}
-    alone = " Where n = 1 the spread is unknown, and the interval covers the choice of text, not that of the seed."
+    alone = (
+        " Where n = 1 the spread is unknown; unless a note gives the scatter of all rows, the interval covers the choice of "
+        "text alone, and decides nothing."
+    )
     return [
         f"Test: mean and sample standard deviation over n seeds.{alone if 1 in numbers else ''}",
         f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; negative is "
-        f"better. The interval is a bootstrap over seeds and blocks of neighbouring "
+        f"better. The 95% interval holds the scatter of seeds and that of blocks of neighbouring "
         f"windows; {DECIDED} marks those that exclude zero, and nothing else is a finding.",
         "At equal time: validation after the same training time for all rows of a column.",
     ]

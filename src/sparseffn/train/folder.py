@@ -61,6 +61,11 @@ class RunFolder:
         self.path = Path(path)
 
     @property
+    def environment_path(self) -> Path:
+        """What the result depends on beside its config."""
+        return self.path / "environment.json"
+
+    @property
     def metrics_path(self) -> Path:
         """One JSON object a line: training steps and validation points."""
         return self.path / "metrics.jsonl"
@@ -94,8 +99,8 @@ class RunFolder:
         fresh = not path.exists()
         if fresh:
             write_json(path, config)
-        if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", environment())
+        if not self.environment_path.exists():
+            write_json(self.environment_path, environment())
         return fresh
 
     def check(self, config: Mapping[str, Any]) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sparseffn.analysis.paired import paired_difference
+from sparseffn.analysis.paired import SeedNoise, paired_difference, seed_noise
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
 from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
 from sparseffn.recipes.paper.published import SCALED_COLUMNS, facts
-from sparseffn.recipes.paper.rows import convention_percent, counted_percent
+from sparseffn.recipes.paper.rows import RELEASED_FORMS, convention_percent, counted_percent
+from sparseffn.recipes.paper.tables import get_table
 from sparseffn.recipes.runs import valid_at
+from sparseffn.stored import read_json
 from sparseffn.train.folder import environment
 
 VERSION = 1
@@ -43,7 +45,7 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
     ]
     by_column = [[m for m in cells if m.cell.column == c] for c in range(len(planned.columns))]
     times = [_equal_time(column) for column in by_column]
-    dense, sigma = ([_keyed(column, key) for column in by_column] for key in ("dense", "sigma-moe"))
+    noises = [_seed_noise(column) for column in by_column]
     units = {_difference_unit(column) for column in planned.columns}
     return {
         "kind": "paper-table",
@@ -55,13 +57,14 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         "columns": [_column_json(planned, c, t) for c, t in zip(planned.columns, times, strict=True)],
         "rows": _rows_json(planned),
         "cells": [
-            _cell_json(m, planned.columns[c := m.cell.column], times[c], {"dense": dense[c], "sigma_moe": sigma[c]})
+            _cell_json(m, planned.columns[c := m.cell.column], times[c])
+            | {f"against_{name}": _against(m, other, planned.columns[c], noises[c]) for name, other in _others(m, by_column[c])}
             for m in cells
         ],
         "difference_unit": " or ".join(sorted(units)),
         "sweep": _sweep_json(planned),
-        "notes": _notes(planned, cells),
-        "environment": environment(),
+        "notes": _notes(planned, cells) + [_noise_note(planned.columns[c], n) for c, n in enumerate(noises) if n is not None],
+        "environment": _environment(cells),
     }
 
 
@@ -71,9 +74,40 @@ def _sweep_json(planned: PlannedTable) -> dict[str, Any] | None:
     return {"axis": table.axis, "x": [table.places.get(row.key) for row in table.rows]} if table.axis else None
 
 
-def _keyed(column: Sequence[_Measured], key: str) -> _Measured | None:
-    """A column's row of that key."""
-    return next((measured for measured in column if measured.cell.key == key), None)
+def _others(measured: _Measured, column: Sequence[_Measured]) -> list[tuple[str, _Measured | None]]:
+    """What a cell is held against: the rows of its column by these keys, and of a released form the paper's."""
+    by_key = {other.cell.key: other for other in column}
+    row = measured.cell.sized.row
+    paper = next((m for m in column if m.cell.sized.row.published == row.published and m.cell.sized.row.form == "paper"), None)
+    return [
+        ("dense", by_key.get("dense")),
+        ("sigma_moe", by_key.get("sigma-moe")),
+        ("paper_form", paper if row.form == "released" else None),
+    ]
+
+
+def _environment(cells: Sequence[_Measured]) -> dict[str, Any]:
+    """Of the runs; what differs between them is listed. Of this process where there is no run."""
+    paths = {run.folder.environment_path for measured in cells for run in measured.finished.values()}
+    found = [read_json(path, fix="remove the run's folder and run the same command again") for path in sorted(paths)]
+    if not found:
+        return environment()
+    values = {name: list(dict.fromkeys(str(e.get(name, "unknown")) for e in found)) for name in environment()}
+    return {name: " or ".join(sorted(several)) for name, several in values.items()}
+
+
+def _seed_noise(column: Sequence[_Measured]) -> SeedNoise | None:
+    """In nats, pooled over the rows of a column."""
+    runs = {m.cell.row: {seed: run.result.test for seed, run in m.finished.items()} for m in column if m.finished}
+    return seed_noise(runs)
+
+
+def _noise_note(planned: PlannedColumn, noise: SeedNoise) -> str:
+    scatter = f"{_in_difference_unit(noise.std, planned):.4f} {_difference_unit(planned)}"
+    return (
+        f"{planned.column.name}: runs of one row scatter by {scatter} (standard deviation, pooled over the rows, "
+        f"{noise.freedom} degrees of freedom); the intervals of differences take it for that of every row"
+    )
 
 
 def _column_json(table: PlannedTable, planned: PlannedColumn, equal_time: float | None) -> dict[str, Any]:
@@ -129,9 +163,7 @@ def _unequal_marks(planned: PlannedTable, cells: Sequence[PlannedCell]) -> list[
     return marks
 
 
-def _cell_json(
-    measured: _Measured, planned: PlannedColumn, equal_time: float | None, others: Mapping[str, _Measured | None]
-) -> dict[str, Any]:
+def _cell_json(measured: _Measured, planned: PlannedColumn, equal_time: float | None) -> dict[str, Any]:
     cell, finished = measured.cell, measured.finished
     status, reason = _cell_status(measured)
     test, valid = ([_metric(getattr(f.result, split), planned) for f in finished.values()] for split in ("test", "valid"))
@@ -154,7 +186,6 @@ def _cell_json(
         "equal_time": _at_time(finished, equal_time, planned),
         "train_s": _train_s(finished),
         "load": _mean_load(finished),
-        **{f"against_{name}": _against(measured, other, planned) for name, other in others.items()},
     }
 
 
@@ -183,16 +214,21 @@ def _difference_unit(planned: PlannedColumn) -> str:
     return "nats per token" if metric == "perplexity" else metric
 
 
-def _against(measured: _Measured, other: _Measured | None, planned: PlannedColumn) -> dict[str, Any] | None:
+def _in_difference_unit(nats: float, planned: PlannedColumn) -> float:
+    return nats if _difference_unit(planned) == "nats per token" else nats / math.log(2)
+
+
+def _against(
+    measured: _Measured, other: _Measured | None, planned: PlannedColumn, noise: SeedNoise | None
+) -> dict[str, Any] | None:
     """Test loss less another row's, paired over seeds and windows; None without a common seed."""
     if other is None or other is measured or not set(other.finished) & set(measured.finished):
         return None
-    found = paired_difference(_windows(measured), _windows(other))
-    scale = 1.0 if _difference_unit(planned) == "nats per token" else 1.0 / math.log(2)
+    found = paired_difference(_windows(measured), _windows(other), noise=noise)
     return {
-        "difference": scale * found.difference,
-        "low": scale * found.low,
-        "high": scale * found.high,
+        "difference": _in_difference_unit(found.difference, planned),
+        "low": _in_difference_unit(found.low, planned),
+        "high": _in_difference_unit(found.high, planned),
         "decided": found.decided,
         "n_seeds": found.n_seeds,
         "n_windows": found.n_windows,
@@ -239,6 +275,7 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     request = planned.request
     notes = [
         *_settings_notes(planned),
+        _choice_note(planned),
         "hyperparameters are the same for all methods of a column" if request.settings == "paper" else "",
         request.scale.note,
         "training time is steps x the median step of the runs themselves, as the machine was then",
@@ -246,8 +283,7 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     ]
     if request.settings == "released":
         notes.append(
-            "released settings mix two clippings of the gradient: 0.1 for the small dense and Top-K models on words, 0.25 "
-            "for all others; gamma of WT-S is 1e-4 here, and 1e-3 occurs among the released runs too; gamma of C4-S and "
+            "gamma of WT-S is 1e-4 here, and 1e-3 occurs among the released runs too; gamma of C4-S and "
             "peS2o-S is 0 (paper: 1e-3); delta of WT-B, C4-B and peS2o-B is 0.1 (paper: 0.2); Switch starts at standard scale "
             "with rows of equal norm on C4-B and peS2o-B, elsewhere at a tenth of the variance with free rows"
         )
@@ -262,15 +298,33 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     return [note for note in notes if note]
 
 
+def _choice_note(planned: PlannedTable) -> str:
+    """How much of the table was asked for."""
+    chosen = planned.table
+    whole = get_table(chosen.name).selected(columns=None, rows=None, settings=planned.request.settings)
+    if (len(chosen.rows), len(chosen.columns)) == (len(whole.rows), len(whole.columns)):
+        return ""
+    return (
+        f"a part of the table: {len(chosen.rows)} of {len(whole.rows)} rows and {len(chosen.columns)} of "
+        f"{len(whole.columns)} columns were asked for"
+    )
+
+
 def _published_notes(planned: PlannedTable) -> list[str]:
     """In what the published values differ from one another, and from what is measured here."""
     own = facts().get(planned.table.name, {}).get("note", "")
     notes = [f"of the published values: {own}" if own else ""]
-    if any(cell.sized.row.method == "pkm" and cell.published is not None for cell in planned.cells):
-        beside = "; the paper's top-K form and the released one stand beside the same published value"
+    if any(cell.published is not None for cell in planned.cells):
         notes.append(
-            "the published PKM rows measured the released dense path, which reads every value (k None)"
-            + (beside if planned.request.settings == "paper" else "")
+            "the published runs mix two clippings of the gradient: 0.1 for the small dense and Top-K models on words, 0.25 for "
+            "all others" + (", and so do these" if planned.request.settings == "released" else "; here a column has one")
+        )
+    forms = {cell.sized.row.method for cell in planned.cells if cell.published is not None} & RELEASED_FORMS.keys()
+    if forms:
+        beside = "; both forms stand beside the same published value" if planned.request.settings == "paper" else ""
+        notes.append(
+            f"the published rows of {', '.join(sorted(forms))} come from the released code, whose form differs from the "
+            f"paper's ({'; '.join(RELEASED_FORMS[method] for method in sorted(forms))}){beside}"
         )
     if planned.request.scale.is_published:
         names = [planned.columns[cell.column].column.name for cell in planned.cells]
