@@ -164,10 +164,10 @@ def test_convention_stands_only_where_the_block_has_the_columns_pairs() -> None:
 @pytest.mark.parametrize(
     ("name", "scale", "settings", "words"),
     [
-        ("table3", "paper", "paper", ["11.71", "end-of-line", "separates documents"]),
-        ("table6", "paper", "paper", ["dense path", "same published", "end-of-line"]),
-        ("table6", "base", "released", ["dense path", "not tuned", "delta of"]),
-        ("table1", "cpu", "paper", []),
+        ("table3", "paper", "paper", ["11.71", "end-of-line", "separates documents", "two clippings"]),
+        ("table6", "paper", "paper", ["no top-K, as released", "same published", "end-of-line", "two clippings", "both forms"]),
+        ("table6", "base", "released", ["no top-K, as released", "not tuned", "delta of", "two clippings"]),
+        ("table1", "cpu", "paper", ["two clippings"]),
     ],
     ids=["table3", "table6", "released", "cpu"],
 )
@@ -175,7 +175,8 @@ def test_notes_say_what_the_comparison_hides(name: str, scale: str, settings: st
     """Each where it holds, and not elsewhere."""
     table = get_table(name).selected(columns=None, rows=None, settings=settings)  # type: ignore[arg-type]
     notes = " ".join(table_json(plan_table(table, request_at(scale, settings)), Pool("."))["notes"])
-    every = {"11.71", "end-of-line", "separates documents", "dense path", "same published", "not tuned", "delta of"}
+    every = {"11.71", "end-of-line", "separates documents", "same published", "not tuned", "delta of", "two clippings"}
+    every |= {"no top-K, as released", "both forms"}
     assert {word for word in every if word in notes} == set(words)
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from sparseffn.analysis.paired import SeedNoise, paired_difference, seed_noise
 from sparseffn.data import to_metric
+from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
 from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
 from sparseffn.recipes.paper.published import SCALED_COLUMNS, facts
 from sparseffn.recipes.paper.rows import RELEASED_FORMS, convention_percent, counted_percent
-from sparseffn.recipes.paper.tables import get_table
+from sparseffn.recipes.paper.tables import TABLES
 from sparseffn.recipes.runs import valid_at
 from sparseffn.stored import read_json
 from sparseffn.train.folder import environment
@@ -301,7 +302,8 @@ def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
 def _choice_note(planned: PlannedTable) -> str:
     """How much of the table was asked for."""
     chosen = planned.table
-    whole = get_table(chosen.name).selected(columns=None, rows=None, settings=planned.request.settings)
+    table = TABLES.get(chosen.name) or OWN_TABLES[chosen.name]
+    whole = table.selected(columns=None, rows=None, settings=planned.request.settings)
     if (len(chosen.rows), len(chosen.columns)) == (len(whole.rows), len(whole.columns)):
         return ""
     return (
