@@ -60,20 +60,76 @@ def test_markdown_is_that_of_the_json(path: Path) -> None:
     assert path.with_suffix(".md").read_text(encoding="utf-8") == paper_markdown(build_table(read_paper_table(path)))
 
 
+def test_means_over_other_seeds_do_not_rank_rows(tool: ModuleType, tmp_path: Path) -> None:
+    """The row furthest behind sigma-MoE stays last, whatever its own mean is."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results)
+    before = _labels(tool.BLOCKS["rows"](tool.Evidence.read(results)))
+    for path in sorted((results / "evidence").glob("table*.json")):
+        table = read_json(path, fix="")
+        for cell in table["cells"]:
+            if table["rows"][cell["row"]]["label"] == before[-1]:
+                cell["mean"] = 0.111
+        write_json(path, table)
+    block = tool.BLOCKS["rows"](tool.Evidence.read(results))
+    assert "0.111" in block and _labels(block) == before
+
+
+def _labels(block: str) -> list[str]:
+    return [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("| ")][2:]
+
+
 @pytest.mark.parametrize(
-    ("mean", "n_seeds", "scatter", "found", "words"),
+    ("claimed", "interval", "words"),
     [
-        (0.1, 1, 0.01, {"decided": True}, "worse, as far as one seed can say"),
-        (0.01, 1, 0.01, {"decided": True}, "undecided"),
-        (-0.1, 1, None, None, "undecided"),
-        (-0.1, 2, 0.01, {"decided": False}, "undecided"),
-        (-0.01, 2, 0.01, {"decided": True}, "better"),
-        (0.015, 2, 0.01, None, "worse"),
+        ("equal or better", (-0.03, 0.019), "confirmed"),
+        ("equal or better", (0.001, 0.019), "confirmed"),
+        ("equal or better", (-0.03, 0.021), "undecided"),
+        ("equal or better", (0.021, 0.03), "contradicted"),
+        ("better", (-0.03, -0.001), "confirmed"),
+        ("better", (-0.03, 0.001), "undecided"),
+        ("better", (0.001, 0.03), "contradicted"),
+        ("worse", (0.001, 0.03), "confirmed"),
+        ("worse", (-0.001, 0.03), "undecided"),
+        ("worse", (-0.03, -0.001), "contradicted"),
+        ("-", (0.001, 0.03), "differs"),
+        ("-", (-0.03, -0.001), "differs"),
+        ("-", (-0.001, 0.03), "undecided"),
     ],
-    ids=["far", "near", "no-scatter", "interval-holds-zero", "interval-excludes-zero", "no-interval"],
+    ids=lambda value: str(value).replace(" ", "-"),
 )
-def test_verdict_of_one_seed_is_not_its_interval(
-    tool: ModuleType, mean: float, n_seeds: int, scatter: float | None, found: dict[str, bool] | None, words: str
+def test_verdict_is_by_the_interval_and_what_is_claimed(
+    tool: ModuleType, claimed: str, interval: tuple[float, float], words: str
 ) -> None:
-    """Which covers the text alone; several seeds decide by theirs."""
-    assert tool.verdict(mean, n_seeds, scatter, found) == words
+    """One rule, however many seeds there are: only "equal or better" has a margin."""
+    assert tool.verdict(claimed, interval) == words
+
+
+def test_rows_that_no_table_compares_go_through_dense(tool: ModuleType) -> None:
+    """With the widths of both intervals; a released form uses its own comparison as soon as there is one."""
+    released, paper = ("pkm", True), ("pkm", False)
+    cells = {
+        released: {"against_dense": {"difference": 0.3, "low": 0.2, "high": 0.5, "n_seeds": 2}},
+        paper: {"against_dense": {"difference": 0.1, "low": 0.0, "high": 0.3, "n_seeds": 1}},
+    }
+    found, through = tool.difference(cells, released, paper)
+    assert through and found == pytest.approx({"difference": 0.2, "low": -0.1, "high": 0.5, "n_seeds": 1})
+    cells[released]["against_paper_form"] = {"difference": 0.25, "low": 0.2, "high": 0.3, "n_seeds": 2}
+    assert tool.difference(cells, released, paper) == (cells[released]["against_paper_form"], False)
+    assert tool.difference(cells, released, tool.DENSE) == (cells[released]["against_dense"], False)
+    cells[paper]["against_dense"] = None
+    assert tool.difference(cells, paper, released) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("loads", "words"),
+    [
+        ([(2.4, 4.0), (1.1, 4.0)], "contradicted"),
+        ([(3.9, 4.0), (30.0, 32.0)], "confirmed"),
+        ([(3.9, 4.0), (3.9, 32.0)], "undecided"),
+    ],
+    ids=["none", "all", "one"],
+)
+def test_collapse_is_near_the_most_that_there_can_be(tool: ModuleType, loads: list[tuple[float, float]], words: str) -> None:
+    """A load says nothing without N_E / K."""
+    assert tool.collapse(loads) == words
