@@ -55,10 +55,10 @@ format: setup
 readme: setup
 	$(BIN)/python tools/generated.py
 
-# Made from the pool: results/evidence/, and of the page the blocks that say so. LaTeX and HTML are not kept.
+# Made from the pool: results/evidence/, and of the page the blocks that say so. LaTeX, HTML and their index are not kept.
 evidence: setup
 	$(BIN)/sparseffn reproduce evidence --view --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
-	rm -f results/evidence/*.tex results/evidence/*.html
+	rm -f results/evidence/*.tex results/evidence/*.html results/evidence/tables.md
 	$(BIN)/python tools/generated.py docs/results.md
 
 clean:
