@@ -159,6 +159,14 @@ def test_one_seed_is_said() -> None:
     assert "n = 1" not in printed(paper_table())
 
 
+def test_columns_of_validation_are_told_apart() -> None:
+    """One is of the whole split, the other of its beginning; where nothing was measured neither is explained."""
+    result = paper_table()
+    assert any("cannot be compared with the column of the whole split" in note for note in build_paper_table(result).notes)
+    cells = [unmeasured(cell, "missing", "not run yet") for cell in result["cells"]]
+    assert not any("At equal time" in note for note in build_paper_table({**result, "cells": cells}).notes)
+
+
 def test_one_column_has_no_overview() -> None:
     """It would say the same twice."""
     assert build_paper_table(paper_table(n_columns=1)).overview is None

@@ -253,5 +253,7 @@ def _measured_notes(result: Result) -> list[str]:
         f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; negative is "
         f"better. The interval is a bootstrap over seeds and blocks of neighbouring "
         f"windows; {DECIDED} marks those that exclude zero, and nothing else is a finding.",
-        "At equal time: validation after the same training time for all rows of a column.",
+        "At equal time: validation after the same training time for all rows of a column, from the training curve. It is of "
+        "the first tokens of validation alone, so that it cannot be compared with the column of the whole split; slower "
+        "rows are then before their end, with a learning rate that has still to decay.",
     ]
