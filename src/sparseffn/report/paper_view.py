@@ -128,11 +128,17 @@ def numbered_title(result: Result) -> str:
 def _row_notes(row: Result, result: Result) -> list[str]:
     published, settings = row.get("published_label"), row.get("settings")
     notes = list(row["marks"])
-    if published and published != row["label"]:
+    if published and published != row["label"] and not any(_names_both(mark, row["label"], published) for mark in notes):
         notes.append(f"the paper's row {published!r}")
     if settings and settings != result["settings"]:
         notes.append(f"{settings} settings")
     return notes
+
+
+def _names_both(mark: str, label: str, published: str) -> bool:
+    """Whether a mark says already of which row of the paper this one is."""
+    here, _, there = mark.partition(" stands for ")
+    return there == published or (there != "" and here.startswith(label))
 
 
 def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Block:
