@@ -58,6 +58,7 @@ REFUSED = {
     "counted-rows": ("table8 --rows dense", "`--rows` must be left out for table8"),
     "counted-column": ("table7 --columns WTS", "unknown column 'WTS'; fix: did you mean"),
     "counted-without": ("table8 table3 --columns C4-S", "table8 has none of these columns or rows; fix: leave it out"),
+    "counted-settings": ("table7 table8 --settings released", "fix: leave it out, as it is for tables that are trained, table 9"),
     "counted-corpus": ("table9 --corpus stdlib", "`--corpus` must be left out for table9"),
     "figure-scale": ("fig1 --from runs/a --scale cpu", "`--scale` must be left out for fig1"),
     "figure-seeds": ("fig1 --seeds 1", "`--seeds` must be left out for fig1"),
