@@ -66,7 +66,7 @@ REFUSED = {
     "no-dense": (["fig4"], ["sigma-moe"], r"of the dense block for fig4; got sigma-moe"),
     "no-experts": (["fig6"], ["dense"], r"of a mixture that selects several experts for fig6; got dense"),
     "no-mixture": (["fig7"], ["dense"], r"of a mixture of experts for fig7; got dense"),
-    "one-of-several": (["fig1", "fig3"], ["dense"], r"of a mixture of experts for fig3"),
+    "none-of-several": (["fig3", "fig6"], ["dense"], r"of a mixture of experts for fig3"),
     "name": (["fig12"], ["dense"], r"unknown figure 'fig12'; fix: did you mean"),
 }
 
@@ -79,6 +79,20 @@ def test_figure_without_its_run_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run_figures(names, options(tmp_path / "f", song, [runs[name] for name in given]))
     assert not (tmp_path / "f").exists()
+
+
+def test_figure_that_lacks_its_run_does_not_stop_the_others(
+    runs: dict[str, Path], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is listed with the reason wherever the others are."""
+    monkeypatch.setattr(reproduce_figures, "can_draw", lambda: False)
+    assert run_figures(["fig1", "fig3"], options(tmp_path / "f", song, [runs["sigma-moe"]])) == 0
+    printed, text = capsys.readouterr().out, (tmp_path / "f" / "figures.md").read_text()
+    one, three = json.loads((tmp_path / "f" / "reproduced.json").read_text())["figures"]
+    reason = "`--from` must name a finished run of the dense block for fig1; got sigma-moe; fix: sparseffn train"
+    assert one["not_drawn"].startswith(reason) and (one["measured"], one["runs"]) == ([], [])
+    assert three["runs"] == ["sigma-moe"] and three["measured"][0] in printed
+    assert f"  not drawn: {reason}" in printed and f"Not drawn: {reason}" in text
 
 
 def test_folder_that_is_no_run_is_refused(song: Path, tmp_path: Path) -> None:

@@ -279,6 +279,19 @@ def test_help_needs_no_torch() -> None:
     assert "compare" in done.stdout
 
 
+@pytest.mark.parametrize("words", ["data list", "reproduce table7 --json"], ids=["lines", "one-write"])
+def test_reader_that_leaves_is_no_error(words: str) -> None:
+    """As `| head` does: nothing is said, and what was left to print is dropped."""
+    code = "import sys; from sparseffn.cli import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_import_is_light_and_brings_no_extra() -> None:
     """Under half a second more than torch, best of three; no extra, no Triton kernels of ours, no output."""
     code = (

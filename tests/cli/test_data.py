@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_the_list_has_every_corpus_and_what_was_verified(capsys: pytest.CaptureF
     rows = {row["corpus"]: row for row in found(["list"], capsys)}
     assert set(rows) == set(list_corpora())
     assert {name for name, row in rows.items() if row["digest"] == "verified"} == {"ptb"}
+    assert all(re.search(r"@[0-9a-f]{40}$", rows[name]["addresses"][0]) for name in ("c4", "pes2o"))
     assert (rows["enwik8"]["here"], rows["enwik8"]["bytes"]) == ("no", 100_000_000)
     assert {row["here"] for row in rows.values()} == {"always", "no", "--data-dir"}
     assert len(rows["enwik8"]["addresses"]) >= 2
@@ -49,7 +51,11 @@ def test_data_alone_is_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     alone = capsys.readouterr().out
     assert main(["data", "list"]) == 0
     assert capsys.readouterr().out == alone
-    assert "unverified" in alone
+    assert (
+        "\nunverified: " in alone
+        and "\nverified: the digests of the plain files" in alone
+        and "the revision of the repository" in alone
+    )
 
 
 @pytest.mark.skipif(not PTB.is_dir(), reason="needs ../shared/data/ptb beside the repository")

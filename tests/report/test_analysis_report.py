@@ -130,6 +130,18 @@ def test_tables_of_an_analysis() -> None:
     assert "600,000 tokens of valid of stdlib" in facts_line(found)
 
 
+def test_stability_is_not_that_of_the_rest_at_the_end() -> None:
+    """The last snapshot comes with the last step, however near the one before is."""
+    found = analysis()
+    last = found["training"]["stability"][-1]
+    rest = {"from": last["to"], "to": last["to"] + 4, "layers": [{"jaccard": 1.0, "overlap": 1.0}] * len(last["layers"])}
+    (full, _), (with_rest, _) = (
+        analysis_sheets({**found, "training": {**found["training"], "stability": stability}})
+        for stability in (found["training"]["stability"], [*found["training"]["stability"], rest])
+    )
+    assert with_rest == full and f"from step {last['from']} to {last['to']}" in full.notes[1]
+
+
 def test_markdown_sets_statement_and_measurement_beside_the_picture() -> None:
     """And says where nothing was drawn."""
     entry = {"name": "fig1", "statement": "S.", "measured": ["M."], "files": ["fig1.png", "fig1.svg"], "captions": ["C."]}

@@ -106,6 +106,25 @@ def test_row_says_where_it_is_not_the_papers() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("label", "published", "mark"),
+    [
+        ("switch, K=1, G=256", "switch, K=1, G=512", "switch, K=1, G=256 stands for switch, K=1, G=512"),
+        ("s-base, K=4, G=64 (as released)", "s-base, K=4, G=128", "s-base, K=4, G=64 stands for s-base, K=4, G=128"),
+        ("Top-K, K=64", "Top-K, K=128", "Top-K, K=64 of 1027 stands for K=128 of 2053"),
+    ],
+    ids=["whole", "with-a-form", "top-k"],
+)
+def test_row_of_the_paper_is_named_once(label: str, published: str, mark: str) -> None:
+    """By the mark where that names it; letters stand in their order, whoever had them first."""
+    result = paper_table()
+    result["rows"][1]["settings"] = "released"
+    result["rows"][3] |= {"label": label, "published_label": published, "marks": [mark], "settings": "released"}
+    table = build_paper_table(result)
+    assert list(table.footnotes.values())[:2] == ["released settings", mark]
+    assert table.blocks[0].rows[3][0].marks == ("a", "b")
+
+
 def test_measured_cell_that_lacks_a_seed_says_so() -> None:
     """Beside its loss, and beside a difference that is over fewer seeds than the loss."""
     result = paper_table()
@@ -157,6 +176,14 @@ def test_one_seed_is_said() -> None:
     assert "2.310  " in text and "±" not in text.split("Test:")[0]
     assert "Where n = 1 the spread is unknown; unless a note gives the scatter of all rows, the interval" in text
     assert "n = 1" not in printed(paper_table())
+
+
+def test_columns_of_validation_are_told_apart() -> None:
+    """One is of the whole split, the other of its beginning; where nothing was measured neither is explained."""
+    result = paper_table()
+    assert any("cannot be compared with the column of the whole split" in note for note in build_paper_table(result).notes)
+    cells = [unmeasured(cell, "missing", "not run yet") for cell in result["cells"]]
+    assert not any("At equal time" in note for note in build_paper_table({**result, "cells": cells}).notes)
 
 
 def test_one_column_has_no_overview() -> None:

@@ -17,6 +17,7 @@ from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED
 from sparseffn.report.sheet import Sheet, markdown_sheet
 from sparseffn.report.study_page import read_study, study_html
+from sparseffn.report.study_plots import study_plots
 from sparseffn.report.study_tables import (
     TITLES,
     along,
@@ -85,6 +86,19 @@ def test_page_without_figures_has_every_table(name: str) -> None:
     for sheet in study_sheets(result).values():
         assert page.count(sheet.title.replace("'", "&#39;")) >= 1
     assert TITLES[f"study-{name}"] in page and f"sparseffn study {name}" in page and "<script" not in page
+
+
+def test_study_cut_short_draws_what_it_has() -> None:
+    """As a small budget leaves it: one size, off the axis of the depth, and no training."""
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed here")
+    result = committed("init")
+    n_layers = result["settings"]["grid"]["base"][0]
+    start = [row for row in along(result, "n_experts") if row["n_experts"] != result["settings"]["grid"]["base"][1]]
+    cut = {**result, "start": start, "variants": [{**variant, "runs": []} for variant in result["variants"]]}
+    assert {row["n_layers"] for row in start} == {n_layers} and along(cut, "n_layers") == []
+    assert [plot.name for plot in study_plots(cut)] == [
+        f"study-init-{name}" for name in ("output-n-experts", "load-gaussian", "load-text")
+    ]
 
 
 def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:

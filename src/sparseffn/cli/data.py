@@ -36,7 +36,9 @@ def list_command(options: argparse.Namespace) -> int:
         ],
         n_words=len(columns),
     )
-    print("\nunverified: never fetched here, so that published digests and addresses were not compared with anything")
+    print("\nverified: the digests of the plain files were compared with a copy here; archives and addresses were not")
+    print("unverified: never fetched here, so that published digests and addresses were not compared with anything")
+    print("streamed corpora: no digest is published; the revision of the repository in the address stands for it")
     print("text: of a streamed corpus, what is stored of it once it is prepared; +n: so many other places, see --json")
     return 0
 

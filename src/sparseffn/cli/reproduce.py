@@ -50,7 +50,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
     chosen = select_tables(tables, columns, options.rows, request)
     trained = {table.name: plan_table(table, request) for table in chosen}
     if options.dry_run:
-        return _dry_run(options, trained)
+        return _dry_run(options, trained, [name for name in targets if name in COUNTED])
     _refuse_without_corpus(trained, request)
     if not options.view:
         _run(options, pool, trained)
@@ -125,8 +125,8 @@ def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -
         raise UserError(f"scale {request.scale.name} needs its corpus: {columns[0].reason}")
 
 
-def _dry_run(options: argparse.Namespace, trained: dict[str, PlannedTable]) -> int:
-    result = dry_run(list(trained.values()), measure_speed())
+def _dry_run(options: argparse.Namespace, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
+    result = dry_run(list(trained.values()), measure_speed(), counted)
     if options.out is not None:
         write_json(Path(options.out) / "dry-run.json", result)
     if options.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from sparseffn.cli.output import Watch, clock, parse_duration, print_files, print_json, print_rows
@@ -11,11 +10,14 @@ from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
 from sparseffn.errors import UserError
-from sparseffn.recipes.paper.evidence import COLUMN, STAGES, Item, Stage, evidence_items, evidence_tables, list_json, spend
+from sparseffn.recipes.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.pool import Pool
 from sparseffn.stored import write_json
+
+TABLES = "runs/evidence"
+"""Folder that is proposed for the tables."""
 
 
 def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) -> int:
@@ -59,18 +61,18 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     ]
     print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
     done = [run["wall_s"] for run in result["runs"] if run["wall_s"] is not None]
-    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}; tables show them:\n  {view_command(options)}")
+    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}")
+    if options.out is None:
+        print(f"their tables are written by:\n  {view_command(options)}")
     print_files(index)
     return 0
 
 
-def view_command(options: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> str:
-    """The command that shows the runs and trains nothing, with the seeds of the row that has the most."""
-    names = " ".join(dict.fromkeys(stage.table for stage in stages))
-    n_seeds = max(stage.n_seeds for stage in stages)
+def view_command(options: argparse.Namespace) -> str:
+    """The command that writes the tables of the list, each row with the seeds that are planned or there, and trains nothing."""
     # All that a run's digest or its place depends on.
     rest = typed(options, ("scale", "steps", "corpus", "tokenizer", "vocab_size", "data_dir", "cache_dir", "pool"))
-    return f"sparseffn reproduce {names} --columns {COLUMN} --view --seeds {n_seeds} {rest}"
+    return f"sparseffn reproduce evidence --view --out {TABLES} {rest}"
 
 
 def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:

@@ -54,7 +54,8 @@ def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        UserError: no such figure; no run that a figure can be drawn from, told before anything is measured.
+        UserError: no such figure; no run that any of the figures can be drawn from, told before anything is measured. A
+            figure that lacks its run beside one that has it is listed as not drawn, with the reason.
     """
     for name in names:
         if name not in FIGURE_NAMES:
@@ -62,21 +63,24 @@ def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
     names = [name for name in FIGURE_NAMES if name in names]
     check_out(options.out)
     source = _Source(options)
-    chosen = {name: source.choose(name) for name in names if statements()[name]["shows"] != "bench"}
+    chosen, lacking = source.choose(names)
     bench = _benchmarked(names, options)
     out, draws, entries = Path(options.out), can_draw(), []
     for name in names:
-        measured, plots = _bench_figure(name, bench) if name not in chosen else _run_figure(name, chosen[name], source)
-        drawn = plots() if draws else []
+        measured, plots = [], []
+        if name not in lacking:
+            measured, draw = _run_figure(name, chosen[name], source) if name in chosen else _bench_figure(name, bench)
+            plots = draw() if draws else []
+        reason = lacking.get(name) or ("nothing was measured" if draws else "matplotlib is not installed")
         entries.append(
             {
                 "name": name,
                 "statement": statements()[name]["statement"],
                 "measured": measured,
-                "runs": list(chosen.get(name, ())),
-                "files": [path.name for path in write_plots(drawn, out)],
-                "captions": [plot.caption for plot in drawn],
-                "not_drawn": None if drawn else "nothing was measured" if draws else "matplotlib is not installed",
+                "runs": chosen.get(name, []),
+                "files": [path.name for path in write_plots(plots, out)],
+                "captions": [plot.caption for plot in plots],
+                "not_drawn": None if plots else reason,
             }
         )
     result = {"format": FORMAT, "kind": "paper-figures", "source": statements()["source"], "figures": entries}
@@ -97,6 +101,8 @@ def _show(result: Mapping[str, Any], out: Path, options: argparse.Namespace) -> 
         for file in figure["files"]:
             if file.endswith(".png"):
                 print(f"  png:   {(out / file).resolve().as_uri()}")
+        if figure["not_drawn"]:
+            print(f"  not drawn: {figure['not_drawn']}")
         print()
     print(f"md: {(out / 'figures.md').resolve().as_uri()}")
 
@@ -113,7 +119,24 @@ class _Source:
         self.settings = {labels[folder]: found for folder, found in settings.items()}
         self._done: dict[tuple[str, tuple[Split, ...]], dict[str, Any]] = {}
 
-    def choose(self, name: str) -> list[str]:
+    def choose(self, names: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Labels of the runs that each figure is drawn from, and why there are none for the others; those of time need none.
+
+        Raises:
+            UserError: none of the figures has what it needs.
+        """
+        chosen, lacking = {}, {}
+        for name in names:
+            if statements()[name]["shows"] != "bench":
+                try:
+                    chosen[name] = self._choose(name)
+                except UserError as error:
+                    lacking[name] = str(error)
+        if len(lacking) == len(names):
+            raise UserError(lacking[names[0]])
+        return chosen, lacking
+
+    def _choose(self, name: str) -> list[str]:
         """Labels of the runs that a figure is drawn from.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -105,8 +106,10 @@ def _start(run: Named, pool: Pool, threads: int, choice: argparse.Namespace) -> 
     }
     process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE)
     assert process.stdin is not None, "a pipe was asked for"
-    process.stdin.write(json.dumps(task).encode())
-    process.stdin.close()
+    # A process that ended before it read this is told of by its code, and the rest goes on.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(task).encode())
+        process.stdin.close()
     return _Job(process, run)
 
 

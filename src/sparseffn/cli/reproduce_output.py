@@ -66,6 +66,8 @@ def print_dry_run(result: dict[str, Any]) -> None:
         f"\n{result['n_distinct']} distinct runs, seeds counted: {totals['training_flops']:.2e} FLOPs, "
         f"{_duration(totals['seconds_here'])} here, {_duration(totals['seconds_gpu'])} on the GPU"
     )
+    if names := result["without_runs"]:
+        print(f"- {', '.join(names)}: no run needed; `sparseffn reproduce {' '.join(names)}` prints what is counted")
     for name in ("here", "gpu", "memory"):
         print(f"- {name}: {result[name]}")
     if any(run["unequal"] for run in result["runs"]):

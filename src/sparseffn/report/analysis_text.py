@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseffn.report import formats
@@ -35,24 +35,30 @@ def _layers(analysis: Mapping[str, Any]) -> Sheet:
     head = ["layer", "active channels" if unit == "experts" else f"active {unit}", "std", "of"]
     head += ["dead " + unit, "largest load / mean", "load entropy", "weight entropy"]
     training = analysis["training"]
-    if training and training["stability"]:
+    kept = _last_full(training["stability"]) if training and training["stability"] else None
+    if kept:
         head += ["stability"]
     rows = []
     for i, (active, load) in enumerate(zip(analysis["active"], analysis["load"], strict=True)):
         row = [str(i), f"{active['mean']:.1f}", f"{active['std']:.1f}", formats.integer(active["total"])]
         row += [f"{load['n_dead']} of {load['n_units']}", f"{load['largest_over_mean']:.2f}"]
         row += [f"{load['entropy']:.3f}", f"{load['weight_entropy']:.3f}"]
-        if training and training["stability"]:
-            row.append(formats.percent(training["stability"][-1]["layers"][i]["jaccard"]))
+        if kept:
+            row.append(formats.percent(kept["layers"][i]["jaccard"]))
         rows.append(tuple(row))
     notes = ["entropies over their maximum: 1 when all are used alike"]
-    if training and training["stability"]:
-        last = training["stability"][-1]
+    if kept:
         notes.append(
-            f"stability: experts that a token keeps from step {last['from']} to {last['to']} (Jaccard index), "
+            f"stability: experts that a token keeps from step {kept['from']} to {kept['to']} (Jaccard index), "
             f"by chance {formats.percent(training['chance']['jaccard'])}"
         )
     return Sheet(head=tuple(head), rows=rows, n_words=1, title="Layers", notes=tuple(notes))
+
+
+def _last_full(intervals: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last interval between snapshots that is no mere rest: over the few steps at the end next to nothing changes."""
+    lengths = [interval["to"] - interval["from"] for interval in intervals]
+    return next(i for i, n in zip(reversed(intervals), reversed(lengths), strict=True) if 2 * n >= max(lengths))
 
 
 def _experts(analysis: Mapping[str, Any], layer: int) -> Sheet:

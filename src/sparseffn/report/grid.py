@@ -35,8 +35,9 @@ class Footnotes:
         self._letters: dict[str, str] = {}
 
     def mark(self, *texts: str | None) -> tuple[str, ...]:
-        """The letters of texts, None left out."""
-        return tuple(self._letters.setdefault(text, letters(len(self._letters))) for text in texts if text)
+        """The letters of texts in their order, None left out."""
+        found = {self._letters.setdefault(text, letters(len(self._letters))) for text in texts if text}
+        return tuple(sorted(found, key=lambda letter: (len(letter), letter)))
 
     def texts(self) -> dict[str, str]:
         """Letter to text."""

@@ -128,11 +128,17 @@ def numbered_title(result: Result) -> str:
 def _row_notes(row: Result, result: Result) -> list[str]:
     published, settings = row.get("published_label"), row.get("settings")
     notes = list(row["marks"])
-    if published and published != row["label"]:
+    if published and published != row["label"] and not any(_names_both(mark, row["label"], published) for mark in notes):
         notes.append(f"the paper's row {published!r}")
     if settings and settings != result["settings"]:
         notes.append(f"{settings} settings")
     return notes
+
+
+def _names_both(mark: str, label: str, published: str) -> bool:
+    """Whether a mark says already of which row of the paper this one is."""
+    here, _, there = mark.partition(" stands for ")
+    return there == published or (there != "" and here.startswith(label))
 
 
 def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Block:
@@ -256,5 +262,7 @@ def _measured_notes(result: Result) -> list[str]:
         f"Against another row: the row's loss less that of the other on the same seeds and evaluation windows; negative is "
         f"better. The 95% interval holds the scatter of seeds and that of blocks of neighbouring "
         f"windows; {DECIDED} marks those that exclude zero, and nothing else is a finding.",
-        "At equal time: validation after the same training time for all rows of a column.",
+        "At equal time: validation after the same training time for all rows of a column, from the training curve. It is of "
+        "the first tokens of validation alone, so that it cannot be compared with the column of the whole split; slower "
+        "rows are then before their end, with a learning rate that has still to decay.",
     ]

@@ -127,7 +127,8 @@ def markdown(figures: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"## {figure['name']}", ""]
         pictures = [name for name in figure["files"] if name.endswith(".png")]
         lines += [f"![{figure['name']}]({name})" for name in pictures] or [f"Not drawn: {figure['not_drawn']}."]
-        lines += ["", f"**Paper:** {figure['statement']}", "", "**Here:**", ""]
-        lines += [f"- {words}" for words in figure["measured"]]
+        lines += ["", f"**Paper:** {figure['statement']}", ""]
+        if figure["measured"]:
+            lines += ["**Here:**", "", *(f"- {words}" for words in figure["measured"])]
         lines += ["", *[f"*{caption}*" for caption in figure["captions"]], ""]
     return "\n".join(lines)

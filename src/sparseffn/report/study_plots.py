@@ -38,18 +38,16 @@ def study_plots(result: Result) -> list[Plot]:
     plots = []
     if result.get("start"):
         plots += [
-            _output_plot(result, "n_experts"),
-            _output_plot(result, "n_layers"),
-            _load_plot(result, "gaussian"),
-            _load_plot(result, "text"),
-            _correlation_plot(result),
+            *_output_plot(result, "n_experts"),
+            *_output_plot(result, "n_layers"),
+            *_load_plot(result, "gaussian"),
+            *_load_plot(result, "text"),
+            *_correlation_plot(result),
         ]
-    if any(variant["runs"] for variant in result["variants"]):
-        plots += [_probe_plot(result, key) for key in _probed(result)]
-    return plots
+    return plots + [plot for key in _probed(result) for plot in _probe_plot(result, key)]
 
 
-def _output_plot(result: Result, axis: str) -> Plot:
+def _output_plot(result: Result, axis: str) -> list[Plot]:
     rows = pick(along(result, axis), input="gaussian", selector="equal-norm")
     return _drawn(
         result,
@@ -63,7 +61,7 @@ def _output_plot(result: Result, axis: str) -> Plot:
     )
 
 
-def _load_plot(result: Result, source: str) -> Plot:
+def _load_plot(result: Result, source: str) -> list[Plot]:
     rows = pick(along(result, "n_experts"), input=source, init="shared")
     schemes = [
         _series(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
@@ -82,7 +80,7 @@ def _load_plot(result: Result, source: str) -> Plot:
     )
 
 
-def _correlation_plot(result: Result) -> Plot:
+def _correlation_plot(result: Result) -> list[Plot]:
     rows = pick(along(result, "k"), init="shared", selector="free")
     sources = {"gaussian": "isotropic", "text": "text"}
     return _drawn(
@@ -122,7 +120,7 @@ def _probed(result: Result) -> list[str]:
     return [key for key in _PROBES if key != "interference" or result["kind"] == "study-competition"]
 
 
-def _probe_plot(result: Result, key: str) -> Plot:
+def _probe_plot(result: Result, key: str) -> list[Plot]:
     title, name = _PROBES[key]
     entries = []
     for index, variant in enumerate(result["variants"]):
@@ -157,8 +155,10 @@ def _drawn(
     axes_names: tuple[str, str],
     ticks: Sequence[int] | None,
     log_y: bool,
-) -> Plot:
-    """One drawing; the axis of sizes is logarithmic, that of steps is not."""
+) -> list[Plot]:
+    """One drawing, none while nothing of it is measured; the axis of sizes is logarithmic, that of steps is not."""
+    if not any(entry.line.x or entry.points for entry in series):
+        return []
     name = f"{result['kind']}-{name}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
         for entry in series:
@@ -170,7 +170,7 @@ def _drawn(
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
         label_ends(axes, [entry.line for entry in series])
-        return finished(figure, name=name, title=title, caption=caption, description=caption)
+        return [finished(figure, name=name, title=title, caption=caption, description=caption)]
 
 
 def _draw(axes: Axes, series: _Series) -> None:

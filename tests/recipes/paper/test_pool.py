@@ -15,7 +15,7 @@ from sparseffn.recipes.paper import execute as execution
 from sparseffn.recipes.paper.execute import execute
 from sparseffn.recipes.paper.outcome import table_json
 from sparseffn.recipes.paper.plan import PlannedTable
-from sparseffn.recipes.paper.pool import Pool, RunSpec, window_losses
+from sparseffn.recipes.paper.pool import Pool, RunSpec, sources_note, window_losses
 from sparseffn.train.loop import StepReport
 
 
@@ -155,6 +155,23 @@ def test_stale_result_is_missing_and_set_aside(
     assert cell["status"] == "missing" and cell["reason"].startswith(reason) and cell["mean"] is None
     assert execute(pool, spec).kind == "finished"
     assert (pool.folder(spec).path.parent / f"{spec.digest}.old-1" / file).exists()
+
+
+def test_runs_of_other_sources_are_counted(table: MakeTable, tmp_path: Path) -> None:
+    """Runs of older code have no digest of it; with those of the same code there is nothing to say."""
+    pool = Pool(tmp_path)
+    specs = run_table(table("table3", ["WT-S"]), pool)
+
+    def note() -> str | None:
+        return sources_note(finished for spec in specs if (finished := pool.status(spec).finished) is not None)
+
+    assert note() is None
+    for spec, change in zip(specs, ({"sources": "0" * 32}, {}), strict=True):
+        path = pool.folder(spec).path / "environment.json"
+        kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "sources"}
+        path.write_text(json.dumps({**kept, **change}))
+    found = note()
+    assert found is not None and found.startswith("of 2 runs, other") and found.endswith("made 1, and unknown ones 1")
 
 
 def test_damaged_result_is_failed_with_the_file(table: MakeTable, tmp_path: Path) -> None:

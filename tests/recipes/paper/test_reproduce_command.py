@@ -94,8 +94,11 @@ def test_dry_run_trains_nothing(
     dense = {run["column"]: run["params"] for run in result["runs"] if run["row"] == "dense"}
     assert {round(count / 1e6, 1) for count in dense.values()} == {41.2, 47.3, 237.7, 262.5}
     assert {run["corpus"] for run in result["runs"]} == {"wikitext103", "enwik8", "c4", "pes2o"}
-    assert main(["reproduce", "table5", "--dry-run"]) == 0
-    assert "assumed utilisation" in capsys.readouterr().out
+    listed = {run["table"] for run in result["runs"]} | set(result["without_runs"])
+    assert listed == {f"table{number}" for number in range(1, 11)} and len(result["without_runs"]) == 3
+    assert main(["reproduce", "table5", "table8", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "assumed utilisation" in shown and "- table8: no run needed; `sparseffn reproduce table8` prints" in shown
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import pytest
 
 from sparseffn.cli import main, reproduce
 from sparseffn.cli.parser import build_parser
+from sparseffn.cli.reproduce_evidence import TABLES
 from sparseffn.cli.reproduce_options import USED_BY, checked
 from sparseffn.errors import UserError
 from sparseffn.recipes.paper import scales
 from sparseffn.recipes.paper.corpora import Corpora
 from sparseffn.recipes.paper.costs import Speed
+from sparseffn.recipes.paper.evidence import STAGES
 from sparseffn.recipes.paper.plan import Request
 from sparseffn.recipes.paper.scales import Scale, get_scale
 from sparseffn.recipes.paper.selection import select_tables
@@ -58,6 +60,10 @@ REFUSED = {
     "counted-rows": ("table8 --rows dense", "`--rows` must be left out for table8"),
     "counted-column": ("table7 --columns WTS", "unknown column 'WTS'; fix: did you mean"),
     "counted-without": ("table8 table3 --columns C4-S", "table8 has none of these columns or rows; fix: leave it out"),
+    "counted-settings": (
+        "table7 table8 --settings released",
+        "fix: leave it out, as it is for tables that are trained, table 9",
+    ),
     "counted-corpus": ("table9 --corpus stdlib", "`--corpus` must be left out for table9"),
     "figure-scale": ("fig1 --from runs/a --scale cpu", "`--scale` must be left out for fig1"),
     "figure-seeds": ("fig1 --seeds 1", "`--seeds` must be left out for fig1"),
@@ -108,15 +114,21 @@ def test_evidence_lists_where_nothing_is_to_be_trained(flag: str, cpu: list[str]
 
 
 @pytest.mark.usefixtures("_trains_nothing")
-def test_evidence_prints_the_command_that_shows_its_runs(cpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Typed as printed it trains nothing, and its tables hold every run of the list."""
+def test_evidence_prints_the_command_that_shows_its_runs(
+    cpu: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed as printed it trains nothing; its tables have the list's rows and no others."""
+    monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "evidence", "--list", "--steps", "3", *cpu]) == 0
     lines = capsys.readouterr().out.splitlines()
     (command,) = [line.strip() for line in lines if line.startswith("  sparseffn reproduce ")]
-    assert command.split(" --")[0].split()[2:] == ["table3", "table10", "table1", "table6"]
-    assert " --seeds 3 --scale cpu --steps 3 --corpus text --data-dir " in command and "/a pool'" in command
-    assert main([*shlex.split(command)[1:], "--json"]) == 0
-    assert "not run yet" in capsys.readouterr().out
+    assert " --scale cpu --steps 3 --corpus text --data-dir " in command and "/a pool'" in command
+    assert main(shlex.split(command)[1:]) == 0
+    assert "sparseffn reproduce" not in capsys.readouterr().out
+    tables = {path.stem: json.loads(path.read_text()) for path in (tmp_path / TABLES).glob("table*.json")}
+    assert set(tables) == {stage.table for stage in STAGES}
+    (planned,) = [stage.rows for stage in STAGES if stage.table == "table10"]
+    assert len(tables["table10"]["rows"]) == len(("dense", "sigma-moe", *planned)) < len(get_table("table10").rows)
 
 
 def test_rows_are_named_by_either_label(cpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,14 @@ from sparseffn.recipes.paper.plan import NOT_PUBLISHED, PlannedTable, is_unequal
 from sparseffn.recipes.paper.rows import convention_percent, counted_percent
 
 
-def dry_run(tables: Sequence[PlannedTable], speed: Speed) -> dict[str, Any]:
-    """The runs of all tables; a run that several tables share is listed with the first and counted once."""
+def dry_run(tables: Sequence[PlannedTable], speed: Speed, counted: Sequence[str] = ()) -> dict[str, Any]:
+    """The runs of all tables; a run that several tables share is listed with the first and counted once.
+
+    Args:
+        tables: those that are trained.
+        speed: of this machine.
+        counted: names of the tables that were asked for with them and need no run.
+    """
     runs, seen = [], set()
     for planned in tables:
         for cell in planned.cells:
@@ -45,6 +51,7 @@ def dry_run(tables: Sequence[PlannedTable], speed: Speed) -> dict[str, Any]:
         "version": 1,
         "scale": tables[0].request.scale.name if tables else None,
         "runs": runs,
+        "without_runs": list(counted),
         "n_distinct": sum(run["n_seeds"] for run in own),
         "totals": {
             key: sum(run[key] * run["n_seeds"] for run in own) for key in ("training_flops", "seconds_here", "seconds_gpu")

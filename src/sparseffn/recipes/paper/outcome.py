@@ -14,10 +14,11 @@ from sparseffn.analysis.paired import SeedNoise, paired_difference, seed_noise
 from sparseffn.data import to_metric
 from sparseffn.recipes.paper.own_tables import OWN_TABLES
 from sparseffn.recipes.paper.plan import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
-from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, window_losses
+from sparseffn.recipes.paper.pool import Finished, Pool, Status, median_step_s, sources_note, window_losses
 from sparseffn.recipes.paper.published import SCALED_COLUMNS, facts
 from sparseffn.recipes.paper.rows import RELEASED_FORMS, convention_percent, counted_percent
 from sparseffn.recipes.paper.tables import TABLES
+from sparseffn.recipes.plan import CURVE_TOKENS
 from sparseffn.recipes.runs import valid_at
 from sparseffn.stored import read_json
 from sparseffn.train.folder import environment
@@ -274,9 +275,12 @@ def _mean_load(finished: Mapping[int, Finished]) -> dict[str, float] | None:
 def _notes(planned: PlannedTable, cells: Sequence[_Measured]) -> list[str]:
     """What one must know to read the numbers."""
     request = planned.request
+    runs = [run for measured in cells for run in measured.finished.values()]
     notes = [
         *_settings_notes(planned),
         _choice_note(planned),
+        sources_note(runs) or "",
+        f"validation at equal time is of the first {2 * CURVE_TOKENS:,} tokens, as during training" if runs else "",
         "hyperparameters are the same for all methods of a column" if request.settings == "paper" else "",
         request.scale.note,
         "training time is steps x the median step of the runs themselves, as the machine was then",

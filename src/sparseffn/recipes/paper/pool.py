@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -28,6 +28,7 @@ from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.stored import Kind, read_fields, read_json, write_json
 from sparseffn.train import RunFolder, TrainConfig, TrainResult
+from sparseffn.train.folder import environment
 from sparseffn.train.loop import run_config
 
 FORMAT = 1
@@ -186,6 +187,19 @@ def window_losses(finished: Finished, split: str) -> np.ndarray:
     if losses.ndim != 1 or losses.size == 0 or losses.dtype.kind != "f" or not np.isfinite(losses).all():
         raise UserError(f"`{path}` must hold finite losses of windows; got other values; fix: {_FIX}")
     return losses
+
+
+def sources_note(runs: Iterable[Finished]) -> str | None:
+    """How many of some runs other code of this version made, or older code that did not write down which it was.
+
+    They are not refused: most of the sources have nothing to do with a run, and no digest can tell which have.
+    """
+    paths = [run.folder.path / "environment.json" for run in runs]
+    found = [read_json(path, fix=_FIX).get("sources") if path.exists() else None for path in paths]
+    unknown, other = found.count(None), sum(digest not in (None, environment()["sources"]) for digest in found)
+    if not unknown and not other:
+        return None
+    return f"of {len(found)} runs, other sources of version {version()} than this one made {other}, and unknown ones {unknown}"
 
 
 def median_step_s(finished: Finished) -> float:
