@@ -144,7 +144,9 @@ def test_difference_from_another_row_stands_beside_that_from_dense() -> None:
     result["cells"][2]["against_sigma_moe"] = difference
     assert "+0.048 [+0.010, +0.090] *" in printed(result)
     result["cells"][2]["against_sigma_moe"] = difference | {"decided": False}
-    with pytest.raises(UserError, match=r"cells\[2\]\.against_sigma_moe\.decided` must say"):
+    assert "+0.048 [+0.010, +0.090] *" not in printed(result), "an interval of the text alone marks nothing"
+    result["cells"][2]["against_sigma_moe"] = difference | {"low": -0.01}
+    with pytest.raises(UserError, match=r"cells\[2\]\.against_sigma_moe\.decided` must be false where the interval holds 0"):
         check_paper_table(result)
 
 

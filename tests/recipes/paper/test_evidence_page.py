@@ -46,9 +46,10 @@ def test_page_follows_the_results(tool: ModuleType, tmp_path: Path) -> None:
     """Another mean in the JSON is another figure on the page, in its block alone."""
     text, results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), tmp_path / "results"
     shutil.copytree(ROOT / "results", results)
-    table = read_json(results / "evidence" / "table3.json", fix="")
+    path = results / "evidence" / f"{tool.TABLES[0]}.json"
+    table = read_json(path, fix="")
     table["cells"][0]["mean"] = 9.876
-    write_json(results / "evidence" / "table3.json", table)
+    write_json(path, table)
     changed = tool.with_evidence(text, results)
     assert "9.876" in changed and "9.876" not in text
     assert tool.BLOCK.sub("", changed) == tool.BLOCK.sub("", text)
