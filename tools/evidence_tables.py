@@ -193,7 +193,10 @@ def _claim_line(evidence: Evidence, claim: Claim) -> Line:
         return claim.number, words, "not run yet", "-", "0"
     n = found["n_seeds"]
     figure = _with_interval(found, n) + (f" ({THROUGH})" if through else "")
-    return claim.number, words, verdict(claim.claimed, (found["low"], found["high"])), figure, str(n)
+    low, high = found["low"], found["high"]
+    # It is then of the text alone.
+    of_text = not found.get("decided", True) and (low > 0 or high < 0)
+    return claim.number, words, "undecided (one seed)" if of_text else verdict(claim.claimed, (low, high)), figure, str(n)
 
 
 def difference(cells: Mapping[Key, Mapping[str, Any]], row: Key, other: Key) -> tuple[Mapping[str, Any] | None, bool]:
