@@ -193,10 +193,8 @@ def _claim_line(evidence: Evidence, claim: Claim) -> Line:
         return claim.number, words, "not run yet", "-", "0"
     n = found["n_seeds"]
     figure = _with_interval(found, n) + (f" ({THROUGH})" if through else "")
-    low, high = found["low"], found["high"]
-    # It is then of the text alone.
-    of_text = not found.get("decided", True) and (low > 0 or high < 0)
-    return claim.number, words, "undecided (one seed)" if of_text else verdict(claim.claimed, (low, high)), figure, str(n)
+    told = verdict(claim.claimed, (found["low"], found["high"])) if found["covers_seeds"] else "undecided (one seed)"
+    return claim.number, words, told, figure, str(n)
 
 
 def difference(cells: Mapping[Key, Mapping[str, Any]], row: Key, other: Key) -> tuple[Mapping[str, Any] | None, bool]:
@@ -215,6 +213,7 @@ def difference(cells: Mapping[Key, Mapping[str, Any]], row: Key, other: Key) -> 
         "difference": ours["difference"] - theirs["difference"],
         "low": ours["low"] - theirs["high"],
         "high": ours["high"] - theirs["low"],
+        "covers_seeds": ours["covers_seeds"] and theirs["covers_seeds"],
         "n_seeds": min(ours["n_seeds"], theirs["n_seeds"]),
     }, True
 

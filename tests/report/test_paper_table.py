@@ -140,13 +140,15 @@ def test_difference_from_another_row_stands_beside_that_from_dense() -> None:
     """Where a file has it."""
     result = paper_table()
     assert "sigma-moe, bits" not in printed(result, width=200)
-    difference = {"difference": 0.048, "low": 0.01, "high": 0.09, "decided": True, "n_seeds": 3}
+    difference = {"difference": 0.048, "low": 0.01, "high": 0.09, "decided": True, "covers_seeds": True, "n_seeds": 3}
     result["cells"][2]["against_sigma_moe"] = difference
     assert "+0.048 [+0.010, +0.090] *" in printed(result)
-    result["cells"][2]["against_sigma_moe"] = difference | {"decided": False}
+    result["cells"][2]["against_sigma_moe"] = difference | {"decided": False, "covers_seeds": False}
     assert "+0.048 [+0.010, +0.090] *" not in printed(result), "an interval of the text alone marks nothing"
     result["cells"][2]["against_sigma_moe"] = difference | {"low": -0.01}
-    with pytest.raises(UserError, match=r"cells\[2\]\.against_sigma_moe\.decided` must be false where the interval holds 0"):
+    with pytest.raises(
+        UserError, match=r"cells\[2\]\.against_sigma_moe\.decided` must say whether the interval covers the seeds"
+    ):
         check_paper_table(result)
 
 
@@ -214,7 +216,7 @@ def test_published_value_has_the_decimals_of_the_paper() -> None:
 def test_narrow_interval_has_a_decimal_more() -> None:
     """A decided difference does not read as zero."""
     result = paper_table()
-    result["cells"][1]["against_dense"] = {"difference": -4e-4, "low": -6e-4, "high": -2e-4, "decided": True}
+    result["cells"][1]["against_dense"] |= {"difference": -4e-4, "low": -6e-4, "high": -2e-4, "decided": True}
     assert "-0.0004 [-0.0006, -0.0002] *" in printed(result)
 
 
@@ -313,7 +315,7 @@ Damage = Callable[[dict[str, Any]], object]
         pytest.param(lambda r: r["cells"][0].update(seeds=[0, 0, 1]), "must be n = 3 different seeds", id="seeds repeat"),
         pytest.param(lambda r: r["cells"][0].update(seeds=[0]), "must be n = 3 different seeds", id="seeds lack"),
         pytest.param(
-            lambda r: r["cells"][1]["against_dense"].update(decided=True, low=-1.0, high=1.0), "holds 0", id="decided"
+            lambda r: r["cells"][1]["against_dense"].update(decided=True, low=-1.0, high=1.0), "excludes 0", id="decided"
         ),
         pytest.param(lambda r: r["cells"][1]["against_dense"].pop("low"), r"against_dense\.low` must be", id="low"),
     ],

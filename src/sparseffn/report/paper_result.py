@@ -64,7 +64,7 @@ _CELL: dict[str, _Kind] = {
 _MEASURED: dict[str, _Kind] = {"n": _COUNT, "mean": _NUMBER, "seeds": _LIST}
 _DIFFERENCE: dict[str, _Kind] = {
     **dict.fromkeys(("difference", "low", "high"), _NUMBER),
-    "decided": _FLAG,
+    **dict.fromkeys(("decided", "covers_seeds"), _FLAG),
     "n_seeds": _or_null(_COUNT),
 }
 
@@ -161,9 +161,8 @@ def _difference_fault(name: str, difference: Result | None) -> str | None:
         if not accepts(difference.get(key)):
             return f".{name}.{key}` must be {words}; got {_shown(difference.get(key))}"
     low, high = difference["low"], difference["high"]
-    # An interval that covers the text alone decides nothing.
-    if low > high or (difference["decided"] and low <= 0 <= high):
-        return f".{name}.decided` must be false where the interval holds 0; got {_shown(difference)}"
+    if low > high or difference["decided"] != (difference["covers_seeds"] and (low > 0 or high < 0)):
+        return f".{name}.decided` must say whether the interval covers the seeds and excludes 0; got {_shown(difference)}"
     return None
 
 

@@ -110,16 +110,33 @@ def test_rows_that_no_table_compares_go_through_dense(tool: ModuleType) -> None:
     """With the widths of both intervals; a released form uses its own comparison as soon as there is one."""
     released, paper = ("pkm", True), ("pkm", False)
     cells = {
-        released: {"against_dense": {"difference": 0.3, "low": 0.2, "high": 0.5, "n_seeds": 2}},
-        paper: {"against_dense": {"difference": 0.1, "low": 0.0, "high": 0.3, "n_seeds": 1}},
+        released: {"against_dense": {"difference": 0.3, "low": 0.2, "high": 0.5, "covers_seeds": True, "n_seeds": 2}},
+        paper: {"against_dense": {"difference": 0.1, "low": 0.0, "high": 0.3, "covers_seeds": False, "n_seeds": 1}},
     }
     found, through = tool.difference(cells, released, paper)
-    assert through and found == pytest.approx({"difference": 0.2, "low": -0.1, "high": 0.5, "n_seeds": 1})
+    assert through and found == pytest.approx(
+        {"difference": 0.2, "low": -0.1, "high": 0.5, "covers_seeds": False, "n_seeds": 1}
+    )
     cells[released]["against_paper_form"] = {"difference": 0.25, "low": 0.2, "high": 0.3, "n_seeds": 2}
     assert tool.difference(cells, released, paper) == (cells[released]["against_paper_form"], False)
     assert tool.difference(cells, released, tool.DENSE) == (cells[released]["against_dense"], False)
     cells[paper]["against_dense"] = None
     assert tool.difference(cells, paper, released) == (None, False)
+
+
+def test_interval_of_the_text_alone_decides_no_claim(tool: ModuleType, tmp_path: Path) -> None:
+    """Though it lies below the margin, and below zero."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results)
+    for path in sorted((results / "evidence").glob("table*.json")):
+        table = read_json(path, fix="")
+        for cell in table["cells"]:
+            for found in filter(None, (cell.get(f"against_{name}") for name in ("dense", "sigma_moe", "paper_form"))):
+                found |= {"low": -0.5, "high": -0.4, "decided": False, "covers_seeds": False}
+        write_json(path, table)
+    told = tool.BLOCKS["claims"](tool.Evidence.read(results))
+    lines = [line for line in told.splitlines() if "[-0.500, -0.400]" in line]
+    assert lines and all("| undecided (one seed) |" in line for line in lines)
 
 
 @pytest.mark.parametrize(

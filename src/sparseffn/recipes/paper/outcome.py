@@ -20,7 +20,6 @@ from sparseffn.recipes.paper.rows import RELEASED_FORMS, convention_percent, cou
 from sparseffn.recipes.paper.tables import TABLES
 from sparseffn.recipes.plan import CURVE_TOKENS
 from sparseffn.recipes.runs import valid_at
-from sparseffn.stored import read_json
 from sparseffn.train.folder import environment
 
 VERSION = 1
@@ -49,6 +48,7 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
     times = [_equal_time(column) for column in by_column]
     noises = [_seed_noise(column) for column in by_column]
     units = {_difference_unit(column) for column in planned.columns}
+    runs = [run for measured in cells for run in measured.finished.values()]
     return {
         "kind": "paper-table",
         "version": VERSION,
@@ -66,7 +66,7 @@ def table_json(planned: PlannedTable, pool: Pool) -> dict[str, Any]:
         "difference_unit": " or ".join(sorted(units)),
         "sweep": _sweep_json(planned),
         "notes": _notes(planned, cells) + [_noise_note(planned.columns[c], n) for c, n in enumerate(noises) if n is not None],
-        "environment": _environment(cells),
+        "environment": _environment(runs),
     }
 
 
@@ -88,13 +88,12 @@ def _others(measured: _Measured, column: Sequence[_Measured]) -> list[tuple[str,
     ]
 
 
-def _environment(cells: Sequence[_Measured]) -> dict[str, Any]:
+def _environment(runs: Sequence[Finished]) -> dict[str, Any]:
     """Of the runs; what differs between them is listed. Of this process where there is no run."""
-    paths = {run.folder.environment_path for measured in cells for run in measured.finished.values()}
-    found = [read_json(path, fix="remove the run's folder and run the same command again") for path in sorted(paths)]
-    if not found:
-        return environment()
-    values = {name: list(dict.fromkeys(str(e.get(name, "unknown")) for e in found)) for name in environment()}
+    here = environment()
+    if not runs:
+        return here
+    values = {name: {str(run.environment.get(name, "unknown")) for run in runs} for name in here}
     return {name: " or ".join(sorted(several)) for name, several in values.items()}
 
 
@@ -232,6 +231,7 @@ def _against(
         "low": _in_difference_unit(found.low, planned),
         "high": _in_difference_unit(found.high, planned),
         "decided": found.decided,
+        "covers_seeds": found.covers_seeds,
         "n_seeds": found.n_seeds,
         "n_windows": found.n_windows,
     }

@@ -66,6 +66,8 @@ class Finished:
     """Training, evaluation and counting."""
     load: Mapping[str, float] | None
     """Largest over mean load of the experts by mode; None where nothing is routed."""
+    environment: Mapping[str, Any]
+    """What made it; nothing where it did not write that down."""
     folder: RunFolder
 
 
@@ -127,9 +129,8 @@ class Pool:
 
     def _foreign(self, folder: RunFolder) -> str | None:
         """Why what lies in a run's place may not be used; None where it may."""
-        path = folder.path / "environment.json"
-        if path.exists():
-            made_by = read_fields(path, {"sparseffn": Kind.TEXT}, fix=_FIX)["sparseffn"]
+        if folder.environment_path.exists():
+            made_by = read_fields(folder.environment_path, {"sparseffn": Kind.TEXT}, fix=_FIX)["sparseffn"]
             if made_by != version():
                 return f"made by version {made_by}; this is {version()}"
         path = folder.path / "paper.json"
@@ -194,8 +195,7 @@ def sources_note(runs: Iterable[Finished]) -> str | None:
 
     They are not refused: most of the sources have nothing to do with a run, and no digest can tell which have.
     """
-    paths = [run.folder.path / "environment.json" for run in runs]
-    found = [read_json(path, fix=_FIX).get("sources") if path.exists() else None for path in paths]
+    found = [run.environment.get("sources") for run in runs]
     unknown, other = found.count(None), sum(digest not in (None, environment()["sources"]) for digest in found)
     if not unknown and not other:
         return None
@@ -210,7 +210,13 @@ def median_step_s(finished: Finished) -> float:
 
 def _read_finished(folder: RunFolder) -> Finished:
     extra = read_fields(folder.path / "paper.json", {"wall_s": Kind.POSITIVE, "load": Kind.ANY}, fix=_FIX)
-    finished = Finished(result=TrainResult.read(folder.result_path), wall_s=extra["wall_s"], load=extra["load"], folder=folder)
+    finished = Finished(
+        result=TrainResult.read(folder.result_path),
+        wall_s=extra["wall_s"],
+        load=extra["load"],
+        environment=read_json(folder.environment_path, fix=_FIX) if folder.environment_path.exists() else {},
+        folder=folder,
+    )
     # Tables compare runs by them: a file that cannot be read costs this run, not every table that has it.
     window_losses(finished, "test")
     return finished
