@@ -109,7 +109,7 @@ def bench_words(result: Mapping[str, Any], number: int) -> list[str]:
         words.append(text)
     words.append(
         f"Measured with {settings['tokens']:,} tokens, {settings['dtype']}, {result['environment']['threads']} threads"
-        + (f"; {left} points did not fit the time limit or the memory." if left else ".")
+        + (f"; {left} point{'s' if left > 1 else ''} did not fit the time limit or the memory." if left else ".")
     )
     return words
 
