@@ -153,6 +153,37 @@ def routed(draw: random.Random) -> None:
     hold("routed_mlp.gates", [got[2], plain[2], truth[2]], torch.promote_types(dtype, F32))
 
 
+def training(draw: random.Random) -> None:
+    """Router and experts of few tokens in one differentiable call, with gradients of logits and gates from elsewhere."""
+    n_experts = draw.choice([2, 5, 16, 40, 130])
+    k, size, width = draw.randint(2, n_experts), draw.randint(1, 60), draw.randint(1, 300)
+    n_tokens = draw.choice([1, 2, 7, 64, draw.randint(1, 127)])
+    dtype = F32 if draw.random() < 0.5 and n_tokens * k >= FEWEST_SUMS and width >= FEWEST_SUMS and size >= 8 else F64
+    gate: ops.GateName = draw.choice(["sigmoid", "renormalised"])
+    activation = draw.choice(["relu", "gelu", "silu", "identity"])
+    shapes = ((n_tokens, width, 1), (n_experts, width, width))
+    x, selector = (numbers(rows, columns, coarse=True, terms=terms) for rows, columns, terms in shapes)
+    keys = numbers(n_experts, width, size, coarse=activation == "relu", terms=width)
+    inputs = [x, selector, keys, numbers(n_experts, size, width, terms=k * size)]
+    directions = [numbers(n_tokens, n) for n in (width, n_experts, k)]
+    found = []
+    for at_once, cast in ((True, dtype), (False, dtype), (False, F64)):
+        leaves = [t.to(cast).requires_grad_() for t in inputs]
+        if at_once:
+            y, logits_TE, _, gates_TK = ops.routed_training(*leaves, k=k, gate=gate, activation=activation)
+        else:
+            logits_TE = leaves[0] @ leaves[1].T
+            indices_TK = ops.topk(logits_TE, k, backend="torch")
+            chosen_TK = logits_TE.gather(1, indices_TK)
+            gates_TK = chosen_TK.sigmoid() if gate == "sigmoid" else chosen_TK.softmax(dim=1)
+            y = ops.expert_mlp(leaves[0], *leaves[2:], gates_TK, indices_TK, activation=activation, backend="torch")
+        grads = torch.autograd.grad([y, logits_TE, gates_TK], leaves, [d.to(cast) for d in directions])
+        found.append([y.detach(), *grads])
+    names = ("routed_mlp", *(f"routed_training.{name}" for name in ("x", "selector", "keys", "values")))
+    for name, *three in zip(names, *found, strict=True):
+        hold(name, three, dtype)
+
+
 def logits(draw: random.Random) -> None:
     """Scores of a router, which are computed in float32 or wider."""
     n_tokens, n_experts, width = draw.choice([0, 1, 7, draw.randint(1, 700)]), draw.randint(1, 200), draw.randint(1, 300)
@@ -209,7 +240,7 @@ def assignment(draw: random.Random) -> None:
     near(*totals)
 
 
-KERNELS = (experts, routed, logits, rows, selection, assignment)
+KERNELS = (experts, routed, training, logits, rows, selection, assignment)
 
 
 def poison() -> None:

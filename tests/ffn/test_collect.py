@@ -71,3 +71,18 @@ def test_entropy_is_log_of_the_number_of_experts_when_all_are_alike() -> None:
         layer.router.selector.zero_()
     _, stats = layer(torch.randn(6, 8), return_stats=True)
     assert float(stats.entropy) == pytest.approx(torch.tensor(4.0).log().item())
+
+
+@pytest.mark.parametrize("n_tokens", [2, 200])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_router_is_called_where_hooks_wait(train: bool, n_tokens: int) -> None:
+    """What others hang on the router sees each call, although few tokens and evaluation need no call of it."""
+    layer, calls = CONFIG.build().train(train), []
+    x = torch.randn(n_tokens, 8)
+    with torch.set_grad_enabled(train):
+        expected = layer(x)
+        handle = layer.router.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(layer(x), expected)
+        handle.remove()
+        torch.testing.assert_close(layer(x), expected)
+    assert calls == [1]

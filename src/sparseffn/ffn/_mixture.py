@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 
 from sparseffn import ops
 from sparseffn.ffn._activations import ACTIVATIONS
@@ -182,14 +183,13 @@ class Mixture(FeedForward):
         return self._compute_in_steps(x_TD, mask_T)
 
     def _compute_in_steps(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
-        routing: Routing = self.router(x_TD, mask_T)
-        y_TD = self.run_experts(x_TD, routing)
+        y_TD, routing = self._trained(x_TD, mask_T)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
     def output_TD(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
         """The output alone: for a token or a few, what describes the selection costs as much as some of the experts."""
         evaluated = self.evaluate(x_TD, selection=False) if mask_T is None else None
-        return self._compute_in_steps(x_TD, mask_T)[0] if evaluated is None else evaluated[0]
+        return self._trained(x_TD, mask_T)[0] if evaluated is None else evaluated[0]
 
     def evaluate(self, x_TD: Tensor, *, selection: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """Output, experts and gates in one operation, as `ops.routed_mlp` gives them; without `selection` the output and Nones.
@@ -197,19 +197,50 @@ class Mixture(FeedForward):
         None where that is not possible: in training, under autocast, with gradients, in a trace, or where the router is
         more than top-K and a gate. Shapes were fixed when the layer was made, so that the kernel is called as it is.
         """
-        if self.training or self.config.survivors is not None or torch.is_autocast_enabled(x_TD.device.type):
+        if self.training:
             return None
-        router, experts = self.router, self.experts
-        gate, selector, keys, values = router.gate, router.selector, experts.keys, experts.values
-        if gate is None or not x_TD.dtype == selector.dtype == keys.dtype == values.dtype:
+        weights = self._weights_of_one_kind(x_TD)
+        if weights is None or not ops.runs_eagerly(x_TD, *weights):
             return None
-        if not x_TD.device == selector.device == keys.device == values.device:
+        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
+        return kernel("routed_mlp", x_TD)(x_TD, *weights, router.k, router.gate, self.config.activation, selection=selection)
+
+    def _trained(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routing]:
+        """Output and routing with gradients: of a few tokens in one operation, else step by step."""
+        router, c = self.router, self.config
+        gate = router.gate if router.trains_as_it_evaluates or not self.training else None
+        if gate is not None and mask_T is None:
+            drops = self.training and (c.dropout > 0 or router.expert_dropout > 0)
+            weights = None if drops else self._weights_of_one_kind(x_TD)
+            if weights is not None and ops.runs_at_once(gate, x_TD, *weights):
+                y_TD, logits_TE, indices_TK, gates_TK = ops.routed_training(
+                    x_TD, *weights, k=router.k, gate=gate, activation=c.activation
+                )
+                return y_TD, Routing(logits_TE, indices_TK, gates_TK)
+        routing = router(x_TD, mask_T)
+        return self.run_experts(x_TD, routing), routing
+
+    def _weights_of_one_kind(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Selector, keys and values for an operation that routes by top-K and a gate; None where the layer does more, or
+        where something must be cast or moved first, or where hooks wait for the router to be called.
+        """
+        # Attributes that are modules or parameters are found by a search in Python, five times a tenth of one token's time.
+        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
+        experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
+        if router.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
             return None
-        if not ops.runs_eagerly(x_TD, keys, values, selector):
+        if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
             return None
-        return kernel("routed_mlp", x_TD)(
-            x_TD, selector, keys, values, router.k, gate, self.config.activation, selection=selection
-        )
+        selector = router._parameters.get("selector")
+        keys, values = experts._parameters.get("keys"), experts._parameters.get("values")
+        if selector is None or keys is None or values is None:
+            # A parametrisation computes one of them.
+            selector, keys, values = self.router.selector, self.experts.keys, self.experts.values
+        if not x_TD.dtype == selector.dtype == keys.dtype == values.dtype:
+            return None
+        if not x_TD.get_device() == selector.get_device() == keys.get_device() == values.get_device():
+            return None
+        return selector, keys, values
 
     def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """`sum over a token's selections of weight x W2^e act(W1^e x)`, or over what an inner top-K leaves of it."""

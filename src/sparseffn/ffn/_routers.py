@@ -41,6 +41,8 @@ class Router(nn.Module, ABC):
 
     gate: ClassVar[ops.GateName | None] = None
     """How evaluation turns the K = `self.k` largest logits into weights, for `ops.routed_mlp`; None: in no such way."""
+    trains_as_it_evaluates: ClassVar[bool] = False
+    """Whether training selects and weights by that gate too, dropout apart."""
     k: int
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:

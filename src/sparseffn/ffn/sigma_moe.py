@@ -93,6 +93,7 @@ class SigmoidRouter(Router):
     """`s = sigmoid(W3 x)`, the K largest."""
 
     gate: ClassVar[ops.GateName | None] = "sigmoid"
+    trains_as_it_evaluates: ClassVar[bool] = True
 
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)

@@ -65,6 +65,7 @@ class RenormRouter(Router):
     """The K largest logits, and a softmax over them."""
 
     gate: ClassVar[ops.GateName | None] = "renormalised"
+    trains_as_it_evaluates: ClassVar[bool] = True
 
     def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)

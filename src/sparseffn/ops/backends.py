@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.compiler import is_compiling
 
 from sparseffn.errors import UserError, unknown_name
 
@@ -81,9 +82,17 @@ def list_backends() -> list[Backend]:
     return list(_BACKENDS.values())
 
 
+# `os.environ.get` goes through five functions, more than what one token is computed in can spare; this is what it looks up.
+_ENVIRONMENT = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
+_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
 def requested_backend(backend: str = "auto") -> str:
     """The name that applies: the argument, else the environment variable, else `auto`."""
-    return backend if backend != "auto" else os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
+    if backend != "auto":
+        return backend
+    name = _ENVIRONMENT.get(_KEY)
+    return os.environ.decodevalue(name) if name else "auto"
 
 
 def explain_backend(device: torch.device, backend: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -117,7 +126,7 @@ def is_traced(*tensors: Tensor) -> bool:
     """Whether something watches the operations, so that they must go through PyTorch's dispatcher: a trace, a transform of
     `torch.func`, a counter of FLOPs, fake or meta tensors, subclasses of Tensor.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or _is_transformed():
+    if _is_watched():
         return True
     # No generator: for a token or two it would take longer than the look itself.
     for t in tensors:  # noqa: SIM110
@@ -126,14 +135,16 @@ def is_traced(*tensors: Tensor) -> bool:
     return False
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of `torch.func` is active, or `torch.jit.trace` records."""
-    return peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+def _is_watched() -> bool:
+    """Whether a compiler, a dispatch mode, a transform of `torch.func` or `torch.jit.trace` is at work."""
+    if is_compiling() or _len_torch_dispatch_stack():
+        return True
+    return peek_interpreter_stack() is not None or _get_tracing_state() is not None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether autograd records an operation on the tensors."""
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return False
     return any(t.requires_grad for t in tensors)
 
@@ -149,24 +160,28 @@ def kernel(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel:
     Raises:
         UserError: the backend asked for is unknown, cannot run here, or (asked for by argument) lacks the operation.
     """
-    return _choose(operation, tensor.device.type, tensor.dtype, requested_backend(backend), backend != "auto")
+    return _choose(operation, tensor.device, tensor.dtype, requested_backend(backend), backend != "auto")[1]
+
+
+def kernel_beside(operation: str, name: str, tensor: Tensor) -> Kernel | None:
+    """Kernel `name` of the backend that computes `operation`, None where that backend has no such kernel."""
+    return _choose(operation, tensor.device, tensor.dtype, requested_backend(), False)[0].kernels.get(name)
 
 
 @functools.cache
-def _choose(operation: str, device_type: str, dtype: torch.dtype, name: str, by_argument: bool) -> Kernel:
+def _choose(operation: str, device: torch.device, dtype: torch.dtype, name: str, by_argument: bool) -> tuple[Backend, Kernel]:
     """Kept, as a few tokens take no longer than the choice; forgotten when a backend is registered."""
-    device = torch.device(device_type)
     if name != "auto":
         chosen = _runnable(name, device, dtype)
         if operation in chosen.kernels:
-            return chosen.kernels[operation]
+            return chosen, chosen.kernels[operation]
         if by_argument:
             raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
         logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)
     for candidate in _BACKENDS.values():
         if candidate.automatic and operation in candidate.kernels and candidate.unavailable(device, dtype) is None:
-            return candidate.kernels[operation]
-    raise UserError(f"no backend computes {operation!r} on {device_type}; fix: move the tensors to the CPU")
+            return candidate, candidate.kernels[operation]
+    raise UserError(f"no backend computes {operation!r} on {device.type}; fix: move the tensors to the CPU")
 
 
 def _runnable(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -12,7 +12,7 @@ from sparseffn.ops.backends import direct_kernel, is_traced, kernel, needs_gradi
 
 # Fewer go to PyTorch's product and its gradient: turning the selector would cost more. Measured with 16 and 256 experts of
 # width 412 to 1024.
-_FEW_TOKENS = 128
+FEW_TOKENS = 128
 
 
 @torch.library.custom_op("sparseffn::router_logits", mutates_args=())
@@ -70,7 +70,7 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
     # Before a look at the number of tokens, which a compiled graph must not depend on.
     if is_traced(x, selector):
         return torch.ops.sparseffn.router_logits(x, selector, backend)
-    if x.shape[0] < _FEW_TOKENS and requested_backend(backend) == "auto":
+    if x.shape[0] < FEW_TOKENS and requested_backend(backend) == "auto":
         return _torch_kernels.router_logits(x, selector)
     if needs_gradient(x, selector):
         return _eager_router_logits(x, selector, backend)

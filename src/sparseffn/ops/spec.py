@@ -35,6 +35,11 @@ RMS_BOUNDS: dict[str, tuple[float, float]] = {
     "routed_mlp": (1.0, 4.0),
     # Float32 in half precision too, as logits are.
     "routed_mlp.gates": (0.5, 4.0),
+    # Of few tokens, which half precision takes in steps.
+    "routed_training.x": (1.0, 4.0),
+    "routed_training.selector": (1.0, 4.0),
+    "routed_training.keys": (1.0, 4.0),
+    "routed_training.values": (1.0, 4.0),
     "router_logits": (0.5, 4.0),
     "weighted_rows": (0.8, 4.0),
     "weighted_rows.values": (0.8, 4.0),

@@ -73,6 +73,22 @@ def softmax_gates(backend: str) -> torch.Tensor:
     return ops.routed_mlp(x, selector, keys, values, k=2, gate="softmax", backend=backend)[2]
 
 
+def gradients_of_few(backend: str) -> torch.Tensor:
+    """Output and gradients of a layer's training step of three tokens, where half of all units are closed."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((3, 21), (5, 21), (5, 21, 6), (5, 6, 21))]
+    x, selector, keys, values = leaves
+    if backend == "cpu":
+        y, *_ = ops.routed_training(x, selector, keys, values, k=2, gate="renormalised", activation="relu")
+    else:
+        logits = x @ selector.T
+        indices = ops.topk(logits, 2, backend=backend)
+        gates = logits.gather(1, indices).softmax(dim=1)
+        y = ops.expert_mlp(x, keys, values, gates, indices, activation="relu", backend=backend)
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    return torch.cat([y.detach().flatten(), *(g.flatten() for g in grads)])
+
+
 def router_logits(backend: str) -> torch.Tensor:
     """Enough tokens for the turned selector."""
     torch.manual_seed(0)
@@ -88,7 +104,20 @@ OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
         "keys[i] < keys[chosen[k - 1]]) return",
         topk_of_ties,
     ),
-    "softmax-over-the-chosen": ("routed.cpp", "if (kind == kSoftmax)", "if (false)", softmax_gates),
+    "softmax-over-the-chosen": ("router.h", "if (kind == kSoftmax)", "if (false)", softmax_gates),
+    "gates-as-if-independent": (
+        "router.h",
+        "gates[j] * (grad_gates[j] - static_cast<C>(common))",
+        "gates[j] * grad_gates[j]",
+        gradients_of_few,
+    ),
+    "selector-without-the-last-token": (
+        "router.h",
+        "outer_of_few(d_rows.data(), x_rows.data(), tokens,",
+        "outer_of_few(d_rows.data(), x_rows.data(), tokens - 1,",
+        gradients_of_few,
+    ),
+    "open-unit-taken-for-closed": ("experts.h", "any |= ws.rows[i][g]", "any = ws.rows[i][g]", gradients_of_few),
     "first-column-for-all": ("linear.h", "= w[o * width + d];", "= w[o * width];", router_logits),
 }
 

@@ -36,6 +36,8 @@ _SIGNATURES = {
     "weighted_rows_backward": "ippppppp",
     "assign": "pnnp",
     "routed_experts": "ippppnnnnniiippp",
+    "routed_training": "ippppnnnnniii" + "p" * 7,
+    "routed_training_backward": "ippppnnnnniii" + "p" * 12,
     "linear": "ipppp",
     "topk": "ippp",
     "product_key_topk": "ippppp",
@@ -242,6 +244,93 @@ def routed_mlp(
     return y, indices, gates
 
 
+def routed_training(
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """See `ops.routed_training`; last what backward needs beside the inputs, indices and gates."""
+    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
+    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
+    y, logits, gates = torch.empty_like(x), x.new_empty(n_tokens, n_experts), x.new_empty(n_tokens, k)
+    indices, hidden = x.new_empty(n_tokens, k, dtype=torch.int64), x.new_empty(n_tokens * k, size)
+    order, offsets = indices.new_empty(n_tokens * k), indices.new_empty(n_experts + 1)
+    problem = _functions()["routed_training"](
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        selector.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        n_tokens,
+        width,
+        n_experts,
+        size,
+        k,
+        _ACTIVATIONS[activation],
+        _GATES[gate],
+        torch.get_num_threads(),
+        y.data_ptr(),
+        logits.data_ptr(),
+        indices.data_ptr(),
+        gates.data_ptr(),
+        hidden.data_ptr(),
+        order.data_ptr(),
+        offsets.data_ptr(),
+    )
+    if problem:
+        raise non_finite_gates()
+    return y, logits, indices, gates, (hidden, order, offsets)
+
+
+def routed_training_backward(
+    grad: Tensor,
+    grad_gates: Tensor | None,
+    grad_logits: Tensor | None,
+    x: Tensor,
+    selector: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    hidden: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    gate: str,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, selector, keys and values."""
+    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
+    grad, grad_gates, grad_logits = grad.contiguous(), _in_memory_order(grad_gates), _in_memory_order(grad_logits)
+    grad_x, grad_selector = torch.empty_like(x), torch.empty_like(selector)
+    grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
+    _functions()["routed_training_backward"](
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        selector.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        keys.shape[0],
+        keys.shape[2],
+        indices.shape[1],
+        _ACTIVATIONS[activation],
+        _GATES[gate],
+        torch.get_num_threads(),
+        indices.data_ptr(),
+        gates.data_ptr(),
+        hidden.data_ptr(),
+        order.data_ptr(),
+        offsets.data_ptr(),
+        grad.data_ptr(),
+        _address(grad_gates),
+        _address(grad_logits),
+        grad_x.data_ptr(),
+        grad_selector.data_ptr(),
+        grad_keys.data_ptr(),
+        grad_values.data_ptr(),
+    )
+    return grad_x, grad_selector, grad_keys, grad_values
+
+
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
     """See `ops.router_logits`."""
     x, selector = x.contiguous(), selector.contiguous()
@@ -332,6 +421,8 @@ KERNELS: dict[str, Kernel] = {
     "weighted_rows": weighted_rows,
     "weighted_rows_backward": weighted_rows_backward,
     "routed_mlp": routed_mlp,
+    "routed_training": routed_training,
+    "routed_training_backward": routed_training_backward,
     "router_logits": router_logits,
     "balanced_assignment": balanced_assignment,
     "topk": topk,

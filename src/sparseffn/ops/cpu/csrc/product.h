@@ -3,6 +3,8 @@
 // was divided.
 #pragma once
 
+#include <vector>
+
 #include "vectors.h"
 
 // A tile's accumulators live in registers only where the tile is compiled into its caller.
@@ -157,6 +159,40 @@ inline void product(const C* const* a, int64_t rows, const S* b, int64_t ldb, in
         product_of<C, S, kRows / 2, 2 * kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
     else
         product_of<C, S, kRows, kVectors>(a, rows, b, ldb, depth, columns, padded, next, out);
+}
+
+// Lines of B that are read side by side where they come from a list.
+constexpr int kListed = 8;
+
+// y[i] += sum over k in list of a[i][k] B[k, :], for R rows of A and B of at least one register's columns: each listed line is
+// read once, from its first element to its last.
+template <class C, class S, int R>
+inline void add_listed(const C* const* a, const S* b, int64_t columns, const std::vector<int64_t>& list, C* const* y) {
+    const int64_t count = static_cast<int64_t>(list.size());
+    for (int64_t first = 0; first < count; first += kListed)
+        with_constant<kListed>(static_cast<int>(count - first < kListed ? count - first : kListed), [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            const int64_t* ks = list.data() + first;
+            const auto sum = [&](int64_t j, Vec<C> (&acc)[R]) {
+                for (int i = 0; i < R; ++i) acc[i] = Vec<C>{};
+                for (int q = 0; q < N; ++q) {
+                    const Vec<C> line = load(b + ks[q] * columns + j);
+                    for (int i = 0; i < R; ++i) acc[i] += splat<C>(a[i][ks[q]]) * line;
+                }
+            };
+            Vec<C> acc[R];
+            int64_t j = 0;
+            for (; j + kLanes<C> <= columns; j += kLanes<C>) {
+                sum(j, acc);
+                for (int i = 0; i < R; ++i) store(y[i] + j, load(y[i] + j) + acc[i]);
+            }
+            if (j == columns) return;
+            // The last columns as the end of a whole register.
+            const int64_t from = columns - kLanes<C>;
+            sum(from, acc);
+            for (int i = 0; i < R; ++i)
+                for (int64_t c = j; c < columns; ++c) y[i][c] += acc[i][c - from];
+        });
 }
 
 // Sum over the lanes of a register, by halves.
