@@ -46,10 +46,14 @@ def sources_digest(package: Path) -> str:
 
 
 def _cpu_name() -> str:
+    """The processor's name with its family and model, as virtual machines give one name to several generations."""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first, *_ = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")
+        pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+        said = {key.strip(): value.strip() for key, value in pairs}
+        if "model name" in said:
+            numbers = [f"{key} {said[name]}" for key, name in (("family", "cpu family"), ("model", "model")) if name in said]
+            return f"{said['model name']} ({', '.join(numbers)})" if numbers else said["model name"]
     return platform.processor() or platform.machine()
 
 

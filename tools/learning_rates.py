@@ -1,0 +1,90 @@
+"""Learning rates of the small scales: short trainings of column WT-S's dense model, compared on the validation split alone.
+
+`tools/learning_rates.py SCALE --data-dir DIR` trains once for every rate and seed, and keeps the figures of that scale in
+results/learning-rates.json, to which the settings of `recipes/paper/scales.py` are held by a test. The test split takes no
+part: in its place stands the part of validation that the rates are compared on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from sparseffn.data import Corpus, to_metric
+from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
+from sparseffn.recipes.paper.rows import sized
+from sparseffn.recipes.paper.scales import get_scale
+from sparseffn.recipes.paper.tables import DENSE
+from sparseffn.recipes.runs import run_path, train_config
+from sparseffn.stored import read_json, write_json
+from sparseffn.train import train
+from sparseffn.train.folder import environment
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "learning-rates.json"
+COLUMN = "WT-S"
+EVAL_TOKENS = 65_536
+
+
+def main() -> int:
+    """Train with every rate; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scale", choices=("base", "cpu"))
+    parser.add_argument("--data-dir", help="Penn Treebank, characters (default: where the corpus is looked for)")
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3], help="peak learning rates")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each training, with warm-up and decay (default: 200)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings with each rate (default: 1)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning-rates"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file that keeps the figures of all scales")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    scale = get_scale(options.scale)
+    column = scale.column(COLUMN)
+    corpus = without_test(Corpora(scale=scale, choice=CorpusChoice(data_dir=options.data_dir)).of(column))
+    vocab_size = corpus.tokenizer.vocab_size
+    model = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
+    metric, _ = to_metric(0.0, corpus.unit)
+    rows = []
+    for lr in options.lr:
+        preset = dataclasses.replace(column.preset, lr=lr)
+        losses = []
+        for seed in range(options.seeds):
+            # Without a curve: its points would cost as much as the training.
+            config = dataclasses.replace(train_config(preset, options.steps, seed), eval_every=options.steps)
+            result = train(model, config, corpus, run_path(options.out / options.scale, f"lr={lr:g}", seed))
+            losses.append(to_metric(result.valid, corpus.unit)[1])
+        rows.append({"lr": lr, "valid": losses, "mean": statistics.fmean(losses)})
+        sys.stdout.write(f"{options.scale}, lr {lr:g}: {rows[-1]['mean']:.4f} {metric} {losses}\n")
+        sys.stdout.flush()
+    kept = read_json(options.results) if options.results.exists() else {}
+    found = {
+        "corpus": corpus.info,
+        "sizes": column.sizes,
+        "params": model.num_params(),
+        "tokens_per_step": config.tokens_per_step,
+        "steps": options.steps,
+        "warmup": config.warmup,
+        "valid_tokens": len(corpus.valid),
+        "metric": metric,
+        "rates": rows,
+        "environment": environment(),
+    }
+    write_json(options.results, {**kept, options.scale: found})
+    return 0
+
+
+def without_test(corpus: Corpus) -> Corpus:
+    """The corpus with the first tokens of validation in place of both splits that a training is evaluated on."""
+    valid = corpus.valid[:EVAL_TOKENS]
+    return dataclasses.replace(corpus, valid=valid, test=valid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
