@@ -6,44 +6,21 @@
 
 #include "experts.h"
 #include "outer.h"
+#include "turn.h"
 
 namespace sparseffn {
 
 // Rows of a weight gradient that are added up before the tile is written.
 constexpr int64_t kDepth = 512;
 
-constexpr int64_t kTurn = 16;
-
-// Columns first..first + kTurn of a [rows, columns] matrix as rows of its transpose.
-template <class S> void turn_columns(const S* a, int64_t rows, int64_t columns, int64_t first, S* b) {
-    const int64_t last = std::min(first + kTurn, columns);
-    for (int64_t r = 0; r < rows; r += kTurn) {
-        const int64_t end = std::min(r + kTurn, rows);
-        if (end - r == kTurn && last - first == kTurn) {
-            S block[kTurn][kTurn];
-            for (int64_t i = 0; i < kTurn; ++i)
-                for (int64_t j = 0; j < kTurn; ++j) block[j][i] = a[(r + i) * columns + first + j];
-            for (int64_t j = 0; j < kTurn; ++j) std::memcpy(b + (first + j) * rows + r, block[j], sizeof block[j]);
-        } else {
-            for (int64_t j = first; j < last; ++j)
-                for (int64_t i = r; i < end; ++i) b[j * rows + i] = a[i * columns + j];
-        }
-    }
-}
-
-// b = a^T by one thread.
-template <class S> void turn(const S* a, int64_t rows, int64_t columns, S* b) {
-    for (int64_t first = 0; first < columns; first += kTurn) turn_columns(a, rows, columns, first, b);
-}
-
 // to[e] = from[e]^T for the experts in use, by all threads.
 template <class S>
 void turn_experts(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t e = 0; e < p.routing.experts; ++e)
-        for (int64_t c = 0; c < (columns + kTurn - 1) / kTurn; ++c)
+        for (int64_t strip = 0; strip < (rows + kStrip - 1) / kStrip; ++strip)
             if (p.routing.offsets[e] < p.routing.offsets[e + 1])
-                turn_columns(from + e * rows * columns, rows, columns, c * kTurn, to + e * rows * columns);
+                turn_rows(from + e * rows * columns, rows, columns, strip * kStrip, to + e * rows * columns);
 }
 
 // For a row of hidden units: da (in place) becomes dh, `scaled` gets s * drop * act(h); returns the gate's gradient.
