@@ -1,8 +1,14 @@
-"""LaTeX of the paper's tables, checked without LaTeX: escapes, braces, environments, columns of each row, known commands."""
+"""LaTeX of the paper's tables, checked without LaTeX: escapes, braces, environments, columns of each row, known commands.
+
+Where there is a LaTeX, it sets them too.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +21,7 @@ from .synthetic_paper import counted_table, paper_table
 HOSTILE = 'a_b & 50% of $x$ #1 {y} ~ ^ \\input{/etc/passwd} <b> [t] * "q" `z` | é \u4e2d \U0001f600\n\nnew \\\\ line\x00'
 COMMANDS = {
     *("arraybackslash", "begin", "bottomrule", "caption", "centering", "cmidrule", "end", "footnotesize", "label"),
-    *("linewidth", "midrule", "multicolumn", "noindent", "par", "pm", "raggedright", "setlength", "smallskip"),
+    *("linewidth", "midrule", "multicolumn", "noindent", "par", "pm", "raggedright", "setlength", "sloppy", "smallskip"),
     *("tabcolsep", "textsuperscript", "toprule", "textbackslash", "textasciicircum", "textasciitilde", "textless"),
     *("textgreater", "textbar", "textasciigrave", "textquotedbl", "texttt"),
 }
@@ -125,3 +131,23 @@ def test_float_has_the_footnotes_that_it_refers_to() -> None:
     assert "made by version 0.0.9" in e8 and "made by version 0.0.9" not in wt_s
     assert "diverged" in overview and "incomplete" in overview
     assert len(set(re.findall(r"\\label\{(.*?)\}", "".join(floats)))) == 3
+
+
+PREAMBLE = r"""\documentclass{article}
+\usepackage[T1]{fontenc} \usepackage{array} \usepackage{booktabs} \usepackage{rotating} \usepackage{adjustbox}
+\begin{document}
+"""
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+@pytest.mark.parametrize("case", CASES)
+def test_latex_sets_the_table(case: str, tmp_path: Path) -> None:
+    """With the packages that the file asks for, without an error, and with no line of text wider than the page."""
+    text = latex_tables(build_paper_table(CASES[case]()))
+    (tmp_path / "table.tex").write_text(f"{PREAMBLE}{text}\n\\end{{document}}\n", encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
+    if "File `" in done.stdout and "' not found" in done.stdout:
+        pytest.skip("this LaTeX lacks a package")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout

@@ -62,7 +62,7 @@ def latex_tables(table: PaperTable) -> str:
     texts = [_HEAD.format(name=_comment(table.name))]
     texts += [_float(table, block) for block in (table.overview, *table.blocks) if block]
     notes = (*table.notes, f"Made with: {formats.setting(table.environment)}")
-    return "\n".join([*texts, "".join(f"\\noindent {latex_text(note)}\\par\n" for note in notes)])
+    return "\n".join([*texts, "".join(f"{{\\sloppy\\noindent {latex_text(note)}\\par}}\n" for note in notes)])
 
 
 def latex_text(text: str) -> str:
@@ -88,7 +88,9 @@ def _comment(text: str) -> str:
 def _float(table: PaperTable, block: Block) -> str:
     facts = f" {block.facts}." if block.facts else ""
     incomplete = f" This table is {table.incomplete}." if table.incomplete else ""
-    caption = f"{table.title}. {block.title}.{facts} {table.summary}{incomplete}"
+    # Beside the number that LaTeX gives the float.
+    title = re.sub(r"^Table \d+", r"\g<0> of arXiv 2310.10837", table.title)
+    caption = f"{title}. {block.title}.{facts} {table.summary}{incomplete}"
     label = re.sub(r"[^a-z0-9]+", "-", f"{table.name}-{block.name}".lower()).strip("-")
     width = len(block.headings)
     place = "table" if width <= _UPRIGHT else "sidewaystable"
