@@ -1,8 +1,9 @@
 """Learning rates of the small scales: short trainings of column WT-S's dense model, compared on the validation split alone.
 
 `tools/learning_rates.py SCALE --data-dir DIR` trains once for every rate and seed, and keeps the figures of that scale in
-results/learning-rates.json, to which the settings of `recipes/paper/scales.py` are held by a test. The test split takes no
-part: in its place stands the part of validation that the rates are compared on.
+results/learning-rates.json, to which the settings of `recipes/paper/scales.py` are held by a test: made with `base`, and with
+`cpu --seeds 2 --lr 1e-3 2e-3 4e-3 8e-3`. Rates already there stay. The test split takes no part: in its place stands the
+part of validation that the rates are compared on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> int:
     parser.add_argument("--data-dir", help="Penn Treebank, characters (default: where the corpus is looked for)")
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3], help="peak learning rates")
     parser.add_argument("--steps", type=int, default=200, help="steps of each training, with warm-up and decay (default: 200)")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings with each rate (default: 1)")
+    parser.add_argument(
+        "--seeds", type=int, choices=range(1, 100), metavar="N", default=1, help="trainings with each rate (default: 1)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning-rates"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that keeps the figures of all scales")
@@ -51,20 +54,9 @@ def main() -> int:
     vocab_size = corpus.tokenizer.vocab_size
     model = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
     metric, _ = to_metric(0.0, corpus.unit)
-    rows = []
-    for lr in options.lr:
-        preset = dataclasses.replace(column.preset, lr=lr)
-        losses = []
-        for seed in range(options.seeds):
-            # Without a curve: its points would cost as much as the training.
-            config = dataclasses.replace(train_config(preset, options.steps, seed), eval_every=options.steps)
-            result = train(model, config, corpus, run_path(options.out / options.scale, f"lr={lr:g}", seed))
-            losses.append(to_metric(result.valid, corpus.unit)[1])
-        rows.append({"lr": lr, "valid": losses, "mean": statistics.fmean(losses)})
-        sys.stdout.write(f"{options.scale}, lr {lr:g}: {rows[-1]['mean']:.4f} {metric} {losses}\n")
-        sys.stdout.flush()
-    kept = read_json(options.results) if options.results.exists() else {}
-    found = {
+    # Without a curve: its points would cost as much as the training.
+    config = dataclasses.replace(train_config(column.preset, options.steps, 0), eval_every=options.steps)
+    settings = {
         "corpus": corpus.info,
         "sizes": column.sizes,
         "params": model.num_params(),
@@ -73,10 +65,23 @@ def main() -> int:
         "warmup": config.warmup,
         "valid_tokens": len(corpus.valid),
         "metric": metric,
-        "rates": rows,
-        "environment": environment(),
     }
-    write_json(options.results, {**kept, options.scale: found})
+    kept = read_json(options.results) if options.results.exists() else {}
+    before = kept.get(options.scale, settings)
+    if any(before[name] != value for name, value in settings.items()):
+        parser.error(f"{options.results} holds rates of {options.scale} with other settings; fix: another --results")
+    rates = {rate["lr"]: rate for rate in before.get("rates", [])}
+    for lr in options.lr:
+        losses = []
+        for seed in range(options.seeds):
+            path = run_path(options.out / options.scale, f"lr={lr:g}", seed)
+            result = train(model, dataclasses.replace(config, lr=lr, seed=seed), corpus, path)
+            losses.append(to_metric(result.valid, corpus.unit)[1])
+        rates[lr] = {"lr": lr, "valid": losses, "mean": statistics.fmean(losses)}
+        sys.stdout.write(f"{options.scale}, lr {lr:g}: {rates[lr]['mean']:.4f} {metric} {losses}\n")
+        sys.stdout.flush()
+        found = {**settings, "rates": [rates[rate] for rate in sorted(rates)], "environment": environment()}
+        write_json(options.results, {**kept, options.scale: found})
     return 0
 
 

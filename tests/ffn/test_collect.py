@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import collect_stats
@@ -73,15 +74,23 @@ def test_entropy_is_log_of_the_number_of_experts_when_all_are_alike() -> None:
     assert float(stats.entropy) == pytest.approx(torch.tensor(4.0).log().item())
 
 
+HOOKS = {
+    "forward": lambda router, see: router.register_forward_hook(see),
+    "forward-pre": lambda router, see: router.register_forward_pre_hook(see),
+    "global": lambda router, see: register_module_forward_hook(lambda module, *_: see() if module is router else None),
+}
+
+
 @pytest.mark.parametrize("n_tokens", [2, 200])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_router_is_called_where_hooks_wait(train: bool, n_tokens: int) -> None:
+@pytest.mark.parametrize("hook", HOOKS)
+def test_router_is_called_where_hooks_wait(hook: str, train: bool, n_tokens: int) -> None:
     """What others hang on the router sees each call, although few tokens and evaluation need no call of it."""
     layer, calls = CONFIG.build().train(train), []
     x = torch.randn(n_tokens, 8)
     with torch.set_grad_enabled(train):
         expected = layer(x)
-        handle = layer.router.register_forward_hook(lambda *_: calls.append(1))
+        handle = HOOKS[hook](layer.router, lambda *_: calls.append(1))
         torch.testing.assert_close(layer(x), expected)
         handle.remove()
         torch.testing.assert_close(layer(x), expected)

@@ -27,7 +27,7 @@ from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.stored import write_json
 from sparseffn.train import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
 from sparseffn.train.checkpoint import list_checkpoints
-from sparseffn.train.folder import sources_digest
+from sparseffn.train.folder import cpu_name, sources_digest
 from sparseffn.train.routing import list_snapshots
 
 
@@ -243,3 +243,12 @@ def test_window_losses_follow_the_text(corpus: Corpus, model: TransformerXLConfi
     ]
     together = evaluate(net, tokens, batch=3, context=21, memory=32).window_nats
     assert together == pytest.approx(np.concatenate(alone), rel=1e-5)
+
+
+def test_processor_is_told_from_its_namesakes(tmp_path: Path) -> None:
+    """By family and model, where Linux says them."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\nflags\t: a b\n\nprocessor\t: 1\n")
+    assert cpu_name(info) == "Some CPU (family 25, model 17)"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert cpu_name(info) == cpu_name(tmp_path / "none") != ""

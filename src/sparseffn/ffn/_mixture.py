@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
 from sparseffn.ffn._activations import ACTIVATIONS
@@ -197,45 +199,48 @@ class Mixture(FeedForward):
         None where that is not possible: in training, under autocast, with gradients, in a trace, or where the router is
         more than top-K and a gate. Shapes were fixed when the layer was made, so that the kernel is called as it is.
         """
-        if self.training:
+        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
+        if self.training or router.training:
             return None
         weights = self._weights_of_one_kind(x_TD)
         if weights is None or not ops.runs_eagerly(x_TD, *weights):
             return None
-        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
         return kernel("routed_mlp", x_TD)(x_TD, *weights, router.k, router.gate, self.config.activation, selection=selection)
 
     def _trained(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routing]:
         """Output and routing with gradients: of a few tokens in one operation, else step by step."""
         router, c = self.router, self.config
-        gate = router.gate if router.trains_as_it_evaluates or not self.training else None
+        training = self.training or router.training
+        gate = router.gate if router.trains_as_it_evaluates or not training else None
         if gate is not None and mask_T is None:
-            drops = self.training and (c.dropout > 0 or router.expert_dropout > 0)
+            drops = training and (c.dropout > 0 or router.expert_dropout > 0)
             weights = None if drops else self._weights_of_one_kind(x_TD)
             if weights is not None and ops.runs_at_once(gate, x_TD, *weights):
-                y_TD, logits_TE, indices_TK, gates_TK = ops.routed_training(
-                    x_TD, *weights, k=router.k, gate=gate, activation=c.activation
-                )
-                return y_TD, Routing(logits_TE, indices_TK, gates_TK)
+                y_TD, *routed = ops.train_at_once(x_TD, *weights, router.k, gate, c.activation)
+                return y_TD, Routing(*routed)
         routing = router(x_TD, mask_T)
         return self.run_experts(x_TD, routing), routing
 
     def _weights_of_one_kind(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Selector, keys and values for an operation that routes by top-K and a gate; None where the layer does more, or
-        where something must be cast or moved first, or where hooks wait for the router to be called.
+        where something must be cast, moved or computed (a parametrisation) first, or where hooks or another `forward` wait for
+        the router to be called.
         """
-        # Attributes that are modules or parameters are found by a search in Python, five times a tenth of one token's time.
+        if is_compiling():
+            return None
+        # In PyTorch's dictionaries: as attributes, modules and parameters are found by a search in Python.
         router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
         experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
         if router.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
             return None
         if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
             return None
+        if _has_any_global_hook() or "forward" in router.__dict__:
+            return None
         selector = router._parameters.get("selector")
         keys, values = experts._parameters.get("keys"), experts._parameters.get("values")
         if selector is None or keys is None or values is None:
-            # A parametrisation computes one of them.
-            selector, keys, values = self.router.selector, self.experts.keys, self.experts.values
+            return None
         if not x_TD.dtype == selector.dtype == keys.dtype == values.dtype:
             return None
         if not x_TD.get_device() == selector.get_device() == keys.get_device() == values.get_device():

@@ -66,6 +66,19 @@ def routed_mlp(
             would record the call.
         NonFiniteError: a gate is NaN or infinite.
     """
+    check_routed(x, selector, keys, values, k, gate, activation)
+    if needs_gradient(x, selector, keys, values):
+        raise UserError(
+            "`routed_mlp` has no gradients and must run where none is recorded; got a tensor that requires one; "
+            "fix: torch.no_grad(), or router_logits, topk and expert_mlp"
+        )
+    if is_traced(x, selector, keys, values):
+        return torch.ops.sparseffn.routed_mlp(x, selector, keys, values, k, gate, activation, backend)
+    return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
+
+
+def check_routed(x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str) -> None:
+    """That they fit together; raises what `routed_mlp` says."""
     n_experts, width = selector.shape if selector.dim() == 2 else (0, 0)
     if x.dim() != 2 or keys.dim() != 3 or keys.shape[:2] != (n_experts, width) or x.shape[1] != width:
         raise UserError(
@@ -84,14 +97,6 @@ def routed_mlp(
         raise unknown_name("gate", gate, GATES)
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", activation, ACTIVATIONS)
-    if needs_gradient(x, selector, keys, values):
-        raise UserError(
-            "`routed_mlp` has no gradients and must run where none is recorded; got a tensor that requires one; "
-            "fix: torch.no_grad(), or router_logits, topk and expert_mlp"
-        )
-    if is_traced(x, selector, keys, values):
-        return torch.ops.sparseffn.routed_mlp(x, selector, keys, values, k, gate, activation, backend)
-    return kernel("routed_mlp", x, backend)(x, selector, keys, values, k, gate, activation)
 
 
 def gates_of(gate: GateName, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -20,6 +19,7 @@ from sparseffn.data.splits import digest_of
 from sparseffn.errors import UserError
 from sparseffn.stored import Kind, read_fields, write_json, write_text
 
+CPU_INFO = Path("/proc/cpuinfo")
 SOURCES = (".py", ".cpp", ".h")
 """Files of the package that a run's numbers follow from."""
 
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(CPU_INFO),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -45,10 +45,10 @@ def sources_digest(package: Path) -> str:
     return digest_of(*(part for path in paths for part in (path, (package / path).read_bytes())))
 
 
-def _cpu_name() -> str:
+def cpu_name(info: Path) -> str:
     """The processor's name with its family and model, as virtual machines give one name to several generations."""
-    if sys.platform == "linux":
-        first, *_ = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")
+    if info.exists():
+        first, *_ = info.read_text(encoding="utf-8").split("\n\n")
         pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
         said = {key.strip(): value.strip() for key, value in pairs}
         if "model name" in said:

@@ -115,10 +115,11 @@ def test_layer_compiles_once_for_all_token_counts(inner_k: int | None) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("n_tokens", [3, 200], ids=["few", "many"])
-def test_results_are_the_same_from_run_to_run(n_tokens: int) -> None:
+@pytest.mark.parametrize("drop", [0.0, 0.1], ids=["whole", "dropout"])
+@pytest.mark.parametrize("n_tokens", [3, 100, 200], ids=["few", "some", "many"])
+def test_results_are_the_same_from_run_to_run(n_tokens: int, drop: float) -> None:
     """Output and gradients, bit by bit, in deterministic mode."""
-    layer, x = CONFIG.replace(expert_dropout=0.2, dropout=0.1).build(), torch.randn(n_tokens, 32)
+    layer, x = CONFIG.replace(expert_dropout=2 * drop, dropout=drop).build(), torch.randn(n_tokens, 32)
     torch.use_deterministic_algorithms(True)
     try:
         runs = []

@@ -166,8 +166,8 @@ def make_scale(template: Preset, *, expert_size: int, note: str = "") -> Scale:
 
 # lr of both small scales: chosen on the validation split of `ptb` characters with the dense model of column WT-S, by trainings
 # of 200 steps (`tools/learning_rates.py`; every rate and seed stands in results/learning-rates.json). At `cpu` 2e-3 and 4e-3
-# are each the best of one seed. Its dropout: 0.1 at lr 4e-3 gave 2.753 bits per character against 2.675 without; one epoch is
-# 2,491 steps, so that nothing is seen twice.
+# are each the best of one seed, 4e-3 by 0.008 in the mean: undecided, and all runs had been made with 2e-3. Its dropout: 0.1 at
+# lr 4e-3 gave 2.753 bits per character against 2.675 without; one epoch is 2,491 steps, so that nothing is seen twice.
 _CPU = Preset(
     name="cpu",
     doc="minutes a run on 2 cores: 3 layers of width 128, 1 to 2M parameters (WT-S*: 7M)",

@@ -4,7 +4,8 @@
 //
 // Many tokens: each thread owns a block of tokens and goes through all experts, so that it alone adds to its tokens' outputs.
 // Few tokens: each thread owns some experts and reads their weights once; its outputs are added up afterwards. Either way the
-// order of every sum is fixed by the routing and the number of threads: results are the same from run to run.
+// order of every sum is fixed by the routing, the number of threads and which units are zero: results are the same from run to
+// run.
 #pragma once
 
 #include <vector>
@@ -79,8 +80,8 @@ void up(const Problem<S>& p, const compute_t<S>* x, int64_t expert, Range rows, 
     }
 }
 
-// Up to this many rows of an expert only the values of units that are not zero for all of them are read: after ReLU half of a
-// row's are. Measured cold, 16 experts of 128 units: one token 17% less, 8 tokens 4%.
+// Up to this many rows that a thread has of an expert, only the values of units that are not zero for all of them are read:
+// after ReLU half of a row's are. Measured cold with ReLU, 16 experts of 128 units: one token 17% less, 8 tokens 4%.
 constexpr int kSparseRows = 3;
 
 template <class S>

@@ -23,8 +23,8 @@ template <class S> struct line_of {
     typedef typename bits_of<sizeof(S)>::type type __attribute__((vector_size(kSquare<S> * sizeof(S))));
 };
 
-// Lanes of a, then of b, by their numbers; GCC has the first form from version 12 on.
-#if defined(__has_builtin)
+// Lanes of a, then of b, by their numbers; GCC has the first form from version 12 on. A test compiles the second.
+#if defined(__has_builtin) && !defined(SPARSEFFN_OLD_SHUFFLE)
 #if __has_builtin(__builtin_shufflevector)
 #define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
