@@ -107,31 +107,21 @@ constexpr int64_t kDotRows = 6;
 
 // Experts in use, in one run for each thread.
 struct Division {
-    std::vector<int64_t> used, unused, first;  // thread t has used[first[t]]..used[first[t + 1]]
+    std::vector<int64_t> used, unused;
     int64_t most_rows = 0;
-    double imbalance = 0;  // the longest run's work over the mean
+    Runs runs;
 };
 
 inline Division divide(const Routing& routing, int threads) {
-    // Work of an expert is its rows and, once, its weights, which cost as much as a few rows.
-    constexpr int64_t kWeightsAsRows = 8;
     Division division;
-    std::vector<int64_t> sums{0};
+    std::vector<int64_t> work;
     for (int64_t e = 0; e < routing.experts; ++e) {
         const int64_t rows = routing.offsets[e + 1] - routing.offsets[e];
         (rows ? division.used : division.unused).push_back(e);
-        if (rows) sums.push_back(sums.back() + rows + kWeightsAsRows);
+        if (rows) work.push_back(rows + kWeightsAsRows);
         division.most_rows = std::max(division.most_rows, rows);
     }
-    const double mean = static_cast<double>(sums.back()) / threads;
-    for (int t = 0; t <= threads; ++t) {
-        // The edge nearest to an equal share.
-        auto edge = std::lower_bound(sums.begin(), sums.end(), static_cast<int64_t>(mean * t));
-        if (edge != sums.begin() && edge != sums.end() && mean * t - *(edge - 1) < *edge - mean * t) --edge;
-        division.first.push_back(std::min<int64_t>(edge - sums.begin(), static_cast<int64_t>(division.used.size())));
-    }
-    for (int t = 0; t < threads; ++t)
-        division.imbalance = std::max(division.imbalance, (sums[division.first[t + 1]] - sums[division.first[t]]) / mean);
+    division.runs = runs_of(work, threads);
     return division;
 }
 
@@ -153,10 +143,8 @@ void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Divis
         Buffer<C> d(most * p.size), scaled(most * p.size), padded(most * kVectors * kLanes<C>);
         Buffer<S> turned(most > kDotRows ? matrix : 0), ragged(padded_size<C>(std::max(p.width, p.size)));
         std::vector<const C*> inputs(most), sent(most), d_rows(most), scaled_rows(most), padded_rows(most);
-        // A team may be smaller than was asked for.
-        const int runs = static_cast<int>(division.first.size()) - 1;
-        const Range own = part_of(runs, thread, threads);
-        for (int64_t u = division.first[own.begin]; u < division.first[own.end]; ++u) {
+        const Range own = division.runs.of(thread, threads);
+        for (int64_t u = own.begin; u < own.end; ++u) {
             const int64_t e = division.used[u], first = routing.offsets[e], rows = routing.offsets[e + 1] - first;
             for (int64_t i = 0; i < rows; ++i) {
                 inputs[i] = x + routing.token(first + i) * p.width;
@@ -276,14 +264,13 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
 }
 
 // Threads divide experts where that leaves none of them waiting long, and always where there is little to wait for.
-constexpr double kImbalance = 1.25;
 constexpr int64_t kFewTokens = 16;
 
 template <class S> bool divides_experts(const Problem<S>& p, const Division& division) {
     // An expert's rows must be summed in one go, and the threads' own gradients of x be small beside those of the weights.
     const int64_t own = p.routing.tokens * p.width * (p.threads - 1), weights = 2 * p.routing.experts * p.width * p.size;
     if (division.most_rows > kDepth || own > weights) return false;
-    return division.imbalance <= kImbalance || p.routing.tokens <= kFewTokens;
+    return division.runs.imbalance <= kImbalance || p.routing.tokens <= kFewTokens;
 }
 
 template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {

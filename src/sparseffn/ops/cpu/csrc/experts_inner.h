@@ -48,7 +48,7 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
     Buffer<int64_t> place(routing.rows());
     for (int64_t r = 0; r < routing.rows(); ++r) place[routing.order[r]] = r;
     p.hidden = hidden.data();
-    const std::vector<Share> shares = shares_of(p);
+    const Shares shares = shares_of(p);
     const bool few = routing.rows() <= kFewRows * routing.experts;
 #pragma omp parallel num_threads(p.threads)
     {
@@ -66,10 +66,10 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
         };
         const Range tokens = part_of(routing.tokens, thread, threads);
         if (few) {
-            const Range own = part_of(static_cast<int64_t>(shares.size()), thread, threads);
+            const Range own = shares.runs.of(thread, threads);
             for (int64_t i = own.begin; i < own.end; ++i) {
-                const int64_t e = shares[i].expert;
-                fill(e, {routing.offsets[e], routing.offsets[e + 1]}, shares[i].units);
+                const int64_t e = shares.all[i].expert;
+                fill(e, {routing.offsets[e], routing.offsets[e + 1]}, shares.all[i].units);
             }
         } else {
             for (int64_t e = 0; e < routing.experts; ++e) fill(e, routing.rows_of(e, tokens), {0, p.size});

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 namespace sparseffn {
 
@@ -15,6 +16,34 @@ struct Range {
     int64_t begin, end;
 };
 inline Range part_of(int64_t n, int index, int parts) { return {n * index / parts, n * (index + 1) / parts}; }
+
+// Pieces of work in one run of neighbours for each thread, as equal as the pieces allow.
+struct Runs {
+    std::vector<int64_t> first;  // run r has pieces first[r]..first[r + 1]
+    double imbalance = 0;        // the longest run's work over the mean
+
+    // The pieces of a thread; a team may be smaller than was asked for.
+    Range of(int thread, int team) const {
+        const Range runs = part_of(static_cast<int64_t>(first.size()) - 1, thread, team);
+        return {first[runs.begin], first[runs.end]};
+    }
+};
+
+inline Runs runs_of(const std::vector<int64_t>& work, int threads) {
+    std::vector<int64_t> sums{0};
+    for (const int64_t piece : work) sums.push_back(sums.back() + piece);
+    const double mean = static_cast<double>(sums.back()) / threads;
+    Runs runs;
+    for (int t = 0; t <= threads; ++t) {
+        // The edge nearest to an equal share.
+        auto edge = std::lower_bound(sums.begin(), sums.end(), static_cast<int64_t>(mean * t));
+        if (edge != sums.begin() && edge != sums.end() && mean * t - *(edge - 1) < *edge - mean * t) --edge;
+        runs.first.push_back(std::min<int64_t>(edge - sums.begin(), static_cast<int64_t>(work.size())));
+    }
+    for (int t = 0; t < threads; ++t)
+        runs.imbalance = std::max(runs.imbalance, (sums[runs.first[t + 1]] - sums[runs.first[t]]) / mean);
+    return runs;
+}
 
 // Memory without the zeros of std::vector. Tests compile with SPARSEFFN_POISON, so that what is read unwritten shows: all bits
 // set are NaN in every floating type and -1 in every signed one.
