@@ -12,6 +12,12 @@ namespace sparseffn {
 
 // Rows of a weight gradient that are added up before the tile is written.
 constexpr int64_t kDepth = 512;
+// Rows of the gradient of keys that one thread makes at a time, from as many columns of x, which it first brings together: read
+// again and again where they lie, at 4 KiB from row to row, they leave the cache. Backward of 2,048 and 4,096 tokens takes 7% to
+// 11% less; bringing rows of y's gradient together for the values takes 5% to 20% more.
+constexpr int64_t kBlock = 16 * kRows;
+// Rows that are fetched ahead of those brought together.
+constexpr int64_t kRowsAhead = 12;
 
 // to[e] = from[e]^T for the experts in use, by all threads.
 template <class S>
@@ -208,9 +214,10 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
     std::vector<std::pair<int64_t, Range>> chunks;
     for (int64_t e = 0; e < routing.experts; ++e)
         in_chunks<S>({routing.offsets[e], routing.offsets[e + 1]}, [&](Range rows) { chunks.push_back({e, rows}); });
-    // Panels of the gradient of keys, then of values, expert by expert.
-    const int64_t key_panels = (p.size + line - 1) / line, value_panels = (p.width + line - 1) / line;
-    const int64_t panels = key_panels + value_panels;
+    // Blocks of rows of the gradient of keys, then panels of that of values, expert by expert.
+    const int64_t blocks = (p.width + kBlock - 1) / kBlock, units = blocks + (p.width + line - 1) / line;
+    int64_t most = 0;
+    for (int64_t e = 0; e < routing.experts; ++e) most = std::max(most, routing.offsets[e + 1] - routing.offsets[e]);
 
 #pragma omp parallel num_threads(p.threads)
     {
@@ -241,24 +248,36 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                               });
             });
 
-        Buffer<C> padded(kDepth * line), sums(std::max(p.width, p.size) * line);
-        std::vector<const C*> hidden_rows, token_rows, padded_rows(kDepth);
+        Buffer<C> padded(kDepth * line), sums(std::max(kBlock, p.size) * line), block(most * kBlock);
+        std::vector<const C*> left, right, padded_rows(kDepth);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < routing.experts * panels; ++unit) {
-            const int64_t e = unit / panels, panel = unit % panels;
-            const bool of_keys = panel < key_panels;
-            const int64_t first = (of_keys ? panel : panel - key_panels) * line;
-            const int64_t height = of_keys ? p.width : p.size, width = of_keys ? p.size : p.width;
-            const Range columns{first, std::min(first + line, width)};
-            S* to = (of_keys ? g.keys : g.values) + e * p.width * p.size;
-            hidden_rows.clear();
-            token_rows.clear();
-            for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; ++r) {
-                hidden_rows.push_back((of_keys ? d.data() : scaled.data()) + r * p.size);
-                token_rows.push_back((of_keys ? x : gy) + routing.token(r) * p.width);
+        for (int64_t unit = 0; unit < routing.experts * units; ++unit) {
+            const int64_t e = unit / units, part = unit % units, rows = routing.offsets[e + 1] - routing.offsets[e];
+            const auto hidden = [&](const C* of, int64_t r) { return of + (routing.offsets[e] + r) * p.size; };
+            const auto token = [&](const C* of, int64_t r) { return of + routing.token(routing.offsets[e] + r) * p.width; };
+            left.resize(rows);
+            right.resize(rows);
+            if (part < blocks) {
+                const int64_t first = part * kBlock, height = std::min(kBlock, p.width - first);
+                for (int64_t r = 0; r < rows; ++r) {
+                    if (r + kRowsAhead < rows)
+                        for (int64_t c = 0; c < height; c += kLanes<C>) __builtin_prefetch(token(x, r + kRowsAhead) + first + c);
+                    left[r] = block.data() + r * kBlock;
+                    std::copy_n(token(x, r) + first, height, block.data() + r * kBlock);
+                    right[r] = hidden(d.data(), r);
+                }
+                for (int64_t column = 0; column < p.size; column += line)
+                    outer<S>(left, right, height, {column, std::min(column + line, p.size)}, p.size,
+                             g.keys + (e * p.width + first) * p.size, padded, sums, padded_rows);
+            } else {
+                const int64_t first = (part - blocks) * line;
+                for (int64_t r = 0; r < rows; ++r) {
+                    left[r] = hidden(scaled.data(), r);
+                    right[r] = token(gy, r);
+                }
+                outer<S>(left, right, p.size, {first, std::min(first + line, p.width)}, p.width,
+                         g.values + e * p.size * p.width, padded, sums, padded_rows);
             }
-            if (of_keys) outer<S>(token_rows, hidden_rows, height, columns, width, to, padded, sums, padded_rows);
-            else outer<S>(hidden_rows, token_rows, height, columns, width, to, padded, sums, padded_rows);
         }
     }
 }
