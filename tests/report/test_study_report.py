@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import operator
 import re
 import statistics
 from pathlib import Path
@@ -107,11 +108,21 @@ def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
     """Only seeds that both have; 4.303 standard errors for three."""
     base = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.0), (1, 2.0), (2, 3.0), (7, 9.0))]}
     other = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.1), (1, 2.1), (2, 3.4))]}
-    found = differences(other, base, "valid")
+    found = differences(other, base, operator.itemgetter("valid"))
     assert found == pytest.approx([0.1, 0.1, 0.4])
     assert interval(found) == "+0.2000 ± 0.4303" and verdict(found) == "undecided"
     assert verdict([0.1, 0.11, 0.1]) == "worse" and verdict([-0.1, -0.11, -0.1]) == "better"
     assert verdict([0.5]) == "undecided" and verdict([]) == NOT_MEASURED
+
+
+def test_selectors_are_compared_at_the_end() -> None:
+    """By their last probe, against the first variant."""
+    sheet = study_sheets(committed("balance"))["selector differences"]
+    base, *others = committed("balance")["variants"]
+    assert [row[0] for row in sheet.rows] == [variant["name"] for variant in others]
+    last = [[run["probes"][-1]["dead"] for run in variant["runs"]] for variant in (base, others[1])]
+    wanted = interval([b - a for a, b in zip(*last, strict=True)])
+    assert sheet.rows[1][1 + sheet.head[1:].index("dead experts")] == wanted
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (10, 2.2622), (11, 2.2281), (40, 2.0227), (1001, 1.9623)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparseffn.errors import UserError
@@ -54,6 +55,7 @@ def study_sheets(result: Result) -> dict[str, Sheet]:
                 sheets[f"load {axis}"] = _load_sheet(result, axis, rows)
     sheets["loss"] = _loss_sheet(result)
     sheets["selectors"] = _selector_sheet(result)
+    sheets["selector differences"] = _selector_differences_sheet(result)
     if result["kind"] == "study-competition":
         sheets["gates"] = _gate_sheet(result)
     return sheets
@@ -136,7 +138,7 @@ def _loss_sheet(result: Result) -> Sheet:
         for split in ("valid", "test"):
             cells.append(mean_std([run[split] for run in variant["runs"]]))
         for split in ("valid", "test"):
-            pairs = [] if variant is variants[0] else differences(variant, variants[0], split)
+            pairs = [] if variant is variants[0] else differences(variant, variants[0], operator.itemgetter(split))
             cells += [interval(pairs), verdict(pairs)]
         rows.append(tuple(cells))
     preset, first = result["settings"]["preset"], variants[0]["name"]
@@ -192,6 +194,22 @@ def _selector_sheet(result: Result) -> Sheet:
     )
 
 
+def _selector_differences_sheet(result: Result) -> Sheet:
+    """How the selectors differ at the end from those of the first variant."""
+    first, *others = result["variants"]
+    rows = []
+    for variant in others:
+        found = (differences(variant, first, lambda run, key=key: run["probes"][-1][key]) for key, _ in _STATES)
+        rows.append((variant["name"], *map(interval, found)))
+    return Sheet(
+        title=f"Selectors at the end, differences from {first['name']}",
+        head=("variant", *(name for _, name in _STATES)),
+        rows=rows,
+        n_words=1,
+        notes=("Paired by seed, with the 95% interval of Student's t over seeds. Not corrected for their number.",),
+    )
+
+
 def _gate_sheet(result: Result) -> Sheet:
     """Gates and interference beside what was predicted of them before the first step."""
     rows = []
@@ -223,10 +241,12 @@ def arrow(first: Sequence[Mapping[str, float]], last: Sequence[Mapping[str, floa
     return " → ".join(number(statistics.fmean(probe[key] for probe in probes)) for probes in (first, last))
 
 
-def differences(variant: Mapping[str, Any], against: Mapping[str, Any], split: str) -> list[float]:
-    """Differences of the runs that share a seed."""
-    base = {run["seed"]: run[split] for run in against["runs"]}
-    return [run[split] - base[run["seed"]] for run in variant["runs"] if run["seed"] in base]
+def differences(
+    variant: Mapping[str, Any], against: Mapping[str, Any], of: Callable[[Mapping[str, Any]], float]
+) -> list[float]:
+    """Differences between the runs that share a seed, in what `of` gives of a run."""
+    base = {run["seed"]: of(run) for run in against["runs"]}
+    return [of(run) - base[run["seed"]] for run in variant["runs"] if run["seed"] in base]
 
 
 def half_width(values: Sequence[float]) -> float | None:
