@@ -22,6 +22,7 @@ from torch import Tensor
 from sparseffn import ops
 from sparseffn.ops.backends import direct_kernel, kernel
 from sparseffn.ops.cpu import build, kernels
+from sparseffn.ops.routed_mlp import gates_of
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.paths import default_cache_dir
 
@@ -174,8 +175,7 @@ def training(draw: random.Random) -> None:
         else:
             logits_TE = leaves[0] @ leaves[1].T
             indices_TK = ops.topk(logits_TE, k, backend="torch")
-            chosen_TK = logits_TE.gather(1, indices_TK)
-            gates_TK = chosen_TK.sigmoid() if gate == "sigmoid" else chosen_TK.softmax(dim=1)
+            gates_TK = gates_of(gate, logits_TE, indices_TK)
             y = ops.expert_mlp(leaves[0], *leaves[2:], gates_TK, indices_TK, activation=activation, backend="torch")
         grads = torch.autograd.grad([y, logits_TE, gates_TK], leaves, [d.to(cast) for d in directions])
         found.append([y.detach(), *grads])

@@ -23,6 +23,7 @@ from sparseffn.ffn._options import option
 from sparseffn.ffn._routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn._stats import Routed
 from sparseffn.ops.backends import kernel
+from sparseffn.ops.routed_training import train_at_once
 
 INDEX_BYTES = 8
 LOGIT_BYTES = 4
@@ -216,7 +217,7 @@ class Mixture(FeedForward):
             drops = training and (c.dropout > 0 or router.expert_dropout > 0)
             weights = None if drops else self._weights_of_one_kind(x_TD)
             if weights is not None and ops.runs_at_once(gate, x_TD, *weights):
-                y_TD, *routed = ops.train_at_once(x_TD, *weights, router.k, gate, c.activation)
+                y_TD, *routed = train_at_once(x_TD, *weights, router.k, gate, c.activation)
                 return y_TD, Routing(*routed)
         routing = router(x_TD, mask_T)
         return self.run_experts(x_TD, routing), routing

@@ -11,6 +11,8 @@ import pytest
 import torch
 from expert_cases import CASES
 from test_cpu_numerics import verify
+from test_cpu_training import drawn
+from test_cpu_training import results as trained
 
 from sparseffn import ops
 from sparseffn.ops.cpu import build, kernels
@@ -76,17 +78,9 @@ def softmax_gates(backend: str) -> torch.Tensor:
 def gradients_of_few(backend: str) -> torch.Tensor:
     """Output and gradients of a layer's training step of three tokens, where half of all units are closed."""
     torch.manual_seed(0)
-    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((3, 21), (5, 21), (5, 21, 6), (5, 6, 21))]
-    x, selector, keys, values = leaves
-    if backend == "cpu":
-        y, *_ = ops.routed_training(x, selector, keys, values, k=2, gate="renormalised", activation="relu")
-    else:
-        logits = x @ selector.T
-        indices = ops.topk(logits, 2, backend=backend)
-        gates = logits.gather(1, indices).softmax(dim=1)
-        y = ops.expert_mlp(x, keys, values, gates, indices, activation="relu", backend=backend)
-    grads = torch.autograd.grad(y.square().sum(), leaves)
-    return torch.cat([y.detach().flatten(), *(g.flatten() for g in grads)])
+    inputs, directions = drawn(3, 5, 2, 21, 6)
+    found = trained(inputs, directions, "renormalised", 2, activation="relu", at_once=backend == "cpu")
+    return torch.cat([t.flatten() for t in found])
 
 
 def router_logits(backend: str) -> torch.Tensor:
@@ -118,7 +112,7 @@ OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
         gradients_of_few,
     ),
     "open-unit-taken-for-closed": ("experts.h", "any |= ws.rows[i][g]", "any = ws.rows[i][g]", gradients_of_few),
-    "first-column-for-all": ("linear.h", "= w[o * width + d];", "= w[o * width];", router_logits),
+    "first-column-for-all": ("turn.h", "= a[i * columns + c];", "= a[i * columns];", router_logits),
 }
 
 

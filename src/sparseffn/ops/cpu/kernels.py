@@ -212,29 +212,26 @@ def expert_mlp_inner_backward(
     return grads[0], grads[1], grads[2], grads[3]
 
 
+def _routed_inputs(
+    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
+) -> tuple[int, ...]:
+    """What every operation that routes is called with first."""
+    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
+    addresses = x.data_ptr(), selector.data_ptr(), keys.data_ptr(), values.data_ptr()
+    codes = _ACTIVATIONS[activation], _GATES[gate], torch.get_num_threads()
+    return _DTYPES[x.dtype], *addresses, n_tokens, width, n_experts, size, k, *codes
+
+
 def routed_mlp(
     x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str, *, selection: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `ops.routed_mlp`; without `selection` the output alone."""
     x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
-    (n_tokens, width), (n_experts, _, size), dtype = x.shape, keys.shape, x.dtype
     y = torch.empty_like(x)
-    indices = x.new_empty(n_tokens, k, dtype=torch.int64) if selection else None
-    gates = x.new_empty(n_tokens, k, dtype=_WIDE[dtype]) if selection else None
+    indices = x.new_empty(x.shape[0], k, dtype=torch.int64) if selection else None
+    gates = x.new_empty(x.shape[0], k, dtype=_WIDE[x.dtype]) if selection else None
     problem = _functions()["routed_experts"](
-        _DTYPES[dtype],
-        x.data_ptr(),
-        selector.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        n_tokens,
-        width,
-        n_experts,
-        size,
-        k,
-        _ACTIVATIONS[activation],
-        _GATES[gate],
-        torch.get_num_threads(),
+        *_routed_inputs(x, selector, keys, values, k, gate, activation),
         y.data_ptr(),
         _address(indices),
         _address(gates),
@@ -249,24 +246,12 @@ def routed_training(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """See `ops.routed_training`; last what backward needs beside the inputs, indices and gates."""
     x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
-    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
+    n_tokens, n_experts, size = x.shape[0], keys.shape[0], keys.shape[2]
     y, logits, gates = torch.empty_like(x), x.new_empty(n_tokens, n_experts), x.new_empty(n_tokens, k)
     indices, hidden = x.new_empty(n_tokens, k, dtype=torch.int64), x.new_empty(n_tokens * k, size)
     order, offsets = indices.new_empty(n_tokens * k), indices.new_empty(n_experts + 1)
     problem = _functions()["routed_training"](
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        selector.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        n_tokens,
-        width,
-        n_experts,
-        size,
-        k,
-        _ACTIVATIONS[activation],
-        _GATES[gate],
-        torch.get_num_threads(),
+        *_routed_inputs(x, selector, keys, values, k, gate, activation),
         y.data_ptr(),
         logits.data_ptr(),
         indices.data_ptr(),
@@ -302,19 +287,7 @@ def routed_training_backward(
     grad_x, grad_selector = torch.empty_like(x), torch.empty_like(selector)
     grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
     _functions()["routed_training_backward"](
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        selector.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        keys.shape[0],
-        keys.shape[2],
-        indices.shape[1],
-        _ACTIVATIONS[activation],
-        _GATES[gate],
-        torch.get_num_threads(),
+        *_routed_inputs(x, selector, keys, values, indices.shape[1], gate, activation),
         indices.data_ptr(),
         gates.data_ptr(),
         hidden.data_ptr(),

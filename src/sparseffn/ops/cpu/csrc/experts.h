@@ -201,23 +201,24 @@ void forward_by_experts(const Problem<S>& p, const Shares& shares, const compute
     }
 }
 
-// Whether threads divide experts: with few rows of each, reading the weights once is what counts; with more, only where that
-// leaves none of the threads waiting long.
-template <class S> bool forward_divides_experts(const Problem<S>& p, const Shares& shares) {
-    // Partial sums of many threads must not outweigh the experts that they save reading twice.
-    const int64_t sums = p.routing.tokens * p.width * (p.threads - 1), rows = p.routing.rows(), experts = p.routing.experts;
-    if (sums > 2 * experts * p.width * p.size) return false;
-    return rows <= kFewRows * experts || (rows <= kSomeRows * experts && shares.runs.imbalance <= kImbalance);
+// Whether dividing experts is no worse for any thread than reading all weights: it is where an expert's rows are few, else
+// where none of the threads waits long for another.
+template <class S> bool are_even(const Problem<S>& p, const Shares& shares) {
+    return p.routing.rows() <= kFewRows * p.routing.experts || shares.runs.imbalance <= kImbalance;
 }
 
 template <class S> void forward(const Problem<S>& p, S* y) {
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
     const Widened<S> x(p.x, n, p.threads);
-    const Shares shares = p.routing.rows() <= kSomeRows * p.routing.experts ? shares_of(p) : Shares{};
+    // Partial sums of many threads must not outweigh the experts that they save reading twice.
+    const bool small = n * (p.threads - 1) <= 2 * p.routing.experts * p.width * p.size;
     const auto run = [&](C* to) {
-        if (!shares.all.empty() && forward_divides_experts(p, shares)) forward_by_experts(p, shares, x.data(), to);
-        else forward_by_tokens(p, x.data(), to);
+        if (small && p.routing.rows() <= kSomeRows * p.routing.experts) {
+            const Shares shares = shares_of(p);
+            if (are_even(p, shares)) return forward_by_experts(p, shares, x.data(), to);
+        }
+        forward_by_tokens(p, x.data(), to);
     };
     if constexpr (std::is_same_v<S, C>) {
         run(y);

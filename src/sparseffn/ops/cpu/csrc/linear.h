@@ -5,6 +5,7 @@
 
 #include "parallel.h"
 #include "product.h"
+#include "turn.h"
 
 namespace sparseffn {
 // Rows that a thread takes at a time.
@@ -25,8 +26,7 @@ inline void linear(const C* x, const C* w, int64_t tokens, int64_t width, int64_
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t d = 0; d < width; ++d)
-            for (int64_t o = 0; o < outputs; ++o) turned[d * outputs + o] = w[o * width + d];
+        for (int64_t first = 0; first < outputs; first += kStrip) turn_rows(w, outputs, width, first, turned.data());
         Buffer<C> padded(padded_size<C>(width));
         std::vector<const C*> rows(kLinearRows);
         const Range own = part_of(tokens, omp_get_thread_num(), omp_get_num_threads());
