@@ -12,9 +12,8 @@ import sparseffn
 ROOT = Path(sparseffn.__file__).parent
 ORDER = [
     "errors",
-    "paths",
-    "stored",
-    "student",
+    "storage",
+    "stats",
     "ops",
     "data",
     "ffn",
@@ -22,11 +21,13 @@ ORDER = [
     "matching",
     "models",
     "contract",
-    "evaluate",
-    "train",
+    "evaluation",
+    "training",
     "analysis",
+    "bench",
+    "comparison",
+    "paper",
 ]
-ORDER += ["bench", "recipes"]
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -53,7 +54,7 @@ def test_imports_point_one_way(room: str, path: Path) -> None:
     if room in ORDER:
         allowed = set(ORDER[: ORDER.index(room)])
     elif room == "report":
-        allowed = {"errors", "stored", "student"}
+        allowed = {"errors", "storage", "stats"}
     else:
         assert room in ("cli", "__main__", "__init__"), f"{room} has no place in the order"
         allowed = {*ORDER, "report", "cli"} if room != "__init__" else set()

@@ -24,7 +24,7 @@ from sparseffn.ops.backends import direct_kernel, kernel
 from sparseffn.ops.cpu import build, kernels
 from sparseffn.ops.routed_mlp import gates_of
 from sparseffn.ops.spec import check_against_truth
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 INPUTS = ("x", "keys", "values", "gates")

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 
+from sparseffn.comparison.runs import run_path, train_config
 from sparseffn.data import Corpus, to_metric
-from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
-from sparseffn.recipes.paper.rows import sized
-from sparseffn.recipes.paper.scales import get_scale
-from sparseffn.recipes.paper.tables import DENSE
-from sparseffn.recipes.runs import run_path, train_config
-from sparseffn.stored import read_json, write_json
-from sparseffn.train import train
-from sparseffn.train.folder import environment
+from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
+from sparseffn.paper.scales import get_scale
+from sparseffn.paper.table_rows import sized
+from sparseffn.paper.tables import DENSE
+from sparseffn.storage import environment, read_json, write_json
+from sparseffn.training import train
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "learning-rates.json"
 COLUMN = "WT-S"

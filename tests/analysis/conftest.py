@@ -10,7 +10,7 @@ from sparseffn.data import Corpus, load_corpus
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXLConfig
-from sparseffn.train import TrainConfig, train
+from sparseffn.training import TrainConfig, train
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from sparseffn.data import Corpus, unpadded
 from sparseffn.errors import UserError
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
-from sparseffn.train import RunSettings, TrainConfig, load_run_model
-from sparseffn.train.routing import snapshot
+from sparseffn.training import RunSettings, TrainConfig, load_run_model
+from sparseffn.training.snapshots import snapshot
 
 
 def test_everything_counts_the_same_tokens(runs: dict[str, Path], corpus: Corpus) -> None:

@@ -12,8 +12,8 @@ import torch
 from sparseffn.analysis.over_training import chance_jaccard, over_training, stability_of
 from sparseffn.data import Corpus, evaluation_windows, unpadded
 from sparseffn.errors import UserError
-from sparseffn.train import RunSettings, load_run_model
-from sparseffn.train.routing import list_snapshots, load_snapshot, snapshot
+from sparseffn.training import RunSettings, load_run_model
+from sparseffn.training.snapshots import list_snapshots, load_snapshot, snapshot
 
 
 def rows(*sets: tuple[int, int]) -> torch.Tensor:

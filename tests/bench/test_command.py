@@ -100,7 +100,7 @@ def test_figures_are_drawn_again_without_measuring(
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"figures.json", "figures.html", "figure-11-time.svg", "figure-11-memory.png"} <= set(files)
     assert "Not measured" in files["figure-11-time.svg"].decode()
-    monkeypatch.setattr("sparseffn.bench.figures._measure", None)
+    monkeypatch.setattr("sparseffn.bench.figure_points._measure", None)
     assert main(["bench", "figures", "--redraw", "--out", str(tmp_path)]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert "not measured: d_model 2,048: time limit" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 from sparseffn.bench import figures
 from sparseffn.bench.expert_counts import bench_expert_counts
-from sparseffn.bench.figures import Point, bench_figures, points_of
+from sparseffn.bench.figure_points import Point, bench_figures, points_of
 from sparseffn.bench.layer import LayerSettings
 from sparseffn.bench.roofline import Roof
 from sparseffn.bench.sweeps import SWEEPS

@@ -148,7 +148,7 @@ def test_accumulation_is_noted_once(song: Path, tmp_path: Path, caplog: pytest.L
     words += ["--context", "16", "--accumulation", "2", "--out", str(tmp_path / "run")]
     assert main(words) == 0 and main(words) == 0
     note = "balancing losses and batch-wide routing are per micro-batch of 2 streams"
-    notes = [record.message for record in caplog.records if record.name == "sparseffn.train.loop"]
+    notes = [record.message for record in caplog.records if record.name == "sparseffn.training.loop"]
     assert notes == [note]
     (tmp_path / "run" / "result.json").unlink()
     assert main(words) == 0

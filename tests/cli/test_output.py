@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sparseffn.cli.output import Watch, clock, parse_duration
 from sparseffn.errors import UserError
-from sparseffn.train.loop import StepReport
+from sparseffn.training.loop import StepReport
 
 TEXT = "step 3/12  loss 2.500 nats  12,346 tokens/s  3:07 left"
 

@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 
-from sparseffn.data.published import PublishedCorpus
+from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.remote import PublishedFile, RemoteFile
 
 

@@ -15,7 +15,7 @@ from sparseffn.data.cache import TokenCache, TokenWriter, token_dtype
 from sparseffn.data.splits import Source, Split
 from sparseffn.data.tokenizers import BytesTokenizer
 from sparseffn.errors import UserError
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 
 def token_folder(cache: Path) -> Path:

@@ -17,7 +17,7 @@ from sparseffn.data.corpora.enwik8 import ENWIK8
 from sparseffn.data.corpora.ptb import PTB
 from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_RAW
 from sparseffn.data.place import Place
-from sparseffn.data.published import PublishedCorpus
+from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.splits import SPLITS, Source
 from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
@@ -231,7 +231,7 @@ def _prepare(
         return locked(folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparseffn.data.published.locked", reached)
+        patch.setattr("sparseffn.data.published_corpus.locked", reached)
         found.put(b"".join(texts(enwik8(*corpus_urls).prepare(place)).values()) == TEXT)
 
 

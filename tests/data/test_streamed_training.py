@@ -14,9 +14,9 @@ from sparseffn.errors import UserError
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import get_preset
-from sparseffn.train import RunFolder, TrainConfig, load_run_model, train
-from sparseffn.train.checkpoint import list_checkpoints
-from sparseffn.train.loop import StepReport, make_optimizer, training_loss
+from sparseffn.training import RunFolder, TrainConfig, load_run_model, train
+from sparseffn.training.checkpoint import list_checkpoints
+from sparseffn.training.loop import StepReport, make_optimizer, training_loss
 
 from .sharded import SMALL_PES2O, open_small, write_shards
 

@@ -30,7 +30,7 @@ from sparseffn.report.study_tables import (
     study_sheets,
     verdict,
 )
-from sparseffn.student import student_quantile
+from sparseffn.stats import student_quantile
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("init", "competition", "balance")

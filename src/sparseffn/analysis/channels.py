@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparseffn.analysis.usage import Moments
 from sparseffn.ffn import FeedForward
-from sparseffn.train.routing import layer_name
+from sparseffn.training.snapshots import layer_name
 
 
 @final

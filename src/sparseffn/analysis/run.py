@@ -18,14 +18,14 @@ from sparseffn.analysis.tokens import ServedTokens
 from sparseffn.analysis.usage import UsageCounter
 from sparseffn.data import Corpus, EvalWindow, Split, unpadded
 from sparseffn.errors import UserError
-from sparseffn.evaluate import OnProgress, evaluate
+from sparseffn.evaluation import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
-from sparseffn.stored import Kind, read_fields
-from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model
-from sparseffn.train.checkpoint import list_checkpoints, step_of
-from sparseffn.train.restore import load_model
-from sparseffn.train.routing import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
+from sparseffn.storage import Kind, read_fields
+from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_model
+from sparseffn.training.checkpoint import list_checkpoints, step_of
+from sparseffn.training.restore import load_model
+from sparseffn.training.snapshots import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
 
 FORMAT = 1
 """Layout of `analysis.json`."""

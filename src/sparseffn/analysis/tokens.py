@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparseffn.data import Tokenizer
 from sparseffn.ffn import RoutingStats
-from sparseffn.train.routing import by_layer
+from sparseffn.training.snapshots import by_layer
 
 # Tokens that are counted apart, the most frequent ones; the rest of a larger vocabulary is one column. Bounds the memory:
 # 128 experts x 16384 tokens x 8 bytes = 16 MiB a layer. The paper's vocabularies (205 and 8000) fit whole.

@@ -11,11 +11,11 @@ import torch
 
 from sparseffn.bench.backends import check_backends, why_not
 from sparseffn.bench.candidates import Candidate, Setting
+from sparseffn.bench.head import result
 from sparseffn.bench.limits import Limit, limit
 from sparseffn.bench.machine import find_device
 from sparseffn.bench.peers import LeftOut, sigma_peers
 from sparseffn.bench.race import Race, Say, race
-from sparseffn.bench.result import result
 from sparseffn.bench.roofline import Roof
 from sparseffn.bench.timing import Times, ratio, spread
 from sparseffn.errors import UserError

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from sparseffn.bench.head import result
 from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings, Shape
 from sparseffn.bench.limits import expected_bytes, limit
 from sparseffn.bench.machine import find_device
 from sparseffn.bench.race import Say
-from sparseffn.bench.result import result
 from sparseffn.bench.roofline import Roof, measure_all
 
 

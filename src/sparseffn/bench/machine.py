@@ -16,7 +16,7 @@ import torch
 
 from sparseffn.errors import UserError
 from sparseffn.ops.cpu import build
-from sparseffn.train.folder import environment
+from sparseffn.storage import environment
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Where the system does not tell: as much as the largest cache of most desktop and server chips that a thread sees.

@@ -15,9 +15,9 @@ from torch import Tensor
 from sparseffn.accounting import kept_tensors
 from sparseffn.bench.backends import backend_restored, check_backends, use_backend
 from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens
+from sparseffn.bench.head import result
 from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings, Shape, entrants
 from sparseffn.bench.machine import find_device
-from sparseffn.bench.result import result
 from sparseffn.ffn import FFNConfig
 from sparseffn.ffn._mixture import MixtureConfig
 

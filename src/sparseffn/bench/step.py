@@ -10,14 +10,14 @@ from typing import Any, final
 
 import torch
 
+from sparseffn.bench.head import result
 from sparseffn.bench.parts import PartClock, no_clock, whole_with_rest
-from sparseffn.bench.result import result
 from sparseffn.bench.timing import Clock, interleaved, medians, ratio
 from sparseffn.errors import UserError
 from sparseffn.models import PlainAttention, RelativeAttention, TransformerXL, TransformerXLConfig
 from sparseffn.models.attention import Attention
-from sparseffn.train import TrainConfig
-from sparseffn.train.loop import make_optimizer, training_loss
+from sparseffn.training import TrainConfig
+from sparseffn.training.loop import make_optimizer, training_loss
 
 
 @dataclass(frozen=True, kw_only=True)

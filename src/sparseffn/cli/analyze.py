@@ -18,8 +18,8 @@ from sparseffn.data import Split
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_text import analysis_sheets, facts_line
 from sparseffn.report.figures import write_plots
-from sparseffn.stored import write_json
-from sparseffn.train import RunSettings
+from sparseffn.storage import write_json
+from sparseffn.training import RunSettings
 
 SPLITS: dict[str, tuple[Split, ...]] = {"valid": ("valid",), "test": ("test",), "both": ("valid", "test")}
 

@@ -18,11 +18,11 @@ from sparseffn.bench.race import gate_blocks
 from sparseffn.bench.step import StepShape, attention_ratio, method_steps, step_result
 from sparseffn.cli.bench_output import check_out, deliver, say
 from sparseffn.cli.compare import set_threads
+from sparseffn.comparison import contenders, parse_methods
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, field_infos, list_methods
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
-from sparseffn.recipes import contenders, parse_methods
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
 _VOCABULARY = 256

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn.bench.backends import check_backends
-from sparseffn.bench.figures import bench_figures
+from sparseffn.bench.figure_points import bench_figures
 from sparseffn.bench.layer import DTYPES, LayerSettings
 from sparseffn.bench.machine import find_device
 from sparseffn.cli.bench_output import can_draw, check_out, say, show, write_files

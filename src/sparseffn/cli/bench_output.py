@@ -15,7 +15,7 @@ from sparseffn.cli.output import print_files, print_json, print_sheets
 from sparseffn.errors import UserError
 from sparseffn.report.bench_page import write_bench_page
 from sparseffn.report.bench_tables import machine_line, sheets
-from sparseffn.stored import write_json
+from sparseffn.storage import write_json
 
 
 def say(text: str) -> None:

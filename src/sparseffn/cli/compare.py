@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from sparseffn.cli.output import Watch, console, parse_duration, print_json
+from sparseffn.comparison import CompareSettings, compare, parse_methods
 from sparseffn.errors import UserError
-from sparseffn.recipes import CompareSettings, compare, parse_methods
 from sparseffn.report import markdown_table, print_table, write_page
-from sparseffn.stored import write_text
+from sparseffn.storage import write_text
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sparseffn.cli.output import print_json, print_rows
 from sparseffn.data import SPLITS, Corpus, CorpusEntry, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
 from sparseffn.data.place import Place
 from sparseffn.errors import UserError
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 # Tokens of each split that are shown.
 _SHOWN_TOKENS = 200

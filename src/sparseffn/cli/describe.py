@@ -13,6 +13,7 @@ import torch
 from sparseffn.accounting import count_block
 from sparseffn.bench.machine import blas, cpp_compiler, version_of
 from sparseffn.cli.output import print_json, print_rows
+from sparseffn.comparison import MethodChoice, parse_methods
 from sparseffn.errors import UserError
 from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
 from sparseffn.matching import Match
@@ -20,9 +21,7 @@ from sparseffn.matching import match as match_config
 from sparseffn.models.presets import get_preset
 from sparseffn.ops import explain_backend, list_backends
 from sparseffn.ops.backends import Backend
-from sparseffn.paths import default_cache_dir
-from sparseffn.recipes import MethodChoice, parse_methods
-from sparseffn.train.folder import environment
+from sparseffn.storage import default_cache_dir, environment
 
 # The paper's experts, where no preset says otherwise.
 _EXPERT_SIZE, _K = 128, 4

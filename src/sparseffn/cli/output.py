@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparseffn.errors import UserError
 from sparseffn.report.sheet import Sheet
-from sparseffn.train.loop import OnStep, StepReport
+from sparseffn.training.loop import OnStep, StepReport
 
 # Seconds between lines of progress where there is no terminal to draw a bar in.
 _LINE_EVERY = 15.0

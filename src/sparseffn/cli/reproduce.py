@@ -15,20 +15,19 @@ from sparseffn.cli.reproduce_jobs import run_all
 from sparseffn.cli.reproduce_options import checked
 from sparseffn.cli.reproduce_output import print_dry_run, write_tables
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.paths import default_cache_dir
-from sparseffn.recipes.paper.corpora import Corpora, CorpusChoice
-from sparseffn.recipes.paper.costs import measure_speed
-from sparseffn.recipes.paper.counted import COUNTED, settings_table, table7
-from sparseffn.recipes.paper.dry_run import dry_run
-from sparseffn.recipes.paper.outcome import table_json
-from sparseffn.recipes.paper.own_tables import OWN_TABLES
-from sparseffn.recipes.paper.plan import PlannedTable, Request, plan_table
-from sparseffn.recipes.paper.pool import Pool
-from sparseffn.recipes.paper.scales import get_scale
-from sparseffn.recipes.paper.selection import select_columns, select_tables
-from sparseffn.recipes.paper.tables import get_table
+from sparseffn.paper.choice import select_columns, select_tables
+from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
+from sparseffn.paper.costs import measure_speed
+from sparseffn.paper.counted import COUNTED, settings_table, table7
+from sparseffn.paper.dry_run import dry_run
+from sparseffn.paper.measured import table_json
+from sparseffn.paper.own_tables import OWN_TABLES
+from sparseffn.paper.planned import PlannedTable, Request, plan_table
+from sparseffn.paper.pool import Pool
+from sparseffn.paper.scales import get_scale
+from sparseffn.paper.tables import get_table
 from sparseffn.report.paper_table import print_paper_table
-from sparseffn.stored import write_json
+from sparseffn.storage import default_cache_dir, write_json
 
 PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
 

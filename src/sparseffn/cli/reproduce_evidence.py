@@ -10,11 +10,11 @@ from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
 from sparseffn.errors import UserError
-from sparseffn.recipes.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
-from sparseffn.recipes.paper.outcome import table_json
-from sparseffn.recipes.paper.plan import Request
-from sparseffn.recipes.paper.pool import Pool
-from sparseffn.stored import write_json
+from sparseffn.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
+from sparseffn.paper.measured import table_json
+from sparseffn.paper.planned import Request
+from sparseffn.paper.pool import Pool
+from sparseffn.storage import write_json
 
 TABLES = "runs/evidence"
 """Folder that is proposed for the tables."""

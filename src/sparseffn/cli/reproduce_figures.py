@@ -27,8 +27,8 @@ from sparseffn.report.bench_plots import figure_plots
 from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots, write_plots
 from sparseffn.report.paper_figures import shares_panels, shares_plot
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
-from sparseffn.stored import write_json, write_text
-from sparseffn.train import RunSettings
+from sparseffn.storage import write_json, write_text
+from sparseffn.training import RunSettings
 
 FIGURE_NAMES: tuple[str, ...] = tuple(f"fig{number}" for number in range(1, 12))
 """What `run_figures` takes."""

@@ -19,10 +19,10 @@ from sparseffn.cli.output import Watch
 from sparseffn.data import load_corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
-from sparseffn.recipes.paper.costs import training_flops
-from sparseffn.recipes.paper.execute import execute
-from sparseffn.recipes.paper.pool import Pool, RunSpec
-from sparseffn.train import TrainConfig
+from sparseffn.paper.costs import training_flops
+from sparseffn.paper.execution import execute
+from sparseffn.paper.pool import Pool, RunSpec
+from sparseffn.training import TrainConfig
 
 # What a table calls the run, its seed, and the run.
 Named = tuple[str, int, RunSpec]

@@ -13,7 +13,7 @@ from sparseffn.report.figures import write_plots
 from sparseffn.report.paper_index import write_index
 from sparseffn.report.paper_table import render
 from sparseffn.report.sweep_plots import sweep_plots
-from sparseffn.stored import write_json
+from sparseffn.storage import write_json
 
 
 def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> list[Path]:

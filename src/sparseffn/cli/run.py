@@ -12,15 +12,15 @@ import torch
 
 from sparseffn.cli.compare import overrides, set_threads
 from sparseffn.cli.output import Watch, print_json, print_rows
+from sparseffn.comparison import contenders, parse_methods
+from sparseffn.comparison.job import with_overrides
+from sparseffn.comparison.schedule import CURVE_POINTS
 from sparseffn.data import Corpus, load_corpus, to_metric, tokenizer_from_json
 from sparseffn.errors import UserError
-from sparseffn.evaluate import evaluate
+from sparseffn.evaluation import evaluate
 from sparseffn.models.generation import generate_tokens
 from sparseffn.models.presets import get_preset
-from sparseffn.recipes import contenders, parse_methods
-from sparseffn.recipes.compare import with_overrides
-from sparseffn.recipes.plan import CURVE_POINTS
-from sparseffn.train import RunFolder, RunSettings, TrainConfig, load_run_model, train
+from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_model, train
 
 
 def train_command(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, parse_duration, print_files, print_json, print_sheets
-from sparseffn.recipes.study import StudySettings, study
+from sparseffn.paper.study import StudySettings, study
 from sparseffn.report.bench_tables import machine_line
 from sparseffn.report.study_page import write_study
 from sparseffn.report.study_tables import study_sheets

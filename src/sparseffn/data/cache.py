@@ -26,8 +26,7 @@ from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
 from sparseffn.data.writing import temporary, writing
 from sparseffn.errors import UserError
-from sparseffn.paths import default_cache_dir
-from sparseffn.stored import write_text
+from sparseffn.storage import default_cache_dir, write_text
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1

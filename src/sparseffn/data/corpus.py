@@ -22,7 +22,7 @@ from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import tokenizer_class
 from sparseffn.data.tokenizing import AnySource, check_size, find_prepared, make_prepared
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 METRICS: Mapping[Unit, str] = {
     "byte": "bits per byte",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 
 @final

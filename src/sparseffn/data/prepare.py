@@ -14,7 +14,7 @@ from sparseffn.data.download import OnProgress
 from sparseffn.data.place import Place
 from sparseffn.data.registry import corpus_entry
 from sparseffn.errors import UserError
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 
 def prepare_corpus(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparseffn.data.place import Place
-from sparseffn.data.published import PublishedCorpus
+from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.splits import Source
 from sparseffn.data.streamed import StreamedCorpus, StreamedSource
 from sparseffn.errors import UserError, unknown_name

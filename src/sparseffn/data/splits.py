@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 from sparseffn.errors import UserError
+from sparseffn.storage import digest_of
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,15 +28,6 @@ SHARE_TOLERANCE = 0.01
 BLOCK_BYTES = 1 << 24
 # A cut moves back to a line end at most this far, and never more than 1% of the file.
 MAX_CUT_SHIFT = 1 << 16
-
-
-def digest_of(*parts: str | bytes) -> str:
-    """32 hexadecimal digits (BLAKE2b) of the parts, each preceded by its length so that they cannot run together."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

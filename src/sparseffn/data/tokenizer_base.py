@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 
-from sparseffn.data.splits import Split, digest_of
+from sparseffn.data.splits import Split
 from sparseffn.errors import UserError
+from sparseffn.storage import digest_of
 
 # What one token is, and so what a model's loss is reported per.
 Unit = Literal["byte", "character", "word", "sub-word"]

@@ -15,7 +15,7 @@ from sparseffn.report.figures import Plot
 from sparseffn.report.pages import fill_template
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
-from sparseffn.stored import read_json, write_text
+from sparseffn.storage import read_json, write_text
 
 TITLES = {
     "layer": "Time of one layer",

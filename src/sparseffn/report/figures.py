@@ -16,7 +16,7 @@ from sparseffn.report import formats
 from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, log_heights, method_style, reference
 from sparseffn.report.result import Method, Result
 from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
-from sparseffn.stored import write_bytes, write_text
+from sparseffn.storage import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from sparseffn.report.pages import fill_template
 from sparseffn.report.result import Method, Result
 from sparseffn.report.sheet import Sheet
 from sparseffn.report.table import build_table
-from sparseffn.stored import write_text
+from sparseffn.storage import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

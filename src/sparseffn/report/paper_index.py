@@ -16,7 +16,7 @@ from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_table import block_markdown
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
-from sparseffn.stored import read_json, write_text
+from sparseffn.storage import read_json, write_text
 
 # Not `index`, which a folder may have for something else.
 NAME = "tables"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from sparseffn.errors import UserError
 from sparseffn.report.result import Result
-from sparseffn.stored import Kind, read_json
+from sparseffn.storage import Kind, read_json
 
 KIND = "paper-table"
 SETTINGS_KIND = "paper-settings"

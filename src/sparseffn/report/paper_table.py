@@ -26,7 +26,7 @@ from sparseffn.report.paper_result import read_paper_table
 from sparseffn.report.paper_settings import build_table
 from sparseffn.report.paper_view import Block, PaperTable
 from sparseffn.report.result import Result
-from sparseffn.stored import write_text
+from sparseffn.storage import write_text
 
 # With labels this wide a block takes two parts of a terminal of 100 columns.
 _LABEL_WIDTH = 26

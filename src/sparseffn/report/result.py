@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sparseffn.errors import UserError
-from sparseffn.stored import read_json
+from sparseffn.storage import read_json
 
 # What a report cannot do without; everything else may be absent.
 _NEEDED: dict[str, type] = {"title": str, "metric": str, "corpus": dict, "seeds": list, "steps": int, "methods": list}

@@ -11,7 +11,7 @@ from sparseffn.report.result import Result
 from sparseffn.report.sheet import markdown_sheet
 from sparseffn.report.study_plots import study_plots
 from sparseffn.report.study_tables import TITLES, check_study, reading, study_sheets
-from sparseffn.stored import read_json, write_text
+from sparseffn.storage import read_json, write_text
 
 
 def read_study(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED
 from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.sheet import Sheet
-from sparseffn.student import student_quantile
+from sparseffn.stats import student_quantile
 
 TITLES = {
     "study-init": "Why this selector, why this initialisation",

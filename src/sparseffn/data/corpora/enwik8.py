@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sparseffn.data.published import PublishedCorpus
+from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.registry import register_published
 from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import Piece, SourceFile, Split

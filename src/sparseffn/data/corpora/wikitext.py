@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparseffn.data.published import PublishedCorpus, Route, one_file_a_split
+from sparseffn.data.published_corpus import PublishedCorpus, Route, one_file_a_split
 from sparseffn.data.registry import register_published
 from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import SPLITS, Split

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from sparseffn.paths import default_cache_dir
+from sparseffn.storage import default_cache_dir
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,256 @@
+"""Corpora that others publish as files: found in the user's folder or the cache, downloaded on request alone.
+
+    CACHE/corpora/NAME/text/       plain files, and `origin.json`, which says what they came from
+    CACHE/corpora/NAME/local-KEY/  the same, from an archive in the user's folder
+    CACHE/corpora/NAME/accepted    digests that the user accepts in place of unverified ones
+
+A `text` folder is unpacked under a hidden name, checked and renamed, so that it is whole or is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
+from sparseffn.data.digests import file_digest, parse_digest
+from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch
+from sparseffn.data.place import Place
+from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.splits import Piece, Source, SourceFile, Split
+from sparseffn.data.writing import locked, temporary, writing
+from sparseffn.errors import UserError
+from sparseffn.storage import digest_of
+
+# The pieces of every split, from the plain files by name.
+Cut = Callable[[Mapping[str, SourceFile]], dict[Split, list[Piece]]]
+# Files that are the corpus together, each from one of its addresses.
+Route = Sequence[RemoteFile]
+
+ORIGIN = "origin.json"
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedCorpus:
+    """A corpus of a few plain files, and the ways to get them."""
+
+    # How users name it.
+    name: str
+    # The plain files.
+    files: tuple[PublishedFile, ...]
+    # Ways to get all of them, tried in order.
+    routes: tuple[Route, ...]
+    # Which bytes are which split.
+    cut: Cut
+    # What is said of the split in every result.
+    split_rule: str = "the corpus's own"
+    # The most that one member of an archive may unpack to.
+    max_bytes: int = MAX_MEMBER_BYTES
+
+    @property
+    def verified(self) -> bool:
+        """Whether every plain file's digest was compared with a copy here."""
+        return all(file.verified for file in self.files)
+
+    @property
+    def contents(self) -> str:
+        """What the user may put somewhere, in words."""
+        archives = [remote.file.name for route in self.routes for remote in route if remote.members]
+        plain = ", ".join(file.name for file in self.files)
+        kind = "file" if len(self.files) == 1 else "files"
+        return f"{' or '.join(archives)}{', or ' if archives else ''}the plain {kind} {plain}"
+
+    def find(self, place: Place) -> Source:
+        """The text in the user's folder or, where none is given, in the cache.
+
+        Raises:
+            UserError: it is not there, or is not what is published.
+        """
+        if place.data_dir is not None:
+            return self._source(self._find_in(place.data_dir, place))
+        text = place.corpus_dir(self.name) / "text"
+        if not text.is_dir():
+            raise UserError(
+                f"corpus {self.name!r} must have a `data_dir` with {self.contents}, or be prepared once; got nothing; "
+                f"fix: `sparseffn data prepare --corpus {self.name}`, or pass --data-dir PATH"
+            )
+        self._check_origin(text)
+        return self._source(text)
+
+    def is_prepared(self, place: Place) -> bool:
+        """Whether the cache has the text."""
+        return (place.corpus_dir(self.name) / "text").is_dir()
+
+    def prepare(
+        self,
+        place: Place,
+        *,
+        offline: bool = False,
+        accept: Iterable[str] = (),
+        on_progress: OnProgress | None = None,
+    ) -> Source:
+        """The text in the cache: from the user's folder, or downloaded.
+
+        Args:
+            place: where to look and to keep it.
+            offline: download nothing.
+            accept: digests that the user accepts in place of unverified ones; they are remembered.
+            on_progress: told of what has arrived.
+
+        Raises:
+            UserError: no mirror gives it, it is not what is published, the disk is full, or it may not be downloaded.
+        """
+        folder = place.corpus_dir(self.name)
+        if digests := [parse_digest(text) for text in accept]:
+            with locked(folder), writing(folder):
+                known = self._accepted(place)
+                (folder / "accepted").write_text("".join(f"{digest}\n" for digest in sorted({*known, *digests})))
+        found = None if place.data_dir is None else self._find_in(place.data_dir, place)
+        with locked(folder):
+            # Somebody else may have been at it meanwhile.
+            if found is not None:
+                self._keep(found, place)
+            elif not self.is_prepared(place):
+                self._download(place, offline=offline, on_progress=on_progress)
+        return self.find(Place(cache_dir=place.cache_dir))
+
+    def _keep(self, found: Path, place: Place) -> None:
+        """Put the user's text where it is found without the user's folder. The lock is held."""
+        text = place.corpus_dir(self.name) / "text"
+        if not text.is_dir():
+            if found.parent == text.parent:
+                found.rename(text)
+            else:
+                plain = [(RemoteFile(file=file, urls=()), found / file.name) for file in self.files]
+                self._unpack(plain, text, self._accepted(place))
+        elif any(file_digest(found / file.name) != file_digest(text / file.name) for file in self.files):
+            raise UserError(
+                f"corpus {self.name!r} must be prepared from one text; got another one in {str(place.data_dir)!r} than the "
+                f"cache has; fix: delete {text} to prepare this one"
+            )
+
+    def _download(self, place: Place, *, offline: bool, on_progress: OnProgress | None) -> None:
+        folder, accepted = place.corpus_dir(self.name), self._accepted(place)
+        failures: list[str] = []
+        for route in self.routes:
+            here = [folder / remote.file.name for remote in route]
+            if offline and not all(path.exists() for path in here):
+                continue
+            try:
+                archives = [fetch(remote, folder, accepted=accepted, on_progress=on_progress) for remote in route]
+            except DownloadError as error:
+                failures.append(str(error))
+                continue
+            self._unpack(list(zip(route, archives, strict=True)), folder / "text", accepted)
+            for remote in (remote for other in self.routes for remote in other):
+                (folder / remote.file.name).unlink(missing_ok=True)
+                (folder / f"{remote.file.name}.part").unlink(missing_ok=True)
+            return
+        if offline:
+            raise UserError(
+                f"corpus {self.name!r} must be here already with --offline; got nothing in {str(folder)!r}; "
+                f"fix: pass a folder with {self.contents} as --data-dir, or leave out --offline"
+            )
+        raise DownloadError(" | ".join(failures))
+
+    def _unpack(self, archives: Sequence[tuple[RemoteFile, Path]], text: Path, accepted: Iterable[str]) -> None:
+        """Plain files of a whole route, checked, as the folder `text`. The lock is held."""
+        # What a killed process left behind: whoever holds the lock is alone.
+        for leftover in text.parent.glob(".*/"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        accepted = set(accepted)
+        with writing(text.parent), temporary(text.parent) as folder:
+            folder.mkdir()
+            origin: dict[str, str] = {}
+            for remote, path in archives:
+                origin[path.name] = file_digest(path)
+                if remote.members:
+                    unpack(path, remote.members, folder, max_bytes=self.max_bytes)
+                else:
+                    shutil.copyfile(path, folder / remote.file.name)
+            # An accepted archive stands for what is in it.
+            whole = any(digest in accepted for digest in origin.values())
+            for file in () if whole else self.files:
+                check_file(folder / file.name, file, accepted)
+            notes = {"from": origin, "files": {file.name: file_digest(folder / file.name) for file in self.files}}
+            (folder / ORIGIN).write_text(json.dumps(notes, indent=1))
+            folder.replace(text)
+
+    def _find_in(self, data_dir: Path, place: Place) -> Path:
+        """The folder with the plain files, unpacked into the cache where the user has the archive."""
+        if not data_dir.exists():
+            raise UserError(
+                f"corpus {self.name!r} must have a `data_dir` with {self.contents}; got {str(data_dir)!r}, which does not "
+                f"exist; fix: pass the --data-dir that has it"
+            )
+        accepted = self._accepted(place)
+        names = [file.name for file in self.files]
+        for folder in self._folders(data_dir):
+            if all((folder / name).is_file() for name in names):
+                for file in self.files:
+                    check_file(folder / file.name, file, accepted)
+                return folder
+        for route in self.routes:
+            for remote in route if len(route) == 1 else ():
+                path = data_dir if data_dir.is_file() else data_dir / remote.file.name
+                if remote.members and path.is_file():
+                    return self._unpacked(remote, path, place, accepted)
+        missing = [name for name in names if not (data_dir / name).is_file()]
+        raise UserError(
+            f"corpus {self.name!r} must have {self.contents} in `data_dir`; got {str(data_dir)!r} without "
+            f"{', '.join(missing)}; fix: put them there, or pass the --data-dir that has them"
+        )
+
+    def _folders(self, data_dir: Path) -> list[Path]:
+        """Where plain files may lie: the folder, those that the archives have inside, and around a single file."""
+        if data_dir.is_file():
+            return [data_dir.parent] if [file.name for file in self.files] == [data_dir.name] else []
+        inside = {Path(path).parent for route in self.routes for remote in route for path in remote.members}
+        return [data_dir, *(data_dir / folder for folder in sorted(inside)), *(data_dir / f.name for f in sorted(inside))]
+
+    def _unpacked(self, remote: RemoteFile, path: Path, place: Place, accepted: set[str]) -> Path:
+        found = SourceFile.at(path.resolve(), path.name)
+        key = digest_of(str(found.path), str(found.size), str(found.mtime_ns), str(found.ctime_ns))
+        folder = place.corpus_dir(self.name)
+        text = folder / f"local-{key}"
+        with locked(folder):
+            if not text.is_dir():
+                check_file(path, remote.file, accepted)
+                self._unpack([(remote, path)], text, accepted)
+        self._check_origin(text)
+        return text
+
+    def _accepted(self, place: Place) -> set[str]:
+        path = place.corpus_dir(self.name) / "accepted"
+        return set(path.read_text().split()) if path.exists() else set()
+
+    def _check_origin(self, text: Path) -> None:
+        """Check that the plain files are still those that were unpacked."""
+        try:
+            files = json.loads((text / ORIGIN).read_text())["files"]
+            changed = [name for name, digest in files.items() if file_digest(text / name) != digest]
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            changed = [f"a damaged folder ({error})"]
+        if changed:
+            raise UserError(
+                f"the cache must hold the text of {self.name!r} as it was unpacked in {str(text)!r}; "
+                f"got another {', '.join(changed)}; fix: delete {text} and prepare it again"
+            )
+
+    def _source(self, folder: Path) -> Source:
+        files = {file.name: SourceFile.at((folder / file.name).resolve(), file.name) for file in self.files}
+        return Source(corpus=self.name, pieces=self.cut(files), info={"split_rule": self.split_rule})
+
+
+def one_file_a_split(names: Mapping[Split, str]) -> Cut:
+    """Whole files as splits."""
+
+    def cut(files: Mapping[str, SourceFile]) -> dict[Split, list[Piece]]:
+        return {split: [Piece.whole(files[name])] for split, name in names.items()}
+
+    return cut

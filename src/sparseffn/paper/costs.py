@@ -1,0 +1,114 @@
+"""What a run costs, before it is run: FLOPs in closed form, memory and time as estimates that say what they rest on.
+
+FLOPs count 2 for each multiply-add of a matrix product; backward is twice the forward, and what a kernel computes again is not
+counted. Time on a GPU is FLOPs over the stated share of the stated peak, no more than that.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from sparseffn.accounting import BACKWARD_OVER_FORWARD
+from sparseffn.bench.step import Step, StepShape
+from sparseffn.bench.timing import interleaved, medians
+from sparseffn.models import TransformerXLConfig
+from sparseffn.paper.scales import SCALES
+from sparseffn.paper.table_rows import sized
+from sparseffn.paper.tables import DENSE, SIGMA
+from sparseffn.training import TrainConfig
+
+# NVIDIA's data sheet of the A100 80GB SXM: 312 TFLOP/s in bfloat16, dense. The share is an assumption: matrix products of these
+# widths keep a GPU less than half busy.
+GPU_NAME, GPU_PEAK, GPU_SHARE = "A100 80GB", 312e12, 0.3
+# Weights, gradients and Adam's two moments, float32.
+_STATE_BYTES = 16
+_FLOAT = 4
+# Vocabulary of the timed models: about that of `ptb` characters, so small that it does not matter.
+_TIMED_VOCABULARY = 64
+
+
+def forward_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
+    """FLOPs a token of a training forward: attention over the memory too, blocks with selector, output."""
+    width, n_keys = model.n_heads * model.d_head, train.context + train.memory
+    # Query and output of the window; keys and values of the memory as well.
+    projections = 2 * model.d_model * width * (2 + 2 * n_keys / train.context)
+    # The distances are the same for all sequences.
+    positions = 2 * model.d_model * width * (n_keys + 1) / (train.batch * train.context)
+    mixing = 2 * width * (2 * n_keys + n_keys + 1)
+    layer = projections + positions + mixing + model.ffn.forward_flops(training=True)
+    return model.n_layers * layer + 2 * model.d_model * model.vocab_size
+
+
+def step_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
+    """FLOPs of one training step."""
+    return (1 + BACKWARD_OVER_FORWARD) * forward_flops(model, train) * train.tokens_per_step
+
+
+def training_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
+    """FLOPs of the whole training."""
+    return step_flops(model, train) * train.steps
+
+
+def memory_bytes(model: TransformerXLConfig, train: TrainConfig) -> float:
+    """Parameters with their optimiser state, and what a step keeps for backward in float32: an estimate."""
+    width, ratio = model.n_heads * model.d_head, 1 + train.memory / train.context
+    n_tokens = train.tokens_per_step // train.accumulation
+    # Both layer norms' inputs and outputs, of the memory too in attention; residual and projected sums.
+    wide = (2 * ratio + 4) * model.d_model
+    # Queries plain and with each bias, keys, values, the mixed values.
+    heads = (4 + 2 * ratio) * width
+    layer = (wide + heads) * _FLOAT * n_tokens + model.ffn.saved_bytes(n_tokens, _FLOAT)
+    # Logits, their softmax and its gradient.
+    logits = 3 * model.vocab_size * _FLOAT * n_tokens
+    return _STATE_BYTES * model.num_params() + model.n_layers * layer + logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """FLOP/s of training steps on this machine, by whether the blocks are mixtures."""
+
+    dense: float
+    mixture: float
+    basis: str
+
+    def step_s(self, model: TransformerXLConfig, train: TrainConfig) -> float:
+        """Seconds of a step at that speed."""
+        rate = self.mixture if model.ffn.unit == "experts" else self.dense
+        return step_flops(model, train) / rate
+
+
+def measure_speed(rounds: int = 3) -> Speed:
+    """Time training steps of the dense and the sigma-MoE model of scale cpu, column WT-S, in turn."""
+    column = SCALES["cpu"].column("WT-S")
+    preset = column.preset
+    shape = StepShape(batch=preset.batch, context=preset.context, memory=preset.memory)
+    models = {row.method: column.model(sized(row, column, _TIMED_VOCABULARY).ffn, _TIMED_VOCABULARY) for row in (DENSE, SIGMA)}
+    steps = {name: Step(model, shape) for name, model in models.items()}
+    seconds = medians(interleaved({name: step.run for name, step in steps.items()}, rounds=rounds, warmup=1))
+    rates = {name: step_flops(model, shape.config()) / seconds[name] for name, model in models.items()}
+    basis = "speed of a measured step of scale cpu, column WT-S: " + ", ".join(
+        f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()
+    )
+    return Speed(dense=rates["dense"], mixture=rates["sigma-moe"], basis=basis)
+
+
+def measured_step_s(model: TransformerXLConfig, train: TrainConfig, rounds: int = 3) -> float:
+    """Median seconds of a few training steps of this very model."""
+    step = Step(model, StepShape(batch=train.batch, context=train.context, memory=train.memory))
+    times = interleaved({"step": step.run}, rounds=rounds, warmup=1)["step"]
+    return statistics.median(times)
+
+
+def costs(model: TransformerXLConfig, train: TrainConfig, speed: Speed) -> dict[str, Any]:
+    """One run's costs as JSON."""
+    flops = training_flops(model, train)
+    return {
+        "params": model.num_params(),
+        "training_flops": flops,
+        "memory_bytes": memory_bytes(model, train),
+        "tokens": train.steps * train.tokens_per_step,
+        "seconds_here": train.steps * speed.step_s(model, train),
+        "seconds_gpu": flops / (GPU_PEAK * GPU_SHARE),
+    }

@@ -1,0 +1,202 @@
+"""Tables that need no training: 7, relative FLOPs, and 8 and 9, hyperparameters as the presets have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparseffn.errors import UserError
+from sparseffn.paper.planned import Request
+from sparseffn.paper.published import MAIN_COLUMNS, facts, published_values, rows_of, vocabulary
+from sparseffn.paper.scales import Column
+from sparseffn.paper.table_rows import Row, convention_percent, counted_percent, real_numbers, sized
+from sparseffn.paper.tables import DENSE, MIXTURE, picked
+from sparseffn.storage import environment
+
+COUNTED = ("table7", "table8", "table9")
+"""The tables of this file."""
+
+# Rows of table 7 by the rows of table 10 that have their sizes.
+_SAME_SIZES = {"sigma-moe and every variant with G*K = 512": "sigma-moe"}
+
+
+def counted_columns(name: str) -> tuple[str, ...]:
+    """Columns of table 7, 8 or 9; the last two have them as rows."""
+    return MAIN_COLUMNS if name == "table7" else tuple(row[0] for row in facts()[name]["rows"])
+
+
+def table7(request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector.
+
+    Args:
+        request: scale and settings.
+        columns: some of `counted_columns`; None: all.
+    """
+    values = published_values("table7")
+    kept = [request.scale.column(name, request.settings) for name in _kept("table7", columns)]
+    rows = [(label, MIXTURE[_SAME_SIZES.get(label, label)]) for label in rows_of("table7")]
+    # A scale has one expert size for all columns.
+    shape = kept[0].shape
+    product = f"G*K = {shape.active_channels}"
+    return {
+        "kind": "paper-table",
+        "version": 1,
+        "table": "table7",
+        "title": "FLOPs of the feedforward blocks relative to dense, in percent",
+        "scale": request.scale.name,
+        "settings": request.settings,
+        "columns": [
+            {
+                "name": column.name,
+                "published_name": column.name,
+                "corpus": "none (counted)",
+                "metric": "percent of the dense block's FLOPs",
+                "published_metric": "percent of the dense block's FLOPs",
+                "digest": None,
+                "sizes": column.sizes,
+                "steps": 0,
+                "equal_time_s": None,
+            }
+            for column in kept
+        ],
+        "rows": [
+            {
+                "label": real_numbers(row, kept[0], label).replace("G*K = 512", product),
+                "published_label": label,
+                "settings": "paper",
+                "marks": list(_marks(row, kept[0])),
+            }
+            for label, row in rows
+        ],
+        "cells": [
+            _counted(r, c, row, column, values.get((label, column.name)))
+            for r, (label, row) in enumerate(rows)
+            for c, column in enumerate(kept)
+        ],
+        "difference_unit": "percent",
+        "notes": [
+            "K / N_E is the paper's convention, without the selector; beside it 2 FLOPs for each multiply-add, selector "
+            "included, against the dense block of the same parameters",
+        ],
+        "environment": environment(),
+    }
+
+
+def _kept(name: str, wanted: Sequence[str] | None) -> Sequence[str]:
+    every = counted_columns(name)
+    return every if wanted is None else picked("column", wanted, every)
+
+
+def _marks(row: Row, column: Column) -> tuple[str, ...]:
+    return sized(row, column, vocabulary(column.name)).marks
+
+
+def _counted(r: int, c: int, row: Row, column: Column, published: float | None) -> dict[str, Any]:
+    vocab_size = vocabulary(column.name)
+    ffn, dense = sized(row, column, vocab_size).ffn, sized(DENSE, column, vocab_size).ffn
+    params, dense_params = (column.model(block, vocab_size).num_params() for block in (ffn, dense))
+    percent = convention_percent(ffn, column)
+    return {
+        "row": r,
+        "column": c,
+        "published": published,
+        "status": "counted",
+        "reason": None,
+        "n": 0,
+        "mean": percent,
+        "spread": None,
+        "valid_mean": None,
+        "seeds": [],
+        "values": [],
+        "params": params,
+        "residual_percent": 100.0 * (params - dense_params) / dense_params,
+        "flops_percent": percent,
+        "counted_flops_percent": counted_percent(ffn, dense),
+        "equal_time": None,
+        "against_dense": None,
+    }
+
+
+def settings_table(name: str, request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ.
+
+    Args:
+        name: of the table.
+        request: scale, settings and corpora.
+        columns: some of `counted_columns`; None: all.
+    """
+    data, kept = facts()[name], _kept(name, columns)
+    read = {"table8": _model_settings, "table9": _mixture_settings}[name]
+    rows = []
+    for published_row in data["rows"]:
+        published = dict(zip(data["columns"], published_row, strict=True))
+        if published["name"] not in kept:
+            continue
+        here = read(request.scale.column(published["name"], request.settings), request)
+        shared = {key: value for key, value in published.items() if key in here}
+        rows.append(
+            {
+                "name": published["name"],
+                "here": here,
+                "published": published,
+                "differences": [key for key, value in shared.items() if not _same(here[key], value)],
+            }
+        )
+    return {
+        "kind": "paper-settings",
+        "version": 1,
+        "table": name,
+        "title": {"table8": "Hyperparameters of the models", "table9": "Hyperparameters of the mixtures"}[name],
+        "scale": request.scale.name,
+        "settings": request.settings,
+        "rows": rows,
+        "environment": environment(),
+    }
+
+
+def _same(here: object, published: object) -> bool:
+    """Millions of parameters are published without decimals."""
+    if isinstance(here, float) and isinstance(published, int):
+        return round(here) == published
+    return here == published
+
+
+def _vocabulary(column: Column, request: Request) -> int:
+    """That of the corpus where a small scale has one here, else the published one."""
+    if request.scale.is_published:
+        return vocabulary(column.name)
+    try:
+        return request.corpora.of(column).tokenizer.vocab_size
+    except UserError:
+        return vocabulary(column.name)
+
+
+def _model_settings(column: Column, request: Request) -> Mapping[str, Any]:
+    preset, shape = column.preset, column.shape
+    vocab_size = _vocabulary(column, request)
+    dense = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
+    return {
+        "vocab_size": vocab_size,
+        "params_m": dense.num_params() / 1e6,
+        "d_model": shape.d_model,
+        "d_ff": shape.d_ff,
+        "n_layers": shape.n_layers,
+        "n_heads": preset.n_heads,
+        "d_head": preset.d_head,
+        "context": preset.context,
+        "batch": preset.batch,
+        "dropout": shape.dropout,
+        "warmup": preset.warmup,
+    }
+
+
+def _mixture_settings(column: Column, request: Request) -> Mapping[str, Any]:
+    shape = column.shape
+    return {
+        "d_model": shape.d_model,
+        "N_E": shape.n_experts,
+        "G": shape.expert_size,
+        "K": shape.k,
+        "delta": shape.expert_dropout,
+        "gamma": shape.entropy_weight,
+    }

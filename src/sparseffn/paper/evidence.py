@@ -1,0 +1,225 @@
+"""`reproduce evidence`: the runs that decide the paper's claims at scale cpu, most decisive first, within a budget of time.
+
+First the headline, dense against sigma-MoE, with three seeds; then the core rows of table 10 with two; then Top-K and product
+keys with two. Each call goes on with what is missing and starts no run that would not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparseffn.paper.costs import measured_step_s, training_flops
+from sparseffn.paper.planned import PlannedTable, Request, plan_table
+from sparseffn.paper.pool import Finished, Pool, RunSpec, median_step_s
+from sparseffn.paper.tables import Table, get_table
+
+COLUMN = "WT-S"
+# Evaluation and counting on top of training, before any run has shown it.
+_OVERHEAD = 1.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Rows of one table, all with one seed before any with the next."""
+
+    table: str
+    rows: tuple[str, ...]
+    n_seeds: int
+    why: str
+
+
+# The models of scale cpu have no dropout: Switch with it inside the experts alone would be handicapped.
+_RENORM, _SWITCH, _SBASE = "softmax after top-k (renorm.)", "switch, K=1, G=512, no dropout", "s-base, K=4, G=128"
+STAGES = (
+    Stage(table="table3", rows=("dense", "sigma-moe"), n_seeds=3, why="claims 1, 5, 18"),
+    Stage(
+        table="table10",
+        rows=(
+            "softmax before top-k (no renorm.)",
+            _RENORM,
+            f"{_RENORM} (balanced over the K slots, as released)",
+            _SWITCH,
+            _SBASE,
+            f"{_SBASE} (Sinkhorn as released)",
+            "standard init",
+            "no reg (gamma=0, delta=0)",
+            f"{_SWITCH} (balancing weight 0.01 / N_E^2, as released)",
+        ),
+        n_seeds=2,
+        # Delta is 0 in this column: "no reg" takes away the entropy loss alone.
+        why="claims 10-12 but for expert dropout, which column WT-S has not (delta 0), and 20, 21",
+    ),
+    Stage(
+        table="table1",
+        rows=tuple(f"Top-K, K={k}" for k in (128, 256, 512, 64)),
+        n_seeds=2,
+        why="claim 15",
+    ),
+    Stage(
+        table="table6",
+        rows=tuple(
+            f"pkm, parameters, {activation}{form}"
+            for activation in ("relu", "softmax")
+            for form in ("", " (no top-K, as released)")
+        ),
+        n_seeds=2,
+        why="claims 16, 17",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """One run of the list."""
+
+    label: str
+    table: str
+    seed: int
+    spec: RunSpec
+    why: str
+
+
+def evidence_items(request: Request, stages: Sequence[Stage] = STAGES) -> list[Item]:
+    """All runs, in order; a run that an earlier stage holds is not repeated.
+
+    Raises:
+        UserError: the corpus is not there.
+    """
+    items: dict[str, Item] = {}
+    for stage in stages:
+        staged = dataclasses.replace(request, seeds=tuple(range(stage.n_seeds)))
+        table = get_table(stage.table).selected(columns=[COLUMN], rows=stage.rows, settings="paper")
+        planned = plan_table(table, staged)
+        # What `reason` holds is why there is no corpus: asked for again, it raises.
+        request.corpora.of(planned.columns[0].column)
+        order = {key: place for place, key in enumerate(stage.rows)}
+        for cell, seed, spec in sorted(planned.runs(), key=lambda run: (run[1], order[run[0].key])):
+            item = Item(label=cell.sized.label, table=stage.table, seed=seed, spec=spec, why=stage.why)
+            items.setdefault(spec.digest, item)
+    return list(items.values())
+
+
+def evidence_tables(request: Request, pool: Pool, stages: Sequence[Stage] = STAGES) -> list[PlannedTable]:
+    """Each stage's rows as a table, with the dense model, and sigma-MoE where the table has it, to be compared with.
+
+    A row has the seeds that some stage wants for it and those that the pool holds beyond them, whatever the other rows have.
+    """
+    wanted = {item.spec.digest for item in evidence_items(request, stages)}
+    tables = []
+    for stage in stages:
+        table = get_table(stage.table)
+        headline = [row.key for row in table.rows if row.key in ("dense", "sigma-moe")]
+        chosen = table.selected(columns=[COLUMN], rows=list(dict.fromkeys([*headline, *stage.rows])), settings="paper")
+        tables.append(_with_held_seeds(chosen, request, pool, wanted))
+    return tables
+
+
+def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collection[str]) -> PlannedTable:
+    """A table with as many seeds as are wanted or held of any of its rows."""
+
+    def has_place(spec: RunSpec) -> bool:
+        return spec.digest in wanted or pool.status(spec).kind != "missing"
+
+    def plan(n_seeds: int) -> PlannedTable:
+        return plan_table(table, dataclasses.replace(request, seeds=tuple(range(n_seeds))))
+
+    n_seeds = 1
+    while any(has_place(cell.specs[n_seeds]) for cell in plan(n_seeds + 1).cells):
+        n_seeds += 1
+    planned = plan(n_seeds)
+    cells = [
+        dataclasses.replace(cell, specs={seed: spec for seed, spec in cell.specs.items() if has_place(spec)})
+        for cell in planned.cells
+    ]
+    return dataclasses.replace(planned, cells=cells)
+
+
+def list_json(items: Sequence[Item], pool: Pool) -> dict[str, Any]:
+    """The order and how each run stands."""
+    rows = []
+    for position, item in enumerate(items):
+        status = pool.status(item.spec)
+        rows.append(
+            {
+                "position": position + 1,
+                "table": item.table,
+                "label": item.label,
+                "seed": item.seed,
+                "why": item.why,
+                "status": status.kind,
+                "reason": status.reason,
+                "wall_s": None if status.finished is None else status.finished.wall_s,
+                "digest": item.spec.digest,
+            }
+        )
+    return {"kind": "paper-evidence", "version": 1, "column": COLUMN, "runs": rows}
+
+
+def spend(
+    items: Sequence[Item],
+    pool: Pool,
+    budget_s: float,
+    run: Callable[[Item], None],
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    clock: Callable[[], float] = time.monotonic,
+    estimate: Callable[[Item, Mapping[str, float]], float] | None = None,
+) -> int:
+    """Do the missing runs in order until the next one would not fit the budget.
+
+    Args:
+        items: the list.
+        pool: where runs are kept.
+        budget_s: seconds.
+        run: does one run.
+        say: told what happens.
+        clock: seconds from any start.
+        estimate: seconds of a run, given the wall time of the finished ones by digest.
+
+    Returns:
+        The number of runs that were started.
+    """
+    started, n_started = clock(), 0
+    specs = {item.spec.digest: item.spec for item in items}
+    estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs))
+    statuses = {digest: pool.status(spec) for digest, spec in specs.items()}
+    walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
+    for item in items:
+        if not statuses[item.spec.digest].wanted:
+            continue
+        needed, left = estimate(item, walls), budget_s - (clock() - started)
+        if needed > left:
+            words = f"about {needed:.0f} s, and {max(0.0, left):.0f} s are left of the budget"
+            say(f"next is {item.label}, seed {item.seed}: {words}")
+            break
+        run(item)
+        n_started += 1
+        if (finished := pool.status(item.spec).finished) is not None:
+            walls[item.spec.digest] = _usual_s(finished)
+    return n_started
+
+
+def _usual_s(finished: Finished) -> float:
+    """Seconds of a finished run without what slowed single steps: the median step, and what came on top of training."""
+    result = finished.result
+    return result.steps * median_step_s(finished) + max(0.0, finished.wall_s - result.seconds)
+
+
+def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, RunSpec]) -> float:
+    """Seconds of a run: of the same model with another seed, else by FLOPs from the others, else from measured steps."""
+    same = [wall for digest, wall in walls.items() if _differs_in_seed(specs[digest], spec)]
+    if same:
+        return max(same)
+    if walls:
+        # The slowest speed seen: a run that is too long for the budget is worse than one that is left for the next call.
+        slowest = max(wall / training_flops(specs[digest].model, specs[digest].train) for digest, wall in walls.items())
+        return slowest * training_flops(spec.model, spec.train)
+    return _OVERHEAD * spec.train.steps * measured_step_s(spec.model, spec.train)
+
+
+def _differs_in_seed(a: RunSpec, b: RunSpec) -> bool:
+    return a.model == b.model and dataclasses.replace(a.train, seed=b.train.seed) == b.train

@@ -1,0 +1,226 @@
+"""The short trainings of `sparseffn study`: which, at what size, and what is seen of them on the way.
+
+A run is a `train` run like any other; at each of its checkpoints a probe is taken. Runs are shared by all studies of a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseffn.comparison.matched import MethodChoice
+from sparseffn.comparison.runs import run_path, train_config
+from sparseffn.data import Corpus
+from sparseffn.errors import unknown_name
+from sparseffn.ffn import BlockShape, FFNConfig, method_class, parse_options
+from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.models.presets import Preset
+from sparseffn.ops import GateName
+from sparseffn.paper.competition import probe
+from sparseffn.paper.study_start import Grid
+from sparseffn.storage import Kind, read_fields, write_json
+from sparseffn.training import RunFolder, train
+from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint, step_of
+from sparseffn.training.loop import StepReport
+from sparseffn.training.restore import SHORTENED, load_weights
+
+# Tokens of validation that a probe reads.
+PROBE_TOKENS = 8192
+
+_DROPOUT = "0.05"
+
+STUDIES: dict[str, dict[str, MethodChoice]] = {
+    "init": {
+        "shared, equal-norm": MethodChoice("sigma-moe"),
+        "shared, free": MethodChoice("sigma-moe", {"selector_init": "free"}),
+        "standard, equal-norm": MethodChoice("sigma-moe", {"init": "standard"}),
+        "switch, equal-norm": MethodChoice("sigma-moe", {"init": "switch"}),
+    },
+    "competition": {
+        "sigmoid": MethodChoice("sigma-moe"),
+        "softmax before top-k": MethodChoice("softmax-moe"),
+        "softmax after top-k": MethodChoice("softmax-renorm-moe"),
+    },
+    "balance": {
+        "entropy loss": MethodChoice("sigma-moe"),
+        "both": MethodChoice("sigma-moe", {"expert_dropout": _DROPOUT}),
+        "neither": MethodChoice("sigma-moe", {"entropy_weight": "0"}),
+        "expert dropout": MethodChoice("sigma-moe", {"entropy_weight": "0", "expert_dropout": _DROPOUT}),
+    },
+}
+"""Variants by study; the first of each is sigma-MoE as the paper has it for small models, and one run serves all three."""
+
+GATES: dict[str, GateName] = {"sigma-moe": "sigmoid", "softmax-moe": "softmax", "softmax-renorm-moe": "renormalised"}
+"""How each method's gates follow from its logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Sizes of a study."""
+
+    grid: Grid
+    preset: Preset
+    eval_tokens: int
+    """First tokens of validation and test that decide a run's final losses."""
+    start_seeds: int
+    """Seeds of the measurements at initialisation."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        preset = dataclasses.asdict(self.preset)
+        return {"grid": self.grid.to_json(), "preset": preset, "eval_tokens": self.eval_tokens, "start_seeds": self.start_seeds}
+
+
+CPU = Scale(
+    grid=Grid(),
+    # lr is the tiny preset's, chosen there on the validation split with the dense model. 32 experts, so that the standard
+    # initialisation's values are sqrt(32) = 5.7 times the shared one's; 12 seconds a run on 2 idle cores (measured).
+    preset=Preset(
+        name="study-cpu",
+        doc="2 layers of width 96, 32 experts of 32, K 4",
+        shape=BlockShape(d_model=96, d_ff=1024, n_experts=32, expert_size=32, k=4, n_layers=2, entropy_weight=1e-3),
+        n_heads=4,
+        d_head=24,
+        context=64,
+        batch=16,
+        lr=4e-3,
+        warmup=50,
+        clip=0.25,
+        steps=300,
+        eval_batch=16,
+    ),
+    eval_tokens=32768,
+    start_seeds=5,
+)
+
+
+def variants(study: str) -> dict[str, MethodChoice]:
+    """A study's variants by name.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    if study not in STUDIES:
+        raise unknown_name("study", study, STUDIES)
+    return STUDIES[study]
+
+
+def block_config(choice: MethodChoice, preset: Preset) -> FFNConfig:
+    """A variant's block at a preset's sizes."""
+    config_class = method_class(choice.method)
+    return config_class.from_shape(preset.shape).replace(**parse_options(choice.method, config_class, choice.options))
+
+
+def shortened(corpus: Corpus, n_tokens: int) -> Corpus:
+    """The corpus with the first tokens of validation and test alone; its digest says so."""
+    # One more than predictions: the first token of a split is not predicted.
+    n = n_tokens + 1
+    digest = f"{corpus.digest}{SHORTENED}{n_tokens}"
+    return dataclasses.replace(corpus, valid=corpus.valid[:n], test=corpus.test[:n], digest=digest)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: a variant with a seed."""
+
+    choice: MethodChoice
+    seed: int
+    scale: Scale
+    corpus: Corpus
+    """Shortened."""
+    out: Path
+
+    @property
+    def model(self) -> TransformerXLConfig:
+        """The variant's model. Schemes have one parameter count, so that nothing is to be matched."""
+        return self.scale.preset.model(block_config(self.choice, self.scale.preset), self.corpus.tokenizer.vocab_size)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lives."""
+        return RunFolder(run_path(self.out, self.choice.label, self.seed))
+
+    @property
+    def probes_path(self) -> Path:
+        """What was seen of it, by step."""
+        return self.folder.path / "probes.json"
+
+    def outcome(self) -> dict[str, Any] | None:
+        """Final losses and all probes; None for a run that is not finished."""
+        if not self.folder.result_path.exists() or not self.probes_path.exists():
+            return None
+        again = "remove the file and run the same command again"
+        result = read_fields(self.folder.result_path, {"valid": Kind.NUMBER, "test": Kind.NUMBER}, fix=again)
+        probes = self._probes()
+        if str(self.scale.preset.steps) not in probes:
+            return None
+        rows = [{"step": int(step), **values} for step, values in sorted(probes.items(), key=lambda item: int(item[0]))]
+        return {"seed": self.seed, "valid": result["valid"], "test": result["test"], "probes": rows}
+
+    def run(self, on_progress: Callable[[StepReport | None], None]) -> None:
+        """Train, or go on, and take the probes that are missing.
+
+        Args:
+            on_progress: told of every step, and with None after the probe of a checkpoint; what it raises ends the call.
+        """
+        config = train_config(self.scale.preset, self.scale.preset.steps, self.seed)
+
+        def on_step(report: StepReport) -> None:
+            if self._catch_up():
+                on_progress(None)
+            on_progress(report)
+
+        train(self.model, config, self.corpus, self.folder.path, on_step=on_step)
+        if self._catch_up():
+            on_progress(None)
+
+    def _probes(self) -> dict[str, Any]:
+        if not self.probes_path.exists():
+            return {}
+        fix = "remove the run's folder and run the same command again"
+        return read_fields(self.probes_path, {"0": Kind.OBJECT}, fix=fix)
+
+    def _catch_up(self) -> bool:
+        """Probe the start and the checkpoints that are there; whether a checkpoint, from which a run goes on, was new."""
+        found = self._probes()
+        paths = {step_of(path): path for path in list_checkpoints(self.folder.checkpoints)}
+        new = [step for step in (0, *paths) if str(step) not in found]
+        for step in new:
+            found[str(step)] = self._probe(paths.get(step))
+        if new:
+            write_json(self.probes_path, found)
+        return any(step > 0 for step in new)
+
+    def _probe(self, path: Path | None) -> dict[str, float]:
+        preset = self.scale.preset
+        # Nothing that is drawn here may move the run's own generator.
+        with torch.random.fork_rng():
+            model = TransformerXL(self.model)
+            model.init_parameters(self.seed)
+            if path is not None:
+                load_weights(model, path, load_checkpoint(path))
+            tokens = self.corpus.valid[: PROBE_TOKENS + 1]
+            seen = probe(model, tokens, batch=preset.eval_batch, context=preset.context)
+        return {key: float(f"{value:.5g}") for key, value in dataclasses.asdict(seen).items()}
+
+
+@dataclass
+class Deadline:
+    """A budget in seconds, counted from now; whether anything was finished within it."""
+
+    seconds: float | None
+    finished: int = 0
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return self.seconds is not None and time.perf_counter() - self.start >= self.seconds

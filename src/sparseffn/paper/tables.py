@@ -1,0 +1,182 @@
+"""Which rows and columns each table has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.paper.published import MAIN_COLUMNS, SCALED_COLUMNS, Values, published_values
+from sparseffn.paper.scales import Settings
+from sparseffn.paper.table_rows import RELEASED_FORMS, Row
+
+DENSE = Row(published="dense", method="dense")
+SIGMA = Row(published="sigma-moe", method="sigma-moe")
+
+# Fedus 2022: a tenth of the usual variance, selector rows as drawn.
+_SWITCH = {"init": "switch", "selector_init": "free"}
+
+MIXTURES = (
+    SIGMA,
+    Row(published="standard dropout", method="sigma-moe", dropout="standard"),
+    Row(published="softmax after top-k (renorm.)", method="softmax-renorm-moe"),
+    Row(published="softmax before top-k (no renorm.)", method="softmax-moe"),
+    Row(published="standard init", method="sigma-moe", options={"init": "standard"}),
+    Row(
+        published="no reg (gamma=0, delta=0)",
+        method="sigma-moe",
+        options={"entropy_weight": 0.0, "expert_dropout": 0.0},
+    ),
+    Row(published="K=8, G=64", method="sigma-moe", k=8, g=64),
+    Row(published="K=2, G=256", method="sigma-moe", k=2, g=256),
+    Row(published="K=1, G=512", method="sigma-moe", k=1, g=512),
+    Row(published="2 N_E, G=64", method="sigma-moe", g=64),
+    Row(published="K=1", method="sigma-moe", k=1),
+    Row(published="K=2", method="sigma-moe", k=2),
+    Row(published="K=8", method="sigma-moe", k=8),
+    Row(published="switch, K=1, G=512", method="switch", k=1, g=512, options=_SWITCH, dropout="standard"),
+    Row(published="switch, K=1, G=512, no dropout", method="switch", k=1, g=512, options=_SWITCH),
+    Row(published="switch, K=4, G=128", method="switch", k=4, options=_SWITCH, dropout="standard"),
+    Row(published="switch, K=1, G=128", method="switch", k=1, options=_SWITCH, dropout="standard"),
+    Row(published="switch, K=1, G=128, no dropout", method="switch", k=1, options=_SWITCH),
+    Row(published="s-base, K=4, G=128", method="s-base", k=4),
+    Row(published="s-base, K=1, G=512", method="s-base", k=1, g=512),
+)
+MIXTURE = {row.published: row for row in MIXTURES}
+
+TOPK = tuple(Row(published=f"Top-K, K={k}", method="topk", k=k) for k in (64, 128, 256, 512))
+
+
+def _pkm(matched_on: str, activation: str, *, init: bool = False) -> Row:
+    return Row(
+        published=f"pkm{'+init' if init else ''}, {matched_on}, {activation}",
+        method="pkm",
+        options={
+            "matched_on": matched_on,
+            "activation": activation,
+            "values_init": "n_values" if init else "d_model",
+        },
+    )
+
+
+PKM = (
+    _pkm("value-count", "softmax"),
+    _pkm("value-count", "relu"),
+    _pkm("parameters", "softmax"),
+    _pkm("parameters", "relu"),
+    _pkm("parameters", "relu", init=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows and columns; cells are the runs of their products."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    values: Values = field(default_factory=dict)
+    """Published values by (published label, column)."""
+    axis: str = ""
+    """Of a sweep: what its rows vary."""
+    places: Mapping[str, float] = field(default_factory=dict)
+    """Of a sweep: place on the axis by the row's key."""
+
+    def selected(self, *, columns: Sequence[str] | None, rows: Sequence[str] | None, settings: Settings) -> Table:
+        """Some of the columns and rows, with the released forms beside the paper's, or alone under released settings.
+
+        Raises:
+            UserError: a column or a row is unknown or named twice.
+        """
+        chosen = self.columns if columns is None else picked("column", columns, self.columns)
+        every = with_forms(self.rows, settings)
+        labels = None if rows is None else picked("row", rows, [row.key for row in every])
+        kept = every if labels is None else tuple(row for row in every if row.key in labels)
+        return dataclasses.replace(self, columns=tuple(chosen), rows=kept)
+
+
+def with_forms(rows: Sequence[Row], settings: Settings) -> tuple[Row, ...]:
+    """Rows in the paper's and the released form where they differ; under released settings that form alone."""
+    if settings == "released":
+        return tuple(row.released() for row in rows)
+    return tuple(form for row in rows for form in ((row, row.released()) if row.method in RELEASED_FORMS else (row,)))
+
+
+def picked(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names as they are known, in the table's order; case does not count.
+
+    Raises:
+        UserError: a name is unknown or given twice.
+    """
+    by_name = {name.lower(): name for name in known}
+    for name in wanted:
+        if name.lower() not in by_name:
+            raise unknown_name(kind, name, known)
+    chosen = [by_name[name.lower()] for name in wanted]
+    for name in chosen:
+        if chosen.count(name) > 1:
+            raise UserError(f"each {kind} must be named once; got {name!r} twice; fix: remove one")
+    return [name for name in known if name in chosen]
+
+
+def _of(name: str, title: str, columns: tuple[str, ...], rows: Sequence[Row]) -> Table:
+    return Table(name=name, title=title, columns=columns, rows=tuple(rows), values=published_values(name))
+
+
+_SUBSET = [
+    "switch, K=1, G=512",
+    "switch, K=1, G=512, no dropout",
+    "s-base, K=4, G=128",
+    "s-base, K=1, G=512",
+    "sigma-moe",
+    "standard dropout",
+    "softmax after top-k (renorm.)",
+    "softmax before top-k (no renorm.)",
+    "standard init",
+    "no reg (gamma=0, delta=0)",
+    "K=8, G=64",
+    "K=2, G=256",
+    "K=1, G=512",
+]
+_SCALED_ROWS = (
+    DENSE,
+    SIGMA,
+    # Table 5 calls them by their method alone.
+    Row(published="switch", method="switch", k=1, g=512, options=_SWITCH, dropout="standard"),
+    Row(published="s-base", method="s-base", k=4),
+)
+
+# Tables that are trained; 7 is counted, 8 and 9 are settings.
+TABLES: Mapping[str, Table] = MappingProxyType(
+    {
+        table.name: table
+        for table in (
+            _of("table1", "Top-K activation", ("E8", "WT-S", "WT-B"), (DENSE, *TOPK)),
+            _of("table2", "Product-key memory, parameters matched", ("WT-S", "WT-B", "E8"), (DENSE, PKM[2], PKM[3])),
+            _of(
+                "table3",
+                "Dense against sigma-MoE at equal parameters",
+                ("E8", "WT-S", "WT-B", *SCALED_COLUMNS),
+                (DENSE, SIGMA),
+            ),
+            _of("table4", "Mixtures of experts, chosen rows", MAIN_COLUMNS, (DENSE, *(MIXTURE[name] for name in _SUBSET))),
+            _of("table5", "C4 and peS2o", SCALED_COLUMNS, _SCALED_ROWS),
+            _of("table6", "Product-key memory, all variants", ("WT-S", "WT-B", "E8"), (DENSE, *PKM)),
+            _of("table10", "Mixtures of experts, every row", MAIN_COLUMNS, (DENSE, *MIXTURES)),
+        )
+    }
+)
+
+
+def get_table(name: str) -> Table:
+    """A trained table by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in TABLES:
+        raise unknown_name("table", name, TABLES)
+    return TABLES[name]

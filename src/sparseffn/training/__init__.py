@@ -1,0 +1,8 @@
+"""Training: one readable loop, checkpoints without pickle, metrics as JSON lines."""
+
+from sparseffn.training.config import TrainConfig
+from sparseffn.training.loop import NonFiniteLossError, TrainResult, train
+from sparseffn.training.restore import RunSettings, load_run_model
+from sparseffn.training.run_folder import RunFolder
+
+__all__ = ["NonFiniteLossError", "RunFolder", "RunSettings", "TrainConfig", "TrainResult", "load_run_model", "train"]

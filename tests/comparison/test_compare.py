@@ -1,0 +1,187 @@
+"""Comparisons: fair, resumable, complete."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import killed_comparison
+import pytest
+import torch
+
+from sparseffn.comparison import CompareSettings, compare, contenders, parse_methods
+from sparseffn.comparison.job import Silent
+from sparseffn.comparison.schedule import make_plan
+from sparseffn.data import load_corpus
+from sparseffn.errors import UserError
+from sparseffn.ffn import list_methods
+from sparseffn.models import TransformerXL
+from sparseffn.models.presets import PRESETS, get_preset
+from sparseffn.report import markdown_table
+from sparseffn.training import RunFolder
+from sparseffn.training.checkpoint import list_checkpoints
+
+# The one with an assignment over the batch, a mixture, and no routing at all.
+DIVERGING = ["base", "sigma-moe", "dense"]
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small text."""
+    path = tmp_path_factory.mktemp("song") / "song.txt"
+    path.write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(600)))
+    return str(path)
+
+
+def settings(song: str, *words: str, **changes: Any) -> CompareSettings:
+    """A comparison of a few seconds."""
+    defaults = {"corpus": "text", "data_dir": song, "steps": 4, "overrides": {"batch": 2, "context": 16}}
+    return CompareSettings(methods=tuple(parse_methods(words)), **{**defaults, **changes})
+
+
+@pytest.mark.parametrize("vocab_size", [205, 8000])
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("method", list_methods())
+def test_every_method_is_equal_at_every_preset(method: str, preset: str, vocab_size: int) -> None:
+    """Within 0.5% of the whole model, and K x G within 10% of the preset's."""
+    found = contenders(parse_methods([method]), get_preset(preset), vocab_size)[0]
+    assert found.match.equal and found.marks == ()
+    assert found.model.num_params() == found.match.model_params
+
+
+def test_models_start_alike_outside_their_blocks() -> None:
+    """For one seed, bit by bit, for every method."""
+    field = contenders(parse_methods(list_methods()), get_preset("tiny"), 256)
+    first: dict[str, torch.Tensor] = {}
+    for contender in field:
+        model = TransformerXL(contender.model)
+        model.init_parameters(3)
+        outside = {n: p.detach() for n, p in model.named_parameters() if ".ffn." not in n}
+        first = first or outside
+        assert outside.keys() == first.keys() and all(torch.equal(outside[n], first[n]) for n in first)
+
+
+def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
+    """Every number of the table is there, over two seeds."""
+    result = compare(settings(song, "dense", "sigma-moe", "topk", "k=64", seeds=(0, 1)), tmp_path / "out")
+    assert result == json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert result["finished"] and [m["label"] for m in result["methods"]] == ["dense", "sigma-moe", "topk k=64"]
+    for row in result["methods"]:
+        assert row["test"]["n"] == 2 and row["test"]["std"] is not None
+        assert row["valid_at_equal_time"] > 0 and row["layer_time_training_vs_dense"] > 0
+        assert abs(row["residual_percent"]) <= 0.5 and len(row["curves"]) == 2
+    dense, sigma, topk = result["methods"]
+    assert dense["active"] and not dense["usage"] and sigma["usage"] and sigma["cooccurrence"]
+    assert sigma["ffn_flops_vs_dense"] < 0.2 and dense["ffn_flops_vs_dense"] == 1.0
+    # 2 of 16 experts, 64 of 2048 channels.
+    assert [row["ffn_flops_convention"] for row in result["methods"]] == [1.0, 2 / 16, 64 / 2048]
+    table = markdown_table(result)
+    assert "K/N\\_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
+    assert f"digest {result['corpus']['digest'][:12]}" in table and "lr=0.004" in table
+    assert "64 channels" in topk["marks"][0]
+
+
+class _Interrupts(Silent):
+    """Stops in the middle of the second run."""
+
+    def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
+        def on_step(report: Any) -> None:
+            if position == 1 and report.step == 3:
+                raise KeyboardInterrupt
+
+        return on_step
+
+
+def test_interrupted_comparison_goes_on_to_the_same_losses(song: str, tmp_path: Path) -> None:
+    """The plan is reused, finished runs are not repeated."""
+    wanted = settings(song, "dense", "switch")
+    with pytest.raises(KeyboardInterrupt):
+        compare(wanted, tmp_path / "a", watcher=_Interrupts())
+    plan = (tmp_path / "a" / "plan.json").read_text()
+    result, whole = compare(wanted, tmp_path / "a"), compare(wanted, tmp_path / "b")
+    assert (tmp_path / "a" / "plan.json").read_text() == plan
+    for got, expected in zip(result["methods"], whole["methods"], strict=True):
+        assert (got["valid"], got["test"]) == (expected["valid"], expected["test"])
+
+
+def metrics(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every run, without what depends on the clock."""
+    runs = {str(path.relative_to(out)): RunFolder(path).read_metrics() for path in sorted(out.glob("runs/*/seed-*"))}
+    return {name: [{k: v for k, v in line.items() if k != "time_s"} for line in lines] for name, lines in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(song: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The comparison that is killed below, in one go."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compare(killed_comparison.settings(song), out)
+    return out
+
+
+@pytest.mark.parametrize(("when", "saved"), [("step", 6), ("saving", 4)])
+def test_killed_comparison_goes_on_bit_by_bit(when: str, saved: int, song: str, tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL between two checkpoints of the second run, and while one is written: every line is the same in the end."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(killed_comparison.__file__), str(out), song, when]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    killed = RunFolder(next(out.glob("runs/sigma-moe*/seed-0")))
+    assert list_checkpoints(killed.checkpoints)[-1].name == f"step-{saved:08d}" and not killed.result_path.exists()
+    finished = (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino
+    compare(killed_comparison.settings(song), out)
+    assert metrics(out) == metrics(uninterrupted) and len(metrics(out)) == 2
+    assert (out / "runs" / "dense" / "seed-0" / "result.json").stat().st_ino == finished
+
+
+def test_other_settings_are_refused(song: str, tmp_path: Path) -> None:
+    """A folder belongs to one comparison."""
+    compare(settings(song, "dense"), tmp_path / "out")
+    with pytest.raises(UserError, match="steps is 4, not 5"):
+        compare(settings(song, "dense", steps=5), tmp_path / "out")
+
+
+def test_diverging_method_is_shown_as_missing(song: str, tmp_path: Path) -> None:
+    """Its row gives the reason; the others are finished."""
+
+    class Poison(Silent):
+        def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
+            return (lambda report: _poison()) if label == "sigma-moe" else (lambda report: None)
+
+    def _poison() -> None:
+        from sparseffn.training import NonFiniteLossError
+
+        raise NonFiniteLossError("loss and gradient must be finite; got nan")
+
+    result = compare(settings(song, "sigma-moe", "dense"), tmp_path / "out", watcher=Poison())
+    assert not result["finished"] and "must be finite" in result["missing"][0]["reason"]
+    assert result["methods"][0]["test"] is None and result["methods"][1]["test"]["n"] == 1
+
+
+def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_path: Path) -> None:
+    """An absurd learning rate: every method has its row and its reason, none ends the comparison."""
+    overrides = {"batch": 2, "context": 16, "lr": 1e25, "warmup": 0}
+    result = compare(settings(song, *DIVERGING, steps=30, overrides=overrides), tmp_path / "out")
+    reasons = {run["label"]: run["reason"] for run in result["missing"]}
+    assert list(reasons) == DIVERGING
+    assert all("must be finite; got" in reason and "Last good checkpoint" in reason for reason in reasons.values())
+
+
+def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str) -> None:
+    """A minute suffices here, a tenth of a second does not."""
+    corpus, preset = load_corpus("text", data_dir=song), get_preset("tiny")
+    field = contenders(parse_methods(["sigma-moe"]), preset, 256)
+    plan = make_plan(field, preset, corpus, n_seeds=1, curve_tokens=100, steps=None, budget_s=60.0)
+    assert 20 < plan.steps < 60 / plan.step_s["sigma-moe"]
+    with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget"):
+        make_plan(field, preset, corpus, n_seeds=1, curve_tokens=100, steps=None, budget_s=0.1)
+
+
+def test_all_methods_read_the_same_tokens(song: str, tmp_path: Path) -> None:
+    """Runs of one comparison have one corpus digest and one position for each step."""
+    compare(settings(song, "dense", "switch"), tmp_path / "out")
+    runs = [RunFolder(p) for p in sorted((tmp_path / "out" / "runs").glob("*/seed-0"))]
+    configs = [json.loads((r.path / "config.json").read_text()) for r in runs]
+    assert len(runs) == 2 and configs[0]["corpus"] == configs[1]["corpus"] and configs[0]["train"] == configs[1]["train"]

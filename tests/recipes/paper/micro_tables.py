@@ -1,9 +1,0 @@
-"""The type of the fixture that plans tables."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from sparseffn.recipes.paper.plan import PlannedTable
-
-MakeTable = Callable[..., PlannedTable]

@@ -1,0 +1,252 @@
+"""Training: continuation bit by bit, refusals, schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from song_text import TEXT
+
+import sparseffn
+import sparseffn.training.loop as loop
+from sparseffn.data import Corpus, load_corpus
+from sparseffn.errors import UserError
+from sparseffn.evaluation import evaluate
+from sparseffn.ffn.dense import DenseConfig
+from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.storage import cpu_name, digest_of, sources_digest, write_json
+from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
+from sparseffn.training.checkpoint import list_checkpoints
+from sparseffn.training.snapshots import list_snapshots
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "time_s"} for record in RunFolder(folder).read_metrics()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters of the last checkpoint."""
+    return load_run_model(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("when", ["3", "8", "saving"])
+def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """SIGKILL before the first checkpoint, between two, and while one is written."""
+    (tmp_path / "song.txt").write_text(TEXT)
+    write_json(tmp_path / "run.json", {"model": model.to_json(), "train": config.to_json()})
+    script = str(Path(__file__).parent / "killed_run.py")
+    paths = [str(tmp_path / name) for name in ("run", "song.txt", "cache")]
+    killed = subprocess.run([sys.executable, script, *paths, when], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    corpus = load_corpus("text", data_dir=tmp_path / "song.txt", cache_dir=tmp_path / "cache")
+    result = train(model, config, corpus, tmp_path / "run")
+    whole = train(model, config, corpus, tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert (result.valid, result.test) == (whole.valid, whole.test)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / n / "routing").iterdir()} for n in ("run", "whole"))
+    assert list(list_snapshots(tmp_path / "whole")) == [0, 6, 12] and ours == theirs
+
+
+def test_tokenizer_of_a_run_is_whole_or_absent(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption while it is written leaves none, and the same call goes on."""
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if Path(target).name == "tokenizer.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, config, corpus, tmp_path / "run")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    train(model, config, corpus, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == corpus.tokenizer.to_json()
+
+
+def test_training_lowers_the_loss_and_reports_both_losses_apart(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Cross-entropy falls; the balancing loss stands beside it."""
+    train(model, dataclasses.replace(config, steps=40), corpus, tmp_path / "run")
+    steps = [r for r in losses(tmp_path / "run") if "loss" in r]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert all(-0.01 < r["balance_loss"] < 0 for r in steps)
+
+
+def test_finished_run_returns_its_result_at_once(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """No step is taken again."""
+    first = train(model, config, corpus, tmp_path / "run")
+    before = losses(tmp_path / "run")
+    assert train(model, config, corpus, tmp_path / "run") == first
+    assert losses(tmp_path / "run") == before
+
+
+def test_run_says_which_code_made_it_and_goes_on_with_other_code(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Outside its identity; the digest follows every file's name and contents."""
+    train(model, config, corpus, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    made = json.loads(path.read_text())
+    assert made["sources"] == sources_digest(Path(sparseffn.__file__).parent)
+    assert "sources" not in (tmp_path / "run" / "config.json").read_text()
+    write_json(path, {**made, "sources": "of other code"})
+    (tmp_path / "run" / "result.json").unlink()
+    assert train(model, config, corpus, tmp_path / "run").steps == 12
+    assert json.loads(path.read_text())["sources"] == "of other code"
+    digests = set()
+    for number, (name, text) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("a.cpp", "1"), ("a.txt", "1")]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_text(text)
+        digests.add(sources_digest(tmp_path / str(number)))
+    assert len(digests) == 5 and sources_digest(tmp_path / "4") == digest_of()
+
+
+def test_folder_of_another_config_is_refused_and_left_alone(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """The difference is named."""
+    train(model, config, corpus, tmp_path / "run")
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"train\.lr is 0\.005, not 0\.1"):
+        train(model, dataclasses.replace(config, lr=0.1), corpus, tmp_path / "run")
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_checkpoint_is_refused_and_the_one_before_serves(
+    damage: str, tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """The error says which folder to remove; then the run goes on."""
+    train(model, config, corpus, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = last / "state.safetensors"
+    data = state.read_bytes()
+    state.unlink()
+    if damage != "missing":
+        state.write_bytes(data[:-100] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"fix: remove .*{last.name} to go on"):
+        train(model, config, corpus, tmp_path / "run")
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    assert train(model, config, corpus, tmp_path / "run").steps == 12
+
+
+def test_checkpoints_hold_no_pickle(tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """Two are kept, of safetensors and JSON."""
+    train(model, config, corpus, tmp_path / "run")
+    kept = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [p.name for p in kept] == ["step-00000010", "step-00000012"]
+    assert {f.suffix for p in kept for f in p.iterdir()} == {".safetensors", ".json"}
+
+
+def test_non_finite_loss_stops_before_the_step(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the step and the last good checkpoint."""
+    honest, calls = loop.token_losses, [0]
+
+    def poisoned(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return honest(logits, targets) * (torch.nan if calls[0] > 14 else 1.0)
+
+    monkeypatch.setattr(loop, "token_losses", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"at step 8, which was not taken.*step-00000005"):
+        train(model, config, corpus, tmp_path / "run")
+    assert max(r["step"] for r in losses(tmp_path / "run")) == 7
+
+
+def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
+    """Linear, then a cosine."""
+    c = dataclasses.replace(config, steps=102, warmup=2, lr=1.0)
+    assert [c.lr_at(0), c.lr_at(1), c.lr_at(52), c.lr_at(102)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_python_callers_are_told_of_micro_batches_too(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log once, and in the result each time."""
+    first, again = (train(model, config, corpus, tmp_path / "run") for _ in range(2))
+    assert first.notes == again.notes == (caplog.records[0].message,) and len(caplog.records) == 1
+    assert "micro-batch of 2 streams" in first.notes[0]
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path, corpus: Corpus, config: TrainConfig) -> None:
+    """For a dense model without dropout, to rounding."""
+    ffn = DenseConfig(d_model=16, d_ff=32)
+    model = TransformerXLConfig(vocab_size=256, d_model=16, n_layers=1, n_heads=2, d_head=8, ffn=ffn)
+    whole = train(model, dataclasses.replace(config, accumulation=1), corpus, tmp_path / "whole")
+    parts = train(model, config, corpus, tmp_path / "parts")
+    assert parts.valid == pytest.approx(whole.valid, rel=1e-3)
+
+
+def test_bfloat16_and_adamw_run(tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """Autocast and decoupled weight decay give finite losses that differ from float32 and Adam."""
+    plain = train(model, config, corpus, tmp_path / "plain")
+    other = dataclasses.replace(config, precision="bfloat16", optimizer="adamw", weight_decay=0.1)
+    assert train(model, other, corpus, tmp_path / "other").valid != plain.valid
+
+
+def test_constant_balancing_loss_is_complained_of(model: TransformerXLConfig) -> None:
+    """A method with a weight whose loss reaches nothing."""
+    with pytest.raises(UserError, match="must depend on the parameters"):
+        loop.check_balance(TransformerXL(model), torch.zeros(()))
+
+
+def test_evaluation_predicts_every_token_but_the_first_once(corpus: Corpus, model: TransformerXLConfig) -> None:
+    """Whatever the windows; with one stream the loss is that of one long text."""
+    net = TransformerXL(model).train()
+    tokens = corpus.valid[:200]
+    for batch, context in ((1, 7), (3, 16), (8, 50)):
+        assert evaluate(net, tokens, batch=batch, context=context, memory=64).n_predictions == 199
+    assert net.training
+    text = torch.from_numpy(tokens.astype("int64"))[None]
+    with torch.no_grad():
+        logits = net.eval()(text[:, :-1]).logits
+    whole = float(torch.nn.functional.cross_entropy(logits[0], text[0, 1:]))
+    got = evaluate(net, tokens, batch=1, context=16, memory=256).nats_per_token
+    assert got == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens", [190, 191, 210], ids=["even", "narrow-last", "uneven"])
+def test_window_losses_follow_the_text(corpus: Corpus, model: TransformerXLConfig, n_tokens: int) -> None:
+    """Stream by stream, as if each were a text of its own; rows that end early have no window more."""
+    net = TransformerXL(model)
+    net.init_parameters(0)
+    tokens = corpus.valid[:n_tokens]
+    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(n_tokens - 1), 3))])
+    alone = [
+        evaluate(net, tokens[start : stop + 1], batch=1, context=21, memory=32).window_nats
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    together = evaluate(net, tokens, batch=3, context=21, memory=32).window_nats
+    assert together == pytest.approx(np.concatenate(alone), rel=1e-5)
+
+
+def test_processor_is_told_from_its_namesakes(tmp_path: Path) -> None:
+    """By family and model, where Linux says them."""
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\nflags\t: a b\n\nprocessor\t: 1\n")
+    assert cpu_name(info) == "Some CPU (family 25, model 17)"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert cpu_name(info) == cpu_name(tmp_path / "none") != ""
