@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "storage",
     "stats",
+    "devices",
     "ops",
     "data",
     "ffn",

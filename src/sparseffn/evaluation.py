@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.data import EvalWindow, evaluation_windows
+from sparseffn.devices import autocast
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import CollectedStats, collect_stats
 from sparseffn.models import TransformerXL
-
-PRECISIONS = ("float32", "bfloat16")
 
 # Called after each window with the number of tokens done and the number there are.
 OnProgress = Callable[[int, int], None]
@@ -37,17 +36,6 @@ class Evaluation:
     window_nats: np.ndarray = field(compare=False, repr=False)
     """`[n]`, mean cross-entropy of each stream's windows of `context` tokens, one stream after the other: neighbours in the
     text are neighbours here. A stream's last window may be shorter."""
-
-
-def autocast(precision: str, device_type: str = "cpu") -> AbstractContextManager[object]:
-    """Autocast for a precision's name; float32 is the absence of autocast.
-
-    Raises:
-        UserError: `precision` is neither float32 nor bfloat16.
-    """
-    if precision not in PRECISIONS:
-        raise UserError(f"`precision` must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    return nullcontext() if precision == "float32" else torch.autocast(device_type, dtype=torch.bfloat16)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,7 +83,7 @@ def evaluate(
     windows: list[Tensor] = []
     try:
         for window in evaluation_windows(tokens, batch=batch, context=context):
-            with autocast(precision, device.type), nullcontext() if observe is None else collect_stats(model) as stats:
+            with autocast(precision, device), nullcontext() if observe is None else collect_stats(model) as stats:
                 output = model(window.inputs.to(device), state, memory_length=memory)
             if observe is not None and stats is not None:
                 observe(stats, window)

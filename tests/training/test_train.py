@@ -23,8 +23,9 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.models.presets import get_preset
 from sparseffn.storage import cpu_name, digest_of, sources_digest, write_json
-from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, load_run_model, train
+from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, from_preset, load_run_model, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.snapshots import list_snapshots
 
@@ -250,3 +251,14 @@ def test_processor_is_told_from_its_namesakes(tmp_path: Path) -> None:
     assert cpu_name(info) == "Some CPU (family 25, model 17)"
     info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
     assert cpu_name(info) == cpu_name(tmp_path / "none") != ""
+
+
+def test_settings_of_a_preset_follow_its_length() -> None:
+    """A tenth of the steps bounds the warm-up, twelve points are on the curve; any field may be set."""
+    config = from_preset(get_preset("small"), steps=300, seed=3)
+    assert (config.steps, config.seed, config.warmup, config.eval_every, config.checkpoint_every) == (300, 3, 30, 25, 50)
+    assert (config.eval_tokens, config.eval_memory, config.lr) == (8192, 1024, 1e-3)
+    whole = from_preset(get_preset("small"), optimizer="adamw", warmup=7)
+    assert (whole.steps, whole.optimizer, whole.warmup) == (10_000, "adamw", 7)
+    with pytest.raises(UserError, match="unknown training option 'weight_deacy'; fix: did you mean 'weight_decay'"):
+        from_preset(get_preset("small"), weight_deacy=0.1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparseffn.errors import UserError
+from sparseffn.devices import find_device as find_device
 from sparseffn.ops.cpu import build
 from sparseffn.storage import environment
 
@@ -106,17 +106,6 @@ def measured_on(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
     return facts
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: this machine has none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("`--device` must be one that this machine has; got 'cuda', but no GPU is visible; fix: --device cpu")
-    return torch.device(name)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

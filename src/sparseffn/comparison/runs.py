@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from sparseffn.analysis import UsageCounter
-from sparseffn.comparison.schedule import CURVE_POINTS, CURVE_TOKENS
 from sparseffn.data import Corpus
 from sparseffn.evaluation import evaluate
 from sparseffn.models import TransformerXL
 from sparseffn.models.presets import Preset
 from sparseffn.storage import write_json
-from sparseffn.training import TrainConfig
+from sparseffn.training import TrainConfig, from_preset
+from sparseffn.training.config import CURVE_TOKENS
 
 # Tokens of validation that usage is counted on.
 USAGE_TOKENS = 16 * CURVE_TOKENS
@@ -27,23 +27,7 @@ def train_config(preset: Preset, steps: int, seed: int) -> TrainConfig:
     Raises:
         UserError: one of them is out of range.
     """
-    every = max(1, steps // CURVE_POINTS)
-    return TrainConfig(
-        steps=steps,
-        batch=preset.batch,
-        context=preset.context,
-        memory=preset.memory,
-        eval_memory=preset.eval_memory,
-        eval_batch=preset.eval_batch,
-        lr=preset.lr,
-        warmup=min(preset.warmup, steps // 10),
-        clip=preset.clip,
-        seed=seed,
-        eval_every=every,
-        eval_tokens=CURVE_TOKENS,
-        # Two points of the curve, a minute or so in the demonstration, are what an interruption can cost.
-        checkpoint_every=2 * every,
-    )
+    return from_preset(preset, steps=steps, seed=seed)
 
 
 def run_path(out: Path, label: str, seed: int) -> Path:

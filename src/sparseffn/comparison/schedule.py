@@ -23,6 +23,8 @@ from sparseffn.models import TransformerXL
 from sparseffn.models.presets import Preset
 from sparseffn.storage import Kind, read_fields
 from sparseffn.training import TrainConfig
+from sparseffn.training.config import CURVE_POINTS as CURVE_POINTS
+from sparseffn.training.config import CURVE_TOKENS as CURVE_TOKENS
 from sparseffn.training.loop import make_optimizer, training_loss
 
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
@@ -33,8 +35,6 @@ _TIMING_LR = 1e-6
 _RESERVE = 0.12
 # Fewer steps than this say nothing about a method.
 MIN_STEPS = 20
-# Points of the validation curve, and the first tokens of validation that each uses.
-CURVE_POINTS, CURVE_TOKENS = 12, 8192
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,17 @@
 """Training: one readable loop, checkpoints without pickle, metrics as JSON lines."""
 
-from sparseffn.training.config import TrainConfig
+from sparseffn.training.config import TrainConfig, from_preset
 from sparseffn.training.loop import NonFiniteLossError, TrainResult, train
 from sparseffn.training.restore import RunSettings, load_run_model
 from sparseffn.training.run_folder import RunFolder
 
-__all__ = ["NonFiniteLossError", "RunFolder", "RunSettings", "TrainConfig", "TrainResult", "load_run_model", "train"]
+__all__ = [
+    "NonFiniteLossError",
+    "RunFolder",
+    "RunSettings",
+    "TrainConfig",
+    "TrainResult",
+    "from_preset",
+    "load_run_model",
+    "train",
+]

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from sparseffn.devices import Precision
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import field_infos, option
 from sparseffn.ffn._options import check_fields
+from sparseffn.models.presets import Preset
+
+CURVE_POINTS, CURVE_TOKENS = 12, 8192
+"""Points of a run's validation curve after its start, and the first tokens of validation that each uses."""
 
 
 # More fields than a layer has, since these are the hyperparameters that a paper's table prints in one column.
@@ -30,7 +35,7 @@ class TrainConfig:
     optimizer: Annotated[Literal["adam", "adamw"], option("Adam, or AdamW with decoupled weight decay.")] = "adam"
     weight_decay: Annotated[float, option("Weight decay.", low=0.0)] = 0.0
     accumulation: Annotated[int, option("Micro-batches of a step; batch-wide quantities are per micro-batch.", low=1)] = 1
-    precision: Annotated[Literal["float32", "bfloat16"], option("float32, or autocast to bfloat16.")] = "float32"
+    precision: Annotated[Precision, option("float32, or autocast to bfloat16 or float16 (with a scaled loss).")] = "float32"
     seed: Annotated[int, option("Seed of parameters and of dropout.", low=0)] = 0
     eval_every: Annotated[int, option("Steps between points of the validation curve.", low=1)] = 1000
     eval_tokens: Annotated[int, option("First tokens of validation that a point of the curve uses.", low=2)] = 65536
@@ -82,3 +87,36 @@ class TrainConfig:
         if "steps" not in data:
             raise UserError(f"a training config needs steps; got {', '.join(data) or 'nothing'}; fix: add it")
         return cls(**data)
+
+
+def from_preset(preset: Preset, *, steps: int | None = None, seed: int = 0, **overrides: Any) -> TrainConfig:
+    """The training settings of a preset: what `train`, `compare` and the paper's runs all use.
+
+    Args:
+        preset: sizes and rates.
+        steps: optimiser steps; None for the preset's own. A tenth of them bounds the warm-up.
+        seed: of parameters and dropout.
+        **overrides: fields of `TrainConfig` that differ from what follows from the preset.
+
+    Raises:
+        UserError: a field is unknown or out of range.
+    """
+    steps = preset.steps if steps is None else steps
+    every = max(1, steps // CURVE_POINTS)
+    settings = {
+        "steps": steps,
+        "batch": preset.batch,
+        "context": preset.context,
+        "memory": preset.memory,
+        "eval_memory": preset.eval_memory,
+        "eval_batch": preset.eval_batch,
+        "lr": preset.lr,
+        "warmup": min(preset.warmup, steps // 10),
+        "clip": preset.clip,
+        "seed": seed,
+        "eval_every": every,
+        "eval_tokens": CURVE_TOKENS,
+        # Two points of the curve are what an interruption can cost.
+        "checkpoint_every": 2 * every,
+    }
+    return TrainConfig.from_json({**settings, **overrides})

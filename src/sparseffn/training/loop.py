@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sparseffn.data import Corpus, TrainingStreams
+from sparseffn.devices import autocast
 from sparseffn.errors import NonFiniteError, UserError
-from sparseffn.evaluation import Evaluation, NonFiniteLossError, autocast, evaluate, token_losses
+from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate, token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
 from sparseffn.storage import Kind, read_fields, write_json, write_text
@@ -322,7 +323,7 @@ def training_loss(
     Raises:
         UserError: a method has a balancing weight but its loss reaches no parameter.
     """
-    with autocast(config.precision, tokens.device.type):
+    with autocast(config.precision, tokens.device):
         output = model(tokens, memory, memory_length=config.memory, return_stats=True)
         loss = token_losses(output.logits, targets).mean()
     assert output.stats is not None, "statistics were asked for"
