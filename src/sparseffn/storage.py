@@ -1,26 +1,59 @@
-"""Files of runs and results: written whole or not at all; JSON read back with every field that is needed there and of its kind.
+"""Files of runs and results: written whole or not at all, read back typed and checked, digested, locked.
 
-    read_fields(path, {"steps": Kind.COUNT, "valid": Kind.NUMBER}, fix="remove it and run the same command again")
+    write_json(path, plan)                                   a dict, a dataclass or a msgspec.Struct
+    plan = read(path, Plan, fix="remove it and run the same command again")
 
-JSON that parses may still be damaged, by hand or by a program; what is wrong is then said of the file, before it is used.
+JSON that parses may still be damaged, by hand or by a program; a message then names the file and the field, before anything is
+used. A Struct ignores fields that it does not know, and a field with a default may be absent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, TypeVar, cast
+
+import msgspec
+from filelock import FileLock, Timeout
 
 from sparseffn import __version__
 from sparseffn.errors import UserError
+
+T = TypeVar("T")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+"""Fields of stored types. A `float` of a file is always finite, as JSON has no other."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, fix: str = "") -> Iterator[None]:
+    """Turn a failure of the file system while `path` is written into a `UserError`.
+
+    Args:
+        path: the file or folder.
+        fix: a further remedy ("choose another --out").
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room on the disk" if full else "check its rights and the disk"
+        remedy += f", or {fix}" if fix else ""
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; fix: {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,41 +69,184 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     # Beside its target, as only a move within a file system is whole or not at all.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("xb") as file:
+            with synced(partial) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror}; fix: check its rights and the disk") from error
+
+
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on the disk when it is closed."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+_UNFINISHED = ".writing-"
+
+
+@contextlib.contextmanager
+def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes its place at `path`, whole and on the disk, at the end of the block.
+
+    An exception removes it; what a killed process left is removed by `remove_unfinished`.
+
+    Args:
+        path: the folder's place.
+        replace: whether a folder that is there gives way; otherwise it stays and the new one is dropped.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    partial = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    with writing(path):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for file in [*partial.rglob("*"), partial]:
+                sync(file)
+            if replace and path.exists():
+                shutil.rmtree(path)
+            try:
+                partial.rename(path)
+            except OSError:
+                # A folder with files in it cannot be replaced: another process was first.
+                if not path.is_dir():
+                    raise
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what killed processes left of folders in `parent`; only where no other process writes there."""
+    for leftover in parent.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder's entries on the disk."""
+    # Windows cannot open folders; there a rename is all that can be done.
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file against other processes; the file stays.
+
+    Args:
+        path: the lock file; its folder is made where there is none.
+        wait: whether to wait for another holder.
+
+    Yields:
+        Whether it is held: False only without `wait`, while another process holds it.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path, blocking=wait)
+        try:
+            held.acquire()
+        except Timeout:
+            held = None
+    try:
+        yield held is not None
+    finally:
+        if held is not None:
+            held.release()
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder of results against a second process that would write into it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with lock(folder / ".lock", wait=False) as held:
+        if not held:
+            raise UserError(
+                f"`out` must be a folder that no other process writes into; got {str(folder)!r}, where one is at work; "
+                "fix: wait for it or choose another --out"
+            )
+        yield
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON so that the file is whole or is what it was before."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Write a dict, dataclass or Struct as JSON, so that the file is whole or is what it was before."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n")
 
 
 def read_json(path: Path, *, fix: str = "restore the file or remove its folder") -> Any:
-    """Read a JSON file.
+    """What a JSON file holds, unchecked; see `read`."""
+    return read(path, cast("type[Any]", Any), fix=fix)
+
+
+def read(path: Path, kind: type[T], *, fix: str) -> T:
+    """Read a JSON file of a type: a Struct, a dataclass, `dict[str, Positive]`, ...
 
     Args:
         path: the file.
+        kind: what it must hold; nothing is converted, except an int where a float is due.
         fix: the remedy for a damaged file.
 
     Raises:
-        UserError: the file is not there or is damaged.
+        UserError: the file is not there, is damaged, or is no regular file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        # Anything but a regular file, as a pipe, may block for ever.
+        if path.exists() and not path.is_file():
+            raise UserError(f"`{path}` must be a file; got something else; fix: {fix}")
+        text = path.read_text(encoding="utf-8")
+        return msgspec.json.decode(text, type=kind)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"`{path}` must exist; got no such file; fix: check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"`{path}` must be readable; got {error.strerror or error}; fix: check its rights") from None
+    except msgspec.ValidationError as error:
+        raise UserError(f"`{path}` must hold {_needed(error, text)}; fix: {fix}") from None
+    except RecursionError:
+        raise UserError(f"`{path}` must hold JSON; got lists or objects nested too deeply; fix: {fix}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` must hold JSON; got {error}; fix: {fix}") from None
+
+
+def _needed(error: msgspec.ValidationError, text: str) -> str:
+    """What msgspec misses, as "`steps`, an int >= 1; got 0"."""
+    message, _, at = str(error).partition(" - at `")
+    at = at.removesuffix("`").removeprefix("$").removeprefix(".")
+    if isinstance(error.__cause__, ValueError | TypeError):
+        return f"a valid {f'`{at}`' if at else 'content'}; got ({error.__cause__})"
+    if absent := re.fullmatch(r"Object missing required field `(.*)`", message):
+        return f"`{at}.{absent[1]}`; got nothing" if at else f"`{absent[1]}`; got nothing"
+    expected = re.fullmatch(r"Expected (.+?)(?:, got `(.+)`)?", message)
+    if expected is None:
+        return f"a valid `{at}`; got {message[:1].lower()}{message[1:]}"
+    what = expected[1].replace("`", "")
+    what = f"{'an' if what[0] in 'aeio' else 'a'} {what}"
+    return f"`{at}`, {what}; got {_shown(at, text, expected[2])}" if at else f"{what}; got {expected[2]}"
+
+
+def _shown(at: str, text: str, kind: str | None) -> str:
+    """A refused value, cut short; its kind, or nothing more than that, where the place is not unique."""
+    value = msgspec.json.decode(text)
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", at):
+        if index == "...":
+            return kind or "another value"
+        value = value[int(index)] if index else value[name]
+    shown = json.dumps(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
 def digest_of(*parts: str | bytes) -> str:
@@ -80,6 +256,17 @@ def digest_of(*parts: str | bytes) -> str:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
+
+
+def json_digest(data: object) -> str:
+    """32 hexadecimal digits (BLAKE2b) of JSON-able data, whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """32 hexadecimal digits (BLAKE2b) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 # Tells a field that is not there from one that holds null.
@@ -146,14 +333,14 @@ def _check(path: Path, name: str, value: object, expected: Kind | Fields, fix: s
     kind = expected if isinstance(expected, Kind) else Kind.OBJECT
     if not kind.accepts(value):
         what = f"`{name}`, {kind.value}" if name else kind.value
-        raise UserError(f"`{path}` must hold {what}; got {_shown(value)}; fix: {fix}")
+        raise UserError(f"`{path}` must hold {what}; got {_shown_value(value)}; fix: {fix}")
     if not isinstance(expected, Kind):
         assert isinstance(value, dict), "objects are dicts"
         for key, wanted in expected.items():
             _check(path, f"{name}.{key}" if name else key, value.get(key, _ABSENT), wanted, fix)
 
 
-def _shown(value: object) -> str:
+def _shown_value(value: object) -> str:
     if value is _ABSENT:
         return "nothing"
     text = json.dumps(value)
@@ -161,12 +348,35 @@ def _shown(value: object) -> str:
 
 
 def default_cache_dir() -> Path:
-    """`$SPARSEFFN_CACHE`, else `$XDG_CACHE_HOME/sparseffn`, else `~/.cache/sparseffn`."""
+    """`$SPARSEFFN_CACHE`, else `$XDG_CACHE_HOME/sparseffn`, else `~/.cache/sparseffn`.
+
+    Raises:
+        UserError: the user has no home folder.
+    """
     if chosen := os.environ.get("SPARSEFFN_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "sparseffn"
-    return Path.home() / ".cache" / "sparseffn"
+    return expanded("~/.cache/sparseffn")
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with `~` and `~user` replaced.
+
+    Raises:
+        UserError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"a path must begin with a home folder that exists; got {str(path)!r}; fix: write it out, or set SPARSEFFN_CACHE"
+        ) from None
+
+
+def version() -> str:
+    """Of the package."""
+    return __version__
 
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -174,14 +384,18 @@ SOURCES = (".py", ".cpp", ".h")
 """Files of the package that a run's numbers follow from."""
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beside its config."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a result depends on beside its config.
+
+    Args:
+        device: where tensors are ("cpu", "cuda:0").
+    """
     # Here, so that reading a result does not wait for PyTorch.
     import numpy as np
     import torch
 
-    return {
-        "sparseffn": __version__,
+    found = {
+        "sparseffn": version(),
         "sources": sources_digest(Path(__file__).parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -189,7 +403,11 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(CPU_INFO),
         "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
     }
+    if found["device"].startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 @cache
