@@ -9,8 +9,8 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 
+from sparseffn.data.download import PublishedFile, RemoteFile
 from sparseffn.data.published_corpus import PublishedCorpus
-from sparseffn.data.remote import PublishedFile, RemoteFile
 
 
 def lines(n: int, word: str = "word") -> bytes:

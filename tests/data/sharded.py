@@ -11,8 +11,8 @@ from pathlib import Path
 from sparseffn.data.corpora.c4 import C4
 from sparseffn.data.corpora.pes2o import PES2O
 from sparseffn.data.corpus import Corpus, open_corpus
-from sparseffn.data.place import Place
 from sparseffn.data.registry import CorpusEntry
+from sparseffn.data.splits import Place
 from sparseffn.data.streamed import StreamedCorpus
 
 SMALL_C4 = dataclasses.replace(C4, n_train=4, eval_documents=20, buffer=16, fit_shards=2)

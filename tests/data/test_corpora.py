@@ -6,12 +6,13 @@ import json
 import math
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparseffn.data import SPLITS, list_corpora, load_corpus, to_metric, tokenizer_class
+from sparseffn.data import SPLITS, CorpusOrigin, list_corpora, load_corpus, prepare_corpus, to_metric, tokenizer_class
 from sparseffn.data.corpora.stdlib import EXCLUDED_FOLDERS, find_stdlib
 from sparseffn.data.corpora.text import find_text
 from sparseffn.errors import UserError
@@ -128,6 +129,24 @@ class TestText:
         with pytest.raises(UserError, match=r"corpus 'text' must have a `data_dir` with your text.*fix: pass --data-dir"):
             load_corpus("text", data_dir=given)
 
+    @pytest.mark.parametrize(
+        "make", [lambda path: path.mkdir(), lambda path: make_files(path, [".hidden"])], ids=["empty", "hidden"]
+    )
+    def test_an_empty_folder_is_refused_as_empty(self, tmp_path: Path, make: Callable[[Path], object]) -> None:
+        """Not as too short a text."""
+        make(tmp_path / "folder")
+        with pytest.raises(UserError, match=r"must have files in its `data_dir`; got '.*folder', which is empty .*fix: put"):
+            load_corpus("text", data_dir=tmp_path / "folder")
+
+    def test_pipes_and_devices_are_not_read(self, tmp_path: Path) -> None:
+        """A pipe would wait for a writer, `/dev/zero` has no end."""
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(UserError, match=r"a corpus file must be a regular file; got .*; fix: save the text in a file"):
+                load_corpus("text", data_dir=path)
+        make_files(tmp_path, ["a.txt"])
+        assert [piece.file.label for piece in find_text(tmp_path).pieces["train"]] == ["a.txt"]
+
     def test_chars_name_the_file_that_is_not_text(self, tmp_path: Path) -> None:
         """With the position of the first bad byte."""
         root = make_files(tmp_path / "bad", ["a.txt", "b.txt"])
@@ -177,6 +196,13 @@ class TestPtb:
         corpus = load_corpus("ptb", data_dir=PTB, tokenizer="chars")
         assert corpus.tokenizer.vocab_size == 50
         assert len(corpus.test) == (PTB / "ptb.test.txt").stat().st_size
+
+    @pytest.mark.skipif(not PTB.is_dir(), reason="needs ../shared/data/ptb beside the repository")
+    def test_what_was_prepared_is_found_without_its_folder(self) -> None:
+        """`data prepare --data-dir` once; then neither commands nor runs need the folder."""
+        prepared = prepare_corpus("ptb", data_dir=PTB)
+        assert prepared.origin == CorpusOrigin(name="ptb", tokenizer="words")
+        assert load_corpus("ptb").digest == prepared.origin.load().digest == prepared.digest
 
     def test_missing_files_are_named(self, tmp_path: Path) -> None:
         """Which of the three are not there."""
@@ -241,6 +267,21 @@ class TestLoad:
         book.write_bytes(book.read_bytes()[::-1])
         os.utime(book, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert load_corpus("text", data_dir=book).digest != before.digest
+
+    def test_a_corpus_is_opened_again_from_its_origin(
+        self, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From another working directory; where the text was moved, its new place is given."""
+        pytest.importorskip("sentencepiece")
+        monkeypatch.chdir(book.parent)
+        corpus = load_corpus("text", data_dir=book.name, tokenizer="bpe", vocab_size=300, cache_dir="tokens")
+        monkeypatch.chdir("/")
+        assert corpus.origin.data_dir == str(book) and corpus.origin.cache_dir == str(tmp_path / "tokens")
+        assert corpus.origin.load().digest == corpus.digest
+        moved = book.rename(tmp_path / "moved.txt")
+        assert corpus.origin.load(data_dir=moved, tokenizer=corpus.tokenizer).digest == corpus.digest
+        with pytest.raises(UserError, match=r"got '.*book\.txt'; fix: pass --data-dir PATH"):
+            corpus.origin.load()
 
     def test_unknown_split_is_refused(self, book: Path) -> None:
         """Names are train, valid, test."""

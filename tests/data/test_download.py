@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sparseffn.data.digests import parse_digest
-from sparseffn.data.download import DownloadError, fetch
-from sparseffn.data.remote import PublishedFile, RemoteFile
+from sparseffn.data.download import BLOCK_BYTES, DownloadError, PublishedFile, RemoteFile, fetch, parse_digest
 from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
 
@@ -56,23 +55,23 @@ class TestTransfers:
         assert not server.log
 
     def test_a_transfer_that_breaks_goes_on_where_it_stopped(self, server: Loopback, tmp_path: Path) -> None:
-        """Twice; every byte is sent once."""
-        path = fetch(remote(server.add("a", DATA, breaks=[1000, 50_000])), tmp_path)
+        """Twice; no more than a block is sent again."""
+        path = fetch(remote(server.add("a", DATA, breaks=[BLOCK_BYTES + 1000, 3 * BLOCK_BYTES])), tmp_path)
         assert path.read_bytes() == DATA
-        assert [asked for _, asked in server.log] == [None, "bytes=1000-", "bytes=51000-"]
+        assert [asked for _, asked in server.log] == [None, f"bytes={BLOCK_BYTES}-", f"bytes={4 * BLOCK_BYTES}-"]
 
     def test_another_call_goes_on_where_the_last_one_stopped(self, server: Loopback, tmp_path: Path) -> None:
-        """The mirror fails for good after 1000 bytes; later it works."""
-        url = server.add("a", DATA, breaks=[1000, 0])
-        with pytest.raises(DownloadError, match="broke off after 1000 of 1024000 bytes"):
+        """The mirror fails for good after a block; later it works."""
+        url = server.add("a", DATA, breaks=[BLOCK_BYTES, 0])
+        with pytest.raises(DownloadError, match=f"broke off after {BLOCK_BYTES} bytes"):
             fetch(remote(url), tmp_path)
         assert names(tmp_path) == ["a.bin.part"]
         assert fetch(remote(url), tmp_path).read_bytes() == DATA
-        assert server.log[-1] == ("a", "bytes=1000-")
+        assert server.log[-1] == ("a", f"bytes={BLOCK_BYTES}-")
 
     def test_a_server_without_ranges_starts_anew(self, server: Loopback, tmp_path: Path) -> None:
         """The first bytes are not kept twice."""
-        path = fetch(remote(server.add("a", DATA, breaks=[1000], ranges=False)), tmp_path)
+        path = fetch(remote(server.add("a", DATA, breaks=[BLOCK_BYTES], ranges=False)), tmp_path)
         assert path.read_bytes() == DATA
 
     def test_what_was_begun_wrongly_is_begun_again(self, server: Loopback, tmp_path: Path) -> None:
@@ -107,8 +106,8 @@ class TestMirrors:
 
     def test_the_next_mirror_goes_on_where_the_last_one_broke(self, server: Loopback, tmp_path: Path) -> None:
         """Mirrors have the same bytes."""
-        fetch(remote(server.add("a", DATA, breaks=[1000, 0]), server.add("b", DATA)), tmp_path)
-        assert server.log[-1] == ("b", "bytes=1000-")
+        fetch(remote(server.add("a", DATA, breaks=[BLOCK_BYTES, 0]), server.add("b", DATA)), tmp_path)
+        assert server.log[-1] == ("b", f"bytes={BLOCK_BYTES}-")
 
     def test_a_wrong_file_is_removed_and_the_next_mirror_asked(self, server: Loopback, tmp_path: Path) -> None:
         """Same length, other bytes."""
@@ -164,11 +163,25 @@ class TestDigests:
 
 class TestDisk:
     def test_a_full_disk_leaves_nothing(self, server: Loopback, tmp_path: Path) -> None:
-        """Whatever is written to `/dev/full` finds no room."""
-        (tmp_path / "a.bin.part").symlink_to("/dev/full")
-        with pytest.raises(UserError, match=r"has room; got .*No space left on device.*fix: make room there"):
+        """Not even what had arrived before."""
+        (tmp_path / "a.bin.part").write_bytes(DATA[:1000])
+
+        def refuse(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"has room; got .*No space left on device"):
+            patch.setattr("os.fsync", refuse)
             fetch(remote(server.add("a", DATA)), tmp_path)
         assert not names(tmp_path)
+
+    def test_a_link_in_place_of_a_file_is_replaced(self, server: Loopback, tmp_path: Path) -> None:
+        """What it points to stays as it was; a pipe in the file's place is not waited for."""
+        (tmp_path / "other").write_bytes(b"mine")
+        (tmp_path / "a.bin.part").symlink_to(tmp_path / "other")
+        os.mkfifo(tmp_path / "a.bin")
+        path = fetch(remote(server.add("a", DATA)), tmp_path)
+        assert path.read_bytes() == DATA and not path.is_symlink()
+        assert (tmp_path / "other").read_bytes() == b"mine"
 
     def test_a_folder_is_held_by_one_at_a_time(self, tmp_path: Path) -> None:
         """The second waits until the first is done."""

@@ -16,9 +16,8 @@ import pytest
 from sparseffn.data.corpora.enwik8 import ENWIK8
 from sparseffn.data.corpora.ptb import PTB
 from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_RAW
-from sparseffn.data.place import Place
 from sparseffn.data.published_corpus import PublishedCorpus
-from sparseffn.data.splits import SPLITS, Source
+from sparseffn.data.splits import SPLITS, Place, Source
 from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from sparseffn.cli import main
-from sparseffn.data import SPLITS, load_corpus, prepare_corpus, registry
+from sparseffn.data import SPLITS, Place, load_corpus, prepare_corpus, registry
 from sparseffn.data.corpora.c4 import C4
 from sparseffn.data.corpus import open_corpus
-from sparseffn.data.place import Place
 from sparseffn.data.shards import read_local
 from sparseffn.errors import UserError
 

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from sparseffn.cli.output import print_json, print_rows
-from sparseffn.data import SPLITS, Corpus, CorpusEntry, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
-from sparseffn.data.place import Place
+from sparseffn.data import SPLITS, Corpus, CorpusEntry, Place, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
 from sparseffn.errors import UserError
 from sparseffn.storage import default_cache_dir
 

@@ -6,10 +6,9 @@ inputs, targets = streams.window(0)
 """
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora
-from sparseffn.data.corpus import Corpus, load_corpus, to_metric
-from sparseffn.data.prepare import prepare_corpus
+from sparseffn.data.corpus import Corpus, CorpusOrigin, load_corpus, prepare_corpus, to_metric
 from sparseffn.data.registry import CorpusEntry, corpus_entry, list_corpora, register_corpus
-from sparseffn.data.splits import SPLITS, Split
+from sparseffn.data.splits import SPLITS, Place, Split
 from sparseffn.data.streams import ContiguousStreams, DocumentStreams, EvalWindow, TrainingStreams, evaluation_windows, unpadded
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizers import list_tokenizers, tokenizer_class, tokenizer_from_json
@@ -19,8 +18,10 @@ __all__ = [
     "ContiguousStreams",
     "Corpus",
     "CorpusEntry",
+    "CorpusOrigin",
     "DocumentStreams",
     "EvalWindow",
+    "Place",
     "Split",
     "Tokenizer",
     "TrainingStreams",

@@ -20,7 +20,6 @@ from typing import BinaryIO, cast, final
 
 import numpy as np
 
-from sparseffn.data.digests import content_digest
 from sparseffn.data.splits import SPLITS, Split, digest_of
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
@@ -30,6 +29,12 @@ from sparseffn.storage import default_cache_dir, write_text
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file that this library wrote: 32 hexadecimal digits (BLAKE2b)."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -1,10 +1,13 @@
-"""A corpus ready for training: `load_corpus("stdlib").train` is a memory-mapped array of token numbers."""
+"""A corpus ready for training: `load_corpus("stdlib").train` is a memory-mapped array of token numbers.
+
+`prepare_corpus` is the one function that downloads; `Corpus.origin` says how to open the same corpus again.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -13,9 +16,8 @@ import numpy as np
 
 from sparseffn.data.cache import Prepared, TokenCache
 from sparseffn.data.download import OnProgress
-from sparseffn.data.place import Place
 from sparseffn.data.registry import CorpusEntry, corpus_entry
-from sparseffn.data.splits import SPLITS, Source, Split, digest_of
+from sparseffn.data.splits import SPLITS, Place, Source, Split, digest_of
 from sparseffn.data.streamed import StreamedSource
 from sparseffn.data.streams import ContiguousStreams, TrainingStreams
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
@@ -23,6 +25,8 @@ from sparseffn.data.tokenizers import tokenizer_class
 from sparseffn.data.tokenizing import AnySource, check_size, find_prepared, make_prepared
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.storage import default_cache_dir
+
+StrPath = str | os.PathLike[str]
 
 METRICS: Mapping[Unit, str] = {
     "byte": "bits per byte",
@@ -33,19 +37,55 @@ METRICS: Mapping[Unit, str] = {
 
 
 @final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusOrigin:
+    """How to open a corpus again, as JSON values: what a run notes of it."""
+
+    name: str
+    # Absolute path of the user's file or folder; None where the corpus was found without one.
+    data_dir: str | None = None
+    # Absolute path of the cache, where it was named; None for the default.
+    cache_dir: str | None = None
+    # Name of the tokeniser.
+    tokenizer: str | None = None
+    # Size of its vocabulary, where that was chosen.
+    vocab_size: int | None = None
+
+    def load(
+        self, *, data_dir: StrPath | None = None, cache_dir: StrPath | None = None, tokenizer: Tokenizer | None = None
+    ) -> Corpus:
+        """Open the corpus.
+
+        Args:
+            data_dir: where the text is now, if it was moved.
+            cache_dir: where token files are kept; None for the noted folder while it is there, then the default.
+            tokenizer: the run's own, which is used whatever the text would give now.
+
+        Raises:
+            UserError: as `load_corpus`.
+        """
+        if cache_dir is None and self.cache_dir is not None and Path(self.cache_dir).is_dir():
+            cache_dir = self.cache_dir
+        return load_corpus(
+            self.name,
+            tokenizer=tokenizer or self.tokenizer,
+            data_dir=self.data_dir if data_dir is None else data_dir,
+            cache_dir=cache_dir,
+            vocab_size=None if tokenizer else self.vocab_size,
+        )
+
+
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
     """Tokens of the three splits, and what they are."""
 
-    # Name of the corpus.
     name: str
     # Tokeniser that made the tokens.
     tokenizer: Tokenizer
     # Training tokens, shape [n], memory-mapped; none where they are streamed.
     train: np.ndarray
-    # Validation tokens.
     valid: np.ndarray
-    # Test tokens.
     test: np.ndarray
     # 32 hexadecimal digits: bytes of the splits and tokeniser.
     digest: str
@@ -53,6 +93,7 @@ class Corpus:
     info: dict[str, object]
     # Text length by split, in bytes.
     split_bytes: Mapping[Split, int]
+    origin: CorpusOrigin
     # Where training documents are streamed from, if they are.
     streamed: StreamedSource | None = None
 
@@ -124,8 +165,8 @@ def load_corpus(
     name: str = "stdlib",
     *,
     tokenizer: str | Tokenizer | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    data_dir: StrPath | None = None,
+    cache_dir: StrPath | None = None,
     vocab_size: int | None = None,
 ) -> Corpus:
     """Open a corpus; the first time, find, read and tokenise it. Nothing is downloaded: `prepare_corpus` does that.
@@ -134,16 +175,53 @@ def load_corpus(
         name: one of `list_corpora()`.
         tokenizer: one of `list_tokenizers()`, a tokeniser made elsewhere (of a trained model), or None for the
             corpus's own.
-        data_dir: the user's file or folder, for corpora that have one.
+        data_dir: the user's file or folder, for corpora that have one; one that was prepared is found without.
         cache_dir: where token files are kept; default: `default_cache_dir()`.
         vocab_size: size of a vocabulary that is trained (`bpe`); None for its default.
 
     Raises:
         UserError: unknown name, missing or unusable data, too little text, damaged cache.
     """
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    place = Place(data_dir=None if data_dir is None else Path(data_dir).expanduser(), cache_dir=folder)
-    return open_corpus(corpus_entry(name), place, tokenizer=tokenizer, vocab_size=vocab_size)
+    return open_corpus(corpus_entry(name), Place.of(data_dir, cache_dir), tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def prepare_corpus(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    data_dir: StrPath | None = None,
+    cache_dir: StrPath | None = None,
+    offline: bool = False,
+    accept_digests: Iterable[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Corpus:
+    """Download a corpus where it is not here yet, unpack it and make its tokens.
+
+    Args:
+        name: one of `list_corpora()`.
+        tokenizer: one of `list_tokenizers()`; None for the corpus's own.
+        vocab_size: size of a vocabulary that is trained (`bpe`).
+        data_dir: the user's copy: the published archive, or plain files; the cache keeps the text of it.
+        cache_dir: where everything is kept; default: `default_cache_dir()`.
+        offline: download nothing.
+        accept_digests: digests that are accepted in place of unverified ones, and remembered.
+        on_progress: called as bytes arrive.
+
+    Raises:
+        UserError: as `load_corpus`; or no mirror gives the file that is published.
+    """
+    entry, accept, place = corpus_entry(name), tuple(accept_digests), Place.of(data_dir, cache_dir)
+    if entry.published is not None:
+        entry.published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
+        # Now in the cache, whose copy later commands use.
+        place = Place(cache_dir=place.cache_dir)
+    elif accept:
+        raise UserError(
+            f"`accept_digests` must be left out for corpus {name!r}, of which no digest is published; got {accept[0]!r}; "
+            "fix: leave it out"
+        )
+    return open_corpus(entry, place, tokenizer=tokenizer, vocab_size=vocab_size, network=not offline, on_progress=on_progress)
 
 
 def open_corpus(
@@ -163,7 +241,7 @@ def open_corpus(
         tokenizer: as for `load_corpus`.
         vocab_size: as for `load_corpus`.
         network: whether tokeniser and stored splits of a streamed corpus may be made from the network now.
-        on_progress: told of what was read of a streamed corpus.
+        on_progress: called as a streamed corpus is read.
 
     Raises:
         UserError: as `load_corpus`.
@@ -179,7 +257,14 @@ def open_corpus(
     prepared = find_prepared(source, choice, settings, cache, network) or make_prepared(
         source, choice, settings, cache, on_progress
     )
-    return _as_corpus(source, prepared)
+    origin = CorpusOrigin(
+        name=entry.name,
+        data_dir=None if place.data_dir is None else str(place.data_dir.absolute()),
+        cache_dir=None if place.cache_dir == default_cache_dir() else str(place.cache_dir.absolute()),
+        tokenizer=prepared.tokenizer.name,
+        vocab_size=vocab_size,
+    )
+    return _as_corpus(source, prepared, origin)
 
 
 def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, object]:
@@ -196,15 +281,11 @@ def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, obje
     return {"tokenizer": choice, "vocab_size": default if vocab_size is None else vocab_size}
 
 
-def _as_corpus(source: AnySource, prepared: Prepared) -> Corpus:
+def _as_corpus(source: AnySource, prepared: Prepared, origin: CorpusOrigin) -> Corpus:
     tokenizer, tokens = prepared.tokenizer, prepared.tokens
     digest = digest_of(prepared.content, tokenizer.digest)
     splits = {
-        split: {
-            "files": source.n_files(split),
-            "bytes": prepared.n_bytes[split],
-            "tokens": len(tokens[split]),
-        }
+        split: {"files": source.n_files(split), "bytes": prepared.n_bytes[split], "tokens": len(tokens[split])}
         for split in SPLITS
     }
     info: dict[str, object] = {
@@ -219,11 +300,10 @@ def _as_corpus(source: AnySource, prepared: Prepared) -> Corpus:
     return Corpus(
         name=source.corpus,
         tokenizer=tokenizer,
-        train=tokens["train"],
-        valid=tokens["valid"],
-        test=tokens["test"],
+        **tokens,
         digest=digest,
         info=info,
         split_bytes=prepared.n_bytes,
+        origin=origin,
         streamed=source if isinstance(source, StreamedSource) else None,
     )

@@ -17,14 +17,21 @@ from pathlib import Path
 from typing import final
 
 from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
-from sparseffn.data.digests import file_digest, parse_digest
-from sparseffn.data.download import DownloadError, OnProgress, check_file, fetch
-from sparseffn.data.place import Place
-from sparseffn.data.remote import PublishedFile, RemoteFile
-from sparseffn.data.splits import Piece, Source, SourceFile, Split
+from sparseffn.data.download import (
+    DownloadError,
+    OnProgress,
+    PublishedFile,
+    RemoteFile,
+    check_file,
+    fetch,
+    hashed,
+    parse_digest,
+    remove_downloads,
+)
+from sparseffn.data.splits import Piece, Place, Source, SourceFile, Split
 from sparseffn.data.writing import locked, temporary, writing
 from sparseffn.errors import UserError
-from sparseffn.storage import digest_of
+from sparseffn.storage import digest_of, write_text
 
 # The pieces of every split, from the plain files by name.
 Cut = Callable[[Mapping[str, SourceFile]], dict[Split, list[Piece]]]
@@ -100,7 +107,7 @@ class PublishedCorpus:
             place: where to look and to keep it.
             offline: download nothing.
             accept: digests that the user accepts in place of unverified ones; they are remembered.
-            on_progress: told of what has arrived.
+            on_progress: called as bytes arrive.
 
         Raises:
             UserError: no mirror gives it, it is not what is published, the disk is full, or it may not be downloaded.
@@ -109,7 +116,7 @@ class PublishedCorpus:
         if digests := [parse_digest(text) for text in accept]:
             with locked(folder), writing(folder):
                 known = self._accepted(place)
-                (folder / "accepted").write_text("".join(f"{digest}\n" for digest in sorted({*known, *digests})))
+                write_text(folder / "accepted", "".join(f"{digest}\n" for digest in sorted({*known, *digests})))
         found = None if place.data_dir is None else self._find_in(place.data_dir, place)
         with locked(folder):
             # Somebody else may have been at it meanwhile.
@@ -128,7 +135,7 @@ class PublishedCorpus:
             else:
                 plain = [(RemoteFile(file=file, urls=()), found / file.name) for file in self.files]
                 self._unpack(plain, text, self._accepted(place))
-        elif any(file_digest(found / file.name) != file_digest(text / file.name) for file in self.files):
+        elif any(hashed(found / file.name) != hashed(text / file.name) for file in self.files):
             raise UserError(
                 f"corpus {self.name!r} must be prepared from one text; got another one in {str(place.data_dir)!r} than the "
                 f"cache has; fix: delete {text} to prepare this one"
@@ -148,8 +155,7 @@ class PublishedCorpus:
                 continue
             self._unpack(list(zip(route, archives, strict=True)), folder / "text", accepted)
             for remote in (remote for other in self.routes for remote in other):
-                (folder / remote.file.name).unlink(missing_ok=True)
-                (folder / f"{remote.file.name}.part").unlink(missing_ok=True)
+                remove_downloads(remote, folder)
             return
         if offline:
             raise UserError(
@@ -168,7 +174,7 @@ class PublishedCorpus:
             folder.mkdir()
             origin: dict[str, str] = {}
             for remote, path in archives:
-                origin[path.name] = file_digest(path)
+                origin[path.name] = hashed(path)
                 if remote.members:
                     unpack(path, remote.members, folder, max_bytes=self.max_bytes)
                 else:
@@ -177,7 +183,7 @@ class PublishedCorpus:
             whole = any(digest in accepted for digest in origin.values())
             for file in () if whole else self.files:
                 check_file(folder / file.name, file, accepted)
-            notes = {"from": origin, "files": {file.name: file_digest(folder / file.name) for file in self.files}}
+            notes = {"from": origin, "files": {file.name: hashed(folder / file.name) for file in self.files}}
             (folder / ORIGIN).write_text(json.dumps(notes, indent=1))
             folder.replace(text)
 
@@ -233,7 +239,7 @@ class PublishedCorpus:
         """Check that the plain files are still those that were unpacked."""
         try:
             files = json.loads((text / ORIGIN).read_text())["files"]
-            changed = [name for name, digest in files.items() if file_digest(text / name) != digest]
+            changed = [name for name, digest in files.items() if hashed(text / name) != digest]
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             changed = [f"a damaged folder ({error})"]
         if changed:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sparseffn.data.place import Place
 from sparseffn.data.published_corpus import PublishedCorpus
-from sparseffn.data.splits import Source
+from sparseffn.data.splits import Place, Source
 from sparseffn.data.streamed import StreamedCorpus, StreamedSource
-from sparseffn.errors import UserError, unknown_name
+from sparseffn.errors import unknown_name
 
 # Finds the files of a corpus in the user's data folder (None: not given).
 Finder = Callable[[Path | None], Source]
-# What is published of a corpus.
 Others = TypeVar("Others", PublishedCorpus, StreamedCorpus)
 
 
@@ -29,11 +27,9 @@ class CorpusEntry:
     summary: str
     # Tokeniser where the user names none.
     tokenizer: str
-    # Finds the files.
     find: Callable[[Place], Source | StreamedSource]
-    # What is published of it; None for a corpus that is here anyway.
+    # What others publish of it: files, or shards that are streamed. None for a corpus that is here anyway.
     published: PublishedCorpus | None = None
-    # What is published of it, where it is streamed.
     streamed: StreamedCorpus | None = None
     # Whether it needs a file of the user's.
     needs_data_dir: bool = False
@@ -60,15 +56,10 @@ def register_corpus(*, name: str, summary: str, tokenizer: str, needs_data_dir: 
     """
 
     def add(find: Finder) -> Finder:
-        _add(
-            CorpusEntry(
-                name=name,
-                summary=summary,
-                tokenizer=tokenizer,
-                find=lambda place: find(place.data_dir),
-                needs_data_dir=needs_data_dir,
-            )
-        )
+        def find_in(place: Place) -> Source:
+            return find(place.data_dir)
+
+        _add(CorpusEntry(name=name, summary=summary, tokenizer=tokenizer, find=find_in, needs_data_dir=needs_data_dir))
         return find
 
     return add
@@ -82,16 +73,10 @@ def register_published(corpus: Others, *, summary: str, tokenizer: str) -> Other
         summary: one line for lists.
         tokenizer: the default tokeniser.
     """
-    _add(
-        CorpusEntry(
-            name=corpus.name,
-            summary=summary,
-            tokenizer=tokenizer,
-            find=corpus.find,
-            published=corpus if isinstance(corpus, PublishedCorpus) else None,
-            streamed=corpus if isinstance(corpus, StreamedCorpus) else None,
-        )
-    )
+    published = corpus if isinstance(corpus, PublishedCorpus) else None
+    streamed = corpus if isinstance(corpus, StreamedCorpus) else None
+    name, find = corpus.name, corpus.find
+    _add(CorpusEntry(name=name, summary=summary, tokenizer=tokenizer, find=find, published=published, streamed=streamed))
     return corpus
 
 
@@ -114,20 +99,3 @@ def corpus_entry(name: str) -> CorpusEntry:
     if name not in _CORPORA:
         raise unknown_name("corpus", name, _CORPORA)
     return _CORPORA[name]
-
-
-def required_data_dir(data_dir: Path | None, *, corpus: str, contents: str) -> Path:
-    """The user's data folder or file, for a corpus that must have one.
-
-    Args:
-        data_dir: what the user gave.
-        corpus: name of the corpus.
-        contents: what has to be there, for the error.
-
-    Raises:
-        UserError: it is not given or does not exist.
-    """
-    if data_dir is None or not data_dir.exists():
-        got = "nothing" if data_dir is None else repr(str(data_dir))
-        raise UserError(f"corpus {corpus!r} must have a `data_dir` with {contents}; got {got}; fix: pass --data-dir PATH")
-    return data_dir

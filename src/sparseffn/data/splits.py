@@ -1,4 +1,4 @@
-"""Which bytes of which files are training, validation and test text: 90% / 5% / 5%.
+"""Where text is found, and which bytes of it are training, validation and test text: 90% / 5% / 5%.
 
 A `Source` lists the pieces of files of each split. Building one reads no file contents (but for a few bytes where a
 file is cut), so that a corpus that was prepared before is found again by its fingerprint in milliseconds.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 from sparseffn.errors import UserError
-from sparseffn.storage import digest_of
+from sparseffn.storage import default_cache_dir, digest_of
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -30,6 +31,28 @@ BLOCK_BYTES = 1 << 24
 MAX_CUT_SHIFT = 1 << 16
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a corpus may be found on this machine."""
+
+    # The user's file or folder, if one is given.
+    data_dir: Path | None = None
+    # Where downloads, unpacked text and tokens are kept.
+    cache_dir: Path = field(default_factory=default_cache_dir)
+
+    @classmethod
+    def of(cls, data_dir: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Self:
+        """From what a user gives; None: no folder, the default cache."""
+        return cls(
+            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+        )
+
+    def corpus_dir(self, name: str) -> Path:
+        """The cache's folder of a corpus."""
+        return self.cache_dir / "corpora" / name
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file as found on disk; `label` is its path relative to the corpus, with forward slashes."""
@@ -41,17 +64,22 @@ class SourceFile:
     ctime_ns: int
 
     @classmethod
-    def at(cls, path: Path, label: str) -> SourceFile:
+    def at(cls, path: Path, label: str) -> Self:
         """Look the file up.
 
         Raises:
-            UserError: it does not exist or its metadata cannot be read.
+            UserError: it does not exist, its metadata cannot be read, or it is a pipe or a device, which may never end.
         """
         try:
-            stat = path.stat()
+            found = path.stat()
         except OSError as error:
             raise UserError(_unreadable(path, error)) from error
-        return cls(path, label, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(
+                f"a corpus file must be a regular file; got {str(path)!r}, a folder, pipe or device; "
+                "fix: save the text in a file"
+            )
+        return cls(path, label, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +93,6 @@ class Piece:
 
     @classmethod
     def whole(cls, file: SourceFile, header: bytes = b"") -> Piece:
-        """All of the file."""
         return cls(file, 0, file.size, header)
 
     @property
@@ -100,19 +127,10 @@ class Source:
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and times of the files and of the cuts: cheap, changes when a file is written."""
+        pieces = [(split, piece, piece.file) for split in SPLITS for piece in self.pieces[split]]
         rows = [
-            (
-                split,
-                os.fspath(p.file.path),
-                p.file.size,
-                p.file.mtime_ns,
-                p.file.ctime_ns,
-                p.start,
-                p.stop,
-                p.header.hex(),
-            )
-            for split in SPLITS
-            for p in self.pieces[split]
+            (split, os.fspath(file.path), file.size, file.mtime_ns, file.ctime_ns, piece.start, piece.stop, piece.header.hex())
+            for split, piece, file in pieces
         ]
         return digest_of(self.corpus, json.dumps([sorted(self.info.items()), rows]))
 
@@ -152,11 +170,9 @@ class ContentDigest:
         self._digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
 
     def update(self, split: Split, data: bytes) -> None:
-        """Append bytes to a split."""
         self._digests[split].update(data)
 
     def hexdigest(self) -> str:
-        """32 hexadecimal digits."""
         return digest_of(*(self._digests[split].digest() for split in SPLITS), *self._more)
 
 

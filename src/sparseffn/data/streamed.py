@@ -21,9 +21,8 @@ import numpy as np
 from sparseffn.data.bpe import BpeTokenizer
 from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
-from sparseffn.data.place import Place
 from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
-from sparseffn.data.splits import Block, ContentDigest, SourceFile, Split, digest_of
+from sparseffn.data.splits import Block, ContentDigest, Place, SourceFile, Split, digest_of
 from sparseffn.data.streams import DocumentStreams
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import BytesTokenizer

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparseffn.data.digests import content_digest
+from sparseffn.data.cache import content_digest
 from sparseffn.errors import UserError
 from sparseffn.storage import Kind, read_fields, write_json
 

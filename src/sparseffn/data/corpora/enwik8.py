@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sparseffn.data.download import PublishedFile, RemoteFile
 from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.registry import register_published
-from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import Piece, SourceFile, Split
 
 # Shares of the split that every published result uses, in twentieths: 90, 5 and 5 million bytes.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sparseffn.data.download import PublishedFile, RemoteFile
 from sparseffn.data.published_corpus import PublishedCorpus, one_file_a_split
 from sparseffn.data.registry import register_published
-from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import SPLITS, Split
 
 FILE_NAMES: Mapping[Split, str] = {split: f"ptb.{split}.txt" for split in SPLITS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sparseffn.data.registry import register_corpus, required_data_dir
+from sparseffn.data.registry import register_corpus
 from sparseffn.data.splits import (
     SPLITS,
     Piece,
@@ -33,14 +33,24 @@ def find_text(data_dir: Path | None) -> Source:
     file is cut. Hidden files and symbolic links in a folder are skipped.
 
     Raises:
-        UserError: there is no such file or folder, or only some of the three splits are named.
+        UserError: there is no such file or folder, the folder has no files, or only some of the three splits are named.
     """
-    place = required_data_dir(data_dir, corpus="text", contents="your text: a file, or a folder of files")
-    if not place.is_dir():
-        pieces = split_by_cutting([SourceFile.at(place.resolve(), place.name)])
+    if data_dir is None or not data_dir.exists():
+        got = "nothing" if data_dir is None else repr(str(data_dir))
+        raise UserError(
+            f"corpus 'text' must have a `data_dir` with your text: a file, or a folder of files; got {got}; "
+            "fix: pass --data-dir PATH"
+        )
+    if not data_dir.is_dir():
+        pieces = split_by_cutting([SourceFile.at(data_dir.resolve(), data_dir.name)])
         return Source(corpus="text", pieces=pieces, info={"split_rule": "file cut at 90% and 95%"})
-    files = _regular_files(place)
-    if named := _named_splits(place, files):
+    files = _regular_files(data_dir)
+    if not files:
+        raise UserError(
+            f"corpus 'text' must have files in its `data_dir`; got {str(data_dir)!r}, which is empty (hidden files, links, "
+            "pipes and devices do not count); fix: put your text there, or pass the --data-dir that has it"
+        )
+    if named := _named_splits(data_dir, files):
         return Source(corpus="text", pieces=named, info={"split_rule": "files named train, valid, test"})
     if len(files) >= MIN_FILES_BY_HASH:
         whole = split_by_hash([Piece.whole(file) for file in files])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sparseffn.data.download import PublishedFile, RemoteFile
 from sparseffn.data.published_corpus import PublishedCorpus, Route, one_file_a_split
 from sparseffn.data.registry import register_published
-from sparseffn.data.remote import PublishedFile, RemoteFile
 from sparseffn.data.splits import SPLITS, Split
 
 # The author's own site, since the first address, research.metamind.io on Amazon S3, is dead.
