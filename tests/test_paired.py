@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from sparseffn.analysis import PairedDifference, SeedNoise, paired_difference, seed_noise
 from sparseffn.errors import UserError
+from sparseffn.stats import Difference, SeedNoise, difference, seed_noise
 
 
 def correlated(generator: np.random.Generator, shape: tuple[int, ...], likeness: float) -> np.ndarray:
@@ -25,10 +25,10 @@ def drawn(generator: np.random.Generator, n_seeds: int, n_windows: int, seed_std
     return seed_std * generator.normal(size=(n_seeds, 1)) + text + both
 
 
-def against_zero(differences: np.ndarray, **options: int) -> PairedDifference:
+def against_zero(differences: np.ndarray, **options: int) -> Difference:
     """The interval of differences that are given as such."""
     ours = dict(enumerate(differences))
-    return paired_difference(ours, {seed: np.zeros_like(row) for seed, row in ours.items()}, **options)
+    return difference(ours, {seed: np.zeros_like(row) for seed, row in ours.items()}, **options)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_interval_with_pooled_noise_covers_the_truth(n_seeds: int) -> None:
         # The methods that are compared may have fewer seeds than the others.
         runs = [dict(enumerate(rows[: n_seeds if m < 2 else 3])) for m, rows in enumerate(losses)]
         noise = seed_noise({m: {seed: float(row.mean()) for seed, row in rows.items()} for m, rows in enumerate(runs)})
-        missed += paired_difference(runs[0], runs[1], noise=noise, resamples=400).decided
+        missed += difference(runs[0], runs[1], noise=noise, resamples=400).decided
     assert 0.015 <= missed / 300 <= 0.085
 
 
@@ -86,7 +86,7 @@ def test_one_seed_decides_nothing_by_itself() -> None:
     world = np.full((1, 50), 0.5)
     assert not against_zero(world).decided
     ours, theirs = {0: world[0]}, {0: np.zeros(50)}
-    wide, narrow = (paired_difference(ours, theirs, noise=SeedNoise(std=std, freedom=9)) for std in (0.4, 0.05))
+    wide, narrow = (difference(ours, theirs, noise=SeedNoise(std=std, freedom=9)) for std in (0.4, 0.05))
     assert not wide.decided and narrow.decided
     assert narrow.high - narrow.low == pytest.approx(2 * 2.262 * 0.05 * 2**0.5, rel=0.03)
 
@@ -105,7 +105,7 @@ def test_difference_is_the_mean_over_shared_seeds_and_windows() -> None:
     """Seeds that one side lacks are left out; the sign is that of ours."""
     ours = {0: np.array([1.0, 2.0]), 1: np.array([3.0, 3.0]), 7: np.array([9.0, 9.0])}
     theirs = {0: np.array([2.0, 2.0]), 1: np.array([4.0, 5.0]), 8: np.array([9.0, 9.0])}
-    found = paired_difference(ours, theirs)
+    found = difference(ours, theirs)
     assert (found.difference, found.n_seeds, found.n_windows) == (-1.0, 2, 2)
     assert found.low <= -1.0 <= found.high
 
@@ -122,7 +122,7 @@ def test_equal_arguments_give_equal_intervals() -> None:
     world = drawn(np.random.default_rng(3), 3, 50, 1.0, 0.0)
     first = against_zero(world)
     zeros = dict.fromkeys((2, 1, 0), np.zeros(50))
-    assert paired_difference({s: world[s] for s in (1, 0, 2)}, zeros) == first == against_zero(world)
+    assert difference({s: world[s] for s in (1, 0, 2)}, zeros) == first == against_zero(world)
     assert against_zero(world, seed=1).low != first.low
 
 
@@ -153,7 +153,7 @@ def test_losses_that_cannot_be_paired_are_refused(
 ) -> None:
     """Naming the run."""
     with pytest.raises(UserError, match=message):
-        paired_difference(ours, theirs)
+        difference(ours, theirs)
 
 
 def test_too_few_resamples_are_refused() -> None:

@@ -1,19 +1,20 @@
-"""The difference of two methods on the same windows under the same seeds, with a bootstrap interval.
+"""Do two methods differ? Paired by seed, with a 95% interval, and what the interval says of a claim.
 
-    difference = paired_difference({0: ours_0, 1: ours_1}, {0: theirs_0, 1: theirs_1})
-    difference.decided, difference.low, difference.high
+    found = difference({0: ours_0, 1: ours_1}, {0: theirs_0, 1: theirs_1})
+    found.decided, found.low, found.high, verdict("better", found)
 
-A table has few seeds and many windows, and two models differ for three reasons: the seeds, the text of the windows, which all
-seeds read alike, and chance in each. So a resample draws seeds, then blocks of neighbouring windows, the same blocks for all
-its seeds (crossed, not nested: windows drawn anew for each seed would take the text for another one each time, and average its
-share away). Windows come in blocks because neighbours share a document and the models' memory.
+A run gives the loss of every evaluation window, or one number. A table has few seeds and many windows, and two models differ
+for three reasons: the seeds, the text of the windows, which all seeds read alike, and chance in each. A resample draws seeds,
+then blocks of neighbouring windows, the same blocks for all its seeds (crossed, not nested: windows drawn anew for each seed
+would average the share of the text away). Windows come in blocks because neighbours share a document and the models' memory.
 
 A percentile interval of few draws is too narrow: for two seeds that differ at random it holds the truth half of the time.
 Deviations at each level are therefore stretched by `sqrt(n / (n - 1))` and by the ratio of Student's t to the normal
 quantile, n the number of seeds or of blocks (Hesterberg 2015, https://arxiv.org/abs/1411.5279, "expanded percentile
-interval"). Two seeds then decide only what is large against the distance between them.
+interval"). Two seeds then decide only what is large against the distance between them. Without windows the level of the seeds
+is all there is, and its interval is exactly Student's: nothing is drawn.
 
-Where a table has more methods, all of them tell how much seeds differ: `seed_noise` pools what rows and seeds leave
+Where a table has more methods, all of them show how much seeds differ: `seed_noise` pools what rows and seeds leave
 unexplained (a randomised block design: a seed's start and order of the data, which all methods share, cancel in a difference).
 Its many degrees of freedom take the place of a pair's own, and a single seed has an honest interval too. The price is the
 assumption that methods scatter alike.
@@ -23,11 +24,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from sparseffn.errors import UserError
@@ -39,28 +41,104 @@ _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 # Resamples drawn at once, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
 _CHUNK = 1000
 
+Claimed = Literal["equal or better", "better", "worse", "different"]
+"""What a difference is claimed to be, negative being better."""
+Verdict = Literal["confirmed", "contradicted", "bounded", "undecided"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairedDifference:
-    """A mean difference with its 95% interval, in the unit of the losses."""
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """A mean difference with its 95% interval, in the unit of the losses; result files hold it as it is."""
 
     difference: float
     """Mean of `ours - theirs` over seeds and windows."""
     low: float
     high: float
-    n_seeds: int
-    n_windows: int
+    decided: bool
+    """Whether the interval excludes zero, and covers what it must."""
     covers_seeds: bool
     """Whether the interval covers the choice of the seed; of one seed without `SeedNoise` it covers that of the text alone."""
+    n_seeds: int
+    n_windows: int | None = None
+    """None for runs of one number each."""
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.difference <= self.high:
+            raise UserError(f"`difference` must lie in its interval; got {self.difference} in [{self.low}, {self.high}]")
+        if self.decided != (self.covers_seeds and (self.low > 0 or self.high < 0)):
+            raise UserError(
+                "`decided` must say whether the interval covers the seeds and excludes 0; "
+                f"got {str(self.decided).lower()} for [{self.low}, {self.high}]"
+            )
 
     @property
-    def decided(self) -> bool:
-        """Whether the interval excludes zero, and covers what it must."""
-        return self.covers_seeds and (self.low > 0 or self.high < 0)
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    def in_unit(self, unit: float) -> Difference:
+        """Divided by a unit: `in_unit(math.log(2))` is in bits what this is in nats."""
+        ends = (self.difference / unit, self.low / unit, self.high / unit)
+        return _difference(*ends, covers_seeds=self.covers_seeds, n_seeds=self.n_seeds, n_windows=self.n_windows)
+
+    def less(self, other: Difference) -> Difference:
+        """Of two differences from one third method, the difference between the two.
+
+        The standard deviation of a difference is at most the sum of both, whatever they have in common: the widths of the two
+        intervals are added, which is too wide.
+        """
+        return _difference(
+            self.difference - other.difference,
+            self.low - other.high,
+            self.high - other.low,
+            covers_seeds=self.covers_seeds and other.covers_seeds,
+            n_seeds=min(self.n_seeds, other.n_seeds),
+            n_windows=self.n_windows,
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeedNoise:
+def verdict(claimed: Claimed, found: Difference | None, *, margin: float = 0.0) -> Verdict:
+    """What the interval of a difference says of a claim.
+
+    "confirmed": it lies where the claim says. "contradicted": it lies wholly elsewhere. "bounded": neither, but all of it is
+    within `margin` of zero: if there is a difference, it is too small to matter. "undecided": all else, and any interval that
+    does not cover seeds.
+
+    Args:
+        claimed: the claim; "different" is never contradicted.
+        found: the difference; None where there is none yet.
+        margin: in its unit: what "equal or better" may be worse by, and what is too small to matter.
+    """
+    if found is None or not found.covers_seeds:
+        return "undecided"
+    if claimed == "different":
+        confirmed, contradicted = found.decided, False
+    else:
+        # Claimed is that the difference is below a bound; "worse" claims it of the negative.
+        low, high = (-found.high, -found.low) if claimed == "worse" else (found.low, found.high)
+        bound = margin if claimed == "equal or better" else 0.0
+        confirmed, contradicted = high < bound, low > bound
+    if confirmed or contradicted:
+        return "confirmed" if confirmed else "contradicted"
+    return "bounded" if -margin < found.low and found.high < margin else "undecided"
+
+
+class MeanStd(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the runs of one method."""
+
+    mean: float
+    std: float | None
+    """Standard deviation of one run; None where there is only one."""
+    n: int
+
+
+def mean_std(values: Sequence[float]) -> MeanStd | None:
+    """Mean and standard deviation over seeds; None of nothing."""
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return MeanStd(mean=statistics.fmean(values), std=std, n=len(values))
+
+
+class SeedNoise(msgspec.Struct, frozen=True, kw_only=True):
     """How much runs of one method differ by the seed, beyond what a seed does to all methods alike."""
 
     std: float
@@ -92,21 +170,21 @@ def seed_noise(losses: Mapping[Any, Mapping[int, float]]) -> SeedNoise | None:
     return SeedNoise(std=math.sqrt(float(rest @ rest) / freedom), freedom=freedom)
 
 
-def paired_difference(
-    ours: Mapping[int, np.ndarray],
-    theirs: Mapping[int, np.ndarray],
+def difference(
+    ours: Mapping[int, np.ndarray | float],
+    theirs: Mapping[int, np.ndarray | float],
     *,
     noise: SeedNoise | None = None,
     resamples: int = 10_000,
     seed: int = 0,
-) -> PairedDifference:
-    """Mean over shared seeds and windows of `ours - theirs`, with a two-level bootstrap interval; the same for equal arguments.
+) -> Difference:
+    """Mean over shared seeds (and windows) of `ours - theirs` with its 95% interval; the same for equal arguments.
 
     Args:
-        ours: seed to `[n_windows]`, the loss of each evaluation window in the order of the text.
+        ours: seed to `[n_windows]`, the loss of each evaluation window in the order of the text; or seed to one number.
         theirs: the same of the other method; seeds that only one has are left out.
         noise: of seeds, pooled over more methods; None: what these two show.
-        resamples: draws of the bootstrap.
+        resamples: draws of the bootstrap over windows.
         seed: of the draws.
 
     Raises:
@@ -117,23 +195,46 @@ def paired_difference(
         raise UserError(f"`resamples` must be at least 100; got {resamples}; fix: leave it at its default")
     difference_SW = _differences(ours, theirs)
     n_seeds, n_windows = difference_SW.shape
-    generator = np.random.default_rng(seed)
-    sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
-    deviations = np.concatenate([_deviations(difference_SW, generator, size, noise) for size in sizes])
-    mean = float(difference_SW.mean())
-    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return PairedDifference(
-        difference=mean,
-        low=mean + float(low),
-        high=mean + float(high),
-        n_seeds=n_seeds,
-        n_windows=n_windows,
-        covers_seeds=n_seeds > 1 or noise is not None,
+    if n_windows == 1:
+        differences = difference_SW[:, 0].tolist()
+        mean, half = statistics.fmean(differences), _student_half_width(differences, noise)
+        low, high = mean - half, mean + half
+    else:
+        generator = np.random.default_rng(seed)
+        sizes = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+        deviations = np.concatenate([_deviations(difference_SW, generator, size, noise) for size in sizes])
+        mean = float(difference_SW.mean())
+        # The mean lies between the quantiles but for rounding, where nothing varies.
+        below, above = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = mean + min(0.0, float(below)), mean + max(0.0, float(above))
+    covers_seeds = n_seeds > 1 or noise is not None
+    return _difference(
+        mean, low, high, covers_seeds=covers_seeds, n_seeds=n_seeds, n_windows=None if n_windows == 1 else n_windows
     )
 
 
-def _differences(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray]) -> np.ndarray:
-    """`[n_seeds, n_windows]` of the shared seeds, checked."""
+def _difference(mean: float, low: float, high: float, *, covers_seeds: bool, n_seeds: int, n_windows: int | None) -> Difference:
+    return Difference(
+        difference=mean,
+        low=low,
+        high=high,
+        decided=covers_seeds and (low > 0 or high < 0),
+        covers_seeds=covers_seeds,
+        n_seeds=n_seeds,
+        n_windows=n_windows,
+    )
+
+
+def _student_half_width(differences: Sequence[float], noise: SeedNoise | None) -> float:
+    """Of the interval of the mean of one number a seed; 0 where nothing tells how much seeds differ."""
+    n = len(differences)
+    if noise is not None:
+        return noise.std * math.sqrt(2 / n) * student_quantile(noise.freedom)
+    return student_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else 0.0
+
+
+def _differences(ours: Mapping[int, np.ndarray | float], theirs: Mapping[int, np.ndarray | float]) -> np.ndarray:
+    """`[n_seeds, n_windows]` of the shared seeds, checked; one column for runs of one number."""
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         raise UserError(
@@ -146,16 +247,24 @@ def _differences(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray
     }
     shape = losses[f"ours[{seeds[0]}]"].shape
     for name, values in losses.items():
-        if values.ndim != 1 or len(values) < 2:
-            raise UserError(f"`{name}` must be one loss for each of at least 2 windows; got shape {values.shape}")
+        if values.ndim > 1 or values.size < 2 - (values.ndim == 0):
+            raise UserError(
+                f"`{name}` must be one number, or one loss for each of at least 2 windows; got shape {values.shape}; "
+                "fix: pass the losses of windows as a list"
+            )
         if values.shape != shape:
             raise UserError(
-                f"`{name}` must hold as many windows as `ours[{seeds[0]}]`, {shape[0]}; got {len(values)}; "
-                "fix: evaluate both on the same split with the same context and batch"
+                f"`{name}` must hold as many windows as `ours[{seeds[0]}]`, {_n_windows(shape)}; got {_n_windows(values.shape)}"
+                "; fix: evaluate both on the same split with the same context and batch"
             )
         if not np.isfinite(values).all():
             raise UserError(f"`{name}` must be finite; got NaN or infinity; fix: leave a diverged run out")
-    return np.stack([losses[f"ours[{seed}]"] - losses[f"theirs[{seed}]"] for seed in seeds])
+    pairs = [losses[f"ours[{seed}]"] - losses[f"theirs[{seed}]"] for seed in seeds]
+    return np.stack([np.atleast_1d(pair) for pair in pairs])
+
+
+def _n_windows(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if shape else "one number"
 
 
 def _deviations(difference_SW: np.ndarray, generator: np.random.Generator, n: int, noise: SeedNoise | None) -> np.ndarray:
@@ -193,20 +302,8 @@ def _stretch(n: int) -> float:
 @functools.cache
 def student_quantile(freedom: int) -> float:
     """The t that 95% of the distribution lies within, on both sides; for at least one degree of freedom."""
+    # Imports in a third of a second.
+    from scipy.special import stdtrit
+
     assert freedom >= 1, "one value has no spread"
-    # Bisection over the angle theta of t = sqrt(freedom) tan(theta), until the two ends are neighbouring numbers.
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _within(middle, freedom) < LEVEL else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _within(theta: float, freedom: int) -> float:
-    """The probability of |t| < sqrt(freedom) tan(theta)."""
-    cosine, odd = math.cos(theta), freedom % 2
-    term = cosine if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for n in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (n - 1) / n
-        total += term
-    return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sparseffn.comparison.runs import valid_at
@@ -19,7 +20,7 @@ from sparseffn.paper.pool import Finished, Pool, Status, median_step_s, sources_
 from sparseffn.paper.published import SCALED_COLUMNS, facts
 from sparseffn.paper.table_rows import RELEASED_FORMS, convention_percent, counted_percent
 from sparseffn.paper.tables import TABLES
-from sparseffn.stats import SeedNoise, paired_difference, seed_noise
+from sparseffn.stats import SeedNoise, difference, seed_noise
 from sparseffn.storage import environment
 
 VERSION = 1
@@ -225,16 +226,8 @@ def _against(
     """Test loss less another row's, paired over seeds and windows; None without a common seed."""
     if other is None or other is measured or not set(other.finished) & set(measured.finished):
         return None
-    found = paired_difference(_windows(measured), _windows(other), noise=noise)
-    return {
-        "difference": _in_difference_unit(found.difference, planned),
-        "low": _in_difference_unit(found.low, planned),
-        "high": _in_difference_unit(found.high, planned),
-        "decided": found.decided,
-        "covers_seeds": found.covers_seeds,
-        "n_seeds": found.n_seeds,
-        "n_windows": found.n_windows,
-    }
+    found = difference(_windows(measured), _windows(other), noise=noise)
+    return msgspec.structs.asdict(found.in_unit(1.0 if _difference_unit(planned) == "nats per token" else math.log(2)))
 
 
 def _windows(measured: _Measured) -> dict[int, np.ndarray]:
