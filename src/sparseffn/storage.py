@@ -92,7 +92,7 @@ _UNFINISHED = ".writing-"
 
 
 @contextlib.contextmanager
-def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def write_folder(path: Path, *, replace: bool = False, fix: str = "") -> Iterator[Path]:
     """A new folder to fill, which takes its place at `path`, whole and on the disk, at the end of the block.
 
     An exception removes it; what a killed process left is removed by `remove_unfinished`.
@@ -100,12 +100,13 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         path: the folder's place.
         replace: whether a folder that is there gives way; otherwise it stays and the new one is dropped.
+        fix: a further remedy where the file system refuses.
 
     Raises:
         UserError: the file system refuses.
     """
     partial = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
-    with writing(path):
+    with writing(path, fix=fix):
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -143,17 +144,18 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def lock(path: Path, *, wait: bool = True, fix: str = "") -> Iterator[bool]:
     """Hold a lock file against other processes; the file stays.
 
     Args:
         path: the lock file; its folder is made where there is none.
         wait: whether to wait for another holder.
+        fix: a further remedy where the file system refuses.
 
     Yields:
         Whether it is held: False only without `wait`, while another process holds it.
     """
-    with writing(path):
+    with writing(path, fix=fix):
         path.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(path, blocking=wait)
         try:

@@ -174,12 +174,12 @@ class TestDamage:
     @pytest.mark.parametrize("name", ["train.bin", "valid.bin", "test.bin", "tokenizer.json", "meta.json"])
     @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "empty"])
     def test_every_damage_is_noticed(self, book: Path, cache_dir: Path, name: str, how: str) -> None:
-        """The error names the folder to delete; nothing is overwritten."""
+        """The error names the folder to delete; nothing is overwritten. (JSON ends in a line end, which may be missing.)"""
         load_corpus("text", data_dir=book, tokenizer="chars")
         path = token_folder(cache_dir) / name
         data = path.read_bytes()
         at = len(data) // 2
-        damaged = {"truncated": data[:-1], "flipped": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "empty": b""}
+        damaged = {"truncated": data[:-2], "flipped": data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "empty": b""}
         path.unlink() if how == "missing" else path.write_bytes(damaged[how])
         with pytest.raises(UserError, match=f"fix: delete {path.parent} and run again"):
             load_corpus("text", data_dir=book, tokenizer="chars")
@@ -220,7 +220,7 @@ class TestPlace:
     def test_a_place_that_cannot_be_written_is_explained(self, book: Path) -> None:
         """Here a file where the folder should be."""
         with pytest.raises(
-            UserError, match=r"`cache_dir` must be a folder that can be written .*; fix: make it writable, or pass --cache-dir"
+            UserError, match=r"cannot write .*Not a directory; fix: check its rights and the disk, or pass --cache-dir PATH"
         ):
             load_corpus("text", data_dir=book, cache_dir=book)
 

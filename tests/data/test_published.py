@@ -18,8 +18,8 @@ from sparseffn.data.corpora.ptb import PTB
 from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_RAW
 from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.splits import SPLITS, Place, Source
-from sparseffn.data.writing import locked
 from sparseffn.errors import UserError
+from sparseffn.storage import lock
 
 from .loopback import Loopback, loopback
 from .packed import lines, sha256, small, tarred, zipped
@@ -150,7 +150,7 @@ class TestDownloads:
     def test_an_archive_that_unpacks_without_bound_is_refused(self, server: Loopback, place: Place) -> None:
         """Nothing of it stays but the archive, nor of a process that was killed while it unpacked."""
         corpus = dataclasses.replace(enwik8(server.add("enwik8.zip", ZIP)), max_bytes=1000)
-        (place.corpus_dir("enwik8") / ".0123").mkdir(parents=True)
+        (place.corpus_dir("enwik8") / ".writing-0123").mkdir(parents=True)
         with pytest.raises(UserError, match="must not unpack to more than 1000 bytes a member"):
             corpus.prepare(place)
         assert cached(place) == ["enwik8.zip"]
@@ -225,12 +225,12 @@ def _prepare(
 ) -> None:
     """What each of two processes does: both are at the lock before either holds it."""
 
-    def reached(folder: Path) -> AbstractContextManager[None]:
+    def reached(folder: Path) -> AbstractContextManager[bool]:
         together.wait(timeout=60)
-        return locked(folder)
+        return lock(folder / ".lock")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparseffn.data.published_corpus.locked", reached)
+        patch.setattr("sparseffn.data.published_corpus._locked", reached)
         found.put(b"".join(texts(enwik8(*corpus_urls).prepare(place)).values()) == TEXT)
 
 
@@ -256,7 +256,7 @@ class TestTogether:
         corpus, before = enwik8(server.add("enwik8.zip", ZIP)), resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         try:
-            with pytest.raises(UserError, match="must be a folder that can be written and has room"):
+            with pytest.raises(UserError, match=r"cannot write .*; fix: make room on the disk, or pass --cache-dir PATH"):
                 corpus.prepare(place)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

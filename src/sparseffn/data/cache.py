@@ -3,38 +3,29 @@
     CACHE/tokens/KEY/{train,valid,test}.bin, tokenizer.json, meta.json    KEY: content, tokenizer settings, format
     CACHE/sources/FINGERPRINT.json                                         names, sizes, times of the files -> content
 
-The second level spares reading the corpus again. A folder is written under a hidden name beside its place and renamed
-when it is complete; who comes second uses the first one's.
+The second level spares reading the corpus again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast, final
+from typing import BinaryIO, final
 
+import msgspec
 import numpy as np
 
-from sparseffn.data.splits import SPLITS, Split, digest_of
+from sparseffn.data.splits import ANOTHER_CACHE, SPLITS, Split
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
-from sparseffn.data.writing import temporary, writing
 from sparseffn.errors import UserError
-from sparseffn.storage import default_cache_dir, write_text
+from sparseffn.storage import Count, digest_of, file_digest, read, write_folder, write_json
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1
-
-
-def content_digest(path: Path) -> str:
-    """Digest of a file that this library wrote: 32 hexadecimal digits (BLAKE2b)."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -53,12 +44,42 @@ class Prepared:
 
 
 @final
+class _StoredSplit(msgspec.Struct, frozen=True, kw_only=True):
+    bytes: Count
+    tokens: Count
+    digest: str
+
+
+@final
+class _Meta(msgspec.Struct, frozen=True, kw_only=True):
+    """`meta.json`. `digest` is that of the other fields."""
+
+    format: int
+    content: str
+    tokenizer: str
+    splits: dict[Split, _StoredSplit]
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        fields = msgspec.to_builtins(self)
+        del fields["digest"]
+        return digest_of(json.dumps(fields, sort_keys=True))
+
+
+@final
+class _Note(msgspec.Struct, frozen=True, kw_only=True):
+    """What a source's files hold: `digest` is of fingerprint and content."""
+
+    content: str
+    digest: str
+
+
+@final
 class TokenWriter:
     """Appends the tokens of one split to its file."""
 
     def __init__(self, stream: BinaryIO, dtype: np.dtype) -> None:
-        self._stream = stream
-        self._dtype = dtype
+        self._stream, self._dtype = stream, dtype
         self._digest = hashlib.blake2b(digest_size=16)
         self.n_tokens = 0
         self.n_bytes = 0
@@ -71,17 +92,16 @@ class TokenWriter:
         self.n_tokens += len(ids)
         self.n_bytes += n_bytes
 
-    def summary(self) -> dict[str, int | str]:
-        """What is written about the split in the meta file."""
-        return {"bytes": self.n_bytes, "tokens": self.n_tokens, "digest": self._digest.hexdigest()}
+    def summary(self) -> _StoredSplit:
+        return _StoredSplit(bytes=self.n_bytes, tokens=self.n_tokens, digest=self._digest.hexdigest())
 
 
 @final
 class TokenCache:
-    """The cache in `folder` (default: `default_cache_dir()`), which is made when something is stored."""
+    """The token files in a cache folder, which is made when something is stored."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = default_cache_dir() if folder is None else Path(folder).expanduser()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     @staticmethod
     def key(content: str, settings: Mapping[str, object]) -> str:
@@ -102,16 +122,11 @@ class TokenCache:
             UserError: the entry is damaged.
         """
         path = self._note(fingerprint)
-        try:
-            entry = json.loads(path.read_bytes())
-            _expect(path, "digest", entry["digest"], digest_of(fingerprint, entry["content"]))
-            return str(entry["content"])
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return None
-        except UserError:
-            raise
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _damaged(path, "a readable entry", repr(error)) from error
+        note = read(path, _Note, fix=f"delete {path} and run again")
+        _expect(path, "digest", note.digest, digest_of(fingerprint, note.content))
+        return note.content
 
     def remember(self, fingerprint: str, content: str) -> None:
         """Note the content digest of a source.
@@ -119,7 +134,7 @@ class TokenCache:
         Raises:
             UserError: the note cannot be written.
         """
-        write_text(self._note(fingerprint), json.dumps({"content": content, "digest": digest_of(fingerprint, content)}))
+        write_json(self._note(fingerprint), _Note(content=content, digest=digest_of(fingerprint, content)))
 
     def open(self, key: str) -> Prepared | None:
         """The stored corpus, verified, or None if there is none.
@@ -130,23 +145,21 @@ class TokenCache:
         folder = self.path(key)
         if not folder.is_dir():
             return None
-        try:
-            meta = _read_meta(folder / "meta.json")
-            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            _expect(folder, "tokenizer digest", meta["tokenizer"], digest_of(text))
-            tokenizer = tokenizer_from_json(text)
-            dtype = token_dtype(tokenizer.vocab_size)
-            tokens: dict[Split, np.ndarray] = {
-                split: _open_tokens(folder, split, dtype, meta["splits"][split]) for split in SPLITS
-            }
-        except UserError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(folder, "all of its files, whole,", repr(error)) from error
-        return Prepared(tokenizer, tokens, {split: meta["splits"][split]["bytes"] for split in SPLITS}, meta["content"])
+        files = ("meta.json", "tokenizer.json", *(f"{split}.bin" for split in SPLITS))
+        if missing := [name for name in files if not (folder / name).is_file()]:
+            raise _damaged(folder, "all of its files", f"no {', '.join(missing)}")
+        meta = read(folder / "meta.json", _Meta, fix=f"delete {folder} and run again")
+        _expect(folder, "meta digest", meta.digest, meta.own_digest())
+        _expect(folder, "format", FORMAT, meta.format)
+        stored = (folder / "tokenizer.json").read_bytes()
+        _expect(folder, "tokenizer digest", meta.tokenizer, digest_of(stored))
+        tokenizer = tokenizer_from_json(stored.decode())
+        dtype = token_dtype(tokenizer.vocab_size)
+        tokens: dict[Split, np.ndarray] = {split: _open_tokens(folder, split, dtype, meta.splits[split]) for split in SPLITS}
+        return Prepared(tokenizer, tokens, {split: meta.splits[split].bytes for split in SPLITS}, meta.content)
 
     def store(self, key: str, tokenizer: Tokenizer, fill: Callable[[Split, TokenWriter], None], content: str) -> Prepared:
-        """Store a corpus under a key, unless somebody else has by then.
+        """Store a corpus under a key, unless another process has by then.
 
         Args:
             key: the folder's name.
@@ -154,79 +167,32 @@ class TokenCache:
             fill: writes all tokens of a split; whatever it raises leaves nothing behind.
             content: digest of the corpus.
         """
-        place = self.path(key)
-        with writing(self.folder), temporary(place.parent) as folder:
-            folder.mkdir()
-            _write(folder / "tokenizer.json", tokenizer.to_json().encode())
-            splits: dict[Split, Mapping[str, int | str]] = {}
+        with write_folder(self.path(key), fix=ANOTHER_CACHE) as folder:
+            (folder / "tokenizer.json").write_bytes(tokenizer.to_json().encode())
+            splits: dict[Split, _StoredSplit] = {}
             for split in SPLITS:
-                with _synced(folder / f"{split}.bin") as stream:
+                with (folder / f"{split}.bin").open("xb") as stream:
                     writer = TokenWriter(stream, token_dtype(tokenizer.vocab_size))
                     fill(split, writer)
                     splits[split] = writer.summary()
-            meta = {"format": FORMAT, "content": content, "tokenizer": tokenizer.digest, "splits": splits}
-            _write(folder / "meta.json", json.dumps({**meta, "digest": _meta_digest(meta)}, indent=1).encode())
-            _sync_folder(folder)
-            try:
-                folder.rename(place)
-            except OSError:
-                # A folder with files in it cannot be replaced: somebody else was first.
-                if not place.is_dir():
-                    raise
-            _sync_folder(place.parent)
+            meta = _Meta(format=FORMAT, content=content, tokenizer=tokenizer.digest, splits=splits)
+            write_json(folder / "meta.json", msgspec.structs.replace(meta, digest=meta.own_digest()))
         prepared = self.open(key)
-        assert prepared is not None, f"{place} was stored just now"
+        assert prepared is not None, f"{self.path(key)} was stored just now"
         return prepared
 
 
-@contextlib.contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when it is closed."""
-    with path.open("xb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with _synced(path) as stream:
-        stream.write(data)
-
-
-def _sync_folder(path: Path) -> None:
-    # Windows cannot open folders; there a rename is all that can be done.
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _meta_digest(meta: Mapping[str, object]) -> str:
-    return digest_of(json.dumps(meta, sort_keys=True))
-
-
-def _read_meta(path: Path) -> dict:
-    meta = cast("dict", json.loads(path.read_bytes()))
-    digest = meta.pop("digest")
-    _expect(path.parent, "meta digest", digest, _meta_digest(meta))
-    _expect(path.parent, "format", FORMAT, meta["format"])
-    return meta
-
-
-def _open_tokens(folder: Path, split: Split, dtype: np.dtype, meta: Mapping[str, int | str]) -> np.ndarray:
+def _open_tokens(folder: Path, split: Split, dtype: np.dtype, stored: _StoredSplit) -> np.ndarray:
     path = folder / f"{split}.bin"
-    _expect(folder, f"size of {path.name}", int(meta["tokens"]) * dtype.itemsize, path.stat().st_size)
-    _expect(folder, f"digest of {path.name}", meta["digest"], content_digest(path))
+    _expect(folder, f"size of {path.name}", stored.tokens * dtype.itemsize, path.stat().st_size)
+    _expect(folder, f"digest of {path.name}", stored.digest, file_digest(path))
     # A split that is not stored has no tokens, and nothing can be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if meta["tokens"] else np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r") if stored.tokens else np.zeros(0, dtype)
 
 
-def _expect(folder: Path, what: str, expected: object, found: object) -> None:
+def _expect(path: Path, what: str, expected: object, found: object) -> None:
     if expected != found:
-        raise _damaged(folder, f"{what} {expected}", str(found))
+        raise _damaged(path, f"{what} {expected}", str(found))
 
 
 def _damaged(path: Path, expected: str, found: str) -> UserError:

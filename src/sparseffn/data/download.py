@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, final
 
-from sparseffn.data.writing import writing
+from sparseffn.data.splits import ANOTHER_CACHE
 from sparseffn.errors import UserError
+from sparseffn.storage import writing
 
 if TYPE_CHECKING:
     import requests
@@ -172,7 +173,7 @@ def fetch(
     fixes = ["try again later (a broken transfer goes on where it stopped)"]
     for url in remote.urls:
         try:
-            with writing(folder):
+            with writing(place, fix=ANOTHER_CACHE):
                 if part.is_symlink() or not part.is_file():
                     part.unlink(missing_ok=True)
                 _fetch_from(url, file, part, accepted, on_progress)

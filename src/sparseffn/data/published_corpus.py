@@ -9,12 +9,14 @@ A `text` folder is unpacked under a hidden name, checked and renamed, so that it
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
+
+import msgspec
 
 from sparseffn.data.archives import MAX_MEMBER_BYTES, unpack
 from sparseffn.data.download import (
@@ -28,10 +30,9 @@ from sparseffn.data.download import (
     parse_digest,
     remove_downloads,
 )
-from sparseffn.data.splits import Piece, Place, Source, SourceFile, Split
-from sparseffn.data.writing import locked, temporary, writing
+from sparseffn.data.splits import ANOTHER_CACHE, Piece, Place, Source, SourceFile, Split
 from sparseffn.errors import UserError
-from sparseffn.storage import digest_of, write_text
+from sparseffn.storage import digest_of, lock, read, remove_unfinished, write_folder, write_json, write_text
 
 # The pieces of every split, from the plain files by name.
 Cut = Callable[[Mapping[str, SourceFile]], dict[Split, list[Piece]]]
@@ -39,6 +40,19 @@ Cut = Callable[[Mapping[str, SourceFile]], dict[Split, list[Piece]]]
 Route = Sequence[RemoteFile]
 
 ORIGIN = "origin.json"
+
+
+@final
+class _Unpacked(msgspec.Struct, frozen=True, kw_only=True):
+    """`origin.json`: digests of what the plain files came from, and their own."""
+
+    origin: dict[str, str] = msgspec.field(name="from")
+    files: dict[str, str]
+
+
+def _locked(folder: Path) -> AbstractContextManager[bool]:
+    """Hold a corpus's folder against other processes; the second waits."""
+    return lock(folder / ".lock", fix=ANOTHER_CACHE)
 
 
 @final
@@ -114,11 +128,11 @@ class PublishedCorpus:
         """
         folder = place.corpus_dir(self.name)
         if digests := [parse_digest(text) for text in accept]:
-            with locked(folder), writing(folder):
+            with _locked(folder):
                 known = self._accepted(place)
                 write_text(folder / "accepted", "".join(f"{digest}\n" for digest in sorted({*known, *digests})))
         found = None if place.data_dir is None else self._find_in(place.data_dir, place)
-        with locked(folder):
+        with _locked(folder):
             # Somebody else may have been at it meanwhile.
             if found is not None:
                 self._keep(found, place)
@@ -166,12 +180,10 @@ class PublishedCorpus:
 
     def _unpack(self, archives: Sequence[tuple[RemoteFile, Path]], text: Path, accepted: Iterable[str]) -> None:
         """Plain files of a whole route, checked, as the folder `text`. The lock is held."""
-        # What a killed process left behind: whoever holds the lock is alone.
-        for leftover in text.parent.glob(".*/"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        # Whoever holds the lock is alone.
+        remove_unfinished(text.parent)
         accepted = set(accepted)
-        with writing(text.parent), temporary(text.parent) as folder:
-            folder.mkdir()
+        with write_folder(text, fix=ANOTHER_CACHE) as folder:
             origin: dict[str, str] = {}
             for remote, path in archives:
                 origin[path.name] = hashed(path)
@@ -183,9 +195,8 @@ class PublishedCorpus:
             whole = any(digest in accepted for digest in origin.values())
             for file in () if whole else self.files:
                 check_file(folder / file.name, file, accepted)
-            notes = {"from": origin, "files": {file.name: hashed(folder / file.name) for file in self.files}}
-            (folder / ORIGIN).write_text(json.dumps(notes, indent=1))
-            folder.replace(text)
+            files = {file.name: hashed(folder / file.name) for file in self.files}
+            write_json(folder / ORIGIN, _Unpacked(origin=origin, files=files))
 
     def _find_in(self, data_dir: Path, place: Place) -> Path:
         """The folder with the plain files, unpacked into the cache where the user has the archive."""
@@ -224,7 +235,7 @@ class PublishedCorpus:
         key = digest_of(str(found.path), str(found.size), str(found.mtime_ns), str(found.ctime_ns))
         folder = place.corpus_dir(self.name)
         text = folder / f"local-{key}"
-        with locked(folder):
+        with _locked(folder):
             if not text.is_dir():
                 check_file(path, remote.file, accepted)
                 self._unpack([(remote, path)], text, accepted)
@@ -237,15 +248,13 @@ class PublishedCorpus:
 
     def _check_origin(self, text: Path) -> None:
         """Check that the plain files are still those that were unpacked."""
-        try:
-            files = json.loads((text / ORIGIN).read_text())["files"]
-            changed = [name for name, digest in files.items() if hashed(text / name) != digest]
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            changed = [f"a damaged folder ({error})"]
+        fix = f"delete {text} and prepare it again"
+        files = read(text / ORIGIN, _Unpacked, fix=fix).files if (text / ORIGIN).exists() else {ORIGIN: ""}
+        changed = [name for name, digest in files.items() if not (text / name).is_file() or hashed(text / name) != digest]
         if changed:
             raise UserError(
                 f"the cache must hold the text of {self.name!r} as it was unpacked in {str(text)!r}; "
-                f"got another {', '.join(changed)}; fix: delete {text} and prepare it again"
+                f"got another {', '.join(changed)}; fix: {fix}"
             )
 
     def _source(self, folder: Path) -> Source:

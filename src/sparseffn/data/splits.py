@@ -21,6 +21,8 @@ from sparseffn.storage import default_cache_dir, digest_of
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+# What to do where the cache cannot be written.
+ANOTHER_CACHE = "pass --cache-dir PATH or set SPARSEFFN_CACHE"
 # Share of all bytes that validation and test receive, each; training gets the rest.
 HELD_OUT_SHARE = 0.05
 # How far a split's share may be from its aim.

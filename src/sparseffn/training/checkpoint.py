@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparseffn.data.cache import content_digest
 from sparseffn.errors import UserError
-from sparseffn.storage import Kind, read_fields, write_json
+from sparseffn.storage import Kind, file_digest, read_fields, write_json
 
 FORMAT = 2
 KEPT = 2
@@ -64,7 +63,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     manifest = {
         "format": FORMAT,
         "step": checkpoint.step,
-        "digest": content_digest(temporary / STATE),
+        "digest": file_digest(temporary / STATE),
         "extra": dict(checkpoint.extra),
     }
     write_json(temporary / MANIFEST, {**manifest, "manifest_digest": _manifest_digest(manifest)})
@@ -104,7 +103,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if step_name(manifest["step"]) != path.name:
         raise UserError(f"`{path}` must be named after its step; got one of step {manifest['step']}; fix: {fix}")
     state = path / STATE
-    if not state.exists() or content_digest(state) != manifest["digest"]:
+    if not state.exists() or file_digest(state) != manifest["digest"]:
         raise UserError(f"`{state}` must match its digest; got a missing, truncated or damaged file; fix: {fix}")
     try:
         tensors = load_file(state)
