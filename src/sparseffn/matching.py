@@ -1,8 +1,8 @@
 """Solve a method's size for a parameter budget.
 
-A method declares integer knobs in order of preference. The simplest solution, the first knob alone, is taken if the whole
-model is then within the tolerance. Else the second knob moves as little as it must to come within it, since it sets the
-compute of a token (expert size) as well; and where no pair does, the pair with the smallest residual is taken. Tolerance and
+A method declares its integer size fields in order of preference. The simplest solution, the first field alone, is taken if the
+whole model is then within the tolerance. Else the second field, which also sets the compute of a token (expert size), changes
+as little as it must to come within it; and where no pair does, the pair with the smallest residual is taken. Tolerance and
 residuals are those of the whole model where one is given, else of the block.
 """
 
@@ -16,8 +16,8 @@ from sparseffn.ffn import FFNConfig
 
 # Largest deviation of a whole model's parameters that still counts as equal.
 TOLERANCE = 0.005
-# How far the second knob may leave its value: farther and the method's character (expert size) would change.
-_SECOND_KNOB_RANGE = (0.5, 2.0)
+# How far the second field may leave its value: farther and the method's character (expert size) would change.
+_SECOND_FIELD_RANGE = (0.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def match(
     other_params: int = 0,
     tolerance: float = TOLERANCE,
 ) -> Match:
-    """The config with its knobs turned so that its block has `target_params` parameters, as nearly as they allow.
+    """The config with its size fields changed so that its block has `target_params` parameters, as nearly as they allow.
 
     Args:
         config: the method and every option that matching leaves alone.
@@ -92,10 +92,10 @@ def match(
         The nearest size; `Match.equal` says whether it is within the tolerance.
 
     Raises:
-        UserError: the method declares no knobs, or the budget is below its smallest size.
+        UserError: the method declares no size fields, or the budget is below its smallest size.
     """
-    if not config.knobs:
-        raise UserError(f"method {config.name!r} must declare `knobs` to be matched; fix: name its integer size fields")
+    if not config.size_fields:
+        raise UserError(f"method {config.name!r} must declare `size_fields` to be matched; fix: name its integer sizes")
 
     def sized(candidate: FFNConfig) -> Match:
         return Match(
@@ -107,8 +107,8 @@ def match(
             tolerance=tolerance,
         )
 
-    simplest = sized(_solve(config, config.knobs[0], target_params))
-    if simplest.equal or len(config.knobs) == 1:
+    simplest = sized(_solve(config, config.size_fields[0], target_params))
+    if simplest.equal or len(config.size_fields) == 1:
         return simplest
     best = simplest
     for candidate in map(sized, _pairs(config, target_params)):
@@ -118,10 +118,10 @@ def match(
     return best
 
 
-def _solve(config: FFNConfig, knob: str, target: int) -> FFNConfig:
-    """The value of one knob whose count is nearest to the target, by bisection on a monotone count."""
-    low = _smallest(config, knob)
-    base = config.replace(**{knob: low})
+def _solve(config: FFNConfig, field: str, target: int) -> FFNConfig:
+    """The value of one size field whose count is nearest to the target, by bisection on a monotone count."""
+    low = _smallest(config, field)
+    base = config.replace(**{field: low})
     if base.num_params() > target and low > 1:
         return base
     if base.num_params() > 2 * target:
@@ -130,26 +130,26 @@ def _solve(config: FFNConfig, knob: str, target: int) -> FFNConfig:
             f"options; got {target}; fix: raise the budget or shrink its other sizes"
         )
     high = low + 1
-    while config.replace(**{knob: high}).num_params() < target:
+    while config.replace(**{field: high}).num_params() < target:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if config.replace(**{knob: middle}).num_params() < target:
+        if config.replace(**{field: middle}).num_params() < target:
             low = middle
         else:
             high = middle
-    candidates = [config.replace(**{knob: value}) for value in (low, high)]
+    candidates = [config.replace(**{field: value}) for value in (low, high)]
     return min(candidates, key=lambda c: abs(c.num_params() - target))
 
 
-def _smallest(config: FFNConfig, knob: str) -> int:
-    """The smallest value of a knob that the config accepts (k experts must exist, for example)."""
-    high = max(1, int(getattr(config, knob) or 1))
+def _smallest(config: FFNConfig, field: str) -> int:
+    """The smallest value of a size field that the config accepts (k experts must exist, for example)."""
+    high = max(1, int(getattr(config, field) or 1))
     low = 1
     while low < high:
         middle = (low + high) // 2
         try:
-            config.replace(**{knob: middle})
+            config.replace(**{field: middle})
         except UserError:
             low = middle + 1
         else:
@@ -158,12 +158,12 @@ def _smallest(config: FFNConfig, knob: str) -> int:
 
 
 def _pairs(config: FFNConfig, target: int) -> Iterator[FFNConfig]:
-    """For every value of the second knob, its own first and then farther ones, the first knob that fits best."""
-    first, second = config.knobs[:2]
+    """For every value of the second field, its own first and then farther ones, the value of the first that fits best."""
+    first, second = config.size_fields[:2]
     start = _solve(config, first, target)
     centre = getattr(start, second)
     centre = getattr(start, first) if centre is None else centre
-    low, high = max(1, int(centre * _SECOND_KNOB_RANGE[0])), int(centre * _SECOND_KNOB_RANGE[1])
+    low, high = max(1, int(centre * _SECOND_FIELD_RANGE[0])), int(centre * _SECOND_FIELD_RANGE[1])
     for value in sorted(range(low, high + 1), key=lambda v: (abs(v - centre), v)):
         try:
             yield _solve(config.replace(**{second: value}), first, target)

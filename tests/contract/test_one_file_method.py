@@ -25,7 +25,7 @@ class SquareConfig(FFNConfig):
 
     name: ClassVar[str] = "toy-square"
     paper: ClassVar[str] = "So 2021, arXiv 2109.08668"
-    knobs: ClassVar[tuple[str, ...]] = ("d_ff",)
+    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
 
     d_ff: Annotated[int, option("Key-value pairs.", low=1)]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, Routed, option
-from sparseffn.ffn._options import check_fields
 from sparseffn.ffn.dense import Dense, DenseConfig
+from sparseffn.ffn.options import check_fields
 from sparseffn.ffn.sigma_moe import SigmaMoE, SigmaMoEConfig
 
 

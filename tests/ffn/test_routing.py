@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import method_class
-from sparseffn.ffn._routers import Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.noisy_moe import NoisyMoEConfig
 from sparseffn.ffn.pkm import PKMConfig
+from sparseffn.ffn.routers import Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
@@ -87,6 +88,22 @@ def test_sinkhorn_balances_only_as_published(released: bool) -> None:
     _, stats = layer(torch.randn(4096, 16), return_stats=True)
     worst = float(stats.counts.max() / stats.counts.float().mean())
     assert (worst > 1.3) if released else (worst < 1.25)
+
+
+@pytest.mark.parametrize("sinkhorn", ["correct", "released"])
+def test_released_sinkhorn_balances_each_sequence_by_itself(sinkhorn: Literal["correct", "released"]) -> None:
+    """By hand: `a = (-12.59, -10.78)` for logits (2, 0), (1, 0), so that the second token prefers the second expert.
+
+    Its mirror image (0, 2), (0, 1) gives the mirrored choice. Over both as one sequence a is equal for both experts.
+    """
+    layer = SBASEConfig(d_model=2, n_experts=2, expert_size=4, k=1, sinkhorn=sinkhorn).build().train()
+    with torch.no_grad():
+        layer.router.selector.copy_(torch.eye(2))
+    x = torch.tensor([[[2.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 1.0]]])
+    chosen = [layer(y, return_stats=True)[1].selection.indices.tolist() for y in (x, x.flatten(0, 1))]
+    assert chosen == [[0, 1, 1, 0] if sinkhorn == "released" else [0, 0, 1, 1], [0, 0, 1, 1]]
+    torch.testing.assert_close(layer(x), layer.reference(x))
+    assert not layer(x, mask=torch.tensor([[True, True], [True, False]]))[1, 1].any()
 
 
 def test_base_gives_every_expert_its_share_in_training() -> None:

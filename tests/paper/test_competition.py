@@ -10,8 +10,8 @@ import torch
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig
-from sparseffn.ffn._mixture import Mixture
 from sparseffn.ffn.dense import DenseConfig
+from sparseffn.ffn.mixture import Mixture
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
 from sparseffn.ffn.softmax_renorm_moe import SoftmaxRenormMoEConfig

@@ -20,11 +20,11 @@ from sparseffn.bench.backends import use_backend
 from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn._activations import ACTIVATIONS
-from sparseffn.ffn._mixture import Mixture
 from sparseffn.ffn.dense import Dense
+from sparseffn.ffn.mixture import Mixture
 from sparseffn.ffn.pkm import PKM
 from sparseffn.ffn.topk import TopK
+from sparseffn.ops.activations import ACTIVATIONS
 
 # Largest deviation over the truth's largest value, and root mean square over the truth's. Measured on the shapes of the paper's
 # models, PyTorch's products and peers, 2026-11: at most 3e-6 in float32 and 1.5e-2 in bfloat16 for the first.
@@ -162,7 +162,7 @@ def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
 def _units(layer: Mixture, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Score times activation of every pair, `[T, d_ff]`, and which pairs are of selected experts."""
     u_TF = ACTIVATIONS[layer.config.activation](pair_scores(layer, x_TD))
-    scores_TF = layer.scores_reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
+    scores_TF = layer.router.reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
     return scores_TF * u_TF, scores_TF != 0
 
 

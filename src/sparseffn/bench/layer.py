@@ -20,7 +20,7 @@ from sparseffn.bench.roofline import Roof
 from sparseffn.bench.timing import Times, ratio, spread
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig
-from sparseffn.ffn._mixture import MixtureConfig
+from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

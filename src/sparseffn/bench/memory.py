@@ -19,7 +19,7 @@ from sparseffn.bench.head import result
 from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings, Shape, entrants
 from sparseffn.bench.machine import find_device
 from sparseffn.ffn import FFNConfig
-from sparseffn.ffn._mixture import MixtureConfig
+from sparseffn.ffn.mixture import MixtureConfig
 
 
 def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _method_row(config_class: type[FFNConfig]) -> dict[str, Any]:
         "method": config_class.name,
         "summary": describe(config_class).rstrip("."),
         "unit": config_class.unit,
-        "knobs": list(config_class.knobs),
+        "knobs": list(config_class.size_fields),
         "paper": config_class.paper,
     }
 

@@ -69,7 +69,7 @@ def _match(commands: Any) -> None:
         commands,
         "match",
         "Size a method so that it has another one's parameters.",
-        "Options of a method follow its name as key=value; matching then turns its knobs.\n\n"
+        "Options of a method follow its name as key=value; matching then solves its size fields.\n\n"
         "Examples:\n"
         "  sparseffn match --method pkm --like dense --d-model 412 --d-ff 2053\n"
         "  sparseffn match --method sigma-moe expert_size=64 k=8 --like dense --d-model 412 --d-ff 2053\n"

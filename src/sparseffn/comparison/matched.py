@@ -93,7 +93,7 @@ def _contender(choice: MethodChoice, preset: Preset, vocab_size: int, target: in
         )
     marks = [
         f"{key} is matched, not the {fixed[key]} asked for"
-        for key in config.knobs
+        for key in config.size_fields
         if key in fixed and getattr(matched.config, key) != fixed[key]
     ]
     marks += _compute_marks(matched.config, preset)

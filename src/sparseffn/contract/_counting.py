@@ -26,15 +26,15 @@ def parameter_count(config: FFNConfig) -> None:
 
 @contract
 def matching(config: FFNConfig) -> None:
-    """The count grows with each knob, and matching finds a size for a budget within the knob's step."""
-    require(len(config.knobs) > 0, "no knobs are declared")
-    for knob in config.knobs:
-        value = getattr(config, knob)
+    """The count grows with each size field, and matching finds a size for a reachable budget."""
+    require(len(config.size_fields) > 0, "no size_fields are declared")
+    for field in config.size_fields:
+        value = getattr(config, field)
         if value is None:
             continue
-        more = [config.replace(**{knob: value + i}).num_params() for i in range(4)]
-        require(all(a < b for a, b in itertools.pairwise(more)), f"the count does not grow with {knob}: {more}")
-    target = config.replace(**{config.knobs[0]: 40}).num_params()
+        more = [config.replace(**{field: value + i}).num_params() for i in range(4)]
+        require(all(a < b for a, b in itertools.pairwise(more)), f"the count does not grow with {field}: {more}")
+    target = config.replace(**{config.size_fields[0]: 40}).num_params()
     found = match(config, target)
     require(found.block_params == target, f"matching misses a reachable budget {target}: {found.block_params}")
 

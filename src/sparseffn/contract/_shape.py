@@ -20,7 +20,7 @@ from sparseffn.contract._harness import (
 )
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn._activations import ACTIVATIONS
+from sparseffn.ops.activations import ACTIVATIONS
 
 _MODES = ((False, "evaluation"), (True, "training"))
 

@@ -1,10 +1,13 @@
-"""The methods: each public module beside this one is one method, found without a list to edit."""
+"""The methods: one module beside this one is one method, found because it calls `register`; there is no list to edit.
 
-from sparseffn.ffn._collect import collect_stats
-from sparseffn.ffn._config import BlockShape, FFNConfig, describe
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._options import FieldInfo, field_infos, option, parse_options
-from sparseffn.ffn._registry import (
+What a method is made of stands beside them: `block_config` and `feedforward` (its two bases), `options` (its fields), `mixture`
+and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, the registry.
+"""
+
+from sparseffn.ffn.block_config import BlockShape, FFNConfig, describe
+from sparseffn.ffn.collect import CollectedStats, collect_stats
+from sparseffn.ffn.feedforward import FeedForward
+from sparseffn.ffn.methods import (
     config_from_json,
     list_methods,
     load_builtin_methods,
@@ -13,7 +16,8 @@ from sparseffn.ffn._registry import (
     register,
     unregister,
 )
-from sparseffn.ffn._stats import CollectedStats, Routed, RoutingStats
+from sparseffn.ffn.options import FieldInfo, field_infos, option, parse_options
+from sparseffn.ffn.routing_stats import Routed, RoutingStats
 
 load_builtin_methods(__name__, list(__path__))
 

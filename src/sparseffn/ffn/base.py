@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._config import BlockShape, FFNConfig
-from sparseffn.ffn._mixture import Mixture, MixtureConfig, scatter_scores
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing
+from sparseffn.ffn.block_config import BlockShape, FFNConfig
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import Mixture, MixtureConfig
+from sparseffn.ffn.routers import Batch, Router, Routing, scores_by_token, sigmoid_scores
 
 BATCH_ROUTING = "training assigns tokens to experts over the whole batch; evaluation is independent of it"
 
@@ -28,15 +28,14 @@ class BASEConfig(MixtureConfig):
 
     name: ClassVar[str] = "base"
     paper: ClassVar[str] = "Lewis 2021, arXiv 2103.16716"
+    gate: ClassVar[ops.GateName] = "sigmoid"
     xfail: ClassVar[dict[str, str]] = {"training_independence": BATCH_ROUTING}
 
     def build(self) -> BASE:
-        """The layer."""
         return BASE(self)
 
     @property
     def n_selected(self) -> int:
-        """1."""
         return 1
 
     @classmethod
@@ -56,7 +55,6 @@ class BASEConfig(MixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=6, n_layers=2),
             cls(d_model=6, n_experts=3, expert_size=4, dropout=0.25, init="standard", activation="gelu"),
@@ -67,19 +65,24 @@ class BASEConfig(MixtureConfig):
 class AssignmentRouter(Router):
     """Sigmoid of the one assigned expert's logit."""
 
-    gate: ClassVar[ops.GateName | None] = "sigmoid"
     k = 1
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced assignment in training, the best expert in evaluation."""
         if not self.training:
             indices_TK = ops.topk(logits_TE, 1)
-        elif mask_T is None:
+        elif batch.mask_T is None:
             indices_TK = assign(logits_TE)[:, None]
         else:
             indices_TK = ops.topk(logits_TE, 1)
-            indices_TK[mask_T] = assign(logits_TE[mask_T])[:, None]
+            indices_TK[batch.mask_T] = assign(logits_TE[batch.mask_T])[:, None]
         return Routing(logits_TE, indices_TK, ops.select_columns(logits_TE, indices_TK).sigmoid())
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""
+        chosen_T = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
+        ranks_TE = torch.zeros_like(logits_TE).scatter(1, chosen_T[:, None], 1.0)
+        return scores_by_token(logits_TE, ranks_TE, batch, 1, sigmoid_scores)
 
 
 def assign(logits_TE: Tensor) -> Tensor:
@@ -93,19 +96,9 @@ def assign(logits_TE: Tensor) -> Tensor:
 
 @final
 class BASE(Mixture):
-    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+    """See `Mixture`."""
 
     config: BASEConfig
 
     def __init__(self, config: BASEConfig) -> None:
         super().__init__(config, AssignmentRouter(config.d_model, config.n_experts))
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""
-        logits_TE = ops.router_logits(x_TD, self.router.selector)
-        chosen = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
-        rows = [
-            scatter_scores(len(logits), [int(e)], torch.sigmoid(logits[e : e + 1]))
-            for logits, e in zip(logits_TE, chosen.tolist(), strict=True)
-        ]
-        return torch.stack(rows) if rows else logits_TE

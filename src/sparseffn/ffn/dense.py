@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
-from sparseffn.ffn._config import FFNConfig
-from sparseffn.ffn._init import scaled_std, truncated_normal_
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._stats import Routed
+from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.feedforward import FeedForward, scaled_std, truncated_normal_
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routing_stats import Routed
+from sparseffn.ops.activations import ACTIVATIONS, saved_activations
 
 
 @register
@@ -30,14 +29,13 @@ class DenseConfig(FFNConfig):
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
-    knobs: ClassVar[tuple[str, ...]] = ("d_ff",)
-    takes: ClassVar[tuple[str, ...]] = (*FFNConfig.takes, "dropout")
+    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
+    preset_fields: ClassVar[tuple[str, ...]] = (*FFNConfig.preset_fields, "dropout")
 
     d_ff: Annotated[int, option("Key-value pairs: width of the hidden layer.", low=1)]
     dropout: Annotated[float, option("Dropout rate on u.", low=0.0, below=1.0)] = 0.0
 
     def build(self) -> Dense:
-        """The layer."""
         return Dense(self)
 
     def num_params(self) -> int:
@@ -45,7 +43,6 @@ class DenseConfig(FFNConfig):
         return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
 
     def active_params(self) -> int:
-        """All of them."""
         return self.num_params()
 
     def forward_flops(self, *, training: bool = False) -> int:
@@ -59,7 +56,6 @@ class DenseConfig(FFNConfig):
 
     @property
     def n_channels(self) -> int:
-        """d_ff."""
         return self.d_ff
 
     @property
@@ -74,7 +70,6 @@ class DenseConfig(FFNConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [cls(d_model=8, d_ff=24, n_layers=2), cls(d_model=6, d_ff=10, activation="gelu", dropout=0.25)]
 
 
@@ -120,17 +115,13 @@ class Dense(FeedForward):
         return y_TD
 
     def values_matrix(self) -> Tensor:
-        """The rows v_i."""
         return self.values
 
     def keys_matrix(self) -> Tensor:
-        """The rows k_i."""
         return self.keys
 
     def key_bias_vector(self) -> Tensor:
-        """b1."""
         return self.key_bias
 
     def output_bias(self) -> Tensor:
-        """b2."""
         return self.bias

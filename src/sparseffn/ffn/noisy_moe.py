@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn._config import FFNConfig, require
-from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk
-from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE, renorm_scores_reference
+from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Batch, Router, Routing, renormalise, renormalised_scores, scores_by_token, select_topk
+from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE
 
 
 @register
@@ -31,6 +31,7 @@ class NoisyMoEConfig(TopKMixtureConfig):
 
     name: ClassVar[str] = "noisy-moe"
     paper: ClassVar[str] = "Shazeer 2017, arXiv 1701.06538"
+    gate: ClassVar[ops.GateName] = "renormalised"
 
     # Mixtures without noise cannot start from zero, where all experts tie.
     selector_init: Annotated[
@@ -44,7 +45,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
         require(self.k >= 2, "k", REFUSES_ONE, self.k, "raise k or use sigma-moe or softmax-moe")
 
     def build(self) -> NoisyMoE:
-        """The layer."""
         return NoisyMoE(self)
 
     def _router_params(self) -> int:
@@ -63,7 +63,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
             cls(
@@ -83,8 +82,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
 class NoisyRouter(Router):
     """Noise of learned size on the logits in training, and a softmax over the K largest."""
 
-    gate: ClassVar[ops.GateName | None] = "renormalised"
-
     def __init__(self, config: NoisyMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
@@ -96,11 +93,16 @@ class NoisyRouter(Router):
             return logits_TE
         return logits_TE + torch.randn_like(logits_TE) * F.softplus(ops.router_logits(x_TD, self.noise_selector))
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Selection and gates both see the noise."""
-        noisy_TE = self.noisy(logits_TE, x_TD)
-        indices_TK, alive_TK = select_topk(noisy_TE, self.k, keep_TE)
+        noisy_TE = self.noisy(logits_TE, batch.x_TD)
+        indices_TK, alive_TK = select_topk(noisy_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(noisy_TE, indices_TK), alive_TK))
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """`normtopk(softmax(h))` of the noisy logits."""
+        noisy_TE = self.noisy(logits_TE, batch.x_TD)
+        return scores_by_token(noisy_TE, noisy_TE, batch, self.k, renormalised_scores)
 
 
 @final
@@ -119,9 +121,3 @@ class NoisyMoE(Mixture):
         if self.config.selector_init == "zero":
             nn.init.zeros_(self.router.selector)
         nn.init.zeros_(self.router.noise_selector)
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """`normtopk(softmax(h))` of the noisy logits, token by token."""
-        keep_TE = self.router.draw_keep(x_TD)
-        noisy_TE = self.router.noisy(ops.router_logits(x_TD, self.router.selector), x_TD)
-        return renorm_scores_reference(noisy_TE, self.config.k, keep_TE)

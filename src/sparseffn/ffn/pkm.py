@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn._activations import ACTIVATIONS
-from sparseffn.ffn._config import BlockShape, FFNConfig, require
-from sparseffn.ffn._init import normal_, scaled_std
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._stats import Routed
+from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
+from sparseffn.ffn.feedforward import FeedForward, normal_, scaled_std
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routing_stats import Routed
+from sparseffn.ops.activations import ACTIVATIONS
 
 INDEX_BYTES = 8
 
@@ -37,7 +36,7 @@ class PKMConfig(FFNConfig):
     name: ClassVar[str] = "pkm"
     paper: ClassVar[str] = "Lample 2019, arXiv 1907.05242"
     unit: ClassVar[str] = "values"
-    knobs: ClassVar[tuple[str, ...]] = ("n_subkeys", "n_subkeys_b")
+    size_fields: ClassVar[tuple[str, ...]] = ("n_subkeys", "n_subkeys_b")
 
     n_subkeys: Annotated[int, option("Sub-keys of the first half, and of the second unless n_subkeys_b says.", low=1)]
     k: Annotated[int | None, option("Values a head reads; none: the released dense form, without top-K.", low=1)]
@@ -70,7 +69,6 @@ class PKMConfig(FFNConfig):
         return self.n_subkeys if self.n_subkeys_b is None else self.n_subkeys_b
 
     def build(self) -> PKM:
-        """The layer."""
         return PKM(self)
 
     def _key_params(self) -> int:
@@ -119,7 +117,6 @@ class PKMConfig(FFNConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_subkeys=5, n_heads=2, k=3, n_layers=2),
             cls(d_model=6, n_subkeys=3, n_subkeys_b=4, n_heads=1, k=6, activation="softmax", values_init="n_values"),
@@ -218,5 +215,4 @@ class PKM(FeedForward):
         return torch.cat((a_ND.repeat(len(b_ND), 1), b_ND.repeat_interleave(len(a_ND), dim=0)), dim=1)
 
     def values_matrix(self) -> Tensor:
-        """The value table."""
         return self.values

@@ -3,7 +3,8 @@
     training: E_x = argtopk(sinkhorn(W3 x), K) over the whole batch, not differentiated; evaluation: argtopk(W3 x, K)
     s = sigmoid(W3 x),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
 
-`sinkhorn="released"` is the paper's released code, whose signs make it balance hardly at all.
+`sinkhorn="released"` is the paper's released code: its signs make it balance hardly at all, and it looks at each sequence of
+`(batch, length, d_model)` by itself; tokens in a matrix are one sequence.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._config import FFNConfig
-from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, drop, select_topk
 from sparseffn.ffn.base import BATCH_ROUTING
+from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Batch, Router, Routing, drop, scores_by_token, select_topk, sigmoid_scores
 
 
 @register
@@ -30,17 +31,23 @@ class SBASEConfig(TopKMixtureConfig):
 
     name: ClassVar[str] = "s-base"
     paper: ClassVar[str] = "Clark 2022, arXiv 2202.01169"
-    takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "entropy_weight")
+    gate: ClassVar[ops.GateName] = "sigmoid"
+    preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "entropy_weight")
     xfail: ClassVar[dict[str, str]] = {"training_independence": BATCH_ROUTING}
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
     sinkhorn: Annotated[
-        Literal["correct", "released"], option("The iteration as published, or with the released code's signs.")
+        Literal["correct", "released"],
+        option("As published, or as released: other signs, each sequence by itself."),
     ] = "correct"
 
     def build(self) -> SBASE:
-        """The layer."""
         return SBASE(self)
+
+    @property
+    def revision(self) -> int:
+        """2: the released form balances each sequence by itself; version 0.1 took the whole batch."""
+        return 2 if self.sinkhorn == "released" else 1
 
     @classmethod
     def identity_example(cls) -> SBASEConfig:
@@ -49,7 +56,6 @@ class SBASEConfig(TopKMixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
             cls(d_model=6, n_experts=4, expert_size=3, k=3, sinkhorn="released", expert_dropout=0.25, activation="silu"),
@@ -60,39 +66,43 @@ class SBASEConfig(TopKMixtureConfig):
 class SinkhornRouter(Router):
     """Sigmoid scores; in training the selection sees balanced logits."""
 
-    gate: ClassVar[ops.GateName | None] = "sigmoid"
-
     def __init__(self, config: SBASEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k, self.released = config.k, config.sinkhorn == "released"
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced selection in training; the weights are of the raw logits always."""
         ranked_TE = logits_TE.detach()
         if self.training:
-            ranked_TE = ops.sinkhorn(ranked_TE, mask_T, released=self.released)
-        indices_TK, alive_TK = select_topk(ranked_TE, self.k, keep_TE)
+            ranked_TE = self.balance(ranked_TE, batch)
+        indices_TK, alive_TK = select_topk(ranked_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, drop(ops.select_columns(logits_TE, indices_TK).sigmoid(), alive_TK))
+
+    def balance(self, logits_TE: Tensor, batch: Batch, backend: str = "auto") -> Tensor:
+        """Sinkhorn over the whole batch, or as released over each sequence by itself."""
+        if not self.released:
+            return ops.sinkhorn(logits_TE, batch.mask_T, backend=backend)
+        # No tokens at all are one empty sequence.
+        length = batch.length or max(1, logits_TE.shape[0])
+        sequences = logits_TE.split(length)
+        masks = [None] * len(sequences) if batch.mask_T is None else batch.mask_T.split(length)
+        balanced = [ops.sinkhorn(x, mask, released=True, backend=backend) for x, mask in zip(sequences, masks, strict=True)]
+        return torch.cat(balanced)
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """Sinkhorn by its reference in training, then top-K and sigmoid."""
+        ranks_TE = logits_TE.detach()
+        if self.training:
+            ranks_TE = self.balance(ranks_TE, batch, backend="reference")
+        return scores_by_token(logits_TE, ranks_TE, batch, self.k, sigmoid_scores)
 
 
 @final
 class SBASE(Mixture):
-    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+    """See `Mixture`; released, it balances each sequence by itself."""
 
+    knows_sequences: ClassVar[bool] = True
     config: SBASEConfig
 
     def __init__(self, config: SBASEConfig) -> None:
         super().__init__(config, SinkhornRouter(config))
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """Sinkhorn by its reference in training, then top-K and sigmoid, token by token."""
-        keep_TE = self.router.draw_keep(x_TD)
-        logits_TE = ops.router_logits(x_TD, self.router.selector)
-        ranked_TE = logits_TE.detach()
-        if self.training:
-            ranked_TE = ops.sinkhorn(ranked_TE, released=self.config.sinkhorn == "released", backend="reference")
-        rows = []
-        for t, (logits, ranked) in enumerate(zip(logits_TE, ranked_TE, strict=True)):
-            chosen = best_experts(ranked, self.config.k, None if keep_TE is None else keep_TE[t])
-            rows.append(scatter_scores(len(logits), chosen, torch.sigmoid(logits[chosen])))
-        return torch.stack(rows) if rows else logits_TE

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._config import FFNConfig, require
-from sparseffn.ffn._mixture import INDEX_BYTES, Mixture, TopKMixtureConfig, best_experts, scatter_scores
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, drop, select_topk
+from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import INDEX_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Batch, Router, Routing, drop, scores_by_token, select_topk, sigmoid_scores
 
 POSITION_BYTES = 4
 
@@ -31,7 +31,9 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
     name: ClassVar[str] = "sigma-moe"
     paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837"
-    takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "expert_dropout", "entropy_weight")
+    gate: ClassVar[ops.GateName] = "sigmoid"
+    trains_as_it_evaluates: ClassVar[bool] = True
+    preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "expert_dropout", "entropy_weight")
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
     inner_k: Annotated[int | None, option("Units that survive among the selected experts' K G; none: all of them.", low=1)] = (
@@ -47,11 +49,9 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
     @property
     def survivors(self) -> int | None:
-        """inner_k."""
         return self.inner_k
 
     def build(self) -> SigmaMoE:
-        """The layer."""
         return SigmaMoE(self)
 
     def active_params(self) -> int:
@@ -79,7 +79,6 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
             cls(d_model=6, n_experts=4, expert_size=3, k=4, init="standard", selector_init="free", activation="gelu"),
@@ -92,51 +91,42 @@ class SigmaMoEConfig(TopKMixtureConfig):
 class SigmoidRouter(Router):
     """`s = sigmoid(W3 x)`, the K largest."""
 
-    gate: ClassVar[ops.GateName | None] = "sigmoid"
-    trains_as_it_evaluates: ClassVar[bool] = True
-
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Top-K of the logits, which sigmoid does not reorder."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, keep_TE)
+        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         weights_TK = ops.select_columns(logits_TE, indices_TK).sigmoid()
         return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """Equations 11 and 22."""
+        return scores_by_token(logits_TE, logits_TE, batch, self.k, sigmoid_scores)
 
 
 @final
 class SigmaMoE(Mixture):
-    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+    """See `Mixture`."""
 
     config: SigmaMoEConfig
 
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
 
-    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+    def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """As any mixture; zero also for units that the inner top-K removes."""
-        alpha_TF = super().coefficients_TF(x_TD)
+        alpha_TF = super().coefficients_TF(x_TD, length)
         if self.config.inner_k is None:
             return alpha_TF
-        selection = self.router(x_TD, None).selection()
+        selection = self.router(x_TD, None, length).selection()
         # Units of experts that are not selected must not win against negative ones that are.
         selected_TE = torch.zeros(x_TD.shape[0], self.config.n_experts, dtype=torch.bool, device=x_TD.device)
         selected_TE = selected_TE.scatter(1, selection.indices.view(-1, self.config.k), True)
         open_TF = selected_TE.repeat_interleave(self.config.expert_size, dim=1)
         best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), self.config.inner_k)
         return alpha_TF * torch.zeros_like(alpha_TF).scatter(1, best, 1.0)
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """Equations 11 and 22, token by token."""
-        keep_TE = self.router.draw_keep(x_TD)
-        logits_TE = ops.router_logits(x_TD, self.router.selector)
-        rows = []
-        for t, logits in enumerate(logits_TE):
-            chosen = best_experts(logits, self.config.k, None if keep_TE is None else keep_TE[t])
-            rows.append(scatter_scores(self.config.n_experts, chosen, torch.sigmoid(logits[chosen])))
-        return torch.stack(rows) if rows else logits_TE
 
     def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
         """Keep the inner_k largest coefficients of all selected experts."""

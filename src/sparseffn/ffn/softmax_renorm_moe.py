@@ -11,15 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._config import FFNConfig, require
-from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig, best_experts, scatter_scores
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing, renormalise, select_topk
+from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Batch, Router, Routing, renormalise, renormalised_scores, scores_by_token, select_topk
 
 REFUSES_ONE = "at least 2, as a gate renormalised over one expert is the constant 1 and its selector never learns"
 
@@ -31,7 +30,9 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 
     name: ClassVar[str] = "softmax-renorm-moe"
     paper: ClassVar[str] = "arXiv 2310.10837, table 10"
-    takes: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.takes, "expert_dropout", "entropy_weight")
+    gate: ClassVar[ops.GateName] = "renormalised"
+    trains_as_it_evaluates: ClassVar[bool] = True
+    preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "expert_dropout", "entropy_weight")
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
     slot_entropy_weight: Annotated[
@@ -44,7 +45,6 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
         require(self.k >= 2, "k", REFUSES_ONE, self.k, "raise k or use sigma-moe or softmax-moe")
 
     def build(self) -> SoftmaxRenormMoE:
-        """The layer."""
         return SoftmaxRenormMoE(self)
 
     def balancing(self) -> dict[str, float]:
@@ -53,7 +53,6 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
             cls(d_model=6, n_experts=4, expert_size=3, k=3, expert_dropout=0.5, slot_entropy_weight=0.01),
@@ -64,40 +63,25 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 class RenormRouter(Router):
     """The K largest logits, and a softmax over them."""
 
-    gate: ClassVar[ops.GateName | None] = "renormalised"
-    trains_as_it_evaluates: ClassVar[bool] = True
-
     def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Dropped experts are masked before the softmax."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, keep_TE)
+        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(logits_TE, indices_TK), alive_TK))
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """`normtopk(softmax(h))` (equations 23-25)."""
+        return scores_by_token(logits_TE, logits_TE, batch, self.k, renormalised_scores)
 
 
 @final
 class SoftmaxRenormMoE(Mixture):
-    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
+    """See `Mixture`."""
 
     config: SoftmaxRenormMoEConfig
 
     def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
         super().__init__(config, RenormRouter(config))
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """`normtopk(softmax(h))` (equations 23-25), token by token."""
-        return renorm_scores_reference(
-            ops.router_logits(x_TD, self.router.selector), self.config.k, self.router.draw_keep(x_TD)
-        )
-
-
-def renorm_scores_reference(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> Tensor:
-    """s `[T, E]`: softmax, zero outside the K best, divided by the sum."""
-    rows = []
-    for t, logits in enumerate(logits_TE):
-        chosen = best_experts(logits, k, None if keep_TE is None else keep_TE[t])
-        s = logits.softmax(dim=0)[chosen]
-        rows.append(scatter_scores(len(logits), chosen, s / s.sum()))
-    return torch.stack(rows) if rows else logits_TE

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn._config import BlockShape, FFNConfig
-from sparseffn.ffn._mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._routers import Router, Routing
-from sparseffn.ffn.softmax_moe import SoftmaxRouter, softmax_scores_reference
+from sparseffn.ffn.block_config import BlockShape, FFNConfig
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Batch, Routing
+from sparseffn.ffn.softmax_moe import SoftmaxRouter
 
 
 @register
@@ -31,6 +31,7 @@ class SwitchConfig(TopKMixtureConfig):
 
     name: ClassVar[str] = "switch"
     paper: ClassVar[str] = "Fedus 2022, arXiv 2101.03961"
+    gate: ClassVar[ops.GateName] = "softmax"
     xfail: ClassVar[dict[str, str]] = {
         "training_independence": "with a capacity factor, places in training go to the tokens that come first in the batch"
     }
@@ -42,7 +43,6 @@ class SwitchConfig(TopKMixtureConfig):
     ] = None
 
     def build(self) -> Switch:
-        """The layer."""
         return Switch(self)
 
     def _router_bytes(self, itemsize: int) -> int:
@@ -68,7 +68,6 @@ class SwitchConfig(TopKMixtureConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, n_experts=5, expert_size=8, n_layers=2, init="switch", selector_init="free"),
             cls(d_model=6, n_experts=3, expert_size=6, dropout=0.25),
@@ -77,24 +76,22 @@ class SwitchConfig(TopKMixtureConfig):
 
 
 @final
-class CapacityRouter(Router):
+class CapacityRouter(SoftmaxRouter):
     """Softmax routing with a limit on how many tokens an expert takes in training."""
 
-    gate: ClassVar[ops.GateName | None] = "softmax"
-
     def __init__(self, config: SwitchConfig, capacity_factor: float) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k, self.capacity_factor = config.k, capacity_factor
+        super().__init__(config)
+        self.capacity_factor = capacity_factor
 
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Select as without a limit, then take away what finds no place."""
-        routing = SoftmaxRouter.select(self, logits_TE, x_TD, keep_TE, mask_T)  # pyright: ignore[reportArgumentType]
+        routing = super().select(logits_TE, batch)
         if not self.training:
             return routing
         valid_TK = routing.weights_TK.detach() > 0
-        if mask_T is not None:
-            valid_TK = valid_TK & mask_T[:, None]
-        placed_TK = self.place(routing.indices_TK, valid_TK, mask_T)
+        if batch.mask_T is not None:
+            valid_TK = valid_TK & batch.mask_T[:, None]
+        placed_TK = self.place(routing.indices_TK, valid_TK, batch.mask_T)
         weights_TK = routing.weights_TK.masked_fill(~placed_TK, 0.0)
         return Routing(logits_TE, routing.indices_TK, weights_TK, (valid_TK & ~placed_TK).sum())
 
@@ -111,24 +108,12 @@ class CapacityRouter(Router):
         place_R = torch.empty_like(place_sorted).scatter_(0, order, place_sorted)
         return ((place_R + 1) <= capacity).view_as(indices_TK) & valid_TK
 
-
-@final
-class Switch(Mixture):
-    """`router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`."""
-
-    config: SwitchConfig
-
-    def __init__(self, config: SwitchConfig) -> None:
-        factor = config.capacity_factor
-        super().__init__(config, SoftmaxRouter(config) if factor is None else CapacityRouter(config, factor))
-
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Softmax over all experts, the K best, and in training places handed out one by one."""
-        scores_TE = softmax_scores_reference(self, x_TD, self.config.k)
-        factor = self.config.capacity_factor
-        if factor is None or not self.training:
+        scores_TE = super().scores_reference(logits_TE, batch)
+        if not self.training:
             return scores_TE
-        capacity = factor * self.config.k * x_TD.shape[0] / self.config.n_experts
+        capacity = self.capacity_factor * self.k * scores_TE.shape[0] / scores_TE.shape[1]
         taken: Counter[int] = Counter()
         placed_TE = torch.zeros_like(scores_TE)
         for t, row in enumerate(scores_TE):
@@ -136,3 +121,14 @@ class Switch(Mixture):
                 taken[e] += 1
                 placed_TE[t, e] = float(taken[e] <= capacity)
         return scores_TE * placed_TE
+
+
+@final
+class Switch(Mixture):
+    """See `Mixture`."""
+
+    config: SwitchConfig
+
+    def __init__(self, config: SwitchConfig) -> None:
+        factor = config.capacity_factor
+        super().__init__(config, SoftmaxRouter(config) if factor is None else CapacityRouter(config, factor))

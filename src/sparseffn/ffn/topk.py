@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn._activations import ACTIVATIONS, saved_activations
-from sparseffn.ffn._config import BlockShape, FFNConfig, require
-from sparseffn.ffn._init import scaled_std, truncated_normal_
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._options import option
-from sparseffn.ffn._registry import register
-from sparseffn.ffn._stats import Routed
+from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
+from sparseffn.ffn.feedforward import FeedForward, scaled_std, truncated_normal_
+from sparseffn.ffn.methods import register
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routing_stats import Routed
+from sparseffn.ops.activations import ACTIVATIONS, saved_activations
 
 INDEX_BYTES = 8
 
@@ -34,7 +33,7 @@ class TopKConfig(FFNConfig):
 
     name: ClassVar[str] = "topk"
     paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837, eq. 6-7"
-    knobs: ClassVar[tuple[str, ...]] = ("d_ff",)
+    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
 
     d_ff: Annotated[int, option("Key-value pairs.", low=1)]
     k: Annotated[int, option("Entries of u that survive.", low=1)]
@@ -46,7 +45,6 @@ class TopKConfig(FFNConfig):
         require(self.k <= self.d_ff, "k", f"at most d_ff = {self.d_ff}", self.k, "lower k or raise d_ff")
 
     def build(self) -> TopK:
-        """The layer."""
         return TopK(self)
 
     def num_params(self) -> int:
@@ -68,12 +66,10 @@ class TopKConfig(FFNConfig):
 
     @property
     def n_channels(self) -> int:
-        """d_ff."""
         return self.d_ff
 
     @property
     def active_channels(self) -> int:
-        """K."""
         return self.k
 
     @classmethod
@@ -94,7 +90,6 @@ class TopKConfig(FFNConfig):
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:
-        """Tiny configs."""
         return [
             cls(d_model=8, d_ff=24, k=5, n_layers=2),
             cls(d_model=6, d_ff=10, k=3, use_norm=True, activation="silu"),
@@ -162,17 +157,13 @@ class TopK(FeedForward):
         return torch.stack(outputs) if outputs else x_TD * self.values.sum() + self.bias
 
     def values_matrix(self) -> Tensor:
-        """The rows v_i."""
         return self.values
 
     def keys_matrix(self) -> Tensor:
-        """The rows k_i."""
         return self.keys
 
     def key_bias_vector(self) -> Tensor:
-        """b1."""
         return self.key_bias
 
     def output_bias(self) -> Tensor:
-        """b2."""
         return self.bias

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, RoutingStats
-from sparseffn.ffn._init import scaled_std, truncated_normal_
+from sparseffn.ffn.feedforward import scaled_std, truncated_normal_
 from sparseffn.models.attention import Attention, RelativeAttention
 from sparseffn.models.config import TransformerXLConfig
 

@@ -38,3 +38,14 @@ def activation_backward(name: str, grad: Tensor, kept: Tensor) -> Tensor:
             return torch.ops.aten.silu_backward(grad, kept)
         case _:
             return grad
+
+
+def saved_activations(activation: str, dropout: float = 0.0) -> int:
+    """Tensors of u's size that PyTorch's activation, dropout and the product after them keep for backward.
+
+    ReLU needs no more than its output, which the product keeps too; GELU and SiLU need their input. Dropout keeps its
+    scales and makes the product keep a tensor of its own.
+    """
+    if dropout > 0:
+        return 2 if activation == "identity" else 3
+    return 1 if activation in KEEPS_OUTPUT else 2

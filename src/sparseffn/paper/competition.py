@@ -17,8 +17,8 @@ from sparseffn.analysis.usage import UsageCounter
 from sparseffn.data import ContiguousStreams
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate, token_losses
-from sparseffn.ffn._mixture import Mixture
-from sparseffn.ffn._routers import Routing
+from sparseffn.ffn.mixture import Mixture
+from sparseffn.ffn.routers import Routing
 from sparseffn.models import TransformerXL
 from sparseffn.ops import GateName
 
@@ -125,7 +125,7 @@ def _routings(
 
 
 def _gate(layer: Mixture) -> GateName:
-    gate = layer.router.gate
+    gate = layer.config.gate
     assert gate is not None, "plain routers name their gate"
     return gate
 

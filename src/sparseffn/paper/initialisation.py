@@ -20,8 +20,8 @@ from sparseffn.analysis.usage import DEAD_SHARE
 from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn._mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.dense import Dense
+from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.transformer_xl import keyed_generator
 

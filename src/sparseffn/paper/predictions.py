@@ -18,7 +18,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseffn.ffn._mixture import TopKMixtureConfig
+from sparseffn.ffn.mixture import TopKMixtureConfig
 from sparseffn.ops import GateName
 
 Array = NDArray[np.float64]

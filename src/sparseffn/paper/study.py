@@ -19,7 +19,7 @@ from sparseffn.comparison.job import Silent, Watcher
 from sparseffn.comparison.matched import MethodChoice
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
-from sparseffn.ffn._mixture import TopKMixtureConfig
+from sparseffn.ffn.mixture import TopKMixtureConfig
 from sparseffn.models.presets import Preset
 from sparseffn.paper.predictions import gate_square, interference_bounds
 from sparseffn.paper.study_runs import CPU, GATES, Deadline, Scale, Training, block_config, shortened, variants

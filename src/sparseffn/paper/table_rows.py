@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from sparseffn.accounting import count_block
 from sparseffn.ffn import FFNConfig, method_class
-from sparseffn.ffn._mixture import MixtureConfig
 from sparseffn.ffn.dense import DenseConfig
+from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.pkm import PKMConfig
 from sparseffn.ffn.topk import TopKConfig
 from sparseffn.matching import match
@@ -146,7 +146,7 @@ def _pkm(row: Row, column: Column, vocab_size: int) -> PKMConfig:
         return base.replace(n_subkeys=n_subkeys)
     dense = DenseConfig.from_shape(shape)
     model = column.model(dense, vocab_size)
-    # k = None has no knob of its own; the counts are the same.
+    # k = None is no size of its own; the counts are the same.
     found = match(base, dense.num_params(), n_blocks=model.n_blocks, other_params=model.other_params()).config
     assert isinstance(found, PKMConfig), "matching keeps the method"
     return found

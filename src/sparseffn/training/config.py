@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from sparseffn.devices import Precision
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import field_infos, option
-from sparseffn.ffn._options import check_fields
+from sparseffn.ffn.options import check_fields
 from sparseffn.models.presets import Preset
 
 CURVE_POINTS, CURVE_TOKENS = 12, 8192

@@ -15,13 +15,12 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
-from sparseffn.ffn._activations import ACTIVATIONS
-from sparseffn.ffn._config import FFNConfig, require
-from sparseffn.ffn._init import equal_norm_rows_, normal_, scaled_std
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._options import option
-from sparseffn.ffn._routers import Router, Routing, cv_loss, entropy_loss, switch_loss
-from sparseffn.ffn._stats import Routed
+from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.feedforward import FeedForward, equal_norm_rows_, normal_, scaled_std
+from sparseffn.ffn.options import option
+from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
+from sparseffn.ffn.routing_stats import Routed
+from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.backends import kernel
 from sparseffn.ops.routed_training import train_at_once
 
@@ -37,7 +36,7 @@ class MixtureConfig(FFNConfig):
     """Fields of every mixture of experts."""
 
     unit: ClassVar[str] = "experts"
-    knobs: ClassVar[tuple[str, ...]] = ("n_experts", "expert_size")
+    size_fields: ClassVar[tuple[str, ...]] = ("n_experts", "expert_size")
 
     n_experts: Annotated[int, option("Experts (N_E).", low=1)]
     expert_size: Annotated[int, option("Key-value pairs of one expert (G).", low=1)]
@@ -99,12 +98,10 @@ class MixtureConfig(FFNConfig):
 
     @property
     def n_channels(self) -> int:
-        """N_E G."""
         return self.n_experts * self.expert_size
 
     @property
     def active_channels(self) -> int:
-        """K G."""
         return self.n_selected * self.expert_size
 
 
@@ -122,12 +119,10 @@ class TopKMixtureConfig(MixtureConfig):
     cv_weight: Annotated[float, option("Weight of CV^2 of the experts' summed weights, eq. 14.", low=0.0)] = 0.0
 
     def validate(self) -> None:
-        """K experts must exist."""
         require(self.k <= self.n_experts, "k", f"at most n_experts = {self.n_experts}", self.k, "lower k or raise n_experts")
 
     @property
     def n_selected(self) -> int:
-        """K."""
         return self.k
 
     def _router_bytes(self, itemsize: int) -> int:
@@ -136,7 +131,6 @@ class TopKMixtureConfig(MixtureConfig):
         return MixtureConfig._router_bytes(self, itemsize) + left
 
     def balancing(self) -> dict[str, float]:
-        """The three weights."""
         return {"entropy": self.entropy_weight, "switch": self.switch_weight, "cv": self.cv_weight}
 
 
@@ -150,7 +144,10 @@ class Experts(nn.Module):
 
 
 class Mixture(FeedForward):
-    """Router x experts: `y = sum_{e in E_x} s[e] W2^e act(W1^e x)` (equations 11, 12). Methods are its final subclasses."""
+    """Router x experts: `y = sum_{e in E_x} s[e] W2^e act(W1^e x)` (equations 11, 12). Methods are its final subclasses.
+
+    `router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`.
+    """
 
     config: MixtureConfig
 
@@ -159,10 +156,6 @@ class Mixture(FeedForward):
         self.router = router
         self.experts = Experts(config.d_model, config.n_experts, config.expert_size)
         self.reset_parameters()
-
-    @abstractmethod
-    def scores_reference(self, x_TD: Tensor) -> Tensor:
-        """s `[T, E]` by the method's equations, slowly; exactly 0 for experts not used."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Experts like the dense block of all pairs ("shared") or of one expert; selector with the keys' spread."""
@@ -175,24 +168,27 @@ class Mixture(FeedForward):
         draw = equal_norm_rows_ if c.selector_init == "equal-norm" else normal_
         draw(self.router.selector, key_std, generator)
 
-    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
-        """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation."""
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> tuple[Tensor, Routed]:
+        """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation.
+
+        `length` is that of a sequence, for layers that know it (`knows_sequences`).
+        """
         evaluated = self.evaluate(x_TD) if mask_T is None else None
         if evaluated is not None:
             y_TD, indices_TK, gates_TK = evaluated
             selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
             # Nobody minimises a loss here; who asks for its value pays for the router once more.
             return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
-        return self._compute_in_steps(x_TD, mask_T)
+        return self._compute_in_steps(x_TD, mask_T, length)
 
-    def _compute_in_steps(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
-        y_TD, routing = self._trained(x_TD, mask_T)
+    def _compute_in_steps(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routed]:
+        y_TD, routing = self._trained(x_TD, mask_T, length)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
-    def output_TD(self, x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+    def output_TD(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Tensor:
         """The output alone: for a token or a few, what describes the selection costs as much as some of the experts."""
         evaluated = self.evaluate(x_TD, selection=False) if mask_T is None else None
-        return self._trained(x_TD, mask_T)[0] if evaluated is None else evaluated[0]
+        return self._trained(x_TD, mask_T, length)[0] if evaluated is None else evaluated[0]
 
     def evaluate(self, x_TD: Tensor, *, selection: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
         """Output, experts and gates in one operation, as `ops.routed_mlp` gives them; without `selection` the output and Nones.
@@ -206,20 +202,22 @@ class Mixture(FeedForward):
         weights = self._weights_of_one_kind(x_TD)
         if weights is None or not ops.runs_eagerly(x_TD, *weights):
             return None
-        return kernel("routed_mlp", x_TD)(x_TD, *weights, router.k, router.gate, self.config.activation, selection=selection)
+        return kernel("routed_mlp", x_TD)(
+            x_TD, *weights, router.k, self.config.gate, self.config.activation, selection=selection
+        )
 
-    def _trained(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routing]:
+    def _trained(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routing]:
         """Output and routing with gradients: of a few tokens in one operation, else step by step."""
         router, c = self.router, self.config
         training = self.training or router.training
-        gate = router.gate if router.trains_as_it_evaluates or not training else None
+        gate = c.gate if c.trains_as_it_evaluates or not training else None
         if gate is not None and mask_T is None:
             drops = training and (c.dropout > 0 or router.expert_dropout > 0)
             weights = None if drops else self._weights_of_one_kind(x_TD)
             if weights is not None and ops.runs_at_once(gate, x_TD, *weights):
                 y_TD, *routed = train_at_once(x_TD, *weights, router.k, gate, c.activation)
                 return y_TD, Routing(*routed)
-        routing = router(x_TD, mask_T)
+        routing = router(x_TD, mask_T, length)
         return self.run_experts(x_TD, routing), routing
 
     def _weights_of_one_kind(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -232,7 +230,7 @@ class Mixture(FeedForward):
         # In PyTorch's dictionaries: as attributes, modules and parameters are found by a search in Python.
         router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
         experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
-        if router.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
+        if self.config.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
             return None
         if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
             return None
@@ -278,9 +276,9 @@ class Mixture(FeedForward):
         terms = [weight * losses[name]() for name, weight in self.config.balancing().items() if weight > 0]
         return torch.stack(terms).sum() if terms else routing.weights_TK.new_zeros(())
 
-    def coefficients_TF(self, x_TD: Tensor) -> Tensor:
+    def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """`s[e] act(k_i . x)` for the pairs of selected experts, zero elsewhere."""
-        selection = self.router(x_TD, None).selection()
+        selection = self.router(x_TD, None, length).selection()
         rows = ops.sort_by_expert(selection)
         u_RG = self.activate(ops.expert_up(x_TD, self.experts.keys, rows))
         return self.scatter_units(u_RG * selection.weights[rows.order][:, None].to(u_RG.dtype), selection, rows)
@@ -292,9 +290,9 @@ class Mixture(FeedForward):
         alpha = alpha_RG.new_zeros(rows.n_tokens * n_experts, size).index_add(0, slots, alpha_RG)
         return alpha.view(rows.n_tokens, n_experts * size)
 
-    def reference_TD(self, x_TD: Tensor) -> Tensor:
+    def reference_TD(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """Equation 12, token by token and expert by expert."""
-        scores_TE = self.scores_reference(x_TD)
+        scores_TE = self.router.reference(x_TD, length)
         act = ACTIVATIONS[self.config.activation]
         outputs = []
         for x, s in zip(x_TD, scores_TE, strict=True):
@@ -309,23 +307,8 @@ class Mixture(FeedForward):
         return alpha
 
     def keys_matrix(self) -> Tensor:
-        """Keys of all experts."""
         return self.experts.keys.transpose(1, 2).flatten(0, 1)
 
     def values_matrix(self) -> Tensor:
         """Values of all experts, `[N_E G, d_model]`."""
         return self.experts.values.flatten(0, 1)
-
-
-def scatter_scores(n_experts: int, chosen: list[int], weights: Tensor) -> Tensor:
-    """s of one token, `[E]`, from the chosen experts and their weights."""
-    index = torch.tensor(chosen, dtype=torch.int64, device=weights.device)
-    return weights.new_zeros(n_experts).scatter(0, index, weights) if chosen else weights.new_zeros(n_experts)
-
-
-def best_experts(logits: Tensor, k: int, keep: Tensor | None) -> list[int]:
-    """The K best experts of one token, ties to the lowest index, without those that expert dropout removed."""
-    values = logits.detach().tolist()
-    order = sorted(range(len(values)), key=lambda e: (-values[e], e))
-    left = [e for e in order if keep is None or bool(keep[e])]
-    return left[:k]

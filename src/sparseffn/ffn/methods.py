@@ -5,6 +5,7 @@ An installed package joins by an entry point in the group `sparseffn.methods` th
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
@@ -12,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn._config import FFNConfig
-from sparseffn.ffn._options import field_infos
+from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.options import field_infos
 
 ENTRY_POINT_GROUP = "sparseffn.methods"
 
@@ -46,10 +47,9 @@ def unregister(name: str) -> None:
 
 
 def load_builtin_methods(package: str, path: list[str]) -> None:
-    """Import every public module beside this one: each is a method."""
+    """Import every module beside this one: those that hold a method register it."""
     for module in pkgutil.iter_modules(path):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"{package}.{module.name}")
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def _load_entry_points() -> None:
@@ -88,19 +88,20 @@ def config_from_json(data: Mapping[str, Any]) -> FFNConfig:
         UserError: the method or a field is unknown, a required field is missing, or a value is out of range.
     """
     fields = dict(data)
-    config_class = method_class(str(fields.pop("method", "")))
+    return make_config(method_class(str(fields.pop("method", ""))), fields)
+
+
+def make_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
+    """A config from its fields.
+
+    Raises:
+        UserError: a field is unknown, a required one is missing, or a value is out of range.
+    """
     infos = field_infos(config_class)
     for key in fields:
         if key not in infos:
             raise unknown_name(f"option of {config_class.name}", key, infos)
-    return make_config(config_class, fields)
-
-
-def make_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
-    """A config from a dict; a missing required field is a UserError."""
-    import dataclasses
-
-    missing = [i.name for i in field_infos(config_class).values() if i.default is dataclasses.MISSING and i.name not in fields]
+    missing = [info.name for info in infos.values() if info.default is dataclasses.MISSING and info.name not in fields]
     if missing:
         raise UserError(
             f"{config_class.name} needs {', '.join(missing)}; got {', '.join(fields) or 'nothing'}; "

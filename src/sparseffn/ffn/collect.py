@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparseffn.errors import UserError
-from sparseffn.ffn._layer import FeedForward
-from sparseffn.ffn._stats import CollectedStats, recomputing
+from sparseffn.ffn.feedforward import FeedForward
+from sparseffn.ffn.routing_stats import RoutingStats, recomputing
+
+
+class CollectedStats(Mapping[str, list[RoutingStats]]):
+    """Statistics by layer name, one entry for each time that the layer ran."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._calls: dict[str, list[RoutingStats]] = {name: [] for name in names}
+
+    def add(self, name: str, stats: RoutingStats) -> None:
+        """Append what one call of a layer reported."""
+        self._calls[name].append(stats)
+
+    def __getitem__(self, name: str) -> list[RoutingStats]:
+        return self._calls[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Sum of the balancing losses over layers and calls.
+
+        Raises:
+            UserError: no layer has run, so that there is no loss to add.
+        """
+        losses = [stats.balance_loss for calls in self._calls.values() for stats in calls]
+        if not losses:
+            raise UserError(
+                "no layer reported: the model must run inside `with collect_stats(model)`; "
+                "fix: call it there, and compile it, if at all, inside too or pass return_stats=True"
+            )
+        return torch.stack([loss.float() for loss in losses]).sum()
+
+    @property
+    def entropy(self) -> float:
+        """Mean over layers and calls of each one's entropy as a share of its maximum, log n_units."""
+        shares = [
+            float(stats.entropy) / math.log(stats.counts.shape[0])
+            for calls in self._calls.values()
+            for stats in calls
+            if stats.counts.shape[0] > 1
+        ]
+        return sum(shares) / max(len(shares), 1)
 
 
 @contextmanager

@@ -1,10 +1,9 @@
-"""Routing statistics of one forward pass, and their collection from layers inside any model."""
+"""Routing statistics of one forward pass."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,49 +111,3 @@ def _refuse_reentrant_checkpoint() -> None:
 def recomputing() -> bool:
     """Whether this forward runs inside a backward pass, which is how non-re-entrant checkpointing recomputes."""
     return torch._C._current_graph_task_id() != -1
-
-
-class CollectedStats(Mapping[str, list[RoutingStats]]):
-    """Statistics by layer name, one entry for each time that the layer ran."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._calls: dict[str, list[RoutingStats]] = {name: [] for name in names}
-
-    def add(self, name: str, stats: RoutingStats) -> None:
-        """Append what one call of a layer reported."""
-        self._calls[name].append(stats)
-
-    def __getitem__(self, name: str) -> list[RoutingStats]:
-        return self._calls[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._calls)
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    @property
-    def balance_loss(self) -> Tensor:
-        """Sum of the balancing losses over layers and calls.
-
-        Raises:
-            UserError: no layer has run, so that there is no loss to add.
-        """
-        losses = [stats.balance_loss for calls in self._calls.values() for stats in calls]
-        if not losses:
-            raise UserError(
-                "no layer reported: the model must run inside `with collect_stats(model)`; "
-                "fix: call it there, and compile it, if at all, inside too or pass return_stats=True"
-            )
-        return torch.stack([loss.float() for loss in losses]).sum()
-
-    @property
-    def entropy(self) -> float:
-        """Mean over layers and calls of each one's entropy as a share of its maximum, log n_units."""
-        shares = [
-            float(stats.entropy) / math.log(stats.counts.shape[0])
-            for calls in self._calls.values()
-            for stats in calls
-            if stats.counts.shape[0] > 1
-        ]
-        return sum(shares) / max(len(shares), 1)

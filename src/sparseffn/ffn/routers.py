@@ -1,10 +1,10 @@
-"""Parts of routers: logits in float32, expert dropout, selection, and the balancing losses."""
+"""Routers and their parts: logits in float32, expert dropout, selection, references, and the balancing losses."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,25 @@ class Routing:
         return Selection.fixed(self.indices_TK, self.weights_TK, self.logits_TE.shape[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a router sees of a batch beside its logits."""
+
+    x_TD: Tensor
+    mask_T: Tensor | None = None
+    """False for padding."""
+    keep_TE: Tensor | None = None
+    """False where expert dropout removed an expert from a token's choice (equation 22)."""
+    length: int | None = None
+    """Tokens of a sequence where x was `(..., length, d_model)`; None: all tokens are one sequence."""
+
+
 class Router(nn.Module, ABC):
     """Scores experts with `selector [E, d_model]` and selects; one small subclass a method.
 
     Logits are float32 (float64 in a float64 layer) whatever the layer's dtype and whether or not autocast is on.
     """
 
-    gate: ClassVar[ops.GateName | None] = None
-    """How evaluation turns the K = `self.k` largest logits into weights, for `ops.routed_mlp`; None: in no such way."""
-    trains_as_it_evaluates: ClassVar[bool] = False
-    """Whether training selects and weights by that gate too, dropout apart."""
     k: int
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
@@ -51,16 +60,26 @@ class Router(nn.Module, ABC):
         self.selector = nn.Parameter(torch.empty(n_experts, d_model))
 
     @abstractmethod
-    def select(self, logits_TE: Tensor, x_TD: Tensor, keep_TE: Tensor | None, mask_T: Tensor | None) -> Routing:
-        """The selection for each token; `keep_TE` is False where expert dropout removed an expert."""
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+        """The selection for each token."""
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None) -> Routing:
+    @abstractmethod
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        """s `[T, E]` by the method's equations, slowly; exactly 0 for experts not used."""
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
         """Route a batch; padding gets weights of 0."""
-        routing = self.select(ops.router_logits(x_TD, self.selector), x_TD, self.draw_keep(x_TD), mask_T)
+        logits_TE = ops.router_logits(x_TD, self.selector)
+        routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
         if mask_T is None:
             return routing
         weights_TK = routing.weights_TK.masked_fill(~mask_T[:, None], 0.0)
         return Routing(routing.logits_TE, routing.indices_TK, weights_TK, routing.dropped)
+
+    def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:
+        """s `[T, E]`, slowly; draws the same random numbers as `forward`."""
+        logits_TE = ops.router_logits(x_TD, self.selector)
+        return self.scores_reference(logits_TE, Batch(x_TD, None, self.draw_keep(x_TD), length))
 
     def draw_keep(self, x_TD: Tensor) -> Tensor | None:
         """Expert dropout (equation 22): bool `[T, E]`, False with probability delta; None when nothing is dropped."""
@@ -90,11 +109,50 @@ def renormalise(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
     return logits_TK.masked_fill(dead_TK, _NEVER).softmax(dim=1).masked_fill(dead_TK, 0.0)
 
 
+def scores_by_token(
+    logits_TE: Tensor, ranks_TE: Tensor, batch: Batch, k: int, score: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor:
+    """The slow reference of a top-K router: s `[T, E]`, token by token.
+
+    Args:
+        logits_TE: logits.
+        ranks_TE: what the K best are chosen by, ties to the lowest index.
+        batch: expert dropout removes experts from the choice.
+        k: experts a token uses.
+        score: weights of the chosen experts from a token's logits and their indices.
+    """
+    rows = []
+    for t, (logits, ranks) in enumerate(zip(logits_TE, ranks_TE.detach().tolist(), strict=True)):
+        order = sorted(range(len(ranks)), key=lambda e: (-ranks[e], e))
+        chosen = [e for e in order if batch.keep_TE is None or bool(batch.keep_TE[t, e])][:k]
+        row = logits.new_zeros(len(logits))
+        index = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
+        rows.append(row.scatter(0, index, score(logits, chosen)) if chosen else row)
+    return torch.stack(rows) if rows else logits_TE
+
+
+def sigmoid_scores(logits: Tensor, chosen: list[int]) -> Tensor:
+    """Sigmoid of the chosen logits."""
+    return torch.sigmoid(logits[chosen])
+
+
+def softmax_scores(logits: Tensor, chosen: list[int]) -> Tensor:
+    """The chosen entries of a softmax over all experts."""
+    return logits.softmax(dim=0)[chosen]
+
+
+def renormalised_scores(logits: Tensor, chosen: list[int]) -> Tensor:
+    """The same, divided by their sum."""
+    s = softmax_scores(logits, chosen)
+    return s / s.sum()
+
+
 def _log_mean(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     """Log of the mean over tokens of the softmax, in log space (equation 20)."""
     log_p_TE = logits_TE.log_softmax(dim=1)
     if mask_T is None:
-        n_tokens = logits_TE.new_tensor(logits_TE.shape[0])
+        # Made on the device: a tensor from a number would be copied there, which waits for it.
+        n_tokens = logits_TE.new_full((), logits_TE.shape[0])
     else:
         log_p_TE = log_p_TE.masked_fill(~mask_T[:, None], _NEVER)
         n_tokens = mask_T.sum().clamp_min(1).to(logits_TE.dtype)

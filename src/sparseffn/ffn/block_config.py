@@ -6,20 +6,23 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from sparseffn.errors import UserError
-from sparseffn.ffn._options import check_fields, field_infos, option
+from sparseffn.ffn.options import check_fields, field_infos, option
+from sparseffn.ops import GateName
+from sparseffn.ops.activations import ActivationName
 
 if TYPE_CHECKING:
-    from sparseffn.ffn._layer import FeedForward
+    from sparseffn.ffn.feedforward import FeedForward
 
-ActivationName = Literal["relu", "gelu", "silu", "identity"]
+# What size_fields and preset_fields were called in version 0.1.
+_FORMER_NAMES = {"knobs": "size_fields", "takes": "preset_fields"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """What a preset says of its feedforward block; each method takes from it what it has."""
+    """Sizes and rates of a preset's feedforward block; each method uses those that it has."""
 
     d_model: int
     d_ff: int
@@ -50,16 +53,29 @@ class FFNConfig(ABC):
     """Where it comes from."""
     unit: ClassVar[str] = "channels"
     """What is selected: channels, values or experts."""
-    knobs: ClassVar[tuple[str, ...]]
+    size_fields: ClassVar[tuple[str, ...]]
     """Integer fields that matching may change, in order of preference."""
-    takes: ClassVar[tuple[str, ...]] = ("d_model", "n_layers", "d_ff", "n_experts", "expert_size", "k")
+    preset_fields: ClassVar[tuple[str, ...]] = ("d_model", "n_layers", "d_ff", "n_experts", "expert_size", "k")
     """Fields of a preset's `BlockShape` that the method takes over where it has them."""
+    gate: ClassVar[GateName | None] = None
+    """How evaluation weights the experts of the K largest logits; None: the method has no such experts or another rule."""
+    trains_as_it_evaluates: ClassVar[bool] = False
+    """Whether training selects by the K largest logits and weights by `gate` too, dropout apart."""
+    has_backends: ClassVar[bool] = True
+    """Whether the layer runs sparseffn's operations, which several backends offer, or PyTorch's own alone."""
     xfail: ClassVar[Mapping[str, str]] = {}
     """Contract checks that the method cannot pass, each with the reason."""
 
     d_model: Annotated[int, option("Width of the model: size of the block's input and output.", low=1)]
     activation: Annotated[ActivationName, option("Non-linearity applied to the key scores.")] = "relu"
     n_layers: Annotated[int, option("Depth of the model; used by the initialisation alone.", low=1)] = 1
+
+    def __init_subclass__(cls) -> None:
+        for former, name in _FORMER_NAMES.items():
+            if former in vars(cls) and name not in vars(cls):
+                setattr(cls, name, vars(cls)[former])
+            if hasattr(cls, name):
+                setattr(cls, former, getattr(cls, name))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,7 +86,7 @@ class FFNConfig(ABC):
 
     @abstractmethod
     def build(self) -> FeedForward:
-        """The layer."""
+        """The layer, with freshly drawn parameters."""
 
     @abstractmethod
     def num_params(self) -> int:
@@ -95,6 +111,11 @@ class FFNConfig(ABC):
             n_tokens: T.
             itemsize: bytes of one element of the layer's dtype.
         """
+
+    @property
+    def revision(self) -> int:
+        """Which revision of what the method computes under this config; stored runs of another revision are other runs."""
+        return 1
 
     def balancing(self) -> Mapping[str, float]:
         """Weight of each balancing loss that the method has; empty where it has none."""
@@ -122,8 +143,8 @@ class FFNConfig(ABC):
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> Self:
-        """The method at a preset's sizes, before parameters are matched: the fields that it `takes`."""
-        return cls(**{key: getattr(shape, key) for key in field_infos(cls) if key in cls.takes})
+        """The method at a preset's sizes, before parameters are matched: its `preset_fields`."""
+        return cls(**{key: getattr(shape, key) for key in field_infos(cls) if key in cls.preset_fields})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""

@@ -1,16 +1,17 @@
-"""The base of every layer: a drop-in feedforward block with optional mask and statistics."""
+"""The base of every layer: a drop-in feedforward block with optional mask and statistics; and how parameters are drawn."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from sparseffn.errors import UserError
-from sparseffn.ffn._config import FFNConfig
-from sparseffn.ffn._stats import Routed, RoutingStats, routing_stats
+from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.routing_stats import Routed, RoutingStats, routing_stats
 
 
 class FeedForward(nn.Module, ABC):
@@ -18,6 +19,12 @@ class FeedForward(nn.Module, ABC):
 
     Every block is a sum of key-value pairs: `layer(x) == coefficients(x) @ values_matrix() + output_bias()`.
     A method implements the methods below that take `x_TD`, tokens in a matrix.
+    """
+
+    knows_sequences: ClassVar[bool] = False
+    """Whether `compute`, `output_TD`, `coefficients_TF` and `reference_TD` also take `length`, the tokens of a sequence.
+
+    They get it where x is `(..., length, d_model)` with three dimensions or more; tokens in a matrix are one sequence.
     """
 
     def __init__(self, config: FFNConfig) -> None:
@@ -88,7 +95,8 @@ class FeedForward(nn.Module, ABC):
             UserError: x or mask has another shape than the layer needs, or x is not floating-point.
         """
         x_TD, mask_T = self._flatten(x, mask)
-        y_TD, routed = self.compute(x_TD, mask_T) if return_stats else (self.output_TD(x_TD, mask_T), None)
+        known = self._known(x)
+        y_TD, routed = self.compute(x_TD, mask_T, **known) if return_stats else (self.output_TD(x_TD, mask_T, **known), None)
         if mask_T is not None:
             y_TD = y_TD.masked_fill(~mask_T[:, None], 0.0)
         y = y_TD if x.dim() == 2 else y_TD.reshape(x.shape)
@@ -97,12 +105,15 @@ class FeedForward(nn.Module, ABC):
     def coefficients(self, x: Tensor) -> Tensor:
         """The coefficient of every key-value pair, `(..., d_ff)`: non-negative for ReLU, zero where not selected."""
         x_TD, _ = self._flatten(x, None)
-        return self.coefficients_TF(x_TD).reshape(*x.shape[:-1], -1)
+        return self.coefficients_TF(x_TD, **self._known(x)).reshape(*x.shape[:-1], -1)
 
     def reference(self, x: Tensor) -> Tensor:
         """The output by the slow reference; draws the same random numbers as `forward` where a method routes by them."""
         x_TD, _ = self._flatten(x, None)
-        return self.reference_TD(x_TD).reshape(x.shape)
+        return self.reference_TD(x_TD, **self._known(x)).reshape(x.shape)
+
+    def _known(self, x: Tensor) -> dict[str, Any]:
+        return {"length": x.shape[-2]} if self.knows_sequences and x.dim() > 2 else {}
 
     def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         d_model = self.config.d_model
@@ -125,3 +136,31 @@ class FeedForward(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The config, in `print(model)`."""
         return ", ".join(f"{k}={v!r}" for k, v in self.config.to_json().items())
+
+
+def scaled_std(fan: int, n_layers: int) -> float:
+    """`sqrt(2 / (fan n_layers))`, the dense pre-layernorm block's standard deviation."""
+    return math.sqrt(2.0 / (fan * n_layers))
+
+
+@torch.no_grad()
+def normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    weight.normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def truncated_normal_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Normal truncated at two standard deviations, the sample then rescaled to exactly `std` (about zero)."""
+    torch.nn.init.trunc_normal_(weight, generator=generator)
+    weight.mul_(std / weight.square().mean().sqrt().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def equal_norm_rows_(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Normal, every row rescaled to the same norm, then the matrix rescaled so that its standard deviation is `std`.
+
+    A row's norm would otherwise favour or starve its expert whatever the angle between row and input.
+    """
+    weight.normal_(generator=generator)
+    weight.div_(weight.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    weight.mul_(std / weight.std(correction=0).clamp_min(1e-12) if weight.numel() > 1 else std)
