@@ -16,9 +16,8 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from sparseffn.errors import UserError
 
@@ -27,15 +26,10 @@ MAX_MEMBER_BYTES = 1 << 30
 # Bytes of a tar file that are read while its members are looked for: a compressed one may hold any number of zeros.
 MAX_TAR_BYTES = 1 << 32
 BLOCK_BYTES = 1 << 20
+_ANOTHER = "it is another archive than its name says; get the published one"
+# Path and contents of a member; the contents are read before the next one comes.
+_Members = Generator[tuple[str, Callable[[int], bytes]], None, None]
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError)
-
-
-class Readable(Protocol):
-    """What a member's contents come from."""
-
-    def read(self, size: int, /) -> bytes:
-        """At most `size` bytes; none at the end."""
-        ...
 
 
 def unpack(archive: Path, members: Mapping[str, str], folder: Path, *, max_bytes: int = MAX_MEMBER_BYTES) -> None:
@@ -53,16 +47,15 @@ def unpack(archive: Path, members: Mapping[str, str], folder: Path, *, max_bytes
     wanted = {_normal(path): name for path, name in members.items()}
     try:
         with contextlib.closing(_members(archive, set(wanted))) as found:
-            for path, stream in found:
+            for path, read in found:
                 name = wanted.pop(path)
                 assert Path(name).name == name, f"{name!r} must be a file's name alone"
-                _copy(stream, folder / name, max_bytes, f"{path} in {archive.name}")
+                _copy(read, folder / name, max_bytes, f"{path} in {archive.name}")
     except _DAMAGE as error:
         raise UserError(f"an archive must be whole; got {str(archive)!r} ({error}); fix: remove it and get it again") from error
     if wanted:
         raise UserError(
-            f"an archive must hold {', '.join(members)}; got {str(archive)!r} without {', '.join(wanted)}; "
-            f"fix: it is another archive than its name says; get the published one"
+            f"an archive must hold {', '.join(members)}; got {str(archive)!r} without {', '.join(wanted)}; fix: {_ANOTHER}"
         )
 
 
@@ -70,7 +63,7 @@ def _normal(path: str) -> str:
     return path.removeprefix("./")
 
 
-def _members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readable], None, None]:
+def _members(archive: Path, wanted: set[str]) -> _Members:
     """The wanted members with their contents, as they come."""
     with archive.open("rb") as stream:
         head = stream.read(8)
@@ -80,7 +73,7 @@ def _members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readable],
         yield from _tar_members(archive, wanted)
     elif head.startswith(b"\x1f\x8b") and len(wanted) == 1:
         with gzip.open(archive, "rb") as stream:
-            yield next(iter(wanted)), stream
+            yield next(iter(wanted)), stream.read
     else:
         raise UserError(
             f"an archive must be a zip, tar or gzip file; got {str(archive)!r}, which begins with {head!r}; "
@@ -95,7 +88,7 @@ def _is_tar(archive: Path) -> bool:
         return False
 
 
-def _zip_members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readable], None, None]:
+def _zip_members(archive: Path, wanted: set[str]) -> _Members:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             path = _normal(info.filename)
@@ -105,10 +98,10 @@ def _zip_members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readab
                 raise _not_plain(path, archive)
             wanted = wanted - {path}
             with file.open(info) as stream:
-                yield path, stream
+                yield path, stream.read
 
 
-def _tar_members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readable], None, None]:
+def _tar_members(archive: Path, wanted: set[str]) -> _Members:
     with tarfile.open(archive, "r:*") as file:
         for info in file:
             if info.offset_data + info.size > MAX_TAR_BYTES:
@@ -120,15 +113,15 @@ def _tar_members(archive: Path, wanted: set[str]) -> Generator[tuple[str, Readab
             if stream is None:
                 raise _not_plain(path, archive)
             wanted = wanted - {path}
-            yield path, stream
+            yield path, stream.read
             if not wanted:
                 return
 
 
-def _copy(stream: Readable, place: Path, max_bytes: int, what: str) -> None:
+def _copy(read: Callable[[int], bytes], place: Path, max_bytes: int, what: str) -> None:
     written = 0
     with place.open("xb") as file:
-        while block := stream.read(BLOCK_BYTES):
+        while block := read(BLOCK_BYTES):
             written += len(block)
             if written > max_bytes:
                 raise _too_large(what, max_bytes)
@@ -138,12 +131,11 @@ def _copy(stream: Readable, place: Path, max_bytes: int, what: str) -> None:
 def _not_plain(path: str, archive: Path) -> UserError:
     return UserError(
         f"a member of an archive must be a plain file; got {path} in {str(archive)!r}, a link, folder or encrypted; "
-        f"fix: it is another archive than its name says; get the published one"
+        f"fix: {_ANOTHER}"
     )
 
 
 def _too_large(what: str, max_bytes: int) -> UserError:
     return UserError(
-        f"an archive must not unpack to more than {max_bytes} bytes a member; got more from {what}; "
-        f"fix: it is another archive than its name says; get the published one"
+        f"an archive must not unpack to more than {max_bytes} bytes a member; got more from {what}; fix: {_ANOTHER}"
     )

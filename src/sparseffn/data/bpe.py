@@ -98,20 +98,16 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """From `model`, a SentencePiece model in base 64."""
         return cls(base64.b64decode(str(state["model"])))
 
     def state(self) -> dict[str, object]:
-        """The model in base 64."""
         return {"model": base64.b64encode(self._model).decode("ascii")}
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces, the 256 bytes included."""
         return int(self._processor.get_piece_size())
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Number of every piece, as int64."""
         lines = to_text(data).split("\n")
         ids: list[int] = []
         for index, pieces in enumerate(self._processor.encode(lines, num_threads=1)):

@@ -109,7 +109,6 @@ class TokenCache:
         return digest_of(str(FORMAT), content, json.dumps(settings, sort_keys=True))
 
     def path(self, key: str) -> Path:
-        """Where the tokens of that key are."""
         return self.folder / "tokens" / key
 
     def _note(self, fingerprint: str) -> Path:

@@ -21,8 +21,7 @@ from sparseffn.data.splits import SPLITS, Place, Source, Split, digest_of
 from sparseffn.data.streamed import StreamedSource
 from sparseffn.data.streams import ContiguousStreams, TrainingStreams
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
-from sparseffn.data.tokenizers import tokenizer_class
-from sparseffn.data.tokenizing import AnySource, check_size, find_prepared, make_prepared
+from sparseffn.data.tokenizing import AnySource, check_size, prepared_tokens
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.storage import default_cache_dir
 
@@ -247,16 +246,13 @@ def open_corpus(
         UserError: as `load_corpus`.
     """
     choice = entry.tokenizer if tokenizer is None else tokenizer
-    settings = _settings(choice, vocab_size)
     source = entry.find(place)
     if isinstance(source, Source):
         for split in SPLITS:
             # No tokeniser makes more tokens than bytes, but for the end of a last line.
             check_size(source.corpus, split, source.n_bytes(split) + 1)
     cache = TokenCache(place.cache_dir)
-    prepared = find_prepared(source, choice, settings, cache, network) or make_prepared(
-        source, choice, settings, cache, on_progress
-    )
+    prepared = prepared_tokens(source, choice, vocab_size, cache, network=network, on_progress=on_progress)
     origin = CorpusOrigin(
         name=entry.name,
         data_dir=None if place.data_dir is None else str(place.data_dir.absolute()),
@@ -265,20 +261,6 @@ def open_corpus(
         vocab_size=vocab_size,
     )
     return _as_corpus(source, prepared, origin)
-
-
-def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, object]:
-    """What, beside the text, the tokens depend on."""
-    default = None if isinstance(choice, Tokenizer) else tokenizer_class(choice).default_vocab_size
-    if vocab_size is not None and default is None:
-        named = choice if isinstance(choice, str) else choice.name
-        raise UserError(
-            f"`vocab_size` must be left out for tokenizer {named!r}, whose vocabulary follows from the text; "
-            f"got {vocab_size}; fix: leave it out, or use tokenizer=bpe"
-        )
-    if isinstance(choice, Tokenizer):
-        return {"digest": choice.digest}
-    return {"tokenizer": choice, "vocab_size": default if vocab_size is None else vocab_size}
 
 
 def _as_corpus(source: AnySource, prepared: Prepared, origin: CorpusOrigin) -> Corpus:

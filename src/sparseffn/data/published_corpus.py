@@ -227,8 +227,8 @@ class PublishedCorpus:
         """Where plain files may lie: the folder, those that the archives have inside, and around a single file."""
         if data_dir.is_file():
             return [data_dir.parent] if [file.name for file in self.files] == [data_dir.name] else []
-        inside = {Path(path).parent for route in self.routes for remote in route for path in remote.members}
-        return [data_dir, *(data_dir / folder for folder in sorted(inside)), *(data_dir / f.name for f in sorted(inside))]
+        inside = sorted({Path(path).parent for route in self.routes for remote in route for path in remote.members})
+        return [data_dir, *(data_dir / folder for folder in inside), *(data_dir / folder.name for folder in inside)]
 
     def _unpacked(self, remote: RemoteFile, path: Path, place: Place, accepted: set[str]) -> Path:
         found = SourceFile.at(path.resolve(), path.name)

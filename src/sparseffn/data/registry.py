@@ -19,8 +19,6 @@ Others = TypeVar("Others", PublishedCorpus, StreamedCorpus)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusEntry:
-    """A registered corpus."""
-
     # How users name it.
     name: str
     # One line for lists.

@@ -93,7 +93,6 @@ class _Lane:
         self.move(0, 0)
 
     def move(self, shard: int, line: int) -> None:
-        """Go to a document."""
         self.shard, self.line = shard, line
         self._stream: Iterator[str] | None = None
 
@@ -132,7 +131,6 @@ class ShuffledDocuments:
         self._mark, self._texts, self._index = self._state(), [], 0
 
     def __next__(self) -> str:
-        """The next document."""
         if self._index == len(self._texts):
             self._fill()
         self._index += 1

@@ -63,7 +63,6 @@ class StreamedCorpus:
 
     @property
     def evaluated(self) -> list[str]:
-        """Validation shards that are used."""
         return [self.validation.format(i) for i in range(self.eval_shards)]
 
     def is_prepared(self, place: Place) -> bool:
@@ -120,8 +119,6 @@ def _checksum(path: Path) -> str:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedSource:
-    """The shards that are there."""
-
     # What is published.
     spec: StreamedCorpus
     # Training shards, by their published path.
@@ -133,7 +130,6 @@ class StreamedSource:
 
     @property
     def corpus(self) -> str:
-        """Name of the corpus."""
         return self.spec.name
 
     @property
@@ -157,11 +153,9 @@ class StreamedSource:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the hub is read."""
         return not self.files
 
     def n_files(self, split: Split) -> int:
-        """Number of shards of the split."""
         return len(self.shards if split == "train" else self.spec.evaluated)
 
     def blocks(self, split: Split) -> Iterator[Block]:

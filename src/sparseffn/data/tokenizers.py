@@ -28,25 +28,20 @@ class BytesTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        """The same for every text."""
         return cls()
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """There is no state."""
         return cls()
 
     def state(self) -> dict[str, object]:
-        """Nothing."""
         return {}
 
     @property
     def vocab_size(self) -> int:
-        """Always 256."""
         return 256
 
     def encode(self, data: bytes) -> np.ndarray:
-        """The bytes themselves, as uint8."""
         return np.frombuffer(data, dtype=np.uint8)
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -67,7 +62,6 @@ class SeenBytesTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        """Collect the bytes of the text."""
         found: set[int] = set()
         for block in blocks:
             found.update(block)
@@ -75,20 +69,16 @@ class SeenBytesTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """From `values`, hexadecimal digits."""
         return cls(bytes.fromhex(str(state["values"])))
 
     def state(self) -> dict[str, object]:
-        """The bytes as hexadecimal digits."""
         return {"values": self._values.tobytes().hex()}
 
     @property
     def vocab_size(self) -> int:
-        """Number of different bytes."""
         return len(self._values)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Number of every byte, as int64."""
         given = np.frombuffer(data, dtype=np.uint8)
         numbers = np.full(256, -1, dtype=np.int64)
         numbers[self._values] = np.arange(self.vocab_size)
@@ -120,7 +110,6 @@ class CharsTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        """Collect the characters of the text."""
         found: set[str] = set()
         for block in blocks:
             found.update(to_text(block))
@@ -128,20 +117,16 @@ class CharsTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """From `characters`, a string."""
         return cls(str(state["characters"]))
 
     def state(self) -> dict[str, object]:
-        """The vocabulary as a string."""
         return {"characters": _from_code_points(self._points)}
 
     @property
     def vocab_size(self) -> int:
-        """Number of different characters."""
         return len(self._points)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Number of every character, as int64."""
         points = _code_points(to_text(data))
         ids = np.searchsorted(self._points, points)
         missing = points[np.append(self._points, 0)[ids] != points] if self.vocab_size else points
@@ -174,7 +159,6 @@ class WordsTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        """Count the words of the text."""
         counts: Counter[str] = Counter()
         for block in blocks:
             counts.update(_words_of(block))
@@ -182,23 +166,19 @@ class WordsTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: Mapping[str, object]) -> Self:
-        """From `words`, a list of strings."""
         words = state["words"]
         if not isinstance(words, list):
             raise TypeError(f"`words` must be a list; got {type(words).__name__}")
         return cls([str(word) for word in words])
 
     def state(self) -> dict[str, object]:
-        """The vocabulary in order."""
         return {"words": list(self._words)}
 
     @property
     def vocab_size(self) -> int:
-        """Number of different words, `<eos>` included."""
         return len(self._words)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Number of every word and line end, as int64."""
         unknown = self._numbers.get(UNKNOWN, -1)
         words = _words_of(data)
         ids = np.fromiter((self._numbers.get(word, unknown) for word in words), dtype=np.int64, count=len(words))
@@ -241,7 +221,6 @@ _TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def list_tokenizers() -> list[str]:
-    """Names of all tokenisers."""
     return sorted(_TOKENIZERS)
 
 

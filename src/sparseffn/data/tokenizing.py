@@ -21,51 +21,65 @@ AnySource = Source | StreamedSource
 MIN_TOKENS: Mapping[Split, int] = {"train": 1000, "valid": 2, "test": 2}
 
 
-def find_prepared(
-    source: AnySource, choice: str | Tokenizer, settings: Mapping[str, object], cache: TokenCache, network: bool
-) -> Prepared | None:
-    """What was prepared before, found without reading the text.
+def prepared_tokens(
+    source: AnySource,
+    choice: str | Tokenizer,
+    vocab_size: int | None,
+    cache: TokenCache,
+    *,
+    network: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Prepared:
+    """The stored tokens of a source.
+
+    Args:
+        source: the text.
+        choice: name of the tokeniser to fit, or a tokeniser.
+        vocab_size: size of the vocabulary that is fitted; None for the tokeniser's default.
+        cache: where they are stored.
+        network: whether gigabytes may be read from the network to make them.
+        on_progress: called as a streamed corpus is read.
 
     Raises:
-        UserError: it was not, and making it would read gigabytes from the network unasked.
+        UserError: the text cannot be used, the cache cannot be written, or the network is needed.
     """
-    known = cache.known_content(source.fingerprint())
-    prepared = None if known is None else cache.open(cache.key(known, settings))
+    settings = _settings(choice, vocab_size)
+    fingerprint = source.fingerprint()
+    known = cache.known_content(fingerprint)
+    if known is not None and (found := cache.open(cache.key(known, settings))) is not None:
+        return found
     # With a tokeniser at hand only the stored splits are read, a few megabytes; training one takes gigabytes.
-    ready = network or (known is not None and isinstance(choice, Tokenizer))
-    if prepared is None and isinstance(source, StreamedSource) and source.is_remote and not ready:
+    allowed = network or (known is not None and isinstance(choice, Tokenizer))
+    if isinstance(source, StreamedSource) and source.is_remote and not allowed:
         raise UserError(
             f"corpus {source.corpus!r} must have a `data_dir` with {source.spec.contents}, or be prepared once with this "
             f"tokenizer; got nothing; fix: `sparseffn data prepare --corpus {source.corpus}`, or pass --data-dir PATH"
         )
-    return prepared
-
-
-def make_prepared(
-    source: AnySource,
-    choice: str | Tokenizer,
-    settings: Mapping[str, object],
-    cache: TokenCache,
-    on_progress: OnProgress | None,
-) -> Prepared:
-    """Read the text, fit the tokeniser where it is not given, and store the tokens.
-
-    Raises:
-        UserError: the text cannot be used, or the cache cannot be written.
-    """
-    fingerprint = source.fingerprint()
-    known = cache.known_content(fingerprint)
     content = known or content_digest(source)
     key = cache.key(content, settings)
     prepared = cache.open(key)
     if prepared is None:
-        tokenizer = choice if isinstance(choice, Tokenizer) else _fit(source, choice, settings, on_progress)
+        tokenizer = choice if isinstance(choice, Tokenizer) else _fit(source, tokenizer_class(choice), vocab_size, on_progress)
         prepared = cache.store(key, tokenizer, _Filler(source, tokenizer, content), content)
     if known is None:
         # The note only saves time; a cache that may be read but not written still serves.
         with contextlib.suppress(UserError):
             cache.remember(fingerprint, content)
     return prepared
+
+
+def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, object]:
+    """What, beside the text, the tokens depend on."""
+    default = None if isinstance(choice, Tokenizer) else tokenizer_class(choice).default_vocab_size
+    if vocab_size is not None and default is None:
+        named = choice if isinstance(choice, str) else choice.name
+        raise UserError(
+            f"`vocab_size` must be left out for tokenizer {named!r}, whose vocabulary follows from the text; "
+            f"got {vocab_size}; fix: leave it out, or use tokenizer=bpe"
+        )
+    if isinstance(choice, Tokenizer):
+        return {"digest": choice.digest}
+    return {"tokenizer": choice, "vocab_size": default if vocab_size is None else vocab_size}
 
 
 def content_digest(source: AnySource) -> str:
@@ -77,13 +91,11 @@ def content_digest(source: AnySource) -> str:
     return digests.hexdigest()
 
 
-def _fit(source: AnySource, name: str, settings: Mapping[str, object], on_progress: OnProgress | None) -> Tokenizer:
-    cls, vocab_size = tokenizer_class(name), settings["vocab_size"]
-    size = vocab_size if isinstance(vocab_size, int) else None
+def _fit(source: AnySource, cls: type[Tokenizer], vocab_size: int | None, on_progress: OnProgress | None) -> Tokenizer:
     if isinstance(source, StreamedSource):
-        return source.fit(name, size, on_progress)
+        return source.fit(cls.name, vocab_size, on_progress)
     texts = (_checked(block, cls.needs_text) for split in cls.fits_on for block in source.blocks(split))
-    return cls.fit(texts, vocab_size=size)
+    return cls.fit(texts, vocab_size=vocab_size)
 
 
 @final
