@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sparseffn.comparison.runs import run_path, train_config
+from sparseffn.comparison.runs import run_path
 from sparseffn.data import Corpus, to_metric
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
 from sparseffn.paper.scales import get_scale
@@ -24,6 +24,7 @@ from sparseffn.paper.table_rows import sized
 from sparseffn.paper.tables import DENSE
 from sparseffn.storage import environment, read_json, write_json
 from sparseffn.training import train
+from sparseffn.training.config import from_preset
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "learning-rates.json"
 COLUMN = "WT-S"
@@ -54,7 +55,7 @@ def main() -> int:
     model = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
     metric, _ = to_metric(0.0, corpus.unit)
     # Without a curve: its points would cost as much as the training.
-    config = dataclasses.replace(train_config(column.preset, options.steps, 0), eval_every=options.steps)
+    config = from_preset(column.preset, steps=options.steps, eval_every=options.steps)
     settings = {
         "corpus": corpus.info,
         "sizes": column.sizes,

@@ -400,7 +400,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "sparseffn": version(),
         "sources": sources_digest(Path(__file__).parent),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(CPU_INFO),

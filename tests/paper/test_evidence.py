@@ -9,8 +9,7 @@ import pytest
 from micro_tables import MakeTable
 
 from sparseffn.paper.corpus_choice import Corpora
-from sparseffn.paper.costs import Speed, costs, forward_flops
-from sparseffn.paper.dry_run import dry_run
+from sparseffn.paper.costs import Speed, dry_run, forward_flops
 from sparseffn.paper.evidence import (
     COLUMN,
     STAGES,
@@ -18,12 +17,12 @@ from sparseffn.paper.evidence import (
     Stage,
     estimated_s,
     evidence_items,
+    evidence_result,
     evidence_tables,
-    list_json,
-    spend,
+    run_until_budget,
 )
 from sparseffn.paper.execution import execute
-from sparseffn.paper.measured import table_json
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import Scale, get_scale
@@ -66,10 +65,10 @@ def test_rows_keep_every_seed_that_exists(request_micro: Request, tmp_path: Path
     for item in evidence_items(request_micro, (stages[0], seeds)):
         if (item.label, item.seed) != ("sigma-moe", 1):
             execute(pool, item.spec)
-    dense, sigma, init = table_json(evidence_tables(request_micro, pool, stages)[1], pool)["cells"]
-    assert (dense["seeds"], sigma["seeds"], init["seeds"]) == ([0, 1, 2], [0, 2], [0, 1])
-    assert (sigma["reason"], init["reason"]) == ("seed 1: not run yet", None)
-    assert [init[f"against_{other}"]["n_seeds"] for other in ("dense", "sigma_moe")] == [2, 1]
+    dense, sigma, init = table_result(evidence_tables(request_micro, pool, stages)[1], pool).cells
+    assert (dense.seeds, sigma.seeds, init.seeds) == ([0, 1, 2], [0, 2], [0, 1])
+    assert (sigma.reason, init.reason) == ("seed 1: not run yet", None)
+    assert [found and found.n_seeds for found in (init.against_dense, init.against_sigma_moe)] == [2, 1]
 
 
 def test_budget_stops_before_what_does_not_fit(request_micro: Request, tmp_path: Path) -> None:
@@ -84,12 +83,12 @@ def test_budget_stops_before_what_does_not_fit(request_micro: Request, tmp_path:
         now[0] += 10.0
 
     def go(budget_s: float) -> int:
-        return spend(items, pool, budget_s, run, say=said.append, clock=lambda: now[0], estimate=lambda i, w: 10.0)
+        return run_until_budget(items, pool, budget_s, run, log=said.append, clock=lambda: now[0], estimate=lambda i, w: 10.0)
 
     assert go(25.0) == 2 and "next is dense, seed 1: about 10 s, and 5 s are left" in said[0]
     assert go(15.0) == 1 and go(100.0) == 1 and go(100.0) == 0
     assert started == [("dense", 0), ("sigma-moe", 0), ("dense", 1), ("sigma-moe", 1)]
-    assert {run["status"] for run in list_json(items, pool)["runs"]} == {"finished"}
+    assert {run.status for run in evidence_result(items, pool).runs} == {"finished"}
 
 
 def test_estimate_is_of_the_same_model_else_by_flops(request_micro: Request) -> None:
@@ -123,14 +122,12 @@ def test_dry_run_counts_shared_runs_once(table: MakeTable) -> None:
     planned = [table("table3", ["WT-S", "C4-S"], None, (0, 1)), table("table10", ["WT-S"], ["sigma-moe"])]
     speed = Speed(dense=1e9, mixture=5e8, basis="a test")
     result = dry_run(planned, speed)
-    assert [run["shared"] for run in result["runs"]] == [False, True, False, True, True]
-    assert result["n_distinct"] == 4
-    assert [run["flops_percent"] for run in result["runs"][::2]] == [100.0, 25.0, 25.0]
-    assert all(25.0 < run["counted_flops_percent"] < 60.0 for run in result["runs"][2:])
-    cell = planned[0].cells[0]
-    expected = costs(cell.model, cell.train, speed)
-    assert result["runs"][0]["seconds_here"] == pytest.approx(expected["training_flops"] / 1e9)
-    assert expected["params"] == cell.model.num_params() and expected["tokens"] == 4 * 32
-    assert result["totals"]["training_flops"] == pytest.approx(
-        2 * sum(run["training_flops"] for run in result["runs"] if not run["shared"])
-    )
+    assert [run.shared for run in result.runs] == [False, True, False, True, True]
+    assert result.n_distinct == 4
+    assert [run.flops_percent for run in result.runs[::2]] == [100.0, 25.0, 25.0]
+    assert all(25.0 < run.counted_flops_percent < 60.0 for run in result.runs[2:])
+    cell, dense = planned[0].cells[0], result.runs[0]
+    assert dense.seconds_here == pytest.approx(dense.training_flops / 1e9)
+    assert dense.params == cell.model.num_params() and dense.tokens == 4 * 32
+    own = sum(run.training_flops for run in result.runs if not run.shared)
+    assert result.totals.training_flops == pytest.approx(2 * own)

@@ -6,14 +6,15 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from msgspec import to_builtins
 
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.execution import execute
-from sparseffn.paper.measured import table_json
-from sparseffn.paper.own_tables import OWN_TABLES
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import NOT_PUBLISHED, PlannedTable, Request, plan_table, residual_percent
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import Scale, get_scale
+from sparseffn.paper.tables import OWN_TABLES
 from sparseffn.report.sweep_plots import sweep_plots
 
 
@@ -29,16 +30,16 @@ def test_rows_are_of_our_own(name: str, micro: Scale) -> None:
     table, scales = OWN_TABLES[name], (micro, get_scale("paper"))
     for planned in (plan_table(table, Request(scale=s, corpora=Corpora(scale=s, closed=True))) for s in scales):
         assert NOT_PUBLISHED not in {cell.reason for cell in planned.cells}
-        result = table_json(planned, Pool("."))
-        assert {row["published_label"] for row in result["rows"]} == {None}
-        assert {cell["published"] for cell in result["cells"]} == {None}
+        result = table_result(planned, Pool("."))
+        assert {row.published_label for row in result.rows} == {None}
+        assert {cell.published for cell in result.cells} == {None}
     assert len({row.key for row in table.rows}) == len(table.rows)
 
 
 def test_column_without_its_corpus_says_why(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
     """PTB is wanted whatever corpus the other columns have; the song is no PTB."""
-    cells = table_json(plan("ptb", micro, corpora, ["PTB-char"], ["dense"]), Pool(tmp_path))["cells"]
-    assert cells[0]["status"] == "missing" and "simple-examples.tgz must be the published file" in cells[0]["reason"]
+    cells = table_result(plan("ptb", micro, corpora, ["PTB-char"], ["dense"]), Pool(tmp_path)).cells
+    assert cells[0].status == "missing" and "simple-examples.tgz must be the published file" in (cells[0].reason or "")
 
 
 def test_shared_layers_are_parameter_equal(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
@@ -65,10 +66,10 @@ def test_sweep_is_drawn_from_its_json(micro: Scale, corpora: Corpora, tmp_path: 
     """The measured points, the dense level, and nothing where too few are measured."""
     planned = plan("sweep-k", micro, corpora, ["WT-S"], ["dense", "K=1", "K=4"])
     pool = Pool(tmp_path)
-    assert sweep_plots(table_json(planned, pool)) == []
+    assert sweep_plots(to_builtins(table_result(planned, pool))) == []
     for _, _, spec in planned.runs():
         execute(pool, spec)
-    result = table_json(planned, pool)
+    result = to_builtins(table_result(planned, pool))
     assert result["sweep"] == {"axis": "K", "x": [None, 1.0, 4.0]}
     (plot,) = sweep_plots(result)
     ElementTree.fromstring(plot.svg)

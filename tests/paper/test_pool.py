@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from micro_tables import MakeTable
+from msgspec import to_builtins
 
-from sparseffn.paper import execute as execution
+from sparseffn.paper import execution
 from sparseffn.paper.execution import execute
-from sparseffn.paper.measured import table_json
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable
-from sparseffn.paper.pool import Pool, RunSpec, sources_note, window_losses
+from sparseffn.paper.pool import Pool, RunSpec, makers_note, window_losses
 from sparseffn.training.loop import StepReport
 
 
@@ -34,11 +35,11 @@ def test_tables_share_runs(table: MakeTable, tmp_path: Path) -> None:
     assert len({spec.digest for _, _, spec in small.runs()}) == 2
     pool = Pool(tmp_path)
     run_table(small, pool)
-    cells = table_json(large, pool)["cells"]
-    assert [cell["status"] for cell in cells] == ["measured", "measured", "missing"]
-    assert cells[2]["reason"] == "not run yet"
-    first = table_json(small, pool)["cells"]
-    assert cells[0]["mean"] == first[0]["mean"] and cells[0]["params"] == first[0]["params"]
+    cells = table_result(large, pool).cells
+    assert [cell.status for cell in cells] == ["measured", "measured", "missing"]
+    assert cells[2].reason == "not run yet"
+    first = table_result(small, pool).cells
+    assert cells[0].mean == first[0].mean and cells[0].params == first[0].params
 
 
 def test_finished_run_is_not_repeated(table: MakeTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def test_finished_run_is_not_repeated(table: MakeTable, tmp_path: Path, monkeypa
     monkeypatch.setattr(execution, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     status = execute(pool, spec)
     assert status.finished is not None and status.finished.load is not None
-    assert status.finished.load["training"] >= 1.0 and status.finished.load["valid"] >= 1.0
+    assert status.finished.load.training >= 1.0 and status.finished.load.valid >= 1.0
     assert status.finished.wall_s >= status.finished.result.seconds
 
 
@@ -76,7 +77,7 @@ def test_interrupted_run_goes_on(table: MakeTable, tmp_path: Path) -> None:
     broken, whole = Pool(tmp_path / "a"), Pool(tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
         execute(broken, spec, interrupt)
-    assert table_json(planned, broken)["cells"][0]["reason"] == "not finished: step 3 of 4"
+    assert table_result(planned, broken).cells[0].reason == "not finished: step 3 of 4"
     results = [execute(pool, spec).finished for pool in (broken, whole)]
     assert results[0] is not None and results[1] is not None
     assert results[0].result.test == results[1].result.test
@@ -93,9 +94,9 @@ def test_failure_is_recorded_and_the_rest_goes_on(table: MakeTable, tmp_path: Pa
     pool = Pool(tmp_path)
     dense, sigma = [spec for _, _, spec in planned.runs()]
     assert execute(pool, sigma, poison).permanent and execute(pool, dense).kind == "finished"
-    cells = table_json(planned, pool)["cells"]
-    assert [cell["status"] for cell in cells] == ["measured", "failed"]
-    assert cells[1]["reason"].startswith("diverged at step 3: loss and gradient must be finite")
+    cells = table_result(planned, pool).cells
+    assert [cell.status for cell in cells] == ["measured", "failed"]
+    assert str(cells[1].reason).startswith("diverged at step 3: loss and gradient must be finite")
     assert execute(pool, sigma).kind == "failed"
 
 
@@ -151,8 +152,8 @@ def test_stale_result_is_missing_and_set_aside(
     (spec,) = run_table(planned, pool)
     path = pool.folder(spec).path / file
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
-    cell = table_json(planned, pool)["cells"][0]
-    assert cell["status"] == "missing" and cell["reason"].startswith(reason) and cell["mean"] is None
+    cell = table_result(planned, pool).cells[0]
+    assert cell.status == "missing" and str(cell.reason).startswith(reason) and cell.mean is None
     assert execute(pool, spec).kind == "finished"
     assert (pool.folder(spec).path.parent / f"{spec.digest}.old-1" / file).exists()
 
@@ -163,7 +164,7 @@ def test_runs_of_other_sources_are_counted(table: MakeTable, tmp_path: Path) -> 
     specs = run_table(table("table3", ["WT-S"]), pool)
 
     def note() -> str | None:
-        return sources_note(finished for spec in specs if (finished := pool.status(spec).finished) is not None)
+        return makers_note(finished for spec in specs if (finished := pool.status(spec).finished) is not None)
 
     assert note() is None
     for spec, change in zip(specs, ({"sources": "0" * 32}, {}), strict=True):
@@ -179,8 +180,8 @@ def test_damaged_result_is_failed_with_the_file(table: MakeTable, tmp_path: Path
     planned, pool = table("table3", ["WT-S"], ["dense"]), Pool(tmp_path)
     (spec,) = run_table(planned, pool)
     pool.folder(spec).result_path.write_text("{")
-    cell = table_json(planned, pool)["cells"][0]
-    assert cell["status"] == "failed" and "result.json` must hold JSON" in cell["reason"]
+    cell = table_result(planned, pool).cells[0]
+    assert cell.status == "failed" and "result.json` must hold JSON" in str(cell.reason)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "nan"])
@@ -195,9 +196,9 @@ def test_damaged_windows_cost_their_run_alone(table: MakeTable, tmp_path: Path, 
         path.write_bytes(path.read_bytes()[:-5])
     else:
         np.save(path, np.full(0 if damage == "empty" else 3, np.nan))
-    cells = table_json(planned, pool)["cells"]
-    assert [cell["status"] for cell in cells] == ["measured", "failed"]
-    assert "windows-test.npy` must hold" in cells[1]["reason"] and "remove the run's folder" in cells[1]["reason"]
+    cells = table_result(planned, pool).cells
+    assert [cell.status for cell in cells] == ["measured", "failed"]
+    assert "windows-test.npy` must hold" in str(cells[1].reason) and "remove the run's folder" in str(cells[1].reason)
 
 
 def test_two_processes_do_not_share_a_run(table: MakeTable, tmp_path: Path) -> None:
@@ -219,10 +220,10 @@ def test_stopped_step_does_not_count(table: MakeTable, tmp_path: Path) -> None:
             if "time_s" in record:
                 record["time_s"] = 0.1 * record["step"] + 3600.0 * (record["step"] >= 2)
         folder.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = table_json(planned, pool)
-    assert [cell["train_s"] for cell in result["cells"]] == pytest.approx([0.4, 0.4])
-    assert result["columns"][0]["equal_time_s"] == pytest.approx(0.4)
-    assert all(cell["equal_time"] > 0 for cell in result["cells"])
+    result = table_result(planned, pool)
+    assert [cell.train_s for cell in result.cells] == pytest.approx([0.4, 0.4])
+    assert result.columns[0].equal_time_s == pytest.approx(0.4)
+    assert all(cell.equal_time > 0 for cell in result.cells)
 
 
 def test_digest_depends_on_every_setting(table: MakeTable) -> None:
@@ -245,16 +246,16 @@ def test_digest_depends_on_every_setting(table: MakeTable) -> None:
     assert same.digest == spec.digest
 
 
-def test_table_json_is_complete(table: MakeTable, tmp_path: Path) -> None:
+def test_table_result_is_complete(table: MakeTable, tmp_path: Path) -> None:
     """Mean, spread, load, and a reason for the seed that is not there."""
     planned, pool = table("table3", ["WT-S"], None, (0, 1)), Pool(tmp_path)
     runs = list(planned.runs())
     for _, _, spec in runs[:3]:
         execute(pool, spec)
-    result = table_json(planned, pool)
-    json.dumps(result, allow_nan=False)
-    dense, sigma = result["cells"]
-    assert dense["n"] == 2 and dense["spread"] > 0 and dense["mean"] == pytest.approx(np.mean(dense["values"]))
-    assert sigma["n"] == 1 and sigma["spread"] is None and sigma["reason"] == "seed 1: not run yet"
-    assert sigma["flops_percent"] == 25.0 and dense["equal_time"] is not None
-    assert result["columns"][0]["metric"] == "bits per byte" and result["rows"][0]["published_label"] == "dense"
+    result = table_result(planned, pool)
+    json.dumps(to_builtins(result), allow_nan=False)
+    dense, sigma = result.cells
+    assert dense.n == 2 and dense.spread > 0 and dense.mean == pytest.approx(np.mean(dense.values))
+    assert sigma.n == 1 and sigma.spread is None and sigma.reason == "seed 1: not run yet"
+    assert sigma.flops_percent == 25.0 and dense.equal_time is not None
+    assert result.columns[0].metric == "bits per byte" and result.rows[0].published_label == "dense"

@@ -11,13 +11,12 @@ import pytest
 from sparseffn.errors import UserError
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.counted import settings_table, table7
-from sparseffn.paper.measured import table_json
-from sparseffn.paper.own_tables import OWN_TABLES
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request, plan_table, residual_percent
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.published import dense_values, facts, published_values, rows_of
 from sparseffn.paper.scales import SCALES, get_scale
-from sparseffn.paper.tables import TABLES, get_table
+from sparseffn.paper.tables import OWN_TABLES, TABLES, get_table
 from sparseffn.storage import read_json
 
 SWEEP = Path(__file__).parents[2] / "results" / "learning-rates.json"
@@ -42,18 +41,19 @@ def test_published_sizes_have_the_published_parameters(column: str, dense: int, 
 
 def test_table7_is_the_published_one_to_a_decimal() -> None:
     """Without training; the counted share lies above it by the selector."""
-    cells = [cell for cell in table7(request_at("paper"))["cells"] if cell["published"] is not None]
+    cells = [cell for cell in table7(request_at("paper")).cells if cell.published is not None]
     assert len(cells) == len(published_values("table7")) == 16
     for cell in cells:
-        assert f"{cell['flops_percent']:.1f}" == f"{cell['published']:.1f}"
-        assert cell["flops_percent"] < cell["counted_flops_percent"] < cell["flops_percent"] + 1
+        assert cell.flops_percent is not None and cell.counted_flops_percent is not None
+        assert f"{cell.flops_percent:.1f}" == f"{cell.published:.1f}"
+        assert cell.flops_percent < cell.counted_flops_percent < cell.flops_percent + 1
 
 
 @pytest.mark.parametrize("name", ["table8", "table9"])
 def test_presets_are_the_published_hyperparameters(name: str) -> None:
     """And a scale that is not shows where it differs."""
-    assert all(row["differences"] == [] for row in settings_table(name, request_at("paper"))["rows"])
-    assert all("d_model" in row["differences"] for row in settings_table(name, request_at("cpu"))["rows"])
+    assert all(row.differences == [] for row in settings_table(name, request_at("paper")).rows)
+    assert all("d_model" in row.differences for row in settings_table(name, request_at("cpu")).rows)
 
 
 @pytest.mark.parametrize("scale", ["base", "cpu"])
@@ -156,26 +156,26 @@ def test_rows_named_without_sizes_have_the_real_numbers() -> None:
     assert "K=1, G=256 stands for K=1, G=512" in marks["switch", "C4-S"]
     assert "K=4, G=64 stands for K=4, G=128" in marks["s-base", "C4-S"]
     assert marks_of("table5", ["C4-S"], "paper")["switch", "C4-S"] == ()
-    labels = [row["label"] for row in table7(request_at("cpu"))["rows"]]
+    labels = [row.label for row in table7(request_at("cpu")).rows]
     assert labels[:2] == ["sigma-moe and every variant with G*K = 256", "2 N_E, G=32"]
-    assert [row["label"] for row in table7(request_at("paper"))["rows"]] == list(rows_of("table7"))
+    assert [row.label for row in table7(request_at("paper")).rows] == list(rows_of("table7"))
 
 
 def test_convention_stands_only_where_the_block_has_the_columns_pairs() -> None:
     """Not for Top-K and product keys, nor for a mixture of more or fewer pairs; counted FLOPs are there for all."""
     tables = [get_table("table1"), get_table("table6"), OWN_TABLES["sweep-experts"]]
     result = [
-        table_json(plan_table(table.selected(columns=["WT-S"], rows=None, settings="paper"), request_at("cpu")), Pool("."))
+        table_result(plan_table(table.selected(columns=["WT-S"], rows=None, settings="paper"), request_at("cpu")), Pool("."))
         for table in tables
     ]
     shown = {
-        row["label"]: cell["flops_percent"]
+        row.label: cell.flops_percent
         for table in result
-        for row, cell in zip(table["rows"], table["cells"], strict=True)
-        if cell["flops_percent"] is not None
+        for row, cell in zip(table.rows, table.cells, strict=True)
+        if cell.flops_percent is not None
     }
     assert shown == {"dense": 100.0, "N_E=16": 25.0}
-    assert all(cell["counted_flops_percent"] > 0 for table in result for cell in table["cells"])
+    assert all((cell.counted_flops_percent or 0) > 0 for table in result for cell in table.cells)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_convention_stands_only_where_the_block_has_the_columns_pairs() -> None:
 def test_notes_say_what_the_comparison_hides(name: str, scale: str, settings: str, words: list[str]) -> None:
     """Each where it holds, and not elsewhere."""
     table = get_table(name).selected(columns=None, rows=None, settings=settings)  # type: ignore[arg-type]
-    notes = " ".join(table_json(plan_table(table, request_at(scale, settings)), Pool("."))["notes"])
+    notes = " ".join(table_result(plan_table(table, request_at(scale, settings)), Pool(".")).notes)
     every = {
         "11.71",
         "end-of-line",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, console, print_files, print_json
 from sparseffn.cli.reproduce_evidence import evidence_command
@@ -17,16 +19,15 @@ from sparseffn.cli.reproduce_output import print_dry_run, write_tables
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paper.choice import select_columns, select_tables
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
-from sparseffn.paper.costs import measure_speed
+from sparseffn.paper.costs import dry_run, measure_speed
 from sparseffn.paper.counted import COUNTED, settings_table, table7
-from sparseffn.paper.dry_run import dry_run
-from sparseffn.paper.measured import table_json
-from sparseffn.paper.own_tables import OWN_TABLES
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import get_scale
-from sparseffn.paper.tables import get_table
+from sparseffn.paper.tables import OWN_TABLES, get_table
 from sparseffn.report.paper_table import print_paper_table
+from sparseffn.results.table_result import PaperTable
 from sparseffn.storage import default_cache_dir, write_json
 
 PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
@@ -44,7 +45,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
         return evidence_command(options, _request(options), _pool(options))
     request = _request(options)
     pool = _pool(options)
-    tables = [OWN_TABLES[name] if name in OWN_TABLES else get_table(name) for name in targets if name not in COUNTED]
+    tables = [get_table(name) for name in targets if name not in COUNTED]
     columns = select_columns(options.columns, tables, [name for name in targets if name in COUNTED])
     chosen = select_tables(tables, columns, options.rows, request)
     trained = {table.name: plan_table(table, request) for table in chosen}
@@ -54,9 +55,10 @@ def reproduce_command(options: argparse.Namespace) -> int:
     if not options.view:
         _run(options, pool, trained)
     results = {
-        name: table_json(trained[name], pool) if name in trained else _counted(name, request, columns[name]) for name in targets
+        name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name])
+        for name in targets
     }
-    return _show(options, results)
+    return _show(options, {name: to_builtins(result) for name, result in results.items()})
 
 
 def _targets(names: list[str]) -> list[str]:
@@ -125,7 +127,7 @@ def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -
 
 
 def _dry_run(options: argparse.Namespace, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
-    result = dry_run(list(trained.values()), measure_speed(), counted)
+    result = to_builtins(dry_run(list(trained.values()), measure_speed(), counted))
     if options.out is not None:
         write_json(Path(options.out) / "dry-run.json", result)
     if options.json:
@@ -149,7 +151,7 @@ def _run(options: argparse.Namespace, pool: Pool, trained: dict[str, PlannedTabl
         watch.close()
 
 
-def _counted(name: str, request: Request, columns: Sequence[str] | None) -> dict[str, Any]:
+def _counted(name: str, request: Request, columns: Sequence[str] | None) -> PaperTable:
     return table7(request, columns) if name == "table7" else settings_table(name, request, columns)
 
 

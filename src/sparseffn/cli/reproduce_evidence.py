@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from msgspec import to_builtins
+
 from sparseffn.cli.output import Watch, clock, parse_duration, print_files, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
 from sparseffn.cli.reproduce_output import write_tables
 from sparseffn.errors import UserError
-from sparseffn.paper.evidence import Item, evidence_items, evidence_tables, list_json, spend
-from sparseffn.paper.measured import table_json
+from sparseffn.paper.evidence import Item, evidence_items, evidence_result, evidence_tables, run_until_budget
+from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.storage import write_json
@@ -37,12 +39,13 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     items = evidence_items(request)
     if options.budget is not None:
         _spend(items, pool, parse_duration(options.budget))
-    result = list_json(items, pool)
+    result = to_builtins(evidence_result(items, pool))
     index: list[Path] = []
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
         index = write_tables(
-            {planned.table.name: table_json(planned, pool) for planned in evidence_tables(request, pool)}, options.out
+            {planned.table.name: to_builtins(table_result(planned, pool)) for planned in evidence_tables(request, pool)},
+            options.out,
         )
     if options.json:
         print_json(result)
@@ -84,6 +87,6 @@ def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:
         run_here((item.label, item.seed, item.spec), pool, position[item.spec.digest], len(wanted), watch)
 
     try:
-        spend(items, pool, budget_s, run, say=watch.say)
+        run_until_budget(items, pool, budget_s, run, log=watch.say)
     finally:
         watch.close()

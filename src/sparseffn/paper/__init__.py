@@ -1,12 +1,11 @@
-"""The paper's tables (arXiv 2310.10837) as data and functions: what was published, the settings that make each row, the runs.
+"""All of arXiv 2310.10837: what was published and claimed, the settings of each row, the runs, the verdicts, the studies.
 
-published.toml   the paper's numbers, copied
-published        reads them
-scales           sizes and training settings of every column at the scales paper, base and cpu
-rows             the settings that make each row
-tables           which rows and columns a table has
-pool             runs by the digest of their config; every table is a view on them
-outcome          a table's JSON from the pool
-dry_run          parameters, FLOPs, memory and time of every run, without training
-evidence         the order in which a budget of minutes is spent
+published    the paper's numbers (`published.toml`)          claims       its claims (`claims.toml`) and the verdicts on them
+scales       sizes and training settings of every column at the scales paper, base and cpu
+table_rows   the settings that make each row                 tables       which rows and columns a table has
+planned      every cell with its model and its runs          pool         runs by the digest of their config
+execution    does one run                                    measured     a table's result from the pool
+costs        FLOPs, memory and time before a run             counted      tables without training
+evidence     the order in which a budget of minutes is used
+study        `sparseffn study`: why this selector, why this initialisation
 """

@@ -7,16 +7,18 @@ counted. Time on a GPU is FLOPs over the stated share of the stated peak, no mor
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sparseffn.accounting import BACKWARD_OVER_FORWARD
 from sparseffn.bench.step import Step, StepShape
 from sparseffn.bench.timing import interleaved, medians
 from sparseffn.models import TransformerXLConfig
+from sparseffn.paper.planned import NOT_PUBLISHED, PlannedCell, PlannedTable, is_unequal, residual_percent
 from sparseffn.paper.scales import SCALES
-from sparseffn.paper.table_rows import sized
+from sparseffn.paper.table_rows import convention_percent, counted_percent, sized
 from sparseffn.paper.tables import DENSE, SIGMA
+from sparseffn.results.table_result import DryRunResult, PlannedRun, Totals
 from sparseffn.training import TrainConfig
 
 # NVIDIA's data sheet of the A100 80GB SXM: 312 TFLOP/s in bfloat16, dense. The share is an assumption: matrix products of these
@@ -101,14 +103,64 @@ def measured_step_s(model: TransformerXLConfig, train: TrainConfig, rounds: int 
     return statistics.median(times)
 
 
-def costs(model: TransformerXLConfig, train: TrainConfig, speed: Speed) -> dict[str, Any]:
-    """One run's costs as JSON."""
-    flops = training_flops(model, train)
-    return {
-        "params": model.num_params(),
-        "training_flops": flops,
-        "memory_bytes": memory_bytes(model, train),
-        "tokens": train.steps * train.tokens_per_step,
-        "seconds_here": train.steps * speed.step_s(model, train),
-        "seconds_gpu": flops / (GPU_PEAK * GPU_SHARE),
-    }
+def dry_run(tables: Sequence[PlannedTable], speed: Speed, counted: Sequence[str] = ()) -> DryRunResult:
+    """Every run of some tables with its costs, each distinct run counted once; nothing is trained.
+
+    Args:
+        tables: those that are trained.
+        speed: of this machine.
+        counted: names of the tables that were asked for with them and need no run.
+    """
+    runs: list[PlannedRun] = []
+    seen: set[str] = set()
+    for planned in tables:
+        for cell in planned.cells:
+            if cell.reason == NOT_PUBLISHED:
+                continue
+            corpus, *choice = planned.request.corpora.wanted(planned.columns[cell.column].column)
+            # Where the corpus is not there yet, the model and its training tell runs apart, with the corpus's name.
+            identity = repr((cell.model, cell.train, corpus, choice))
+            runs.append(planned_run(planned, cell, speed, corpus, shared=identity in seen))
+            seen.add(identity)
+    own = [run for run in runs if not run.shared]
+    return DryRunResult(
+        scale=tables[0].request.scale.name if tables else None,
+        runs=runs,
+        without_runs=list(counted),
+        n_distinct=sum(run.n_seeds for run in own),
+        totals=Totals(
+            training_flops=sum(run.training_flops * run.n_seeds for run in own),
+            seconds_here=sum(run.seconds_here * run.n_seeds for run in own),
+            seconds_gpu=sum(run.seconds_gpu * run.n_seeds for run in own),
+        ),
+        here=f"estimate: FLOPs / {speed.basis}",
+        gpu=f"estimate: FLOPs / ({GPU_PEAK / 1e12:.0f} TFLOP/s, peak of an {GPU_NAME} in bfloat16, x {GPU_SHARE:.0%} "
+        "assumed utilisation)",
+        memory="estimate: 16 bytes a parameter, and what a step keeps for backward in float32",
+    )
+
+
+def planned_run(planned: PlannedTable, cell: PlannedCell, speed: Speed, corpus: str, *, shared: bool) -> PlannedRun:
+    """A cell's run with what it costs."""
+    column, model, train = planned.columns[cell.column], cell.model, cell.train
+    flops, percent = training_flops(model, train), residual_percent(cell, column)
+    return PlannedRun(
+        table=planned.table.name,
+        row=cell.sized.label,
+        column=column.column.name,
+        published=cell.published,
+        n_seeds=len(planned.request.seeds),
+        residual_percent=percent,
+        unequal=is_unequal(percent),
+        flops_percent=convention_percent(model.ffn, column.column),
+        counted_flops_percent=counted_percent(model.ffn, column.dense.ffn),
+        shared=shared,
+        corpus=corpus,
+        corpus_missing=column.reason,
+        params=model.num_params(),
+        training_flops=flops,
+        memory_bytes=memory_bytes(model, train),
+        tokens=train.steps * train.tokens_per_step,
+        seconds_here=train.steps * speed.step_s(model, train),
+        seconds_gpu=flops / (GPU_PEAK * GPU_SHARE),
+    )

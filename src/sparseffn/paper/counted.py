@@ -11,6 +11,7 @@ from sparseffn.paper.published import MAIN_COLUMNS, facts, published_values, row
 from sparseffn.paper.scales import Column
 from sparseffn.paper.table_rows import Row, convention_percent, counted_percent, real_numbers, sized
 from sparseffn.paper.tables import DENSE, MIXTURE, picked
+from sparseffn.results import table_result as results
 from sparseffn.storage import environment
 
 COUNTED = ("table7", "table8", "table9")
@@ -25,7 +26,7 @@ def counted_columns(name: str) -> tuple[str, ...]:
     return MAIN_COLUMNS if name == "table7" else tuple(row[0] for row in facts()[name]["rows"])
 
 
-def table7(request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+def table7(request: Request, columns: Sequence[str] | None = None) -> results.TableResult:
     """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector.
 
     Args:
@@ -36,50 +37,45 @@ def table7(request: Request, columns: Sequence[str] | None = None) -> dict[str, 
     kept = [request.scale.column(name, request.settings) for name in _kept("table7", columns)]
     rows = [(label, MIXTURE[_SAME_SIZES.get(label, label)]) for label in rows_of("table7")]
     # A scale has one expert size for all columns.
-    shape = kept[0].shape
-    product = f"G*K = {shape.active_channels}"
-    return {
-        "kind": "paper-table",
-        "version": 1,
-        "table": "table7",
-        "title": "FLOPs of the feedforward blocks relative to dense, in percent",
-        "scale": request.scale.name,
-        "settings": request.settings,
-        "columns": [
-            {
-                "name": column.name,
-                "published_name": column.name,
-                "corpus": "none (counted)",
-                "metric": "percent of the dense block's FLOPs",
-                "published_metric": "percent of the dense block's FLOPs",
-                "digest": None,
-                "sizes": column.sizes,
-                "steps": 0,
-                "equal_time_s": None,
-            }
+    product = f"G*K = {kept[0].shape.active_channels}"
+    return results.TableResult(
+        table="table7",
+        title="FLOPs of the feedforward blocks relative to dense, in percent",
+        scale=request.scale.name,
+        settings=request.settings,
+        columns=[
+            results.Column(
+                name=column.name,
+                published_name=column.name,
+                corpus="none (counted)",
+                metric="percent of the dense block's FLOPs",
+                published_metric="percent of the dense block's FLOPs",
+                sizes=column.sizes,
+                steps=0,
+            )
             for column in kept
         ],
-        "rows": [
-            {
-                "label": real_numbers(row, kept[0], label).replace("G*K = 512", product),
-                "published_label": label,
-                "settings": "paper",
-                "marks": list(_marks(row, kept[0])),
-            }
+        rows=[
+            results.Row(
+                label=real_numbers(row, kept[0], label).replace("G*K = 512", product),
+                published_label=label,
+                settings="paper",
+                marks=list(sized(row, kept[0], vocabulary(kept[0].name)).marks),
+            )
             for label, row in rows
         ],
-        "cells": [
+        cells=[
             _counted(r, c, row, column, values.get((label, column.name)))
             for r, (label, row) in enumerate(rows)
             for c, column in enumerate(kept)
         ],
-        "difference_unit": "percent",
-        "notes": [
+        difference_unit="percent",
+        notes=[
             "K / N_E is the paper's convention, without the selector; beside it 2 FLOPs for each multiply-add, selector "
             "included, against the dense block of the same parameters",
         ],
-        "environment": environment(),
-    }
+        environment=environment(),
+    )
 
 
 def _kept(name: str, wanted: Sequence[str] | None) -> Sequence[str]:
@@ -87,37 +83,25 @@ def _kept(name: str, wanted: Sequence[str] | None) -> Sequence[str]:
     return every if wanted is None else picked("column", wanted, every)
 
 
-def _marks(row: Row, column: Column) -> tuple[str, ...]:
-    return sized(row, column, vocabulary(column.name)).marks
-
-
-def _counted(r: int, c: int, row: Row, column: Column, published: float | None) -> dict[str, Any]:
+def _counted(r: int, c: int, row: Row, column: Column, published: float | None) -> results.Cell:
     vocab_size = vocabulary(column.name)
     ffn, dense = sized(row, column, vocab_size).ffn, sized(DENSE, column, vocab_size).ffn
     params, dense_params = (column.model(block, vocab_size).num_params() for block in (ffn, dense))
     percent = convention_percent(ffn, column)
-    return {
-        "row": r,
-        "column": c,
-        "published": published,
-        "status": "counted",
-        "reason": None,
-        "n": 0,
-        "mean": percent,
-        "spread": None,
-        "valid_mean": None,
-        "seeds": [],
-        "values": [],
-        "params": params,
-        "residual_percent": 100.0 * (params - dense_params) / dense_params,
-        "flops_percent": percent,
-        "counted_flops_percent": counted_percent(ffn, dense),
-        "equal_time": None,
-        "against_dense": None,
-    }
+    return results.Cell(
+        row=r,
+        column=c,
+        published=published,
+        status="counted",
+        mean=percent,
+        params=params,
+        residual_percent=100.0 * (params - dense_params) / dense_params,
+        flops_percent=percent,
+        counted_flops_percent=counted_percent(ffn, dense),
+    )
 
 
-def settings_table(name: str, request: Request, columns: Sequence[str] | None = None) -> dict[str, Any]:
+def settings_table(name: str, request: Request, columns: Sequence[str] | None = None) -> results.SettingsResult:
     """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ.
 
     Args:
@@ -132,26 +116,17 @@ def settings_table(name: str, request: Request, columns: Sequence[str] | None = 
         published = dict(zip(data["columns"], published_row, strict=True))
         if published["name"] not in kept:
             continue
-        here = read(request.scale.column(published["name"], request.settings), request)
-        shared = {key: value for key, value in published.items() if key in here}
-        rows.append(
-            {
-                "name": published["name"],
-                "here": here,
-                "published": published,
-                "differences": [key for key, value in shared.items() if not _same(here[key], value)],
-            }
-        )
-    return {
-        "kind": "paper-settings",
-        "version": 1,
-        "table": name,
-        "title": {"table8": "Hyperparameters of the models", "table9": "Hyperparameters of the mixtures"}[name],
-        "scale": request.scale.name,
-        "settings": request.settings,
-        "rows": rows,
-        "environment": environment(),
-    }
+        here = dict(read(request.scale.column(published["name"], request.settings), request))
+        differences = [key for key, value in published.items() if key in here and not _same(here[key], value)]
+        rows.append(results.SettingsRow(name=published["name"], here=here, published=published, differences=differences))
+    return results.SettingsResult(
+        table=name,
+        title={"table8": "Hyperparameters of the models", "table9": "Hyperparameters of the mixtures"}[name],
+        scale=request.scale.name,
+        settings=request.settings,
+        rows=rows,
+        environment=environment(),
+    )
 
 
 def _same(here: object, published: object) -> bool:

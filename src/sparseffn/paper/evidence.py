@@ -10,12 +10,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sparseffn.paper.costs import measured_step_s, training_flops
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Finished, Pool, RunSpec, median_step_s
 from sparseffn.paper.tables import Table, get_table
+from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
 
 COLUMN = "WT-S"
 # Evaluation and counting on top of training, before any run has shown it.
@@ -138,34 +138,34 @@ def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collect
     return dataclasses.replace(planned, cells=cells)
 
 
-def list_json(items: Sequence[Item], pool: Pool) -> dict[str, Any]:
+def evidence_result(items: Sequence[Item], pool: Pool) -> EvidenceResult:
     """The order and how each run stands."""
-    rows = []
+    runs = []
     for position, item in enumerate(items):
         status = pool.status(item.spec)
-        rows.append(
-            {
-                "position": position + 1,
-                "table": item.table,
-                "label": item.label,
-                "seed": item.seed,
-                "why": item.why,
-                "status": status.kind,
-                "reason": status.reason,
-                "wall_s": None if status.finished is None else status.finished.wall_s,
-                "digest": item.spec.digest,
-            }
+        runs.append(
+            EvidenceRun(
+                position=position + 1,
+                table=item.table,
+                label=item.label,
+                seed=item.seed,
+                why=item.why,
+                status=status.kind,
+                reason=status.reason,
+                wall_s=None if status.finished is None else status.finished.wall_s,
+                digest=item.spec.digest,
+            )
         )
-    return {"kind": "paper-evidence", "version": 1, "column": COLUMN, "runs": rows}
+    return EvidenceResult(column=COLUMN, runs=runs)
 
 
-def spend(
+def run_until_budget(
     items: Sequence[Item],
     pool: Pool,
     budget_s: float,
     run: Callable[[Item], None],
     *,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.monotonic,
     estimate: Callable[[Item, Mapping[str, float]], float] | None = None,
 ) -> int:
@@ -176,7 +176,7 @@ def spend(
         pool: where runs are kept.
         budget_s: seconds.
         run: does one run.
-        say: told what happens.
+        log: receives what happens, in words.
         clock: seconds from any start.
         estimate: seconds of a run, given the wall time of the finished ones by digest.
 
@@ -194,7 +194,7 @@ def spend(
         needed, left = estimate(item, walls), budget_s - (clock() - started)
         if needed > left:
             words = f"about {needed:.0f} s, and {max(0.0, left):.0f} s are left of the budget"
-            say(f"next is {item.label}, seed {item.seed}: {words}")
+            log(f"next is {item.label}, seed {item.seed}: {words}")
             break
         run(item)
         n_started += 1

@@ -15,7 +15,8 @@ from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import collect_stats
 from sparseffn.models import TransformerXL
-from sparseffn.paper.pool import FORMAT, Pool, RunSpec, Status
+from sparseffn.paper.pool import FORMAT, Pool, RunSpec, RunSummary, Status
+from sparseffn.results.table_result import Load
 from sparseffn.storage import write_json
 from sparseffn.training import TrainConfig, load_run_model, train
 from sparseffn.training.loop import OnStep
@@ -74,9 +75,10 @@ def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None) -> None:
     if spec.model.ffn.unit == "experts":
         model, _ = load_run_model(folder.path)
         usage = count_usage(model, spec.train, spec.corpus, folder.path)
-        load = {"valid": _worst(usage), "training": training_load(model, spec.train, spec.corpus)}
+        load = Load(valid=_worst(usage), training=training_load(model, spec.train, spec.corpus))
     wall_s = before + time.perf_counter() - started
-    write_json(folder.path / "paper.json", {"format": FORMAT, "wall_s": max(wall_s, result.seconds), "load": load})
+    summary = RunSummary(format=FORMAT, wall_s=max(wall_s, result.seconds), load=load)
+    write_json(folder.path / "paper.json", summary)
 
 
 def _trained_s(pool: Pool, spec: RunSpec) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sparseffn.comparison.runs import train_config
-from sparseffn.comparison.schedule import CURVE_TOKENS
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
 from sparseffn.matching import TOLERANCE
@@ -19,6 +16,7 @@ from sparseffn.paper.scales import Column, Scale, Settings, released_clip
 from sparseffn.paper.table_rows import Sized, sized
 from sparseffn.paper.tables import DENSE, Table
 from sparseffn.training import TrainConfig
+from sparseffn.training.config import CURVE_TOKENS, from_preset
 
 NOT_PUBLISHED = "not evaluated in the paper"
 
@@ -140,11 +138,13 @@ def _cell(table: Table, request: Request, r: int, c: int, planned: PlannedColumn
 
 def train_settings(planned: PlannedColumn, method: str, request: Request, seed: int) -> TrainConfig:
     """Hyperparameters of a run: the preset's, for all methods alike but where the released runs are not."""
-    common = train_config(planned.column.preset, planned.steps, seed)
+    preset = planned.column.preset
     clip = released_clip(planned.column.name, method) if request.settings == "released" else None
-    return dataclasses.replace(
-        common,
-        clip=common.clip if clip is None else clip,
+    return from_preset(
+        preset,
+        steps=planned.steps,
+        seed=seed,
+        clip=preset.clip if clip is None else clip,
         # The paper's mixed precision; float16 there, bfloat16 here.
         precision="bfloat16" if request.scale.is_published else "float32",
         eval_tokens=2 * CURVE_TOKENS,

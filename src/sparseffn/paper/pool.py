@@ -1,7 +1,8 @@
 """Runs by the digest of their config: `POOL/runs/DIGEST/` is a run folder, and every table is a view on the pool.
 
-A run is its model, its training settings and its corpus's digest; the package's version and the pool's format are written
-beside the result, and a result of another version or format is never used: it is shown as missing, with the reason.
+A run is its model, its training settings, its corpus's digest, and the revision of what its method computes where that is not
+the first. Runs of a version that `COMPATIBLE` names are used as those of this one; those of another version or format are shown
+as missing, with the reason. The device is not part of a run, the precision is.
 
     POOL/runs/DIGEST/...          the run folder of `train`, and `paper.json` once everything of it is there
     POOL/runs/DIGEST.lock         held while a process works on the run
@@ -10,30 +11,57 @@ beside the result, and a result of another version or format is never used: it i
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
-from filelock import FileLock, Timeout
 
 from sparseffn import __version__
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
-from sparseffn.storage import Kind, environment, read_fields, read_json, write_json
+from sparseffn.results.table_result import Load
+from sparseffn.storage import Positive, environment, json_digest, lock, read, read_json, write_json
 from sparseffn.training import RunFolder, TrainConfig, TrainResult
 from sparseffn.training.loop import run_config
 
+COMPATIBLE = ("0.1.0", "0.2.0")
+"""Versions whose runs are what this one would make of the same config, but for methods whose `revision` says otherwise."""
+
 FORMAT = 1
-"""Layout of `paper.json` and of the files beside it."""
+"""Layout of a run's `paper.json` and of the files beside it."""
 
 _FIX = "remove the run's folder and run the same command again"
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """`paper.json`."""
+
+    format: int
+    wall_s: Positive
+    """Training, evaluation and counting."""
+    load: Load | None = None
+    """None where nothing is routed."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    reason: str
+    permanent: bool
+    """Whether it would only repeat."""
+    version: str
+
+
+class _MadeBy(msgspec.Struct, frozen=True):
+    """Of `environment.json`."""
+
+    sparseffn: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,8 +80,9 @@ class RunSpec:
     @cached_property
     def digest(self) -> str:
         """The name of the run's folder: 32 hexadecimal digits."""
-        text = json.dumps(self.identity, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        revision = getattr(self.model.ffn, "revision", 1)
+        # Left out where it is the first, so that runs of version 0.1 keep their names.
+        return json_digest(self.identity if revision == 1 else {**self.identity, "revision": revision})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +91,7 @@ class Finished:
 
     result: TrainResult
     wall_s: float
-    """Training, evaluation and counting."""
-    load: Mapping[str, float] | None
-    """Largest over mean load of the experts by mode; None where nothing is routed."""
+    load: Load | None
     environment: Mapping[str, Any]
     """What made it; nothing where it did not write that down."""
     folder: RunFolder
@@ -115,9 +142,9 @@ class Pool:
         if foreign := self._foreign(folder):
             return Status(kind="missing", reason=foreign, stale=True)
         if (path := self.failure_path(spec)).exists():
-            failure = read_fields(path, {"reason": Kind.TEXT, "permanent": Kind.ANY, "version": Kind.TEXT}, fix="remove it")
-            if failure["version"] == version():
-                return Status(kind="failed", reason=failure["reason"], permanent=failure["permanent"] is True)
+            failure = read(path, Failure, fix="remove it")
+            if failure.version in (__version__, *COMPATIBLE):
+                return Status(kind="failed", reason=failure.reason, permanent=failure.permanent)
         if (folder.path / "config.json").exists() and read_json(folder.path / "config.json", fix=_FIX) != spec.identity:
             return Status(kind="failed", reason=f"{folder.path} holds another run's config; {_FIX}")
         if not (folder.path / "paper.json").exists():
@@ -129,14 +156,12 @@ class Pool:
     def _foreign(self, folder: RunFolder) -> str | None:
         """Why what lies in a run's place may not be used; None where it may."""
         if folder.environment_path.exists():
-            made_by = read_fields(folder.environment_path, {"sparseffn": Kind.TEXT}, fix=_FIX)["sparseffn"]
-            if made_by != version():
-                return f"made by version {made_by}; this is {version()}"
+            made_by = read(folder.environment_path, _MadeBy, fix=_FIX).sparseffn
+            if made_by not in (__version__, *COMPATIBLE):
+                return f"made by version {made_by}; this is {__version__}"
         path = folder.path / "paper.json"
-        if path.exists():
-            found = read_fields(path, {"format": Kind.COUNT}, fix=_FIX)["format"]
-            if found != FORMAT:
-                return f"made in format {found}; this version reads {FORMAT}"
+        if path.exists() and (found := read(path, RunSummary, fix=_FIX).format) != FORMAT:
+            return f"made in format {found}; this version reads {FORMAT}"
         return None
 
     def set_aside(self, spec: RunSpec) -> Path:
@@ -149,28 +174,13 @@ class Pool:
 
     def record_failure(self, spec: RunSpec, reason: str, *, permanent: bool) -> None:
         """Write why a run gave no result."""
-        write_json(self.failure_path(spec), {"reason": reason, "permanent": permanent, "version": version()})
+        write_json(self.failure_path(spec), Failure(reason=reason, permanent=permanent, version=__version__))
 
-    @contextlib.contextmanager
+    @contextmanager
     def claimed(self, spec: RunSpec) -> Iterator[bool]:
         """Whether this process may work on the run; False while another one does."""
-        path = self.path / "runs" / f"{spec.digest}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
-
-def version() -> str:
-    """Of the package."""
-    return __version__
+        with lock(self.path / "runs" / f"{spec.digest}.lock", wait=False) as ours:
+            yield ours
 
 
 def window_losses(finished: Finished, split: str) -> np.ndarray:
@@ -189,16 +199,20 @@ def window_losses(finished: Finished, split: str) -> np.ndarray:
     return losses
 
 
-def sources_note(runs: Iterable[Finished]) -> str | None:
-    """How many of some runs other code of this version made, or older code that did not write down which it was.
+def makers_note(runs: Iterable[Finished]) -> str | None:
+    """Which code made some runs, where that is not this one: other versions, other or unknown sources of this version.
 
     They are not refused: most of the sources have nothing to do with a run, and no digest can tell which have.
     """
-    found = [run.environment.get("sources") for run in runs]
-    unknown, other = found.count(None), sum(digest not in (None, environment()["sources"]) for digest in found)
-    if not unknown and not other:
-        return None
-    return f"of {len(found)} runs, other sources of version {version()} than this one made {other}, and unknown ones {unknown}"
+    found = [run.environment for run in runs]
+    here, version = environment()["sources"], __version__
+    versions = Counter(str(made_by.get("sparseffn", "unknown")) for made_by in found)
+    own = [made_by.get("sources") for made_by in found if made_by.get("sparseffn", "unknown") == version]
+    parts = [f"version {name} made {n}" for name, n in sorted(versions.items()) if name != version]
+    other, unknown = sum(digest not in (None, here) for digest in own), own.count(None)
+    if other or unknown:
+        parts.append(f"other sources of version {version} than this one made {other}, and unknown ones {unknown}")
+    return f"of {len(found)} runs, {', '.join(parts)}" if parts else None
 
 
 def median_step_s(finished: Finished) -> float:
@@ -208,11 +222,11 @@ def median_step_s(finished: Finished) -> float:
 
 
 def _read_finished(folder: RunFolder) -> Finished:
-    extra = read_fields(folder.path / "paper.json", {"wall_s": Kind.POSITIVE, "load": Kind.ANY}, fix=_FIX)
+    summary = read(folder.path / "paper.json", RunSummary, fix=_FIX)
     finished = Finished(
         result=TrainResult.read(folder.result_path),
-        wall_s=extra["wall_s"],
-        load=extra["load"],
+        wall_s=summary.wall_s,
+        load=summary.load,
         environment=read_json(folder.environment_path, fix=_FIX) if folder.environment_path.exists() else {},
         folder=folder,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparseffn.comparison.matched import MethodChoice
-from sparseffn.comparison.runs import run_path, train_config
+from sparseffn.comparison.runs import run_path
 from sparseffn.data import Corpus
 from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig, method_class, parse_options
@@ -27,6 +27,7 @@ from sparseffn.paper.study_start import Grid
 from sparseffn.storage import Kind, read_fields, write_json
 from sparseffn.training import RunFolder, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint, step_of
+from sparseffn.training.config import from_preset
 from sparseffn.training.loop import StepReport
 from sparseffn.training.restore import SHORTENED, load_weights
 
@@ -169,7 +170,7 @@ class Training:
         Args:
             on_progress: told of every step, and with None after the probe of a checkpoint; what it raises ends the call.
         """
-        config = train_config(self.scale.preset, self.scale.preset.steps, self.seed)
+        config = from_preset(self.scale.preset, seed=self.seed)
 
         def on_step(report: StepReport) -> None:
             if self._catch_up():

@@ -1,0 +1,257 @@
+"""The paper's claims held against results: what each says of two rows, of loads or of times, and the verdict.
+
+    decided = decide(tables, bench)
+
+A verdict on two rows follows from the interval of their difference, by the one rule of `stats.verdict`. `claims.toml` says what
+the numbers stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, Growth
+from sparseffn.results.table_result import Cell, TableResult
+from sparseffn.stats import Claimed, Difference, Verdict, verdict
+
+# A row: its published label, and whether it is the released form.
+Key = tuple[str, bool]
+
+DENSE, SIGMA = ("dense", False), ("sigma-moe", False)
+_RENORM, _SBASE, _SWITCH = "softmax after top-k (renorm.)", "s-base, K=4, G=128", "switch, K=1, G=512, no dropout"
+_RELU, _SOFTMAX = (f"pkm, parameters, {activation}" for activation in ("relu", "softmax"))
+
+MARGIN = 0.02
+"""Bits per character that "equal or better" may be worse by: about 1% of the dense model's loss, and twice the last digit that
+the paper prints of E8."""
+FLAT, STEEP = 0.25, 0.5
+"""Exponents of time over N_E below which it counts as almost flat, and above which it does not; 1 is linear."""
+
+
+@functools.cache
+def claims() -> Sequence[Mapping[str, str]]:
+    """All claims that a run can test: `numbers`, `claim` in words, `decided_by`."""
+    text = resources.files("sparseffn.paper").joinpath("claims.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)["claims"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowClaim:
+    """Two rows whose difference a claim is about."""
+
+    numbers: str
+    row: Key
+    other: Key
+    claimed: Claimed
+    """What the first row should be against the other; "different": nothing, only whether they differ is asked."""
+    because: str = ""
+    """What the claim says of the method, where that is not the two rows themselves."""
+
+
+_WORDS: Mapping[Claimed, str] = {
+    "equal or better": "{row} equals {other} or is better",
+    "better": "{row} is better than {other}",
+    "worse": "{row} is worse than {other}",
+    "different": "{row} differs from the paper's form",
+}
+
+ROW_CLAIMS = (
+    RowClaim(numbers="1, 5, 18", row=SIGMA, other=DENSE, claimed="equal or better"),
+    *(
+        RowClaim(numbers="15", row=(f"Top-K, K={k}", False), other=DENSE, claimed="equal or better")
+        for k in (64, 128, 256, 512)
+    ),
+    *(
+        RowClaim(numbers="16", because="ReLU helps", row=(_RELU, released), other=(_SOFTMAX, released), claimed="better")
+        for released in (False, True)
+    ),
+    *(RowClaim(numbers="17", row=(_RELU, released), other=DENSE, claimed="worse") for released in (False, True)),
+    *(
+        RowClaim(numbers="10", because="sigmoid helps", row=(label, False), other=SIGMA, claimed="worse")
+        for label in ("softmax before top-k (no renorm.)", _RENORM)
+    ),
+    RowClaim(numbers="11", because="shared initialisation helps", row=("standard init", False), other=SIGMA, claimed="worse"),
+    # The column has no expert dropout, so that the row is without the entropy loss alone.
+    RowClaim(
+        numbers="12", because="entropy loss helps", row=("no reg (gamma=0, delta=0)", False), other=SIGMA, claimed="worse"
+    ),
+    *(RowClaim(numbers="20", row=(label, False), other=SIGMA, claimed="worse") for label in (_SWITCH, _SBASE)),
+)
+RELEASED_FORMS = tuple(
+    RowClaim(numbers="-", row=(label, True), other=(label, False), claimed="different")
+    for label in (_RENORM, _SBASE, _SWITCH, _SOFTMAX, _RELU)
+)
+# Those that the paper shows to collapse, in its form and in the released one.
+_COLLAPSING = tuple((label, released) for label in (_RENORM, _SWITCH) for released in (False, True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A cell with the label of its row."""
+
+    label: str
+    cell: Cell
+
+
+def cells_by_row(tables: Sequence[TableResult]) -> dict[Key, Measured]:
+    """Cells of the first column of tables; of a row that several have, the first table's.
+
+    Intervals pool the scatter of seeds over the rows of a table: the largest should come first.
+    """
+    cells: dict[Key, Measured] = {}
+    for table in tables:
+        for cell in table.cells:
+            row = table.rows[cell.row]
+            key = row.published_label or row.label, row.settings == "released"
+            if cell.column == 0:
+                cells.setdefault(key, Measured(label=row.label, cell=cell))
+    return cells
+
+
+def decide(tables: Sequence[TableResult], bench: Any) -> ClaimsResult:
+    """Every claim that the results decide, released forms, which no claim of the paper is about, last.
+
+    Args:
+        tables: tables 10, 1, 6 and 3, in the order of `cells_by_row`.
+        bench: result of `bench layer` with its times over N_E; None: claims on times are "not run yet".
+    """
+    cells = cells_by_row(tables)
+    return ClaimsResult(
+        unit=tables[0].difference_unit,
+        margin=MARGIN,
+        flat=FLAT,
+        steep=STEEP,
+        claims=[
+            *(_row_claim(cells, claim) for claim in ROW_CLAIMS),
+            *_balance_claims(cells),
+            *_speed_claims(bench),
+            *(_row_claim(cells, claim) for claim in RELEASED_FORMS),
+        ],
+    )
+
+
+def _row_claim(cells: Mapping[Key, Measured], claim: RowClaim) -> DecidedClaim:
+    row, other = cells[claim.row], cells[claim.other]
+    words = _WORDS[claim.claimed].format(row=row.label, other=other.label)
+    words = f"{claim.because}: {words}" if claim.because else words
+    found, through_dense = difference(cells, claim.row, claim.other)
+    return DecidedClaim(
+        numbers=claim.numbers,
+        words=words,
+        claimed=claim.claimed,
+        verdict=None if found is None else verdict(claim.claimed, found, margin=_margin(claim.claimed)),
+        reason=None if found is None or found.covers_seeds else "one seed",
+        seeds=[0 if found is None else found.n_seeds],
+        difference=found,
+        through_dense=through_dense,
+    )
+
+
+def _margin(claimed: Claimed) -> float:
+    return MARGIN if claimed == "equal or better" else 0.0
+
+
+def difference(cells: Mapping[Key, Measured], row: Key, other: Key) -> tuple[Difference | None, bool]:
+    """One row less another with an interval, and whether it goes through dense; None without a run of both.
+
+    Tables compare rows with dense, with sigma-MoE and a released form with the paper's.
+    """
+    cell, direct = cells[row].cell, None
+    if other == DENSE:
+        direct = cell.against_dense
+    elif other == SIGMA:
+        direct = cell.against_sigma_moe
+    elif other == (row[0], False):
+        direct = cell.against_paper_form
+    if direct is not None:
+        return direct, False
+    ours, theirs = cell.against_dense, cells[other].cell.against_dense
+    if ours is None or theirs is None:
+        return None, False
+    return ours.less(theirs), True
+
+
+def _balance_claims(cells: Mapping[Key, Measured]) -> list[DecidedClaim]:
+    numbers = "21, 34, 35"
+    pair, poor = _measured(cells, SIGMA, (_SBASE, False)), _measured(cells, *_COLLAPSING)
+    alike = DecidedClaim(
+        numbers=numbers,
+        words="sigma-moe balances as S-BASE does, without Sinkhorn",
+        # Tables hold means of loads alone, without what their seeds differ by.
+        verdict="undecided" if len(pair) == 2 else None,
+        reason="no interval" if len(pair) == 2 else None,
+        seeds=[cell.n for cell in pair] if len(pair) == 2 else [0],
+        loads=[_load(cell) for cell in pair] if len(pair) == 2 else [],
+    )
+    complete = len(poor) == len(_COLLAPSING)
+    loads = [(_load(cell), 100.0 / (cell.flops_percent or 100.0)) for cell in poor] if complete else []
+    collapses = DecidedClaim(
+        numbers=numbers,
+        words="softmax after top-k and Switch, in both forms each, collapse",
+        verdict=collapse(loads) if complete else None,
+        seeds=[cell.n for cell in poor] if complete else [0],
+        loads=[load for load, _ in loads],
+        largest_possible_load=max(most for _, most in loads) if complete else None,
+    )
+    return [alike, collapses]
+
+
+def _measured(cells: Mapping[Key, Measured], *keys: Key) -> list[Cell]:
+    return [cells[key].cell for key in keys if cells[key].cell.status == "measured"]
+
+
+def _load(cell: Cell) -> float:
+    assert cell.load is not None, "what is routed has a load"
+    return cell.load.valid
+
+
+def collapse(loads: Sequence[tuple[float, float]]) -> Verdict:
+    """Of pairs of the largest over the mean load and the most that this can be, N_E / K: nearer to the most than to even?"""
+    fallen = [load > (1 + most) / 2 for load, most in loads]
+    return _all_or_none(fallen, [not item for item in fallen])
+
+
+def _all_or_none(for_it: Sequence[bool], against_it: Sequence[bool]) -> Verdict:
+    if all(for_it):
+        return "confirmed"
+    return "contradicted" if all(against_it) else "undecided"
+
+
+def _speed_claims(bench: Any) -> list[DecidedClaim]:
+    if bench is None:
+        return [
+            DecidedClaim(numbers="29-32", words="time is almost flat in N_E"),
+            DecidedClaim(numbers="4, 24", words="sigma-MoE is faster than the dense layer"),
+        ]
+    counts = bench["expert_counts"]
+    (few, first), *_, (many, last) = counts["layers"].items()
+    growth = Growth(
+        few=int(few.removeprefix("N_E ")),
+        many=int(many.removeprefix("N_E ")),
+        forward=last["forward"]["median_s"] / first["forward"]["median_s"],
+        training=last["training"]["median_s"] / first["training"]["median_s"],
+    )
+    exponents = [math.log(times) / math.log(growth.many / growth.few) for times in (growth.forward, growth.training)]
+    ratios = [row["training"]["over_dense"] for row in bench["rows"] if row["label"] == "sigma-moe"]
+    tokens = sorted({row["tokens"] for row in bench["rows"]})
+    sizes = f"{', '.join(shape['name'] for shape in bench['shapes'])}; {tokens[0]} to {tokens[-1]:,} tokens"
+    return [
+        DecidedClaim(
+            numbers="29-32",
+            words=f"time is almost flat in N_E ({counts['fixed']}; {counts['tokens']:,} tokens)",
+            verdict=_all_or_none([e < FLAT for e in exponents], [e > STEEP for e in exponents]),
+            growth=growth,
+        ),
+        DecidedClaim(
+            numbers="4, 24",
+            words=f"sigma-MoE is faster than the dense layer, forward and backward ({sizes})",
+            verdict=_all_or_none([ratio < 1 for ratio in ratios], [ratio > 1 for ratio in ratios]),
+            times_over_dense=(min(ratios), max(ratios)),
+        ),
+    ]

@@ -1,0 +1,190 @@
+"""The blocks of docs/results.md, from the files of `sparseffn reproduce evidence` alone.
+
+What is concluded from a result stands in a block too, as more runs may change it; prose between the blocks has settings alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseffn.report import formats
+from sparseffn.report.sheet import Sheet, markdown_sheet
+from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, EvidenceResult
+from sparseffn.results.table_result import Cell, TableResult
+from sparseffn.stats import Difference
+from sparseffn.storage import read
+
+TABLES = ("table10", "table1", "table6", "table3")
+"""A row that more tables have is shown from the first: the one whose scatter is pooled over most rows."""
+_THROUGH = "through dense"
+_FIX = "run `make evidence` again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the folder of the evidence holds."""
+
+    runs: EvidenceResult
+    claims: ClaimsResult
+    tables: Mapping[str, TableResult]
+    cells: Mapping[tuple[str, str], Cell]
+    """By label and settings of the row."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Evidence:
+        """From the files that `make evidence` writes.
+
+        Raises:
+            UserError: one is not there or is damaged.
+        """
+        tables = {name: read(folder / f"{name}.json", TableResult, fix=_FIX) for name in TABLES}
+        cells: dict[tuple[str, str], Cell] = {}
+        for table in tables.values():
+            for cell in table.cells:
+                row = table.rows[cell.row]
+                cells.setdefault((row.label, row.settings or ""), cell)
+        return cls(
+            runs=read(folder / "evidence.json", EvidenceResult, fix=_FIX),
+            claims=read(folder / "claims.json", ClaimsResult, fix=_FIX),
+            tables=tables,
+            cells=cells,
+        )
+
+
+def evidence_blocks(folder: Path) -> dict[str, str]:
+    """Text of every block by name."""
+    evidence = Evidence.read(folder)
+    blocks: Mapping[str, Callable[[Evidence], str]] = {
+        "setup": _setup,
+        "claims": _claims,
+        "compute": _compute,
+        "rows": _rows,
+    }
+    return {name: write(evidence) for name, write in blocks.items()}
+
+
+def _setup(evidence: Evidence) -> str:
+    table = evidence.tables["table3"]
+    column, runs = table.columns[0], evidence.runs.runs
+    done, failed = (sum(run.status == status for run in runs) for status in ("finished", "failed"))
+    lines = (
+        f"- corpus: {column.corpus}, digest {(column.digest or '')[:12]}; the figures are {column.metric} of the test split",
+        f"- models: {formats.count(_whole(evidence.cells['dense', 'paper'].params))} parameters; {column.sizes}",
+        f"- training: {table.notes[0].partition(': ')[2]}",
+        f"- runs: {done} of {len(runs)} finished" + (f", {failed} failed" if failed else ""),
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else round(number)
+
+
+def _rows(evidence: Evidence) -> str:
+    """By the difference from sigma-MoE over common seeds, then, in tables without it, from dense: means do not rank."""
+    measured = [(label, cell) for (label, _), cell in evidence.cells.items() if cell.status == "measured"]
+    lacking = [label for (label, _), cell in evidence.cells.items() if cell.status != "measured"]
+    rows = [
+        (
+            label,
+            str(cell.n),
+            f"{cell.mean:.3f}" + ("" if cell.spread is None else f" ± {cell.spread:.3f}"),
+            *(_interval(found, cell.n) for found in (cell.against_dense, cell.against_sigma_moe)),
+            "-" if cell.load is None else f"{cell.load.training:.2f}; {cell.load.valid:.2f}",
+        )
+        for label, cell in sorted(measured, key=_behind)
+    ]
+    head = ("row", "seeds", "test", "minus dense", "minus sigma-MoE", "largest over mean load, training; validation")
+    notes = (f"Without a result: {'; '.join(lacking)}.",) if lacking else ()
+    return markdown_sheet(Sheet(head=head, rows=rows, n_words=1, notes=notes))
+
+
+def _behind(labelled: tuple[str, Cell]) -> tuple[bool, float]:
+    label, cell = labelled
+    if label == "sigma-moe":
+        return False, 0.0
+    if cell.against_sigma_moe is not None:
+        return False, cell.against_sigma_moe.difference
+    return True, math.inf if cell.against_dense is None else cell.against_dense.difference
+
+
+def _interval(found: Difference | None, n: int) -> str:
+    if found is None:
+        return "-"
+    seeds = "" if found.n_seeds == n else f", {found.n_seeds} common seeds"
+    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{seeds}"
+
+
+def _claims(evidence: Evidence) -> str:
+    found = evidence.claims
+    rows = [
+        (
+            claim.numbers,
+            claim.words,
+            _verdict(claim),
+            _figure(claim),
+            ", ".join(map(str, claim.seeds)) or "-",
+        )
+        for claim in found.claims
+    ]
+    notes = (
+        f"Figures: differences in {found.unit}, first row less second, negative is better, with their interval; of claims "
+        "21, 34, 35 the largest over the mean load on validation, in the worst layer; of the others times on a CPU.",
+        f"*Equals or is better*: confirmed where the interval ends below a margin of {found.margin:g} bits, contradicted where "
+        "it begins above. *Better*, *worse*: decided where the interval excludes 0; there released forms *differ*.",
+        "*Collapse*: nearer to the most that there can be, N_E / K, than to even. *Almost flat*: time grows by a power of N_E "
+        f"below {found.flat:g}; contradicted above {found.steep:g}. All else is undecided.",
+        f"*{_THROUGH.capitalize()}*: the difference of two differences from dense, with the widths of both intervals, hence "
+        "too wide.",
+    )
+    return markdown_sheet(Sheet(head=("claims", "in words", "verdict", "figure", "seeds"), rows=rows, n_words=3, notes=notes))
+
+
+def _verdict(claim: DecidedClaim) -> str:
+    if claim.verdict is None:
+        return "not run yet"
+    if claim.claimed == "different" and claim.verdict == "confirmed":
+        return "differs"
+    return claim.verdict if claim.reason is None else f"{claim.verdict} ({claim.reason})"
+
+
+def _figure(claim: DecidedClaim) -> str:
+    """The numbers that a verdict rests on."""
+    if claim.difference is not None:
+        return _interval(claim.difference, claim.seeds[0]) + (f" ({_THROUGH})" if claim.through_dense else "")
+    if claim.loads:
+        if claim.largest_possible_load is None:
+            return " against ".join(f"{load:.2f}" for load in claim.loads)
+        return f"{', '.join(f'{load:.2f}' for load in claim.loads)} of {claim.largest_possible_load:g} at most"
+    if (growth := claim.growth) is not None:
+        span = f"N_E {growth.few} to {growth.many}"
+        return f"{span}: {growth.forward:.2f} times the forward, {growth.training:.2f} times with backward"
+    if claim.times_over_dense is not None:
+        least, greatest = claim.times_over_dense
+        return f"{least:.2f} to {greatest:.2f} of its time"
+    return "-"
+
+
+def _compute(evidence: Evidence) -> str:
+    table = evidence.tables["table3"]
+    seconds, (dense, sigma) = table.columns[0].equal_time_s, table.cells[:2]
+    share = (
+        f"sigma-MoE computes {sigma.flops_percent:.1f}% of the dense blocks' FLOPs (K/N_E; "
+        f"{sigma.counted_flops_percent:.1f}% with the selector)."
+    )
+    if seconds is None:
+        return f"{share} Equal times are unknown before both are measured.\n"
+    return (
+        f"{share}\nAfter equal training time ({seconds:.0f} s, of {dense.train_s:.0f} s for dense and "
+        f"{sigma.train_s:.0f} s for sigma-MoE) the loss on the beginning of validation is {sigma.equal_time:.3f}, "
+        f"that of dense {dense.equal_time:.3f}.\n"
+    )
+
+
+def claims_list(claims: Sequence[Mapping[str, str]]) -> str:
+    """The numbered claims as a table."""
+    rows = [(claim["numbers"], claim["claim"], claim["decided_by"]) for claim in claims]
+    return markdown_sheet(Sheet(head=("numbers", "claim", "decided by"), rows=rows, n_words=3, notes=()))

@@ -1,0 +1,75 @@
+"""What `sparseffn reproduce evidence` writes: the list of its runs (`evidence.json`), verdicts on claims (`claims.json`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from sparseffn.stats import Claimed, Difference, Verdict
+
+
+class EvidenceRun(msgspec.Struct, frozen=True, kw_only=True):
+    position: int
+    table: str
+    label: str
+    seed: int
+    why: str
+    status: Literal["finished", "missing", "failed"]
+    reason: str | None = None
+    wall_s: float | None = None
+    digest: str
+
+
+class EvidenceResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="paper-evidence"):
+    version: Literal[1] = 1
+    column: str
+    runs: list[EvidenceRun]
+
+
+class Growth(msgspec.Struct, frozen=True, kw_only=True):
+    """How many times as long the layer takes with `many` experts as with `few`."""
+
+    few: int
+    many: int
+    forward: float
+    training: float
+
+
+class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
+    """A claim with its verdict and the numbers that this rests on: one of difference, loads, growth and times."""
+
+    numbers: str
+    """As in `paper/claims.toml`; "-" for a released form, which no claim is about."""
+    words: str
+    claimed: Claimed | None = None
+    """Of a difference."""
+    verdict: Verdict | None = None
+    """None where nothing was run."""
+    reason: str | None = None
+    """Why it is undecided, where no interval says so."""
+    seeds: list[int] = []
+    """Number of seeds of each measurement."""
+    difference: Difference | None = None
+    """First row less second; negative is better."""
+    through_dense: bool = False
+    """Whether it is the difference of two differences from dense, with the widths of both intervals."""
+    loads: list[float] = []
+    """Largest over mean load on validation, in the worst layer."""
+    largest_possible_load: float | None = None
+    growth: Growth | None = None
+    times_over_dense: tuple[float, float] | None = None
+    """Least and greatest."""
+
+
+class ClaimsResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="paper-claims"):
+    version: Literal[1] = 1
+    unit: str
+    """Of differences."""
+    margin: float
+    """By how much "equal or better" may be worse."""
+    flat: float
+    """Exponent of time over N_E below which it counts as almost flat."""
+    steep: float
+    """And above which it does not."""
+    claims: list[DecidedClaim]
