@@ -14,14 +14,14 @@ from typing import final
 
 import numpy as np
 
-from sparseffn.data.cache import Prepared, TokenCache
+from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.registry import CorpusEntry, corpus_entry
 from sparseffn.data.splits import SPLITS, Place, Source, Split, digest_of
 from sparseffn.data.streamed import StreamedSource
 from sparseffn.data.streams import ContiguousStreams, TrainingStreams
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
-from sparseffn.data.tokenizing import AnySource, check_size, prepared_tokens
+from sparseffn.data.tokenizing import check_size, prepared_tokens
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.storage import default_cache_dir
 
@@ -122,9 +122,7 @@ class Corpus:
         Raises:
             UserError: there is no such split.
         """
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        return {"train": self.train, "valid": self.valid, "test": self.test}[split]
+        return {"train": self.train, "valid": self.valid, "test": self.test}[_known(split)]
 
     def n_bytes(self, split: Split) -> int:
         """Bytes of the text of a split.
@@ -132,9 +130,13 @@ class Corpus:
         Raises:
             UserError: there is no such split.
         """
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        return self.split_bytes[split]
+        return self.split_bytes[_known(split)]
+
+
+def _known(split: Split) -> Split:
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    return split
 
 
 def to_metric(nats_per_token: float, unit: Unit) -> tuple[str, float]:
@@ -198,11 +200,8 @@ def prepare_corpus(
     """Download a corpus where it is not here yet, unpack it and make its tokens.
 
     Args:
-        name: one of `list_corpora()`.
-        tokenizer: one of `list_tokenizers()`; None for the corpus's own.
-        vocab_size: size of a vocabulary that is trained (`bpe`).
+        name, tokenizer, vocab_size, cache_dir: as for `load_corpus`.
         data_dir: the user's copy: the published archive, or plain files; the cache keeps the text of it.
-        cache_dir: where everything is kept; default: `default_cache_dir()`.
         offline: download nothing.
         accept_digests: digests that are accepted in place of unverified ones, and remembered.
         on_progress: called as bytes arrive.
@@ -234,16 +233,7 @@ def open_corpus(
 ) -> Corpus:
     """What `load_corpus` does, for a corpus that need not be registered.
 
-    Args:
-        entry: the corpus.
-        place: where it may be found and where tokens are kept.
-        tokenizer: as for `load_corpus`.
-        vocab_size: as for `load_corpus`.
-        network: whether tokeniser and stored splits of a streamed corpus may be made from the network now.
-        on_progress: called as a streamed corpus is read.
-
-    Raises:
-        UserError: as `load_corpus`.
+    With `network`, the tokeniser and the stored splits of a streamed corpus may be made from the network now.
     """
     choice = entry.tokenizer if tokenizer is None else tokenizer
     source = entry.find(place)
@@ -260,29 +250,24 @@ def open_corpus(
         tokenizer=prepared.tokenizer.name,
         vocab_size=vocab_size,
     )
-    return _as_corpus(source, prepared, origin)
-
-
-def _as_corpus(source: AnySource, prepared: Prepared, origin: CorpusOrigin) -> Corpus:
-    tokenizer, tokens = prepared.tokenizer, prepared.tokens
-    digest = digest_of(prepared.content, tokenizer.digest)
+    digest = digest_of(prepared.content, prepared.tokenizer.digest)
     splits = {
-        split: {"files": source.n_files(split), "bytes": prepared.n_bytes[split], "tokens": len(tokens[split])}
+        split: {"files": source.n_files(split), "bytes": prepared.n_bytes[split], "tokens": len(prepared.tokens[split])}
         for split in SPLITS
     }
     info: dict[str, object] = {
         "corpus": source.corpus,
-        "tokenizer": tokenizer.name,
-        "unit": tokenizer.unit,
-        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": prepared.tokenizer.name,
+        "unit": prepared.tokenizer.unit,
+        "vocab_size": prepared.tokenizer.vocab_size,
         "digest": digest,
         "splits": splits,
         **source.info,
     }
     return Corpus(
         name=source.corpus,
-        tokenizer=tokenizer,
-        **tokens,
+        tokenizer=prepared.tokenizer,
+        **prepared.tokens,
         digest=digest,
         info=info,
         split_bytes=prepared.n_bytes,

@@ -30,15 +30,7 @@ def prepared_tokens(
     network: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Prepared:
-    """The stored tokens of a source.
-
-    Args:
-        source: the text.
-        choice: name of the tokeniser to fit, or a tokeniser.
-        vocab_size: size of the vocabulary that is fitted; None for the tokeniser's default.
-        cache: where they are stored.
-        network: whether gigabytes may be read from the network to make them.
-        on_progress: called as a streamed corpus is read.
+    """The stored tokens of a source; `network`: whether gigabytes may be read from the network to make them.
 
     Raises:
         UserError: the text cannot be used, the cache cannot be written, or the network is needed.
