@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sparseffn.storage import default_cache_dir
+
 
 @pytest.fixture(autouse=True)
 def _own_random_state() -> Iterator[None]:
@@ -20,9 +22,13 @@ def _own_random_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Token files go to a folder of the session, never to the user's cache."""
+    """Token files go to a folder of the session, never to the user's cache; compiled kernels are the user's own."""
+    cache, kernels = tmp_path_factory.mktemp("cache"), default_cache_dir() / "kernels"
+    # Named after their sources, flags, compiler and processor, they cannot be wrong, and take a minute to compile.
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / "kernels").symlink_to(kernels, target_is_directory=True)
     before = os.environ.get("SPARSEFFN_CACHE")
-    os.environ["SPARSEFFN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SPARSEFFN_CACHE"] = str(cache)
     yield
     if before is None:
         del os.environ["SPARSEFFN_CACHE"]
