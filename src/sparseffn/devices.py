@@ -20,15 +20,17 @@ Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
-def find_device(name: str = "auto") -> torch.device:
+def find_device(name: str | torch.device = "auto") -> torch.device:
     """The device of a name, a GPU with its number.
 
     Args:
-        name: `auto` (a GPU where there is one), `cpu`, `cuda` (PyTorch's current GPU) or `cuda:N`.
+        name: `auto` (a GPU where there is one), `cpu`, `cuda` (PyTorch's current GPU) or `cuda:N`; a device is itself.
 
     Raises:
         UserError: no device goes by that name, or this machine has none of it.
     """
+    if isinstance(name, torch.device):
+        return name
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, number = name.partition(":")
     if name == "cpu" or (name == "auto" and n_gpus == 0):
@@ -72,16 +74,14 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
-def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> bool:
-    """Put back what `generator_states` returned.
-
-    Returns:
-        Whether the device's own generator was among it; one that was not is left as it is.
-    """
+def restore_generators(states: Mapping[str, Tensor], device: torch.device, *, seed: int) -> None:
+    """Put back what `generator_states` returned; a GPU's generator whose state is not among it starts from `seed`."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-    return device.type in states
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

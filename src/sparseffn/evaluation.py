@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.data import EvalWindow, evaluation_windows
-from sparseffn.devices import autocast
+from sparseffn.devices import autocast, to_device
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import CollectedStats, collect_stats
 from sparseffn.models import TransformerXL
 
-# Called after each window with the number of tokens done and the number there are.
 OnProgress = Callable[[int, int], None]
 
 
@@ -56,7 +55,9 @@ def evaluate(
     on_progress: OnProgress | None = None,
     observe: Callable[[CollectedStats, EvalWindow], None] | None = None,
 ) -> Evaluation:
-    """Mean loss of a model on a split, memory carried from window to window.
+    """Mean loss of a model on a split, memory carried from window to window, on the model's device.
+
+    Sums stay on the device until the last window, so that nothing waits for it before.
 
     Args:
         model: put into evaluation mode, and back as it was on leaving.
@@ -64,10 +65,10 @@ def evaluate(
         batch: streams that the split is cut into, each starting with an empty memory; 1 is exact, more is faster.
         context: tokens of a window.
         memory: hidden states of earlier windows that are attended to; the paper uses 4 x the training context.
-        precision: float32 or bfloat16 (autocast).
+        precision: float32, or bfloat16 or float16 (autocast).
         max_tokens: use only the first so many tokens; None for all.
-        on_progress: told after every window.
-        observe: given the routing statistics of every window, and the window; None leaves them uncomputed.
+        on_progress: called with the number of tokens done and of all, after every window that was given to the device.
+        observe: called with the routing statistics of every window, and the window, on the CPU; None leaves them uncomputed.
 
     Raises:
         UserError: there are fewer than two tokens, or a size is out of range.
@@ -79,28 +80,31 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count, state = 0.0, 0, None
+    count, state = 0, None
+    total = torch.zeros((), dtype=torch.float64, device=device)
     windows: list[Tensor] = []
     try:
         for window in evaluation_windows(tokens, batch=batch, context=context):
             with autocast(precision, device), nullcontext() if observe is None else collect_stats(model) as stats:
-                output = model(window.inputs.to(device), state, memory_length=memory)
+                output = model(to_device(window.inputs, device), state, memory_length=memory)
             if observe is not None and stats is not None:
                 observe(stats, window)
             state = output.memory
-            losses = token_losses(output.logits, window.targets.to(device))
-            total += float(losses[window.mask.to(device)].double().sum())
-            windows.append(_row_means(losses.cpu(), window.mask))
-            count += int(window.mask.sum())
+            losses = token_losses(output.logits, to_device(window.targets, device))
+            # Places in place of a mask, whose length the host would have to ask for.
+            counted = to_device(window.mask.flatten().nonzero().flatten(), device)
+            total += losses.flatten()[counted].double().sum()
+            windows.append(_row_means(losses, to_device(window.mask, device)))
+            count += len(counted)
             if on_progress is not None:
                 on_progress(count, len(tokens) - 1)
     finally:
         model.train(was_training)
-    nats = total / max(count, 1)
+    nats = float(total) / max(count, 1)
     if not np.isfinite(nats):
         raise NonFiniteLossError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
     # Rows that end before the last window have no mean there.
-    means = torch.stack(windows, dim=1).flatten()
+    means = torch.stack(windows, dim=1).flatten().cpu()
     return Evaluation(nats_per_token=nats, n_predictions=count, window_nats=means[~means.isnan()].numpy())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -59,9 +61,22 @@ def test_autocast_computes_in_the_precision(precision: str) -> None:
 
 
 def test_generators_go_on_where_their_state_was_taken() -> None:
-    """The same numbers again; a state of another device says that it is missing."""
+    """The same numbers again."""
     states = devices.generator_states(CPU)
     first = torch.rand(3)
-    assert devices.restore_generators(states, CPU)
+    devices.restore_generators(states, CPU, seed=0)
     assert torch.equal(torch.rand(3), first)
-    assert not devices.restore_generators(states, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("kept", "called"), [(True, ("set", "state")), (False, ("seed", 7))], ids=["same", "new"])
+def test_a_gpu_without_a_state_starts_from_a_seed(
+    kept: bool, called: tuple[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where the checkpoint has none of it."""
+    calls: list[tuple[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: calls.append(("set", state)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: calls.append(("seed", seed)))
+    states = {"cpu": torch.get_rng_state()} | ({"cuda": "state"} if kept else {})
+    devices.restore_generators(states, torch.device("cuda", 0), seed=7)
+    assert calls == [called]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +19,15 @@ from song_text import TEXT
 
 import sparseffn
 import sparseffn.training.loop as loop
+import sparseffn.training.step as step
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import get_preset
-from sparseffn.storage import cpu_name, digest_of, sources_digest, write_json
-from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, from_preset, load_run_model, train
+from sparseffn.storage import cpu_name, digest_of, json_digest, sources_digest, write_json
+from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, from_preset, load_run_corpus, load_run_model, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.snapshots import list_snapshots
 
@@ -165,16 +167,127 @@ def test_non_finite_loss_stops_before_the_step(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message names the step and the last good checkpoint."""
-    honest, calls = loop.token_losses, [0]
+    honest, calls = step.token_losses, [0]
 
     def poisoned(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         return honest(logits, targets) * (torch.nan if calls[0] > 14 else 1.0)
 
-    monkeypatch.setattr(loop, "token_losses", poisoned)
+    monkeypatch.setattr(step, "token_losses", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"at step 8, which was not taken.*step-00000005"):
         train(model, config, corpus, tmp_path / "run")
     assert max(r["step"] for r in losses(tmp_path / "run")) == 7
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_steps_read_together_are_the_steps_read_one_by_one(
+    precision: Any,
+    tmp_path: Path,
+    corpus: Corpus,
+    model: TransformerXLConfig,
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Same metrics, one line a step, same parameters."""
+    config = dataclasses.replace(config, precision=precision)
+    train(model, config, corpus, tmp_path / "singly")
+    monkeypatch.setitem(loop.READ_EVERY, "cpu", 4)
+    train(model, config, corpus, tmp_path / "together")
+    assert losses(tmp_path / "together") == losses(tmp_path / "singly")
+    ours, theirs = weights(tmp_path / "together"), weights(tmp_path / "singly")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter_before_it_is_read(
+    corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser leaves it out, moments and count of steps included."""
+    net = TransformerXL(model)
+    stepper = step.Stepper(net, config)
+    window = corpus.training_streams(batch=config.batch, context=config.context).window(0)
+    assert step.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
+    before = [t.clone() for t in (*net.parameters(), *(t for s in stepper.optimizer.state.values() for t in s.values()))]
+    honest = step.token_losses
+    monkeypatch.setattr(step, "token_losses", lambda logits, targets: honest(logits, targets) * torch.inf)
+    assert not step.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
+    after = [*net.parameters(), *(t for s in stepper.optimizer.state.values() for t in s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_float16_goes_on_bit_by_bit_with_its_scale(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """A run that stops takes up the scale that it had."""
+    config = dataclasses.replace(config, precision="float16")
+
+    def stop(report: Any) -> None:
+        if report.step == 7:
+            raise KeyboardInterrupt
+
+    whole = train(model, config, corpus, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(model, config, corpus, tmp_path / "run", on_step=stop)
+    assert train(model, config, corpus, tmp_path / "run").test == whole.test
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    scales = [record["loss_scale"] for record in losses(tmp_path / "whole") if "loss_scale" in record]
+    assert len(scales) == config.steps and scales[0] == 2.0**16
+
+
+def test_scaled_gradients_that_overflow_are_no_failure_until_the_scale_is_1() -> None:
+    """What float16 cannot hold at a scale is tried at half of it."""
+    assert step.StepNumbers(2.0, 0.0, float("inf"), 4.0).overflowed
+    assert not step.StepNumbers(2.0, 0.0, float("inf"), 1.0).overflowed
+    assert not step.StepNumbers(float("nan"), 0.0, float("nan"), 4.0).overflowed
+
+
+def test_metrics_say_on_which_device_steps_were_taken(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """A line where a run starts and where it comes to another device; readers of losses do not see it."""
+    train(model, config, corpus, tmp_path / "run", device="cpu")
+    folder = RunFolder(tmp_path / "run")
+    for step_, device in ((12, "cpu"), (12, "Some GPU"), (13, "Some GPU"), (14, "cpu")):
+        folder.note_device(step_, device)
+    lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    devices = [(line["step"], line["device"]) for line in lines if "device" in line]
+    assert devices == [(0, "cpu"), (12, "Some GPU"), (14, "cpu")]
+    assert all("device" not in record for record in folder.read_metrics())
+    with pytest.raises(UserError, match="`--device` must be auto, cpu"):
+        train(model, config, corpus, tmp_path / "other", device="gpu")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_of_version_0_1_is_gone_on_from(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Of format 2, without a scaler, beside metrics without devices."""
+    whole = train(model, config, corpus, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.result_path.unlink()
+    for path in list_checkpoints(folder.checkpoints):
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        del manifest["extra"]["scaler"], manifest["manifest_digest"]
+        write_json(path / "checkpoint.json", {**manifest, "manifest_digest": json_digest(manifest)})
+    folder.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in folder.read_metrics()))
+    assert train(model, config, corpus, folder.path).test == whole.test
+
+
+def test_a_run_knows_its_corpus(tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:
+    """Where it was and how it was cut into tokens; a text that moved needs its new place, another one is refused."""
+    place = tmp_path / "song.txt"
+    place.write_text(TEXT)
+    corpus = load_corpus("text", data_dir=place, cache_dir=tmp_path / "cache")
+    train(model, config, corpus, tmp_path / "run")
+    assert load_run_corpus(tmp_path / "run").digest == corpus.digest
+    place.rename(tmp_path / "moved.txt")
+    with pytest.raises(UserError, match=re.escape(str(place))):
+        load_run_corpus(tmp_path / "run")
+    assert load_run_corpus(tmp_path / "run", data_dir=tmp_path / "moved.txt").digest == corpus.digest
+    (tmp_path / "run" / "corpus.json").unlink()
+    assert load_run_corpus(tmp_path / "run", data_dir=tmp_path / "moved.txt").digest == corpus.digest
+    place.write_text(TEXT.replace("beer", "milk"))
+    with pytest.raises(UserError, match="the corpus must be the run's"):
+        load_run_corpus(tmp_path / "run", data_dir=place)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
@@ -211,7 +324,7 @@ def test_bfloat16_and_adamw_run(tmp_path: Path, corpus: Corpus, model: Transform
 def test_constant_balancing_loss_is_complained_of(model: TransformerXLConfig) -> None:
     """A method with a weight whose loss reaches nothing."""
     with pytest.raises(UserError, match="must depend on the parameters"):
-        loop.check_balance(TransformerXL(model), torch.zeros(()))
+        step.check_balance(TransformerXL(model), torch.zeros(()))
 
 
 def test_evaluation_predicts_every_token_but_the_first_once(corpus: Corpus, model: TransformerXLConfig) -> None:

@@ -17,7 +17,7 @@ from sparseffn.errors import UserError
 from sparseffn.models import PlainAttention, RelativeAttention, TransformerXL, TransformerXLConfig
 from sparseffn.models.attention import Attention
 from sparseffn.training import TrainConfig
-from sparseffn.training.loop import make_optimizer, training_loss
+from sparseffn.training.step import make_optimizer, training_loss
 
 
 @dataclass(frozen=True, kw_only=True)

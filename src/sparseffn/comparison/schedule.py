@@ -25,7 +25,7 @@ from sparseffn.storage import Kind, read_fields
 from sparseffn.training import TrainConfig
 from sparseffn.training.config import CURVE_POINTS as CURVE_POINTS
 from sparseffn.training.config import CURVE_TOKENS as CURVE_TOKENS
-from sparseffn.training.loop import make_optimizer, training_loss
+from sparseffn.training.step import make_optimizer, training_loss
 
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2

@@ -115,7 +115,7 @@ class TransformerXL(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self, seed: int) -> None:
-        """Draw every parameter from a generator keyed by seed and name.
+        """Draw every parameter from a generator keyed by seed and name, on the CPU: the same bits on every device.
 
         Two models that differ in their feedforward blocks alone are bit-identical elsewhere. Linear layers inside blocks
         are truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, the embedding Xavier uniform, the
@@ -124,9 +124,16 @@ class TransformerXL(nn.Module):
         inside_ffn = {f"{name}.{p}" for name, m in self.ffn_layers() for p, _ in m.named_parameters()}
         for name, parameter in self.named_parameters():
             if name not in inside_ffn:
-                self._draw(name, parameter, keyed_generator(seed, name, parameter.device))
+                drawn = torch.empty_like(parameter, device="cpu")
+                self._draw(name, drawn, keyed_generator(seed, name))
+                parameter.copy_(drawn)
         for name, layer in self.ffn_layers():
-            layer.reset_parameters(keyed_generator(seed, name, next(layer.parameters()).device))
+            device, dtype = (own := next(layer.parameters())).device, own.dtype
+            drawn_on = layer if device.type == "cpu" else layer.config.build().to(dtype)
+            drawn_on.reset_parameters(keyed_generator(seed, name))
+            if drawn_on is not layer:
+                for parameter, drawn in zip(layer.parameters(), drawn_on.parameters(), strict=True):
+                    parameter.copy_(drawn)
 
     def ffn_layers(self) -> list[tuple[str, FeedForward]]:
         """Names and feedforward blocks."""
@@ -155,8 +162,8 @@ def remember(x: Tensor, past: Tensor | None, length: int) -> Tensor:
     return whole[:, max(0, whole.shape[1] - length) :]
 
 
-def keyed_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers depend on the seed and the name alone."""
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of the CPU whose numbers depend on the seed and the name alone."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     # The generators of some devices take 63 bits.
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

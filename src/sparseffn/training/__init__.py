@@ -2,7 +2,7 @@
 
 from sparseffn.training.config import TrainConfig, from_preset
 from sparseffn.training.loop import NonFiniteLossError, TrainResult, train
-from sparseffn.training.restore import RunSettings, load_run_model
+from sparseffn.training.restore import RunSettings, load_run_corpus, load_run_model, load_run_tokenizer
 from sparseffn.training.run_folder import RunFolder
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "from_preset",
+    "load_run_corpus",
     "load_run_model",
+    "load_run_tokenizer",
     "train",
 ]

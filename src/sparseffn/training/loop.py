@@ -1,7 +1,9 @@
 """The training loop: read top to bottom, it is all that happens to a model.
 
 A run is a function of its config: parameters and dropout come from the seed, the position in the corpus from the step. It goes
-on from its last checkpoint when it is called again, with bit-identical losses.
+on from its last checkpoint when it is called again, with bit-identical losses on the same kind of device and number of threads:
+sums of floating-point numbers depend on their order, which both decide, and so does dropout on the device's generator. On
+another device it goes on as well; `metrics.jsonl` says from which step.
 """
 
 from __future__ import annotations
@@ -19,12 +21,11 @@ import torch
 from torch import Tensor
 
 from sparseffn.data import Corpus, TrainingStreams
-from sparseffn.devices import autocast
+from sparseffn.devices import device_name, find_device, generator_states, restore_generators
 from sparseffn.errors import NonFiniteError, UserError
-from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate, token_losses
-from sparseffn.ffn import FeedForward
-from sparseffn.models import Memory, TransformerXL, TransformerXLConfig
-from sparseffn.storage import Kind, read_fields, write_json, write_text
+from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
+from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator
+from sparseffn.storage import Count, read, sole_writer, write_json
 from sparseffn.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -37,8 +38,12 @@ from sparseffn.training.config import TrainConfig
 from sparseffn.training.restore import load_weights
 from sparseffn.training.run_folder import RunFolder
 from sparseffn.training.snapshots import routes_to_experts, save_snapshot, snapshot
+from sparseffn.training.step import StepNumbers, Stepper, read_steps
 
 _log = logging.getLogger(__name__)
+
+# Steps between readings of what they did. Reading waits for the device, which on a GPU would leave it idle every step.
+READ_EVERY = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,7 @@ OnStep = Callable[[StepReport], None]
 class TrainResult:
     """Final numbers of a run; losses in nats a token."""
 
-    steps: int
+    steps: Count
     valid: float
     test: float
     seconds: float
@@ -81,10 +86,8 @@ class TrainResult:
         Raises:
             UserError: the file is damaged.
         """
-        fields = {"steps": Kind.COUNT, "valid": Kind.NUMBER, "test": Kind.NUMBER, "seconds": Kind.NUMBER, "notes": Kind.TEXTS}
         fix = "remove the file and run the same command again, which makes it anew from the last checkpoint"
-        found = read_fields(path, fields, fix=fix)
-        return cls(**{**{key: found[key] for key in fields}, "notes": tuple(found["notes"])})
+        return read(path, cls, fix=fix)
 
 
 def train(
@@ -93,6 +96,7 @@ def train(
     corpus: Corpus,
     out: Path | str,
     *,
+    device: str | torch.device = "auto",
     on_step: OnStep | None = None,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
@@ -103,17 +107,18 @@ def train(
         config: hyperparameters.
         corpus: its vocabulary must be the model's.
         out: the run folder; made when it is not there.
-        on_step: told after every step.
-        on_metrics: told each record that is written to `metrics.jsonl`.
+        device: a name for `find_device`; no part of what identifies the run.
+        on_step: called after every step, on a GPU for several steps together.
+        on_metrics: called with each record of a step or a validation that is written to `metrics.jsonl`.
 
     Returns:
-        Final validation and test loss; a finished run returns its result at once.
+        Final validation and test loss; a finished run returns its result immediately.
 
     Raises:
-        UserError: sizes do not fit, the folder is of another config, or a checkpoint is damaged.
+        UserError: sizes do not fit, there is no such device, the folder is of another config, or a checkpoint is damaged.
         NonFiniteLossError: a loss became non-finite; the message names the last checkpoint before it.
     """
-    folder = RunFolder(out)
+    folder, device = RunFolder(out), find_device(device)
     if model_config.vocab_size != corpus.tokenizer.vocab_size:
         raise UserError(
             f"`vocab_size` must be the corpus's {corpus.tokenizer.vocab_size}; got {model_config.vocab_size}; "
@@ -121,14 +126,18 @@ def train(
         )
     # A corpus that is too small for a window is refused before anything is written.
     streams = corpus.training_streams(batch=config.batch, context=config.context, seed=config.seed)
-    fresh = folder.open(run_config(model_config, config, corpus))
-    for note in config.notes if fresh else ():
-        _log.warning(note)
+    identity = run_config(model_config, config, corpus)
+    folder.check(identity)
     if folder.result_path.exists():
         return TrainResult.read(folder.result_path)
-    if not (folder.path / "tokenizer.json").exists():
-        write_text(folder.path / "tokenizer.json", corpus.tokenizer.to_json())
-    return _Run(model_config, config, corpus, streams, folder, on_step, on_metrics).run()
+    with sole_writer(folder.path):
+        fresh = folder.open(identity, device=str(device))
+        for note in config.notes if fresh else ():
+            _log.warning(note)
+        folder.note_corpus(corpus)
+        model = TransformerXL(model_config)
+        model.init_parameters(config.seed)
+        return _Run(Stepper(model.to(device), config), corpus, streams, folder, on_step, on_metrics).run()
 
 
 def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -145,23 +154,21 @@ class _Run:
 
     def __init__(
         self,
-        model_config: TransformerXLConfig,
-        config: TrainConfig,
+        stepper: Stepper,
         corpus: Corpus,
         streams: TrainingStreams,
         folder: RunFolder,
         on_step: OnStep | None,
         on_metrics: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.corpus, self.streams, self.folder = config, corpus, streams, folder
+        self.stepper, self.model, self.config = stepper, stepper.model, stepper.config
+        self.corpus, self.streams, self.folder = corpus, streams, folder
         self.on_step, self.on_metrics = on_step, on_metrics
-        self.model = TransformerXL(model_config)
-        self.model.init_parameters(config.seed)
-        self.optimizer = make_optimizer(self.model, config)
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.step, self.seconds = 0, 0.0
-        # One memory for each micro-batch, whose streams are its own.
-        self.memories: list[Memory | None] = [None] * config.accumulation
+        # What the last steps did, still on the device, and when the first of them began.
+        self.unread: list[Tensor] = []
+        self.started = 0.0
 
     def run(self) -> TrainResult:
         """Train to the last step, evaluate, write the result."""
@@ -169,13 +176,13 @@ class _Run:
         self._resume()
         self.model.train()
         while self.step < self.config.steps:
-            start = time.perf_counter()
-            record = self._train_step()
-            self.seconds += time.perf_counter() - start
-            self._report(record, time.perf_counter() - start)
-            if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+            self._take_step()
+            validates, saves = self._is_due(self.config.eval_every), self._is_due(self.config.checkpoint_every)
+            if validates or saves or self._is_due(READ_EVERY[self.stepper.device.type]):
+                self._read_steps()
+            if validates:
                 self._validate()
-            if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+            if saves:
                 self.save()
         result = TrainResult(
             steps=self.step,
@@ -187,48 +194,42 @@ class _Run:
         write_json(self.folder.result_path, result.to_json())
         return result
 
-    def _train_step(self) -> dict[str, Any]:
-        """One optimiser step."""
-        config = self.config
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _take_step(self) -> None:
+        """Give the device one step to do."""
+        if not self.unread:
+            self.started = time.perf_counter()
         window = self.step % self.streams.n_windows
         if window == 0:
-            self.memories = [None] * config.accumulation
-        inputs, targets = self.streams.window(window)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, balances = [], []
-        micro_batches = zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True)
-        for i, (tokens, wanted) in enumerate(micro_batches):
-            try:
-                loss, balance, self.memories[i] = training_loss(self.model, tokens, wanted, self.memories[i], config)
-            except NonFiniteError as error:
-                raise self._not_finite(f"an operation that says: {error}") from None
-            ((loss + balance) / config.accumulation).backward()
-            losses.append(float(loss.detach()))
-            balances.append(float(balance.detach()))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        mean_loss = sum(losses) / len(losses)
-        self._check_finite(mean_loss, norm)
-        self.optimizer.step()
+            self.stepper.forget()
+        try:
+            done = self.stepper.take(*self.streams.window(window), lr=self.config.lr_at(self.step))
+        except NonFiniteError as error:
+            self._read_steps()
+            raise self._not_finite(self.step + 1, f"an operation that says: {error}") from None
+        self.unread.append(done)
         self.step += 1
-        return {
-            "step": self.step,
-            "loss": mean_loss,
-            "balance_loss": sum(balances) / len(balances),
-            "grad_norm": norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        value = torch.tensor([loss, norm])
-        if not bool(value.isfinite().all()):
-            raise self._not_finite(f"loss {loss} and gradient norm {norm}")
+    def _read_steps(self) -> None:
+        """Wait for the steps since the last reading and report them; the first that was not taken ends the run."""
+        if not self.unread:
+            return
+        read = read_steps(self.unread, self.config)
+        step, seconds = self.step - len(read), (time.perf_counter() - self.started) / len(read)
+        self.unread.clear()
+        for numbers in read:
+            step += 1
+            if not (numbers.finite or numbers.overflowed):
+                raise self._not_finite(step, f"loss {numbers.loss} and gradient norm {numbers.grad_norm}")
+            self.seconds += seconds
+            self._report(step, numbers, seconds)
 
-    def _not_finite(self, what: str) -> NonFiniteLossError:
-        # The step was not taken, so parameters and optimiser are those of the last good step; the memory is not.
+    def _not_finite(self, step: int, what: str) -> NonFiniteLossError:
+        # The step was not taken, and no checkpoint is written before the steps are read.
         return NonFiniteLossError(
-            f"loss and gradient must be finite; got {what} at step {self.step + 1}, which was not taken; "
+            f"loss and gradient must be finite; got {what} at step {step}, which was not taken; "
             f"fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
         )
 
@@ -265,17 +266,22 @@ class _Run:
                 f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"
             ) from None
 
-    def _report(self, record: dict[str, Any], seconds: float) -> None:
+    def _report(self, step: int, numbers: StepNumbers, seconds: float) -> None:
+        record: dict[str, Any] = {"step": step, "loss": numbers.loss, "balance_loss": numbers.balance_loss}
+        if numbers.finite:
+            record["grad_norm"] = numbers.grad_norm
+        record["lr"] = self.config.lr_at(step - 1)
+        if self.config.precision == "float16":
+            record["loss_scale"] = numbers.loss_scale
         self._record({**record, "time_s": round(self.seconds, 4)})
         if self.on_step is not None:
-            left = (self.config.steps - self.step) * self.seconds / max(self.step, 1)
             report = StepReport(
-                step=self.step,
+                step=step,
                 n_steps=self.config.steps,
-                loss=record["loss"],
-                balance_loss=record["balance_loss"],
+                loss=numbers.loss,
+                balance_loss=numbers.balance_loss,
                 tokens_per_s=self.config.tokens_per_step / seconds,
-                seconds_left=left,
+                seconds_left=(self.config.steps - step) * self.seconds / step,
             )
             self.on_step(report)
 
@@ -287,67 +293,38 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.names)
-        for i, memory in enumerate(self.memories):
+        tensors |= optimizer_tensors(self.stepper.optimizer, self.names)
+        for i, memory in enumerate(self.stepper.memories):
             tensors |= {f"memory.{i}.{layer}": states for layer, states in enumerate(memory or ())}
         tensors |= {f"stream.{key}": value for key, value in self.streams.state().items()}
-        tensors["rng"] = torch.get_rng_state()
-        extra = {"seconds": self.seconds}
-        save_checkpoint(self.folder.checkpoints, Checkpoint(step=self.step, tensors=tensors, extra=extra))
+        states = generator_states(self.stepper.device)
+        # The CPU's goes by the name that it had when it was the only one.
+        tensors |= {"rng" if kind == "cpu" else f"rng.{kind}": state for kind, state in states.items()}
+        scaler = self.stepper.scaler.state_dict()
+        checkpoint = Checkpoint(step=self.step, tensors=tensors, seconds=self.seconds, scaler=scaler)
+        save_checkpoint(self.folder.checkpoints, checkpoint)
 
     def _resume(self) -> None:
         """Take up the last checkpoint, or start where there is none."""
-        found = list_checkpoints(self.folder.checkpoints)
+        found, device = list_checkpoints(self.folder.checkpoints), self.stepper.device
         if not found:
             self.folder.rewind_metrics(-1)
+            self.folder.note_device(0, device_name(device))
             self._validate()
             return
         checkpoint = load_checkpoint(found[-1])
         load_weights(self.model, found[-1], checkpoint)
-        restore_optimizer(self.optimizer, checkpoint.group("optimizer"), self.names)
-        self.step, self.seconds = checkpoint.step, float(checkpoint.extra["seconds"])
-        states = checkpoint.group("memory")
-        for i in range(len(self.memories)):
+        restore_optimizer(self.stepper.optimizer, checkpoint.group("optimizer"), self.names)
+        self.stepper.scaler.load_state_dict(dict(checkpoint.scaler))
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        states = {key: value.to(device) for key, value in checkpoint.group("memory").items()}
+        for i in range(self.config.accumulation):
             layers = [states[f"{i}.{layer}"] for layer in range(len(self.model.layers)) if f"{i}.{layer}" in states]
-            self.memories[i] = tuple(layers) or None
+            self.stepper.memories[i] = tuple(layers) or None
         self.streams.restore(checkpoint.group("stream"))
         self.folder.rewind_metrics(self.step)
-        torch.set_rng_state(checkpoint.tensors["rng"])
-
-
-def training_loss(
-    model: TransformerXL, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
-) -> tuple[Tensor, Tensor, Memory]:
-    """Cross-entropy and balancing loss of a micro-batch, apart, and the memory for the next.
-
-    Raises:
-        UserError: a method has a balancing weight but its loss reaches no parameter.
-    """
-    with autocast(config.precision, tokens.device):
-        output = model(tokens, memory, memory_length=config.memory, return_stats=True)
-        loss = token_losses(output.logits, targets).mean()
-    assert output.stats is not None, "statistics were asked for"
-    balance = torch.stack([stats.balance_loss.float() for stats in output.stats]).sum()
-    check_balance(model, balance)
-    return loss, balance, output.memory
-
-
-def check_balance(model: torch.nn.Module, balance: Tensor) -> None:
-    """Complain when a layer has a balancing weight and the total that is minimised does not depend on it."""
-    wanted = any(
-        weight > 0
-        for layer in model.modules()
-        if isinstance(layer, FeedForward)
-        for weight in layer.config.balancing().values()
-    )
-    if wanted and not balance.requires_grad:
-        raise UserError(
-            "the balancing loss must depend on the parameters; got a constant although a method sets a balancing weight; "
-            "fix: return it from `compute` as `Routed(balance=...)`"
-        )
-
-
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam (betas 0.9 and 0.999) or AdamW; the fused implementation, measured about 3 times as fast on a CPU."""
-    make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return make(model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+        self.folder.note_device(self.step, device_name(device))
+        generators = {"cpu": checkpoint.tensors["rng"], **checkpoint.group("rng")}
+        # A device that the run comes to later draws its own numbers, not those of the first steps again.
+        anew = keyed_generator(self.config.seed, f"step {self.step}").initial_seed()
+        restore_generators(generators, device, seed=anew)

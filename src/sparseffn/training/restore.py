@@ -1,19 +1,36 @@
-"""A run folder read back: the settings that its config holds, and the model of its last checkpoint."""
+"""A run folder read back: the settings that its config holds, the model of its last checkpoint, its corpus and tokeniser."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import torch
+
+from sparseffn.data import Corpus, CorpusOrigin, Tokenizer, tokenizer_from_json
+from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXL, TransformerXLConfig
-from sparseffn.storage import Kind, read_fields
+from sparseffn.storage import read
 from sparseffn.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.run_folder import RunFolder
 
 SHORTENED = ", evaluated on the first "
 """Stands in a run's digest behind that of the corpus, before a number of tokens, where less than whole splits was evaluated."""
+
+
+class _Corpus(msgspec.Struct):
+    name: str
+    digest: str
+
+
+class _Config(msgspec.Struct):
+    model: dict[str, Any]
+    train: dict[str, Any]
+    corpus: _Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,45 +55,88 @@ class RunSettings:
         """
         path = folder.path / "config.json"
         fix = "restore the file or train again; of a comparison, name a run: OUT/runs/METHOD/seed-0"
-        corpus = {"name": Kind.TEXT, "digest": Kind.TEXT}
-        found = read_fields(path, {"model": {"ffn": Kind.OBJECT}, "train": Kind.OBJECT, "corpus": corpus}, fix=fix)
+        found = read(path, _Config, fix=fix)
         try:
-            model, train_config = TransformerXLConfig.from_json(found["model"]), TrainConfig.from_json(found["train"])
-        except (TypeError, ValueError) as error:
+            model, train_config = TransformerXLConfig.from_json(found.model), TrainConfig.from_json(found.train)
+        except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
-        digest, _, evaluated = found["corpus"]["digest"].partition(SHORTENED)
+        digest, _, evaluated = found.corpus.digest.partition(SHORTENED)
         return cls(
             model=model,
             train=train_config,
-            corpus=found["corpus"]["name"],
+            corpus=found.corpus.name,
             digest=digest,
             evaluated=int(evaluated) if evaluated.isdecimal() else None,
         )
 
 
-def load_run_model(path: Path | str) -> tuple[TransformerXL, RunFolder]:
+def load_run_model(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[TransformerXL, RunFolder]:
     """The model of a run folder as of its last checkpoint, in evaluation mode.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint yet, or a file of it is damaged.
+        UserError: the folder holds no run or no checkpoint yet, a file of it is damaged, or there is no such device.
     """
     folder = RunFolder(path)
     settings = RunSettings.read(folder)
     found = list_checkpoints(folder.checkpoints)
     if not found:
         raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
-    return load_model(settings, found[-1]), folder
+    return load_model(settings, found[-1], device=device), folder
 
 
-def load_model(settings: RunSettings, checkpoint: Path) -> TransformerXL:
+def load_model(settings: RunSettings, checkpoint: Path, *, device: str | torch.device = "cpu") -> TransformerXL:
     """The model of one of a run's checkpoints, in evaluation mode.
 
     Raises:
-        UserError: the checkpoint is damaged, or another model's.
+        UserError: the checkpoint is damaged, or another model's; there is no such device.
     """
+    device = find_device(device)
     model = TransformerXL(settings.model)
     load_weights(model, checkpoint, load_checkpoint(checkpoint))
-    return model.eval()
+    return model.to(device).eval()
+
+
+def load_run_corpus(path: Path | str, *, data_dir: Path | str | None = None, cache_dir: Path | str | None = None) -> Corpus:
+    """The corpus that a run was trained on, with the run's own tokeniser.
+
+    Args:
+        path: the run folder.
+        data_dir: where the text is now; None for where it was in training. Runs of version 0.1 did not note that.
+        cache_dir: where token files are kept; None for the folder of then while it is there, or the default.
+
+    Raises:
+        UserError: the folder holds no run, the corpus cannot be opened, or it is another text than the run's.
+    """
+    folder = RunFolder(path)
+    run = RunSettings.read(folder)
+    origin = CorpusOrigin(name=run.corpus)
+    if folder.corpus_path.exists():
+        fix = "remove the file and pass --data-dir where the corpus needs one"
+        origin = read(folder.corpus_path, CorpusOrigin, fix=fix)
+    corpus = origin.load(data_dir=data_dir, cache_dir=cache_dir, tokenizer=load_run_tokenizer(folder))
+    if corpus.digest != run.digest:
+        raise UserError(
+            f"the corpus must be the run's, digest {run.digest}; got {corpus.digest}; "
+            "fix: pass --data-dir with the text of then, or use the Python version that trained the run"
+        )
+    return corpus
+
+
+def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
+    """The tokeniser that a run was trained with.
+
+    Raises:
+        UserError: its file is missing or damaged.
+    """
+    path = folder.tokenizer_path
+    if not path.exists():
+        raise UserError(f"`{path}` must exist; got no such file; fix: train the run again, or restore the file")
+    try:
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"`{path}` must hold the run's tokenizer; got a damaged file ({error}); fix: restore the file or train again"
+        ) from None
 
 
 def load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:

@@ -1,5 +1,7 @@
-"""A run folder: `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/step-*/`, `windows-*.npy`, `routing/`,
-`result.json`.
+"""A run folder: `config.json`, `environment.json`, `corpus.json`, `tokenizer.json`, `metrics.jsonl`, `checkpoints/step-*/`,
+`windows-*.npy`, `routing/`, `result.json`.
+
+The config identifies the run. Environment, device and the place of its corpus do not: it goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -9,8 +11,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+import msgspec
+
+from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.storage import Kind, environment, read_fields, write_json, write_text
+from sparseffn.storage import Count, environment, read, write_json, write_text
+
+
+class _Step(msgspec.Struct):
+    step: Count
+    loss: float
+    balance_loss: float
+
+
+class _Validation(msgspec.Struct):
+    step: Count
+    valid: float
+
+
+class _Device(msgspec.Struct):
+    step: Count
+    device: str
+
+
+# What a line of the metrics holds beside a step, by a field that tells it from the others.
+_LINES: dict[str, type[msgspec.Struct]] = {"valid": _Validation, "device": _Device}
 
 
 @final
@@ -22,17 +47,25 @@ class RunFolder:
 
     @property
     def environment_path(self) -> Path:
-        """What the result depends on beside its config."""
+        """What the result depends on beside its config, as it was when the run began."""
         return self.path / "environment.json"
 
     @property
+    def corpus_path(self) -> Path:
+        """Where the corpus was found, see `data.CorpusOrigin`."""
+        return self.path / "corpus.json"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def metrics_path(self) -> Path:
-        """One JSON object a line: training steps and validation points."""
+        """One JSON object a line: training steps, validation points, and from which step on which device."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -44,8 +77,12 @@ class RunFolder:
         """Mean loss of every evaluation window of a split, written before the final numbers."""
         return self.path / f"windows-{split}.npy"
 
-    def open(self, config: Mapping[str, Any]) -> bool:
+    def open(self, config: Mapping[str, Any], *, device: str = "cpu") -> bool:
         """Create the folder for a config, or check that it is this config's.
+
+        Args:
+            config: what identifies what is in the folder.
+            device: where it begins, for its environment.
 
         Returns:
             Whether the folder is new.
@@ -60,7 +97,7 @@ class RunFolder:
         if fresh:
             write_json(path, config)
         if not self.environment_path.exists():
-            write_json(self.environment_path, environment())
+            write_json(self.environment_path, environment(device))
         return fresh
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -72,21 +109,33 @@ class RunFolder:
         path = self.path / "config.json"
         if path.exists():
             fix = "restore the file or choose another --out"
-            self._compare(read_fields(path, dict.fromkeys(config, Kind.ANY), fix=fix), json.loads(json.dumps(config)))
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            found = read(path, dict[str, Any], fix=fix)
+            if absent := [key for key in config if key not in found]:
+                raise UserError(f"`{path}` must hold `{absent[0]}`; got nothing; fix: {fix}")
+            differences = _differences(found, json.loads(json.dumps(config)))
+            if differences:
+                raise UserError(
+                    f"`out` must be a new folder or one of the same config; got {self.path}, where "
+                    f"{'; '.join(differences[:3])}; fix: choose another --out or the same settings"
+                )
+        # What only says that somebody writes here is no file of something else.
+        elif self.path.exists() and (not self.path.is_dir() or any(file.name != ".lock" for file in self.path.iterdir())):
             raise UserError(
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
             )
 
-    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        differences = _differences(found, wanted)
-        if differences:
-            raise UserError(
-                f"`out` must be a new folder or one of the same config; got {self.path}, where "
-                f"{'; '.join(differences[:3])}; fix: choose another --out or the same settings"
-            )
+    def note_corpus(self, corpus: Corpus) -> None:
+        """Write what `load_run_corpus` needs to open the run's corpus again."""
+        write_json(self.corpus_path, corpus.origin)
+        if not self.tokenizer_path.exists():
+            write_text(self.tokenizer_path, corpus.tokenizer.to_json())
+
+    def note_device(self, step: int, device: str) -> None:
+        """Add a line to the metrics where the steps after `step` are taken on another device than those before."""
+        devices = [record["device"] for record in self._records() if "device" in record]
+        if devices[-1:] != [device]:
+            self.append_metrics({"step": step, "device": device})
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line."""
@@ -94,15 +143,17 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a kill cut short is left out.
+        """Steps and validation points; a last line that a kill cut short is left out.
 
         Raises:
             UserError: another line is damaged.
         """
+        return [record for record in self._records() if "device" not in record]
+
+    def _records(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_bytes().splitlines()
-        records = [_metrics_record(line) for line in lines]
+        records = [_metrics_record(line) for line in self.metrics_path.read_bytes().splitlines()]
         for number, record in enumerate(records[:-1], start=1):
             if record is None:
                 raise UserError(
@@ -113,20 +164,19 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was written after the checkpoint of a step: the steps run again."""
-        kept = [json.dumps(record) for record in self.read_metrics() if record["step"] <= step]
+        kept = [json.dumps(record) for record in self._records() if record["step"] <= step]
         write_text(self.metrics_path, "".join(line + "\n" for line in kept))
 
 
 def _metrics_record(line: bytes) -> dict[str, Any] | None:
     """A line of the metrics; None where it is none."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = msgspec.json.decode(line, type=dict[str, Any])
+        kind = next((kind for field, kind in _LINES.items() if field in record), _Step)
+        msgspec.convert(record, kind)
+    except msgspec.MsgspecError:
         return None
-    if not isinstance(record, dict) or not Kind.COUNT.accepts(record.get("step")):
-        return None
-    fields = ("valid",) if "valid" in record else ("loss", "balance_loss")
-    return record if all(Kind.NUMBER.accepts(record.get(field)) for field in fields) else None
+    return record
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -58,7 +58,7 @@ def snapshot(model: TransformerXL, corpus: Corpus, config: TrainConfig) -> list[
             chosen = layer.selection
             assert chosen is not None and chosen.k is not None, "a mixture selects K experts a token"
             experts = torch.where(chosen.weights != 0, chosen.indices, -1).to(torch.int16)
-            rows.setdefault(name, []).append(experts.view(-1, chosen.k).cpu())
+            rows.setdefault(name, []).append(experts.view(-1, chosen.k))
 
     evaluate(
         model,
@@ -69,7 +69,7 @@ def snapshot(model: TransformerXL, corpus: Corpus, config: TrainConfig) -> list[
         precision=config.precision,
         observe=observe,
     )
-    return [torch.cat(parts) for parts in rows.values()]
+    return [torch.cat(parts).cpu() for parts in rows.values()]
 
 
 def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
