@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sparseffn.bench import peers
 from sparseffn.bench.candidates import Candidate
-from sparseffn.bench.peers import PeerMixture, sigma_peers
+from sparseffn.bench.peers import PeerMixture, peers_of
 from sparseffn.bench.race import race
 from sparseffn.errors import UserError
 
 from .conftest import DENSE, SIGMA, setting
-from .test_gate import held
+from .test_correctness import held
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers: pip install 'sparseffn[hf]'"
@@ -27,7 +27,7 @@ needs_transformers = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_peer_equals_sigma_moe(implementation: str, dtype: torch.dtype) -> None:
     """Output, gradient of x, and gradients of our own parameters."""
-    found, _ = sigma_peers(SIGMA, setting(30, dtype))
+    found, _ = peers_of(SIGMA, setting(30, dtype))
     candidate = next(c for c in found if c.label == f"hf {implementation}")
     assert set(held(candidate, 30, dtype)) >= {"output", "gradient of experts.keys", "gradient of router.selector"}
 
@@ -53,18 +53,18 @@ def test_peer_that_disagrees_is_refused_by_name() -> None:
 def test_absent_peers_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without transformers."""
     monkeypatch.setattr(peers, "_installed", lambda module: False)
-    found, absent = sigma_peers(SIGMA, setting(4))
+    found, absent = peers_of(SIGMA, setting(4))
     assert found == [] and len(absent) == 3 and all("sparseffn[hf]" in left.reason for left in absent)
 
 
 @needs_transformers
 def test_copies_of_all_tokens_matrices_are_left_out() -> None:
     """`batched_mm` beyond a gibibyte."""
-    _, absent = sigma_peers(SIGMA.replace(d_model=1024, expert_size=128), setting(4096))
+    _, absent = peers_of(SIGMA.replace(d_model=1024, expert_size=128), setting(4096))
     assert [left.label for left in absent] == ["hf batched_mm"] and "8.0 GiB" in absent[0].reason
 
 
 def test_peers_refuse_what_they_do_not_compute() -> None:
     """Other activations and the inner top-K."""
-    found, absent = sigma_peers(SIGMA.replace(activation="gelu"), setting(4))
+    found, absent = peers_of(SIGMA.replace(activation="gelu"), setting(4))
     assert found == [] and "ReLU" in absent[0].reason

@@ -15,7 +15,6 @@ from sparseffn.bench.backends import resolved, use_backend
 from sparseffn.bench.limits import touched_bytes
 from sparseffn.bench.timing import Turn
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn.dense import DenseConfig
 
 # Calls before the timed one of a warm timing, which bring weights and tokens into the caches.
 _WARMING_CALLS = 2
@@ -43,7 +42,7 @@ class Candidate:
         """The backend that computes it; the dense block is PyTorch's own products, None stands for a peer's."""
         if self.is_peer:
             return None
-        return "torch" if isinstance(self.config, DenseConfig) else resolved(self.backend, setting.device, setting.dtype)
+        return resolved(self.backend, setting.device, setting.dtype) if self.config.has_backends else "torch"
 
     def module(self, layer: FeedForward) -> nn.Module:
         """What is called."""

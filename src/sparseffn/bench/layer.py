@@ -14,14 +14,13 @@ from sparseffn.bench.candidates import Candidate, Setting
 from sparseffn.bench.head import result
 from sparseffn.bench.limits import Limit, limit
 from sparseffn.bench.machine import find_device
-from sparseffn.bench.peers import LeftOut, sigma_peers
+from sparseffn.bench.peers import LeftOut, has_peers, peers_of
 from sparseffn.bench.race import Race, Say, race
 from sparseffn.bench.roofline import Roof
 from sparseffn.bench.timing import Times, ratio, spread
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE = "dense"
@@ -146,9 +145,9 @@ def entrants(shape: Shape, settings: LayerSettings, setting: Setting) -> tuple[l
                 candidates.append(Candidate(label=name, config=config, backend=GROUPED_MM))
             else:
                 absent.append(LeftOut(label=name, reason=reason))
-    sigma = next((c for c in shape.methods.values() if isinstance(c, SigmaMoEConfig)), None)
-    if settings.peers and sigma is not None:
-        peers, absent_peers = sigma_peers(sigma, setting)
+    shared = next((c for c in shape.methods.values() if isinstance(c, MixtureConfig) and has_peers(c)), None)
+    if settings.peers and shared is not None:
+        peers, absent_peers = peers_of(shared, setting)
         candidates += peers
         absent += absent_peers
     return candidates, absent
@@ -209,7 +208,7 @@ def _limit(bound: Limit, times: Times, label: str) -> dict[str, Any]:
 def _over_fastest_peer(candidate: Candidate, candidates: Sequence[Candidate], times: Times) -> dict[str, Any] | None:
     """Which of Hugging Face's implementations is fastest at this size, and the time over its; None for those not compared."""
     peers = [c.label for c in candidates if c.is_peer and c.label.startswith("hf ")]
-    if not peers or candidate.is_peer or not isinstance(candidate.config, SigmaMoEConfig):
+    if not peers or candidate.is_peer or not has_peers(candidate.config):
         return None
     fastest = min(peers, key=lambda name: spread(times[name]).median_s)
     over = ratio(times, candidate.label, fastest)

@@ -1,4 +1,4 @@
-"""Other libraries' mixtures of experts over sigma-MoE's own parameters: x in, y out, the very same function.
+"""Other libraries' mixtures of experts over a layer's own parameters: x in, y out, the very same function.
 
 Hugging Face's experts have three implementations: `eager`, the loop that its models carry, and `batched_mm` and `grouped_mm`
 of `transformers.integrations.moe`. Its layout with `is_transposed=True, has_gate=False` is ours, so no weight is copied.
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn.bench.candidates import Candidate, Setting
-from sparseffn.ffn import FeedForward
-from sparseffn.ffn.sigma_moe import SigmaMoE, SigmaMoEConfig
+from sparseffn.ffn import FeedForward, FFNConfig
+from sparseffn.ffn.mixture import Mixture, MixtureConfig
 
 HF_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 HF_LABEL = "hf {}"
@@ -42,10 +42,10 @@ class LeftOut:
 class PeerMixture(nn.Module):
     """Sigmoid router in plain PyTorch, then a peer's experts: `y = sum over the K best of s[e] W2^e relu(W1^e x)`."""
 
-    def __init__(self, layer: FeedForward, experts: Callable[[SigmaMoE], nn.Module]) -> None:
+    def __init__(self, layer: FeedForward, experts: Callable[[Mixture], nn.Module]) -> None:
         super().__init__()
-        assert isinstance(layer, SigmaMoE), "peers compute sigma-MoE"
-        self.k = layer.config.k
+        assert isinstance(layer, Mixture), "peers compute mixtures"
+        self.k = layer.config.n_selected
         self.selector = layer.router.selector
         self.experts = experts(layer)
 
@@ -56,11 +56,16 @@ class PeerMixture(nn.Module):
         return self.experts(x, indices, logits.sigmoid())
 
 
-def sigma_peers(config: SigmaMoEConfig, setting: Setting) -> tuple[list[Candidate], list[LeftOut]]:
+def has_peers(config: FFNConfig) -> bool:
+    """Whether `PeerMixture` computes the method in training and evaluation: top-K and a sigmoid gate (sigma-MoE)."""
+    return isinstance(config, MixtureConfig) and config.gate == "sigmoid" and config.trains_as_it_evaluates
+
+
+def peers_of(config: MixtureConfig, setting: Setting) -> tuple[list[Candidate], list[LeftOut]]:
     """The peers that can compute this layer here, and those that cannot, each with the reason."""
     found: list[Candidate] = []
     absent: list[LeftOut] = []
-    if config.activation != "relu" or config.inner_k is not None:
+    if config.activation != "relu" or config.survivors is not None:
         return [], [LeftOut(label="peers", reason="they are set up for ReLU experts without inner_k")]
     reasons = {implementation: _hf_reason(implementation, config, setting) for implementation in HF_IMPLEMENTATIONS}
     for implementation, reason in reasons.items():
@@ -81,7 +86,7 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _hf_reason(implementation: str, config: SigmaMoEConfig, setting: Setting) -> str | None:
+def _hf_reason(implementation: str, config: MixtureConfig, setting: Setting) -> str | None:
     """Why an implementation is left out, or None."""
     if not _installed("transformers"):
         return "transformers is not installed; pip install 'sparseffn[hf]'"
@@ -100,12 +105,12 @@ def _hf_wrap(implementation: str) -> Callable[[FeedForward], nn.Module]:
 
 
 @cache
-def _hf_experts_class() -> Callable[[Any, SigmaMoE], nn.Module]:
+def _hf_experts_class() -> Callable[[Any, Mixture], nn.Module]:
     """The experts module as a model of transformers would write it; importing takes seconds, hence only when it is used."""
     from transformers.integrations.moe import use_experts_implementation
 
     class Experts(nn.Module):
-        def __init__(self, config: Any, mixture: SigmaMoE) -> None:
+        def __init__(self, config: Any, mixture: Mixture) -> None:
             super().__init__()
             self.num_experts = mixture.config.n_experts
             self.up_proj = mixture.experts.keys
@@ -132,12 +137,12 @@ def _scattermoe_wrap(layer: FeedForward) -> nn.Module:
     return PeerMixture(layer, _scattermoe_experts)
 
 
-def _scattermoe_experts(mixture: SigmaMoE) -> nn.Module:
+def _scattermoe_experts(mixture: Mixture) -> nn.Module:
     """scattermoe's MLP; its matrices are `[E, out, in]` parameters, so that ours are seen through a transposition."""
     from scattermoe.mlp import MLP  # pyright: ignore[reportMissingImports]
 
     c = mixture.config
-    experts = MLP(c.d_model, c.expert_size, c.n_experts, c.k, activation=nn.ReLU())
+    experts = MLP(c.d_model, c.expert_size, c.n_experts, c.n_selected, activation=nn.ReLU())
     for name, weight in (("experts", mixture.experts.keys), ("output_experts", mixture.experts.values)):
         product = getattr(experts, name)
         del product.weight

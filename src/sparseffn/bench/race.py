@@ -20,7 +20,7 @@ from sparseffn.bench.candidates import (
     layers_to_leave_cache,
     training_turns,
 )
-from sparseffn.bench.gate import Truth, check, find_truth
+from sparseffn.bench.correctness import Truth, check, find_truth
 from sparseffn.bench.machine import clock_of, last_level_cache_bytes, memory_bytes
 from sparseffn.bench.timing import Times, medians, take_turns
 from sparseffn.errors import UserError

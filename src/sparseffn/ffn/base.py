@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import BlockShape, FFNConfig
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, MixtureConfig
 from sparseffn.ffn.routers import Batch, Router, Routing, scores_by_token, sigmoid_scores
@@ -100,5 +101,6 @@ class BASE(Mixture):
 
     config: BASEConfig
 
+    @configured_by(BASEConfig)
     def __init__(self, config: BASEConfig) -> None:
         super().__init__(config, AssignmentRouter(config.d_model, config.n_experts))

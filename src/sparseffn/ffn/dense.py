@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn.ffn.block_config import FFNConfig
-from sparseffn.ffn.feedforward import FeedForward, scaled_std, truncated_normal_
+from sparseffn.ffn.feedforward import FeedForward, configured_by, scaled_std, truncated_normal_
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
@@ -30,6 +30,7 @@ class DenseConfig(FFNConfig):
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
     size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
+    has_backends: ClassVar[bool] = False
     preset_fields: ClassVar[tuple[str, ...]] = (*FFNConfig.preset_fields, "dropout")
 
     d_ff: Annotated[int, option("Key-value pairs: width of the hidden layer.", low=1)]
@@ -73,17 +74,14 @@ class DenseConfig(FFNConfig):
         return [cls(d_model=8, d_ff=24, n_layers=2), cls(d_model=6, d_ff=10, activation="gelu", dropout=0.25)]
 
 
-@final
-class Dense(FeedForward):
-    """`keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
+class TwoMatrices(FeedForward):
+    """Parameters of the dense block: `keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
 
-    config: DenseConfig
-
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: FFNConfig) -> None:
         super().__init__(config)
-        self.keys = nn.Parameter(torch.empty(config.d_ff, config.d_model))
-        self.key_bias = nn.Parameter(torch.empty(config.d_ff))
-        self.values = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.keys = nn.Parameter(torch.empty(config.n_channels, config.d_model))
+        self.key_bias = nn.Parameter(torch.empty(config.n_channels))
+        self.values = nn.Parameter(torch.empty(config.n_channels, config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model))
         self.reset_parameters()
 
@@ -91,9 +89,35 @@ class Dense(FeedForward):
         """Truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, biases zero."""
         c = self.config
         truncated_normal_(self.keys, scaled_std(c.d_model, c.n_layers), generator)
-        truncated_normal_(self.values, scaled_std(c.d_ff, c.n_layers), generator)
+        truncated_normal_(self.values, scaled_std(c.n_channels, c.n_layers), generator)
         nn.init.zeros_(self.key_bias)
         nn.init.zeros_(self.bias)
+
+    def values_matrix(self) -> Tensor:
+        return self.values
+
+    def keys_matrix(self) -> Tensor:
+        return self.keys
+
+    def key_bias_vector(self) -> Tensor:
+        return self.key_bias
+
+    def output_bias(self) -> Tensor:
+        return self.bias
+
+    def formula_flops(self) -> int:
+        return 4 * self.config.d_model * self.config.n_channels
+
+
+@final
+class Dense(TwoMatrices):
+    """See `TwoMatrices`."""
+
+    config: DenseConfig
+
+    @configured_by(DenseConfig)
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """u, dropout included."""
@@ -114,14 +138,6 @@ class Dense(FeedForward):
             y_TD = y_TD + alpha_T[:, None] * value
         return y_TD
 
-    def values_matrix(self) -> Tensor:
-        return self.values
-
-    def keys_matrix(self) -> Tensor:
-        return self.keys
-
-    def key_bias_vector(self) -> Tensor:
-        return self.key_bias
-
-    def output_bias(self) -> Tensor:
-        return self.bias
+    def formula_TD(self, x_TD: Tensor) -> Tensor:
+        """Equation 5 by two products."""
+        return ACTIVATIONS[self.config.activation](self.pair_scores(x_TD)) @ self.values + self.bias

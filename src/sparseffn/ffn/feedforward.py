@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, overload
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from sparseffn.errors import UserError
 from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.methods import make_config
+from sparseffn.ffn.options import field_infos
 from sparseffn.ffn.routing_stats import Routed, RoutingStats, routing_stats
+
+Fields = ParamSpec("Fields")
+Config = TypeVar("Config", bound=FFNConfig)
+ConfigIn = TypeVar("ConfigIn", bound=FFNConfig, contravariant=True)
+
+
+class _Call(Protocol[Fields, ConfigIn]):  # pyright: ignore[reportInvalidTypeVarUse]
+    @overload
+    def __call__(self, config: ConfigIn) -> None: ...
+
+    @overload
+    def __call__(self, *args: Fields.args, **fields: Fields.kwargs) -> None: ...
+
+
+class _Constructor(Protocol[Fields, ConfigIn]):
+    """What type checkers see of an `__init__` that `configured_by` decorates: it is called with a config or with its fields."""
+
+    def __get__(self, instance: object, owner: type | None = None, /) -> _Call[Fields, ConfigIn]: ...
+
+
+def configured_by(
+    config_class: Callable[Fields, Config],
+) -> Callable[[Callable[[Any, Config], None]], _Constructor[Fields, Config]]:
+    """Decorator of a layer's `__init__(self, config)`: the layer is also built from the config's fields by keyword.
+
+    Raises, when the layer is built:
+        UserError: both or another config is given, or the fields make no config.
+    """
+    assert isinstance(config_class, type), "a config class, which type checkers must see as its constructor"
+
+    def decorate(init: Callable[[Any, Config], None]) -> _Constructor[Fields, Config]:
+        @functools.wraps(init)
+        def construct(self: Any, config: Any = None, **fields: Any) -> None:
+            if config is None:
+                config = make_config(config_class, fields)
+            elif fields or not isinstance(config, config_class):
+                got = f"{config!r} and {', '.join(fields)}" if fields else repr(config)
+                raise UserError(
+                    f"`config` must be a {config_class.__name__} by itself; got {got}; fix: pass its fields by keyword"
+                )
+            init(self, config)
+
+        # What `help` and notebooks show.
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = (p.replace(annotation=p.empty) for p in inspect.signature(config_class).parameters.values())
+        vars(construct)["__signature__"] = inspect.Signature([itself, *parameters])
+        return construct  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A choice of the K largest of some scores."""
+
+    scores: Tensor
+    """`[T, ..., n]`, the choice is along the last dimension."""
+    k: int
+    of_pairs: bool
+    """Whether single key-value pairs are chosen, of which there are thousands, or experts."""
 
 
 class FeedForward(nn.Module, ABC):
@@ -70,6 +136,30 @@ class FeedForward(nn.Module, ABC):
     def output_bias(self) -> Tensor | None:
         """The bias added to the sum of values, `[d_model]`, where there is one."""
         return None
+
+    # What the benchmark's correctness check needs to know of a method; all of it is for evaluation.
+
+    def formula_flops(self) -> int | None:
+        """FLOPs a token of `formula_TD`; None where a method has no formula faster than its reference."""
+        return None
+
+    def formula_TD(self, x_TD: Tensor) -> Tensor:
+        """The output by dense products over all pairs, differentiable: the truth for thousands of tokens."""
+        return self.reference_TD(x_TD)
+
+    def pair_scores(self, x_TD: Tensor) -> Tensor:
+        """The score of every pair before the activation, `[T, ..., d_ff]`, for methods with a formula."""
+        keys, bias = self.keys_matrix(), self.key_bias_vector()
+        assert keys is not None, "blocks with a formula name their keys"
+        return x_TD @ keys.t() if bias is None else x_TD @ keys.t() + bias
+
+    def near_kink(self, x_TD: Tensor, margin: float) -> Tensor:
+        """bool `[T]`: tokens with a pair that matters and whose score is within `margin` of 0, ReLU's kink."""
+        return (self.pair_scores(x_TD).abs() < margin).flatten(1).any(dim=1)
+
+    def rankings(self, x_TD: Tensor) -> list[Ranking]:
+        """Every choice of the largest that the method makes, so that tokens can be found whose choice hangs on rounding."""
+        return []
 
     @overload
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_stats: Literal[False] = False) -> Tensor: ...
@@ -134,8 +224,22 @@ class FeedForward(nn.Module, ABC):
         return x_TD.masked_fill(~mask_T[:, None], 0.0), mask_T
 
     def extra_repr(self) -> str:
-        """The config, in `print(model)`."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.config.to_json().items())
+        """In `print(model)`: the config's fields that are not the defaults, sizes, and the block's own parameters."""
+        c = self.config
+        given = {i.name: getattr(c, i.name) for i in field_infos(type(c)).values() if getattr(c, i.name) != i.default}
+        fields = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        counts = f"{c.num_params():,} parameters, {c.active_params():,} active"
+        return "\n".join(filter(None, (fields, counts, parameter_shapes(self))))
+
+
+def parameter_shapes(module: nn.Module) -> str:
+    """A module's own parameters in words: `keys [4, 8, 2], values [4, 2, 8]`."""
+    return ", ".join(f"{name} {list(p.shape)}" for name, p in module.named_parameters(recurse=False))
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """1 at the K largest of the last dimension, 0 elsewhere."""
+    return torch.zeros_like(scores).scatter(-1, scores.topk(k).indices, 1.0)
 
 
 def scaled_std(fan: int, n_layers: int) -> float:

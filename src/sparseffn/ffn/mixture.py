@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig, require
-from sparseffn.ffn.feedforward import FeedForward, equal_norm_rows_, normal_, scaled_std
+from sparseffn.ffn.feedforward import FeedForward, Ranking, equal_norm_rows_, largest, normal_, parameter_shapes, scaled_std
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.routing_stats import Routed
@@ -141,6 +141,9 @@ class Experts(nn.Module):
         super().__init__()
         self.keys = nn.Parameter(torch.empty(n_experts, d_model, expert_size))
         self.values = nn.Parameter(torch.empty(n_experts, expert_size, d_model))
+
+    def extra_repr(self) -> str:
+        return parameter_shapes(self)
 
 
 class Mixture(FeedForward):
@@ -305,6 +308,33 @@ class Mixture(FeedForward):
     def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
         """What the reference does to a token's coefficients by expert before adding up values."""
         return alpha
+
+    def formula_flops(self) -> int:
+        return 4 * self.config.d_model * self.config.n_channels
+
+    def formula_TD(self, x_TD: Tensor) -> Tensor:
+        """Equation 12 over all experts."""
+        alpha_TF, selected_TF = self._pairs(x_TD)
+        survivors = self.config.survivors
+        if survivors is not None:
+            alpha_TF = alpha_TF * largest(alpha_TF.detach().masked_fill(~selected_TF, -torch.inf), survivors)
+        return alpha_TF @ self.values_matrix()
+
+    def _pairs(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Score times activation of every pair, `[T, d_ff]`, and which pairs are of selected experts."""
+        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
+        scores_TF = self.router.reference(x_TD).repeat_interleave(self.config.expert_size, dim=1)
+        return scores_TF * u_TF, scores_TF != 0
+
+    @torch.no_grad()
+    def rankings(self, x_TD: Tensor) -> list[Ranking]:
+        """Logits, and with an inner top-K the coefficients of the selected experts."""
+        experts = Ranking(x_TD @ self.router.selector.t(), self.config.n_selected, of_pairs=False)
+        survivors = self.config.survivors
+        if survivors is None:
+            return [experts]
+        alpha_TF, selected_TF = self._pairs(x_TD)
+        return [experts, Ranking(alpha_TF[selected_TF].view(len(x_TD), -1), survivors, of_pairs=True)]
 
     def keys_matrix(self) -> Tensor:
         return self.experts.keys.transpose(1, 2).flatten(0, 1)

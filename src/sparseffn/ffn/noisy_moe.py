@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -112,6 +113,7 @@ class NoisyMoE(Mixture):
     config: NoisyMoEConfig
     router: NoisyRouter
 
+    @configured_by(NoisyMoEConfig)
     def __init__(self, config: NoisyMoEConfig) -> None:
         super().__init__(config, NoisyRouter(config))
 

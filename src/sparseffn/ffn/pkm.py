@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
-from sparseffn.ffn.feedforward import FeedForward, normal_, scaled_std
+from sparseffn.ffn.feedforward import FeedForward, Ranking, configured_by, largest, normal_, scaled_std
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
@@ -131,6 +131,7 @@ class PKM(FeedForward):
 
     config: PKMConfig
 
+    @configured_by(PKMConfig)
     def __init__(self, config: PKMConfig) -> None:
         super().__init__(config)
         half = config.d_model // 2
@@ -216,3 +217,36 @@ class PKM(FeedForward):
 
     def values_matrix(self) -> Tensor:
         return self.values
+
+    def formula_flops(self) -> int:
+        """Every head scores every pair."""
+        return 4 * self.config.d_model * self.config.n_channels * self.config.n_heads
+
+    def pair_scores(self, x_TD: Tensor) -> Tensor:
+        """Of each head, `[T, H, n_a n_b]`."""
+        halves = zip(x_TD.chunk(2, dim=1), (self.keys_a, self.keys_b), strict=True)
+        u_a, u_b = (torch.einsum("td,knd->tkn", x, keys) for x, keys in halves)
+        return (u_b[..., :, None] + u_a[..., None, :]).flatten(2)
+
+    def formula_TD(self, x_TD: Tensor) -> Tensor:
+        """Equation 8 over all pairs of sub-keys."""
+        u_THN = self.pair_scores(x_TD)
+        if self.config.k is None:
+            return self.activate(u_THN.sum(dim=1)) @ self.values
+        best_THN = largest(u_THN.detach(), self.config.k)
+        if self.config.activation == "softmax":
+            return u_THN.masked_fill(best_THN == 0, -torch.inf).softmax(dim=2).sum(dim=1) @ self.values
+        return (self.activate(u_THN) * best_THN).sum(dim=1) @ self.values
+
+    def near_kink(self, x_TD: Tensor, margin: float) -> Tensor:
+        """Of many thousands of pairs some always are near; those that no head reads do not matter."""
+        scores = self.pair_scores(x_TD)
+        near = scores.abs() < margin
+        if self.config.k is not None:
+            near &= scores > scores.topk(self.config.k).values[..., -1:] - 2 * margin
+        return near.flatten(1).any(dim=1)
+
+    @torch.no_grad()
+    def rankings(self, x_TD: Tensor) -> list[Ranking]:
+        """The scores of each head."""
+        return [] if self.config.k is None else [Ranking(self.pair_scores(x_TD), self.config.k, of_pairs=True)]

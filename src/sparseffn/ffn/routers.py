@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseffn import ops
+from sparseffn.ffn.feedforward import parameter_shapes
 from sparseffn.ops import Selection
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
@@ -80,6 +81,9 @@ class Router(nn.Module, ABC):
         """s `[T, E]`, slowly; draws the same random numbers as `forward`."""
         logits_TE = ops.router_logits(x_TD, self.selector)
         return self.scores_reference(logits_TE, Batch(x_TD, None, self.draw_keep(x_TD), length))
+
+    def extra_repr(self) -> str:
+        return parameter_shapes(self)
 
     def draw_keep(self, x_TD: Tensor) -> Tensor | None:
         """Expert dropout (equation 22): bool `[T, E]`, False with probability delta; None when nothing is dropped."""

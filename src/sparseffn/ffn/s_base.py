@@ -18,6 +18,7 @@ from torch import Tensor
 from sparseffn import ops
 from sparseffn.ffn.base import BATCH_ROUTING
 from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -104,5 +105,6 @@ class SBASE(Mixture):
     knows_sequences: ClassVar[bool] = True
     config: SBASEConfig
 
+    @configured_by(SBASEConfig)
     def __init__(self, config: SBASEConfig) -> None:
         super().__init__(config, SinkhornRouter(config))

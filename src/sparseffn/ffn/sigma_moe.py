@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import INDEX_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -112,6 +113,7 @@ class SigmaMoE(Mixture):
 
     config: SigmaMoEConfig
 
+    @configured_by(SigmaMoEConfig)
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -77,5 +78,6 @@ class SoftmaxMoE(Mixture):
 
     config: SoftmaxMoEConfig
 
+    @configured_by(SoftmaxMoEConfig)
     def __init__(self, config: SoftmaxMoEConfig) -> None:
         super().__init__(config, SoftmaxRouter(config))

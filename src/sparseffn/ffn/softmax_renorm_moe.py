@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -83,5 +84,6 @@ class SoftmaxRenormMoE(Mixture):
 
     config: SoftmaxRenormMoEConfig
 
+    @configured_by(SoftmaxRenormMoEConfig)
     def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
         super().__init__(config, RenormRouter(config))

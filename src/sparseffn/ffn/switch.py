@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import BlockShape, FFNConfig
+from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
@@ -129,6 +130,7 @@ class Switch(Mixture):
 
     config: SwitchConfig
 
+    @configured_by(SwitchConfig)
     def __init__(self, config: SwitchConfig) -> None:
         factor = config.capacity_factor
         super().__init__(config, SoftmaxRouter(config) if factor is None else CapacityRouter(config, factor))

@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
-from sparseffn.ffn.feedforward import FeedForward, scaled_std, truncated_normal_
+from sparseffn.ffn.dense import TwoMatrices
+from sparseffn.ffn.feedforward import Ranking, configured_by, largest
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
@@ -98,26 +99,14 @@ class TopKConfig(FFNConfig):
 
 
 @final
-class TopK(FeedForward):
-    """`keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
+class TopK(TwoMatrices):
+    """See `TwoMatrices`: from one seed it starts like the dense block."""
 
     config: TopKConfig
 
+    @configured_by(TopKConfig)
     def __init__(self, config: TopKConfig) -> None:
         super().__init__(config)
-        self.keys = nn.Parameter(torch.empty(config.d_ff, config.d_model))
-        self.key_bias = nn.Parameter(torch.empty(config.d_ff))
-        self.values = nn.Parameter(torch.empty(config.d_ff, config.d_model))
-        self.bias = nn.Parameter(torch.empty(config.d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """As the dense block: the two start alike from one seed."""
-        c = self.config
-        truncated_normal_(self.keys, scaled_std(c.d_model, c.n_layers), generator)
-        truncated_normal_(self.values, scaled_std(c.d_ff, c.n_layers), generator)
-        nn.init.zeros_(self.key_bias)
-        nn.init.zeros_(self.bias)
 
     def select(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and coefficients `[T, K]` of the survivors; the rest of u is not kept for backward."""
@@ -156,14 +145,15 @@ class TopK(FeedForward):
             outputs.append(sum((u[i] * self.values[i] for i in best), self.bias))
         return torch.stack(outputs) if outputs else x_TD * self.values.sum() + self.bias
 
-    def values_matrix(self) -> Tensor:
-        return self.values
+    def formula_TD(self, x_TD: Tensor) -> Tensor:
+        """Equations 6 and 7 by two products."""
+        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
+        (ranking,) = self.rankings(x_TD)
+        return (u_TF * largest(ranking.scores, ranking.k)) @ self.values + self.bias
 
-    def keys_matrix(self) -> Tensor:
-        return self.keys
-
-    def key_bias_vector(self) -> Tensor:
-        return self.key_bias
-
-    def output_bias(self) -> Tensor:
-        return self.bias
+    @torch.no_grad()
+    def rankings(self, x_TD: Tensor) -> list[Ranking]:
+        """u, times the norms of the values where those count."""
+        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
+        scores_TF = u_TF * self.values.norm(dim=1) if self.config.use_norm else u_TF
+        return [Ranking(scores_TF, self.config.k, of_pairs=True)]

@@ -20,7 +20,6 @@ from sparseffn.analysis.usage import DEAD_SHARE
 from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn.dense import Dense
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.transformer_xl import keyed_generator
@@ -145,12 +144,9 @@ def measure_start(config: TopKMixtureConfig, dense: BlockScale, inputs: Inputs, 
 def _scale(layer: FeedForward, inputs: Inputs) -> BlockScale:
     x_TD = inputs.x_TD[: inputs.grad_TD.shape[0]].clone().requires_grad_()
     y_TD = layer(x_TD)
-    if isinstance(layer, Mixture):
-        keys, values = layer.experts.keys, layer.experts.values
-    else:
-        assert isinstance(layer, Dense), "the dense block is what mixtures are compared with"
-        keys, values = layer.keys, layer.values
-    gradients = torch.autograd.grad(y_TD, (keys, values, x_TD), inputs.grad_TD)
+    # The field's names, in a module of experts or in the layer itself.
+    named = {name.rpartition(".")[2]: parameter for name, parameter in layer.named_parameters()}
+    gradients = torch.autograd.grad(y_TD, (named["keys"], named["values"], x_TD), inputs.grad_TD)
     squares = [float(g.double().square().sum()) for g in gradients]
     output = float(y_TD.detach().double().square().mean())
     return BlockScale(output=output, keys=squares[0], values=squares[1], input=squares[2])

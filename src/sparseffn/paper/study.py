@@ -22,7 +22,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn.mixture import TopKMixtureConfig
 from sparseffn.models.presets import Preset
 from sparseffn.paper.predictions import gate_square, interference_bounds
-from sparseffn.paper.study_runs import CPU, GATES, Deadline, Scale, Training, block_config, shortened, variants
+from sparseffn.paper.study_runs import CPU, Deadline, Scale, Training, block_config, shortened, variants
 from sparseffn.paper.study_start import Point, measure_point, rounded
 from sparseffn.storage import Kind, read_fields, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
@@ -172,10 +172,10 @@ class _Job:
 
 def predicted(choice: MethodChoice, preset: Preset) -> dict[str, Any]:
     """What the framework says of a variant's gates before the first step; see `analysis.predictions`."""
-    config, gate = block_config(choice, preset), GATES[choice.method]
-    assert isinstance(config, TopKMixtureConfig), "studies train mixtures"
-    low, high = interference_bounds(config, gate)
-    return {"gate_square": rounded(gate_square(config, gate)), "interference": [rounded(low), rounded(high)]}
+    config = block_config(choice, preset)
+    assert isinstance(config, TopKMixtureConfig) and config.gate is not None, "studies train mixtures that name their gate"
+    low, high = interference_bounds(config, config.gate)
+    return {"gate_square": rounded(gate_square(config, config.gate)), "interference": [rounded(low), rounded(high)]}
 
 
 def _corpus(corpus: Corpus) -> dict[str, Any]:

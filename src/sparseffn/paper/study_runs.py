@@ -21,7 +21,6 @@ from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig, method_class, parse_options
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import Preset
-from sparseffn.ops import GateName
 from sparseffn.paper.competition import probe
 from sparseffn.paper.study_start import Grid
 from sparseffn.storage import Kind, read_fields, write_json
@@ -56,9 +55,6 @@ STUDIES: dict[str, dict[str, MethodChoice]] = {
     },
 }
 """Variants by study; the first of each is sigma-MoE as the paper has it for small models, and one run serves all three."""
-
-GATES: dict[str, GateName] = {"sigma-moe": "sigmoid", "softmax-moe": "softmax", "softmax-renorm-moe": "renormalised"}
-"""How each method's gates follow from its logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""No speed without correctness: a candidate is held against the paper's formula in float64 at the size that is timed.
+"""No speed without correctness: a candidate is compared with the paper's formula in float64 at the size that is timed.
 
 The candidate runs all tokens at the timed shape, dtype and backend, forward and backward. Its output, the gradient of its input
-and that of every parameter are compared with the truth: the formula with dense products over all pairs, on all tokens as long
-as that takes seconds, or where there is none (a method registered from outside) the layer's slow reference on a few tokens.
-Where only some tokens are compared, the gradient sent back is zero at all others, so that parameter gradients are comparable.
+and that of every parameter are compared with the truth: the method's formula (`FeedForward.formula_TD`), on all tokens as long
+as that takes seconds, or where a method has none its slow reference on a few tokens. Where only some tokens are compared, the
+gradient sent back is zero at all others, so that parameter gradients are comparable.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from sparseffn.bench.backends import use_backend
 from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ffn.dense import Dense
-from sparseffn.ffn.mixture import Mixture
-from sparseffn.ffn.pkm import PKM
-from sparseffn.ffn.topk import TopK
-from sparseffn.ops.activations import ACTIVATIONS
+from sparseffn.ffn.feedforward import Ranking
 
 # Largest deviation over the truth's largest value, and root mean square over the truth's. Measured on the shapes of the paper's
 # models, PyTorch's products and peers, 2026-11: at most 3e-6 in float32 and 1.5e-2 in bfloat16 for the first.
@@ -74,12 +70,13 @@ def find_truth(config: FFNConfig, setting: Setting, *, seed: int = 0) -> Truth:
     tokens = compared_tokens(exact, setting.n_tokens).to(setting.device)
     grad = torch.zeros_like(x)
     grad[tokens] = draw_tokens(config, setting, seed=seed + 2)[tokens]
-    if setting.dtype == torch.float32 and config.activation == "relu" and has_formula(exact):
+    has_formula = exact.formula_flops() is not None
+    if setting.dtype == torch.float32 and config.activation == "relu" and has_formula:
         near = near_kink(exact, x[tokens].double())
         # A single token is compared all the same: with nothing sent back, gradients would not be checked at all.
         grad[tokens[near & ~near.all()]] = 0.0
     values = _by_formula(exact, x.double(), grad.double(), tokens)
-    ranks_pairs = isinstance(exact, TopK | PKM) or not has_formula(exact) or _survivors(exact) is not None
+    ranks_pairs = not has_formula or any(ranking.of_pairs for ranking in exact.rankings(x[:1].double()))
     ranked_in_half = setting.dtype != torch.float32 and ranks_pairs
     tolerance = _RANKED_IN_HALF if ranked_in_half else TOLERANCES[setting.dtype]
     return Truth(x=x, grad=grad, tokens=tokens, values=values, tolerance=tolerance)
@@ -91,28 +88,7 @@ def near_kink(layer: FeedForward, x_TD: Tensor) -> Tensor:
     At 4,096 tokens of 4,110 units some always do. Their outputs are compared, gradients are not sent through them.
     """
     with torch.no_grad():
-        return torch.cat([_is_near_kink(layer, rows) for rows in x_TD.split(_CHUNK)])
-
-
-def _is_near_kink(layer: FeedForward, x_TD: Tensor) -> Tensor:
-    scores = pair_scores(layer, x_TD)
-    near = scores.abs() < _CLEAR_SCORE
-    if isinstance(layer, PKM) and layer.config.k is not None:
-        # Of many thousands of pairs some always are; those that no head reads do not matter.
-        least = scores.topk(layer.config.k).values[..., -1:]
-        near &= scores > least - 2 * _CLEAR_SCORE
-    return near.flatten(1).any(dim=1)
-
-
-def pair_scores(layer: FeedForward, x_TD: Tensor) -> Tensor:
-    """The score of every pair before the activation, `[T, d_ff]`; of product keys `[T, H, n_a n_b]`."""
-    if isinstance(layer, PKM):
-        halves = zip(x_TD.chunk(2, dim=1), (layer.keys_a, layer.keys_b), strict=True)
-        u_a, u_b = (torch.einsum("td,knd->tkn", x, keys) for x, keys in halves)
-        return (u_b[..., :, None] + u_a[..., None, :]).flatten(2)
-    keys, bias = layer.keys_matrix(), layer.key_bias_vector()
-    assert keys is not None, "blocks with a formula name their keys"
-    return x_TD @ keys.t() if bias is None else x_TD @ keys.t() + bias
+        return torch.cat([layer.near_kink(rows, _CLEAR_SCORE) for rows in x_TD.split(_CHUNK)])
 
 
 def _by_formula(layer: FeedForward, x: Tensor, grad: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -120,7 +96,7 @@ def _by_formula(layer: FeedForward, x: Tensor, grad: Tensor, tokens: Tensor) -> 
     leaf = x[tokens].requires_grad_()
     outputs = []
     for rows, sent in zip(leaf.split(_CHUNK), grad[tokens].split(_CHUNK), strict=True):
-        y = formula(layer, rows)
+        y = layer.formula_TD(rows)
         y.backward(sent)
         outputs.append(y.detach())
     grad_x = torch.zeros_like(x)
@@ -129,75 +105,11 @@ def _by_formula(layer: FeedForward, x: Tensor, grad: Tensor, tokens: Tensor) -> 
     return values | {f"gradient of {n}": _gradient(p) for n, p in layer.named_parameters()}
 
 
-def has_formula(layer: FeedForward) -> bool:
-    """Whether dense products give the layer's output."""
-    return isinstance(layer, Mixture | Dense | TopK | PKM)
-
-
-def _survivors(layer: FeedForward) -> int | None:
-    """Units that a top-K inside the experts leaves of each token's; None: there is no such top-K."""
-    return layer.config.survivors if isinstance(layer, Mixture) else None
-
-
-def formula(layer: FeedForward, x_TD: Tensor) -> Tensor:
-    """Equation 5 for the dense block, 6 and 7, 8, equation 12 over all experts for mixtures, else the reference."""
-    if not has_formula(layer):
-        return layer.reference(x_TD)
-    if isinstance(layer, PKM):
-        return _pkm_formula(layer, x_TD)
-    act = ACTIVATIONS[layer.config.activation]
-    if isinstance(layer, TopK):
-        u_TF = act(pair_scores(layer, x_TD))
-        return (u_TF * _best(_ranks(layer, x_TD), layer.config.k)) @ layer.values + layer.bias
-    if isinstance(layer, Mixture):
-        alpha_TF, selected_TF = _units(layer, x_TD)
-        survivors = _survivors(layer)
-        if survivors is not None:
-            alpha_TF = alpha_TF * _best(alpha_TF.detach().masked_fill(~selected_TF, -torch.inf), survivors)
-        return alpha_TF @ layer.values_matrix()
-    assert isinstance(layer, Dense), "the only other layer with a formula"
-    return act(x_TD @ layer.keys.t() + layer.key_bias) @ layer.values + layer.bias
-
-
-def _units(layer: Mixture, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Score times activation of every pair, `[T, d_ff]`, and which pairs are of selected experts."""
-    u_TF = ACTIVATIONS[layer.config.activation](pair_scores(layer, x_TD))
-    scores_TF = layer.router.reference(x_TD).repeat_interleave(layer.config.expert_size, dim=1)
-    return scores_TF * u_TF, scores_TF != 0
-
-
-def _pkm_formula(layer: PKM, x_TD: Tensor) -> Tensor:
-    """Equation 8 over all pairs of sub-keys."""
-    u_THN = pair_scores(layer, x_TD)
-    if layer.config.k is None:
-        return layer.activate(u_THN.sum(dim=1)) @ layer.values
-    best_THN = _best(u_THN.detach(), layer.config.k)
-    if layer.config.activation == "softmax":
-        return u_THN.masked_fill(best_THN == 0, -torch.inf).softmax(dim=2).sum(dim=1) @ layer.values
-    return (layer.activate(u_THN) * best_THN).sum(dim=1) @ layer.values
-
-
-def _ranks(layer: TopK | PKM, x_TD: Tensor) -> Tensor:
-    """What a method that selects pairs ranks them by; no gradient goes through it."""
-    with torch.no_grad():
-        scores = pair_scores(layer, x_TD)
-        if isinstance(layer, PKM):
-            return scores
-        u_TF = ACTIVATIONS[layer.config.activation](scores)
-        return u_TF * layer.values.norm(dim=1) if layer.config.use_norm else u_TF
-
-
-def _best(ranks: Tensor, k: int) -> Tensor:
-    """1 at the K largest of the last dimension, 0 elsewhere."""
-    return torch.zeros_like(ranks).scatter(-1, ranks.topk(k).indices, 1.0)
-
-
 def compared_tokens(layer: FeedForward, n_tokens: int) -> Tensor:
     """Indices of the tokens to compare: all if the truth takes seconds, else evenly spaced ones with the first and the last."""
-    # Products of every head are over all pairs.
-    n_heads = layer.config.n_heads if isinstance(layer, PKM) else 1
-    each = 3 * 4 * layer.config.d_model * layer.config.n_channels * n_heads
-    most = max(1, int(_MOST_FLOPS / each)) if has_formula(layer) else _REFERENCE_TOKENS
+    flops = layer.formula_flops()
+    # Backward costs twice as much as forward.
+    most = _REFERENCE_TOKENS if flops is None else max(1, int(_MOST_FLOPS / (3 * flops)))
     if most >= n_tokens:
         return torch.arange(n_tokens)
     return torch.linspace(0, n_tokens - 1, most, dtype=torch.float64).round().long().unique()
@@ -212,37 +124,31 @@ def clear_tokens(layer: FeedForward, setting: Setting, *, seed: int) -> Tensor:
 
 
 def _unclear(layer: FeedForward, x_TD: Tensor) -> Tensor:
-    """Tokens whose last selected unit and first that is not stand too close."""
-    if isinstance(layer, Mixture):
-        logits_TE = x_TD @ layer.router.selector.detach().t()
-        unclear_T = _stand_close(logits_TE, layer.config.n_selected, _CLEAR_GAP)
-        survivors = _survivors(layer)
-        if survivors is None:
-            return unclear_T
-        with torch.no_grad():
-            alpha_TF, selected_TF = _units(layer, x_TD)
-        return unclear_T | _stand_close(alpha_TF[selected_TF].view(len(x_TD), -1), survivors, _CLEAR_PAIR_GAP)
-    if isinstance(layer, TopK | PKM) and layer.config.k is not None:
-        return _stand_close(_ranks(layer, x_TD), layer.config.k, _CLEAR_PAIR_GAP)
-    return torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+    """Tokens for which the last that is selected and the first that is not stand too close."""
+    unclear_T = torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+    for ranking in layer.rankings(x_TD):
+        unclear_T |= _stand_close(ranking)
+    return unclear_T
 
 
-def _stand_close(ranks: Tensor, k: int, gap: float) -> Tensor:
+def _stand_close(ranking: Ranking) -> Tensor:
     """Tokens whose K-th largest rank and the next one differ by no more than a share of the ranks' spread."""
-    if k == ranks.shape[-1]:
-        return torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
-    ranks = ranks.sort(dim=-1, descending=True).values
-    last, next_one, spread = ranks[..., k - 1], ranks[..., k], ranks[..., 0] - ranks[..., -1]
+    k, scores = ranking.k, ranking.scores
+    if k == scores.shape[-1]:
+        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    gap = _CLEAR_PAIR_GAP if ranking.of_pairs else _CLEAR_GAP
+    scores = scores.sort(dim=-1, descending=True).values
+    last, next_one, spread = scores[..., k - 1], scores[..., k], scores[..., 0] - scores[..., -1]
     # ReLU's zeros are many and alike: none of them adds anything.
     is_zero = (last == 0) & (next_one == 0)
-    return ((last - next_one <= gap * spread) & ~is_zero).view(len(ranks), -1).any(dim=1)
+    return ((last - next_one <= gap * spread) & ~is_zero).view(len(scores), -1).any(dim=1)
 
 
 def check(candidate: Candidate, layer: FeedForward, module: nn.Module, truth: Truth) -> dict[str, float]:
-    """Hold a candidate against the truth.
+    """Compare a candidate with the truth.
 
     Args:
-        candidate: who it is.
+        candidate: its label and backend.
         layer: owns the parameters, drawn like the truth's.
         module: what is called; the layer itself or a peer's module over it.
         truth: from `find_truth`.
@@ -251,7 +157,7 @@ def check(candidate: Candidate, layer: FeedForward, module: nn.Module, truth: Tr
         Largest deviation of the output and of each gradient, over the truth's largest value.
 
     Raises:
-        UserError: something differs by more than rounding; no speed is told of it.
+        UserError: something differs by more than rounding; no speed is reported for it.
     """
     use_backend(candidate.backend)
     found = _measured(layer, module, truth)

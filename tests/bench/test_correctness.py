@@ -1,4 +1,4 @@
-"""No speed is told of what is not correct."""
+"""No speed is reported for what is not correct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparseffn.bench.backends import backend_restored
 from sparseffn.bench.candidates import Candidate, build_layer
-from sparseffn.bench.gate import check, clear_tokens, compared_tokens, find_truth, formula, near_kink
+from sparseffn.bench.correctness import check, clear_tokens, compared_tokens, find_truth, near_kink
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig, list_methods, method_class
 from sparseffn.ffn.pkm import PKMConfig
@@ -72,12 +72,12 @@ def test_formula_is_the_reference() -> None:
     for config in (DENSE, SIGMA, INNER, dataclasses.replace(INNER, inner_k=100), *selecting):
         layer = build_layer(config, setting(9), 0).double().eval()
         x = torch.randn(9, config.d_model, dtype=torch.float64)
-        torch.testing.assert_close(formula(layer, x), layer.reference(x))
+        torch.testing.assert_close(layer.formula_TD(x), layer.reference(x))
 
 
 def test_long_batches_are_compared_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the truth would take too long, evenly spaced tokens stand for all."""
-    monkeypatch.setattr("sparseffn.bench.gate._MOST_FLOPS", 12 * 16 * 64 * 5)
+    monkeypatch.setattr("sparseffn.bench.correctness._MOST_FLOPS", 12 * 16 * 64 * 5)
     tokens = compared_tokens(SIGMA.build(), 1001)
     assert tokens.tolist() == [0, 250, 500, 750, 1000]
     assert held(Candidate(label="sigma-moe", config=SIGMA), 1001)["gradient of experts.keys"] < 1e-5
