@@ -6,8 +6,9 @@ and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, 
 
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, describe
 from sparseffn.ffn.collect import CollectedStats, collect_stats
-from sparseffn.ffn.feedforward import FeedForward
+from sparseffn.ffn.feedforward import FeedForward, configured_by
 from sparseffn.ffn.methods import (
+    build,
     config_from_json,
     list_methods,
     load_builtin_methods,
@@ -31,8 +32,10 @@ __all__ = [
     "FieldInfo",
     "Routed",
     "RoutingStats",
+    "build",
     "collect_stats",
     "config_from_json",
+    "configured_by",
     "describe",
     "ffn_config_from_json",
     "field_infos",

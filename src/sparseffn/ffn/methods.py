@@ -10,11 +10,14 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn.block_config import FFNConfig
 from sparseffn.ffn.options import field_infos
+
+if TYPE_CHECKING:
+    from sparseffn.ffn.feedforward import FeedForward
 
 ENTRY_POINT_GROUP = "sparseffn.methods"
 
@@ -79,6 +82,15 @@ def method_class(name: str) -> type[FFNConfig]:
         if wanted not in names:
             raise unknown_name("method", name, names)
     return _METHODS[wanted]
+
+
+def build(method: str, **fields: Any) -> FeedForward:
+    """A layer from a method's name and its config's fields: `build("sigma-moe", d_model=512, n_experts=16, ...)`.
+
+    Raises:
+        UserError: there is no such method, or the fields make no config of it.
+    """
+    return make_config(method_class(method), fields).build()
 
 
 def config_from_json(data: Mapping[str, Any]) -> FFNConfig:
