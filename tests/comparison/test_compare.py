@@ -22,6 +22,7 @@ from sparseffn.ffn import list_methods
 from sparseffn.models import TransformerXL
 from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.report import markdown_table
+from sparseffn.report.comparison_report import comparison_table
 from sparseffn.training import RunFolder
 from sparseffn.training.checkpoint import list_checkpoints
 
@@ -79,7 +80,7 @@ def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     assert sigma["ffn_flops_vs_dense"] < 0.2 and dense["ffn_flops_vs_dense"] == 1.0
     # 2 of 16 experts, 64 of 2048 channels.
     assert [row["ffn_flops_convention"] for row in result["methods"]] == [1.0, 2 / 16, 64 / 2048]
-    table = markdown_table(result)
+    table = markdown_table(comparison_table(result))
     assert "K/N\\_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
     assert f"digest {result['corpus']['digest'][:12]}" in table and "lr=0.004" in table
     assert "64 channels" in topk["marks"][0]

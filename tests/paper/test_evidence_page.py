@@ -11,9 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from sparseffn.report.paper_result import read_paper_table
-from sparseffn.report.paper_settings import build_table
-from sparseffn.report.paper_table import paper_markdown
+from sparseffn.report.paper_report import paper_markdown, read_paper_table
+from sparseffn.report.paper_view import paper_report
 from sparseffn.storage import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +57,7 @@ def test_page_follows_the_results(tool: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EVIDENCE.glob("table*.json")), ids=lambda path: path.stem)
 def test_markdown_is_that_of_the_json(path: Path) -> None:
     """Both were written by one command."""
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == paper_markdown(build_table(read_paper_table(path)))
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == paper_markdown(paper_report(read_paper_table(path)))
 
 
 def test_means_over_other_seeds_do_not_rank_rows(tool: ModuleType, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sparseffn.paper.planned import NOT_PUBLISHED, PlannedTable, Request, plan_t
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import Scale, get_scale
 from sparseffn.paper.tables import OWN_TABLES
-from sparseffn.report.sweep_plots import sweep_plots
+from sparseffn.report.paper_plots import sweep_plots
 
 
 def plan(name: str, micro: Scale, corpora: Corpora, columns: list[str], rows: list[str] | None = None) -> PlannedTable:

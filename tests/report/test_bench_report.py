@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 
 from sparseffn.errors import UserError
-from sparseffn.report.bench_page import bench_html, read_bench, write_bench_page
-from sparseffn.report.bench_plots import figure_plots, plots
-from sparseffn.report.bench_tables import machine_line, sheets
-from sparseffn.report.figures import write_plots
+from sparseffn.report.bench_plots import bench_plots, figure_plots
+from sparseffn.report.bench_report import bench_page, bench_tables, machine_line, read_bench, write_bench
+from sparseffn.report.plotting import write_plots
+from sparseffn.report.table import Table
 
 from .synthetic_bench import KINDS, figures_result, layer_result
+
+
+def cells(table: Table, row: int) -> dict[str, str]:
+    """Heading to text."""
+    return {column.name: cell.text for column, cell in zip(table.columns, table.rows[row].cells, strict=True)}
+
 
 HOSTILE = """<script>document.title = "x"</script> & "q" """
 
@@ -24,8 +30,8 @@ HOSTILE = """<script>document.title = "x"</script> & "q" """
 def test_tables_are_rectangular_and_say_the_machine(kind: str) -> None:
     """Every row has a cell for each heading."""
     result = KINDS[kind]()
-    tables = sheets(result)
-    assert tables and all(table.rows and len(row) == len(table.head) for table in tables for row in table.rows)
+    tables = bench_tables(result)
+    assert tables and all(table.rows and table.title for table in tables)
     assert all(word in machine_line(result) for word in ("A processor", "2 threads", "mkl", "2.13.0", "32 MiB", "2026-11-24"))
 
 
@@ -47,8 +53,8 @@ def test_busy_machine_is_said() -> None:
 
 def test_layer_table_holds_the_ratios() -> None:
     """Against dense, share, limit and the fastest peer; what was not timed is said."""
-    forward = sheets(layer_result())[0]
-    row = dict(zip(forward.head, forward.rows[1], strict=True))
+    forward = bench_tables(layer_result())[0]
+    row = cells(forward, 1)
     assert (row["layer"], row["/ dense"], row["/ dense / (K/N)"], row["x fastest HF"]) == (
         "sigma-moe",
         "0.30",
@@ -63,11 +69,11 @@ def test_row_faster_than_its_limit_has_a_note() -> None:
     """The limit is then not one; the speeds that it was computed from are said, in older files without the scattered one."""
     result = layer_result()
     result["rows"][1]["forward"]["over_limit"] = 0.71
-    first, second = sheets(result)[0].notes[:2]
+    first, second = bench_tables(result)[0].notes[:2]
     assert "100 GFLOP/s, reading 10 GB/s in one long pass" in first and first.endswith("come at 5 GB/s")
     assert second.startswith("sigma-moe at 1 tokens is faster than its limit (0.71)")
     del result["roof"]["scattered_bytes_per_s"]
-    assert sheets(result)[0].notes[0].endswith("long pass")
+    assert bench_tables(result)[0].notes[0].endswith("long pass")
 
 
 def test_figures_list_what_was_not_measured() -> None:
@@ -85,24 +91,25 @@ def test_figure_without_points_is_not_drawn() -> None:
     """Nothing to show."""
     result = figures_result()
     result["points"] = []
-    assert plots(result) == []
+    assert bench_plots(result) == []
 
 
 def test_figures_are_written_as_svg_and_png(tmp_path: Path) -> None:
     """Two drawings a figure, each in both forms; the SVG stands alone, the same result gives the same bytes."""
-    written = write_plots(plots(figures_result()), tmp_path)
+    written = write_plots(bench_plots(figures_result()), tmp_path)
     assert len(written) == 8 and all(path.stat().st_size > 2000 for path in written)
     first = {path: path.read_bytes() for path in written}
     assert first[tmp_path / "figure-2-time.png"].startswith(b"\x89PNG")
     assert ElementTree.fromstring(first[tmp_path / "figure-2-time.svg"]).tag.endswith("svg")
-    assert {path: path.read_bytes() for path in write_plots(plots(figures_result()), tmp_path)} == first
+    assert {path: path.read_bytes() for path in write_plots(bench_plots(figures_result()), tmp_path)} == first
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_page_needs_no_network_and_no_drawing_library(kind: str) -> None:
     """With and without figures, nothing is loaded from elsewhere."""
     for drawn in (True, False):
-        text = bench_html(KINDS[kind](), drawn=drawn)
+        result = KINDS[kind]()
+        text = bench_page(result, bench_plots(result) if drawn else ())
         assert "<table" in text and "A processor" in text and f"sparseffn bench {kind}" in text
         assert not any(word in text for word in ("<script", "<link", "url(http", "src="))
         assert ("<svg" in text) == (drawn and kind in ("layer", "figures"))
@@ -133,8 +140,7 @@ def test_result_is_read_back(tmp_path: Path) -> None:
 def test_page_opens_in_a_browser(kind: str, browser: Any, tmp_path: Path) -> None:
     """Nothing is reported or loaded, labels are text, no drawing's word is cut off, and it fits window and paper."""
     result = layer_result(HOSTILE) if kind == "layer" else KINDS[kind]()
-    path = tmp_path / "page.html"
-    write_bench_page(result, path)
+    path, *_ = write_bench(result, tmp_path)
     browser.get(path.as_uri())
     assert browser.get_log("browser") == [] and browser.find_elements("css selector", "script") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []

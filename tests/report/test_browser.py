@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparseffn.cli import main
-from sparseffn.report import write_page
+from sparseffn.report.comparison_report import write_comparison
 
 LABEL = """<script>document.title = "x"</script> & "q" """
 
@@ -17,8 +17,7 @@ LABEL = """<script>document.title = "x"</script> & "q" """
 def page(browser: Any, seeded: dict[str, Any], tmp_path: Path) -> Any:
     """The browser with the page of a comparison in which one label is hostile."""
     seeded["methods"][3]["label"] = LABEL
-    path = tmp_path / "page.html"
-    write_page(seeded, path)
+    _, path = write_comparison(seeded, tmp_path)
     browser.get(path.as_uri())
     return browser
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from sparseffn.errors import UserError
-from sparseffn.report import write_page
-from sparseffn.report.lines import places_apart
-from sparseffn.report.page import page_html
+from sparseffn.report.comparison_report import comparison_page, write_comparison
+from sparseffn.report.plotting import places_apart
 
 HOSTILE = """<script>alert("x")</script> & 'q' $y$"""
 
@@ -37,7 +36,7 @@ class Elements(HTMLParser):
 def parsed(result: dict[str, Any]) -> Elements:
     """The elements of a result's page."""
     elements = Elements()
-    elements.feed(page_html(result))
+    elements.feed(comparison_page(result))
     return elements
 
 
@@ -60,14 +59,14 @@ def test_page_has_every_figure(result: dict[str, Any]) -> None:
 
 def test_every_drawing_has_a_role_a_label_and_a_title(result: dict[str, Any]) -> None:
     """A figure that cannot be seen can be heard."""
-    page = page_html(result)
+    page = comparison_page(result)
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}">\s*<title>[^<]+</title>', page)
     assert len(drawings) == page.count("<svg ") == len(figure_names(result))
 
 
 def test_ids_are_unique_and_references_lead_to_one(seeded: dict[str, Any]) -> None:
     """Figures in one page do not take each other's markers and clips."""
-    page = page_html(seeded)
+    page = comparison_page(seeded)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"|url\(#', page)) - {""} <= set(ids)
@@ -85,7 +84,7 @@ def test_page_loads_nothing(result: dict[str, Any]) -> None:
 
 def test_styles_load_nothing(result: dict[str, Any]) -> None:
     """No style imports a sheet or a font."""
-    page = page_html(result)
+    page = comparison_page(result)
     assert "@import" not in page
     assert "@font-face" not in page
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
@@ -93,9 +92,9 @@ def test_styles_load_nothing(result: dict[str, Any]) -> None:
 
 def test_same_result_gives_same_bytes(seeded: dict[str, Any], tmp_path: Path) -> None:
     """Neither the time nor the drawing order leaves a trace."""
-    for name in ("first.html", "second.html"):
-        write_page(seeded, tmp_path / name)
-    assert (tmp_path / "first.html").read_bytes() == (tmp_path / "second.html").read_bytes()
+    first, second = (write_comparison(seeded, tmp_path / name) for name in ("first", "second"))
+    assert [path.name for path in first] == ["table.md", "page.html"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_labels_reasons_and_settings_are_escaped(result: dict[str, Any]) -> None:
@@ -112,13 +111,13 @@ def test_labels_reasons_and_settings_are_escaped(result: dict[str, Any]) -> None
 def test_label_with_letters_beyond_the_layout_font_is_drawn(result: dict[str, Any]) -> None:
     """A missing glyph in the font that measures text is no warning: the browser has it."""
     result["methods"][1]["label"] = "\u6df7\u5408"
-    assert page_html(result).count("\u6df7\u5408") >= 4
+    assert comparison_page(result).count("\u6df7\u5408") >= 4
 
 
 def test_incomplete_comparison_says_so_on_the_page(result: dict[str, Any]) -> None:
     """The sentence stands in its own frame, and the missing method in the table."""
     result["missing"] = [{"label": "s-base", "seed": 0, "reason": "out of memory"}]
-    page = page_html(result)
+    page = comparison_page(result)
     assert '<p class="incomplete" role="note">incomplete: s-base seed 0 missing: out of memory</p>' in page
     assert re.search(r"<td class=\"missing start\" colspan=\"13\">seed 0 missing: out of memory</td>", page)
 
@@ -166,7 +165,7 @@ def test_drawing_leaves_the_settings_of_matplotlib(result: dict[str, Any]) -> No
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    page_html(result)
+    comparison_page(result)
     assert dict(matplotlib.rcParams) == before
 
 
@@ -174,14 +173,14 @@ def test_missing_matplotlib_names_the_extra(result: dict[str, Any], monkeypatch:
     """The remedy stands in the error."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'sparseffn\[plot\]'"):
-        page_html(result)
+        comparison_page(result)
 
 
 def test_page_under_a_file_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
     """The error names the file."""
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match=r"cannot write '.*page\.html'"):
-        write_page(result, tmp_path / "taken" / "page.html")
+    with pytest.raises(UserError, match=r"cannot write '.*table\.md'"):
+        write_comparison(result, tmp_path / "taken")
 
 
 def test_report_imports_neither_torch_nor_matplotlib() -> None:

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from sparseffn.errors import UserError
-from sparseffn.report.paper_index import write_index
-from sparseffn.report.paper_page import paper_html
-from sparseffn.report.paper_table import render
-from sparseffn.report.paper_view import build_paper_table
+from sparseffn.report.paper_report import paper_page, write_index, write_paper_table
+from sparseffn.report.paper_view import paper_report
 
 from .synthetic_paper import counted_table, paper_table, settings_table
 
@@ -23,7 +21,7 @@ LONG = "softmax-" * 40
 
 def page(result: dict[str, Any]) -> str:
     """The page's text."""
-    return paper_html(build_paper_table(result), source="table4.json")
+    return paper_page(paper_report(result), source="table4.json")
 
 
 def hostile() -> dict[str, Any]:
@@ -43,15 +41,15 @@ def folder_of(tmp_path: Path, **tables: dict[str, Any]) -> Path:
     for name, result in tables.items():
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(result))
-        render(path)
+        write_paper_table(path)
     return tmp_path
 
 
 def test_page_says_what_the_table_says() -> None:
     """Every cell of every block, every footnote once, the same bytes for the same table."""
     result = paper_table()
-    text, table = page(result), build_paper_table(result)
-    cells = [cell.text for block in table.blocks for _, cells in block.rows for cell in cells]
+    text, table = page(result), paper_report(result)
+    cells = [cell.text for block in table.blocks for row in block.rows for cell in row.cells[1:]]
     assert re.findall(r"<td[^>]*>([^<]*)", text.split('id="column-1"')[1].split('id="notes"')[0]) == cells
     assert re.findall(r'<li id="note-(\w+)">', text) == list(table.footnotes)
     assert set(re.findall(r'href="#note-(\w+)"', text)) == set(table.footnotes)

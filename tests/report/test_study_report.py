@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import operator
 import re
-import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,22 +12,10 @@ from typing import Any
 import pytest
 
 from sparseffn.errors import UserError
-from sparseffn.report.formats import NOT_MEASURED
-from sparseffn.report.sheet import Sheet, markdown_sheet
-from sparseffn.report.study_page import read_study, study_html
-from sparseffn.report.study_plots import study_plots
-from sparseffn.report.study_tables import (
-    TITLES,
-    along,
-    differences,
-    half_width,
-    interval,
-    number,
-    ranged,
-    study_sheets,
-    verdict,
-)
-from sparseffn.stats import student_quantile
+from sparseffn.report.formats import NOT_MEASURED, ranged, significant
+from sparseffn.report.study_plots import along, study_plots
+from sparseffn.report.study_report import TITLES, read_study, study_page, study_tables
+from sparseffn.stats import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("init", "competition", "balance")
@@ -85,9 +70,9 @@ def test_axes_of_the_grid_share_the_base() -> None:
 def test_page_without_figures_has_every_table(name: str) -> None:
     """One file that loads nothing."""
     result = committed(name)
-    page = study_html(result, drawn=False)
-    for sheet in study_sheets(result).values():
-        assert page.count(sheet.title.replace("'", "&#39;")) >= 1
+    page = study_page(result)
+    for table in study_tables(result).values():
+        assert page.count(table.title.replace("'", "&#39;")) >= 1
     assert TITLES[f"study-{name}"] in page and f"sparseffn study {name}" in page and "<script" not in page
 
 
@@ -104,42 +89,42 @@ def test_study_cut_short_draws_what_it_has() -> None:
     ]
 
 
+def trained(**losses: list[float]) -> dict[str, Any]:
+    """A study of the selectors whose variants have these losses, a seed each."""
+    result = committed("balance")
+    probes = result["variants"][0]["runs"][0]["probes"]
+    for variant, (name, values) in zip(result["variants"], losses.items(), strict=False):
+        runs = [{"seed": seed, "valid": v, "test": v, "probes": probes} for seed, v in enumerate(values)]
+        variant |= {"name": name, "runs": runs}
+    return {**result, "variants": result["variants"][: len(losses)]}
+
+
 def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
-    """Only seeds that both have; 4.303 standard errors for three."""
-    base = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.0), (1, 2.0), (2, 3.0), (7, 9.0))]}
-    other = {"runs": [{"seed": s, "valid": v} for s, v in ((0, 1.1), (1, 2.1), (2, 3.4))]}
-    found = differences(other, base, operator.itemgetter("valid"))
-    assert found == pytest.approx([0.1, 0.1, 0.4])
-    assert interval(found) == "+0.2000 ± 0.4303" and verdict(found) == "undecided"
-    assert verdict([0.1, 0.11, 0.1]) == "worse" and verdict([-0.1, -0.11, -0.1]) == "better"
-    assert verdict([0.5]) == "undecided" and verdict([]) == NOT_MEASURED
+    """Only seeds that both have; 4.303 standard errors for three; one seed decides nothing."""
+    rows = study_tables(trained(a=[1.0, 2.0, 3.0, 9.0], b=[1.1, 2.1, 3.4], c=[0.9, 1.89, 2.9], d=[1.5]))["loss"].rows
+    shown = [[cell.text for cell in row.cells[5:7]] for row in rows]
+    assert shown == [
+        [NOT_MEASURED, NOT_MEASURED],
+        ["+0.2000 ± 0.4303", "undecided"],
+        ["-0.1033 ± 0.0143", "better"],
+        ["+0.5000", "undecided"],
+    ]
 
 
 def test_selectors_are_compared_at_the_end() -> None:
     """By their last probe, against the first variant."""
-    sheet = study_sheets(committed("balance"))["selector differences"]
+    table = study_tables(committed("balance"))["selector differences"]
     base, *others = committed("balance")["variants"]
-    assert [row[0] for row in sheet.rows] == [variant["name"] for variant in others]
-    last = [[run["probes"][-1]["dead"] for run in variant["runs"]] for variant in (base, others[1])]
-    wanted = interval([b - a for a, b in zip(*last, strict=True)])
-    assert sheet.rows[1][1 + sheet.head[1:].index("dead experts")] == wanted
-
-
-@pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (10, 2.2622), (11, 2.2281), (40, 2.0227), (1001, 1.9623)])
-def test_any_number_of_seeds_has_its_interval_and_verdict(n: int, quantile: float) -> None:
-    """Quantiles of Student's t from tables; a difference that is plain is decided, one just within the interval is not."""
-    assert student_quantile(n - 1) == pytest.approx(quantile, abs=1e-4)
-    spread = [(-1.0) ** seed for seed in range(n)]
-    noise = [value - statistics.fmean(spread) for value in spread]
-    half = quantile * statistics.stdev(noise) / math.sqrt(n)
-    found = [verdict([value + shift * half for value in noise]) for shift in (1.01, -1.01, 0.99)]
-    assert found == ["worse", "better", "undecided"]
-    assert half_width(noise) == pytest.approx(half, rel=1e-4)
+    assert [row.cells[0].text for row in table.rows] == [variant["name"] for variant in others]
+    first, last = ({run["seed"]: run["probes"][-1]["dead"] for run in variant["runs"]} for variant in (base, others[1]))
+    found = difference(last, first)
+    column = [column.name for column in table.columns].index("dead experts")
+    assert table.rows[1].cells[column].text == f"{found.difference:+.4f} ± {found.half_width:.4f}"
 
 
 def test_numbers_have_three_digits() -> None:
     """Whatever their size."""
-    assert [number(v) for v in (0.070456, 2.2546, 13.84, 138.4, 1e-9, -0.196, None)] == [
+    assert [significant(v) for v in (0.070456, 2.2546, 13.84, 138.4, 1e-9, -0.196, None)] == [
         "0.0705",
         "2.25",
         "13.8",
@@ -149,12 +134,6 @@ def test_numbers_have_three_digits() -> None:
         NOT_MEASURED,
     ]
     assert ranged([0.5, 0.4, 0.6]) == "0.500 [0.400, 0.600]" and ranged(None) == NOT_MEASURED
-
-
-def test_markdown_escapes_bars() -> None:
-    """A bar in a cell must not end it."""
-    text = markdown_sheet(Sheet(head=("a", "b"), rows=[("x|y", "1")], n_words=1, title="T", notes=("n",)))
-    assert text == "**T**\n\n| a | b |\n| :-- | --: |\n| x\\|y | 1 |\n\nn\n"
 
 
 def test_result_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -11,20 +11,21 @@ import pytest
 from rich.console import Console
 
 from sparseffn.errors import UserError
-from sparseffn.report import formats, markdown_table, print_table, read_result
+from sparseffn.report import formats, markdown_table, print_table
+from sparseffn.report.comparison_report import comparison_table, read_comparison
 
 
 def printed(result: dict[str, Any], width: int = 240) -> str:
     """What the terminal shows."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    print_table(result, console)
+    print_table(comparison_table(result), console)
     assert isinstance(console.file, io.StringIO), "the console writes to memory"
     return console.file.getvalue().replace("\u00a0", " ")
 
 
 def markdown_rows(result: dict[str, Any]) -> dict[str, list[str]]:
     """Label to cells."""
-    lines = [line for line in markdown_table(result).splitlines() if line.startswith("| ")]
+    lines = [line for line in markdown_table(comparison_table(result)).splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}
 
@@ -87,7 +88,7 @@ CORPUS = (
 def test_settings_and_corpus_stand_below_the_table(result: dict[str, Any]) -> None:
     """A line each, in the terminal and in Markdown."""
     assert printed(result).splitlines()[-2:] == [SETTINGS, CORPUS]
-    lines = markdown_table(result).replace("\\_", "_").splitlines()
+    lines = markdown_table(comparison_table(result)).splitlines()
     assert lines[-3:] == [SETTINGS, "", CORPUS]
 
 
@@ -147,13 +148,13 @@ def test_missing_seed_is_a_footnote_of_its_method(seeded: dict[str, Any]) -> Non
     """A method with fewer seeds keeps its row and says what it lacks."""
     seeded["missing"] = [{"label": "switch", "seed": 2, "reason": "stopped"}]
     assert "switch <sup>b</sup>" in markdown_rows(seeded)
-    assert "<sup>b</sup> seed 2 missing: stopped" in markdown_table(seeded)
+    assert "<sup>b</sup> seed 2 missing: stopped" in markdown_table(comparison_table(seeded))
 
 
 def test_unfinished_comparison_says_so(result: dict[str, Any]) -> None:
     """A partial file cannot be taken for a whole one."""
     result["finished"] = False
-    for text in (printed(result), markdown_table(result)):
+    for text in (printed(result), markdown_table(comparison_table(result))):
         assert "incomplete: the comparison had not finished" in text
 
 
@@ -180,8 +181,8 @@ def test_terminal_table_keeps_to_the_width(result: dict[str, Any], width: int) -
 def test_markdown_escapes_labels(result: dict[str, Any]) -> None:
     """A label is neither markup nor the end of a cell."""
     result["methods"][0]["label"] = 'a|b <script> & "q" *x* [y]'
-    text = markdown_table(result)
-    assert '| a\\|b &lt;script&gt; &amp; "q" \\*x\\* \\[y\\] |' in text
+    text = markdown_table(comparison_table(result))
+    assert '| a\\|b &lt;script&gt; &amp; "q" \\*x\\* [y] |' in text
 
 
 def test_terminal_shows_labels_as_they_are(result: dict[str, Any]) -> None:
@@ -190,11 +191,11 @@ def test_terminal_shows_labels_as_they_are(result: dict[str, Any]) -> None:
     assert "dense [bold]" in printed(result)
 
 
-def test_read_result_returns_the_file(result: dict[str, Any], tmp_path: Path) -> None:
+def test_read_comparison_returns_the_file(result: dict[str, Any], tmp_path: Path) -> None:
     """What was written is read back."""
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps(result), encoding="utf-8")
-    assert read_result(path) == result
+    assert read_comparison(path) == result
 
 
 @pytest.mark.parametrize(
@@ -213,4 +214,4 @@ def test_unusable_file_is_refused(content: str | None, message: str, tmp_path: P
     if content is not None:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        read_result(path)
+        read_comparison(path)

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.bench_output import can_draw, check_out, say
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import print_files, print_json, print_sheets
+from sparseffn.cli.output import console, print_files, print_json
 from sparseffn.cli.run import run_corpus
 from sparseffn.data import Split
+from sparseffn.report import print_tables
 from sparseffn.report.analysis_plots import analysis_plots
-from sparseffn.report.analysis_text import analysis_sheets, facts_line
-from sparseffn.report.figures import write_plots
+from sparseffn.report.analysis_report import analysis_tables, facts_line
+from sparseffn.report.plotting import write_plots
 from sparseffn.storage import write_json
 from sparseffn.training import RunSettings
 
@@ -43,7 +42,7 @@ def analyze_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(analysis)
         return 0
-    print_sheets(analysis_sheets(analysis))
+    print_tables(analysis_tables(analysis), console())
     print(facts_line(analysis))
     print_files(path for path in written if path.suffix != ".svg")
     return 0
@@ -66,5 +65,4 @@ def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) 
             said[0] = time.monotonic()
             say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
-    found = analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
-    return msgspec.to_builtins(found)
+    return analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)

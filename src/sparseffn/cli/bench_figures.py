@@ -11,14 +11,12 @@ from sparseffn.bench.backends import check_backends
 from sparseffn.bench.figure_points import bench_figures
 from sparseffn.bench.layer import DTYPES, LayerSettings
 from sparseffn.bench.machine import find_device
-from sparseffn.cli.bench_output import can_draw, check_out, say, show, write_files
+from sparseffn.cli.bench_output import check_out, say, show, write_files
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import parse_duration
 from sparseffn.errors import UserError
 from sparseffn.ops import requested_backend
-from sparseffn.report.bench_page import read_bench
-from sparseffn.report.bench_plots import plots
-from sparseffn.report.figures import write_plots
+from sparseffn.report.bench_report import read_bench
 
 
 def figures_command(options: argparse.Namespace) -> int:
@@ -27,8 +25,7 @@ def figures_command(options: argparse.Namespace) -> int:
     check_out(options.out)
     path = Path(options.out) / "figures.json"
     result = _read(path) if options.redraw else _measured(options, path)
-    drawn = write_plots(plots(result), Path(options.out)) if can_draw() else []
-    return show(result, [*write_files(result, options.out), *drawn], options)
+    return show(result, write_files(result, options.out), options)
 
 
 def _read(path: Path) -> dict[str, Any]:

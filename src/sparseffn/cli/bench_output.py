@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from sparseffn.cli.output import print_files, print_json, print_sheets
+from sparseffn.cli.output import console, print_files, print_json
 from sparseffn.errors import UserError
-from sparseffn.report.bench_page import write_bench_page
-from sparseffn.report.bench_tables import machine_line, sheets
+from sparseffn.report import print_tables
+from sparseffn.report.bench_report import bench_tables, machine_line, write_bench
 from sparseffn.storage import write_json
 
 
@@ -37,7 +37,7 @@ def show(result: dict[str, Any], written: list[Path], options: argparse.Namespac
     if options.json:
         print_json(result)
         return 0
-    print_sheets(sheets(result))
+    print_tables(bench_tables(result), console())
     print(machine_line(result))
     print_files(written)
     return 0
@@ -66,9 +66,7 @@ def can_draw() -> bool:
 
 
 def write_files(result: dict[str, Any], out: str) -> list[Path]:
-    """The result as JSON and as a page."""
-    folder = Path(out)
-    data, page = folder / f"{result['kind']}.json", folder / f"{result['kind']}.html"
+    """The result as JSON, as a page and, of the paper's figures, as drawings."""
+    data = Path(out) / f"{result['kind']}.json"
     write_json(data, result)
-    write_bench_page(result, page, drawn=can_draw())
-    return [data, page]
+    return [data, *write_bench(result, out, drawn=can_draw())]

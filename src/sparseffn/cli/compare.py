@@ -12,8 +12,8 @@ import torch
 from sparseffn.cli.output import Watch, console, parse_duration, print_json
 from sparseffn.comparison import CompareSettings, compare, parse_methods
 from sparseffn.errors import UserError
-from sparseffn.report import markdown_table, print_table, write_page
-from sparseffn.storage import write_text
+from sparseffn.report import print_table
+from sparseffn.report.comparison_report import comparison_table, write_comparison
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -51,19 +51,16 @@ def compare_command(options: argparse.Namespace) -> int:
     watch = Watch(lambda nats: f"loss {nats:.3f} nats")
     has_plots = importlib.util.find_spec("matplotlib") is not None
     if not has_plots:
-        watch.say("no page will be written: pip install 'sparseffn[plot]', then run the same command again")
+        watch.say("the page will have no figures: pip install 'sparseffn[plot]', then run the same command again")
     try:
         result = compare(settings, options.out, watcher=watch)
     finally:
         watch.close()
     out = Path(options.out)
-    write_text(out / "table.md", markdown_table(result))
-    if has_plots:
-        write_page(result, out / "page.html")
+    write_comparison(result, out, drawn=has_plots)
     if options.json:
         print_json(result)
     else:
-        print_table(result, console())
-        if has_plots:
-            print(f"\npage: {(out / 'page.html').resolve().as_uri()}")
+        print_table(comparison_table(result), console())
+        print(f"\npage: {(out / 'page.html').resolve().as_uri()}")
     return 0

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from sparseffn.errors import UserError
-from sparseffn.report.sheet import Sheet
+from sparseffn.report import Table, print_table
 from sparseffn.training.loop import OnStep, StepReport
 
 # Seconds between lines of progress where there is no terminal to draw a bar in.
@@ -30,22 +29,9 @@ def print_json(data: object) -> None:
     print(json.dumps(data, indent=1))
 
 
-def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, n_words: int = 1) -> None:
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", n_words: int = 1) -> None:
     """A plain table; all columns but the first `n_words` are right-aligned."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < n_words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
-
-
-def print_sheets(sheets: Iterable[Sheet]) -> None:
-    """Each table with its title above and its notes below."""
-    for sheet in sheets:
-        print(sheet.title)
-        print_rows(sheet.head, sheet.rows, n_words=sheet.n_words)
-        print("\n".join([*sheet.notes, ""]))
+    print_table(Table.of(columns, rows, n_words=n_words, title=title), console())
 
 
 def print_files(paths: Iterable[Path]) -> None:

@@ -26,7 +26,7 @@ from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import get_scale
 from sparseffn.paper.tables import OWN_TABLES, get_table
-from sparseffn.report.paper_table import print_paper_table
+from sparseffn.report.paper_report import print_paper_table
 from sparseffn.results.table_result import PaperTable
 from sparseffn.storage import default_cache_dir, write_json
 

@@ -24,8 +24,9 @@ from sparseffn.ffn import FFNConfig
 from sparseffn.ops import requested_backend
 from sparseffn.report.analysis_plots import channels_result, units_result
 from sparseffn.report.bench_plots import figure_plots
-from sparseffn.report.figures import Plot, active_plots, cooccurrence_plots, write_plots
-from sparseffn.report.paper_figures import shares_panels, shares_plot
+from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots
+from sparseffn.report.paper_plots import shares_panels, shares_plot
+from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 from sparseffn.storage import write_json, write_text
 from sparseffn.training import RunSettings

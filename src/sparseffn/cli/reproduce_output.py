@@ -9,10 +9,9 @@ from typing import Any
 from sparseffn.cli.bench_output import can_draw
 from sparseffn.cli.output import print_rows
 from sparseffn.report import formats
-from sparseffn.report.figures import write_plots
-from sparseffn.report.paper_index import write_index
-from sparseffn.report.paper_table import render
-from sparseffn.report.sweep_plots import sweep_plots
+from sparseffn.report.paper_plots import sweep_plots
+from sparseffn.report.paper_report import write_index, write_paper_table
+from sparseffn.report.plotting import write_plots
 from sparseffn.storage import write_json
 
 
@@ -21,7 +20,7 @@ def write_tables(results: Mapping[str, dict[str, Any]], out: str) -> list[Path]:
     for name, result in results.items():
         path = Path(out) / f"{name}.json"
         write_json(path, result)
-        render(path)
+        write_paper_table(path)
         if result.get("sweep") and can_draw():
             write_plots(sweep_plots(result), path.parent)
     return write_index(out)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import Watch, parse_duration, print_files, print_json, print_sheets
+from sparseffn.cli.output import Watch, console, parse_duration, print_files, print_json
 from sparseffn.paper.study import StudySettings, study
-from sparseffn.report.bench_tables import machine_line
-from sparseffn.report.study_page import write_study
-from sparseffn.report.study_tables import study_sheets
+from sparseffn.report import print_tables
+from sparseffn.report.bench_report import machine_line
+from sparseffn.report.study_report import study_tables, write_study
 
 
 def study_command(options: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def study_command(options: argparse.Namespace) -> int:
     if options.json:
         print_json(result)
         return 0
-    print_sheets(study_sheets(result).values())
+    print_tables(study_tables(result).values(), console())
     print(machine_line(result, timed=False))
     print_files(written)
     return 0

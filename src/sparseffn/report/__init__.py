@@ -1,17 +1,16 @@
-"""Tables and the HTML page of a comparison, made from its `comparison.json` alone.
+"""Tables, pages and figures, made from result files alone: one table model, a renderer each, a module a kind of result.
 
-    sparseffn compare ... --out runs/first      # trains, then writes comparison.json, table.md and page.html
-    result = read_result("runs/first/comparison.json")
-    print_table(result)                         # terminal
-    text = markdown_table(result)               # Markdown
-    write_page(result, "runs/first/page.html")  # one file, no network, figures inside; needs sparseffn[plot]
+    table = comparison_table(read_comparison("runs/first/comparison.json"))     # report.comparison_report
+    print_table(table)                                                          # terminal
+    text = markdown_table(table)                                                # Markdown
+    write_comparison(result, "runs/first")                                      # table.md and page.html: no network
 
-The paper's tables are in `paper_table` (`render`, `print_paper_table`), a folder of them in `paper_index` (`write_index`).
-Nothing here needs torch or the models: a table can be remade on a machine that has neither.
+`page` writes HTML, `latex` LaTeX; `bench_report`, `analysis_report`, `study_report`, `paper_report` are of other results.
+Nothing here needs torch or the models, and tables need no matplotlib: they can be remade on a machine that has neither.
 """
 
-from sparseffn.report.page import write_page
-from sparseffn.report.result import read_result
-from sparseffn.report.table import markdown_table, print_table
+from sparseffn.report.markdown import markdown_table
+from sparseffn.report.table import Cell, Column, Row, Table
+from sparseffn.report.terminal import print_table, print_tables
 
-__all__ = ["markdown_table", "print_table", "read_result", "write_page"]
+__all__ = ["Cell", "Column", "Row", "Table", "markdown_table", "print_table", "print_tables"]

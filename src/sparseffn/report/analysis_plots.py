@@ -11,14 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparseffn.report import formats
-from sparseffn.report.figures import WIDTH, Plot, active_plots, cooccurrence_plots, finished, usage_plots
-from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, reference
-from sparseffn.report.svg import FONT_SIZE, GREY, HAIRLINE, drawing
+from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots, usage_plots
+from sparseffn.report.plotting import (
+    FONT_SIZE,
+    GREY,
+    HAIRLINE,
+    HEIGHT,
+    PALETTE,
+    TEXT_WIDTH,
+    WIDTH,
+    Line,
+    Plot,
+    drawing,
+    finished,
+    label_ends,
+    layer_style,
+    reference,
+)
 
 Analysis = Mapping[str, Any]
 
-TEXT_WIDTH = 6.4
-"""Inches between the margins of a page."""
 # Experts on such a picture, and tokens of each that fit on a line: bytes and characters, or words.
 _MAX_ROWS, _SHORT_CELLS, _LONG_CELLS = 16, 6, 4
 _ROW_HEIGHT = 0.23

@@ -7,10 +7,21 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sparseffn.report.figures import WIDTH, Plot, finished
-from sparseffn.report.lines import HEIGHT, Line, label_ends, log_heights, pointed_style, size_axis
+from sparseffn.report.plotting import (
+    FONT_SIZE,
+    GREY,
+    HEIGHT,
+    WIDTH,
+    Line,
+    Plot,
+    drawing,
+    finished,
+    label_ends,
+    log_heights,
+    pointed_style,
+    size_axis,
+)
 from sparseffn.report.result import Result
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +37,7 @@ _MEASURES = {
 }
 
 
-def plots(result: Result) -> list[Plot]:
+def bench_plots(result: Result) -> list[Plot]:
     """The drawings of a result; none for kinds that are tables.
 
     Raises:

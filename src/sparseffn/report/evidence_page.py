@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparseffn.report import formats
-from sparseffn.report.sheet import Sheet, markdown_sheet
+from sparseffn.report.markdown import markdown_table
+from sparseffn.report.table import Table
 from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, EvidenceResult
 from sparseffn.results.table_result import Cell, TableResult
 from sparseffn.stats import Difference
@@ -99,7 +100,7 @@ def _rows(evidence: Evidence) -> str:
     ]
     head = ("row", "seeds", "test", "minus dense", "minus sigma-MoE", "largest over mean load, training; validation")
     notes = (f"Without a result: {'; '.join(lacking)}.",) if lacking else ()
-    return markdown_sheet(Sheet(head=head, rows=rows, n_words=1, notes=notes))
+    return markdown_table(Table.of(head, rows, notes=notes))
 
 
 def _behind(labelled: tuple[str, Cell]) -> tuple[bool, float]:
@@ -133,14 +134,14 @@ def _claims(evidence: Evidence) -> str:
     notes = (
         f"Figures: differences in {found.unit}, first row less second, negative is better, with their interval; of claims "
         "21, 34, 35 the largest over the mean load on validation, in the worst layer; of the others times on a CPU.",
-        f"*Equals or is better*: confirmed where the interval ends below a margin of {found.margin:g} bits, contradicted where "
-        "it begins above. *Better*, *worse*: decided where the interval excludes 0; there released forms *differ*.",
-        "*Collapse*: nearer to the most that there can be, N_E / K, than to even. *Almost flat*: time grows by a power of N_E "
+        f"'Equals or is better': confirmed where the interval ends below a margin of {found.margin:g} bits, contradicted where "
+        "it begins above. 'Better', 'worse': decided where the interval excludes 0; there released forms 'differ'.",
+        "'Collapse': nearer to the most that there can be, N_E / K, than to even. 'Almost flat': time grows by a power of N_E "
         f"below {found.flat:g}; contradicted above {found.steep:g}. All else is undecided.",
-        f"*{_THROUGH.capitalize()}*: the difference of two differences from dense, with the widths of both intervals, hence "
+        f"'{_THROUGH.capitalize()}': the difference of two differences from dense, with the widths of both intervals, hence "
         "too wide.",
     )
-    return markdown_sheet(Sheet(head=("claims", "in words", "verdict", "figure", "seeds"), rows=rows, n_words=3, notes=notes))
+    return markdown_table(Table.of(("claims", "in words", "verdict", "figure", "seeds"), rows, n_words=3, notes=notes))
 
 
 def _verdict(claim: DecidedClaim) -> str:
@@ -187,4 +188,4 @@ def _compute(evidence: Evidence) -> str:
 def claims_list(claims: Sequence[Mapping[str, str]]) -> str:
     """The numbered claims as a table."""
     rows = [(claim["numbers"], claim["claim"], claim["decided_by"]) for claim in claims]
-    return markdown_sheet(Sheet(head=("numbers", "claim", "decided by"), rows=rows, n_words=3, notes=()))
+    return markdown_table(Table.of(("numbers", "claim", "decided by"), rows, n_words=3))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "\u2013"
@@ -75,6 +76,41 @@ def spread(statistic: Mapping[str, Any] | None, metric: str, *, say_n: bool) -> 
     if statistic.get("std") is not None:
         text += f" ± {loss(statistic['std'], metric)}"
     return f"{text} (n = {statistic['n']})" if say_n else text
+
+
+def milliseconds(duration: float | None) -> str:
+    """Three significant digits of a duration in seconds: `0.00713`, `0.0713`, `12.4`, `1,250`."""
+    if duration is None:
+        return NOT_MEASURED
+    value = 1e3 * duration
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f}"
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.2f}"
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A number with as many decimals: `1,250.00`."""
+    return NOT_MEASURED if value is None else f"{value:,.{digits}f}"
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, without an exponent: `0.0705`, `2.25`, `13.8`."""
+    if value is None:
+        return NOT_MEASURED
+    # What a sum of rounding errors leaves is no number to look at.
+    if abs(value) < 5e-7:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def ranged(values: Sequence[float] | None) -> str:
+    """Median, least and greatest: `0.0712 [0.0660, 0.0748]`, or one number where all are alike."""
+    if values is None:
+        return NOT_MEASURED
+    middle, low, high = map(significant, values)
+    return middle if low == high else f"{middle} [{low}, {high}]"
 
 
 def setting(value: object) -> str:

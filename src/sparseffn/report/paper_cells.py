@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sparseffn.report import formats
 from sparseffn.report.paper_result import STATUSES
 from sparseffn.report.result import Result
+from sparseffn.report.table import Column
 
 # Stands behind a difference, and the value that it is of, where the interval excludes zero.
 DECIDED = "*"
@@ -16,20 +17,10 @@ DIFFERENCES = {"against_dense": "against dense", "against_sigma_moe": "against s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """A text and the letters of its footnotes."""
-
-    text: str
-    marks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """One column of a block: its headings, how a cell is written, and the footnote that a cell needs, if any."""
+    """A column of a table, how its cells are written, and the footnote that a cell needs, if any."""
 
-    group: str
-    name: str
-    header: str
+    column: Column
     write: Callable[[Result], str]
     note: Callable[[Result], str | None] = lambda cell: None
 
@@ -134,27 +125,22 @@ def _losses(column: Result, *, trained: bool, published: bool) -> list[Quantity]
     loss, paper = f"test, {metric}", f"published, {published_metric}"
     shown: list[Quantity] = []
     if trained:
+        mean, n = Column(group=loss, name="mean ± std", standalone=loss), Column(group=loss, name="n")
         shown += [
-            Quantity(group=loss, name="mean ± std", header=loss, write=lambda c: measured_text(c, metric), note=reason),
-            Quantity(group=loss, name="n", header="n", write=lambda c: str(c["n"]) if c["status"] == "measured" else ""),
+            Quantity(column=mean, write=lambda c: measured_text(c, metric), note=reason),
+            Quantity(column=n, write=lambda c: str(c["n"]) if c["status"] == "measured" else ""),
         ]
     if published:
-        shown.append(
-            Quantity(
-                group=loss if trained else "in the paper",
-                name=paper if trained else published_metric,
-                header=paper,
-                write=lambda c: published_text(c.get("published"), published_metric),
-            )
-        )
+        group, name = (loss, paper) if trained else ("in the paper", published_metric)
+        there = Column(group=group, name=name, standalone=paper)
+        shown.append(Quantity(column=there, write=lambda c: published_text(c.get("published"), published_metric)))
     return shown
 
 
 def _difference_quantity(key: str, group: str, unit: str) -> Quantity:
+    name = f"{unit}, 95% interval"
     return Quantity(
-        group=group,
-        name=f"{unit}, 95% interval",
-        header=f"{group}, {unit}, 95% interval",
+        column=Column(group=group, name=name, standalone=f"{group}, {name}"),
         write=lambda c: _difference(c, key),
         note=lambda c: _difference_note(c, key),
     )
@@ -164,27 +150,28 @@ def _validation(column: Result) -> list[Quantity]:
     metric, seconds, group = column["metric"], column.get("equal_time_s"), "validation"
     # The space between a number and its unit does not break.
     after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
+    end = Column(group=group, name="at the end", standalone=group)
+    equal = Column(group=group, name=after, standalone=f"{group} {after}")
     return [
-        Quantity(group=group, name="at the end", header=group, write=lambda c: formats.loss(c.get("valid_mean"), metric)),
-        Quantity(group=group, name=after, header=f"{group} {after}", write=lambda c: formats.loss(c.get("equal_time"), metric)),
+        Quantity(column=end, write=lambda c: formats.loss(c.get("valid_mean"), metric)),
+        Quantity(column=equal, write=lambda c: formats.loss(c.get("equal_time"), metric)),
     ]
 
 
 _COSTS = (
     Quantity(
-        group="parameters",
-        name="total",
-        header="parameters",
+        column=Column(group="parameters", name="total", standalone="parameters"),
         write=lambda c: formats.count(None if c.get("params") is None else round(c["params"])),
     ),
     Quantity(
-        group="parameters",
-        name="residual",
-        header="residual",
-        write=lambda c: formats.signed_percent(c.get("residual_percent")),
+        column=Column(group="parameters", name="residual"), write=lambda c: formats.signed_percent(c.get("residual_percent"))
     ),
-    Quantity(group="FLOPs", name="K/N_E", header="FLOPs, K/N_E", write=lambda c: percent_text(c.get("flops_percent"))),
     Quantity(
-        group="FLOPs", name="counted", header="FLOPs counted", write=lambda c: percent_text(c.get("counted_flops_percent"))
+        column=Column(group="FLOPs", name="K/N_E", standalone="FLOPs, K/N_E"),
+        write=lambda c: percent_text(c.get("flops_percent")),
+    ),
+    Quantity(
+        column=Column(group="FLOPs", name="counted", standalone="FLOPs counted"),
+        write=lambda c: percent_text(c.get("counted_flops_percent")),
     ),
 )

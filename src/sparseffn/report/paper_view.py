@@ -1,4 +1,4 @@
-"""What a table of the paper says, as text: the same cells, footnotes and notes in every form that it is written in.
+"""One of the paper's tables as text: the same cells, footnotes and notes in every form that it is written in.
 
 A block holds all quantities of one column of the paper; the overview sets the main one of all columns side by side, as the
 paper does. A dash never stands alone: it has a footnote, or the notes say what it means.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
+from sparseffn.errors import UserError
 from sparseffn.report import formats
-from sparseffn.report.grid import Footnotes, Heading
 from sparseffn.report.paper_cells import (
     DECIDED,
-    Cell,
     cell_counts,
     cell_of,
     has_published,
@@ -27,97 +25,75 @@ from sparseffn.report.paper_cells import (
     reason,
     trained_and_measured,
 )
-from sparseffn.report.paper_result import check_paper_table
+from sparseffn.report.paper_result import SETTINGS_KIND, VERSION, check_paper_table
 from sparseffn.report.result import Result
+from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A table of a paper's table.
-
-    Attributes:
-        name: short, unique in the table.
-        title: what the block is about.
-        facts: what its numbers depend on, for the overview the metrics.
-        headings: of the columns: group, name within the group, and a heading that needs no group.
-        rows: a label for each row, whose marks are those of the row, and a cell for each heading.
-    """
-
-    name: str
-    title: str
-    facts: str
-    headings: tuple[tuple[str, str, str], ...]
-    rows: tuple[tuple[Cell, tuple[Cell, ...]], ...]
-
-    @property
-    def short_headings(self) -> list[Heading]:
-        """Group and heading, as `grid` takes them."""
-        return [(group, header) for group, _, header in self.headings]
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """Each group and over how many columns it stands."""
-        return [(name, len(list(members))) for name, members in groupby(self.headings, key=lambda heading: heading[0])]
-
-    @property
-    def marks(self) -> set[str]:
-        """The letters of all footnotes that the block refers to."""
-        return {mark for label, cells in self.rows for cell in (label, *cells) for mark in cell.marks}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PaperTable:
-    """A whole table.
+class PaperReport:
+    """One of the paper's tables, as it is reported.
 
     Attributes:
         name: as the file says, "table3".
         title: of the table.
         summary: scale, settings, and how many cells were measured.
-        incomplete: what is lacking, or None.
+        incomplete: what is lacking, or empty.
         overview: None where the table has one column, which says it all.
         blocks: one for each column of the paper.
-        footnotes: letter to text, in the order of the letters.
-        notes: to the whole table.
-        environment: the machine and the libraries.
+        footnotes: letter to text, in the order of the letters; of all blocks.
+        notes: to the whole table, the last of them the machine and the libraries.
+        environment: the same as values.
     """
 
     name: str
     title: str
     summary: str
-    incomplete: str | None
-    overview: Block | None
-    blocks: tuple[Block, ...]
+    incomplete: str
+    overview: Table | None
+    blocks: tuple[Table, ...]
     footnotes: Mapping[str, str]
     notes: tuple[str, ...]
     environment: Mapping[str, Any]
 
+    @property
+    def tables(self) -> list[Table]:
+        """The overview, where there is one, and the blocks."""
+        return [table for table in (self.overview, *self.blocks) if table is not None]
 
-def build_paper_table(result: Result) -> PaperTable:
-    """Arrange a table's parsed JSON.
+    def footnotes_of(self, table: Table) -> dict[str, str]:
+        """Those that a table of it refers to."""
+        return {letter: text for letter, text in self.footnotes.items() if letter in table.marks}
+
+
+def paper_report(result: Result) -> PaperReport:
+    """Arrange the parsed JSON of a table of either kind.
 
     Raises:
-        UserError: see `check_paper_table`.
+        UserError: the kind or version is another, or the file is damaged.
     """
+    if isinstance(result, Mapping) and result.get("kind") == SETTINGS_KIND:
+        return _settings_report(result)
     check_paper_table(result)
     footnotes = Footnotes()
-    labels = [Cell(text=row["label"], marks=footnotes.mark(*_row_notes(row, result))) for row in result["rows"]]
+    labels = [Cell(row["label"], footnotes.mark(*_row_notes(row, result))) for row in result["rows"]]
     columns = range(len(result["columns"]))
     overview = _overview(result, labels, footnotes) if len(columns) > 1 else None
     blocks = tuple(_block(result, column, labels, footnotes) for column in columns)
-    return PaperTable(
+    return PaperReport(
         name=result["table"],
-        title=numbered_title(result),
+        title=_numbered_title(result),
         summary=_summary(result),
         incomplete=_incomplete(result),
         overview=overview,
         blocks=blocks,
         footnotes=footnotes.texts(),
-        notes=(*_general_notes(result, blocks), *result["notes"]),
+        notes=(*_general_notes(result, blocks), *result["notes"], f"Made with: {formats.setting(result['environment'])}"),
         environment=result["environment"],
     )
 
 
-def numbered_title(result: Result) -> str:
+def _numbered_title(result: Result) -> str:
     """The title after the number of the paper's table, which a title may have already."""
     number = re.fullmatch(r"table(\d+)", result["table"])
     if number is None or result["title"].startswith(f"Table {number[1]}"):
@@ -141,24 +117,22 @@ def _names_both(mark: str, label: str, published: str) -> bool:
     return there == published or (there != "" and here.startswith(label))
 
 
-def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Block:
-    column = result["columns"][index]
-    shown = quantities(result, index)
+def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Table:
+    column, shown = result["columns"][index], quantities(result, index)
     rows = []
     for row, label in enumerate(labels):
         cell = cell_of(result, row, index)
-        cells = [Cell(text=q.write(cell), marks=footnotes.mark(q.note(cell))) for q in shown]
-        rows.append((label, tuple(cells)))
-    return Block(
+        rows.append(Row(cells=(label, *(Cell(q.write(cell), footnotes.mark(q.note(cell))) for q in shown))))
+    return Table(
         name=column["name"],
         title=_column_title(column),
-        facts=_facts(column),
-        headings=tuple((q.group, q.name, q.header) for q in shown),
+        lead=_facts(column),
+        columns=(Column(name="", is_words=True), *(q.column for q in shown)),
         rows=tuple(rows),
     )
 
 
-def _overview(result: Result, labels: list[Cell], footnotes: Footnotes) -> Block:
+def _overview(result: Result, labels: list[Cell], footnotes: Footnotes) -> Table:
     """All columns side by side: what was measured, or counted where nothing is trained, and what was published."""
     trained, _ = trained_and_measured(result)
     ours = "test" if trained else "K/N_E"
@@ -166,27 +140,26 @@ def _overview(result: Result, labels: list[Cell], footnotes: Footnotes) -> Block
     published = {index for index, _ in columns if has_published(result, index)}
     rows = []
     for row, label in enumerate(labels):
-        cells: list[Cell] = []
+        cells = [label]
         for index, column in columns:
             cell = cell_of(result, row, index)
             text = measured_text(cell, column["metric"]) if trained else percent_text(cell.get("flops_percent"))
             decided = cell["status"] == "measured" and (cell.get("against_dense") or {}).get("decided")
-            marks = footnotes.mark(reason(cell)) if trained else ()
-            cells.append(Cell(text=f"{text} {DECIDED}" if decided else text, marks=marks))
+            cells.append(Cell(f"{text} {DECIDED}" if decided else text, footnotes.mark(reason(cell)) if trained else ()))
             if index in published:
-                cells.append(Cell(text=published_text(cell.get("published"), column.get("published_metric"))))
-        rows.append((label, tuple(cells)))
-    headings = [
-        (column["name"], name, f"{column['name']} {name}")
+                cells.append(Cell(published_text(cell.get("published"), column.get("published_metric"))))
+        rows.append(Row(cells=tuple(cells)))
+    shown = [
+        Column(group=column["name"], name=name, standalone=f"{column['name']} {name}")
         for index, column in columns
         for name in (ours, *(("published",) if index in published else ()))
     ]
     theirs = [_metrics([result["columns"][index] for index in sorted(published)], "published_metric", "published")]
-    return Block(
+    return Table(
         name="overview",
         title="All columns",
-        facts="; ".join([_metrics(result["columns"], "metric", ours), *(theirs if published else [])]),
-        headings=tuple(headings),
+        lead="; ".join([_metrics(result["columns"], "metric", ours), *(theirs if published else [])]),
+        columns=(Column(name="", is_words=True), *shown),
         rows=tuple(rows),
     )
 
@@ -223,15 +196,15 @@ def _summary(result: Result) -> str:
     return f"Scale {result['scale']}, {result['settings']} settings; cells: {cells}."
 
 
-def _incomplete(result: Result) -> str | None:
+def _incomplete(result: Result) -> str:
     counts = cell_counts(result)
     lacks = [f"{counts[status]} {status}" for status in ("missing", "failed") if counts[status]]
-    return f"incomplete: of {sum(counts.values())} cells {' and '.join(lacks)}; the footnotes say why" if lacks else None
+    return f"incomplete: of {sum(counts.values())} cells {' and '.join(lacks)}; the footnotes say why" if lacks else ""
 
 
-def _general_notes(result: Result, blocks: tuple[Block, ...]) -> list[str]:
+def _general_notes(result: Result, blocks: tuple[Table, ...]) -> list[str]:
     trained, measured = trained_and_measured(result)
-    texts = {cell.text for block in blocks for _, cells in block.rows for cell in cells if not cell.marks}
+    texts = {cell.text for block in blocks for row in block.rows for cell in row.cells[1:] if not cell.marks}
     notes = []
     if formats.NOT_MEASURED in texts:
         notes.append(
@@ -266,3 +239,49 @@ def _measured_notes(result: Result) -> list[str]:
         "the first tokens of validation alone, so that it cannot be compared with the column of the whole split; slower "
         "rows are then before their end, with a learning rate that has still to decay.",
     ]
+
+
+def _settings_report(result: Result) -> PaperReport:
+    """Hyperparameters: each as it is here, with the published value behind it where the two differ."""
+    if result.get("version") != VERSION:
+        raise UserError(
+            f"`version` of the table must be {VERSION}; got {result.get('version')!r}; fix: run `sparseffn reproduce` again"
+        )
+    try:
+        names = list(result["rows"][0]["here"])
+        group = "as it is here [as published, where it differs]"
+        rows = (Row(cells=(Cell(row["name"]), *(Cell(_here(row, name)) for name in names))) for row in result["rows"])
+        block = Table(
+            name="settings",
+            title="Settings",
+            columns=(Column(name="", is_words=True), *(Column(group=group, name=name) for name in names)),
+            rows=tuple(rows),
+        )
+        return PaperReport(
+            name=result["table"],
+            title=_numbered_title(result),
+            summary=f"Scale {result['scale']}, {result['settings']} settings.",
+            incomplete="",
+            overview=None,
+            blocks=(block,),
+            footnotes={},
+            notes=(
+                "A value in brackets is the published one, where it differs from the one here.",
+                f"Made with: {formats.setting(result['environment'])}",
+            ),
+            environment=result["environment"],
+        )
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"the table is damaged: {type(error).__name__} {error}; fix: run `sparseffn reproduce` again"
+        ) from error
+
+
+def _here(row: Result, name: str) -> str:
+    here = _number(row["here"][name])
+    return f"{here} [{_number(row['published'][name])}]" if name in row["differences"] else here
+
+
+def _number(value: object) -> str:
+    """Four digits of a fraction; millions of parameters are not published with more."""
+    return f"{value:.4g}" if isinstance(value, float) else formats.setting(value)

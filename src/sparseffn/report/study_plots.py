@@ -8,14 +8,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseffn.report.figures import WIDTH, Plot, finished
-from sparseffn.report.lines import HEIGHT, Line, label_ends, log_heights, pointed_style, size_axis
-from sparseffn.report.result import Result
-from sparseffn.report.study_tables import AXES, INITS, SELECTORS, along, check_study, pick
-from sparseffn.report.svg import drawing
+from sparseffn.errors import UserError
+from sparseffn.report.plotting import (
+    HEIGHT,
+    WIDTH,
+    Line,
+    Plot,
+    drawing,
+    finished,
+    label_ends,
+    log_heights,
+    pointed_style,
+    size_axis,
+)
+from sparseffn.report.result import FORMAT, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+STUDIES = ("study-init", "study-competition", "study-balance")
+AXES = {"n_experts": "N_E", "n_layers": "layers", "expert_size": "G", "k": "K"}
+INITS = ("shared", "standard", "switch")
+SELECTORS = ("equal-norm", "free")
+
+
+def check_study(result: Result) -> None:
+    """Refuse what is not a study's result.
+
+    Raises:
+        UserError: it is of another kind or format.
+    """
+    found = (result.get("kind"), result.get("format")) if isinstance(result, Mapping) else (None, None)
+    if found[0] not in STUDIES or found[1] != FORMAT:
+        raise UserError(
+            f"`kind` of the result must be one of {', '.join(STUDIES)} in format {FORMAT}; got {found[0]!r} in format "
+            f"{found[1]!r}; fix: run `sparseffn study` again"
+        )
+
+
+def along(result: Result, axis: str) -> list[dict[str, Any]]:
+    """Rows of the sizes that differ from the base in one axis at most, in its order."""
+    base = dict(zip(("n_layers", "n_experts", "expert_size", "k"), result["settings"]["grid"]["base"], strict=True))
+    rows = [row for row in result["start"] if all(row[key] == value for key, value in base.items() if key != axis)]
+    return sorted(rows, key=lambda row: row[axis])
+
+
+def pick(rows: Sequence[Mapping[str, Any]], **wanted: object) -> list[Mapping[str, Any]]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 @dataclass(frozen=True, slots=True)

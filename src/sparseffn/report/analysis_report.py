@@ -1,26 +1,28 @@
-"""Tables of one run's `analysis.json`, for the terminal."""
+"""Tables of one run's `analysis.json`, and the files that are made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparseffn.report import formats
-from sparseffn.report.sheet import Sheet
+from sparseffn.report.table import Table
+
+Analysis = Mapping[str, Any]
 
 # Rows of the table of experts, and tokens named in each.
 _MAX_EXPERTS, _MAX_TOKENS = 16, 6
 
 
-def analysis_sheets(analysis: Mapping[str, Any]) -> list[Sheet]:
+def analysis_tables(analysis: Analysis) -> list[Table]:
     """Layers, and the tokens of the experts of the middle layer."""
-    sheets = [_layers(analysis)]
+    tables = [_layers(analysis)]
     if analysis["tokens"]:
-        sheets.append(_experts(analysis, len(analysis["tokens"]) // 2))
-    return sheets
+        tables.append(_experts(analysis, len(analysis["tokens"]) // 2))
+    return tables
 
 
-def facts_line(analysis: Mapping[str, Any]) -> str:
+def facts_line(analysis: Analysis) -> str:
     """The run and what was read, in one line."""
     run = analysis["run"]
     return (
@@ -30,29 +32,29 @@ def facts_line(analysis: Mapping[str, Any]) -> str:
     )
 
 
-def _layers(analysis: Mapping[str, Any]) -> Sheet:
-    unit = analysis["unit"]
-    head = ["layer", "active channels" if unit == "experts" else f"active {unit}", "std", "of"]
-    head += ["dead " + unit, "largest load / mean", "load entropy", "weight entropy"]
-    training = analysis["training"]
-    kept = _last_full(training["stability"]) if training and training["stability"] else None
-    if kept:
-        head += ["stability"]
-    rows = []
-    for i, (active, load) in enumerate(zip(analysis["active"], analysis["load"], strict=True)):
-        row = [str(i), f"{active['mean']:.1f}", f"{active['std']:.1f}", formats.integer(active["total"])]
-        row += [f"{load['n_dead']} of {load['n_units']}", f"{load['largest_over_mean']:.2f}"]
-        row += [f"{load['entropy']:.3f}", f"{load['weight_entropy']:.3f}"]
-        if kept:
-            row.append(formats.percent(kept["layers"][i]["jaccard"]))
-        rows.append(tuple(row))
+def _layers(analysis: Analysis) -> Table:
+    unit, training = analysis["unit"], analysis["training"]
+    active = "active channels" if unit == "experts" else f"active {unit}"
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        ("layer", lambda layer: str(layer[0])),
+        (active, lambda layer: f"{layer[1]['mean']:.1f}"),
+        ("std", lambda layer: f"{layer[1]['std']:.1f}"),
+        ("of", lambda layer: formats.integer(layer[1]["total"])),
+        (f"dead {unit}", lambda layer: f"{layer[2]['n_dead']} of {layer[2]['n_units']}"),
+        ("largest load / mean", lambda layer: f"{layer[2]['largest_over_mean']:.2f}"),
+        ("load entropy", lambda layer: f"{layer[2]['entropy']:.3f}"),
+        ("weight entropy", lambda layer: f"{layer[2]['weight_entropy']:.3f}"),
+    ]
     notes = ["entropies over their maximum: 1 when all are used alike"]
-    if kept:
+    if training and training["stability"]:
+        kept = _last_full(training["stability"])
+        columns.append(("stability", lambda layer: formats.percent(kept["layers"][layer[0]]["jaccard"])))
         notes.append(
             f"stability: experts that a token keeps from step {kept['from']} to {kept['to']} (Jaccard index), "
             f"by chance {formats.percent(training['chance']['jaccard'])}"
         )
-    return Sheet(head=tuple(head), rows=rows, n_words=1, title="Layers", notes=tuple(notes))
+    layers = zip(range(len(analysis["load"])), analysis["active"], analysis["load"], strict=True)
+    return Table.by_column(columns, layers, title="Layers", notes=notes)
 
 
 def _last_full(intervals: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -61,7 +63,7 @@ def _last_full(intervals: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next(i for i, n in zip(reversed(intervals), reversed(lengths), strict=True) if 2 * n >= max(lengths))
 
 
-def _experts(analysis: Mapping[str, Any], layer: int) -> Sheet:
+def _experts(analysis: Analysis, layer: int) -> Table:
     experts = sorted(analysis["tokens"][layer], key=lambda e: (-e["load"], e["expert"]))
     rows = []
     for expert in experts[:_MAX_EXPERTS]:
@@ -70,5 +72,4 @@ def _experts(analysis: Mapping[str, Any], layer: int) -> Sheet:
     notes = ["lift: how many times as frequent a token is among the expert's as in the text; ␣ is a space"]
     if len(experts) > len(rows):
         notes.append(f"the {len(rows)} most used of {len(experts)}; all of them, in every layer, are in analysis.json")
-    title = f"Tokens by expert, layer {layer}"
-    return Sheet(head=("expert", "selections", "tokens"), rows=rows, n_words=3, title=title, notes=tuple(notes))
+    return Table.of(("expert", "selections", "tokens"), rows, n_words=3, title=f"Tokens by expert, layer {layer}", notes=notes)

@@ -1,85 +1,32 @@
-"""The figures of a comparison: learning curves, use of experts, active channels, co-occurrence.
-
-Nothing in them rests on colour alone; `lines.py` says how lines are told apart.
-"""
+"""The figures of a comparison: learning curves, use of experts, active channels, co-occurrence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from sparseffn.report import formats
-from sparseffn.report.lines import HEIGHT, PALETTE, Line, label_ends, layer_style, log_heights, method_style, reference
+from sparseffn.report.plotting import (
+    FONT_SIZE,
+    GREY,
+    HEIGHT,
+    PALETTE,
+    WIDTH,
+    Line,
+    Plot,
+    drawing,
+    finished,
+    label_ends,
+    layer_style,
+    log_heights,
+    method_style,
+    reference,
+)
 from sparseffn.report.result import Method, Result
-from sparseffn.report.svg import FONT_SIZE, GREY, drawing, png_bytes, svg_text
-from sparseffn.storage import write_bytes, write_text
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-WIDTH = 4.8
 DEAD = 0.01
 """Units used less than this share of the mean count as dead, as in the table."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plot:
-    """A figure for the page.
-
-    Attributes:
-        name: unique on the page.
-        title: what is shown, in a few words.
-        caption: what is drawn and what to read from it.
-        svg: the drawing.
-        png: the same as pixels, where it is also to be a file.
-    """
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    png: bytes = b""
-
-
-def finished(figure: Figure, *, name: str, title: str, caption: str, description: str, pixels: bool = True) -> Plot:
-    """A drawing that is complete, still inside its context.
-
-    Args:
-        figure: what `drawing` gave.
-        name: unique on the page.
-        title: what is shown.
-        caption: what to read from it.
-        description: one sentence for people who hear the page.
-        pixels: whether it is also to be a file.
-    """
-    svg = svg_text(figure, name=name, title=title, description=description)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png_bytes(figure) if pixels else b"")
-
-
-def standalone_svg(plot: Plot) -> str:
-    """An SVG file: on white, and with what the page's style sheet says to its drawings."""
-    start = plot.svg.index(">") + 1
-    opening = plot.svg[:start].replace("<svg ", '<svg style="background: #fff; stroke-linejoin: round" ', 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{plot.svg[start:]}\n'
-
-
-def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
-    """Every drawing as PNG and as SVG; returns the files.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    written = []
-    for plot in plots:
-        png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
-        write_bytes(png, plot.png)
-        write_text(svg, standalone_svg(plot))
-        written += [png, svg]
-    return written
 
 
 def curve_plots(result: Result) -> list[Plot]:

@@ -1,0 +1,435 @@
+"""Tables and page of a result of `sparseffn bench`, made from its JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sparseffn.errors import UserError
+from sparseffn.report.bench_plots import bench_plots
+from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, milliseconds
+from sparseffn.report.page import Page, Section, page_html
+from sparseffn.report.plotting import Plot, write_plots
+from sparseffn.report.result import FORMAT, Result
+from sparseffn.report.table import Table
+from sparseffn.storage import read_json, write_text
+
+# A row, a timing, a part of a result.
+Row = Mapping[str, Any]
+
+PASSES = {"forward": "Forward", "training": "Forward + backward"}
+# Load beyond the processors that the measurement and the system's own chores may make.
+_OWN_LOAD_MARGIN = 0.5
+
+
+TITLES = {
+    "layer": "Time of one layer",
+    "step": "Time of a training step",
+    "memory": "Bytes kept for backward",
+    "roofline": "What this machine allows",
+    "figures": "Time and memory over sizes",
+}
+
+
+def read_bench(path: str | Path) -> dict[str, Any]:
+    """Read a result of `sparseffn bench`.
+
+    Raises:
+        UserError: the file is absent, is not JSON, or is not of a kind and format known here.
+    """
+    result = read_json(Path(path), fix="measure again")
+    if not isinstance(result, dict) or result.get("format") != FORMAT or result.get("kind") not in TITLES:
+        raise UserError(f"{str(path)!r} must be a result of `sparseffn bench`, format {FORMAT}; fix: measure again")
+    return result
+
+
+def write_bench(result: Result, folder: str | Path, *, drawn: bool = True) -> list[Path]:
+    """Write the page and, of the paper's figures, each drawing as PNG and SVG; returns the files.
+
+    Args:
+        result: a parsed result.
+        folder: where to.
+        drawn: whether to draw; without matplotlib the page has its tables alone.
+
+    Raises:
+        UserError: something is to be drawn and matplotlib is not installed, or a file cannot be written.
+    """
+    page = Path(folder) / f"{result['kind']}.html"
+    plots = bench_plots(result) if drawn else []
+    write_text(page, bench_page(result, plots))
+    return [page, *(write_plots(plots, Path(folder)) if result["kind"] == "figures" else [])]
+
+
+def bench_page(result: Result, plots: Sequence[Plot] = ()) -> str:
+    """The page as text, with these drawings."""
+    kind = result["kind"]
+    return measured_page(
+        result,
+        title=TITLES[kind],
+        command=f"bench {kind}",
+        reading=_READING[kind],
+        tables=bench_tables(result),
+        plots=plots,
+        timed=True,
+    )
+
+
+def measured_page(
+    result: Result,
+    *,
+    title: str,
+    command: str,
+    reading: str,
+    tables: Sequence[Table],
+    plots: Sequence[Plot],
+    timed: bool,
+) -> str:
+    """The page of a result with a machine and settings.
+
+    Args:
+        result: with `environment`, `settings` and `kind`.
+        title: of the page.
+        command: what made it, without `sparseffn`.
+        reading: how the tables are read.
+        tables: in their order.
+        plots: drawings, above the tables.
+        timed: whether it holds times, which a busy machine spoils.
+    """
+    sections = [Section(name="reading", title="How to read this", text=reading)]
+    if plots:
+        sections.append(Section(name="figures", title="Figures", plots=tuple(plots)))
+    sections.append(Section(name="tables", title="Tables", tables=tuple(tables)))
+    facts = {"Settings": result["settings"], "Machine and software": result["environment"]}
+    sections.append(Section(name="details", title="Settings and machine", facts=facts, folds=True))
+    return page_html(
+        Page(
+            title=title,
+            summary=machine_line(result, timed=timed),
+            sections=tuple(sections),
+            made_by=command,
+            source=f"{result['kind']}.json",
+            cites_paper=False,
+        )
+    )
+
+
+def bench_tables(result: Result) -> list[Table]:
+    """The tables of a result.
+
+    Raises:
+        UserError: the result is of a kind that this version does not know.
+    """
+    kind = result.get("kind")
+    if kind not in _TABLES:
+        raise UserError(f"`kind` of the result must be one of {', '.join(_TABLES)}; got {kind!r}; fix: measure again")
+    return _TABLES[kind](result)
+
+
+def machine_line(result: Result, *, timed: bool = True) -> str:
+    """Machine, threads, libraries and date in one line, and a warning where other work ran beside what was timed."""
+    e = result["environment"]
+    cache = f"last-level cache {e['last_level_cache_bytes'] / 2**20:.0f} MiB"
+    return (
+        f"{e['cpu']}, {e['device']}, {e['threads']} threads, {e['cpu_capability']}, {cache}; torch {e['torch']}, "
+        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e) if timed else ''}"
+    )
+
+
+def _software(environment: Mapping[str, Any]) -> str:
+    """Other packages whose kernels may have been timed, and the compiler of ours; older files do not tell."""
+    parts = [f"{name} {version}" for name, version in environment.get("packages", {}).items()]
+    parts += [environment["compiler"]] if "compiler" in environment else []
+    return "".join(f"{part}, " for part in parts)
+
+
+def _busy(environment: Mapping[str, Any]) -> str:
+    """The measurement itself keeps at most all processors at work; more load is somebody else's."""
+    load, cpus = environment["load_average"], environment["cpus"]
+    if load <= cpus + _OWN_LOAD_MARGIN:
+        return ""
+    return f". The machine was busy (load average {load:.1f} on {cpus} processors): measure again when it is quiet"
+
+
+_READING = {
+    "layer": (
+        "Every layer was first held against float64 at its very size, output and all gradients; what disagreed was refused."
+        " Candidates were then called in turn, the order rotating from round to round; a ratio is the median of the ratios "
+        "within a round, all of one run. Weights are cold where the calls went round as many layers as fill four times the "
+        "last-level cache, with fresh tokens each call; warm is one layer called again and again. K / N is the share of the"
+        " channels that a token uses, which is its share of the dense block's arithmetic. The limit is the larger of the "
+        "FLOPs, selector included, at the measured speed of matrix products, and one reading of the weights that the batch "
+        "touches at the measured bandwidth. Forward is timed in inference mode, gradients are freed between calls, dropout "
+        "is off."
+    ),
+    "step": (
+        "Each row is the median of whole training steps, the models in turn: forward, loss, backward, clipping, optimiser. "
+        "The split into parts comes from steps of their own, with hooks on the modules. Every block was first held against "
+        "float64 at the step's tokens. A whole step has no limit beside it."
+    ),
+    "memory": (
+        "Bytes of the tensors that autograd keeps in a training call. The block's input and the selection (indices, and a "
+        "mixture's scores) are counted apart; totals count everything, output included."
+    ),
+    "roofline": (
+        "Speeds are those of the best of several calls. A block can take no less than its FLOPs, selector included, at the "
+        "speed of matrix products, nor less than one reading of the weights that its tokens touch."
+    ),
+    "figures": (
+        "Time is the median of forward and backward of one layer, dense block and mixture in turn; memory is what is saved "
+        "for backward plus the output. Every point passed the comparison with float64 before it was timed. "
+        "Points that did not fit the time limit or half of the memory are listed under the figure."
+    ),
+}
+
+
+def _layer_tables(result: Result) -> list[Table]:
+    tables = [
+        _layer_table(result, shape, list(rows), key)
+        for shape, group in groupby(result["rows"], key=lambda row: row["shape"])
+        for rows in [list(group)]
+        for key in PASSES
+    ]
+    return [*tables, _expert_counts_table(result["expert_counts"])] if "expert_counts" in result else tables
+
+
+def _layer_table(result: Result, shape: str, rows: list[Row], key: str) -> Table:
+    settings = result["settings"]
+    left = [
+        f"not timed: {x['label']} at {x['tokens']} tokens: {x['reason']}" for x in result["left_out"] if x["shape"] == shape
+    ]
+    return Table.by_column(
+        [
+            ("layer", lambda row: row["label"]),
+            ("backend", lambda row: row["backend"] or "its own"),
+            ("tokens", lambda row: integer(row["tokens"])),
+            ("weights", lambda row: row["cache"]),
+            ("ms", lambda row: milliseconds(row[key]["median_s"])),
+            ("quartiles", lambda row: _quartiles(row[key])),
+            ("/ dense", lambda row: fixed(row[key]["over_dense"])),
+            ("/ dense / (K/N)", lambda row: _over_share(row, row[key]["over_dense_over_share"])),
+            ("limit ms", lambda row: milliseconds(row[key]["limit_s"])),
+            ("/ limit", lambda row: fixed(row[key]["over_limit"])),
+            ("warm ms", lambda row: milliseconds(row["warm"][key]["median_s"]) if row.get("warm") else NOT_MEASURED),
+            ("x fastest HF", lambda row: _over_peer(row[key]["over_fastest_hf"])),
+        ],
+        rows,
+        n_words=2,
+        n_labels=3,
+        title=f"{PASSES[key]}, {shape}, {settings['dtype']}, {settings['device']}",
+        notes=(*_roof_notes(result), *_beaten_notes(rows, key), *dict.fromkeys(left)),
+    )
+
+
+def _quartiles(timing: Row) -> str:
+    return f"{milliseconds(timing['q1_s'])} to {milliseconds(timing['q3_s'])}"
+
+
+def _over_share(row: Row, ratio: float) -> str:
+    """A ratio over the share of channels that a token uses; it says nothing where it uses all."""
+    return fixed(ratio) if row["share"] < 1 else NOT_MEASURED
+
+
+def _over_peer(found: Row | None) -> str:
+    return f"{found['times_faster']:.2f} ({found['fastest'].removeprefix('hf ')})" if found else NOT_MEASURED
+
+
+def _roof_notes(result: Result) -> list[str]:
+    """The speeds that limits were computed from; older files do not have the last one."""
+    roof = result["roof"]
+    speeds = f"limits: {roof['flops_per_s'] / 1e9:,.0f} GFLOP/s, reading {roof['bytes_per_s'] / 1e9:,.0f} GB/s in one long pass"
+    if "scattered_bytes_per_s" not in roof:
+        return [speeds]
+    scattered = f"{roof['scattered_bytes_per_s'] / 1e9:,.0f} GB/s"
+    return [f"{speeds}; a few blocks of an expert's size, as one token reads, come at {scattered}"]
+
+
+def _beaten_notes(rows: list[Row], key: str) -> list[str]:
+    """Rows below their limit: the limit is then not one."""
+    return [
+        f"{row['label']} at {integer(row['tokens'])} tokens is faster than its limit ({fixed(row[key]['over_limit'])}): the "
+        "speed of products or of memory was measured too low; measure again when the machine is quiet"
+        for row in rows
+        if row[key]["over_limit"] < 1
+    ]
+
+
+def _expert_counts_table(found: Row) -> Table:
+    few, many = found["layers"]
+    over = {few: dict.fromkeys(PASSES, 1.0), many: {key: found[f"{key}_over_few"] for key in PASSES}}
+    times = [
+        column
+        for key, what in (("forward", "forward ms"), ("training", "forward + backward ms"))
+        for column in (
+            (what, lambda label, key=key: milliseconds(found["layers"][label][key]["median_s"])),
+            ("/ few", lambda label, key=key: fixed(over[label][key])),
+            ("/ limit", lambda label, key=key: fixed(found["layers"][label][key].get("over_limit"))),
+        )
+    ]
+    return Table.by_column(
+        [
+            ("experts", lambda label: label),
+            ("backend", lambda label: found["backend"]),
+            *times,
+            ("gradients MiB", lambda label: mebibytes(found["layers"][label]["gradient_bytes"])),
+        ],
+        found["layers"],
+        n_words=2,
+        title=f"Idle experts: {found['fixed']}; {found['tokens']:,} tokens",
+    )
+
+
+def _memory_tables(result: Result) -> list[Table]:
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("layer", lambda row: row["label"]),
+        ("backend", lambda row: row["backend"] or "its own"),
+        ("tokens", lambda row: integer(row["tokens"])),
+        ("kept", lambda row: mebibytes(row["saved_bytes"])),
+        ("/ dense", lambda row: fixed(row["over_dense"])),
+        ("/ dense / (K/N)", lambda row: _over_share(row, row["over_dense_over_share"])),
+        ("selection", lambda row: mebibytes(row["selection_bytes"])),
+        ("input", lambda row: mebibytes(row["input_bytes"])),
+        ("output", lambda row: mebibytes(row["output_bytes"])),
+        ("total", lambda row: mebibytes(row["total_bytes"])),
+        ("/ dense", lambda row: fixed(row["total_over_dense"])),
+    ]
+    return [
+        Table.by_column(
+            columns,
+            rows,
+            n_words=2,
+            n_labels=3,
+            title=f"MiB for forward + backward, {shape}, {result['settings']['dtype']}",
+            notes=("kept: saved for backward, without the block's input and without the selection",),
+        )
+        for shape, rows in groupby(result["rows"], key=lambda row: row["shape"])
+    ]
+
+
+def _roofline_tables(result: Result) -> list[Table]:
+    speeds = Table.by_column(
+        [
+            ("dtype", lambda speed: speed["dtype"]),
+            ("threads", lambda speed: integer(speed["threads"])),
+            ("GFLOP/s", lambda speed: fixed(speed["product"]["flops_per_s"] / 1e9, 1)),
+            ("product", lambda speed: _product(speed["product"])),
+            ("by", lambda speed: speed["product"]["how"]),
+            ("GB/s", lambda speed: fixed(speed["reading"]["bytes_per_s"] / 1e9, 1)),
+            ("read", lambda speed: f"{speed['reading']['bytes'] / 2**20:,.0f} MiB"),
+            ("by", lambda speed: speed["reading"]["how"]),
+            ("scattered GB/s", lambda speed: _scattered(speed["reading"])),
+        ],
+        result["speeds"],
+        n_labels=2,
+        title="Measured speeds",
+        notes=(
+            "matrix products, square or (tokens x width x units) the two of one expert; one reading of a working set of four "
+            "times the last-level cache or more; best calls",
+            "scattered: a few blocks of an expert's size a call, at random places; about what one token can get, and no limit",
+        ),
+    )
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("layer", lambda row: row["label"]),
+        ("tokens", lambda row: integer(row["tokens"])),
+        ("weights MiB", lambda row: mebibytes(row["touched_bytes"])),
+    ]
+    for key, name in (("forward", "fwd"), ("training", "fwd+bwd")):
+        for part, bound in (("arithmetic", "arithmetic_s"), ("reading", "bytes_s"), ("limit", "limit_s")):
+            columns.append((f"{name} {part}", lambda row, key=key, bound=bound: milliseconds(row[key][bound])))
+    limits = [
+        Table.by_column(
+            columns,
+            rows,
+            n_labels=2,
+            title=f"Limits in ms, {shape}, {result['settings']['dtype']}, tokens that choose evenly",
+        )
+        for shape, rows in groupby(result["rows"], key=lambda row: row["shape"])
+    ]
+    return [speeds, *limits]
+
+
+def _product(product: Row) -> str:
+    """Older files have squares alone."""
+    return product.get("shape") or f"{product['size']:,} x {product['size']:,}"
+
+
+def _scattered(reading: Row) -> str:
+    return fixed(reading["scattered"]["bytes_per_s"] / 1e9, 1) if "scattered" in reading else NOT_MEASURED
+
+
+def _step_tables(result: Result) -> list[Table]:
+    s, methods = result["settings"], result["methods"]
+    shape = f"{s['batch']} x {s['context']} tokens, memory {s['memory']}, float32"
+    # Older files do not tell.
+    shape += f", backend {s['backend']}" if "backend" in s else ""
+    attention = Table.of(
+        ("attention", "step s", "against plain"),
+        [
+            (name, f"{seconds:.3f}", f"{result['ratio'] if name == 'relative' else 1:.3f}")
+            for name, seconds in result["seconds"].items()
+        ],
+        title=f"Training step, {s['method']} {s['params']:,} parameters, {shape}",
+    )
+    base = next(iter(methods))
+    columns: list[tuple[str, Callable[[str], str]]] = [
+        ("method", lambda label: label),
+        ("step", lambda label: f"{methods[label]['seconds']:.3f}"),
+        (f"/ {base}", lambda label: f"{methods[label]['over_base']:.3f}"),
+        ("in parts", lambda label: f"{methods[label]['parts_whole_s']:.3f}"),
+    ]
+    columns += [(part, lambda label, part=part: _part(methods[label], part)) for part in methods[base]["parts"]]
+    split = Table.by_column(
+        columns,
+        methods,
+        title=f"Training step, preset {s['preset']}, {shape}, seconds",
+        notes=("in parts: steps of their own, with hooks; output layer with the loss, optimiser with clipping",),
+    )
+    return [attention, split]
+
+
+def _part(method: Row, part: str) -> str:
+    return f"{method['parts'][part]:.3f} ({method['parts'][part] / method['parts_whole_s']:.0%})"
+
+
+def _figures_tables(result: Result) -> list[Table]:
+    tables = []
+    for number, group in groupby(result["points"], key=lambda point: point["figure"]):
+        sweep, points = result["sweeps"][str(number)], list(group)
+        how = f"{result['settings']['tokens']:,} tokens, {result['settings']['dtype']}, forward + backward"
+        left = [entry for entry in result["left_out"] if entry["figure"] == number]
+        rows = [(p["value"], label, layer, p["layers"]["dense"]) for p in points for label, layer in p["layers"].items()]
+        tables.append(
+            Table.by_column(
+                [
+                    (sweep["variable"], lambda row: f"{row[0]:,}"),
+                    ("layer", lambda row: row[1]),
+                    ("ms", lambda row: milliseconds(row[2]["training"]["median_s"])),
+                    ("quartiles", lambda row: _quartiles(row[2]["training"])),
+                    # Points of older files have no limit.
+                    ("/ limit", lambda row: fixed(row[2]["training"].get("over_limit"))),
+                    ("forward ms", lambda row: milliseconds(row[2]["forward"]["median_s"])),
+                    ("/ limit", lambda row: fixed(row[2]["forward"].get("over_limit"))),
+                    ("memory MiB", lambda row: mebibytes(row[2]["memory_bytes"])),
+                    ("selection", lambda row: mebibytes(row[2]["selection_bytes"])),
+                    ("gradients", lambda row: mebibytes(row[2]["gradient_bytes"])),
+                    ("ms / dense", lambda row: fixed(row[2]["training"].get("over_dense", 1.0))),
+                    ("memory / dense", lambda row: fixed(row[2]["memory_bytes"] / row[3]["memory_bytes"])),
+                ],
+                rows,
+                n_words=2,
+                n_labels=2,
+                title=f"Figure {number}: {sweep['fixed']}; {how}",
+                notes=tuple(f"not measured: {e['variable']} {e['value']:,}: {e['limit']}, {e['reason']}" for e in left),
+            )
+        )
+    return tables
+
+
+_TABLES: dict[str, Callable[[Result], list[Table]]] = {
+    "layer": _layer_tables,
+    "memory": _memory_tables,
+    "roofline": _roofline_tables,
+    "step": _step_tables,
+    "figures": _figures_tables,
+}

@@ -1,0 +1,355 @@
+"""What all figures share: their look, how lines are told apart and labelled, and how a drawing becomes SVG and PNG.
+
+Lines differ in colour (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/), in line style and in marker, and are
+labelled beside the frame at the height where they end, so that nothing rests on colour. Figures are legible in print at the
+size they have. matplotlib is the extra `plot`; it is imported when a figure is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from sparseffn.errors import UserError
+from sparseffn.storage import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, TEXT_WIDTH, HEIGHT = 4.8, 6.4, 3.2
+"""Inches of a figure of lines, between the margins of a page, and of a figure's height: labels are set apart for it."""
+INK = "#1a1a1a"
+GREY = "#6b6b6b"
+HAIRLINE = "#e3e3e3"
+
+# Text is laid out in the font that matplotlib brings along, the same on every machine, and shown in the reader's:
+# all of these are narrower, so no label grows into another.
+LAYOUT_FONT = "DejaVu Sans"
+SHOWN_FONTS = "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+
+FONT_SIZE = 9.0
+
+# Okabe and Ito without yellow, which does not carry a line on white; black, for the first method, is the baseline's.
+PALETTE = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+# Seven, four and nine have no common divisor: 252 methods look different.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+LABEL_LENGTH = 22
+"""Characters of a label beside a figure; the table has it whole."""
+
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sparseffn",
+    "font.family": LAYOUT_FONT,
+    "font.size": FONT_SIZE,
+    "text.color": INK,
+    # A label with a dollar sign is a label.
+    "text.parse_math": False,
+    "axes.labelsize": FONT_SIZE,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": HAIRLINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": FONT_SIZE - 0.5,
+    "ytick.labelsize": FONT_SIZE - 0.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A figure for the page.
+
+    Attributes:
+        name: unique on the page.
+        title: what is shown, in a few words.
+        caption: what is drawn and what to read from it.
+        svg: the drawing.
+        png: the same as pixels, where it is also to be a file.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes = b""
+
+
+def finished(figure: Figure, *, name: str, title: str, caption: str, description: str, pixels: bool = True) -> Plot:
+    """A drawing that is complete, still inside its context.
+
+    Args:
+        figure: what `drawing` gave.
+        name: unique on the page.
+        title: what is shown.
+        caption: what to read from it.
+        description: one sentence for people who hear the page.
+        pixels: whether it is also to be a file.
+    """
+    svg = svg_text(figure, name=name, title=title, description=description)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png_bytes(figure) if pixels else b"")
+
+
+def standalone_svg(plot: Plot) -> str:
+    """An SVG file: on white, and with what the page's style sheet says to its drawings."""
+    start = plot.svg.index(">") + 1
+    opening = plot.svg[:start].replace("<svg ", '<svg style="background: #fff; stroke-linejoin: round" ', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{plot.svg[start:]}\n'
+
+
+def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
+    """Every drawing as PNG and as SVG; returns the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    written = []
+    for plot in plots:
+        png, svg = folder / f"{plot.name}.png", folder / f"{plot.name}.svg"
+        write_bytes(png, plot.png)
+        write_text(svg, standalone_svg(plot))
+        written += [png, svg]
+    return written
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of one frame in the style of the page.
+
+    Args:
+        width: inches on paper.
+        height: inches on paper.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the page's figures need matplotlib; fix: pip install 'sparseffn[plot]'") from error
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The reader's browser has the glyphs that the layout font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # Not the reader's own matplotlibrc: the same file gives the same page everywhere.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+@contextmanager
+def panels(width: float, height: float, n_rows: int, n_columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of several frames with common axes, row by row; see `drawing`."""
+    with drawing(width, height) as (figure, axes):
+        axes.remove()
+        frames = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+        yield figure, list(frames.flat)
+
+
+def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
+    """Write a figure as one `<svg>` element.
+
+    Args:
+        figure: what `drawing` gave, still inside its context.
+        name: unique on the page; it leads every id of the element.
+        title: the figure's name for people who hear the page and for the pointer.
+        description: one sentence that says what is drawn.
+
+    Returns:
+        The element: no prolog, no metadata, no outside reference, the same bytes for the same figure.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # This style sheet would act on the whole page; the page's own sets the same for its figures.
+    text = re.sub(r"<defs>\s*<style type=\"text/css\">.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
+    text = text.replace(f"'{LAYOUT_FONT}'", SHOWN_FONTS)
+    view_box = re.search(r'viewBox="[^"]*"', text)
+    assert view_box, "matplotlib writes a viewBox"
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box[0]} '
+        f'role="img" aria-label="{escape(f"{title}. {description}")}">\n <title>{escape(title)}</title>'
+    )
+    return opening + text[text.index(">") + 1 :].rstrip()
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """A figure, still inside its context, as pixels on white, for slides and papers."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A curve with its look and label."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    style: dict[str, Any]
+
+
+def method_style(index: int) -> dict[str, Any]:
+    """The look of a method by its place in the comparison, the same in every figure."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+        "markevery": 0.08,
+    }
+
+
+def pointed_style(index: int) -> dict[str, Any]:
+    """A method's look with a marker on every point, for lines of few."""
+    return {key: value for key, value in method_style(index).items() if key != "markevery"}
+
+
+def layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
+    """Layers are in order, so their colours are: dark for the first, lighter for the last."""
+    import matplotlib
+
+    shade = 0.75 * index / max(n_layers - 1, 1)
+    style: dict[str, Any] = {
+        "color": matplotlib.colormaps["viridis"](shade),
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
+    # Few points each get their marker, a long line some, shifted so that markers of like lines do not hide each other.
+    if n_points > 32:
+        style["markevery"] = (index * n_points // (10 * n_layers), n_points // 10)
+    return style
+
+
+def size_axis(axes: Axes, ticks: Sequence[int]) -> None:
+    """A logarithmic axis of sizes below the frame, with a tick at each of them and nowhere else."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def log_heights(axes: Axes, *, form: str = "g", ticks: Sequence[int] | None = None) -> None:
+    """A logarithmic axis of heights whose numbers are written as such.
+
+    Args:
+        axes: the frame.
+        form: how a number is formatted.
+        ticks: which multiples of a power of ten are labelled; None leaves that to matplotlib.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    if ticks is not None:
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def reference(axes: Axes, level: float, words: str, *, x: float, rise: float) -> None:
+    """A dashed level with its name above or below, at the left or right end of the frame."""
+    axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        words,
+        (x, level),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, rise),
+        textcoords="offset points",
+        ha="right" if x > 0.5 else "left",
+        va="bottom" if rise > 0 else "top",
+        color=GREY,
+        fontsize=FONT_SIZE - 1,
+    )
+
+
+def label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Write every line's label to the right of the frame, level with its end, as far as labels leave room."""
+    from matplotlib.lines import Line2D
+
+    low, high = axes.get_ylim()
+    ends, heights = [], []
+    for line in lines:
+        end = next((i for i in reversed(range(len(line.y))) if math.isfinite(line.y[i])), None)
+        if end is None:
+            continue
+        # In the frame's own height, whatever the axis's scale.
+        inside = axes.transData.transform((line.x[end], min(max(line.y[end], low), high)))
+        ends.append((line, end))
+        heights.append(float(axes.transAxes.inverted().transform(inside)[1]))
+    # The frame is about four fifths of the figure's height.
+    gap = 1.35 * FONT_SIZE / (0.8 * HEIGHT * 72)
+    for (line, end), place in zip(ends, places_apart(heights, gap), strict=True):
+        # A leader from the middle of the frame would cross other lines; there the sample of the line has to do.
+        if line.x[end] >= 0.97 * axes.get_xlim()[1]:
+            axes.annotate(
+                "",
+                xy=(line.x[end], min(max(line.y[end], low), high)),
+                xytext=(1.035, place),
+                textcoords="axes fraction",
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+                annotation_clip=False,
+            )
+        sample = {key: value for key, value in line.style.items() if key != "markevery"}
+        axes.add_line(Line2D([1.04, 1.07, 1.1], [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **sample))
+        axes.text(1.12, place, _shortened(line.label), transform=axes.transAxes, va="center", color=INK)
+
+
+def places_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """The places nearest to the wanted heights (least squares) that keep a gap, moved into the frame where they fit.
+
+    Pool adjacent violators: labels that would touch form a block around the mean of what they want.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[list[float]] = []
+    for rank, i in enumerate(order):
+        blocks.append([heights[i] - rank * gap])
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    shifted = [fmean(block) for block in blocks for _ in block]
+    places = [0.0] * len(heights)
+    highest = 1 - gap * (len(heights) - 1)
+    for rank, i in enumerate(order):
+        places[i] = max(min(shifted[rank], highest), min(0.0, highest)) + rank * gap
+    return places
+
+
+def _shortened(label: str) -> str:
+    """A long label without its middle: its beginning names the method, its end what sets variants apart."""
+    half = LABEL_LENGTH // 2
+    return label if len(label) <= LABEL_LENGTH else f"{label[: half - 1]}…{label[-half:]}"
