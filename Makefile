@@ -13,12 +13,12 @@ DATA_DIR ?= ptb
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
-	@echo "make test       the tests, under 12 minutes"
-	@echo "make test-slow  the full products of what the tests sample, under 30 minutes"
-	@echo "make fuzz       ten minutes of drawn shapes on the compiled kernels"
+	@echo "make test       the tests, under 8 minutes on 2 cores"
+	@echo "make test-slow  every combination of what the tests sample, under 30 minutes"
+	@echo "make fuzz       ten minutes of random shapes on the compiled kernels"
 	@echo "make lint       formatting, lint, types, spelling, generated text"
-	@echo "make format     rewrite what lint's formatter would"
-	@echo "make readme     rewrite the generated tables of the README and of docs/"
+	@echo "make format     format the code and fix what ruff can fix"
+	@echo "make readme     write the generated tables of the README and of docs/ anew"
 	@echo "make evidence   results/evidence/ and docs/results.md from the runs of POOL, on Penn Treebank in DATA_DIR"
 	@echo "make setup      the virtual environment alone"
 
@@ -45,7 +45,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/codespell src tests docs README.md CONTRIBUTING.md
+	$(BIN)/codespell src tests tools docs README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md
 	$(BIN)/python tools/generated.py --check
 
 format: setup

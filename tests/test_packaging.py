@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "sparseffn"
 LAYER = """
 import torch
-from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+import sparseffn
 
-layer = SigmaMoEConfig(d_model=16, n_experts=4, expert_size=8, k=2).build()
+layer = sparseffn.SigmaMoE(d_model=16, n_experts=4, expert_size=8, k=2)
 layer(torch.randn(3, 16)).sum().backward()
 """
 
@@ -88,7 +88,7 @@ def test_wheel_runs_in_an_empty_environment(built: Path, dependencies: Path, tmp
     python = environment(tmp_path / "venv", dependencies)
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
     run(*pip, "install", "--no-deps", "--no-index", next(built.glob("*.whl")), cwd=tmp_path)
-    shown = run(python, "-c", f"{LAYER}import sparseffn; print(sparseffn.__file__)", cwd=tmp_path)
+    shown = run(python, "-c", f"{LAYER}print(sparseffn.__file__)", cwd=tmp_path)
     assert Path(shown.strip()).is_relative_to(tmp_path)
     shown = run(python, "-c", "from importlib.metadata import version; print(version('sparseffn'))", cwd=tmp_path)
     assert shown.strip() == sparseffn.__version__

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evidence_tables import with_evidence
-from readme_table import with_methods
+from readme_blocks import with_blocks
 from study_tables import with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES: Mapping[str, Callable[[str], str]] = {
-    "README.md": with_methods,
+    "README.md": with_blocks,
     "docs/why-this-selector.md": with_tables,
     "docs/results.md": with_evidence,
 }
