@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from msgspec import to_builtins
 
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.execution import execute
@@ -66,11 +65,11 @@ def test_sweep_is_drawn_from_its_json(micro: Scale, corpora: Corpora, tmp_path: 
     """The measured points, the dense level, and nothing where too few are measured."""
     planned = plan("sweep-k", micro, corpora, ["WT-S"], ["dense", "K=1", "K=4"])
     pool = Pool(tmp_path)
-    assert sweep_plots(to_builtins(table_result(planned, pool))) == []
+    assert sweep_plots(table_result(planned, pool)) == []
     for _, _, spec in planned.runs():
         execute(pool, spec)
-    result = to_builtins(table_result(planned, pool))
-    assert result["sweep"] == {"axis": "K", "x": [None, 1.0, 4.0]}
+    result = table_result(planned, pool)
+    assert result.sweep is not None and (result.sweep.axis, result.sweep.x) == ("K", [None, 1.0, 4.0])
     (plot,) = sweep_plots(result)
     ElementTree.fromstring(plot.svg)
     assert plot.name == "sweep-k-wt-s" and "2 values of K between 1 and 4" in plot.caption and plot.png[:4] == b"\x89PNG"

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from sparseffn.results.table_result import PaperTable
+
 LABELS = ("dense", "sigma-moe", "softmax after top-k (renorm.)", "switch, K=1, G=256", "s-base, K=4, G=64")
 COLUMNS = ("WT-S", "E8", "WT-B", "WT-S*", "C4-S", "C4-B", "peS2o-S", "peS2o-B")
 ENVIRONMENT = {"sparseffn": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "threads": 2, "cpu": "A processor"}
+
+
+def typed(result: dict[str, Any]) -> PaperTable:
+    """As it is read from its file."""
+    return msgspec.convert(result, PaperTable)
 
 
 def column(name: str) -> dict[str, Any]:

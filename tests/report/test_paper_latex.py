@@ -17,7 +17,7 @@ from sparseffn.report.latex import latex_text
 from sparseffn.report.paper_report import paper_latex
 from sparseffn.report.paper_view import paper_report
 
-from .synthetic_paper import counted_table, paper_table
+from .synthetic_paper import counted_table, paper_table, typed
 
 HOSTILE = 'a_b & 50% of $x$ #1 {y} ~ ^ \\input{/etc/passwd} <b> [t] * "q" `z` | é \u4e2d \U0001f600\n\nnew \\\\ line\x00'
 COMMANDS = {
@@ -30,7 +30,7 @@ COMMANDS = {
 
 def latex(result: dict[str, Any]) -> str:
     """The text without its comments; `\\%` stays."""
-    return re.sub(r"(?m)(?<!\\)%.*$", "", paper_latex(paper_report(result)))
+    return re.sub(r"(?m)(?<!\\)%.*$", "", paper_latex(paper_report(typed(result))))
 
 
 def hostile() -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_only_known_commands_and_ascii(case: str) -> None:
 
 def test_packages_are_named_in_a_comment() -> None:
     """A reader learns what the preamble needs, and each of it is used."""
-    text = paper_latex(paper_report(paper_table(n_columns=4)))
+    text = paper_latex(paper_report(typed(paper_table(n_columns=4))))
     packages = re.findall(r"^%.*$", text, re.M)
     assert all(any(name in line for line in packages) for name in ("fontenc", "array", "booktabs", "rotating", "adjustbox"))
     assert all(word in text for word in (r"\toprule", "sidewaystable", "adjustbox", "arraybackslash"))
@@ -154,7 +154,7 @@ def lacking() -> str | None:
 @pytest.mark.parametrize("case", CASES)
 def test_latex_sets_the_table(case: str, tmp_path: Path) -> None:
     """With the packages that the file asks for, without an error, and with no line of text wider than the page."""
-    text = paper_latex(paper_report(CASES[case]()))
+    text = paper_latex(paper_report(typed(CASES[case]())))
     (tmp_path / "table.tex").write_text(f"{PREAMBLE}{text}\n\\end{{document}}\n", encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "table.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -26,7 +27,7 @@ def console() -> Console:
 
 def print_json(data: object) -> None:
     """Print JSON for programs."""
-    print(json.dumps(data, indent=1))
+    print(json.dumps(msgspec.to_builtins(data), indent=1))
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", n_words: int = 1) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from msgspec import to_builtins
 
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, console, print_files, print_json
@@ -58,7 +55,7 @@ def reproduce_command(options: argparse.Namespace) -> int:
         name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name])
         for name in targets
     }
-    return _show(options, {name: to_builtins(result) for name, result in results.items()})
+    return _show(options, results)
 
 
 def _targets(names: list[str]) -> list[str]:
@@ -127,7 +124,7 @@ def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -
 
 
 def _dry_run(options: argparse.Namespace, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
-    result = to_builtins(dry_run(list(trained.values()), measure_speed(), counted))
+    result = dry_run(list(trained.values()), measure_speed(), counted)
     if options.out is not None:
         write_json(Path(options.out) / "dry-run.json", result)
     if options.json:
@@ -155,7 +152,7 @@ def _counted(name: str, request: Request, columns: Sequence[str] | None) -> Pape
     return table7(request, columns) if name == "table7" else settings_table(name, request, columns)
 
 
-def _show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> int:
+def _show(options: argparse.Namespace, results: dict[str, PaperTable]) -> int:
     index = [] if options.out is None else write_tables(results, options.out)
     if options.json:
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))

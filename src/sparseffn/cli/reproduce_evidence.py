@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from msgspec import to_builtins
-
 from sparseffn.cli.output import Watch, clock, parse_duration, print_files, print_json, print_rows
 from sparseffn.cli.reproduce_jobs import run_here
 from sparseffn.cli.reproduce_options import typed
@@ -39,12 +37,12 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
     items = evidence_items(request)
     if options.budget is not None:
         _spend(items, pool, parse_duration(options.budget))
-    result = to_builtins(evidence_result(items, pool))
+    result = evidence_result(items, pool)
     index: list[Path] = []
     if options.out is not None:
         write_json(Path(options.out) / "evidence.json", result)
         index = write_tables(
-            {planned.table.name: to_builtins(table_result(planned, pool)) for planned in evidence_tables(request, pool)},
+            {planned.table.name: table_result(planned, pool) for planned in evidence_tables(request, pool)},
             options.out,
         )
     if options.json:
@@ -52,18 +50,18 @@ def evidence_command(options: argparse.Namespace, request: Request, pool: Pool) 
         return 0
     rows = [
         (
-            str(run["position"]),
-            run["table"],
-            run["label"],
-            str(run["seed"]),
-            run["why"],
-            run["reason"] or run["status"],
-            "" if run["wall_s"] is None else clock(run["wall_s"]),
+            str(run.position),
+            run.table,
+            run.label,
+            str(run.seed),
+            run.why,
+            run.reason or run.status,
+            "" if run.wall_s is None else clock(run.wall_s),
         )
-        for run in result["runs"]
+        for run in result.runs
     ]
     print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
-    done = [run["wall_s"] for run in result["runs"] if run["wall_s"] is not None]
+    done = [run.wall_s for run in result.runs if run.wall_s is not None]
     print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}")
     if options.out is None:
         print(f"their tables are written by:\n  {view_command(options)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from sparseffn.report import formats
-from sparseffn.report.paper_result import STATUSES
-from sparseffn.report.result import Result
 from sparseffn.report.table import Column
+from sparseffn.results import table_result
+from sparseffn.results.table_result import Cell, Status, TableResult
+from sparseffn.stats import Difference
 
 # Stands behind a difference, and the value that it is of, where the interval excludes zero.
 DECIDED = "*"
@@ -21,44 +23,44 @@ class Quantity:
     """A column of a table, how its cells are written, and the footnote that a cell needs, if any."""
 
     column: Column
-    write: Callable[[Result], str]
-    note: Callable[[Result], str | None] = lambda cell: None
+    write: Callable[[Cell], str]
+    note: Callable[[Cell], str | None] = lambda cell: None
 
 
-def cell_counts(result: Result) -> dict[str, int]:
+def cell_counts(result: TableResult) -> dict[str, int]:
     """How many cells there are of each status; a place without a cell is a missing one."""
-    cells = [cell_of(result, row, column) for row in range(len(result["rows"])) for column in range(len(result["columns"]))]
-    return {status: sum(cell["status"] == status for cell in cells) for status in STATUSES}
+    cells = [cell_of(result, row, column) for row in range(len(result.rows)) for column in range(len(result.columns))]
+    return {status: sum(cell.status == status for cell in cells) for status in get_args(Status)}
 
 
-def cell_of(result: Result, row: int, column: int) -> Result:
+def cell_of(result: TableResult, row: int, column: int) -> Cell:
     """The cell of a place; one that the file lacks is missing, and says so."""
-    for cell in result["cells"]:
-        if (cell["row"], cell["column"]) == (row, column):
+    for cell in result.cells:
+        if (cell.row, cell.column) == (row, column):
             return cell
-    return {"row": row, "column": column, "status": "missing", "reason": "the file holds nothing for it"}
+    return Cell(row=row, column=column, status="missing", reason="the file holds nothing for it")
 
 
-def trained_and_measured(result: Result) -> tuple[bool, bool]:
+def trained_and_measured(result: TableResult) -> tuple[bool, bool]:
     """Whether there are cells to be trained, and whether one was."""
     counts = cell_counts(result)
     return counts["counted"] < sum(counts.values()), counts["measured"] > 0
 
 
-def reason(cell: Result) -> str | None:
+def reason(cell: Cell) -> str | None:
     """Why a cell has no loss, or lacks a seed."""
-    if cell["status"] == "measured":
-        return cell.get("reason")
-    if cell["status"] == "counted":
+    if cell.status == "measured":
+        return cell.reason
+    if cell.status == "counted":
         return "counted; nothing is trained for it"
-    return f"{cell['status']}: {cell['reason']}"
+    return f"{cell.status}: {cell.reason}"
 
 
-def measured_text(cell: Result, metric: str) -> str:
+def measured_text(cell: Cell, metric: str) -> str:
     """The loss over seeds; how many there are has a column of its own."""
-    if cell["status"] != "measured":
+    if cell.status != "measured":
         return formats.NOT_MEASURED
-    return formats.spread({"mean": cell["mean"], "std": cell.get("spread"), "n": cell["n"]}, metric, say_n=False)
+    return formats.loss(cell.mean, metric) + ("" if cell.spread is None else f" ± {formats.loss(cell.spread, metric)}")
 
 
 def published_text(value: float | None, metric: str | None) -> str:
@@ -73,67 +75,67 @@ def percent_text(percentage: float | None) -> str:
     return formats.percent(None if percentage is None else percentage / 100)
 
 
-def _difference(cell: Result, key: str) -> str:
+def _difference(cell: Cell, key: str) -> str:
     """The difference, its interval, and the sign of what is decided; a narrow interval has a decimal more."""
-    found = cell.get(key)
-    if found is None or cell["status"] != "measured":
+    found: Difference | None = getattr(cell, key)
+    if found is None or cell.status != "measured":
         return formats.NOT_MEASURED
-    digits = 3 if found["high"] - found["low"] >= 0.01 else 4
-    mean, low, high = (f"{found[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-    return f"{mean} [{low}, {high}]" + (f" {DECIDED}" if found["decided"] else "")
+    digits = 3 if found.high - found.low >= 0.01 else 4
+    mean, low, high = (f"{value:+.{digits}f}" for value in (found.difference, found.low, found.high))
+    return f"{mean} [{low}, {high}]" + (f" {DECIDED}" if found.decided else "")
 
 
-def _difference_note(cell: Result, key: str) -> str | None:
+def _difference_note(cell: Cell, key: str) -> str | None:
     """Seeds that only one of the two has are not in the difference."""
-    n_seeds = (cell.get(key) or {}).get("n_seeds")
-    if cell["status"] != "measured" or n_seeds in (None, cell["n"]):
+    found: Difference | None = getattr(cell, key)
+    if cell.status != "measured" or found is None or found.n_seeds == cell.n:
         return None
-    return f"the difference is over {n_seeds} of {cell['n']} seeds, those that both rows have"
+    return f"the difference is over {found.n_seeds} of {cell.n} seeds, those that both rows have"
 
 
-def difference_unit(result: Result, column: Result) -> str:
+def difference_unit(result: TableResult, column: table_result.Column) -> str:
     """The unit of a column's differences; a table whose columns differ in it says `bits per character or nats per token`."""
-    units = result["difference_unit"].split(" or ")
-    own = "nats per token" if column["metric"] == "perplexity" else column["metric"]
-    return own if own in units else result["difference_unit"]
+    units = result.difference_unit.split(" or ")
+    own = "nats per token" if column.metric == "perplexity" else column.metric
+    return own if own in units else result.difference_unit
 
 
-def has_published(result: Result, column: int) -> bool:
+def has_published(result: TableResult, column: int) -> bool:
     """Whether the paper has the column, or a value for it; columns of our own have neither."""
-    values = [cell.get("published") for cell in result["cells"] if cell["column"] == column]
-    return result["columns"][column].get("published_name") is not None or any(value is not None for value in values)
+    values = [cell.published for cell in result.cells if cell.column == column]
+    return result.columns[column].published_name is not None or any(value is not None for value in values)
 
 
-def quantities(result: Result, index: int) -> list[Quantity]:
+def quantities(result: TableResult, index: int) -> list[Quantity]:
     """What the block of a column shows; but for the published values the same for all columns of a table."""
     trained, measured = trained_and_measured(result)
-    shown = _losses(result["columns"][index], trained=trained, published=has_published(result, index))
+    shown = _losses(result.columns[index], trained=trained, published=has_published(result, index))
     if measured:
         # The difference stands beside the loss that it is of; in a terminal of 100 columns they share a part.
         shown += [
             quantity
             for key, group in DIFFERENCES.items()
-            if key == "against_dense" or any(cell.get(key) is not None for cell in result["cells"])
-            for quantity in [_difference_quantity(key, group, difference_unit(result, result["columns"][index]))]
+            if key == "against_dense" or any(getattr(cell, key) is not None for cell in result.cells)
+            for quantity in [_difference_quantity(key, group, difference_unit(result, result.columns[index]))]
         ]
-        shown += _validation(result["columns"][index])
+        shown += _validation(result.columns[index])
     return [*shown, *_COSTS]
 
 
-def _losses(column: Result, *, trained: bool, published: bool) -> list[Quantity]:
-    metric, published_metric = column["metric"], column.get("published_metric") or column["metric"]
+def _losses(column: table_result.Column, *, trained: bool, published: bool) -> list[Quantity]:
+    metric, published_metric = column.metric, column.published_metric or column.metric
     loss, paper = f"test, {metric}", f"published, {published_metric}"
     shown: list[Quantity] = []
     if trained:
         mean, n = Column(group=loss, name="mean ± std", standalone=loss), Column(group=loss, name="n")
         shown += [
             Quantity(column=mean, write=lambda c: measured_text(c, metric), note=reason),
-            Quantity(column=n, write=lambda c: str(c["n"]) if c["status"] == "measured" else ""),
+            Quantity(column=n, write=lambda c: str(c.n) if c.status == "measured" else ""),
         ]
     if published:
         group, name = (loss, paper) if trained else ("in the paper", published_metric)
         there = Column(group=group, name=name, standalone=paper)
-        shown.append(Quantity(column=there, write=lambda c: published_text(c.get("published"), published_metric)))
+        shown.append(Quantity(column=there, write=lambda c: published_text(c.published, published_metric)))
     return shown
 
 
@@ -146,32 +148,30 @@ def _difference_quantity(key: str, group: str, unit: str) -> Quantity:
     )
 
 
-def _validation(column: Result) -> list[Quantity]:
-    metric, seconds, group = column["metric"], column.get("equal_time_s"), "validation"
+def _validation(column: table_result.Column) -> list[Quantity]:
+    metric, seconds, group = column.metric, column.equal_time_s, "validation"
     # The space between a number and its unit does not break.
     after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
     end = Column(group=group, name="at the end", standalone=group)
     equal = Column(group=group, name=after, standalone=f"{group} {after}")
     return [
-        Quantity(column=end, write=lambda c: formats.loss(c.get("valid_mean"), metric)),
-        Quantity(column=equal, write=lambda c: formats.loss(c.get("equal_time"), metric)),
+        Quantity(column=end, write=lambda c: formats.loss(c.valid_mean, metric)),
+        Quantity(column=equal, write=lambda c: formats.loss(c.equal_time, metric)),
     ]
 
 
 _COSTS = (
     Quantity(
         column=Column(group="parameters", name="total", standalone="parameters"),
-        write=lambda c: formats.count(None if c.get("params") is None else round(c["params"])),
+        write=lambda c: formats.count(None if c.params is None else round(c.params)),
     ),
-    Quantity(
-        column=Column(group="parameters", name="residual"), write=lambda c: formats.signed_percent(c.get("residual_percent"))
-    ),
+    Quantity(column=Column(group="parameters", name="residual"), write=lambda c: formats.signed_percent(c.residual_percent)),
     Quantity(
         column=Column(group="FLOPs", name="K/N_E", standalone="FLOPs, K/N_E"),
-        write=lambda c: percent_text(c.get("flops_percent")),
+        write=lambda c: percent_text(c.flops_percent),
     ),
     Quantity(
         column=Column(group="FLOPs", name="counted", standalone="FLOPs counted"),
-        write=lambda c: percent_text(c.get("counted_flops_percent")),
+        write=lambda c: percent_text(c.counted_flops_percent),
     ),
 )

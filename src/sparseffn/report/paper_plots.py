@@ -23,7 +23,7 @@ from sparseffn.report.plotting import (
     panels,
     reference,
 )
-from sparseffn.report.result import Result
+from sparseffn.results.table_result import Cell, Column, TableResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,43 +134,44 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> None:
 MIN_POINTS = 2
 
 
-def sweep_plots(result: Result) -> list[Plot]:
+def sweep_plots(result: TableResult) -> list[Plot]:
     """One plot for each column of a sweep; empty where the table is none, or too few of its rows are measured.
 
     Args:
-        result: parsed JSON of a table, with `sweep` where it is one: the axis and each row's place on it.
+        result: a table, with `sweep` where it is one.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    sweep = result.get("sweep")
+    sweep = result.sweep
     if not sweep:
         return []
     plots = []
-    for index, column in enumerate(result["columns"]):
-        cells = {cell["row"]: cell for cell in result["cells"] if cell["column"] == index and cell["status"] == "measured"}
-        points = [(x, cells[row]) for row, x in enumerate(sweep["x"]) if x is not None and row in cells]
+    for index, column in enumerate(result.columns):
+        cells = {cell.row: cell for cell in result.cells if cell.column == index and cell.status == "measured"}
+        points = [(x, cells[row]) for row, x in enumerate(sweep.x) if x is not None and row in cells]
         if len(points) >= MIN_POINTS:
-            level = next((cell["mean"] for row, cell in cells.items() if sweep["x"][row] is None), None)
+            level = next((cell.mean for row, cell in cells.items() if sweep.x[row] is None), None)
             plots.append(_sweep_plot(result, column, sorted(points, key=lambda point: point[0]), level))
     return plots
 
 
-def _sweep_plot(result: Result, column: Result, points: list[tuple[float, Any]], level: float | None) -> Plot:
-    axis, title = result["sweep"]["axis"], f"{result['title']} ({column['name']})"
-    n_seeds = sorted({cell["n"] for _, cell in points})
+def _sweep_plot(result: TableResult, column: Column, points: list[tuple[float, Cell]], level: float | None) -> Plot:
+    assert result.sweep is not None, "a sweep is drawn"
+    axis, title = result.sweep.axis, f"{result.title} ({column.name})"
+    n_seeds = sorted({cell.n for _, cell in points})
     seeds = f"{' or '.join(map(str, n_seeds))} seed{'' if n_seeds == [1] else 's'}"
-    x, means = [x for x, _ in points], [cell["mean"] for _, cell in points]
-    best = min(points, key=lambda point: point[1]["mean"])
+    x, means = [x for x, _ in points], [cell.mean for _, cell in points]
+    best = min(points, key=lambda point: point[1].mean)
     description = f"Of {len(points)} values of {axis} between {x[0]:g} and {x[-1]:g}, {best[0]:g} has the lowest mean"
-    name = f"{result['table']}-{file_name(column['name'])}"
+    name = f"{result.table}-{file_name(column.name)}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
-        spreads = [cell["spread"] or 0.0 for _, cell in points]
+        spreads = [cell.spread or 0.0 for _, cell in points]
         axes.errorbar(x, means, yerr=spreads, color=PALETTE[1], marker="o", capsize=4, elinewidth=1.2)
-        _sweep_axes(axes, axis, column["metric"], x)
+        _sweep_axes(axes, axis, column.metric, x)
         if level is not None:
             reference(axes, level, "dense", x=0.99, rise=3)
-        caption = f"Test {column['metric']}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
+        caption = f"Test {column.metric}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
         return finished(figure, name=name, title=title, caption=caption, description=description)
 
 

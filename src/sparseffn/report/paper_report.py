@@ -20,16 +20,25 @@ from sparseffn.report.latex import latex_head, latex_paragraph, latex_table
 from sparseffn.report.markdown import footnote_lines, markdown_text, table_lines
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.paper_cells import cell_counts
-from sparseffn.report.paper_result import SETTINGS_KIND, is_paper_table, read_paper_table
 from sparseffn.report.paper_view import PaperReport, paper_report
-from sparseffn.report.result import Result
 from sparseffn.report.table import Cell, Table
 from sparseffn.report.terminal import print_table
-from sparseffn.storage import read_json, write_text
+from sparseffn.results.table_result import PaperTable, SettingsResult, TableResult
+from sparseffn.storage import read, read_json, write_text
 
 # Not `index`, which a folder may have for something else.
 INDEX = "tables"
+_FIX = "run `sparseffn reproduce` again"
 _KICKER = "Approximating two-layer feedforward networks: measured beside published"
+
+
+def read_paper_table(path: str | Path) -> PaperTable:
+    """Read the JSON file of a table, as `sparseffn reproduce` wrote it.
+
+    Raises:
+        UserError: the file is absent, is not JSON, is no table of the paper, or a field is absent or damaged.
+    """
+    return read(Path(path), PaperTable, fix=_FIX)
 
 
 def write_paper_table(path: str | Path) -> list[Path]:
@@ -53,11 +62,11 @@ def write_paper_table(path: str | Path) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in texts]
 
 
-def print_paper_table(result: Result, console: Console | None = None) -> None:
+def print_paper_table(result: PaperTable, console: Console | None = None) -> None:
     """Print a table: all columns of the paper side by side, then a block each.
 
     Args:
-        result: parsed JSON of a table.
+        result: the table.
         console: where to print; standard output by default.
     """
     console = console or Console(highlight=False)
@@ -175,8 +184,9 @@ def _read(folder: Path) -> tuple[list[_Entry], list[str]]:
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")], key=lambda path: _natural(str(path))):
         try:
             # What cannot be read may have been a table, and is named.
-            result = read_json(path, fix="run `sparseffn reproduce` again")
-            if is_paper_table(result):
+            found = read_json(path, fix=_FIX)
+            if isinstance(found, dict) and found.get("kind") in _KINDS:
+                result = read_paper_table(path)
                 entries.append(_Entry(link=_link(path, folder), report=paper_report(result), facts=_facts(result)))
         except (UserError, OSError) as error:
             name = path.relative_to(folder).as_posix()
@@ -195,21 +205,22 @@ def _link(path: Path, folder: Path) -> str:
     return quote((page if page.exists() else path).relative_to(folder).as_posix())
 
 
+_KINDS = tuple(kind.__struct_config__.tag for kind in (TableResult, SettingsResult))
 _HEAD = ("table", "scale", "settings", "measured", "counted", "missing", "failed", "better than dense", "worse", "undecided")
 
 
-def _facts(result: Result) -> tuple[str, ...]:
+def _facts(result: PaperTable) -> tuple[str, ...]:
     """A text for each heading of the list but the first."""
-    if result["kind"] == SETTINGS_KIND:
-        return (result["scale"], result["settings"], *("" for _ in _HEAD[3:]))
+    if isinstance(result, SettingsResult):
+        return (result.scale, result.settings, *("" for _ in _HEAD[3:]))
     counts = cell_counts(result)
-    found = [cell["against_dense"] for cell in result["cells"] if cell["status"] == "measured" and cell.get("against_dense")]
-    decided = [difference["difference"] for difference in found if difference["decided"]]
+    found = [cell.against_dense for cell in result.cells if cell.status == "measured" and cell.against_dense is not None]
+    decided = [each.difference for each in found if each.decided]
     # Every metric of the paper is better where it is lower.
     better = sum(difference < 0 for difference in decided)
     numbers = [counts[key] for key in ("measured", "counted", "missing", "failed")]
     numbers += [better, len(decided) - better, len(found) - len(decided)]
-    return (result["scale"], result["settings"], *map(str, numbers))
+    return (result.scale, result.settings, *map(str, numbers))
 
 
 def _list(entries: Iterable[_Entry]) -> Table:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparseffn.errors import UserError
 from sparseffn.report import formats
 from sparseffn.report.paper_cells import (
     DECIDED,
@@ -25,9 +24,9 @@ from sparseffn.report.paper_cells import (
     reason,
     trained_and_measured,
 )
-from sparseffn.report.paper_result import SETTINGS_KIND, VERSION, check_paper_table
-from sparseffn.report.result import Result
 from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
+from sparseffn.results import table_result
+from sparseffn.results.table_result import PaperTable, SettingsResult, SettingsRow, TableResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,47 +65,42 @@ class PaperReport:
         return {letter: text for letter, text in self.footnotes.items() if letter in table.marks}
 
 
-def paper_report(result: Result) -> PaperReport:
-    """Arrange the parsed JSON of a table of either kind.
-
-    Raises:
-        UserError: the kind or version is another, or the file is damaged.
-    """
-    if isinstance(result, Mapping) and result.get("kind") == SETTINGS_KIND:
+def paper_report(result: PaperTable) -> PaperReport:
+    """Arrange a table of either kind."""
+    if isinstance(result, SettingsResult):
         return _settings_report(result)
-    check_paper_table(result)
     footnotes = Footnotes()
-    labels = [Cell(row["label"], footnotes.mark(*_row_notes(row, result))) for row in result["rows"]]
-    columns = range(len(result["columns"]))
+    labels = [Cell(row.label, footnotes.mark(*_row_notes(row, result))) for row in result.rows]
+    columns = range(len(result.columns))
     overview = _overview(result, labels, footnotes) if len(columns) > 1 else None
     blocks = tuple(_block(result, column, labels, footnotes) for column in columns)
     return PaperReport(
-        name=result["table"],
+        name=result.table,
         title=_numbered_title(result),
         summary=_summary(result),
         incomplete=_incomplete(result),
         overview=overview,
         blocks=blocks,
         footnotes=footnotes.texts(),
-        notes=(*_general_notes(result, blocks), *result["notes"], f"Made with: {formats.setting(result['environment'])}"),
-        environment=result["environment"],
+        notes=(*_general_notes(result, blocks), *result.notes, f"Made with: {formats.setting(result.environment)}"),
+        environment=result.environment,
     )
 
 
-def _numbered_title(result: Result) -> str:
+def _numbered_title(result: PaperTable) -> str:
     """The title after the number of the paper's table, which a title may have already."""
-    number = re.fullmatch(r"table(\d+)", result["table"])
-    if number is None or result["title"].startswith(f"Table {number[1]}"):
-        return result["title"]
-    return f"Table {number[1]}: {result['title']}"
+    number = re.fullmatch(r"table(\d+)", result.table)
+    if number is None or result.title.startswith(f"Table {number[1]}"):
+        return result.title
+    return f"Table {number[1]}: {result.title}"
 
 
-def _row_notes(row: Result, result: Result) -> list[str]:
-    published, settings = row.get("published_label"), row.get("settings")
-    notes = list(row["marks"])
-    if published and published != row["label"] and not any(_names_both(mark, row["label"], published) for mark in notes):
+def _row_notes(row: table_result.Row, result: TableResult) -> list[str]:
+    published, settings = row.published_label, row.settings
+    notes = list(row.marks)
+    if published and published != row.label and not any(_names_both(mark, row.label, published) for mark in notes):
         notes.append(f"the paper's row {published!r}")
-    if settings and settings != result["settings"]:
+    if settings and settings != result.settings:
         notes.append(f"{settings} settings")
     return notes
 
@@ -117,14 +111,14 @@ def _names_both(mark: str, label: str, published: str) -> bool:
     return there == published or (there != "" and here.startswith(label))
 
 
-def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes) -> Table:
-    column, shown = result["columns"][index], quantities(result, index)
+def _block(result: TableResult, index: int, labels: list[Cell], footnotes: Footnotes) -> Table:
+    column, shown = result.columns[index], quantities(result, index)
     rows = []
     for row, label in enumerate(labels):
         cell = cell_of(result, row, index)
         rows.append(Row(cells=(label, *(Cell(q.write(cell), footnotes.mark(q.note(cell))) for q in shown))))
     return Table(
-        name=column["name"],
+        name=column.name,
         title=_column_title(column),
         lead=_facts(column),
         columns=(Column(name="", is_words=True), *(q.column for q in shown)),
@@ -132,77 +126,77 @@ def _block(result: Result, index: int, labels: list[Cell], footnotes: Footnotes)
     )
 
 
-def _overview(result: Result, labels: list[Cell], footnotes: Footnotes) -> Table:
+def _overview(result: TableResult, labels: list[Cell], footnotes: Footnotes) -> Table:
     """All columns side by side: what was measured, or counted where nothing is trained, and what was published."""
     trained, _ = trained_and_measured(result)
     ours = "test" if trained else "K/N_E"
-    columns = list(enumerate(result["columns"]))
+    columns = list(enumerate(result.columns))
     published = {index for index, _ in columns if has_published(result, index)}
     rows = []
     for row, label in enumerate(labels):
         cells = [label]
         for index, column in columns:
             cell = cell_of(result, row, index)
-            text = measured_text(cell, column["metric"]) if trained else percent_text(cell.get("flops_percent"))
-            decided = cell["status"] == "measured" and (cell.get("against_dense") or {}).get("decided")
+            text = measured_text(cell, column.metric) if trained else percent_text(cell.flops_percent)
+            decided = cell.status == "measured" and cell.against_dense is not None and cell.against_dense.decided
             cells.append(Cell(f"{text} {DECIDED}" if decided else text, footnotes.mark(reason(cell)) if trained else ()))
             if index in published:
-                cells.append(Cell(published_text(cell.get("published"), column.get("published_metric"))))
+                cells.append(Cell(published_text(cell.published, column.published_metric)))
         rows.append(Row(cells=tuple(cells)))
     shown = [
-        Column(group=column["name"], name=name, standalone=f"{column['name']} {name}")
+        Column(group=column.name, name=name, standalone=f"{column.name} {name}")
         for index, column in columns
         for name in (ours, *(("published",) if index in published else ()))
     ]
-    theirs = [_metrics([result["columns"][index] for index in sorted(published)], "published_metric", "published")]
+    theirs = [_metrics([result.columns[index] for index in sorted(published)], "published_metric", "published")]
     return Table(
         name="overview",
         title="All columns",
-        lead="; ".join([_metrics(result["columns"], "metric", ours), *(theirs if published else [])]),
+        lead="; ".join([_metrics(result.columns, "metric", ours), *(theirs if published else [])]),
         columns=(Column(name="", is_words=True), *shown),
         rows=tuple(rows),
     )
 
 
-def _metrics(shown: Sequence[Result], key: str, name: str) -> str:
+def _metrics(shown: Sequence[table_result.Column], key: str, name: str) -> str:
     """`test in bits per character`, or which columns are in which metric."""
     columns: dict[str, list[str]] = {}
     for column in shown:
-        columns.setdefault(column.get(key) or column["metric"], []).append(column["name"])
+        columns.setdefault(getattr(column, key) or column.metric, []).append(column.name)
     if len(columns) == 1:
         return f"{name} in {next(iter(columns))}"
     return f"{name} in " + ", ".join(f"{metric} ({', '.join(names)})" for metric, names in columns.items())
 
 
-def _column_title(column: Result) -> str:
-    published = column.get("published_name")
-    other = f" (the paper's {published})" if published and published != column["name"] else ""
-    return f"{column['name']}{other}: {column['corpus']}, {column['metric']}"
+def _column_title(column: table_result.Column) -> str:
+    published = column.published_name
+    other = f" (the paper's {published})" if published and published != column.name else ""
+    return f"{column.name}{other}: {column.corpus}, {column.metric}"
 
 
-def _facts(column: Result) -> str:
-    steps, digest = column.get("steps"), column.get("digest")
+def _facts(column: table_result.Column) -> str:
+    steps, digest = column.steps, column.digest
     facts = [
-        column.get("sizes") or "",
+        column.sizes or "",
         f"{formats.integer(steps)} steps" if steps else "",
         f"digest {digest[:12]}" if digest else "",
     ]
     return "; ".join(filter(None, facts))
 
 
-def _summary(result: Result) -> str:
+def _summary(result: TableResult) -> str:
     counts = {status: number for status, number in cell_counts(result).items() if number}
     cells = ", ".join(f"{number} {status}" for status, number in counts.items())
-    return f"Scale {result['scale']}, {result['settings']} settings; cells: {cells}."
+    return f"Scale {result.scale}, {result.settings} settings; cells: {cells}."
 
 
-def _incomplete(result: Result) -> str:
+def _incomplete(result: TableResult) -> str:
     counts = cell_counts(result)
     lacks = [f"{counts[status]} {status}" for status in ("missing", "failed") if counts[status]]
     return f"incomplete: of {sum(counts.values())} cells {' and '.join(lacks)}; the footnotes say why" if lacks else ""
 
 
-def _general_notes(result: Result, blocks: tuple[Table, ...]) -> list[str]:
+def _general_notes(result: TableResult, blocks: tuple[Table, ...]) -> list[str]:
     trained, measured = trained_and_measured(result)
     texts = {cell.text for block in blocks for row in block.rows for cell in row.cells[1:] if not cell.marks}
     notes = []
@@ -212,8 +206,8 @@ def _general_notes(result: Result, blocks: tuple[Table, ...]) -> list[str]:
         )
     if measured:
         notes += _measured_notes(result)
-    if trained and any(has_published(result, index) for index in range(len(result["columns"]))):
-        same = result["scale"] == "paper"
+    if trained and any(has_published(result, index) for index in range(len(result.columns))):
+        same = result.scale == "paper"
         compare = "" if same else " It is of other sizes and corpora: only the order of the rows can be compared."
         notes.append(f"Published: what arXiv 2310.10837 prints, in the metric that the heading names.{compare}")
     notes.append(
@@ -224,8 +218,8 @@ def _general_notes(result: Result, blocks: tuple[Table, ...]) -> list[str]:
     return notes
 
 
-def _measured_notes(result: Result) -> list[str]:
-    numbers = {cell["n"] for cell in result["cells"] if cell["status"] == "measured"}
+def _measured_notes(result: TableResult) -> list[str]:
+    numbers = {cell.n for cell in result.cells if cell.status == "measured"}
     alone = (
         " Where n = 1 the spread is unknown; unless a note gives the scatter of all rows, the interval covers the choice of "
         "text alone, and decides nothing."
@@ -241,45 +235,35 @@ def _measured_notes(result: Result) -> list[str]:
     ]
 
 
-def _settings_report(result: Result) -> PaperReport:
+def _settings_report(result: SettingsResult) -> PaperReport:
     """Hyperparameters: each as it is here, with the published value behind it where the two differ."""
-    if result.get("version") != VERSION:
-        raise UserError(
-            f"`version` of the table must be {VERSION}; got {result.get('version')!r}; fix: run `sparseffn reproduce` again"
-        )
-    try:
-        names = list(result["rows"][0]["here"])
-        group = "as it is here [as published, where it differs]"
-        rows = (Row(cells=(Cell(row["name"]), *(Cell(_here(row, name)) for name in names))) for row in result["rows"])
-        block = Table(
-            name="settings",
-            title="Settings",
-            columns=(Column(name="", is_words=True), *(Column(group=group, name=name) for name in names)),
-            rows=tuple(rows),
-        )
-        return PaperReport(
-            name=result["table"],
-            title=_numbered_title(result),
-            summary=f"Scale {result['scale']}, {result['settings']} settings.",
-            incomplete="",
-            overview=None,
-            blocks=(block,),
-            footnotes={},
-            notes=(
-                "A value in brackets is the published one, where it differs from the one here.",
-                f"Made with: {formats.setting(result['environment'])}",
-            ),
-            environment=result["environment"],
-        )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"the table is damaged: {type(error).__name__} {error}; fix: run `sparseffn reproduce` again"
-        ) from error
+    names = list(result.rows[0].here)
+    group = "as it is here [as published, where it differs]"
+    block = Table(
+        name="settings",
+        title="Settings",
+        columns=(Column(name="", is_words=True), *(Column(group=group, name=name) for name in names)),
+        rows=tuple(Row(cells=(Cell(row.name), *(Cell(_here(row, name)) for name in names))) for row in result.rows),
+    )
+    return PaperReport(
+        name=result.table,
+        title=_numbered_title(result),
+        summary=f"Scale {result.scale}, {result.settings} settings.",
+        incomplete="",
+        overview=None,
+        blocks=(block,),
+        footnotes={},
+        notes=(
+            "A value in brackets is the published one, where it differs from the one here.",
+            f"Made with: {formats.setting(result.environment)}",
+        ),
+        environment=result.environment,
+    )
 
 
-def _here(row: Result, name: str) -> str:
-    here = _number(row["here"][name])
-    return f"{here} [{_number(row['published'][name])}]" if name in row["differences"] else here
+def _here(row: SettingsRow, name: str) -> str:
+    here = _number(row.here.get(name))
+    return f"{here} [{_number(row.published.get(name))}]" if name in row.differences else here
 
 
 def _number(value: object) -> str:
