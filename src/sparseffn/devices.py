@@ -85,7 +85,7 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device, *, se
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, by way of pinned memory so that the copy waits for nothing."""
-    if device.type != "cuda":
+    """A tensor on the device; from a CPU to a GPU by way of pinned memory, so that the copy waits for nothing."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -19,6 +19,8 @@ from sparseffn.data import Corpus, unpadded
 from sparseffn.errors import UserError
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.results.analysis_result import read_analysis
+from sparseffn.storage import write_json
 from sparseffn.training import RunSettings, TrainConfig, load_run_model
 from sparseffn.training.snapshots import snapshot
 
@@ -48,11 +50,11 @@ def test_a_block_shared_by_layers_is_counted_as_its_copies_would_be(corpus: Corp
     counts = [RunCounts(model, [text]) for model in (shared, plain)]
     for model, own in zip((shared, plain), counts, strict=True):
         own.read(model, text, config, None)
-    usage = [own.usage.to_json() for own in counts]
-    assert usage[0] == usage[1] and len(usage[0]["usage"]) == 3
-    served = [own.served.to_json(corpus.tokenizer) for own in counts if own.served is not None]
+    usage = [own.usage.result() for own in counts]
+    assert usage[0] == usage[1] and len(usage[0].usage) == 3
+    served = [own.served.result(corpus.tokenizer) for own in counts if own.served is not None]
     assert len(served) == 2 and served[0] == served[1]
-    channels = [own.channels.to_json() for own in counts if own.channels is not None]
+    channels = [own.channels.result() for own in counts if own.channels is not None]
     assert len(channels) == 2 and channels[0] == channels[1]
     snapshots = [snapshot(model, corpus, config) for model in (shared, plain)]
     assert len(snapshots[0]) == 3 and all(map(torch.equal, *snapshots))
@@ -70,32 +72,36 @@ def test_state_does_not_grow_with_the_text(runs: dict[str, Path], corpus: Corpus
     assert abs(sizes[1] - sizes[0]) < 64 < sizes[0]
 
 
-def test_analysis_of_a_mixture_is_whole(runs: dict[str, Path], corpus: Corpus) -> None:
-    """Channels are those of the selected experts that ReLU leaves; the whole is plain JSON."""
-    found = json.loads(json.dumps(analyze_run(runs["sigma-moe"], corpus, splits=("valid", "test")), allow_nan=False))
+def test_analysis_of_a_mixture_is_whole(runs: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
+    """Channels are those of the selected experts that ReLU leaves; the file that holds it is read back as it was."""
+    made = analyze_run(runs["sigma-moe"], corpus, splits=("valid", "test"))
+    write_json(tmp_path / "analysis.json", made)
+    found = read_analysis(tmp_path / "analysis.json")
+    assert found == made
     n_tokens = sum(len(unpadded(corpus.tokens(split), batch=3)) - 1 for split in ("valid", "test"))
-    assert found["n_tokens"] == n_tokens and found["unit"] == "experts" and found["run"]["name"] == "sigma-moe"
-    assert all(0 < layer["mean"] < 16 and layer["total"] == 32 for layer in found["active"])
-    assert [len(layer) for layer in found["tokens"]] == [4, 4] and len(found["cooccurrence"]) == 2
-    assert [point["step"] for point in found["training"]["points"]] == [0, 4, 8, 12]
-    assert found["training"]["source"] == "snapshots"
+    assert found.n_tokens == n_tokens and found.unit == "experts" and found.run.name == "sigma-moe"
+    assert all(0 < layer.mean < 16 and layer.total == 32 for layer in found.active)
+    assert found.tokens is not None and [len(layer) for layer in found.tokens] == [4, 4] and len(found.cooccurrence) == 2
+    assert found.training is not None and found.training.source == "snapshots"
+    assert [point.step for point in found.training.points] == [0, 4, 8, 12]
 
 
 def test_run_without_snapshots_is_analysed_from_its_checkpoints(runs: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
     """The two that are kept, and the analysis says so; the last of them gives what its snapshot gave."""
     shutil.copytree(runs["sigma-moe"], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "routing")
-    found = analyze_run(tmp_path / "run", corpus, max_tokens=100)["training"]
-    whole = analyze_run(runs["sigma-moe"], corpus, max_tokens=100)["training"]
-    assert found["source"] == "checkpoints" and [point["step"] for point in found["points"]] == [10, 12]
-    assert found["points"][-1] == whole["points"][-1]
+    found = analyze_run(tmp_path / "run", corpus, max_tokens=100).training
+    whole = analyze_run(runs["sigma-moe"], corpus, max_tokens=100).training
+    assert found is not None and whole is not None
+    assert found.source == "checkpoints" and [point.step for point in found.points] == [10, 12]
+    assert found.points[-1] == whole.points[-1]
 
 
 def test_analysis_of_the_dense_block_has_channels_alone(runs: dict[str, Path], corpus: Corpus) -> None:
     """No experts, so no tokens, pairs or routing."""
     found = analyze_run(runs["dense"], corpus, max_tokens=200)
-    assert found["tokens"] is None and found["training"] is None and found["cooccurrence"] == [None, None]
-    assert all(0 < layer["mean"] < 32 and layer["std"] > 0 for layer in found["active"])
+    assert found.tokens is None and found.training is None and found.cooccurrence == [None, None]
+    assert all(0 < layer.mean < 32 and layer.std for layer in found.active)
 
 
 def test_what_is_no_finished_run_is_refused(runs: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:

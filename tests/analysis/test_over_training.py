@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparseffn.analysis.over_training import chance_jaccard, over_training, stability_of
+from sparseffn.analysis.over_training import chance_jaccard, over_training, overlap_of
 from sparseffn.data import Corpus, evaluation_windows, unpadded
 from sparseffn.errors import UserError
 from sparseffn.training import RunSettings, load_run_model
@@ -25,8 +25,8 @@ def test_stability_is_the_jaccard_index_of_the_sets() -> None:
     """Same set in another order 1; one of three 1/3; none 0; a lost second choice 1/2; a token without any does not count."""
     before = rows((0, 1), (0, 1), (0, 1), (0, 1), (-1, -1))
     after = rows((1, 0), (0, 2), (2, 3), (0, -1), (-1, -1))
-    found = stability_of(before, after, 4)
-    assert found == pytest.approx({"jaccard": (1 + 1 / 3 + 0 + 1 / 2) / 4})
+    found = overlap_of(before, after, 4)
+    assert found.jaccard == pytest.approx((1 + 1 / 3 + 0 + 1 / 2) / 4)
 
 
 @pytest.mark.parametrize(("n", "k"), [(4, 2), (5, 3), (16, 1), (3, 3)], ids=["half", "forced-overlap", "top-1", "all"])
@@ -39,12 +39,11 @@ def test_chance_is_the_mean_over_all_pairs_of_sets(n: int, k: int) -> None:
 
 def test_load_over_steps_is_that_of_the_selections() -> None:
     """All on two of four experts: entropy 1/2, largest load twice the mean; then even."""
-    found = over_training({0: [rows((0, 1), (1, 0))], 8: [rows((0, 1), (2, 3))]}, 4)
-    assert [p["step"] for p in found["points"]] == [0, 8]
-    first, last = (p["layers"][0] for p in found["points"])
-    assert first == pytest.approx({"entropy": 0.5, "largest_over_mean": 2.0})
-    assert last == pytest.approx({"entropy": 1.0, "largest_over_mean": 1.0})
-    assert found["stability"][0]["layers"][0]["jaccard"] == 0.5
+    found = over_training({0: [rows((0, 1), (1, 0))], 8: [rows((0, 1), (2, 3))]}, 4, "snapshots")
+    assert [point.step for point in found.points] == [0, 8]
+    loads = [(point.layers[0].entropy, point.layers[0].largest_over_mean) for point in found.points]
+    assert loads == [pytest.approx((0.5, 2.0)), pytest.approx((1.0, 1.0))]
+    assert found.stability[0].layers[0].jaccard == 0.5
 
 
 def test_training_leaves_the_routing_of_every_validation_point(runs: dict[str, Path], corpus: Corpus) -> None:

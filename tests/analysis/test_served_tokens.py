@@ -34,14 +34,14 @@ def test_lift_is_the_frequency_among_the_experts_over_that_in_the_text() -> None
     first = [[0, 1], [0, 1], [1, 0]]
     served.observe(window(first, [[1.0, 0.0]] * 3), inputs[:3].view(1, 3))
     served.observe(window([[0, 1], [1, 0], [1, 0]], [[1.0, 0.0]] * 3), inputs[3:].view(3, 1))
-    (layer,) = served.to_json(BYTES)
-    zero = {token["text"]: token for token in layer[0]["tokens"]}
-    one = {token["text"]: token for token in layer[1]["tokens"]}
-    assert layer[0]["load"] == layer[1]["load"] == 0.5
+    (layer,) = served.result(BYTES)
+    zero = {token.text: token for token in layer[0].tokens}
+    one = {token.text: token for token in layer[1].tokens}
+    assert layer[0].load == layer[1].load == 0.5
     # P(a | 0) = 2/3 against 1/2 in the text; P(b | 0) = 1/3 against 1/6; c is served by 1 alone.
-    assert {t: zero[t]["lift"] for t in zero} == pytest.approx({"a": 4 / 3, "b": 2.0}, abs=1e-4)
-    assert {t: one[t]["lift"] for t in one} == pytest.approx({"c": 2.0}, abs=1e-4)
-    assert zero["b"]["share"] == pytest.approx(1 / 3, abs=1e-6)
+    assert {t: zero[t].lift for t in zero} == pytest.approx({"a": 4 / 3, "b": 2.0}, abs=1e-4)
+    assert {t: one[t].lift for t in one} == pytest.approx({"c": 2.0}, abs=1e-4)
+    assert zero["b"].share == pytest.approx(1 / 3, abs=1e-6)
 
 
 def test_a_rare_token_by_chance_does_not_lead() -> None:
@@ -50,7 +50,7 @@ def test_a_rare_token_by_chance_does_not_lead() -> None:
     served = ServedTokens([text], 256)
     own = [0] * 40 + [1] * 20 + [0] * 19 + [1] * 40 + [0]
     served.observe(window([[e] for e in own], [[1.0]] * 120), torch.from_numpy(text.astype(np.int64)).view(1, -1))
-    assert [token["text"] for token in served.to_json(BYTES)[0][0]["tokens"]] == ["a", "x"]
+    assert [token.text for token in served.result(BYTES)[0][0].tokens] == ["a", "x"]
 
 
 def test_rare_tokens_of_a_large_vocabulary_share_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,9 @@ def test_rare_tokens_of_a_large_vocabulary_share_a_column(monkeypatch: pytest.Mo
     assert served.ids.tolist() == [5, 9] and served.totals.tolist() == [3, 2, 3]
     assert served.layers["layer"].tolist() == [[3, 0, 0], [0, 2, 3]]
     listed = [
-        token["token"]
-        for expert in served.to_json(tokenizer_class("words").fit([b"w%d " % i for i in range(20)]))[0]
-        for token in expert["tokens"]
+        token.token
+        for expert in served.result(tokenizer_class("words").fit([b"w%d " % i for i in range(20)]))[0]
+        for token in expert.tokens
     ]
     assert listed == [5, 9]
 

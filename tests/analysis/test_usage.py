@@ -9,6 +9,7 @@ from sparseffn.analysis import UsageCounter
 from sparseffn.analysis.usage import MAX_COOCCURRENCE, MAX_POINTS, LayerUsage
 from sparseffn.ffn import CollectedStats, RoutingStats
 from sparseffn.ops import Selection
+from sparseffn.results.comparison_result import ActiveChannels, Cooccurrence
 
 
 def stats(counts: list[int], weights: list[float], active: list[int], selection: Selection | None = None) -> RoutingStats:
@@ -47,7 +48,7 @@ def test_shares_are_of_the_weight_and_sorted() -> None:
 
 def test_active_units_have_mean_and_deviation_over_tokens() -> None:
     """2, 2, 2 and 1: mean 7 / 4, variance 13 / 4 - 49 / 16 = 3 / 16."""
-    assert mixture().active() == pytest.approx((1.75, (3 / 16) ** 0.5))
+    assert mixture().active_units.mean_and_std() == pytest.approx((1.75, (3 / 16) ** 0.5))
 
 
 def test_cooccurrence_is_normalised_by_rows_without_the_diagonal() -> None:
@@ -95,8 +96,9 @@ def test_a_model_is_counted_over_layers_and_calls() -> None:
         window.add("b", stats([2, 1, 1, 0], [1.0, 1.0, 1.0, 1.0], [2, 2], pairs(indices, weights)))
         window.add("c", stats([2, 0], [1.0, 0.0], [1, 1]))
         counter.observe(window)
-    found = counter.to_json()
-    assert found["dead_share"] == 0.3
-    assert [layer["uniform"] for layer in found["usage"]] == [0.25, 0.25, 0.5]
-    assert found["active"][2] == {"layer": 2, "mean": 1.0, "std": 0.0, "total": 2}
-    assert found["cooccurrence"] == {"layer": 1, "matrix": [[0, 0.5, 0.5, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]}
+    found = counter.result()
+    assert found.dead_share == 0.3
+    assert [layer.uniform for layer in found.usage] == [0.25, 0.25, 0.5]
+    assert found.active[2] == ActiveChannels(layer=2, mean=1.0, std=0.0, total=2)
+    matrix = [[0, 0.5, 0.5, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert found.cooccurrence == Cooccurrence(layer=1, matrix=matrix)

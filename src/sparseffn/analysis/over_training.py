@@ -9,51 +9,51 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparseffn.analysis.usage import load_of
+from sparseffn.results.analysis_result import LoadAtStep, Overlap, OverlapOfSteps, RoutingOverTraining
 
 
-def over_training(snapshots: Mapping[int, Sequence[Tensor]], n_experts: int) -> dict[str, Any]:
-    """What snapshots by step say.
+def over_training(
+    snapshots: Mapping[int, Sequence[Tensor]], n_experts: int, source: Literal["snapshots", "checkpoints"]
+) -> RoutingOverTraining:
+    """Load and entropy by step and layer, and the stability of each step against the one before.
 
     Args:
         snapshots: for each step int16 `[n_tokens, K]` a layer, -1 where nothing was selected; all of the same tokens.
         n_experts: experts of a layer.
-
-    Returns:
-        `points`, load and entropy by step and layer; `stability`, each step against the one before.
+        source: where the snapshots are from.
     """
     steps = sorted(snapshots)
-    points = [{"step": step, "layers": [load_of(_counts(rows, n_experts)) for rows in snapshots[step]]} for step in steps]
-    pairs = itertools.pairwise(steps)
-    stability = [
-        {
-            "from": before,
-            "to": after,
-            "layers": [stability_of(a, b, n_experts) for a, b in zip(snapshots[before], snapshots[after], strict=True)],
-        }
-        for before, after in pairs
-    ]
-    first = snapshots[steps[0]][0]
-    k = first.shape[1]
-    return {
-        "n_tokens": len(first),
-        "points": points,
-        "stability": stability,
-        "chance": {"jaccard": chance_jaccard(n_experts, k)},
-    }
+    n_tokens, k = snapshots[steps[0]][0].shape
+    return RoutingOverTraining(
+        source=source,
+        n_tokens=n_tokens,
+        points=[
+            LoadAtStep(step=step, layers=[load_of(_counts(rows, n_experts)) for rows in snapshots[step]]) for step in steps
+        ],
+        stability=[
+            OverlapOfSteps(
+                from_step=before,
+                to=after,
+                layers=[overlap_of(a, b, n_experts) for a, b in zip(snapshots[before], snapshots[after], strict=True)],
+            )
+            for before, after in itertools.pairwise(steps)
+        ],
+        chance=Overlap(jaccard=chance_jaccard(n_experts, k)),
+    )
 
 
-def stability_of(before_TK: Tensor, after_TK: Tensor, n_experts: int) -> dict[str, float]:
+def overlap_of(before_TK: Tensor, after_TK: Tensor, n_experts: int) -> Overlap:
     """Agreement of the experts of each token, mean over tokens that select anything."""
     a_TE, b_TE = _sets(before_TK, n_experts), _sets(after_TK, n_experts)
     both, either = (a_TE & b_TE).sum(1).double(), (a_TE | b_TE).sum(1).double()
     some = either > 0
-    return {"jaccard": float((both[some] / either[some]).mean()) if bool(some.any()) else 1.0}
+    return Overlap(jaccard=float((both[some] / either[some]).mean()) if bool(some.any()) else 1.0)
 
 
 def chance_jaccard(n_experts: int, k: int) -> float:
@@ -66,7 +66,7 @@ def chance_jaccard(n_experts: int, k: int) -> float:
 
 def _sets(rows_TK: Tensor, n_experts: int) -> Tensor:
     """Bool `[T, E]`; the column of what is not selected is cut off."""
-    chosen_TE = torch.zeros(len(rows_TK), n_experts + 1, dtype=torch.bool)
+    chosen_TE = torch.zeros(len(rows_TK), n_experts + 1, dtype=torch.bool, device=rows_TK.device)
     slots_TK = rows_TK.long() % (n_experts + 1)
     return chosen_TE.scatter_(1, slots_TK, True)[:, :n_experts]
 

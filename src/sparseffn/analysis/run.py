@@ -8,27 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
+import torch
 
-from sparseffn.analysis.channels import ActiveChannels
 from sparseffn.analysis.over_training import over_training
 from sparseffn.analysis.tokens import ServedTokens
-from sparseffn.analysis.usage import UsageCounter
+from sparseffn.analysis.usage import ChannelCounter, UsageCounter
 from sparseffn.data import Corpus, EvalWindow, Split, unpadded
+from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.evaluation import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
 from sparseffn.models import TransformerXL
-from sparseffn.storage import Kind, read_fields
-from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_model
+from sparseffn.results.analysis_result import AnalysisResult, RoutingOverTraining, RunFacts
+from sparseffn.training import RunFolder, RunSettings, TrainConfig, TrainResult, load_run_model
 from sparseffn.training.checkpoint import list_checkpoints, step_of
 from sparseffn.training.restore import load_model
 from sparseffn.training.snapshots import by_layer, list_snapshots, load_snapshot, routes_to_experts, snapshot
-
-FORMAT = 1
-"""Layout of `analysis.json`."""
 
 
 @final
@@ -39,12 +37,12 @@ class RunCounts:
         self.usage = UsageCounter()
         mixture = routes_to_experts(model)
         # Channels and values are units themselves, and too many for a table of tokens.
-        self.channels = ActiveChannels() if mixture else None
+        self.channels = ChannelCounter() if mixture else None
         self.served = ServedTokens(tokens, model.config.vocab_size) if mixture else None
 
     def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
         """Count what a model does on a text; returns its loss in nats a token."""
-        with nullcontext() if self.channels is None else self.channels.watching(model):
+        with nullcontext() if self.channels is None else self.channels.counting(model):
             return evaluate(
                 model,
                 tokens,
@@ -69,25 +67,26 @@ def analyze_run(
     *,
     splits: Sequence[Split] = ("valid",),
     max_tokens: int | None = None,
+    device: str | torch.device = "auto",
     on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
+) -> AnalysisResult:
     """What the feedforward blocks of a finished run's model do.
 
     Args:
         path: the run folder.
-        corpus: the run's, with its tokeniser.
+        corpus: the run's, see `load_run_corpus`.
         splits: what is read, one after the other; all of it counts together.
         max_tokens: of each split use only the first so many; None for all.
-        on_progress: told after every window.
-
-    Returns:
-        What `analysis.json` holds: plain data, made for `sparseffn.report`.
+        device: a name for `find_device`.
+        on_progress: called after every window.
 
     Raises:
-        UserError: the folder holds no finished run, or a file of it is damaged; `max_tokens` is too small.
+        UserError: the folder holds no finished run, or a file of it is damaged; `max_tokens` is too small; there is no such
+            device.
     """
-    settings = RunSettings.read(finished_run(path))
-    model, folder = load_run_model(path)
+    folder, device = finished_run(path), find_device(device)
+    settings = RunSettings.read(folder)
+    model, _ = load_run_model(path, device=device)
     config = settings.train
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"`max_tokens` must be at least 2; got {max_tokens}; fix: leave it out to read the whole split")
@@ -95,17 +94,19 @@ def analyze_run(
     counts = RunCounts(model, texts)
     for text in texts:
         counts.read(model, text, config, on_progress)
-    return {
-        "format": FORMAT,
-        "kind": "analysis",
-        "run": _run_facts(model, folder, settings),
-        "splits": list(splits),
-        "n_tokens": sum(len(text) - 1 for text in texts),
-        "unit": settings.model.ffn.unit,
-        **_layers(counts),
-        "tokens": None if counts.served is None else counts.served.to_json(corpus.tokenizer),
-        "training": None if counts.served is None else _over_training(folder, settings, corpus, counts),
-    }
+    usage, layers = counts.usage.result(), list(counts.usage.layers.values())
+    return AnalysisResult(
+        run=_run_facts(folder, settings),
+        splits=list(splits),
+        n_tokens=sum(len(text) - 1 for text in texts),
+        unit=settings.model.ffn.unit,
+        usage=usage.usage,
+        active=usage.active if counts.channels is None else counts.channels.result(),
+        load=[layer.load(i) for i, layer in enumerate(layers)],
+        cooccurrence=[layer.cooccurrence() for layer in layers],
+        tokens=None if counts.served is None else counts.served.result(corpus.tokenizer),
+        training=None if counts.served is None else _over_training(folder, settings, corpus, counts, device),
+    )
 
 
 def finished_run(path: Path | str) -> RunFolder:
@@ -127,45 +128,31 @@ def finished_run(path: Path | str) -> RunFolder:
     return folder
 
 
-def _run_facts(model: TransformerXL, folder: RunFolder, settings: RunSettings) -> dict[str, Any]:
-    """What one must know of the run to read the figures; no path, since the file may travel."""
+def _run_facts(folder: RunFolder, settings: RunSettings) -> RunFacts:
     ffn = settings.model.ffn
-    result = read_fields(folder.result_path, {"valid": Kind.NUMBER}, fix="remove the file and train again")
-    return {
-        "name": folder.path.resolve().name,
-        "method": ffn.name,
-        "config": ffn.to_json(),
-        "params": settings.model.num_params(),
-        "d_model": settings.model.d_model,
-        "n_layers": settings.model.n_layers,
-        "n_channels": ffn.n_channels,
-        "active_channels": ffn.active_channels,
-        "corpus": settings.corpus,
-        "digest": settings.digest,
-        "steps": settings.train.steps,
-        "valid_nats": result["valid"],
-    }
+    return RunFacts(
+        name=folder.path.resolve().name,
+        method=ffn.name,
+        config=ffn.to_json(),
+        params=settings.model.num_params(),
+        d_model=settings.model.d_model,
+        n_layers=settings.model.n_layers,
+        n_channels=ffn.n_channels,
+        active_channels=ffn.active_channels,
+        corpus=settings.corpus,
+        digest=settings.digest,
+        steps=settings.train.steps,
+        valid_nats=TrainResult.read(folder.result_path).valid,
+    )
 
 
-def _layers(counts: RunCounts) -> dict[str, Any]:
-    """Usage as the comparison's page draws it, with the pairs of every layer and the evenness of the load."""
-    layers = list(counts.usage.layers.values())
-    found = counts.usage.to_json()
-    return {
-        "usage": found["usage"],
-        "active": found["active"] if counts.channels is None else counts.channels.to_json(),
-        "load": [{"layer": i, "n_units": len(layer.counts), **layer.load()} for i, layer in enumerate(layers)],
-        "cooccurrence": [layer.cooccurrence() for layer in layers],
-    }
-
-
-def _over_training(folder: RunFolder, settings: RunSettings, corpus: Corpus, counts: RunCounts) -> dict[str, Any]:
+def _over_training(
+    folder: RunFolder, settings: RunSettings, corpus: Corpus, counts: RunCounts, device: torch.device
+) -> RoutingOverTraining:
     """Routing over training: from the run's snapshots, or else from the checkpoints that it kept."""
     n_experts = len(next(iter(counts.usage.layers.values())).counts)
-    stored = list_snapshots(folder.path)
-    if stored:
-        found = {step: load_snapshot(path) for step, path in stored.items()}
-        return {"source": "snapshots", **over_training(found, n_experts)}
+    if stored := list_snapshots(folder.path):
+        return over_training({step: load_snapshot(path) for step, path in stored.items()}, n_experts, "snapshots")
     kept = {step_of(path): path for path in list_checkpoints(folder.checkpoints)}
-    found = {step: snapshot(load_model(settings, path), corpus, settings.train) for step, path in kept.items()}
-    return {"source": "checkpoints", **over_training(found, n_experts)}
+    found = {step: snapshot(load_model(settings, path, device=device), corpus, settings.train) for step, path in kept.items()}
+    return over_training(found, n_experts, "checkpoints")

@@ -8,14 +8,16 @@ text, so that a rare token which met the expert by chance does not lead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparseffn.data import Tokenizer
+from sparseffn.devices import to_device
 from sparseffn.ffn import RoutingStats
+from sparseffn.results.analysis_result import ServedByExpert, ServedToken
 from sparseffn.training.snapshots import by_layer
 
 # Tokens that are counted apart, the most frequent ones; the rest of a larger vocabulary is one column. Bounds the memory:
@@ -44,22 +46,26 @@ class ServedTokens:
         self.layers: dict[str, Tensor] = {}
 
     def observe(self, stats: Mapping[str, Sequence[RoutingStats]], inputs: Tensor) -> None:
-        """Add one window: what was selected, and the tokens `[batch, length]` that it was selected for."""
+        """Add one window: what was selected, and the tokens `[batch, length]` on the CPU that it was selected for."""
         columns_T = self._column[inputs.flatten()]
         n_columns = len(self.totals)
         self.totals += torch.bincount(columns_T, minlength=n_columns)
         for name, layer in by_layer(stats).items():
             chosen = layer.selection
             assert chosen is not None, "a mixture has a selection"
-            counts = self.layers.setdefault(name, torch.zeros(chosen.n_units, n_columns, dtype=torch.int64))
-            cells = chosen.indices.cpu() * n_columns + columns_T[chosen.tokens().cpu()]
-            counts.view(-1).scatter_add_(0, cells, (chosen.weights != 0).long().cpu())
+            device = chosen.indices.device
+            if name not in self.layers:
+                self.layers[name] = torch.zeros(chosen.n_units, n_columns, dtype=torch.int64, device=device)
+            counts, columns_T = self.layers[name], to_device(columns_T, device)
+            cells = chosen.indices * n_columns + columns_T[chosen.tokens()]
+            counts.view(-1).scatter_add_(0, cells, (chosen.weights != 0).long())
 
-    def to_json(self, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
+    def result(self, tokenizer: Tokenizer) -> list[list[ServedByExpert]]:
         """For every layer and expert: its share of the selections, and its tokens, the most telling first."""
-        return [[self._expert(counts, expert, tokenizer) for expert in range(len(counts))] for counts in self.layers.values()]
+        by_layer = [counts.cpu() for counts in self.layers.values()]
+        return [[self._expert(counts, expert, tokenizer) for expert in range(len(counts))] for counts in by_layer]
 
-    def _expert(self, counts: Tensor, expert: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    def _expert(self, counts: Tensor, expert: int, tokenizer: Tokenizer) -> ServedByExpert:
         own = counts[expert].double()
         of_expert = own / own.sum().clamp_min(1.0)
         of_text = self.totals.double() / self.totals.sum().clamp_min(1)
@@ -67,20 +73,20 @@ class ServedTokens:
         # The last column holds many tokens and names none.
         telling = (of_expert * lift.clamp_min(1e-300).log())[:-1]
         best = telling.argsort(descending=True, stable=True)[:N_LISTED].tolist()
-        return {
-            "expert": expert,
-            "load": round(float(own.sum() / counts.sum().clamp_min(1)), 6),
-            "tokens": [
-                {
-                    "token": int(self.ids[i]),
-                    "text": token_text(tokenizer, int(self.ids[i])),
-                    "share": round(float(of_expert[i]), 6),
-                    "lift": round(float(lift[i]), 4),
-                }
+        return ServedByExpert(
+            expert=expert,
+            load=round(float(own.sum() / counts.sum().clamp_min(1)), 6),
+            tokens=[
+                ServedToken(
+                    token=int(self.ids[i]),
+                    text=token_text(tokenizer, int(self.ids[i])),
+                    share=round(float(of_expert[i]), 6),
+                    lift=round(float(lift[i]), 4),
+                )
                 for i in best
                 if float(telling[i]) > 0
             ],
-        }
+        )
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

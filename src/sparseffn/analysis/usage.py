@@ -2,20 +2,27 @@
 
 Section 5 of the paper: share of the total selection weight that an expert receives, sorted, per layer, where collapse shows
 as a cliff; active channels per layer, mean and standard deviation over tokens; experts selected together, row-normalised.
+
+Running sums stay on the model's device and are read when somebody asks for a result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseffn.data import EvalWindow
-from sparseffn.ffn import RoutingStats
+from sparseffn.ffn import FeedForward, RoutingStats
+from sparseffn.results.analysis_result import LayerLoad, Load
+from sparseffn.results.comparison_result import ActiveChannels, Cooccurrence, LayerShares, UsageCounts
+from sparseffn.training.snapshots import layer_name
 
 # A unit is dead when it serves less than this share of the mean load.
 DEAD_SHARE = 0.01
@@ -25,19 +32,14 @@ MAX_POINTS = 512
 MAX_COOCCURRENCE = 128
 
 
-def load_of(counts: Tensor) -> dict[str, float]:
-    """Evenness of a load, tokens by unit.
-
-    Returns:
-        `entropy`: of the units' shares of the selections, over its maximum log n_units; 1 when all are used alike, 0 when one
-        alone is (and where there is only one). `largest_over_mean`: the most used unit against the mean, 1 to n_units.
-    """
+def load_of(counts: Tensor) -> Load:
+    """Evenness of a load, tokens by unit; where nothing is selected, entropy 0 and a largest load of 1."""
     mean = float(counts.sum()) / len(counts)
-    return {"entropy": _evenness(counts), "largest_over_mean": float(counts.max()) / mean if mean > 0 else 1.0}
+    return Load(entropy=_evenness(counts), largest_over_mean=float(counts.max()) / mean if mean > 0 else 1.0)
 
 
 def _evenness(amounts: Tensor) -> float:
-    """Entropy of the shares over its maximum."""
+    """Entropy of the shares over its maximum, log n; 0 where one unit takes everything."""
     if len(amounts) < 2 or float(amounts.sum()) == 0:
         return 0.0
     share = amounts.double() / amounts.double().sum()
@@ -46,43 +48,45 @@ def _evenness(amounts: Tensor) -> float:
 
 @final
 class Moments:
-    """Running sums of numbers and their squares."""
+    """Running sums of numbers and their squares, of so many tokens."""
 
     def __init__(self) -> None:
-        self.n, self.sum, self.square_sum = 0, 0.0, 0.0
+        self.n: Tensor | int = 0
+        self.sum: Tensor | float = 0.0
+        self.square_sum: Tensor | float = 0.0
 
-    def add(self, values: Tensor, *, n: int) -> None:
-        """Add values that belong to `n` tokens."""
+    def add(self, values: Tensor, *, n: Tensor | int) -> None:
         numbers = values.double()
-        self.n += n
-        self.sum += float(numbers.sum())
-        self.square_sum += float(numbers.square().sum())
+        self.n = self.n + n
+        self.sum = self.sum + numbers.sum()
+        self.square_sum = self.square_sum + numbers.square().sum()
 
     def mean_and_std(self) -> tuple[float, float]:
-        """Mean and standard deviation over the tokens."""
-        mean = self.sum / max(self.n, 1)
-        return mean, max(0.0, self.square_sum / max(self.n, 1) - mean**2) ** 0.5
+        """Over the tokens."""
+        n = max(int(self.n), 1)
+        mean = float(self.sum) / n
+        return mean, max(0.0, float(self.square_sum) / n - mean**2) ** 0.5
 
 
 @final
 class LayerUsage:
-    """Running sums of one layer."""
+    """Running sums of one layer, on one device."""
 
-    def __init__(self, n_units: int) -> None:
-        self.counts = torch.zeros(n_units, dtype=torch.int64)
-        self.weights = torch.zeros(n_units, dtype=torch.float64)
+    def __init__(self, n_units: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(n_units, dtype=torch.int64, device=device)
+        self.weights = torch.zeros(n_units, dtype=torch.float64, device=device)
         self.active_units = Moments()
         self.together: Tensor | None = None
 
     def add(self, stats: RoutingStats) -> None:
         """Add one call's statistics."""
-        self.counts += stats.counts.cpu()
-        self.weights += stats.weights.double().cpu()
+        self.counts += stats.counts
+        self.weights += stats.weights.double()
         # A padded token has no active unit and does not count.
-        self.active_units.add(stats.active, n=int(stats.n_tokens))
+        self.active_units.add(stats.active, n=stats.n_tokens)
         selection = stats.selection
         if selection is not None and selection.k is not None and selection.k > 1 and len(self.counts) <= MAX_COOCCURRENCE:
-            chosen = torch.zeros(selection.n_tokens, len(self.counts))
+            chosen = selection.weights.new_zeros(selection.n_tokens, len(self.counts), dtype=torch.float32)
             chosen.scatter_(1, selection.indices.view(-1, selection.k), (selection.weights != 0).float().view(-1, selection.k))
             pairs = (chosen.t() @ chosen).double()
             self.together = pairs if self.together is None else self.together + pairs
@@ -93,26 +97,30 @@ class LayerUsage:
         mean = float(self.counts.sum()) / len(self.counts)
         return int((self.counts < DEAD_SHARE * mean).sum())
 
-    def load(self) -> dict[str, float | int]:
-        """How evenly the units are used."""
-        return {**load_of(self.counts), "weight_entropy": _evenness(self.weights), "n_dead": self.n_dead}
+    def load(self, layer: int) -> LayerLoad:
+        found = load_of(self.counts)
+        return LayerLoad(
+            layer=layer,
+            n_units=len(self.counts),
+            entropy=found.entropy,
+            largest_over_mean=found.largest_over_mean,
+            weight_entropy=_evenness(self.weights),
+            n_dead=self.n_dead,
+        )
 
     def shares(self) -> list[float]:
         """Share of the total selection weight of each unit, descending, thinned out to at most 512 points."""
-        share = (self.weights / self.weights.sum().clamp_min(1e-30)).sort(descending=True).values
+        weights = self.weights.cpu()
+        share = (weights / weights.sum().clamp_min(1e-30)).sort(descending=True).values
         if len(share) > MAX_POINTS:
             share = share[torch.linspace(0, len(share) - 1, MAX_POINTS).round().long()]
         return [round(float(s), 8) for s in share]
-
-    def active(self) -> tuple[float, float]:
-        """Mean and standard deviation over tokens of the units that a token uses."""
-        return self.active_units.mean_and_std()
 
     def cooccurrence(self) -> list[list[float]] | None:
         """Of the times that row's expert was selected with another, the share that was with column's; diagonal 0."""
         if self.together is None:
             return None
-        pairs = self.together.numpy().copy()
+        pairs = self.together.cpu().numpy().copy()
         np.fill_diagonal(pairs, 0.0)
         rows = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1.0)
         return [[round(float(v), 5) for v in row] for row in rows]
@@ -129,23 +137,67 @@ class UsageCounter:
         """Add the statistics of one window, which itself is of no matter here."""
         for name, calls in stats.items():
             for call in calls:
-                self.layers.setdefault(name, LayerUsage(len(call.counts))).add(call)
+                if name not in self.layers:
+                    self.layers[name] = LayerUsage(len(call.counts), call.counts.device)
+                self.layers[name].add(call)
 
-    def to_json(self) -> dict[str, Any]:
-        """What the report draws: usage, active units, co-occurrence of the middle layer, share of dead units."""
+    def result(self) -> UsageCounts:
+        """Usage, active units, co-occurrence of the middle layer, share of dead units."""
         layers = list(self.layers.values())
         middle = len(layers) // 2
         matrix = layers[middle].cooccurrence() if layers else None
-        active = [layer.active() for layer in layers]
         n_units = sum(len(layer.counts) for layer in layers)
-        return {
-            "usage": [
-                {"layer": i, "share": layer.shares(), "uniform": 1.0 / len(layer.counts)} for i, layer in enumerate(layers)
+        return UsageCounts(
+            usage=[
+                LayerShares(layer=i, share=layer.shares(), uniform=1.0 / len(layer.counts)) for i, layer in enumerate(layers)
             ],
-            "active": [
-                {"layer": i, "mean": mean, "std": std, "total": len(layer.counts)}
-                for i, (layer, (mean, std)) in enumerate(zip(layers, active, strict=True))
-            ],
-            "cooccurrence": None if matrix is None else {"layer": middle, "matrix": matrix},
-            "dead_share": sum(layer.n_dead for layer in layers) / max(n_units, 1),
-        }
+            active=[_active(i, layer.active_units, len(layer.counts)) for i, layer in enumerate(layers)],
+            cooccurrence=None if matrix is None else Cooccurrence(layer=middle, matrix=matrix),
+            dead_share=sum(layer.n_dead for layer in layers) / max(n_units, 1),
+        )
+
+
+@final
+class ChannelCounter:
+    """Active channels of blocks whose unit is the expert: coefficients that are not zero, which the selection does not show.
+
+    A mixture computes K G channels for a token, and ReLU leaves some of them. Counted from `layer.coefficients(x)`, the
+    framework's alpha, so that a mixture and the dense block are counted alike; that computes the first layer a second time.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, tuple[int, Moments]] = {}
+        # Runs of each block in this window: a shared one runs once for every layer.
+        self._runs: Counter[str] = Counter()
+
+    @contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Count what runs through the model's blocks while the context is open."""
+        blocks = {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
+        handles = [block.register_forward_pre_hook(self._hook(name)) for name, block in blocks.items()]
+        handles.append(model.register_forward_pre_hook(lambda module, args: self._runs.clear()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def before(block: FeedForward, args: tuple[Tensor, ...]) -> None:
+            with torch.no_grad():
+                active = (block.coefficients(args[0]) != 0).sum(dim=-1)
+            layer = layer_name(name, self._runs[name])
+            self._runs[name] += 1
+            _, moments = self.layers.setdefault(layer, (block.config.n_channels, Moments()))
+            moments.add(active, n=active.numel())
+
+        return before
+
+    def result(self) -> list[ActiveChannels]:
+        """Mean and standard deviation over tokens, by layer."""
+        return [_active(i, moments, total) for i, (total, moments) in enumerate(self.layers.values())]
+
+
+def _active(layer: int, moments: Moments, total: int) -> ActiveChannels:
+    mean, std = moments.mean_and_std()
+    return ActiveChannels(layer=layer, mean=mean, std=std, total=total)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.bench_output import can_draw, check_out, say
@@ -65,4 +67,5 @@ def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) 
             said[0] = time.monotonic()
             say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
-    return analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
+    found = analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
+    return msgspec.to_builtins(found)

@@ -53,5 +53,5 @@ def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folde
         max_tokens=USAGE_TOKENS,
         observe=counter.observe,
     )
-    write_json(folder / "usage.json", counter.to_json())
+    write_json(folder / "usage.json", counter.result())
     return counter

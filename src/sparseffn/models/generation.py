@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sparseffn.devices import to_device
 from sparseffn.errors import UserError
 from sparseffn.models.attention import RelativeAttention
 from sparseffn.models.transformer_xl import Block, TransformerXL
@@ -77,7 +78,7 @@ def generate_tokens(
         memory_length: positions that a token may attend to, itself included; the oldest fall out.
         temperature: 0 takes the most likely token; above, samples from the softmax of logits / temperature.
         top_k: sample among the K most likely only; None among all.
-        generator: of the samples.
+        generator: of the samples, which are drawn on the CPU wherever the model is.
 
     Raises:
         UserError: the prompt is empty or holds an unknown token, or a setting is out of range.
@@ -85,14 +86,13 @@ def generate_tokens(
     _check(model, prompt, n_tokens, memory_length, temperature, top_k)
     model.eval()
     caches = [_LayerCache(block, 1, memory_length) for block in model.layers if isinstance(block, Block)]
-    logits = torch.empty(0)
-    for token in prompt:
-        logits = _advance(model, caches, token)
-    for i in range(n_tokens):
-        token = _pick(logits, temperature, top_k, generator)
-        yield token
-        if i + 1 < n_tokens:
-            logits = _advance(model, caches, token)
+    given_1L = to_device(torch.tensor([list(prompt)], device="cpu"), model.embedding.weight.device)
+    for token_11 in given_1L.split(1, dim=1)[:-1]:
+        _advance(model, caches, token_11)
+    token_11 = given_1L[:, -1:]
+    for _ in range(n_tokens):
+        token_11 = _pick(_advance(model, caches, token_11), temperature, top_k, generator)
+        yield int(token_11)
 
 
 def generate(model: TransformerXL, prompt: Sequence[int], n_tokens: int, **settings: object) -> list[int]:
@@ -100,22 +100,23 @@ def generate(model: TransformerXL, prompt: Sequence[int], n_tokens: int, **setti
     return list(generate_tokens(model, prompt, n_tokens, **settings))  # pyright: ignore[reportArgumentType]
 
 
-def _advance(model: TransformerXL, caches: Sequence[_LayerCache], token: int) -> Tensor:
+def _advance(model: TransformerXL, caches: Sequence[_LayerCache], token_11: Tensor) -> Tensor:
     """Logits `[vocab_size]` after one more token."""
-    device = model.embedding.weight.device
-    x = model.embedding(torch.tensor([[token]], device=device))
+    x = model.embedding(token_11)
     for cache in caches:
         x = cache.step(x)
     return model.project(x)[0, 0]
 
 
-def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> int:
+def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """The next token, int64 `[1, 1]` on the logits' device."""
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax().view(1, 1)
     scaled = logits.float() / temperature
     if top_k is not None and top_k < scaled.shape[0]:
         scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial(scaled.softmax(dim=0), 1, generator=generator))
+    drawn = torch.multinomial(scaled.softmax(dim=0).cpu(), 1, generator=generator)
+    return to_device(drawn, logits.device).view(1, 1)
 
 
 def _check(
