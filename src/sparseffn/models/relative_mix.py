@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparseffn.ops.autocast import has_autocast
+
 # Scores of a block. CPU: 10 heads x 128 queries x 512 keys, the fastest of 64, 128 and 256 queries on two cores (14 ms against
 # 14 and 18 forward, 32 against 32 and 39 backward). Elsewhere a bound on memory alone: half a gigabyte in float32.
 _CPU_BLOCK, _DEVICE_BLOCK = 10 * 128 * 512, 2**27
@@ -144,8 +146,7 @@ def _unheads(x_ZnC: Tensor, n_heads: int) -> Tensor:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The inputs' dtype decides, and backward may run with or without autocast."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 
+# Before torch 2.13 the compiler cannot trace PyTorch's own function.
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether PyTorch knows autocast on a kind of device; it does not on `meta`."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on; float64 and integers are left alone, as PyTorch leaves them."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
