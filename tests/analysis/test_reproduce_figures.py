@@ -12,10 +12,10 @@ import pytest
 import sparseffn.cli.bench_figures as bench_figures
 import sparseffn.cli.bench_output as bench_output
 import sparseffn.cli.reproduce_figures as reproduce_figures
-from sparseffn.bench.layer import LayerSettings
 from sparseffn.cli import main
 from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
 from sparseffn.errors import UserError
+from sparseffn.results.bench_result import LayerSettings
 
 
 def options(out: Path, song: Path, runs: list[Path], **changes: Any) -> argparse.Namespace:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from sparseffn.bench.candidates import Setting
-from sparseffn.bench.layer import Shape
-from sparseffn.bench.roofline import Roof
+from sparseffn.bench.candidates import Setting, Shape
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.results.bench_result import Roof
 
 DENSE = DenseConfig(d_model=16, d_ff=66)
 SIGMA = SigmaMoEConfig(d_model=16, n_experts=8, expert_size=8, k=2)
@@ -48,12 +45,20 @@ def shape() -> Shape:
     return Shape(name="small", dense=DENSE, methods={"sigma-moe": SIGMA})
 
 
+def set_quick_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds of the machine that take no time to measure."""
+    made_up = Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9)
+    for place in ("bench.layer", "paper.figure_points"):
+        monkeypatch.setattr(f"sparseffn.{place}.measure_roof", lambda dtype, device: made_up)
+    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
+    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
+    monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
+    monkeypatch.setattr("sparseffn.bench.benchmark._AT_LEAST_S", 0.0)
+
+
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a small cache, measured in no time."""
-    monkeypatch.setattr("sparseffn.bench.race.last_level_cache_bytes", lambda device: (2**14, "made up"))
-    monkeypatch.setattr("sparseffn.bench.race._AT_LEAST_S", 0.0)
-    monkeypatch.setattr(
-        Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9))
-    )
-    yield
+    monkeypatch.setattr("sparseffn.bench.benchmark.last_level_cache_bytes", lambda device: (2**14, "made up"))
+    set_quick_roof(monkeypatch)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sparseffn.bench import race
-from sparseffn.bench.roofline import Roof
+from sparseffn.bench import benchmark
 from sparseffn.cli import main
 
+from .conftest import set_quick_roof
 from .wrong_backends import wrong_backends
 
 LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds", "1", "--no-peers"]
@@ -19,14 +19,7 @@ LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds of the machine that take no time to measure."""
-    monkeypatch.setattr(race, "_AT_LEAST_S", 0.0)
-    monkeypatch.setattr(
-        Roof, "measure", staticmethod(lambda dtype, device: Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9))
-    )
-    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
-    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
-    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
-    monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
+    set_quick_roof(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["layer", "step", "memory", "roofline", "figures"])
@@ -78,7 +71,7 @@ TIMED = {
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("backend", ["last-row", "scores"])
 @pytest.mark.parametrize("words", TIMED.values(), ids=list(TIMED))
-def test_no_speed_is_told_of_a_wrong_kernel(
+def test_no_speed_is_reported_for_a_wrong_kernel(
     words: list[str], backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, the kernel's backend and error by name, no table and no file."""
@@ -94,13 +87,13 @@ def test_figures_are_drawn_again_without_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From figures.json alone; the same files come out."""
-    monkeypatch.setattr(race, "last_level_cache_bytes", lambda device: (2**20, "made up"))
+    monkeypatch.setattr(benchmark, "last_level_cache_bytes", lambda device: (2**20, "made up"))
     words = ["bench", "figures", "--figures", "11", "--tokens", "2", "--rounds", "1", "--out", str(tmp_path)]
     assert main([*words, "--time-limit", "2.2s"]) == 0
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"figures.json", "figures.html", "figure-11-time.svg", "figure-11-memory.png"} <= set(files)
     assert "Not measured" in files["figure-11-time.svg"].decode()
-    monkeypatch.setattr("sparseffn.bench.figure_points._measure", None)
+    monkeypatch.setattr("sparseffn.paper.figure_points._measure", None)
     assert main(["bench", "figures", "--redraw", "--out", str(tmp_path)]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert "not measured: d_model 2,048: time limit" in capsys.readouterr().out

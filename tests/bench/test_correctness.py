@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseffn.bench.backends import backend_restored
-from sparseffn.bench.candidates import Candidate, build_layer
+from sparseffn.bench.candidates import Candidate, backend_restored, build_layer
 from sparseffn.bench.correctness import check, clear_tokens, compared_tokens, find_truth, near_kink
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig, list_methods, method_class

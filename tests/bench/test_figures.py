@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sparseffn.bench import figures
-from sparseffn.bench.expert_counts import bench_expert_counts
-from sparseffn.bench.figure_points import Point, bench_figures, points_of
-from sparseffn.bench.layer import LayerSettings
-from sparseffn.bench.roofline import Roof
-from sparseffn.bench.sweeps import SWEEPS
+from sparseffn.bench.layer import bench_expert_counts
 from sparseffn.errors import UserError
+from sparseffn.paper import figure_points
+from sparseffn.paper.figure_points import Point, bench_figures, points_of
+from sparseffn.paper.figure_sweeps import SWEEPS
+from sparseffn.results.bench_result import FigurePoint, FiguresResult, LayerSettings, Roof
+from sparseffn.storage import read
 
 from .conftest import FakeClock
 
@@ -26,11 +25,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, quick: None) -> list[Point]:
     """Points that were measured, by a stand-in that takes no time."""
     points: list[Point] = []
 
-    def measure(point: Point, settings: LayerSettings, roof: Roof) -> dict[str, Any]:
+    def measure(point: Point, settings: LayerSettings, roof: Roof) -> FigurePoint:
         points.append(point)
-        return {**point.names, "blocks": figures._blocks_json(point), "layers": {}}
+        return FigurePoint(**point.names, variable=point.sweep.variable, blocks=figure_points._blocks_json(point), layers={})
 
-    monkeypatch.setattr(figures, "_measure", measure)
+    monkeypatch.setattr(figure_points, "_measure", measure)
     return points
 
 
@@ -59,21 +58,21 @@ def test_nothing_is_measured_twice(measured: list[Point], tmp_path: Path) -> Non
     assert len(measured) == 5 and [p.value for p in measured] == [256, 512, 1024, 2048, 4096]
     found = bench_figures([2, 8, 11], SETTINGS, path, time_limit_s=1e9)
     assert len(measured) == 5 + 4 + 4
-    assert len(found["points"]) == 15 and found["left_out"] == [] and found["figures"] == [2, 8, 11]
-    assert json.loads(path.read_text()) == found
+    assert len(found.points) == 15 and found.left_out == () and found.figures == (2, 8, 11)
+    assert read(path, FiguresResult, fix="") == found
 
 
 def test_file_is_whole_after_every_point(measured: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt costs the point that was being measured."""
     path = tmp_path / "figures.json"
-    measure = figures._measure
+    measure = figure_points._measure
 
-    def interrupted(point: Point, settings: LayerSettings, roof: Roof) -> dict[str, Any]:
+    def interrupted(point: Point, settings: LayerSettings, roof: Roof) -> FigurePoint:
         if len(measured) == 2:
             raise KeyboardInterrupt
         return measure(point, settings, roof)
 
-    monkeypatch.setattr(figures, "_measure", interrupted)
+    monkeypatch.setattr(figure_points, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench_figures([9], SETTINGS, path, time_limit_s=1e9)
     assert [p["value"] for p in json.loads(path.read_text())["points"]] == [8, 16]
@@ -83,13 +82,13 @@ def test_what_does_not_fit_is_listed(
     measured: list[Point], tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By memory and by time; cheap points come first, and a longer limit takes up what was left."""
-    monkeypatch.setattr(figures, "memory_bytes", lambda device: 2 * points_of([9])[4].bytes(4, 4))
+    monkeypatch.setattr(figure_points, "memory_bytes", lambda device: 2 * points_of([9])[4].bytes(4, 4))
     path = tmp_path / "figures.json"
     found = bench_figures([9], SETTINGS, path, time_limit_s=0.5, clock=clock)
-    assert measured == [] and [entry["value"] for entry in found["left_out"]] == [8, 16, 32, 64, 128, 256]
-    assert [entry["limit"] for entry in found["left_out"]] == ["time limit"] * 5 + ["half of the memory"]
+    assert measured == [] and [entry.value for entry in found.left_out] == [8, 16, 32, 64, 128, 256]
+    assert [entry.limit for entry in found.left_out] == ["time limit"] * 5 + ["half of the memory"]
     found = bench_figures([9], SETTINGS, path, time_limit_s=1e9, clock=clock)
-    assert [entry["value"] for entry in found["left_out"]] == [256] and len(measured) == 5
+    assert [entry.value for entry in found.left_out] == [256] and len(measured) == 5
 
 
 def test_other_settings_are_refused(measured: list[Point], tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_other_settings_are_refused(measured: list[Point], tmp_path: Path) -> No
     with pytest.raises(UserError, match="`threads` is 10"):
         bench_figures([9], SETTINGS, path, time_limit_s=1e9)
     path.write_text('{"kind": "layer"}')
-    with pytest.raises(UserError, match="must be a file of `bench figures`"):
+    with pytest.raises(UserError, match=r"must hold.*choose another --out"):
         bench_figures([9], SETTINGS, path, time_limit_s=1e9)
 
 
@@ -117,23 +116,23 @@ def test_unknown_figure_is_refused(tmp_path: Path) -> None:
 def test_a_point_is_really_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time of both passes, memory as the authors measured it: saved and output."""
     point = Point(sweep=SWEEPS[11], value=128)
-    monkeypatch.setattr(figures, "points_of", lambda numbers: [point])
+    monkeypatch.setattr(figure_points, "points_of", lambda numbers: [point])
     found = bench_figures([11], SETTINGS, tmp_path / "figures.json", time_limit_s=1e9)
-    (entry,) = found["points"]
-    dense, moe = entry["layers"]["dense"], entry["layers"]["sigma-moe"]
+    (entry,) = found.points
+    dense, moe = entry.layers["dense"], entry.layers["sigma-moe"]
     # 4 tokens: u of 4096 channels, y of 128, 4 bytes each.
-    assert dense["memory_bytes"] == 4 * (4096 + 128) * 4
-    assert moe["memory_bytes"] == 4 * (512 + 128) * 4 + moe["selection_bytes"]
-    for timing in (dense["forward"], dense["training"], moe["forward"], moe["training"]):
-        assert timing["over_limit"] == pytest.approx(timing["median_s"] / timing["limit_s"])
-    assert dense["training"]["median_s"] > 0 and moe["training"]["over_dense"] > 0
+    assert dense.memory_bytes == 4 * (4096 + 128) * 4
+    assert moe.memory_bytes == 4 * (512 + 128) * 4 + moe.selection_bytes
+    for timing in (dense.forward, dense.training, moe.forward, moe.training):
+        assert timing.over_limit == pytest.approx(timing.median_s / timing.limit_s)
+    assert dense.training.median_s > 0 and (moe.training.over_dense or 0) > 0
 
 
 @pytest.mark.usefixtures("quick")
 def test_expert_counts_are_compared_in_one_run() -> None:
     """Many over few, with the bytes of the gradients."""
     found = bench_expert_counts(SETTINGS, counts=(8, 16), n_tokens=4)
-    assert set(found["layers"]) == {"N_E 8", "N_E 16"} and found["forward_over_few"] > 0 and found["training_over_few"] > 0
-    assert found["layers"]["N_E 16"]["gradient_bytes"] == 2 * found["layers"]["N_E 8"]["gradient_bytes"]
-    for layer in found["layers"].values():
-        assert layer["forward"]["over_limit"] == pytest.approx(layer["forward"]["median_s"] / layer["forward"]["limit_s"])
+    assert set(found.layers) == {"N_E 8", "N_E 16"} and found.forward_over_few > 0 and found.training_over_few > 0
+    assert found.layers["N_E 16"].gradient_bytes == 2 * found.layers["N_E 8"].gradient_bytes
+    for layer in found.layers.values():
+        assert layer.forward.over_limit == pytest.approx(layer.forward.median_s / layer.forward.limit_s)

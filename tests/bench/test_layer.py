@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from sparseffn.bench.backends import backend_restored
-from sparseffn.bench.candidates import (
-    Candidate,
-    ForwardTurn,
-    Rotation,
-    Setting,
-    TrainingTurn,
-    layers_to_leave_cache,
-)
-from sparseffn.bench.layer import LayerSettings, Shape, bench_layers, entrants
+from sparseffn.bench.benchmark import LayerTurn, Rotation, layers_to_leave_cache
+from sparseffn.bench.candidates import Candidate, Setting, Shape, backend_restored
+from sparseffn.bench.layer import bench_layers, candidates_of
 from sparseffn.errors import UserError
+from sparseffn.results.bench_result import LayerSettings
+from sparseffn.storage import write_json
 
 from .conftest import DENSE, SIGMA, setting
 
@@ -32,14 +28,14 @@ def test_cold_calls_visit_different_layers_with_fresh_tokens() -> None:
         module.register_forward_pre_hook(lambda m, args, place=place: seen.append((place, float(args[0][0, 0]))))
     with backend_restored():
         for index in range(7):
-            ForwardTurn(rotation).prepare(index)()
+            LayerTurn(rotation, training=False).prepare(index)()
     assert [place for place, _ in seen] == [0, 1, 2, 3, 4, 0, 1]
     assert len({token for _, token in seen}) == 7
     weights = {layer.experts.keys.data_ptr() for layer in rotation.layers}
     assert len(weights) == 5 and not torch.equal(rotation.layers[0].experts.keys, rotation.layers[1].experts.keys)
     seen.clear()
     with backend_restored():
-        ForwardTurn(rotation, warm=True).prepare(3)()
+        LayerTurn(rotation, training=False, warm=True).prepare(3)()
     assert len(seen) == 3 and len(set(seen)) == 1
 
 
@@ -52,7 +48,7 @@ def test_layers_fill_four_times_the_cache() -> None:
 def test_gradients_are_freed_between_calls() -> None:
     """A training turn leaves nothing behind."""
     rotation = Rotation(Candidate(label="sigma-moe", config=SIGMA), setting(4), n_layers=1)
-    turn = TrainingTurn(rotation)
+    turn = LayerTurn(rotation, training=True)
     with backend_restored():
         turn.prepare(0)()
         assert all(p.grad is not None for p in rotation.layers[0].parameters())
@@ -61,11 +57,12 @@ def test_gradients_are_freed_between_calls() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_result_has_every_figure(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_has_every_figure(shape: Shape, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the table of figures is checked with, for cold and for other sizes."""
     monkeypatch.delenv("SPARSEFFN_BACKEND", raising=False)
     settings = LayerSettings(tokens=(2, 70), rounds=2, backends=("auto", "torch"))
-    result = json.loads(json.dumps(bench_layers([shape], settings)))
+    write_json(tmp_path / "layer.json", bench_layers([shape], settings))
+    result = json.loads((tmp_path / "layer.json").read_text())
     assert {"format", "kind", "environment", "settings", "roof", "shapes", "rows", "left_out"} == set(result)
     assert {"torch", "threads", "blas", "last_level_cache_bytes", "date", "cpu"} <= set(result["environment"])
     labels = {row["label"] for row in result["rows"]}
@@ -85,15 +82,15 @@ def test_result_has_every_figure(shape: Shape, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("quick")
 def test_tiny_layers_are_not_called_cold(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 256 such layers stays in the cache, so that nothing comes from memory."""
-    monkeypatch.setattr("sparseffn.bench.race.last_level_cache_bytes", lambda device: (2**30, "made up"))
+    monkeypatch.setattr("sparseffn.bench.benchmark.last_level_cache_bytes", lambda device: (2**30, "made up"))
     result = bench_layers([shape], LayerSettings(tokens=(2,), rounds=1, peers=False))
-    assert {row["cache"] for row in result["rows"]} == {"repeated"}
+    assert {row.cache for row in result.rows} == {"repeated"}
 
 
 @pytest.mark.usefixtures("quick")
 def test_layers_beyond_memory_are_refused(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is built."""
-    monkeypatch.setattr("sparseffn.bench.race.memory_bytes", lambda device: 2**16)
+    monkeypatch.setattr("sparseffn.bench.benchmark.memory_bytes", lambda device: 2**16)
     with pytest.raises(UserError, match="half of the memory"):
         bench_layers([shape], LayerSettings(tokens=(2,), rounds=1, peers=False))
 
@@ -126,8 +123,8 @@ def test_grouped_mm_stands_beside_the_mixtures_of_a_gpu(shape: Shape, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for dtype, runs in ((torch.bfloat16, True), (torch.float32, False)):
         gpu = Setting(n_tokens=4, dtype=dtype, device=torch.device("cuda"))
-        candidates, absent = entrants(shape, LayerSettings(tokens=(4,), peers=False), gpu)
+        candidates, absent = candidates_of(shape, LayerSettings(tokens=(4,), peers=False), gpu)
         assert [c.backend for c in candidates if c.label == "sigma-moe [grouped_mm]"] == ["grouped_mm"] * runs
         assert [left.label for left in absent] == ["sigma-moe [grouped_mm]"] * (not runs)
     assert "not in torch.float32" in absent[0].reason
-    assert {c.backend for c in entrants(shape, LayerSettings(tokens=(4,), peers=False), setting(4))[0]} == {"auto"}
+    assert {c.backend for c in candidates_of(shape, LayerSettings(tokens=(4,), peers=False), setting(4))[0]} == {"auto"}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseffn.bench.limits import expected_bytes, limit, touched_bytes, weight_bytes
 from sparseffn.bench.machine import FALLBACK_CACHE_BYTES, last_level_cache_bytes
-from sparseffn.bench.roofline import Roof, bandwidth, product_speed
+from sparseffn.bench.roofline import bandwidth, expected_bytes, highest, limit, product_speed, touched_bytes, weight_bytes
 from sparseffn.ffn.pkm import PKMConfig
 from sparseffn.ffn.topk import TopKConfig
+from sparseffn.results.bench_result import Roof
 
 from .conftest import DENSE, SIGMA
 
@@ -21,9 +21,9 @@ ROOF = Roof(flops_per_s=1000.0, bytes_per_s=100.0, scattered_bytes_per_s=50.0)
 def test_limit_of_a_mixture() -> None:
     """2 d E + 4 d K G = 1280 FLOPs a token, three times for training; bytes are read once; gradients stand beside."""
     forward = limit(SIGMA, ROOF, n_tokens=10, touched_bytes=500.0, itemsize=4, training=False)
-    assert (forward.arithmetic_s, forward.bytes_s, forward.gradient_s) == (12.8, 5.0, 0.0) and forward.seconds == 12.8
+    assert (forward.arithmetic_s, forward.bytes_s, forward.gradient_s) == (12.8, 5.0, 0.0) and forward.limit_s == 12.8
     training = limit(SIGMA, ROOF, n_tokens=10, touched_bytes=5000.0, itemsize=4, training=True)
-    assert training.arithmetic_s == pytest.approx(38.4) and training.seconds == 50.0
+    assert training.arithmetic_s == pytest.approx(38.4) and training.limit_s == 50.0
     # 2 x 64 x 16 parameters of experts and 8 x 16 of the selector, 4 bytes each.
     assert training.gradient_s == pytest.approx((2048 + 128) * 4 / 100)
 
@@ -73,11 +73,11 @@ def test_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
     monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
     device = torch.device("cpu")
-    assert product_speed(torch.float32, device)["flops_per_s"] > 1e6
+    assert product_speed(torch.float32, device).flops_per_s > 1e6
     reading = bandwidth(device)
-    assert reading["bytes"] >= 4 * last_level_cache_bytes()[0] - 4 * 2048 and reading["bytes_per_s"] > 1e6
-    assert reading["scattered"]["bytes_per_s"] > 1e6 and reading["scattered"]["block_bytes"] == 2**19
-    best = ROOF.highest(Roof(flops_per_s=1.0, bytes_per_s=1e6, scattered_bytes_per_s=2.0))
+    assert reading.bytes >= 4 * last_level_cache_bytes()[0] - 4 * 2048 and reading.bytes_per_s > 1e6
+    assert reading.scattered.bytes_per_s > 1e6 and reading.scattered.block_bytes == 2**19
+    best = highest(ROOF, Roof(flops_per_s=1.0, bytes_per_s=1e6, scattered_bytes_per_s=2.0))
     assert best == Roof(flops_per_s=1000.0, bytes_per_s=1e6, scattered_bytes_per_s=50.0)
 
 
@@ -92,4 +92,4 @@ def test_roof_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) ->
         seconds = iter(1e-6 if how == fastest else 1.0 for how in ("expert_mlp", "torch.mm", "router_logits"))
         monkeypatch.setattr("sparseffn.bench.roofline._best", lambda call, clock, seconds=seconds: (call(), next(seconds))[1])
         found = product_speed(torch.float32, torch.device("cpu"))
-        assert found["how"] == fastest and found["flops_per_s"] == pytest.approx(flops[fastest] / 1e-6)
+        assert found.how == fastest and found.flops_per_s == pytest.approx(flops[fastest] / 1e-6)

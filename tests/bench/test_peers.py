@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseffn.bench import peers
+from sparseffn.bench.benchmark import benchmark
 from sparseffn.bench.candidates import Candidate
 from sparseffn.bench.peers import PeerMixture, peers_of
-from sparseffn.bench.race import race
 from sparseffn.errors import UserError
 
 from .conftest import DENSE, SIGMA, setting
@@ -47,7 +47,7 @@ def test_peer_that_disagrees_is_refused_by_name() -> None:
 
     wrong = Candidate(label="other library", config=SIGMA, wrap=lambda layer: PeerMixture(layer, Unscaled))
     with pytest.raises(UserError, match="other library must agree with float64"):
-        race([Candidate(label="dense", config=DENSE), wrong], setting(70), rounds=1)
+        benchmark([Candidate(label="dense", config=DENSE), wrong], setting(70), rounds=1)
 
 
 def test_absent_peers_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

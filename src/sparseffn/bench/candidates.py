@@ -1,25 +1,62 @@
-"""Who is timed: a method's layer on a backend, or a peer's module over the same parameters."""
+"""What is measured: a method's layer on a backend, or a peer's module over the same parameters, at a number of tokens.
+
+The backend is chosen as a user would choose it, by `SPARSEFFN_BACKEND`.
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from sparseffn.bench.backends import resolved, use_backend
-from sparseffn.bench.limits import touched_bytes
-from sparseffn.bench.timing import Turn
+from sparseffn.devices import find_device
+from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FeedForward, FFNConfig
+from sparseffn.ops import explain_backend, list_backends
+from sparseffn.ops.backends import ENVIRONMENT_VARIABLE
+from sparseffn.results.bench_result import DTYPE_NAMES, LayerSettings
 
-# Calls before the timed one of a warm timing, which bring weights and tokens into the caches.
-_WARMING_CALLS = 2
-# Rounds over which the weights that a call touches are averaged.
-_TOUCHED_ROUNDS = 8
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+DENSE = "dense"
+"""Label of the block that ratios are against."""
+
+Progress = Callable[[str], None]
+"""Receives a line for each thing that begins."""
+
+
+def no_progress(text: str) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Blocks of equal parameters, by label."""
+
+    name: str
+    dense: FFNConfig
+    methods: Mapping[str, FFNConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all candidates share."""
+
+    n_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, settings: LayerSettings, n_tokens: int) -> Setting:
+        """The setting of one size.
+
+        Raises:
+            UserError: the device is not there.
+        """
+        return cls(n_tokens=n_tokens, dtype=DTYPES[settings.dtype], device=find_device(settings.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,123 +86,63 @@ class Candidate:
         return layer if self.wrap is None else self.wrap(layer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all candidates share."""
-
-    n_tokens: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 def build_layer(config: FFNConfig, setting: Setting, seed: int) -> FeedForward:
-    """A layer with parameters drawn from the seed."""
+    """A layer with parameters drawn from the seed, the same on every device."""
     layer = config.build()
     layer.reset_parameters(torch.Generator().manual_seed(seed))
     return layer.to(setting.device, setting.dtype)
 
 
 def draw_tokens(config: FFNConfig, setting: Setting, seed: int) -> Tensor:
-    """Random tokens on the unit scale, `[T, d_model]`."""
-    x = torch.randn(setting.n_tokens, config.d_model, generator=torch.Generator().manual_seed(seed))
-    return x.to(setting.device, setting.dtype)
+    """Random tokens on the unit scale, `[T, d_model]`, drawn on the device that they are for."""
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    return torch.randn(setting.n_tokens, config.d_model, generator=generator, device=setting.device).to(setting.dtype)
 
 
-@final
-class Rotation:
-    """A candidate's layers, each with parameters of its own, visited one after the other."""
-
-    def __init__(self, candidate: Candidate, setting: Setting, n_layers: int) -> None:
-        self.candidate = candidate
-        self.setting = setting
-        self.layers = [build_layer(candidate.config, setting, seed) for seed in range(n_layers)]
-        self.modules = [candidate.module(layer) for layer in self.layers]
-        self.fixed = draw_tokens(candidate.config, setting, seed=1)
-
-    def tokens(self, index: int) -> Tensor:
-        """The tokens of a round: fresh ones where the layers rotate, else always the same."""
-        rotates = len(self.layers) > 1
-        return draw_tokens(self.candidate.config, self.setting, seed=1 + index) if rotates else self.fixed
-
-    def place(self, index: int) -> int:
-        """Which layer a round visits."""
-        return index % len(self.layers)
-
-    def touched_bytes(self) -> float:
-        """Bytes of the weights that a call needs, mean over some rounds."""
-        rounds = range(min(_TOUCHED_ROUNDS, len(self.layers)))
-        use_backend(self.candidate.backend)
-        return statistics.fmean(touched_bytes(self.layers[self.place(i)], self.tokens(i)) for i in rounds)
+@contextmanager
+def backend_restored() -> Iterator[None]:
+    """Put the variable back at the end, whatever `use_backend` set meanwhile."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(ENVIRONMENT_VARIABLE, None)
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
 
 
-def layers_to_leave_cache(config: FFNConfig, itemsize: int, cache_bytes: int) -> int:
-    """How many layers fill four times the last-level cache, so that none is there when its turn comes again."""
-    return max(2, math.ceil(4 * cache_bytes / (config.num_params() * itemsize)))
+def use_backend(name: str) -> None:
+    """Set the variable for what runs next; only inside `backend_restored`."""
+    os.environ[ENVIRONMENT_VARIABLE] = name
 
 
-@final
-class ForwardTurn(Turn):
-    """An evaluation forward under `inference_mode`."""
+def check_backends(names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a backend that does not exist or cannot run.
 
-    def __init__(self, rotation: Rotation, *, warm: bool = False) -> None:
-        self.rotation = rotation
-        self.warm = warm
-
-    def prepare(self, index: int) -> Callable[[], object]:
-        """Tokens, backend, and for a warm timing some calls that are not timed."""
-        index = 0 if self.warm else index
-        use_backend(self.rotation.candidate.backend)
-        module = self.rotation.modules[self.rotation.place(index)].eval()
-        x = self.rotation.tokens(index)
-
-        def call() -> object:
-            with torch.inference_mode():
-                return module(x)
-
-        for _ in range(_WARMING_CALLS if self.warm else 0):
-            call()
-        return call
+    Raises:
+        UserError: with the reason.
+    """
+    known = [backend.name for backend in list_backends()]
+    for name in names:
+        if name != "auto" and name not in known:
+            raise unknown_name("backend", name, ["auto", *known])
+        reason = None if name == "auto" else why_not(name, device, dtype)
+        if reason is not None:
+            raise UserError(
+                f"`--backends` must be able to run on {device.type}; got {name!r}: {reason}; fix: leave it out, or use auto"
+            )
 
 
-@final
-class TrainingTurn(Turn):
-    """A forward and a backward; gradients are freed before the next candidate's turn."""
-
-    def __init__(self, rotation: Rotation, *, warm: bool = False) -> None:
-        self.rotation = rotation
-        self.warm = warm
-        self.parameters: Sequence[nn.Parameter] = ()
-
-    def prepare(self, index: int) -> Callable[[], object]:
-        """Tokens, the gradient that a model would send back, backend."""
-        index = 0 if self.warm else index
-        use_backend(self.rotation.candidate.backend)
-        place = self.rotation.place(index)
-        module = self.rotation.modules[place].train()
-        self.parameters = list(self.rotation.layers[place].parameters())
-        x = self.rotation.tokens(index)
-        # That of a sum would be one number repeated.
-        grad = draw_tokens(self.rotation.candidate.config, self.rotation.setting, seed=0)
-
-        def call() -> object:
-            return module(x.detach().requires_grad_()).backward(grad)
-
-        for _ in range(_WARMING_CALLS if self.warm else 0):
-            call()
-            self.finish()
-        return call
-
-    def finish(self) -> None:
-        """Free the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run there, or None."""
+    return next(backend for backend in list_backends() if backend.name == name).unavailable(device, dtype)
 
 
-def forward_turns(rotations: Mapping[str, Rotation], *, warm: bool = False) -> dict[str, Turn]:
-    """Each candidate's forward."""
-    return {label: ForwardTurn(rotation, warm=warm) for label, rotation in rotations.items()}
-
-
-def training_turns(rotations: Mapping[str, Rotation], *, warm: bool = False) -> dict[str, Turn]:
-    """Each candidate's forward and backward."""
-    return {label: TrainingTurn(rotation, warm=warm) for label, rotation in rotations.items()}
+def resolved(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The first backend that `auto` stands for; any other name is itself."""
+    if name != "auto":
+        return name
+    with backend_restored():
+        use_backend("auto")
+        return explain_backend(device, dtype=dtype)[0]

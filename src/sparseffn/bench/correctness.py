@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseffn.bench.backends import use_backend
-from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens
+from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens, use_backend
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.ffn.feedforward import Ranking

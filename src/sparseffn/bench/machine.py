@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the code: cache, memory, threads, libraries, date."""
+"""What a measurement depends on beside the code: device, cache, memory, threads, libraries, date; and its clock."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from sparseffn.devices import find_device as find_device
+from sparseffn.devices import device_name, synchronize
 from sparseffn.ops.cpu import build
+from sparseffn.results.bench_result import FORMAT, Environment
 from sparseffn.storage import environment
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Where the system does not tell: as much as the largest cache of most desktop and server chips that a thread sees.
+# Where the system does not say: as much as the largest cache of most desktop and server chips that a thread sees.
 FALLBACK_CACHE_BYTES = 32 * 2**20
 
 # Of what other packages' kernels a speed may be.
@@ -86,12 +88,12 @@ def _described(command: str | Sequence[str]) -> str:
     return next(iter(done.stdout.splitlines()), f"{' '.join(words)} of unknown version")
 
 
-def measured_on(device: torch.device) -> dict[str, Any]:
+def measured_on(device: torch.device) -> Environment:
     """Machine, threads, libraries, caches and date of a measurement."""
     cache, source = last_level_cache_bytes(device)
     facts = {
-        **environment(),
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        **environment(str(device)),
+        "device": device_name(device),
         "blas": blas(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": cache,
@@ -104,17 +106,32 @@ def measured_on(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-    return facts
+        facts |= {"cuda": torch.version.cuda, "driver": gpu_driver()}
+    return msgspec.convert(facts, Environment)
+
+
+def head(device: torch.device) -> dict[str, Any]:
+    """The fields that every result has, as keyword arguments."""
+    return {"format": FORMAT, "environment": measured_on(device)}
+
+
+def gpu_driver() -> str | None:
+    """The version of NVIDIA's driver, None where its tool is not installed."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock that waits until the device has done what it was told to."""
-    if device.type != "cuda":
+    """A clock that first waits until the device has done what was asked of it."""
+    if device.type == "cpu":
         return time.perf_counter
 
     def clock() -> float:
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter()
 
     return clock

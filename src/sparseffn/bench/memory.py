@@ -6,27 +6,34 @@ selection: indices, and a mixture's logits and scores, a handful of numbers a to
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from sparseffn.accounting import kept_tensors
-from sparseffn.bench.backends import backend_restored, check_backends, use_backend
-from sparseffn.bench.candidates import Candidate, Setting, build_layer, draw_tokens
-from sparseffn.bench.head import result
-from sparseffn.bench.layer import DENSE, DTYPES, LayerSettings, Shape, entrants
-from sparseffn.bench.machine import find_device
+from sparseffn.bench.candidates import (
+    DENSE,
+    DTYPES,
+    Candidate,
+    Setting,
+    Shape,
+    backend_restored,
+    build_layer,
+    check_backends,
+    draw_tokens,
+    use_backend,
+)
+from sparseffn.bench.layer import candidates_of
+from sparseffn.bench.machine import head
+from sparseffn.devices import find_device
 from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.mixture import MixtureConfig
+from sparseffn.results.bench_result import LayerSettings, MemoryResult, MemoryRow
 
 
-def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> dict[str, Any]:
+def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> MemoryResult:
     """Bytes kept for backward by every method of every shape at every number of tokens.
-
-    Returns:
-        The JSON-able result.
 
     Raises:
         UserError: a backend or the device is not there.
@@ -36,12 +43,17 @@ def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> dict[str, 
     rows, left_out = [], []
     for shape in shapes:
         for n_tokens in settings.tokens:
-            found, absent = entrants(shape, settings, settings.setting(n_tokens))
-            size = {"shape": shape.name, "tokens": n_tokens}
-            measured = [_measure(candidate, settings.setting(n_tokens)) for candidate in found]
-            rows += [{**size, **row} for row in _against_dense(measured)]
-            left_out += [{**size, **dataclasses.asdict(left)} for left in absent]
-    return result("memory", device, dataclasses.asdict(settings), rows=rows, left_out=left_out)
+            setting = Setting.of(settings, n_tokens)
+            found, absent = candidates_of(shape, settings, setting)
+            kept = {candidate.label: kept_by(candidate, setting) for candidate in found}
+            rows += [_row(shape.name, candidate, setting, kept[candidate.label], kept[DENSE]) for candidate in found]
+            left_out += absent
+    return MemoryResult(
+        **head(device),
+        settings=msgspec.structs.replace(settings, device=device.type),
+        rows=tuple(rows),
+        left_out=tuple(left_out),
+    )
 
 
 def kept_by(candidate: Candidate, setting: Setting) -> dict[str, int]:
@@ -61,18 +73,6 @@ def kept_by(candidate: Candidate, setting: Setting) -> dict[str, int]:
     }
 
 
-def _measure(candidate: Candidate, setting: Setting) -> dict[str, Any]:
-    """One row."""
-    kept = kept_by(candidate, setting)
-    return {
-        "label": candidate.label,
-        "backend": candidate.backend_on(setting),
-        "share": candidate.config.active_channels / candidate.config.n_channels,
-        **kept,
-        "total_bytes": sum(kept.values()),
-    }
-
-
 def is_selection(tensor: Tensor, config: FFNConfig, n_tokens: int) -> bool:
     """Whether a kept tensor says who is selected: indices, or at most one number for each token and expert."""
     if not tensor.is_floating_point():
@@ -83,10 +83,18 @@ def is_selection(tensor: Tensor, config: FFNConfig, n_tokens: int) -> bool:
     return tensor.numel() <= n_tokens * config.n_experts
 
 
-def _against_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    dense = next(row for row in rows if row["label"] == DENSE)
-    for row in rows:
-        row["over_dense"] = row["saved_bytes"] / dense["saved_bytes"]
-        row["over_dense_over_share"] = row["over_dense"] / row["share"]
-        row["total_over_dense"] = row["total_bytes"] / dense["total_bytes"]
-    return rows
+def _row(shape: str, candidate: Candidate, setting: Setting, kept: dict[str, int], dense: dict[str, int]) -> MemoryRow:
+    share = candidate.config.active_channels / candidate.config.n_channels
+    total, over_dense = sum(kept.values()), kept["saved_bytes"] / dense["saved_bytes"]
+    return MemoryRow(
+        shape=shape,
+        tokens=setting.n_tokens,
+        label=candidate.label,
+        backend=candidate.backend_on(setting),
+        share=share,
+        **kept,
+        total_bytes=total,
+        over_dense=over_dense,
+        over_dense_over_share=over_dense / share,
+        total_over_dense=total / sum(dense.values()),
+    )

@@ -1,4 +1,9 @@
-"""How fast this machine multiplies matrices and reads memory: the two roofs over every layer.
+"""How fast this machine multiplies matrices and reads memory: two roofs, and the limits of every layer under them.
+
+    limit = max(FLOPs / measured matrix-product speed, bytes of touched weights / measured bandwidth)
+
+FLOPs count the selector; backward is twice the forward. Forward and backward together also write every weight gradient, those
+of experts without tokens too; its time stands beside the limit and is not part of it.
 
 Matrix products: square ones, by PyTorch and our selector's kernel, and the two products of one expert by the experts' kernel,
 with matrices that stay in the caches; the fastest of all counts, as a layer may use any. Bandwidth: reading once through at
@@ -9,16 +14,31 @@ an expert are read from scattered places, which is all that one token asks for: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.bench.machine import clock_of, last_level_cache_bytes, memory_bytes
+from sparseffn.accounting import BACKWARD_OVER_FORWARD
+from sparseffn.bench.candidates import DENSE, DTYPES, Progress, Shape, no_progress
+from sparseffn.bench.machine import clock_of, head, last_level_cache_bytes, memory_bytes
+from sparseffn.devices import find_device
+from sparseffn.ffn import FeedForward, FFNConfig
+from sparseffn.results.bench_result import (
+    LayerSettings,
+    Limit,
+    MachineSpeed,
+    ProductSpeed,
+    ReadingSpeed,
+    Roof,
+    RooflineResult,
+    RooflineRow,
+    Scattered,
+)
 
 # Rows of the square matrices: large enough that a call's fixed cost does not count, and on a CPU also such as fit its caches.
 _SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
@@ -35,47 +55,37 @@ _COLUMNS = 2048
 _BLOCK_ROWS = 64
 # Blocks that a call reads: the K of the paper's models. Rows are summed sixteen by sixteen, so that all threads have some.
 _BLOCKS, _BAG = 4, 16
+# Tables of pairs that hold one row for each unit: a mixture's expert has keys and values of its own, every other method goes
+# through all keys and then through the values it selected.
+_TABLES_PER_UNIT = {"experts": 2, "values": 1, "channels": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roof:
-    """Speeds of a device with the threads of the process."""
-
-    flops_per_s: float
-    """Of matrix products in the timed dtype."""
-    bytes_per_s: float
-    """Reading memory in one long pass."""
-    scattered_bytes_per_s: float
-    """Reading a few blocks of an expert's size from scattered places. No part of any limit."""
-
-    @staticmethod
-    def measure(dtype: torch.dtype, device: torch.device) -> Roof:
-        """All speeds with the threads that are set."""
-        reading = bandwidth(device)
-        return Roof(
-            flops_per_s=product_speed(dtype, device)["flops_per_s"],
-            bytes_per_s=reading["bytes_per_s"],
-            scattered_bytes_per_s=reading["scattered"]["bytes_per_s"],
-        )
-
-    def highest(self, other: Roof) -> Roof:
-        """The better of two measurements of one machine: what slowed the other one was not the machine."""
-        return Roof(
-            flops_per_s=max(self.flops_per_s, other.flops_per_s),
-            bytes_per_s=max(self.bytes_per_s, other.bytes_per_s),
-            scattered_bytes_per_s=max(self.scattered_bytes_per_s, other.scattered_bytes_per_s),
-        )
+def measure_roof(dtype: torch.dtype, device: torch.device) -> Roof:
+    """All speeds with the threads that are set."""
+    reading = bandwidth(device)
+    return Roof(
+        flops_per_s=product_speed(dtype, device).flops_per_s,
+        bytes_per_s=reading.bytes_per_s,
+        scattered_bytes_per_s=reading.scattered.bytes_per_s,
+    )
 
 
-def product_speed(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def highest(roof: Roof, other: Roof) -> Roof:
+    """The better of two measurements of one machine: what slowed the other one was not the machine."""
+    return Roof(
+        flops_per_s=max(roof.flops_per_s, other.flops_per_s),
+        bytes_per_s=max(roof.bytes_per_s, other.bytes_per_s),
+        scattered_bytes_per_s=max(roof.scattered_bytes_per_s, other.scattered_bytes_per_s),
+    )
+
+
+def product_speed(dtype: torch.dtype, device: torch.device) -> ProductSpeed:
     """FLOPs a second of the fastest matrix product, its shape, and whose it is."""
-    clock = clock_of(device)
-    best: dict[str, Any] = {"shape": "", "how": "", "seconds": 0.0, "flops_per_s": 0.0}
+    clock, found = clock_of(device), []
 
     def time_product(shape: str, how: str, flops: int, call: Callable[[], object]) -> float:
         seconds = _best(call, clock)
-        if flops / seconds > best["flops_per_s"]:
-            best.update(shape=shape, how=how, seconds=seconds, flops_per_s=flops / seconds)
+        found.append(ProductSpeed(shape=shape, how=how, seconds=seconds, flops_per_s=flops / seconds))
         return seconds
 
     with torch.inference_mode():
@@ -92,7 +102,7 @@ def product_speed(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
                 seconds = min(seconds, own)
             if seconds > _TOO_LONG_S:
                 break
-    return best
+    return max(found, key=lambda product: product.flops_per_s)
 
 
 def _expert_product(n_tokens: int, d_model: int, size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -105,7 +115,7 @@ def _expert_product(n_tokens: int, d_model: int, size: int, dtype: torch.dtype, 
     return lambda: ops.expert_mlp(x, keys, values, gates, chosen, activation="identity")
 
 
-def bandwidth(device: torch.device) -> dict[str, Any]:
+def bandwidth(device: torch.device) -> ReadingSpeed:
     """Bytes a second of reading a working set of four times the last-level cache or more."""
     cache, _ = last_level_cache_bytes(device)
     wanted = min(max(4 * cache, 2**28), memory_bytes(device) // 4)
@@ -117,12 +127,12 @@ def bandwidth(device: torch.device) -> dict[str, Any]:
         "sum": _best(lambda: matrix.sum(), clock),
     }
     how = min(seconds, key=lambda name: seconds[name])
-    size = matrix.nbytes
+    speed = matrix.nbytes / seconds[how]
     scattered = _scattered(matrix, clock)
-    return {"bytes": size, "how": how, "seconds": seconds[how], "bytes_per_s": size / seconds[how], "scattered": scattered}
+    return ReadingSpeed(bytes=matrix.nbytes, how=how, seconds=seconds[how], bytes_per_s=speed, scattered=scattered)
 
 
-def _scattered(matrix: torch.Tensor, clock: Callable[[], float]) -> dict[str, Any]:
+def _scattered(matrix: Tensor, clock: Callable[[], float]) -> Scattered:
     """Bytes a second where a call reads a few blocks, at random places and each once in a round over all of them.
 
     The whole round is timed: a single call may find its blocks in the cache.
@@ -136,21 +146,19 @@ def _scattered(matrix: torch.Tensor, clock: Callable[[], float]) -> dict[str, An
         for bags in calls:
             F.embedding_bag(bags, matrix, mode="sum")
 
-    size, seconds = n_blocks * _BLOCK_ROWS * matrix[0].nbytes, _best(read_all, clock)
-    return {"block_bytes": _BLOCK_ROWS * matrix[0].nbytes, "blocks": _BLOCKS, "bytes_per_s": size / seconds}
+    block = _BLOCK_ROWS * matrix[0].nbytes
+    return Scattered(block_bytes=block, blocks=_BLOCKS, bytes_per_s=n_blocks * block / _best(read_all, clock))
 
 
-def measure_all(dtypes: list[torch.dtype], device: torch.device) -> list[dict[str, Any]]:
-    """Speeds with one thread and with all, for each dtype."""
+def measure_all(dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[MachineSpeed]:
+    """Speeds with one thread and with all, for each dtype by name."""
     rows = []
     counts = [torch.get_num_threads()] if device.type == "cuda" else sorted({1, torch.get_num_threads()})
     for n_threads in counts:
         with using_threads(n_threads):
             reading = bandwidth(device)
-            for dtype in dtypes:
-                product = product_speed(dtype, device)
-                name = str(dtype).removeprefix("torch.")
-                rows.append({"threads": n_threads, "dtype": name, "product": product, "reading": reading})
+            for name, dtype in dtypes.items():
+                rows.append(MachineSpeed(threads=n_threads, dtype=name, product=product_speed(dtype, device), reading=reading))
     return rows
 
 
@@ -174,3 +182,76 @@ def _best(call: Callable[[], object], clock: Callable[[], float]) -> float:
         call()
         times.append(clock() - start)
     return min(times)
+
+
+def limit(config: FFNConfig, roof: Roof, *, n_tokens: int, touched_bytes: float, itemsize: int, training: bool) -> Limit:
+    """The limit of a forward, or of a forward with its backward."""
+    flops = n_tokens * config.forward_flops(training=training) * (1 + BACKWARD_OVER_FORWARD if training else 1)
+    arithmetic_s, bytes_s = flops / roof.flops_per_s, touched_bytes / roof.bytes_per_s
+    return Limit(
+        arithmetic_s=arithmetic_s,
+        bytes_s=bytes_s,
+        gradient_s=config.num_params() * itemsize / roof.bytes_per_s if training else 0.0,
+        limit_s=max(arithmetic_s, bytes_s),
+    )
+
+
+def touched_bytes(layer: FeedForward, x: Tensor) -> int:
+    """Bytes of the parameters that a batch needs: all but the pairs of units that no token selected."""
+    _, stats = layer.eval()(x, return_stats=True)
+    return weight_bytes(layer.config, n_unused=int((stats.counts == 0).sum()), n_units=len(stats.counts), itemsize=x.itemsize)
+
+
+def weight_bytes(config: FFNConfig, *, n_unused: int, n_units: int, itemsize: int) -> int:
+    """Bytes of the parameters without those of unused units; the dense block computes all, zero or not."""
+    if config.active_channels >= config.n_channels:
+        n_unused = 0
+    pairs = n_unused * config.n_channels // n_units
+    return (config.num_params() - pairs * _TABLES_PER_UNIT[config.unit] * config.d_model) * itemsize
+
+
+def expected_bytes(config: FFNConfig, *, n_tokens: int, itemsize: int) -> float:
+    """The same for tokens that choose their units evenly and independently, in expectation."""
+    share = min(1.0, config.active_channels / config.n_channels)
+    untouched = 0.0 if share == 1.0 else (1 - share) ** n_tokens
+    pairs = untouched * config.n_channels
+    return (config.num_params() - pairs * _TABLES_PER_UNIT[config.unit] * config.d_model) * itemsize
+
+
+def bench_roofline(shapes: Sequence[Shape], settings: LayerSettings, *, progress: Progress = no_progress) -> RooflineResult:
+    """Measured speeds, and what they allow each block at each number of tokens, without timing any block.
+
+    Tokens are taken to choose their units evenly; `bench layer` counts what its tokens touch.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    device = find_device(settings.device)
+    progress("measuring matrix products and bandwidth, with one thread and with all")
+    # PyTorch multiplies float16 very slowly on many CPUs; whoever asks for it waits.
+    names = ("float32", "bfloat16", *(["float16"] if settings.dtype == "float16" or device.type == "cuda" else []))
+    speeds = measure_all({name: DTYPES[name] for name in names}, device)
+    own = next(s for s in speeds if s.threads == torch.get_num_threads() and s.dtype == settings.dtype)
+    roof = Roof(
+        flops_per_s=own.product.flops_per_s,
+        bytes_per_s=own.reading.bytes_per_s,
+        scattered_bytes_per_s=own.reading.scattered.bytes_per_s,
+    )
+    blocks = [
+        (shape.name, label, config) for shape in shapes for label, config in {DENSE: shape.dense, **shape.methods}.items()
+    ]
+    rows = [
+        _limits(*block, roof, n_tokens, DTYPES[settings.dtype].itemsize) for block in blocks for n_tokens in settings.tokens
+    ]
+    return RooflineResult(
+        **head(device), settings=msgspec.structs.replace(settings, device=device.type), speeds=tuple(speeds), rows=tuple(rows)
+    )
+
+
+def _limits(shape: str, label: str, config: FFNConfig, roof: Roof, n_tokens: int, itemsize: int) -> RooflineRow:
+    touched = expected_bytes(config, n_tokens=n_tokens, itemsize=itemsize)
+    forward, training = (
+        limit(config, roof, n_tokens=n_tokens, touched_bytes=touched, itemsize=itemsize, training=training)
+        for training in (False, True)
+    )
+    return RooflineRow(shape=shape, label=label, tokens=n_tokens, touched_bytes=touched, forward=forward, training=training)

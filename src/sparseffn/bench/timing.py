@@ -12,8 +12,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import final
+
+from sparseffn.results.bench_result import Spread
 
 Clock = Callable[[], float]
 Times = Mapping[str, list[float]]
@@ -115,16 +116,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Median and quartiles of a candidate's timings."""
-
-    median_s: float
-    q1_s: float
-    q3_s: float
-    n: int
 
 
 def spread(times: list[float]) -> Spread:

@@ -6,23 +6,23 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import torch
+import msgspec
 
-from sparseffn.bench.backends import backend_restored, check_backends, resolved, use_backend
-from sparseffn.bench.candidates import Setting
-from sparseffn.bench.expert_counts import N_TOKENS, bench_expert_counts
-from sparseffn.bench.layer import LayerSettings, Shape, bench_layers
-from sparseffn.bench.limit_table import bench_roofline
+from sparseffn.bench.benchmark import check_blocks
+from sparseffn.bench.candidates import DTYPES, Setting, Shape, backend_restored, check_backends, resolved, use_backend
+from sparseffn.bench.layer import EXPERT_COUNT_TOKENS, bench_expert_counts, bench_layers
 from sparseffn.bench.memory import bench_memory
-from sparseffn.bench.race import gate_blocks
-from sparseffn.bench.step import StepShape, attention_ratio, method_steps, step_result
+from sparseffn.bench.roofline import bench_roofline
+from sparseffn.bench.step import StepShape, bench_step
 from sparseffn.cli.bench_output import check_out, deliver, say
 from sparseffn.cli.compare import set_threads
 from sparseffn.comparison import contenders, parse_methods
+from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, field_infos, list_methods
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
+from sparseffn.results.bench_result import LayerSettings, StepSettings
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
 _VOCABULARY = 256
@@ -37,9 +37,9 @@ _TOKENS = (1024,)
 def layer_command(options: argparse.Namespace) -> int:
     """Time one layer of each method."""
     settings = _settings(options)
-    result = bench_layers(_shapes(options), settings, say=say)
-    if options.preset == "paper" and N_TOKENS in settings.tokens:
-        result["expert_counts"] = bench_expert_counts(settings, say=say)
+    result = bench_layers(_shapes(options), settings, progress=say)
+    if options.preset == "paper" and EXPERT_COUNT_TOKENS in settings.tokens:
+        result = msgspec.structs.replace(result, expert_counts=bench_expert_counts(settings, progress=say))
     return deliver(result, options)
 
 
@@ -79,7 +79,7 @@ def memory_command(options: argparse.Namespace) -> int:
 
 def roofline_command(options: argparse.Namespace) -> int:
     """The machine's speeds, and the limits that follow."""
-    return deliver(bench_roofline(_shapes(options), _settings(options), say=say), options)
+    return deliver(bench_roofline(_shapes(options), _settings(options), progress=say), options)
 
 
 def step_command(options: argparse.Namespace) -> int:
@@ -89,30 +89,41 @@ def step_command(options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise UserError(f"`--rounds` must be at least 1; got {options.rounds}; fix: --rounds 5")
     preset = get_preset(options.preset)
-    shape = StepShape(batch=options.batch, context=preset.context, memory=preset.memory)
+    device = find_device(options.device)
+    shape = StepShape(
+        batch=options.batch, context=preset.context, memory=preset.memory, precision=options.precision, device=device
+    )
     contender = contenders(parse_methods(options.method), preset, options.vocab_size)[0]
     labels = ["dense", *(word for word in options.methods if word != "dense")]
     models = {c.label: c.model for c in contenders(parse_methods(labels), preset, options.vocab_size)}
     backend = options.backend or requested_backend()
-    _gate_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
+    _check_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
+    settings = StepSettings(
+        preset=preset.name,
+        method=contender.label,
+        params=contender.model.num_params(),
+        vocab_size=options.vocab_size,
+        rounds=options.rounds,
+        batch=shape.batch,
+        context=shape.context,
+        memory=shape.memory,
+        backend=resolved(backend, device, DTYPES[shape.precision]),
+        precision=shape.precision,
+        device=device.type,
+    )
     with backend_restored():
         use_backend(backend)
-        say(f"timing {contender.label} with relative and with plain attention")
-        attention = attention_ratio(contender.model, shape, rounds=options.rounds)
-        say(f"timing {', '.join(models)}")
-        methods = method_steps(models, shape, rounds=options.rounds)
-    settings = {"preset": preset.name, "method": contender.label, "vocab_size": options.vocab_size, "rounds": options.rounds}
-    settings |= {"params": contender.model.num_params(), "backend": resolved(backend, torch.device("cpu"), torch.float32)}
-    return deliver(step_result(shape, settings, attention=attention, methods=methods), options)
+        say(f"timing {contender.label} with relative and with plain attention, then {', '.join(models)}")
+        return deliver(bench_step(contender.model, models, shape, settings), options)
 
 
-def _gate_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:
-    """Hold a step's blocks against float64 at its tokens, on a backend that must be able to run."""
-    setting = Setting(n_tokens=shape.batch * shape.context, dtype=torch.float32, device=torch.device("cpu"))
+def _check_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:
+    """Check a step's blocks against float64 at its tokens, on a backend that must be able to run."""
+    setting = Setting(n_tokens=shape.batch * shape.context, dtype=DTYPES[shape.precision], device=shape.device)
     check_backends((backend,), setting.device, setting.dtype)
-    gate_blocks({label: _bare(config) for label, config in blocks.items()}, setting, backend=backend, say=say)
+    check_blocks({label: _bare(config) for label, config in blocks.items()}, setting, backend=backend, progress=say)
 
 
 def _bare(config: FFNConfig) -> FFNConfig:
-    """Without dropout, which draws at random and is off where the gate looks anyway."""
+    """Without dropout, which draws at random and is off in the check anyway."""
     return config.replace(**{name: 0.0 for name in ("dropout", "expert_dropout") if name in field_infos(type(config))})

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseffn.bench.backends import check_backends
-from sparseffn.bench.figure_points import bench_figures
-from sparseffn.bench.layer import DTYPES, LayerSettings
-from sparseffn.bench.machine import find_device
+import msgspec
+
+from sparseffn.bench.candidates import DTYPES, check_backends
 from sparseffn.cli.bench_output import check_out, say, show, write_files
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import parse_duration
+from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.ops import requested_backend
+from sparseffn.paper.figure_points import bench_figures
 from sparseffn.report.bench_report import read_bench
+from sparseffn.results.bench_result import LayerSettings
 
 
 def figures_command(options: argparse.Namespace) -> int:
@@ -58,4 +60,5 @@ def measure_figures(figures: Sequence[int], settings: LayerSettings, path: Path,
         UserError: the device or a backend is not there, or the time limit is none.
     """
     check_backends(settings.backends, find_device(settings.device), DTYPES[settings.dtype])
-    return bench_figures(figures, settings, path, time_limit_s=parse_duration(time_limit, "time-limit"), say=say)
+    limit_s = parse_duration(time_limit, "time-limit")
+    return msgspec.to_builtins(bench_figures(figures, settings, path, time_limit_s=limit_s, progress=say))

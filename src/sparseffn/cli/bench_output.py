@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from sparseffn.cli.output import console, print_files, print_json
 from sparseffn.errors import UserError
 from sparseffn.report import print_tables
 from sparseffn.report.bench_report import bench_tables, machine_line, write_bench
+from sparseffn.results.bench_result import Head
 from sparseffn.storage import write_json
 
 
@@ -23,10 +25,11 @@ def say(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, markup=False)
 
 
-def deliver(result: dict[str, Any], options: argparse.Namespace) -> int:
+def deliver(measured: Head, options: argparse.Namespace) -> int:
     """Write a result where `--out` says, and print it."""
     # The command's own choice for its process, hence the same for all candidates; see cli/memory.py.
     kept = sys.platform.startswith("linux")
+    result = msgspec.to_builtins(measured)
     result["environment"]["freed_memory"] = "kept by the process" if kept else "the C library's default"
     written = write_files(result, options.out) if options.out else []
     return show(result, written, options)

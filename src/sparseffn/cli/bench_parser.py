@@ -43,7 +43,7 @@ def _sizes(parser: Parser) -> None:
         "--tokens", type=int, nargs="+", metavar="N", help="tokens of a call (default: 1024; paper: 1 8 64 1024 4096)"
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and tokens")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
 
 
 def _timed(parser: Parser) -> None:
@@ -116,7 +116,7 @@ def _step(kinds: Any) -> None:
         kinds,
         "step",
         "Time of a training step: relative against plain attention, and methods against the dense block, in parts.",
-        "The step is the training loop's: forward, loss, backward, clipping, optimiser; float32, memory full. Blocks that\n"
+        "The step is the training loop's: forward, loss, backward, clipping, optimiser; memory full. Blocks that\n"
         "disagree with float64 at the step's tokens are refused (exit code 2). The split into\n"
         "feedforward, attention, output layer (with the loss) and optimiser is measured by hooks in steps of its own.\n\n"
         "Examples:\n"
@@ -129,6 +129,8 @@ def _step(kinds: Any) -> None:
     step.add_argument("--preset", default="wt-s", help="sizes")
     step.add_argument("--batch", type=int, default=4, help="streams")
     step.add_argument("--vocab-size", type=int, default=8000, help="vocabulary")
+    step.add_argument("--precision", choices=_DTYPES[:2], default="float32", help="float32, or autocast to bfloat16")
+    step.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     step.add_argument("--backend", metavar="NAME", help="as doctor lists them (default: SPARSEFFN_BACKEND, else auto)")
     step.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     _result(step)
@@ -155,7 +157,7 @@ def _figures(kinds: Any) -> None:
     figures.add_argument("--rounds", type=int, default=5, help="timed calls of each, at least")
     figures.add_argument("--backend", metavar="NAME", help="as doctor lists them (default: SPARSEFFN_BACKEND, else auto)")
     figures.add_argument("--dtype", choices=_DTYPES, default="float32", help="of parameters and tokens")
-    figures.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    figures.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     figures.add_argument("--redraw", action="store_true", help="draw what figures.json holds, and measure nothing")
     figures.add_argument("--out", default="runs/figures", help="folder")
     add_machine(figures)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sparseffn.analysis.run import finished_run
-from sparseffn.bench.layer import LayerSettings
 from sparseffn.cli.analyze import analyzed
 from sparseffn.cli.bench_figures import measure_figures
 from sparseffn.cli.bench_output import can_draw, check_out
@@ -28,6 +27,7 @@ from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots
 from sparseffn.report.paper_plots import shares_panels, shares_plot
 from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
+from sparseffn.results.bench_result import LayerSettings
 from sparseffn.storage import write_json, write_text
 from sparseffn.training import RunSettings
 

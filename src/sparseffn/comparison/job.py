@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparseffn.bench.race import time_layers
+from sparseffn.bench.benchmark import time_layers
 from sparseffn.comparison.matched import Contender, MethodChoice, contenders
 from sparseffn.comparison.outcome import comparison
 from sparseffn.comparison.runs import count_usage, run_path, train_config

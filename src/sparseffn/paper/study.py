@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from sparseffn.bench.head import result
+from sparseffn.bench.machine import head
 from sparseffn.comparison.job import Silent, Watcher
 from sparseffn.comparison.matched import MethodChoice
 from sparseffn.data import Corpus, load_corpus
@@ -163,7 +164,9 @@ class _Job:
             content["start"] = [row for path in paths for row in read_fields(path, {"rows": Kind.LIST}, fix=fix)["rows"]]
             content["missing_sizes"] = [point.name for point in points if not self._point_path(point).exists()]
         shown = {"study": settings.study, "n_seeds": settings.n_seeds, **settings.scale.to_json()}
-        return result(f"study-{settings.study}", torch.device("cpu"), shown, **content)
+        return msgspec.to_builtins(
+            {"kind": f"study-{settings.study}", **head(torch.device("cpu")), "settings": shown, **content}
+        )
 
     def _variant(self, name: str, choice: MethodChoice, finished: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
         runs = [outcome for label, outcome in finished if label == name]

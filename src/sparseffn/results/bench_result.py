@@ -1,0 +1,454 @@
+"""Results of `sparseffn bench`: one type for each kind of file, named by its field `kind`.
+
+Seconds, bytes, FLOPs and parameters are plain numbers in these units. `forward` is an evaluation forward, `training` a forward
+with its backward. Fields that older files lack have a default; fields that are not known here are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from sparseffn.errors import UserError
+
+FORMAT = 1
+"""Layout of the files; another one is refused."""
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of a result."""
+
+
+class Environment(Record):
+    """What a measurement depends on beside the code."""
+
+    sparseffn: str
+    python: str
+    torch: str
+    numpy: str
+    threads: int
+    cpu: str
+    platform: str
+    device: str
+    """`cpu`, or the name of the GPU."""
+    blas: str
+    cpu_capability: str
+    last_level_cache_bytes: int
+    last_level_cache_source: str
+    memory_bytes: int
+    cpus: int
+    load_average: float
+    date: str
+    sources: str = ""
+    packages: dict[str, str] = {}
+    """Versions of other packages whose kernels may have been timed."""
+    compiler: str | None = None
+    cuda: str | None = None
+    driver: str | None = None
+    freed_memory: str | None = None
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
+    """The fields that every file has; `kind` tells which of the types below it is."""
+
+    format: int
+    environment: Environment
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise UserError(f"`format` of the result must be {FORMAT}; got {self.format}; fix: measure again")
+
+    @property
+    def kind(self) -> str:
+        """`layer`, `memory`, `roofline`, `step`, `figures` or `gpu`."""
+        return str(self.__struct_config__.tag)
+
+
+class Spread(Record):
+    """Median and quartiles of `n` timed calls."""
+
+    median_s: float
+    q1_s: float
+    q3_s: float
+    n: int
+
+
+class LimitedTime(Spread):
+    """Timed calls, and the least that such a call can take."""
+
+    limit_s: float
+    """The larger of the next two."""
+    limit_arithmetic_s: float
+    limit_bytes_s: float
+    gradient_s: float
+    """Writing the gradients of all weights once, 0 for a forward; no part of the limit."""
+    over_limit: float
+
+
+class OverPeer(Record):
+    """Time against the fastest of Hugging Face's implementations."""
+
+    fastest: str
+    over: float
+    times_faster: float
+
+
+class Roof(Record):
+    """Speeds of a device with the threads of the process."""
+
+    flops_per_s: float
+    """Of matrix products in the timed dtype."""
+    bytes_per_s: float
+    """Reading memory in one long pass."""
+    scattered_bytes_per_s: float
+    """Reading a few blocks of an expert's size from scattered places. No part of any limit."""
+
+
+class AbsentCandidate(Record):
+    """A candidate that was not measured at a size, and why."""
+
+    shape: str
+    tokens: int
+    label: str
+    reason: str
+
+
+# --- bench layer
+
+
+class LayerSettings(Record, omit_defaults=False):
+    """How layers are measured.
+
+    Raises:
+        UserError: a list is empty or names something twice; a number below 1; an unknown dtype.
+    """
+
+    tokens: tuple[int, ...]
+    """Tokens of a call."""
+    rounds: int = 7
+    """Timed calls of each candidate, at least."""
+    backends: tuple[str, ...] = ("auto",)
+    dtype: str = "float32"
+    device: str = "cpu"
+    peers: bool = True
+    """Also time other libraries' experts, where sigma-moe is among the methods."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "backends"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"`{name}` must name at least one, each once; got {list(values)}; fix: name each once")
+        if min(self.tokens) < 1 or self.rounds < 1:
+            raise UserError(
+                f"`--tokens` and `--rounds` must be at least 1; got {list(self.tokens)}, {self.rounds}; fix: --tokens 1024"
+            )
+        if self.dtype not in DTYPE_NAMES:
+            raise UserError(f"`dtype` must be one of {', '.join(DTYPE_NAMES)}; got {self.dtype!r}; fix: --dtype float32")
+
+
+class ShapeConfigs(Record):
+    """The configs behind the labels of a shape."""
+
+    name: str
+    dense: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+
+
+class Deviation(Record):
+    """The correctness check of a candidate: largest deviation from float64 over its largest value, by quantity."""
+
+    tokens: int
+    largest_deviation: dict[str, float]
+
+
+class WarmTime(Spread):
+    """One layer called again and again with the same tokens."""
+
+    over_dense: float
+    over_dense_over_share: float
+
+
+class LayerTime(LimitedTime, omit_defaults=False):
+    """One pass of a candidate."""
+
+    over_dense: float
+    over_dense_over_share: float
+    over_fastest_hf: OverPeer | None = None
+    """None for peers, other methods, and where no peer was timed."""
+
+
+class WarmTimes(Record):
+    """Both passes."""
+
+    forward: WarmTime
+    training: WarmTime
+
+
+class LayerRow(Record):
+    """One candidate at one size."""
+
+    shape: str
+    tokens: int
+    label: str
+    method: str
+    peer: bool
+    backend: str | None
+    """None for a peer, which has its own."""
+    cache: Literal["cold", "repeated"]
+    n_layers: int
+    share: float
+    """Active over all channels, K / N."""
+    params: int
+    touched_bytes: float
+    gradient_bytes: int
+    check: Deviation = msgspec.field(name="gate")
+    forward: LayerTime
+    training: LayerTime
+    warm: WarmTimes | None = None
+    """Where `cache` is cold."""
+
+
+class CountedExperts(Record):
+    """One end of figure 9."""
+
+    forward: LimitedTime
+    training: LimitedTime
+    gradient_bytes: int
+
+
+class ExpertCounts(Record):
+    """Few experts against many in one run."""
+
+    tokens: int
+    fixed: str
+    backend: str
+    layers: dict[str, CountedExperts]
+    forward_over_few: float
+    training_over_few: float
+
+
+class LayerResult(Head, tag="layer"):
+    """`sparseffn bench layer`."""
+
+    settings: LayerSettings
+    roof: Roof
+    shapes: tuple[ShapeConfigs, ...]
+    rows: tuple[LayerRow, ...]
+    left_out: tuple[AbsentCandidate, ...]
+    expert_counts: ExpertCounts | None = None
+
+
+# --- bench memory
+
+
+class MemoryRow(Record):
+    """Bytes that one layer keeps for its backward."""
+
+    shape: str
+    tokens: int
+    label: str
+    backend: str | None
+    share: float
+    saved_bytes: int
+    selection_bytes: int
+    input_bytes: int
+    output_bytes: int
+    total_bytes: int
+    over_dense: float
+    over_dense_over_share: float
+    total_over_dense: float
+
+
+class MemoryResult(Head, tag="memory"):
+    """`sparseffn bench memory`."""
+
+    settings: LayerSettings
+    rows: tuple[MemoryRow, ...]
+    left_out: tuple[AbsentCandidate, ...]
+
+
+# --- bench roofline
+
+
+class ProductSpeed(Record):
+    """The fastest matrix product: whose it is, its shape and its speed."""
+
+    how: str
+    seconds: float
+    flops_per_s: float
+    shape: str
+
+
+class Scattered(Record):
+    """Reading a few blocks of an expert's size from scattered places."""
+
+    bytes_per_s: float
+    block_bytes: int
+    blocks: int
+
+
+class ReadingSpeed(Record):
+    """Reading a working set of four times the last-level cache or more."""
+
+    bytes: int
+    how: str
+    seconds: float
+    bytes_per_s: float
+    scattered: Scattered
+
+
+class MachineSpeed(Record):
+    """What so many threads reach in a dtype."""
+
+    threads: int
+    dtype: str
+    product: ProductSpeed
+    reading: ReadingSpeed
+
+
+class Limit(Record):
+    """Seconds that a call takes at the least."""
+
+    arithmetic_s: float
+    bytes_s: float
+    gradient_s: float
+    """Writing the gradients of all weights; 0 for a forward. Not part of the limit."""
+    limit_s: float
+    """The larger of arithmetic and bytes."""
+
+
+class RooflineRow(Record):
+    """The limits of one block at one size."""
+
+    shape: str
+    label: str
+    tokens: int
+    touched_bytes: float
+    forward: Limit
+    training: Limit
+
+
+class RooflineResult(Head, tag="roofline"):
+    """`sparseffn bench roofline`."""
+
+    settings: LayerSettings
+    speeds: tuple[MachineSpeed, ...]
+    rows: tuple[RooflineRow, ...]
+
+
+# --- bench step
+
+
+class StepSettings(Record, omit_defaults=False):
+    """What a training step consists of."""
+
+    preset: str
+    method: str
+    """Label of the block with which attentions are compared."""
+    params: int
+    vocab_size: int
+    rounds: int
+    batch: int
+    context: int
+    memory: int
+    backend: str = "auto"
+    precision: str = "float32"
+    device: str = "cpu"
+
+
+class MethodStep(Record):
+    """A training step of one model."""
+
+    seconds: float
+    over_base: float
+    times: tuple[float, ...]
+    parts: dict[str, float]
+    parts_whole_s: float
+    params: int
+
+
+class StepResult(Head, tag="step"):
+    """`sparseffn bench step`; `seconds`, `ratio` and `times` compare relative with plain attention."""
+
+    settings: StepSettings
+    seconds: dict[str, float]
+    ratio: float
+    times: dict[str, tuple[float, ...]]
+    methods: dict[str, MethodStep]
+
+
+# --- bench figures
+
+
+class FigureSettings(Record):
+    """How all points of a file are measured."""
+
+    tokens: int
+    dtype: str
+    device: str
+    backend: str
+    rounds: int
+
+
+class FigureSweep(Record):
+    """What a figure varies, and what it holds fixed."""
+
+    variable: str
+    values: tuple[int, ...]
+    fixed: str
+
+
+class FigureTime(LimitedTime):
+    """One pass of one side of a point."""
+
+    over_dense: float | None = None
+    """None for the dense block."""
+
+
+class FigureLayer(Record):
+    """One side of a point; `memory_bytes` is what the authors measured, all but the block's input."""
+
+    forward: FigureTime
+    training: FigureTime
+    memory_bytes: int
+    saved_bytes: int
+    selection_bytes: int
+    input_bytes: int
+    output_bytes: int
+    gradient_bytes: int
+
+
+class FigurePoint(Record):
+    """One place in one figure."""
+
+    figure: int
+    value: int
+    variable: str
+    blocks: dict[str, dict[str, Any]]
+    layers: dict[str, FigureLayer]
+
+
+class AbsentPoint(Record):
+    """A point that was not measured, and which limit it did not fit."""
+
+    figure: int
+    value: int
+    variable: str
+    limit: str
+    reason: str
+
+
+class FiguresResult(Head, tag="figures"):
+    """`sparseffn bench figures`."""
+
+    settings: FigureSettings
+    figures: tuple[int, ...]
+    sweeps: dict[str, FigureSweep]
+    points: tuple[FigurePoint, ...]
+    left_out: tuple[AbsentPoint, ...]
+
+
+BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult
