@@ -11,6 +11,7 @@ from sparseffn import devices
 from sparseffn.errors import UserError
 
 CPU = torch.device("cpu")
+STATE = torch.zeros(16, dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_generators_go_on_where_their_state_was_taken() -> None:
     assert torch.equal(torch.rand(3), first)
 
 
-@pytest.mark.parametrize(("kept", "called"), [(True, ("set", "state")), (False, ("seed", 7))], ids=["same", "new"])
+@pytest.mark.parametrize(("kept", "called"), [(True, ("set", STATE)), (False, ("seed", 7))], ids=["same", "new"])
 def test_a_gpu_without_a_state_starts_from_a_seed(
     kept: bool, called: tuple[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_gpu_without_a_state_starts_from_a_seed(
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: calls.append(("set", state)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: calls.append(("seed", seed)))
-    states = {"cpu": torch.get_rng_state()} | ({"cuda": "state"} if kept else {})
+    states = {"cpu": torch.get_rng_state()} | ({"cuda": STATE} if kept else {})
     devices.restore_generators(states, torch.device("cuda", 0), seed=7)
-    assert calls == [called]
+    ((name, value),) = calls
+    assert name == called[0] and value is called[1]
