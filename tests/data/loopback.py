@@ -20,10 +20,10 @@ class Served:
     ranges: bool = True
     # The answer's status, if it is an error.
     status: int = 200
-    # Whether the length is told.
-    tells_length: bool = True
+    # Whether the length is sent.
+    sends_length: bool = True
     # Held until this is set.
-    gate: threading.Event | None = None
+    held: threading.Event | None = None
 
 
 @dataclass
@@ -54,8 +54,8 @@ def loopback() -> Iterator[Loopback]:
             if file is None or file.status != 200:
                 self.send_error(404 if file is None else file.status)
                 return
-            if file.gate is not None:
-                file.gate.wait(10)
+            if file.held is not None:
+                file.held.wait(10)
             start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and file.ranges else 0
             if start and start >= len(file.data):
                 self.send_error(416)
@@ -64,7 +64,7 @@ def loopback() -> Iterator[Loopback]:
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(file.data) - 1}/{len(file.data)}")
-            if file.tells_length:
+            if file.sends_length:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: file.breaks.pop(0)] if file.breaks else body)

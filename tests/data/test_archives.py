@@ -114,14 +114,14 @@ def test_a_zip_that_lies_about_a_size_gives_no_more(tmp_path: Path, out: Path) -
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
 @pytest.mark.parametrize("cut", [0.5, 0.95])
-def test_a_truncated_archive_is_told(tmp_path: Path, out: Path, pack, cut: float) -> None:
+def test_a_truncated_archive_is_reported(tmp_path: Path, out: Path, pack, cut: float) -> None:
     """And so is one with a changed byte."""
     data = pack({"a": bytes(range(256)) * 400, "b": bytes(range(256)) * 400})
     with pytest.raises(UserError, match="an archive must be"):
         unpack(put(tmp_path, data[: int(len(data) * cut)]), {"a": "a", "b": "b"}, out)
 
 
-def test_a_changed_byte_is_told(tmp_path: Path, out: Path) -> None:
+def test_a_changed_byte_is_reported(tmp_path: Path, out: Path) -> None:
     """By the archive's own checksum."""
     data = bytearray(zipped({"a": bytes(range(256)) * 400}))
     data[60] ^= 1
@@ -129,7 +129,7 @@ def test_a_changed_byte_is_told(tmp_path: Path, out: Path) -> None:
         unpack(put(tmp_path, bytes(data)), {"a": "a"}, out)
 
 
-def test_what_is_no_archive_is_told(tmp_path: Path, out: Path) -> None:
+def test_what_is_no_archive_is_reported(tmp_path: Path, out: Path) -> None:
     """A page that asks for a log-in, mostly."""
     with pytest.raises(UserError, match=r"must be a zip, tar or gzip file; got .*enwik8\.zip', which begins with b'<!DOCTY"):
         unpack(put(tmp_path, b"<!DOCTYPE html>", "enwik8.zip"), {"enwik8": "enwik8"}, out)

@@ -45,7 +45,7 @@ def prepare_together(book: Path, cache: Path, together: threading.Barrier, found
 
 class TestReopening:
     def test_a_prepared_corpus_is_opened_without_reading_it(self, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Names, sizes and times tell that the text is the same."""
+        """Names, sizes and times show that the text is the same."""
         first = load_corpus("text", data_dir=book)
 
         def refuse(self: Source, split: Split) -> None:

@@ -262,7 +262,7 @@ class TestLoad:
         assert load_corpus("text", data_dir=moved).digest != digest
 
     def test_an_edit_of_the_same_length_and_time_is_noticed(self, book: Path) -> None:
-        """The system's own time of change tells."""
+        """The system's own time of change shows it."""
         before, stat = load_corpus("text", data_dir=book), book.stat()
         book.write_bytes(book.read_bytes()[::-1])
         os.utime(book, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""Downloads break, lie and race; what has a file's name in the end is the file."""
+"""Whatever servers do, what has a file's name in the end is the file."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def names(folder: Path) -> list[str]:
 class TestTransfers:
     def test_a_file_arrives_whole(self, server: Loopback, tmp_path: Path) -> None:
         """With progress up to its end, and nothing beside it."""
-        told: list[tuple[str, int, int | None]] = []
-        path = fetch(remote(server.add("a", DATA)), tmp_path, on_progress=lambda *report: told.append(report))
+        reports: list[tuple[str, int, int | None]] = []
+        path = fetch(remote(server.add("a", DATA)), tmp_path, on_progress=lambda *report: reports.append(report))
         assert path.read_bytes() == DATA
-        assert told[-1] == ("a.bin", len(DATA), len(DATA))
+        assert reports[-1] == ("a.bin", len(DATA), len(DATA))
         assert names(tmp_path) == ["a.bin"]
 
     def test_a_file_that_is_there_is_not_asked_for(self, server: Loopback, tmp_path: Path) -> None:
@@ -90,16 +90,16 @@ class TestTransfers:
     def test_a_silent_server_is_given_up(self, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """After the timeout, not never."""
         monkeypatch.setattr("sparseffn.data.download.TIMEOUT_S", 0.1)
-        gate = threading.Event()
+        held = threading.Event()
         with pytest.raises(DownloadError, match="timed out"):
-            fetch(remote(server.add("a", DATA, gate=gate)), tmp_path)
-        gate.set()
+            fetch(remote(server.add("a", DATA, held=held)), tmp_path)
+        held.set()
 
 
 class TestMirrors:
     @pytest.mark.parametrize("status", [403, 404, 500])
     def test_a_dead_mirror_falls_over_to_the_next(self, server: Loopback, tmp_path: Path, status: int) -> None:
-        """And so does one that nobody listens at."""
+        """And so does an address without a server."""
         urls = ("http://127.0.0.1:9/a", server.add("dead", b"", status=status), server.add("a", DATA))
         assert fetch(remote(*urls), tmp_path).read_bytes() == DATA
 
@@ -114,7 +114,7 @@ class TestMirrors:
         assert fetch(remote(*urls), tmp_path).read_bytes() == DATA
         assert names(tmp_path) == ["a.bin"]
 
-    def test_every_mirror_is_told_with_its_reason(self, server: Loopback, tmp_path: Path) -> None:
+    def test_every_mirror_is_named_with_its_reason(self, server: Loopback, tmp_path: Path) -> None:
         """Expected and got, whose digest it is, what to do; nothing is left behind."""
         wrong = DATA[::-1]
         urls = (server.add("dead", b"", status=404), server.add("wrong", wrong))
@@ -128,7 +128,7 @@ class TestMirrors:
     def test_an_endless_answer_is_cut(self, server: Loopback, tmp_path: Path) -> None:
         """At the published size."""
         with pytest.raises(DownloadError, match="more than the 1000 bytes"):
-            fetch(remote(server.add("a", DATA, tells_length=False), size=1000), tmp_path)
+            fetch(remote(server.add("a", DATA, sends_length=False), size=1000), tmp_path)
 
 
 class TestDigests:

@@ -96,14 +96,14 @@ class TestFiles:
             assert list(read_local(tmp_path / "a.json.gz", skip)) == texts[skip:]
 
     @pytest.mark.parametrize("data", [b"{}\n", b"[1]\n", b"not json\n", b'"text"\n'], ids=["no-text", "list", "text", "string"])
-    def test_a_line_that_is_no_document_is_told(self, tmp_path: Path, data: bytes) -> None:
+    def test_a_line_that_is_no_document_is_reported(self, tmp_path: Path, data: bytes) -> None:
         """With its number."""
         (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + data))
         with pytest.raises(UserError, match=r"must be a JSON object with `text`; got .* in line 2 of .*a\.json\.gz"):
             list(read_local(tmp_path / "a.json.gz"))
 
     @pytest.mark.parametrize("damage", ["cut", "plain"])
-    def test_a_damaged_shard_is_told(self, tmp_path: Path, damage: str) -> None:
+    def test_a_damaged_shard_is_reported(self, tmp_path: Path, damage: str) -> None:
         """Cut short, or no gzip file."""
         write_shard(tmp_path / "a.json.gz", [document("a", i) for i in range(50)])
         data = (tmp_path / "a.json.gz").read_bytes()
@@ -121,7 +121,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("at", ["opening", "reading"])
     @pytest.mark.parametrize("error", [ConnectionError("reset by peer"), LookupError("no such shard")], ids=["os", "other"])
-    def test_a_network_that_fails_is_told(self, at: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_network_that_fails_is_reported(self, at: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the address, the cause and the way out; documents that came before are given."""
 
         def rows() -> Iterator[dict[str, str]]:

@@ -52,7 +52,7 @@ class TestStored:
         assert open_small(SMALL_C4, flat, cache_dir).digest == open_small(SMALL_C4, shards, cache_dir).digest
 
     def test_other_shards_are_another_corpus(self, shards: Path, cache_dir: Path) -> None:
-        """Some of the training shards are enough, and are told."""
+        """Some of the training shards are enough, and are counted in the result."""
         before = open_small(SMALL_C4, shards, cache_dir)
         (shards / SMALL_C4.train.format(2)).unlink()
         after = open_small(SMALL_C4, shards, cache_dir)
@@ -75,7 +75,7 @@ class TestStored:
         with pytest.raises(UserError, match=r"without en/c4-validation\.00000-of-00008\.json\.gz; fix: put them there"):
             open_small(SMALL_C4, shards, cache_dir)
 
-    def test_a_short_validation_shard_is_told(self, shards: Path, cache_dir: Path) -> None:
+    def test_a_short_validation_shard_is_reported(self, shards: Path, cache_dir: Path) -> None:
         """The subset would not be the fixed one."""
         write_shard(shards / SMALL_C4.validation.format(0), [document("v", i) for i in range(39)])
         with pytest.raises(UserError, match="must have 40 documents, half for test and half for valid; got 39"):

@@ -85,7 +85,7 @@ class _WrongFile(_MirrorError):
 
 
 def parse_digest(text: str) -> str:
-    """A digest as `algorithm:hex` in lower case; for hexadecimal digits alone, their number says the algorithm.
+    """A digest as `algorithm:hex` in lower case; for hexadecimal digits alone, their number gives the algorithm.
 
     Raises:
         UserError: it is none.
@@ -183,7 +183,7 @@ def fetch(
             failures.append(f"{url}: {error}")
             fixes += [error.fix] if error.fix else []
         except UserError:
-            # Half a file on a full disk helps nobody.
+            # Half a file on a full disk is of no use.
             part.unlink(missing_ok=True)
             raise
     raise DownloadError(

@@ -1,6 +1,6 @@
 """Corpora that others publish as files: found in the user's folder or the cache, downloaded on request alone.
 
-    CACHE/corpora/NAME/text/       plain files, and `origin.json`, which says what they came from
+    CACHE/corpora/NAME/text/       plain files, and `origin.json`, with what they came from
     CACHE/corpora/NAME/local-KEY/  the same, from an archive in the user's folder
     CACHE/corpora/NAME/accepted    digests that the user accepts in place of unverified ones
 
@@ -68,7 +68,7 @@ class PublishedCorpus:
     routes: tuple[Route, ...]
     # Which bytes are which split.
     cut: Cut
-    # What is said of the split in every result.
+    # The split in words, for every result.
     split_rule: str = "the corpus's own"
     # The most that one member of an archive may unpack to.
     max_bytes: int = MAX_MEMBER_BYTES
@@ -133,7 +133,7 @@ class PublishedCorpus:
                 write_text(folder / "accepted", "".join(f"{digest}\n" for digest in sorted({*known, *digests})))
         found = None if place.data_dir is None else self._find_in(place.data_dir, place)
         with _locked(folder):
-            # Somebody else may have been at it meanwhile.
+            # Another process may have prepared it meanwhile.
             if found is not None:
                 self._keep(found, place)
             elif not self.is_prepared(place):
@@ -191,7 +191,7 @@ class PublishedCorpus:
                     unpack(path, remote.members, folder, max_bytes=self.max_bytes)
                 else:
                     shutil.copyfile(path, folder / remote.file.name)
-            # An accepted archive stands for what is in it.
+            # What is in an accepted archive is accepted too.
             whole = any(digest in accepted for digest in origin.values())
             for file in () if whole else self.files:
                 check_file(folder / file.name, file, accepted)

@@ -137,7 +137,7 @@ class ShuffledDocuments:
         return self._texts[self._index - 1]
 
     def position(self) -> list[int]:
-        """Where the next document is: epoch, block, turn and place of every open shard at the block's begin, index in it."""
+        """Where the next document is: epoch, block, next lane and place of each open shard as the block begins, index in it."""
         return [*self._mark, self._index]
 
     def restore(self, position: Sequence[int]) -> None:
@@ -152,9 +152,9 @@ class ShuffledDocuments:
                 f"a position must have {expected} numbers for {self._n_shards} shards; got {len(position)}; "
                 "fix: go on with the shards that the run began with"
             )
-        epoch, block, turn, *places, index = (int(number) for number in position)
+        epoch, block, next_lane, *places, index = (int(number) for number in position)
         self._begin(epoch)
-        self._block, self._turn = block, turn
+        self._block, self._next_lane = block, next_lane
         for lane, shard, line in zip(self._lanes, places[::2], places[1::2], strict=True):
             lane.move(shard, line)
         self._mark, self._texts, self._index = self._state(), [], 0
@@ -168,12 +168,12 @@ class ShuffledDocuments:
         """Shuffle the shards and deal them out."""
         order = list(range(self._n_shards))
         random.Random(f"{self._seed} {epoch}").shuffle(order)
-        self._epoch, self._block, self._turn = epoch, 0, 0
+        self._epoch, self._block, self._next_lane = epoch, 0, 0
         self._lanes = [_Lane(self._read, order[lane :: self._n_open]) for lane in range(self._n_open)]
 
     def _state(self) -> list[int]:
         places = (number for lane in self._lanes for number in (lane.shard, lane.line))
-        return [self._epoch, self._block, self._turn, *places]
+        return [self._epoch, self._block, self._next_lane, *places]
 
     def _fill(self) -> None:
         """Read the next block and shuffle it; after the last one, the first of the next epoch."""
@@ -193,8 +193,8 @@ class ShuffledDocuments:
         texts: list[str] = []
         missed = 0
         while len(texts) < self._buffer and missed < self._n_open:
-            text = self._lanes[self._turn].take()
-            self._turn = (self._turn + 1) % self._n_open
+            text = self._lanes[self._next_lane].take()
+            self._next_lane = (self._next_lane + 1) % self._n_open
             missed = 0 if text is not None else missed + 1
             if text is not None:
                 texts.append(text)

@@ -2,7 +2,7 @@
 
 Shards are `.json.gz` files in the published layout: in the user's folder, read by the standard library, or on the Hugging
 Face hub, streamed by the `datasets` library. Such a corpus has no test split: `test` is the part of the validation split
-that stands for published results, and `valid` the same number of documents after it.
+that published results are of, and `valid` the same number of documents after it.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _shard_in(folder: Path, path: str) -> Path | None:
     return next((place.resolve() for place in places if place.is_file()), None)
 
 
-# Documents between two words of progress.
-_TOLD_EVERY = 1000
+# Documents between two reports of progress.
+_REPORT_EVERY = 1000
 
 
 def _checksum(path: Path) -> str:
@@ -177,18 +177,18 @@ class StreamedSource:
     def running_digest(self) -> ContentDigest:
         """What the content digest is made with: the stored text, and which shards are streamed.
 
-        Of a shard on the disk counts the checksum that ends it; on the hub, the revision in the address stands for all.
+        A shard on the disk counts by the checksum that ends it, those on the hub by the revision in the address.
         """
         shards = [(path, _checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
         return ContentDigest(json.dumps([shards, self.spec.separator, self.spec.fit_shards]))
 
     def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
-        """A tokeniser for text that nobody has seen yet.
+        """A tokeniser for text that was not read yet.
 
         Args:
             tokenizer: `bpe` or `bytes`.
             vocab_size: pieces; None for the default.
-            on_progress: told of each shard and the bytes of its text that were read.
+            on_progress: called with each shard and the bytes of its text that were read.
 
         Raises:
             UserError: this one would not know every character.
@@ -219,7 +219,7 @@ class StreamedSource:
         for number, text in enumerate(self._read(path, 0), start=1):
             yield text
             n_bytes += len(text)
-            if on_progress is not None and number % _TOLD_EVERY == 0:
+            if on_progress is not None and number % _REPORT_EVERY == 0:
                 on_progress(path, n_bytes, None)
 
     def _read(self, path: str, skip: int) -> Iterator[str]:
