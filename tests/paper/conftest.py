@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from sparseffn.paper.scales import Scale, make_scale
 from sparseffn.paper.tables import get_table
 
 
-@pytest.fixture(autouse=True)
-def _torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _torch_backend() -> Iterator[None]:
     """Nothing here is about kernels, and compiling them takes longer than all runs together."""
-    monkeypatch.setenv("SPARSEFFN_BACKEND", "torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEFFN_BACKEND", "torch")
+        yield
 
 
 @pytest.fixture(scope="session")

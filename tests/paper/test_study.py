@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import to_builtins
 
 from sparseffn.cli import main
 from sparseffn.comparison.job import Silent
 from sparseffn.errors import UserError
 from sparseffn.models.presets import Preset
 from sparseffn.paper.study import StudySettings, study
-from sparseffn.paper.study_runs import CPU, Scale
+from sparseffn.paper.study_runs import CPU, StudyScale
 from sparseffn.paper.study_start import Grid, Point, schemes
 from sparseffn.report.study_report import read_study, study_markdown, study_tables, write_study
+from sparseffn.results.study_result import StudyResult
+from sparseffn.storage import read
 
 SHAPE = dataclasses.replace(CPU.preset.shape, d_model=16, d_ff=32, n_experts=4, expert_size=8, k=2)
 PRESET: Preset = dataclasses.replace(CPU.preset, shape=SHAPE, n_heads=2, d_head=8, context=16, batch=2, eval_batch=2, steps=13)
 GRID = Grid(
     d_model=32, n_layers=(1,), n_experts=(4, 8), expert_size=(4,), k=(2,), base=(1, 4, 4, 2), n_tokens=256, n_gradients=64
 )
-SCALE = Scale(grid=GRID, preset=PRESET, eval_tokens=200, start_seeds=2)
+SCALE = StudyScale(grid=GRID, preset=PRESET, eval_tokens=200, start_seeds=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +43,22 @@ def settings(song: str, name: str, **changes: Any) -> StudySettings:
 
 
 @pytest.fixture(scope="module")
-def whole(song: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(song: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResult]:
     """The init study in one go."""
     out = tmp_path_factory.mktemp("study") / "out"
     return out, study(settings(song, "init"), out)
 
 
-def test_result_is_complete_and_comes_back_from_its_file(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_result_is_complete_and_comes_back_from_its_file(whole: tuple[Path, StudyResult]) -> None:
     """Two sizes with six schemes on two inputs, four variants with a probe at the start and at the end."""
     out, result = whole
-    assert result == read_study(out / "study-init.json") and result["missing"] == [] and result["missing_sizes"] == []
-    assert len(result["start"]) == 2 * 6 * 2 and len(GRID.points) == 2
-    for variant in result["variants"]:
-        (run,) = variant["runs"]
-        steps = [probe["step"] for probe in run["probes"]]
+    assert result == read(out / "study-init.json", StudyResult, fix="") and result.missing == [] == result.missing_sizes
+    assert len(result.start) == 2 * 6 * 2 and len(GRID.points) == 2
+    for variant in result.variants:
+        (run,) = variant.runs
+        steps = [probe.step for probe in run.probes]
         assert steps[0] == 0 and steps[-1] == 13 and len(steps) >= 6
-        assert 0 < run["valid"] < 10 and 0 < run["probes"][0]["load_entropy"] <= 1
+        assert 0 < run.valid < 10 and 0 < run.probes[0].load_entropy <= 1
 
 
 class _Interrupts(Silent):
@@ -71,7 +74,7 @@ class _Interrupts(Silent):
         return on_step
 
 
-def test_interrupted_study_goes_on_to_the_same_figures(song: str, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_interrupted_study_goes_on_to_the_same_figures(song: str, whole: tuple[Path, StudyResult], tmp_path: Path) -> None:
     """Sizes and runs that are there are not measured again; losses and probes are bit-identical."""
     with pytest.raises(KeyboardInterrupt):
         study(settings(song, "init"), tmp_path, watcher=_Interrupts())
@@ -79,26 +82,26 @@ def test_interrupted_study_goes_on_to_the_same_figures(song: str, whole: tuple[P
     before = marker.stat().st_mtime_ns
     result = study(settings(song, "init"), tmp_path)
     assert marker.stat().st_mtime_ns == before
-    assert result["variants"] == whole[1]["variants"] and result["start"] == whole[1]["start"]
+    assert result.variants == whole[1].variants and result.start == whole[1].start
 
 
-def test_studies_share_runs_and_seeds_may_be_added(song: str, whole: tuple[Path, dict[str, Any]]) -> None:
+def test_studies_share_runs_and_seeds_may_be_added(song: str, whole: tuple[Path, StudyResult]) -> None:
     """sigma-MoE as it is serves all three; a second seed adds to the first."""
     out, first = whole
     run = out / "runs" / "sigma-moe" / "seed-0" / "result.json"
     before = run.stat().st_mtime_ns
     balance = study(settings(song, "balance", n_seeds=2), out)
     assert run.stat().st_mtime_ns == before
-    assert balance["variants"][0]["runs"][0] == first["variants"][0]["runs"][0]
-    assert [len(variant["runs"]) for variant in balance["variants"]] == [2, 2, 2, 2]
+    assert balance.variants[0].runs[0] == first.variants[0].runs[0]
+    assert [len(variant.runs) for variant in balance.variants] == [2, 2, 2, 2]
 
 
-def test_competition_tells_interference_apart(song: str, whole: tuple[Path, dict[str, Any]]) -> None:
+def test_competition_tells_interference_apart(song: str, whole: tuple[Path, StudyResult]) -> None:
     """None for the sigmoid, some for the softmaxes."""
     result = study(settings(song, "competition"), whole[0])
-    found = [variant["runs"][0]["probes"][0]["interference"] for variant in result["variants"]]
+    found = [variant.runs[0].probes[0].interference for variant in result.variants]
     assert found[0] == 0 and found[1] > 0 and found[2] > 0
-    assert "interference" in study_markdown(result) and "gates" in study_tables(result)
+    assert "interference" in study_markdown(to_builtins(result)) and "gates" in study_tables(to_builtins(result))
 
 
 def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> None:
@@ -106,9 +109,9 @@ def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"`budget` must suffice for one measurement.*; fix: --budget 1m"):
         study(settings(song, "competition", budget_s=1e-6), tmp_path / "a")
     result = study(settings(song, "init", budget_s=1e-6), tmp_path / "b")
-    assert result["missing_sizes"] == [GRID.points[1].name] and len(result["missing"]) == 4
-    assert "not run yet" in study_markdown(result) and GRID.points[1].name in study_markdown(result)
-    page = write_study(result, tmp_path / "b")[1].read_text()
+    assert result.missing_sizes == [GRID.points[1].name] and len(result.missing) == 4
+    assert "not run yet" in study_markdown(to_builtins(result)) and GRID.points[1].name in study_markdown(to_builtins(result))
+    page = write_study(to_builtins(result), tmp_path / "b")[1].read_text()
     assert "not run yet" in page
 
 
@@ -132,7 +135,7 @@ def test_unknown_scheme_is_refused() -> None:
         next(schemes(Point(1, 4, 4, 2), 32)).replace(init="xavier")
 
 
-def test_folder_of_another_scale_is_refused(song: str, whole: tuple[Path, dict[str, Any]]) -> None:
+def test_folder_of_another_scale_is_refused(song: str, whole: tuple[Path, StudyResult]) -> None:
     """Nothing is overwritten."""
     other = dataclasses.replace(SCALE, eval_tokens=100)
     with pytest.raises(UserError, match=r"scale.eval_tokens is 200, not 100"):
@@ -140,7 +143,7 @@ def test_folder_of_another_scale_is_refused(song: str, whole: tuple[Path, dict[s
 
 
 def test_run_of_a_study_is_evaluated_like_any_other(
-    song: str, whole: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    song: str, whole: tuple[Path, StudyResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the whole split, which says that the run's own loss is of less; another corpus is refused by its digest."""
     run = whole[0] / "runs" / "sigma-moe" / "seed-0"
@@ -155,7 +158,7 @@ def test_run_of_a_study_is_evaluated_like_any_other(
     assert f"the corpus must be the run's, digest {found['digest']}; got" in capsys.readouterr().err
 
 
-def test_damaged_files_are_named(song: str, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_damaged_files_are_named(song: str, whole: tuple[Path, StudyResult], tmp_path: Path) -> None:
     """A result that is cut short, and one of something else."""
     path = tmp_path / "study-init.json"
     path.write_text((whole[0] / "study-init.json").read_text()[:100])
@@ -166,10 +169,10 @@ def test_damaged_files_are_named(song: str, whole: tuple[Path, dict[str, Any]], 
         read_study(path)
 
 
-def test_every_figure_is_written(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_every_figure_is_written(whole: tuple[Path, StudyResult], tmp_path: Path) -> None:
     """Tables, page and drawings in both forms, from the file alone."""
     written = write_study(read_study(whole[0] / "study-init.json"), tmp_path)
     assert {path.suffix for path in written} == {".md", ".html", ".svg", ".png"}
     assert len([path for path in written if path.suffix == ".png"]) == 8
     assert all(path.stat().st_size > 500 for path in written)
-    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_tables(whole[1]))
+    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_tables(to_builtins(whole[1])))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from msgspec import to_builtins
+
 from sparseffn.cli.bench_output import can_draw, check_out
 from sparseffn.cli.compare import set_threads
 from sparseffn.cli.output import Watch, console, parse_duration, print_files, print_json
@@ -28,7 +30,7 @@ def study_command(options: argparse.Namespace) -> int:
     )
     watch = Watch(lambda nats: f"loss {nats:.3f} nats")
     try:
-        result = study(settings, options.out, watcher=watch)
+        result = to_builtins(study(settings, options.out, watcher=watch))
     finally:
         watch.close()
     written = write_study(result, Path(options.out), drawn=can_draw())

@@ -7,43 +7,24 @@ squares is the interference between experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparseffn.analysis.usage import UsageCounter
 from sparseffn.data import ContiguousStreams
+from sparseffn.devices import to_device
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate, token_losses
+from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.mixture import Mixture
 from sparseffn.ffn.routers import Routing
 from sparseffn.models import TransformerXL
 from sparseffn.ops import GateName
+from sparseffn.results.study_result import SelectorProbe
 
 
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """State of the selectors, as means over layers."""
-
-    load_entropy: float
-    """Entropy of the experts' shares of the selections over its maximum, log N_E."""
-    dead: float
-    """Share of the experts with under 1% of the mean load."""
-    largest_over_mean: float
-    """Largest load over the mean."""
-    norm: float
-    """Mean norm of the selector's rows."""
-    norm_spread: float
-    """Standard deviation of the rows' norms over their mean."""
-    gate_square: float
-    """Mean of `s^2` over selections."""
-    interference: float
-    """Share of the squared gradient of the logits that comes from other experts."""
-
-
-def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int) -> Probe:
+def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int) -> SelectorProbe:
     """Look at a model whose feedforward blocks are mixtures.
 
     Args:
@@ -61,14 +42,14 @@ def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int)
         raise UserError("`model` must have mixtures for feedforward blocks; got others; fix: probe a mixture of experts")
     usage = UsageCounter()
     evaluate(model, tokens, batch=batch, context=context, memory=context, observe=usage.observe)
-    loads = [layer.load() for layer in usage.layers.values()]
+    loads = [layer.load(number) for number, layer in enumerate(usage.layers.values())]
     routings, gradients = _routings(model, mixtures, tokens, batch, context)
     norms = [layer.router.selector.detach().norm(dim=1) for layer in mixtures]
-    shares = [gradient_parts(r, c, _gate(layer)) for r, c, layer in zip(routings, gradients, mixtures, strict=True)]
-    return Probe(
-        load_entropy=_mean([load["entropy"] for load in loads]),
-        dead=_mean([layer.n_dead / len(layer.counts) for layer in usage.layers.values()]),
-        largest_over_mean=_mean([load["largest_over_mean"] for load in loads]),
+    shares = [gradient_parts(r, c, _gate(layer.config)) for r, c, layer in zip(routings, gradients, mixtures, strict=True)]
+    return SelectorProbe(
+        load_entropy=_mean([load.entropy for load in loads]),
+        dead=_mean([load.n_dead / load.n_units for load in loads]),
+        largest_over_mean=_mean([load.largest_over_mean for load in loads]),
         norm=_mean([float(n.mean()) for n in norms]),
         norm_spread=_mean([float(n.std(correction=0) / n.mean()) for n in norms]),
         gate_square=_mean([float(r.weights_TK.detach().square().mean()) for r in routings]),
@@ -106,7 +87,8 @@ def _routings(
     model: TransformerXL, mixtures: list[Mixture], tokens: np.ndarray, batch: int, context: int
 ) -> tuple[list[Routing], tuple[Tensor, ...]]:
     """Routing of one window in every layer, and the gradient of the mean cross-entropy with respect to its weights."""
-    inputs, targets = ContiguousStreams(tokens, batch=batch, context=context).window(0)
+    device = next(model.parameters()).device
+    inputs, targets = (to_device(t, device) for t in ContiguousStreams(tokens, batch=batch, context=context).window(0))
     found: list[Routing] = []
 
     def keep(module: torch.nn.Module, args: object, output: Routing) -> None:
@@ -124,10 +106,9 @@ def _routings(
     return found, torch.autograd.grad(loss, [routing.weights_TK for routing in found])
 
 
-def _gate(layer: Mixture) -> GateName:
-    gate = layer.config.gate
-    assert gate is not None, "plain routers name their gate"
-    return gate
+def _gate(config: FFNConfig) -> GateName:
+    assert config.gate is not None, "studies probe methods whose weights follow from the logits alone"
+    return config.gate
 
 
 def _mean(values: list[float]) -> float:

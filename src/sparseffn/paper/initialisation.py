@@ -37,6 +37,9 @@ class Inputs:
     grad_TD: Tensor
     """Gradient of a loss with respect to the block's output, for the first so many of the tokens."""
 
+    def to(self, device: torch.device) -> Inputs:
+        return Inputs(x_TD=self.x_TD.to(device), grad_TD=self.grad_TD.to(device))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockScale:
@@ -111,21 +114,21 @@ def _check(n_tokens: int, n_gradients: int) -> None:
         raise UserError(f"`n_gradients` must be in 1 .. n_tokens = {n_tokens}; got {n_gradients}; fix: use more tokens")
 
 
-def build(config: FFNConfig, seed: int) -> FeedForward:
+def build(config: FFNConfig, seed: int, device: torch.device) -> FeedForward:
     """The layer with the parameters of a seed; schemes of one size share their random numbers and differ in scale."""
     layer = config.build()
     layer.reset_parameters(keyed_generator(seed, "block"))
-    return layer
+    return layer.to(device)
 
 
 def measure_block(config: FFNConfig, inputs: Inputs, *, seed: int) -> BlockScale:
     """Output and gradients of a dense block or a mixture."""
-    return _scale(build(config, seed), inputs)
+    return _scale(build(config, seed, inputs.x_TD.device), inputs)
 
 
 def measure_start(config: TopKMixtureConfig, dense: BlockScale, inputs: Inputs, *, seed: int) -> Start:
     """A mixture beside the dense block that was measured on the same inputs."""
-    layer = build(config, seed)
+    layer = build(config, seed, inputs.x_TD.device)
     assert isinstance(layer, Mixture), "mixtures' configs build mixtures"
     own = _scale(layer, inputs)
     with torch.no_grad():
@@ -144,9 +147,9 @@ def measure_start(config: TopKMixtureConfig, dense: BlockScale, inputs: Inputs, 
 def _scale(layer: FeedForward, inputs: Inputs) -> BlockScale:
     x_TD = inputs.x_TD[: inputs.grad_TD.shape[0]].clone().requires_grad_()
     y_TD = layer(x_TD)
-    # The field's names, in a module of experts or in the layer itself.
-    named = {name.rpartition(".")[2]: parameter for name, parameter in layer.named_parameters()}
-    gradients = torch.autograd.grad(y_TD, (named["keys"], named["values"], x_TD), inputs.grad_TD)
+    # `keys` and `values` of a dense block, `experts.keys` and `experts.values` of a mixture.
+    parameters = {name.rpartition(".")[2]: parameter for name, parameter in layer.named_parameters()}
+    gradients = torch.autograd.grad(y_TD, (parameters["keys"], parameters["values"], x_TD), inputs.grad_TD)
     squares = [float(g.double().square().sum()) for g in gradients]
     output = float(y_TD.detach().double().square().mean())
     return BlockScale(output=output, keys=squares[0], values=squares[1], input=squares[2])
@@ -159,7 +162,7 @@ def measure_load(counts: Tensor, norms: Tensor) -> Load:
         counts: tokens that each expert serves, `[E]`.
         norms: of the selector's rows, `[E]`.
     """
-    load, lengths = counts.double().numpy(), norms.double().numpy()
+    load, lengths = counts.double().cpu().numpy(), norms.double().cpu().numpy()
     mean = load.mean()
     differ = lengths.std() > _EQUAL * lengths.mean() and load.std() > 0
     return Load(

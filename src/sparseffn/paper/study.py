@@ -1,8 +1,8 @@
 """`sparseffn study init|competition|balance`: why this selector, why this initialisation; see docs/why-this-selector.md.
 
 Measurements at initialisation go to `OUT/start/SIZE.json`, trainings to `OUT/runs/METHOD/seed-N`, the outcome to
-`OUT/study-NAME.json`, which the report reads. A call works until its budget is spent; the same call goes on, and a result that
-lacks runs names them.
+`OUT/study-NAME.json`, which the report reads. A call works until its budget is used up; the same call goes on, and a result
+that lacks runs names them.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
-from sparseffn.bench.machine import head
+from sparseffn.bench.machine import measured_on
 from sparseffn.comparison.job import Silent, Watcher
-from sparseffn.comparison.matched import MethodChoice
 from sparseffn.data import Corpus, load_corpus
+from sparseffn.devices import find_device
 from sparseffn.errors import UserError
-from sparseffn.ffn.mixture import TopKMixtureConfig
-from sparseffn.models.presets import Preset
-from sparseffn.paper.predictions import gate_square, interference_bounds
-from sparseffn.paper.study_runs import CPU, Deadline, Scale, Training, block_config, shortened, variants
-from sparseffn.paper.study_start import Point, measure_point, rounded
-from sparseffn.storage import Kind, read_fields, write_json
+from sparseffn.paper.study_outcome import variant_result
+from sparseffn.paper.study_runs import CPU, Deadline, StudyScale, Training, shortened, variants
+from sparseffn.paper.study_start import Point, measure_point
+from sparseffn.results import study_result as results
+from sparseffn.storage import read, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
 from sparseffn.training.loop import StepReport
 
@@ -36,7 +34,7 @@ class StudySettings:
 
     study: str
     """init, competition or balance."""
-    scale: Scale = CPU
+    scale: StudyScale = CPU
     corpus: str = "stdlib"
     data_dir: str | None = None
     cache_dir: str | None = None
@@ -44,6 +42,7 @@ class StudySettings:
     """Trainings of each variant."""
     budget_s: float | None = None
     """Seconds of this call; None until all is done."""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         variants(self.study)
@@ -51,58 +50,65 @@ class StudySettings:
             raise UserError(f"`seeds` must be at least 1; got {self.n_seeds}; fix: --seeds 3")
 
 
-class _Spent(Exception):
-    """The budget is."""
+class _BudgetUsedError(Exception):
+    """Nothing more may be begun."""
 
 
-def study(settings: StudySettings, out: Path | str, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def study(settings: StudySettings, out: Path | str, *, watcher: Watcher | None = None) -> results.StudyResult:
     """Measure what is missing within the budget; returns what `study-NAME.json` holds.
 
     Raises:
         UserError: the folder is of another scale or corpus, or the budget does not suffice for one measurement.
     """
-    job = _Job.open(settings, Path(out), watcher or Silent())
+    job = _Study.open(settings, Path(out), watcher or Silent())
     failures: dict[tuple[str, int], str] = {}
     try:
         if settings.study == "init":
             job.start()
         job.train(failures)
-    except _Spent:
+    except _BudgetUsedError:
         if not job.deadline.finished:
             raise UserError(
                 f"`budget` must suffice for one measurement or a twelfth of a training; got {settings.budget_s:g}s, in which "
                 "none was finished; fix: --budget 1m or more, or leave it out"
             ) from None
-        job.watcher.say("the budget is spent; the same command goes on")
+        job.watcher.say("the budget is used up; the same command goes on")
     outcome = job.outcome(failures)
     write_json(job.out / f"study-{settings.study}.json", outcome)
     return outcome
 
 
+class _Point(msgspec.Struct, frozen=True):
+    """A file of measurements at initialisation."""
+
+    rows: list[results.StartRow]
+
+
 @dataclass(frozen=True)
-class _Job:
+class _Study:
     """An open study."""
 
     settings: StudySettings
     out: Path
     corpus: Corpus
     watcher: Watcher
+    device: torch.device
     deadline: Deadline
 
     @classmethod
-    def open(cls, settings: StudySettings, out: Path, watcher: Watcher) -> _Job:
+    def open(cls, settings: StudySettings, out: Path, watcher: Watcher) -> _Study:
         """Claim the folder for the scale and the corpus; studies and numbers of seeds share it."""
-        deadline = Deadline(settings.budget_s)
+        deadline, device = Deadline(settings.budget_s), find_device(settings.device)
         corpus = load_corpus(settings.corpus, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
         RunFolder(out).open({"scale": settings.scale.to_json(), "corpus": corpus.name, "digest": corpus.digest})
-        return cls(settings, out, corpus, watcher, deadline)
+        return cls(settings, out, corpus, watcher, device, deadline)
 
     def check_time(self, report: StepReport | None = None) -> None:
-        """Stop when the budget is spent; a call without a report marks something as finished."""
+        """Stop when the budget is used up; a call without a report marks something as finished."""
         if report is None:
             self.deadline.finished += 1
         if self.deadline.passed:
-            raise _Spent
+            raise _BudgetUsedError
 
     def start(self) -> None:
         """Every size at initialisation that is not there."""
@@ -110,8 +116,8 @@ class _Job:
         for point in scale.grid.points:
             path = self._point_path(point)
             if not path.exists():
-                rows = measure_point(point, scale.grid, self.corpus, range(scale.start_seeds))
-                write_json(path, {"rows": rows})
+                rows = measure_point(point, scale.grid, self.corpus, range(scale.start_seeds), self.device)
+                write_json(path, _Point(rows))
                 self.watcher.say(f"at initialisation: {point.name}")
                 self.check_time()
 
@@ -121,13 +127,13 @@ class _Job:
         for position, (name, run) in enumerate(runs):
             if run.outcome() is None:
                 try:
-                    run.run(self._watch(name, run.seed, position, len(runs)))
+                    run.run(self.device, self._progress(name, run.seed, position, len(runs)))
                 except NonFiniteLossError as error:
                     # A variant that diverges must not cost the others' results.
                     failures[name, run.seed] = str(error)
                 self.check_time()
 
-    def _watch(self, name: str, seed: int, position: int, n_runs: int) -> Callable[[StepReport | None], None]:
+    def _progress(self, name: str, seed: int, position: int, n_runs: int) -> Callable[[StepReport | None], None]:
         show = self.watcher.run(name, seed, position, n_runs)
 
         def on_progress(report: StepReport | None) -> None:
@@ -146,42 +152,29 @@ class _Job:
     def _point_path(self, point: Point) -> Path:
         return self.out / "start" / f"{point.name}.json"
 
-    def outcome(self, failures: Mapping[tuple[str, int], str]) -> dict[str, Any]:
+    def outcome(self, failures: Mapping[tuple[str, int], str]) -> results.StudyResult:
         """Everything that is finished, and what is missing."""
-        settings, runs = self.settings, self._trainings()
-        finished = [(name, outcome) for name, run in runs for outcome in [run.outcome()] if outcome is not None]
-        rows = [self._variant(name, choice, finished) for name, choice in variants(settings.study).items()]
-        missing = [
-            {"label": name, "seed": run.seed, "reason": failures.get((name, run.seed), "not run yet")}
-            for name, run in runs
-            if run.outcome() is None
-        ]
-        content: dict[str, Any] = {"variants": rows, "missing": missing, "corpus": _corpus(self.corpus)}
-        if settings.study == "init":
-            points = settings.scale.grid.points
-            paths = [path for path in map(self._point_path, points) if path.exists()]
-            fix = "remove the file and run the same command again"
-            content["start"] = [row for path in paths for row in read_fields(path, {"rows": Kind.LIST}, fix=fix)["rows"]]
-            content["missing_sizes"] = [point.name for point in points if not self._point_path(point).exists()]
-        shown = {"study": settings.study, "n_seeds": settings.n_seeds, **settings.scale.to_json()}
-        return msgspec.to_builtins(
-            {"kind": f"study-{settings.study}", **head(torch.device("cpu")), "settings": shown, **content}
+        settings, runs = self.settings, [(name, run.seed, run.outcome()) for name, run in self._trainings()]
+        rows: list[results.Variant] = []
+        for name, choice in variants(settings.study).items():
+            own = [outcome for label, _, outcome in runs if label == name and outcome is not None]
+            rows.append(variant_result(name, choice, settings.scale.preset, own, first=rows[0] if rows else None))
+        points = settings.scale.grid.points if settings.study == "init" else []
+        measured = [path for point in points if (path := self._point_path(point)).exists()]
+        fix = "remove the file and run the same command again"
+        corpus = ("corpus", "tokenizer", "unit", "vocab_size", "digest", "python_version")
+        sizes = {"study": settings.study, "n_seeds": settings.n_seeds, **settings.scale.to_json()}
+        return results.StudyResult(
+            kind=f"study-{settings.study}",  # pyright: ignore[reportArgumentType]
+            environment=measured_on(self.device),
+            settings=msgspec.convert(sizes, results.StudySizes),
+            variants=rows,
+            missing=[
+                results.MissingRun(label=name, seed=seed, reason=failures.get((name, seed), "not run yet"))
+                for name, seed, outcome in runs
+                if outcome is None
+            ],
+            corpus={key: self.corpus.info[key] for key in corpus if key in self.corpus.info},
+            start=[row for path in measured for row in read(path, _Point, fix=fix).rows],
+            missing_sizes=[point.name for point in points if not self._point_path(point).exists()],
         )
-
-    def _variant(self, name: str, choice: MethodChoice, finished: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-        runs = [outcome for label, outcome in finished if label == name]
-        return {"name": name, "method": choice.label, "predicted": predicted(choice, self.settings.scale.preset), "runs": runs}
-
-
-def predicted(choice: MethodChoice, preset: Preset) -> dict[str, Any]:
-    """What the framework says of a variant's gates before the first step; see `analysis.predictions`."""
-    config = block_config(choice, preset)
-    assert isinstance(config, TopKMixtureConfig) and config.gate is not None, "studies train mixtures that name their gate"
-    low, high = interference_bounds(config, config.gate)
-    return {"gate_square": rounded(gate_square(config, config.gate)), "interference": [rounded(low), rounded(high)]}
-
-
-def _corpus(corpus: Corpus) -> dict[str, Any]:
-    """What was read."""
-    keys = ("corpus", "tokenizer", "unit", "vocab_size", "digest", "python_version")
-    return {key: corpus.info[key] for key in keys if key in corpus.info}

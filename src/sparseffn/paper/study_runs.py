@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from sparseffn.comparison.matched import MethodChoice
@@ -23,8 +24,9 @@ from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import Preset
 from sparseffn.paper.competition import probe
 from sparseffn.paper.study_start import Grid
-from sparseffn.storage import Kind, read_fields, write_json
-from sparseffn.training import RunFolder, train
+from sparseffn.results.study_result import SelectorProbe, StudyRun
+from sparseffn.storage import read, write_json
+from sparseffn.training import RunFolder, TrainResult, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparseffn.training.config import from_preset
 from sparseffn.training.loop import StepReport
@@ -58,7 +60,7 @@ STUDIES: dict[str, dict[str, MethodChoice]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class StudyScale:
     """Sizes of a study."""
 
     grid: Grid
@@ -69,12 +71,10 @@ class Scale:
     """Seeds of the measurements at initialisation."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        preset = dataclasses.asdict(self.preset)
-        return {"grid": self.grid.to_json(), "preset": preset, "eval_tokens": self.eval_tokens, "start_seeds": self.start_seeds}
+        return msgspec.json.decode(msgspec.json.encode(self))
 
 
-CPU = Scale(
+CPU = StudyScale(
     grid=Grid(),
     # lr is the tiny preset's, chosen there on the validation split with the dense model. 32 experts, so that the standard
     # initialisation's values are sqrt(32) = 5.7 times the shared one's; 12 seconds a run on 2 idle cores (measured).
@@ -128,7 +128,7 @@ class Training:
 
     choice: MethodChoice
     seed: int
-    scale: Scale
+    scale: StudyScale
     corpus: Corpus
     """Shortened."""
     out: Path
@@ -148,53 +148,52 @@ class Training:
         """What was seen of it, by step."""
         return self.folder.path / "probes.json"
 
-    def outcome(self) -> dict[str, Any] | None:
+    def outcome(self) -> StudyRun | None:
         """Final losses and all probes; None for a run that is not finished."""
         if not self.folder.result_path.exists() or not self.probes_path.exists():
             return None
-        again = "remove the file and run the same command again"
-        result = read_fields(self.folder.result_path, {"valid": Kind.NUMBER, "test": Kind.NUMBER}, fix=again)
-        probes = self._probes()
+        result, probes = TrainResult.read(self.folder.result_path), self._probes()
         if str(self.scale.preset.steps) not in probes:
             return None
-        rows = [{"step": int(step), **values} for step, values in sorted(probes.items(), key=lambda item: int(item[0]))]
-        return {"seed": self.seed, "valid": result["valid"], "test": result["test"], "probes": rows}
+        rows = [msgspec.structs.replace(probe, step=int(step)) for step, probe in probes.items()]
+        rows.sort(key=lambda probe: probe.step)
+        return StudyRun(seed=self.seed, valid=result.valid, test=result.test, probes=rows)
 
-    def run(self, on_progress: Callable[[StepReport | None], None]) -> None:
+    def run(self, device: torch.device, on_progress: Callable[[StepReport | None], None]) -> None:
         """Train, or go on, and take the probes that are missing.
 
         Args:
-            on_progress: told of every step, and with None after the probe of a checkpoint; what it raises ends the call.
+            device: to train on.
+            on_progress: called with every step, and with None after the probe of a checkpoint; what it raises ends the call.
         """
         config = from_preset(self.scale.preset, seed=self.seed)
 
         def on_step(report: StepReport) -> None:
-            if self._catch_up():
+            if self._catch_up(device):
                 on_progress(None)
             on_progress(report)
 
-        train(self.model, config, self.corpus, self.folder.path, on_step=on_step)
-        if self._catch_up():
+        train(self.model, config, self.corpus, self.folder.path, device=device, on_step=on_step)
+        if self._catch_up(device):
             on_progress(None)
 
-    def _probes(self) -> dict[str, Any]:
+    def _probes(self) -> dict[str, SelectorProbe]:
         if not self.probes_path.exists():
             return {}
-        fix = "remove the run's folder and run the same command again"
-        return read_fields(self.probes_path, {"0": Kind.OBJECT}, fix=fix)
+        return read(self.probes_path, dict[str, SelectorProbe], fix="remove the run's folder and run the same command again")
 
-    def _catch_up(self) -> bool:
+    def _catch_up(self, device: torch.device) -> bool:
         """Probe the start and the checkpoints that are there; whether a checkpoint, from which a run goes on, was new."""
         found = self._probes()
         paths = {step_of(path): path for path in list_checkpoints(self.folder.checkpoints)}
         new = [step for step in (0, *paths) if str(step) not in found]
         for step in new:
-            found[str(step)] = self._probe(paths.get(step))
+            found[str(step)] = self._probe(paths.get(step), device)
         if new:
             write_json(self.probes_path, found)
         return any(step > 0 for step in new)
 
-    def _probe(self, path: Path | None) -> dict[str, float]:
+    def _probe(self, path: Path | None, device: torch.device) -> SelectorProbe:
         preset = self.scale.preset
         # Nothing that is drawn here may move the run's own generator.
         with torch.random.fork_rng():
@@ -203,8 +202,10 @@ class Training:
             if path is not None:
                 load_weights(model, path, load_checkpoint(path))
             tokens = self.corpus.valid[: PROBE_TOKENS + 1]
-            seen = probe(model, tokens, batch=preset.eval_batch, context=preset.context)
-        return {key: float(f"{value:.5g}") for key, value in dataclasses.asdict(seen).items()}
+            seen = probe(model.to(device), tokens, batch=preset.eval_batch, context=preset.context)
+        return SelectorProbe(
+            **{name: float(f"{value:.5g}") for name, value in msgspec.structs.asdict(seen).items() if name != "step"}
+        )
 
 
 @dataclass

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import torch
 
 from sparseffn.data import ContiguousStreams, Corpus
 from sparseffn.ffn.dense import DenseConfig
@@ -33,6 +34,7 @@ from sparseffn.paper.predictions import (
     load_variation_on,
     ratios,
 )
+from sparseffn.results.study_result import StartRow
 
 INITS = ("shared", "standard", "switch")
 SELECTORS = ("equal-norm", "free")
@@ -67,10 +69,6 @@ class Grid:
         varied = [dataclasses.replace(base, **{name: value}) for name in AXES for value in getattr(self, name)]
         return list(dict.fromkeys(varied))
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -90,28 +88,30 @@ class Point:
 AXES = ("n_layers", "n_experts", "expert_size", "k")
 
 
-def measure_point(point: Point, grid: Grid, corpus: Corpus, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def measure_point(point: Point, grid: Grid, corpus: Corpus, seeds: Sequence[int], device: torch.device) -> list[StartRow]:
     """Every scheme on both inputs at one size: median, least and greatest over seeds, beside the prediction."""
     rows = []
     for source in INPUTS:
         found: dict[tuple[str, str], list[tuple[Start, dict[str, float | None]]]] = {}
         for seed in seeds:
-            inputs = _inputs(source, point, grid, corpus, seed)
+            inputs = _inputs(source, point, grid, corpus, seed).to(device)
             dense = _dense(point, grid, inputs, seed)
             for config in schemes(point, grid.d_model):
                 start = measure_start(config, dense, inputs, seed=seed)
                 found.setdefault((config.init, config.selector_init), []).append((start, _predicted(config, inputs, source)))
         for (init, selector), pairs in found.items():
             measured, wanted = [_flat(start) for start, _ in pairs], [prediction for _, prediction in pairs]
-            scheme = {**dataclasses.asdict(point), "input": source, "init": init, "selector": selector}
-            # The order of logits, hence the load, does not depend on how the experts start: it is told once.
-            told = [key for key in measured[0] if init == INITS[0] or key not in LOAD]
+            # The order of logits, hence the load, does not depend on how the experts start: it stands with the first scheme.
+            shown = [key for key in measured[0] if init == INITS[0] or key not in LOAD]
             rows.append(
-                {
-                    **scheme,
-                    "measured": {key: _spread([m[key] for m in measured]) for key in told},
-                    "predicted": {key: _middle([w[key] for w in wanted]) for key in told if key in wanted[0]},
-                }
+                StartRow(
+                    **dataclasses.asdict(point),
+                    input=source,
+                    init=init,
+                    selector=selector,
+                    measured={key: _spread([m[key] for m in measured]) for key in shown},
+                    predicted={key: _middle([w[key] for w in wanted]) for key in shown if key in wanted[0]},
+                )
             )
     return rows
 
@@ -159,7 +159,7 @@ def _predicted(config: SigmaMoEConfig, inputs: Inputs, source: str) -> dict[str,
         variation, correlation = load_variation(config, n_tokens), load_norm_correlation(config, n_tokens)
     else:
         step = max(1, n_tokens // _PAIRED)
-        variation = load_variation_on(inputs.x_TD[::step].double().numpy(), config, n_tokens)
+        variation = load_variation_on(inputs.x_TD[::step].double().cpu().numpy(), config, n_tokens)
         # The norms' part of a variation that the text makes for the most part.
         correlation = load_norm_correlation(config, n_tokens)
         correlation = None if correlation is None else correlation * min(1.0, load_variation(config, n_tokens) / variation)
@@ -176,18 +176,15 @@ def _flat(start: Start) -> dict[str, float | None]:
     return {**dataclasses.asdict(start.ratios), "gate_square": start.gate_square, **dataclasses.asdict(start.load)}
 
 
-def _spread(values: Sequence[float | None]) -> list[float] | None:
+def _spread(values: Sequence[float | None]) -> tuple[float, float, float] | None:
     """Median, least and greatest; None where the quantity has no meaning."""
     numbers = [v for v in values if v is not None]
-    return [rounded(f(numbers)) for f in _SPREAD] if numbers else None
+    return (_middle(numbers) or 0.0, rounded(min(numbers)), rounded(max(numbers))) if numbers else None
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
     numbers = [v for v in values if v is not None]
     return rounded(statistics.median(numbers)) if numbers else None
-
-
-_SPREAD: tuple[Callable[[list[float]], float], ...] = (statistics.median, min, max)
 
 
 def rounded(value: float) -> float:

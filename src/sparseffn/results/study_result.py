@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from sparseffn.stats import Difference
+from sparseffn.results.bench_result import Environment
+from sparseffn.stats import Difference, MeanStd
 from sparseffn.storage import Count
-
-Verdict = Literal["better", "worse", "undecided"]
 
 
 class GridSizes(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,16 +64,27 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SelectorProbe(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the selectors after some steps; see `paper.competition.Probe`."""
+    """State of the selectors after some steps, as means over layers."""
 
-    step: Count
+    step: Count = 0
     load_entropy: float
+    """Entropy of the experts' shares of the selections over its maximum, log N_E."""
     dead: float
+    """Share of the experts with under 1% of the mean load."""
     largest_over_mean: float
+    """Largest load over the mean."""
     norm: float
+    """Mean norm of the selector's rows."""
     norm_spread: float
+    """Standard deviation of the rows' norms over their mean."""
     gate_square: float
+    """Mean of `s^2` over selections."""
     interference: float
+    """Share of the squared gradient of the logits that comes from other experts."""
+
+
+SELECTOR_QUANTITIES = ("load_entropy", "largest_over_mean", "dead", "norm", "norm_spread")
+"""Quantities of a probe that variants are compared by."""
 
 
 class StudyRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,24 +95,20 @@ class StudyRun(msgspec.Struct, frozen=True, kw_only=True):
     """At the start, at every checkpoint, at the end."""
 
 
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A variant less the first one, paired by seed."""
-
-    valid: Difference
-    test: Difference
-    valid_verdict: Verdict
-    test_verdict: Verdict
-    selectors: dict[str, Difference]
-    """Of the last probe, by quantity."""
-
-
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     method: str
     predicted: Prediction
     runs: list[StudyRun]
-    against_first: Comparison | None = None
-    """None for the first variant, and without a common seed."""
+    valid: MeanStd | None = None
+    test: MeanStd | None = None
+    start: dict[str, float] = {}
+    """Quantities of the first probe, means over runs."""
+    end: dict[str, float] = {}
+    against_first: dict[str, Difference] = {}
+    """This variant less the first one, paired by seed: of `valid`, `test` and the last probe's `SELECTOR_QUANTITIES`."""
+    verdicts: dict[str, Literal["better", "worse", "undecided"]] = {}
+    """Of `valid` and `test`."""
 
 
 class MissingRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +120,7 @@ class MissingRun(msgspec.Struct, frozen=True, kw_only=True):
 class StudyResult(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal[1] = 1
     kind: Literal["study-init", "study-competition", "study-balance"]
-    environment: dict[str, Any]
+    environment: Environment
     """Of the runs."""
     settings: StudySizes
     variants: list[Variant]
