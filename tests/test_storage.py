@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pytest
 
 from sparseffn import storage
@@ -53,6 +54,8 @@ def test_json_comes_back_typed(tmp_path: Path) -> None:
     assert path.read_text() == '{\n "rate": {\n  "lr": 0.1\n },\n "1": [\n  {\n   "lr": 0.1\n  }\n ],\n "no": null\n}\n'
     write_json(path, {"unknown": 1, "steps": 3, "valid": 2})
     assert read(path, Stored, fix="-") == Stored(steps=3, valid=2.0)
+    write_json(path, Stored(steps=3, valid=np.float64(0.5)))
+    assert read(path, Stored, fix="-") == Stored(steps=3, valid=0.5)
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(path, Stored(steps=1, valid=float("nan")))
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Input that cannot be used. The message names the value and the remedy; the command line prints it and exits with 2."""
 
 
+class UnmatchedError(UserError):
+    """A method cannot be brought to the parameters that it is to have. The command line prints it and exits with 1."""
+
+
 class NonFiniteError(UserError):
     """A tensor that must be finite holds NaN or infinity: a model that diverged, mostly."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sparseffn.errors import UserError
+from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import FFNConfig
 
 # Largest deviation of a whole model's parameters that still counts as equal.
@@ -125,7 +125,7 @@ def _solve(config: FFNConfig, field: str, target: int) -> FFNConfig:
     if base.num_params() > target and low > 1:
         return base
     if base.num_params() > 2 * target:
-        raise UserError(
+        raise UnmatchedError(
             f"`target_params` must be at least {base.num_params()}, the least that {config.name} can have at these "
             f"options; got {target}; fix: raise the budget or shrink its other sizes"
         )

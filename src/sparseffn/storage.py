@@ -169,25 +169,47 @@ def lock(path: Path, *, wait: bool = True, fix: str = "") -> Iterator[bool]:
             held.release()
 
 
+LOCK = ".lock"
+"""Held in a folder of results by the one process that writes into it; it says nothing of what else is there."""
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder of results against a second process that would write into it.
+    """Hold a folder of results against a second process that would write into it; a new one that stays empty is removed.
 
     Raises:
         UserError: another process holds it.
     """
-    with lock(folder / ".lock", wait=False) as held:
+    is_new = not folder.exists()
+    with lock(folder / LOCK, wait=False) as held:
         if not held:
             raise UserError(
                 f"`out` must be a folder that no other process writes into; got {str(folder)!r}, where one is at work; "
                 "fix: wait for it or choose another --out"
             )
-        yield
+        try:
+            yield
+        finally:
+            if is_new and list(folder.iterdir()) == [folder / LOCK]:
+                with contextlib.suppress(OSError):
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def write_json(path: Path, data: object) -> None:
     """Write a dict, dataclass or Struct as JSON, so that the file is whole or is what it was before."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False, default=msgspec.to_builtins) + "\n")
+    write_text(path, json.dumps(data, indent=1, allow_nan=False, default=_builtins) + "\n")
+
+
+def _builtins(data: object) -> Any:
+    return msgspec.to_builtins(data, enc_hook=_plain)
+
+
+def _plain(value: object) -> str | float:
+    """Numbers of NumPy and texts of a kind of their own, as PyTorch's version."""
+    if isinstance(value, str | float):
+        return str(value) if isinstance(value, str) else float(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def read_json(path: Path, *, fix: str = "restore the file or remove its folder") -> Any:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import sparseffn.training.checkpoint as checkpoint
-from sparseffn.comparison import CompareSettings, compare, parse_methods
-from sparseffn.comparison.job import Silent
+from sparseffn.comparison import CompareSettings, NoProgress, compare, parse_methods
 
 STEPS = 12
 # One every two steps; the first run's are all written by then.
@@ -31,7 +30,7 @@ def settings(data: str) -> CompareSettings:
     )
 
 
-class DiesAfterAStep(Silent):
+class DiesAfterAStep(NoProgress):
     """Kills the process after step 7 of the second run."""
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
@@ -62,4 +61,4 @@ if __name__ == "__main__":
     out, data, when = sys.argv[1:]
     if when == "saving":
         die_while_saving()
-    compare(settings(data), out, watcher=DiesAfterAStep() if when == "step" else Silent())
+    compare(settings(data), out, progress=DiesAfterAStep() if when == "step" else NoProgress())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import killed_comparison
+import msgspec
 import pytest
 import torch
 
-from sparseffn.comparison import CompareSettings, compare, contenders, parse_methods
-from sparseffn.comparison.job import Silent
-from sparseffn.comparison.schedule import make_plan
+from sparseffn.comparison import CompareSettings, NoProgress, compare, match_methods, parse_methods
+from sparseffn.comparison.outcome import _spread, _too_large
+from sparseffn.comparison.schedule import Plan, make_plan
 from sparseffn.data import load_corpus
-from sparseffn.errors import UserError
+from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import list_methods
 from sparseffn.models import TransformerXL
 from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.report import markdown_table
 from sparseffn.report.comparison_report import comparison_table
-from sparseffn.training import RunFolder
+from sparseffn.results.comparison_result import read_comparison
+from sparseffn.storage import sole_writer, write_json
+from sparseffn.training import RunFolder, from_preset, train
 from sparseffn.training.checkpoint import list_checkpoints
 
 # The one with an assignment over the batch, a mixture, and no routing at all.
@@ -49,17 +54,17 @@ def settings(song: str, *words: str, **changes: Any) -> CompareSettings:
 @pytest.mark.parametrize("method", list_methods())
 def test_every_method_is_equal_at_every_preset(method: str, preset: str, vocab_size: int) -> None:
     """Within 0.5% of the whole model, and K x G within 10% of the preset's."""
-    found = contenders(parse_methods([method]), get_preset(preset), vocab_size)[0]
+    found = match_methods(parse_methods([method]), get_preset(preset), vocab_size)[0]
     assert found.match.equal and found.marks == ()
     assert found.model.num_params() == found.match.model_params
 
 
 def test_models_start_alike_outside_their_blocks() -> None:
     """For one seed, bit by bit, for every method."""
-    field = contenders(parse_methods(list_methods()), get_preset("tiny"), 256)
+    candidates = match_methods(parse_methods(list_methods()), get_preset("tiny"), 256)
     first: dict[str, torch.Tensor] = {}
-    for contender in field:
-        model = TransformerXL(contender.model)
+    for candidate in candidates:
+        model = TransformerXL(candidate.model)
         model.init_parameters(3)
         outside = {n: p.detach() for n, p in model.named_parameters() if ".ffn." not in n}
         first = first or outside
@@ -69,24 +74,24 @@ def test_models_start_alike_outside_their_blocks() -> None:
 def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     """Every number of the table is there, over two seeds."""
     result = compare(settings(song, "dense", "sigma-moe", "topk", "k=64", seeds=(0, 1)), tmp_path / "out")
-    assert result == json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert result["finished"] and [m["label"] for m in result["methods"]] == ["dense", "sigma-moe", "topk k=64"]
-    for row in result["methods"]:
-        assert row["test"]["n"] == 2 and row["test"]["std"] is not None
-        assert row["valid_at_equal_time"] > 0 and row["layer_time_training_vs_dense"] > 0
-        assert abs(row["residual_percent"]) <= 0.5 and len(row["curves"]) == 2
-    dense, sigma, topk = result["methods"]
-    assert dense["active"] and not dense["usage"] and sigma["usage"] and sigma["cooccurrence"]
-    assert sigma["ffn_flops_vs_dense"] < 0.2 and dense["ffn_flops_vs_dense"] == 1.0
+    assert result == read_comparison(tmp_path / "out" / "comparison.json")
+    assert result.finished and [m.label for m in result.methods] == ["dense", "sigma-moe", "topk k=64"]
+    for row in result.methods:
+        assert row.test is not None and row.test.n == 2 and row.test.std is not None
+        assert row.valid_at_equal_time and row.layer_time_training_vs_dense and row.residual_percent is not None
+        assert abs(row.residual_percent) <= 0.5 and len(row.curves) == 2
+    dense, sigma, topk = result.methods
+    assert dense.active and not dense.usage and sigma.usage and sigma.cooccurrence
+    assert sigma.ffn_flops_vs_dense and sigma.ffn_flops_vs_dense < 0.2 and dense.ffn_flops_vs_dense == 1.0
     # 2 of 16 experts, 64 of 2048 channels.
-    assert [row["ffn_flops_convention"] for row in result["methods"]] == [1.0, 2 / 16, 64 / 2048]
-    table = markdown_table(comparison_table(result))
-    assert "K/N\\_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
-    assert f"digest {result['corpus']['digest'][:12]}" in table and "lr=0.004" in table
-    assert "64 channels" in topk["marks"][0]
+    assert [row.ffn_flops_convention for row in result.methods] == [1.0, 2 / 16, 64 / 2048]
+    table = markdown_table(comparison_table(msgspec.to_builtins(result)))
+    assert "K/N_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
+    assert f"digest {result.corpus['digest'][:12]}" in table and "lr=0.004" in table
+    assert "64 channels" in topk.marks[0] and result.environment["device"] == "cpu"
 
 
-class _Interrupts(Silent):
+class _Interrupts(NoProgress):
     """Stops in the middle of the second run."""
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
@@ -101,18 +106,22 @@ def test_interrupted_comparison_goes_on_to_the_same_losses(song: str, tmp_path: 
     """The plan is reused, finished runs are not repeated."""
     wanted = settings(song, "dense", "switch")
     with pytest.raises(KeyboardInterrupt):
-        compare(wanted, tmp_path / "a", watcher=_Interrupts())
+        compare(wanted, tmp_path / "a", progress=_Interrupts())
     plan = (tmp_path / "a" / "plan.json").read_text()
     result, whole = compare(wanted, tmp_path / "a"), compare(wanted, tmp_path / "b")
     assert (tmp_path / "a" / "plan.json").read_text() == plan
-    for got, expected in zip(result["methods"], whole["methods"], strict=True):
-        assert (got["valid"], got["test"]) == (expected["valid"], expected["test"])
+    for got, expected in zip(result.methods, whole.methods, strict=True):
+        assert (got.valid, got.test) == (expected.valid, expected.test)
 
 
 def metrics(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every line of every run, without what depends on the clock."""
-    runs = {str(path.relative_to(out)): RunFolder(path).read_metrics() for path in sorted(out.glob("runs/*/seed-*"))}
-    return {name: [{k: v for k, v in line.items() if k != "time_s"} for line in lines] for name, lines in runs.items()}
+    """Every line of every run."""
+    return {str(path.relative_to(out)): lines(path) for path in sorted(out.glob("runs/*/seed-*"))}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "time_s"} for line in RunFolder(run).read_metrics()]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +156,7 @@ def test_other_settings_are_refused(song: str, tmp_path: Path) -> None:
 def test_diverging_method_is_shown_as_missing(song: str, tmp_path: Path) -> None:
     """Its row gives the reason; the others are finished."""
 
-    class Poison(Silent):
+    class Poison(NoProgress):
         def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
             return (lambda report: _poison()) if label == "sigma-moe" else (lambda report: None)
 
@@ -156,16 +165,17 @@ def test_diverging_method_is_shown_as_missing(song: str, tmp_path: Path) -> None
 
         raise NonFiniteLossError("loss and gradient must be finite; got nan")
 
-    result = compare(settings(song, "sigma-moe", "dense"), tmp_path / "out", watcher=Poison())
-    assert not result["finished"] and "must be finite" in result["missing"][0]["reason"]
-    assert result["methods"][0]["test"] is None and result["methods"][1]["test"]["n"] == 1
+    result = compare(settings(song, "sigma-moe", "dense"), tmp_path / "out", progress=Poison())
+    assert not result.finished and "must be finite" in str(result.missing[0].reason)
+    broken, dense = result.methods
+    assert broken.test is None and dense.test is not None and dense.test.n == 1
 
 
 def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_path: Path) -> None:
     """An absurd learning rate: every method has its row and its reason, none ends the comparison."""
     overrides = {"batch": 2, "context": 16, "lr": 1e25, "warmup": 0}
     result = compare(settings(song, *DIVERGING, steps=30, overrides=overrides), tmp_path / "out")
-    reasons = {run["label"]: run["reason"] for run in result["missing"]}
+    reasons = {run.label: str(run.reason) for run in result.missing}
     assert list(reasons) == DIVERGING
     assert all("must be finite; got" in reason and "Last good checkpoint" in reason for reason in reasons.values())
 
@@ -173,11 +183,83 @@ def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_
 def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str) -> None:
     """A minute suffices here, a tenth of a second does not."""
     corpus, preset = load_corpus("text", data_dir=song), get_preset("tiny")
-    field = contenders(parse_methods(["sigma-moe"]), preset, 256)
-    plan = make_plan(field, preset, corpus, n_seeds=1, curve_tokens=100, steps=None, budget_s=60.0)
+    found = match_methods(parse_methods(["sigma-moe"]), preset, 256)
+
+    def planned(budget_s: float) -> Plan:
+        config = from_preset(preset, eval_tokens=100)
+        return make_plan(found, config, corpus, n_seeds=1, steps=None, budget_s=budget_s, device=torch.device("cpu"))
+
+    plan = planned(60.0)
     assert 20 < plan.steps < 60 / plan.step_s["sigma-moe"]
     with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget"):
-        make_plan(field, preset, corpus, n_seeds=1, curve_tokens=100, steps=None, budget_s=0.1)
+        planned(0.1)
+
+
+def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> None:
+    """The same folder may be used with a larger one."""
+    with pytest.raises(UserError, match="must allow at least 20 steps"):
+        compare(settings(song, "dense", steps=None, budget_s=0.1), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_comparison_in_a_folder_is_refused(song: str, tmp_path: Path) -> None:
+    """While another process works there, before anything is written."""
+    with sole_writer(tmp_path / "out"), pytest.raises(UserError, match="no other process writes into"):
+        compare(settings(song, "dense"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_compare_give_the_same_bits(song: str, tmp_path: Path) -> None:
+    """Of one setting: one function makes the config of both, and every loss is equal."""
+    wanted = settings(song, "sigma-moe", "expert_dropout=0.1", seeds=(3,))
+    compare(wanted, tmp_path / "out")
+    corpus, preset = load_corpus("text", data_dir=song), dataclasses.replace(get_preset("tiny"), **wanted.overrides)
+    (found,) = match_methods(wanted.methods, preset, corpus.tokenizer.vocab_size)
+    train(found.model, from_preset(preset, steps=wanted.steps, seed=3), corpus, tmp_path / "alone")
+    pair = [next((tmp_path / "out").glob("runs/*/seed-3")), tmp_path / "alone"]
+    assert lines(pair[0]) == lines(pair[1]) and len(lines(pair[0])) > 8
+    configs = [json.loads((path / "config.json").read_text()) for path in pair]
+    assert configs[0] == configs[1]
+
+
+def test_infinite_perplexity_is_null_and_marked() -> None:
+    """One loss above 709 nats must not cost the whole comparison its file; one below is a number."""
+    assert _spread({0: 800.0, 1: 2.0}, "word") is None and _too_large({"test": {0: 800.0, 1: 2.0}}, "word") == [
+        "a perplexity is too large for a number: test of seed 0, 800 nats"
+    ]
+    large = _spread({0: 690.0, 1: 690.0}, "word")
+    assert large is not None and large.n == 2 and _too_large({"test": {0: 690.0}}, "word") == []
+    assert _spread({0: 800.0}, "byte") is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        pytest.param("plan.json", {"steps": 0}, "must hold `steps`, an int >= 1; got 0", id="plan"),
+        pytest.param("plan.json", {"step_s": {}}, "must hold `step_s.dense`; got nothing", id="plan without a method"),
+        pytest.param("layers.json", {"dense": {}}, r"must hold `.*forward_s`; got nothing; fix: remove the file", id="layers"),
+        pytest.param("runs/dense/seed-0/usage.json", {"usage": 3}, "must hold `usage`, an array", id="usage"),
+    ],
+)
+def test_damaged_file_is_refused_with_its_field(
+    file: str, change: dict[str, Any], message: str, song: str, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Instead of a wrong table."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    write_json(out / file, {**json.loads((out / file).read_text()), **change})
+    with pytest.raises(UserError, match=message):
+        compare(killed_comparison.settings(song), out)
+
+
+def test_methods_that_cannot_be_matched_are_all_named() -> None:
+    """With an error of its own kind, which the command answers with 1."""
+    words = ["sigma-moe", "k=16", "expert_size=4000", "dense", "sigma-moe", "k=8", "expert_size=4000"]
+    message = r"within 0.5% of .* 1,284,354 parameters; got sigma-moe k=16 expert_size=4000 has 16,.*%\); sigma-moe k=8 .* has"
+    with pytest.raises(UnmatchedError, match=message):
+        match_methods(parse_methods(words), get_preset("tiny"), 256)
+    with pytest.raises(UnmatchedError, match="`target_params` must be at least"):
+        match_methods(parse_methods(["base", "expert_size=5000"]), get_preset("tiny"), 256)
 
 
 def test_all_methods_read_the_same_tokens(song: str, tmp_path: Path) -> None:

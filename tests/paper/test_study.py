@@ -11,7 +11,7 @@ import pytest
 from msgspec import to_builtins
 
 from sparseffn.cli import main
-from sparseffn.comparison.job import Silent
+from sparseffn.comparison import NoProgress
 from sparseffn.errors import UserError
 from sparseffn.models.presets import Preset
 from sparseffn.paper.study import StudySettings, study
@@ -61,7 +61,7 @@ def test_result_is_complete_and_comes_back_from_its_file(whole: tuple[Path, Stud
         assert 0 < run.valid < 10 and 0 < run.probes[0].load_entropy <= 1
 
 
-class _Interrupts(Silent):
+class _Interrupts(NoProgress):
     """Stops in the middle of the second run."""
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:

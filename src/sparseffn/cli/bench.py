@@ -16,7 +16,7 @@ from sparseffn.bench.roofline import bench_roofline
 from sparseffn.bench.step import StepShape, bench_step
 from sparseffn.cli.bench_output import check_out, deliver, say
 from sparseffn.cli.compare import set_threads
-from sparseffn.comparison import contenders, parse_methods
+from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, field_infos, list_methods
@@ -67,8 +67,8 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
 def shape_of(preset: Preset, words: Sequence[str]) -> Shape:
     """The blocks of a preset at equal parameters, without dropout, which would slow one method and not another."""
     bare = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, dropout=0.0, expert_dropout=0.0))
-    field = contenders(parse_methods(words), bare, _VOCABULARY)
-    dense = contenders(parse_methods(["dense"]), bare, _VOCABULARY)[0]
+    field = match_methods(parse_methods(words), bare, _VOCABULARY)
+    dense = match_methods(parse_methods(["dense"]), bare, _VOCABULARY)[0]
     return Shape(name=preset.name, dense=dense.config, methods={c.label: c.config for c in field})
 
 
@@ -93,9 +93,9 @@ def step_command(options: argparse.Namespace) -> int:
     shape = StepShape(
         batch=options.batch, context=preset.context, memory=preset.memory, precision=options.precision, device=device
     )
-    contender = contenders(parse_methods(options.method), preset, options.vocab_size)[0]
+    contender = match_methods(parse_methods(options.method), preset, options.vocab_size)[0]
     labels = ["dense", *(word for word in options.methods if word != "dense")]
-    models = {c.label: c.model for c in contenders(parse_methods(labels), preset, options.vocab_size)}
+    models = {c.label: c.model for c in match_methods(parse_methods(labels), preset, options.vocab_size)}
     backend = options.backend or requested_backend()
     _check_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
     settings = StepSettings(

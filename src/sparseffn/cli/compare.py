@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from sparseffn.cli.output import Watch, console, parse_duration, print_json
@@ -53,7 +54,7 @@ def compare_command(options: argparse.Namespace) -> int:
     if not has_plots:
         watch.say("the page will have no figures: pip install 'sparseffn[plot]', then run the same command again")
     try:
-        result = compare(settings, options.out, watcher=watch)
+        result = msgspec.to_builtins(compare(settings, options.out, progress=watch))
     finally:
         watch.close()
     out = Path(options.out)

@@ -73,6 +73,9 @@ class Watch:
         self.show = show
         self.progress: Progress | None = None
 
+    def log(self, text: str) -> None:
+        self.say(text)
+
     def say(self, text: str) -> None:
         """One line."""
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,14 @@ import torch
 
 from sparseffn.cli.compare import overrides, set_threads
 from sparseffn.cli.output import Watch, print_json, print_rows
-from sparseffn.comparison import contenders, parse_methods
-from sparseffn.comparison.job import with_overrides
-from sparseffn.comparison.schedule import CURVE_POINTS
+from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.data import Corpus, load_corpus, to_metric, tokenizer_from_json
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.models.generation import generate_tokens
 from sparseffn.models.presets import get_preset
 from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_model, train
+from sparseffn.training.config import CURVE_POINTS
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def train_command(options: argparse.Namespace) -> int:
     choices = parse_methods(options.method)
     if len(choices) != 1:
         raise UserError(f"`--method` must name one method; got {len(choices)}; fix: `compare` trains several")
-    preset = with_overrides(get_preset(options.preset), overrides(options))
+    preset = dataclasses.replace(get_preset(options.preset), **overrides(options))
     corpus = load_corpus(
         options.corpus,
         tokenizer=options.tokenizer,
@@ -37,7 +37,7 @@ def train_command(options: argparse.Namespace) -> int:
         cache_dir=options.cache_dir,
         vocab_size=options.vocab_size,
     )
-    contender = contenders(choices, preset, corpus.tokenizer.vocab_size)[0]
+    contender = match_methods(choices, preset, corpus.tokenizer.vocab_size)[0]
     steps = preset.steps if options.steps is None else options.steps
     config = TrainConfig(
         steps=steps,

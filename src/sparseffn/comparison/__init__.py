@@ -1,6 +1,15 @@
-"""Comparisons as data and functions."""
+"""Comparisons at equal parameter count, as data and functions."""
 
-from sparseffn.comparison.job import CompareSettings, compare
-from sparseffn.comparison.matched import Contender, MethodChoice, contenders, parse_methods
+from sparseffn.comparison.job import CompareSettings, NoProgress, Progress, compare
+from sparseffn.comparison.matched import MatchedMethod, MethodChoice, match_methods, parse_methods
 
-__all__ = ["CompareSettings", "Contender", "MethodChoice", "compare", "contenders", "parse_methods"]
+__all__ = [
+    "CompareSettings",
+    "MatchedMethod",
+    "MethodChoice",
+    "NoProgress",
+    "Progress",
+    "compare",
+    "match_methods",
+    "parse_methods",
+]

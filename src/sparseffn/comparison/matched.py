@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparseffn.errors import UserError
+from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import FFNConfig, field_infos, method_class, parse_options
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.matching import TOLERANCE, Match, match
@@ -25,22 +25,21 @@ class MethodChoice:
 
     @property
     def label(self) -> str:
-        """How rows name it."""
         return " ".join([self.method, *(f"{key}={value}" for key, value in self.options.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """A matched method in a model."""
+class MatchedMethod:
+    """A method sized to the dense model's parameters, in a model."""
 
     label: str
     match: Match
     model: TransformerXLConfig
     marks: tuple[str, ...]
+    """What a reader must know of the sizes."""
 
     @property
     def config(self) -> FFNConfig:
-        """The matched block."""
         return self.match.config
 
 
@@ -67,18 +66,26 @@ def parse_methods(words: Sequence[str]) -> list[MethodChoice]:
     return parsed
 
 
-def contenders(choices: Sequence[MethodChoice], preset: Preset, vocab_size: int) -> list[Contender]:
+def match_methods(choices: Sequence[MethodChoice], preset: Preset, vocab_size: int) -> list[MatchedMethod]:
     """Every method at the preset's sizes, matched to the dense model.
 
     Raises:
-        UserError: a method cannot be brought within 0.5% of the dense model's parameters, or an option is unknown.
+        UnmatchedError: methods cannot be brought within 0.5% of the dense model's parameters; it names all of them.
+        UserError: an option is unknown or out of range.
     """
     dense = DenseConfig.from_shape(preset.shape)
     other = preset.model(dense, vocab_size).other_params()
-    return [_contender(choice, preset, vocab_size, dense.num_params(), other) for choice in choices]
+    found = [_match(choice, preset, vocab_size, dense.num_params(), other) for choice in choices]
+    unequal = [f"{m.label} has {m.match.model_params:,} ({m.match.residual_percent:+.2f}%)" for m in found if not m.match.equal]
+    if unequal:
+        raise UnmatchedError(
+            f"every method must come within {TOLERANCE:.1%} of the dense model's {found[0].match.model_target:,} parameters; "
+            f"got {'; '.join(unequal)}; fix: change the options or leave the method out"
+        )
+    return found
 
 
-def _contender(choice: MethodChoice, preset: Preset, vocab_size: int, target: int, other: int) -> Contender:
+def _match(choice: MethodChoice, preset: Preset, vocab_size: int, target: int, other: int) -> MatchedMethod:
     config_class = method_class(choice.method)
     options = parse_options(choice.method, config_class, choice.options)
     fixed = {key: value for key, value in options.items() if key not in ("d_model", "n_layers")}
@@ -86,18 +93,13 @@ def _contender(choice: MethodChoice, preset: Preset, vocab_size: int, target: in
         raise UserError("`d_model` and `n_layers` must be the preset's; got other values; fix: choose another --preset")
     config = config_class.from_shape(preset.shape).replace(**fixed)
     matched = match(config, target, n_blocks=preset.shape.n_layers, other_params=other)
-    if not matched.equal:
-        raise UserError(
-            f"{choice.label} must come within {TOLERANCE:.1%} of the dense model's {matched.model_target:,} parameters; "
-            f"got {matched.model_params:,} ({matched.residual_percent:+.2f}%); fix: change its options or leave it out"
-        )
     marks = [
         f"{key} is matched, not the {fixed[key]} asked for"
         for key in config.size_fields
         if key in fixed and getattr(matched.config, key) != fixed[key]
     ]
     marks += _compute_marks(matched.config, preset)
-    return Contender(label=choice.label, match=matched, model=preset.model(matched.config, vocab_size), marks=tuple(marks))
+    return MatchedMethod(label=choice.label, match=matched, model=preset.model(matched.config, vocab_size), marks=tuple(marks))
 
 
 def _compute_marks(config: FFNConfig, preset: Preset) -> list[str]:

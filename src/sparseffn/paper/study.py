@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from sparseffn.bench.machine import measured_on
-from sparseffn.comparison.job import Silent, Watcher
+from sparseffn.comparison.job import NoProgress, Progress
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
@@ -54,13 +54,13 @@ class _BudgetUsedError(Exception):
     """Nothing more may be begun."""
 
 
-def study(settings: StudySettings, out: Path | str, *, watcher: Watcher | None = None) -> results.StudyResult:
+def study(settings: StudySettings, out: Path | str, *, watcher: Progress | None = None) -> results.StudyResult:
     """Measure what is missing within the budget; returns what `study-NAME.json` holds.
 
     Raises:
         UserError: the folder is of another scale or corpus, or the budget does not suffice for one measurement.
     """
-    job = _Study.open(settings, Path(out), watcher or Silent())
+    job = _Study.open(settings, Path(out), watcher or NoProgress())
     failures: dict[tuple[str, int], str] = {}
     try:
         if settings.study == "init":
@@ -72,7 +72,7 @@ def study(settings: StudySettings, out: Path | str, *, watcher: Watcher | None =
                 f"`budget` must suffice for one measurement or a twelfth of a training; got {settings.budget_s:g}s, in which "
                 "none was finished; fix: --budget 1m or more, or leave it out"
             ) from None
-        job.watcher.say("the budget is used up; the same command goes on")
+        job.watcher.log("the budget is used up; the same command goes on")
     outcome = job.outcome(failures)
     write_json(job.out / f"study-{settings.study}.json", outcome)
     return outcome
@@ -91,12 +91,12 @@ class _Study:
     settings: StudySettings
     out: Path
     corpus: Corpus
-    watcher: Watcher
+    watcher: Progress
     device: torch.device
     deadline: Deadline
 
     @classmethod
-    def open(cls, settings: StudySettings, out: Path, watcher: Watcher) -> _Study:
+    def open(cls, settings: StudySettings, out: Path, watcher: Progress) -> _Study:
         """Claim the folder for the scale and the corpus; studies and numbers of seeds share it."""
         deadline, device = Deadline(settings.budget_s), find_device(settings.device)
         corpus = load_corpus(settings.corpus, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
@@ -118,7 +118,7 @@ class _Study:
             if not path.exists():
                 rows = measure_point(point, scale.grid, self.corpus, range(scale.start_seeds), self.device)
                 write_json(path, _Point(rows))
-                self.watcher.say(f"at initialisation: {point.name}")
+                self.watcher.log(f"at initialisation: {point.name}")
                 self.check_time()
 
     def train(self, failures: dict[tuple[str, int], str]) -> None:

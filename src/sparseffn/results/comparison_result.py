@@ -44,10 +44,10 @@ class Cooccurrence(Struct, frozen=True, kw_only=True):
 class UsageCounts(Struct, frozen=True, kw_only=True):
     """`usage.json` of a run: the use of its blocks on the beginning of validation."""
 
-    usage: list[LayerShares] = []
-    active: list[ActiveChannels] = []
-    cooccurrence: Cooccurrence | None = None
-    dead_share: float | None = None
+    usage: list[LayerShares]
+    active: list[ActiveChannels]
+    cooccurrence: Cooccurrence | None
+    dead_share: float
 
 
 class ValidPoint(Struct, frozen=True, kw_only=True):
