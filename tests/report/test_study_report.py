@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED, ranged, significant
+from sparseffn.report.generated_blocks import BLOCK, with_blocks
 from sparseffn.report.study_plots import along, study_plots
 from sparseffn.report.study_report import TITLES, read_study, study_page, study_tables
 from sparseffn.stats import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("init", "competition", "balance")
-
-
-def tool() -> ModuleType:
-    """tools/study_tables.py."""
-    spec = importlib.util.spec_from_file_location("study_tables", ROOT / "tools" / "study_tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def committed(name: str) -> dict[str, Any]:
@@ -38,12 +28,11 @@ def committed(name: str) -> dict[str, Any]:
 def test_page_holds_what_the_results_say() -> None:
     """Made anew, the tables are those on the page; a figure that was edited by hand is found."""
     text = (ROOT / "docs" / "why-this-selector.md").read_text(encoding="utf-8")
-    module = tool()
-    assert module.with_tables(text) == text
-    assert {match[2] for match in module.BLOCK.finditer(text)} == set(NAMES)
-    block = next(module.BLOCK.finditer(text))
+    assert with_blocks(text, ROOT / "results") == text
+    assert {found[3] for found in BLOCK.finditer(text)} == set(NAMES)
+    block = next(BLOCK.finditer(text))
     edited = text[: block.start()] + re.sub(r"\d\.\d", "7.7", block[0]) + text[block.end() :]
-    assert edited != text and module.with_tables(edited) == text
+    assert edited != text and with_blocks(edited, ROOT / "results") == text
 
 
 @pytest.mark.parametrize("name", NAMES)

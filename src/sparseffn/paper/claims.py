@@ -14,9 +14,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
-from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, Growth
+from sparseffn.results.bench_result import LayerResult
+from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, Growth, StatedClaim
 from sparseffn.results.table_result import Cell, TableResult
 from sparseffn.stats import Claimed, Difference, Verdict, verdict
 
@@ -35,10 +35,10 @@ FLAT, STEEP = 0.25, 0.5
 
 
 @functools.cache
-def claims() -> Sequence[Mapping[str, str]]:
-    """All claims that a run can test: `numbers`, `claim` in words, `decided_by`."""
+def stated_claims() -> Sequence[StatedClaim]:
+    """All claims that a run can contradict."""
     text = resources.files("sparseffn.paper").joinpath("claims.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["claims"])
+    return tuple(StatedClaim(**claim) for claim in tomllib.loads(text)["claims"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +100,12 @@ class Measured:
 
 
 def cells_by_row(tables: Sequence[TableResult]) -> dict[Key, Measured]:
-    """Cells of the first column of tables; of a row that several have, the first table's.
+    """Cells of the first column of tables; of a row that several have, that of the table with most rows.
 
-    Intervals pool the scatter of seeds over the rows of a table: the largest should come first.
+    Intervals pool the scatter of seeds over the rows of a table.
     """
     cells: dict[Key, Measured] = {}
-    for table in tables:
+    for table in sorted(tables, key=lambda table: -len(table.rows)):
         for cell in table.cells:
             row = table.rows[cell.row]
             key = row.published_label or row.label, row.settings == "released"
@@ -114,12 +114,12 @@ def cells_by_row(tables: Sequence[TableResult]) -> dict[Key, Measured]:
     return cells
 
 
-def decide(tables: Sequence[TableResult], bench: Any) -> ClaimsResult:
-    """Every claim that the results decide, released forms, which no claim of the paper is about, last.
+def decide(tables: Sequence[TableResult], bench: LayerResult | None) -> ClaimsResult:
+    """Every claim that the results decide; released forms, which no claim of the paper is about, come last.
 
     Args:
-        tables: tables 10, 1, 6 and 3, in the order of `cells_by_row`.
-        bench: result of `bench layer` with its times over N_E; None: claims on times are "not run yet".
+        tables: those of `evidence.evidence_tables`.
+        bench: times over N_E; None: claims on times are left undecided.
     """
     cells = cells_by_row(tables)
     return ClaimsResult(
@@ -127,6 +127,7 @@ def decide(tables: Sequence[TableResult], bench: Any) -> ClaimsResult:
         margin=MARGIN,
         flat=FLAT,
         steep=STEEP,
+        stated=list(stated_claims()),
         claims=[
             *(_row_claim(cells, claim) for claim in ROW_CLAIMS),
             *_balance_claims(cells),
@@ -223,28 +224,28 @@ def _all_or_none(for_it: Sequence[bool], against_it: Sequence[bool]) -> Verdict:
     return "contradicted" if all(against_it) else "undecided"
 
 
-def _speed_claims(bench: Any) -> list[DecidedClaim]:
-    if bench is None:
+def _speed_claims(bench: LayerResult | None) -> list[DecidedClaim]:
+    counts = None if bench is None else bench.expert_counts
+    if bench is None or counts is None:
         return [
             DecidedClaim(numbers="29-32", words="time is almost flat in N_E"),
-            DecidedClaim(numbers="4, 24", words="sigma-MoE is faster than the dense layer"),
+            DecidedClaim(numbers="4, 24", words="sigma-MoE is faster than the dense layer, forward and backward"),
         ]
-    counts = bench["expert_counts"]
-    (few, first), *_, (many, last) = counts["layers"].items()
+    (few, first), *_, (many, last) = counts.layers.items()
     growth = Growth(
         few=int(few.removeprefix("N_E ")),
         many=int(many.removeprefix("N_E ")),
-        forward=last["forward"]["median_s"] / first["forward"]["median_s"],
-        training=last["training"]["median_s"] / first["training"]["median_s"],
+        forward=last.forward.median_s / first.forward.median_s,
+        training=last.training.median_s / first.training.median_s,
     )
     exponents = [math.log(times) / math.log(growth.many / growth.few) for times in (growth.forward, growth.training)]
-    ratios = [row["training"]["over_dense"] for row in bench["rows"] if row["label"] == "sigma-moe"]
-    tokens = sorted({row["tokens"] for row in bench["rows"]})
-    sizes = f"{', '.join(shape['name'] for shape in bench['shapes'])}; {tokens[0]} to {tokens[-1]:,} tokens"
+    ratios = [row.training.over_dense for row in bench.rows if row.label == "sigma-moe"]
+    tokens = sorted({row.tokens for row in bench.rows})
+    sizes = f"{', '.join(shape.name for shape in bench.shapes)}; {tokens[0]} to {tokens[-1]:,} tokens"
     return [
         DecidedClaim(
             numbers="29-32",
-            words=f"time is almost flat in N_E ({counts['fixed']}; {counts['tokens']:,} tokens)",
+            words=f"time is almost flat in N_E ({counts.fixed}; {counts.tokens:,} tokens)",
             verdict=_all_or_none([e < FLAT for e in exponents], [e > STEEP for e in exponents]),
             growth=growth,
         ),

@@ -6,7 +6,7 @@ What is concluded from a result stands in a block too, as more runs may change i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def evidence_blocks(folder: Path) -> dict[str, str]:
     evidence = Evidence.read(folder)
     blocks: Mapping[str, Callable[[Evidence], str]] = {
         "setup": _setup,
+        "stated": _stated,
         "claims": _claims,
         "compute": _compute,
         "rows": _rows,
@@ -185,7 +186,7 @@ def _compute(evidence: Evidence) -> str:
     )
 
 
-def claims_list(claims: Sequence[Mapping[str, str]]) -> str:
-    """The numbered claims as a table."""
-    rows = [(claim["numbers"], claim["claim"], claim["decided_by"]) for claim in claims]
-    return markdown_table(Table.of(("numbers", "claim", "decided by"), rows, n_words=3))
+def _stated(evidence: Evidence) -> str:
+    """The paper's claims, decided here or not."""
+    rows = [(claim.numbers, claim.claim, claim.decided_by) for claim in evidence.claims.stated]
+    return markdown_table(Table.of(("claims", "in our words", "decided by"), rows, n_words=3))

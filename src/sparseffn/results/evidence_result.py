@@ -40,7 +40,7 @@ class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
     """A claim with its verdict and the numbers that this rests on: one of difference, loads, growth and times."""
 
     numbers: str
-    """As in `paper/claims.toml`; "-" for a released form, which no claim is about."""
+    """Of `StatedClaim`; "-" for a released form, which no claim is about."""
     words: str
     claimed: Claimed | None = None
     """Of a difference."""
@@ -62,6 +62,14 @@ class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
     """Least and greatest."""
 
 
+class StatedClaim(msgspec.Struct, frozen=True, kw_only=True):
+    """A claim of the paper in our own words, and the result that decides it."""
+
+    numbers: str
+    claim: str
+    decided_by: str
+
+
 class ClaimsResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="paper-claims"):
     version: Literal[1] = 1
     unit: str
@@ -72,4 +80,6 @@ class ClaimsResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", 
     """Exponent of time over N_E below which it counts as almost flat."""
     steep: float
     """And above which it does not."""
+    stated: list[StatedClaim]
+    """All that a run can contradict, decided here or not."""
     claims: list[DecidedClaim]
