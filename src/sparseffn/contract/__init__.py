@@ -7,6 +7,6 @@ Each check has a name, under which its failure is reported and under which a met
 by its nature. A declared failure that does not happen is itself a failure.
 """
 
-from sparseffn.contract._harness import CHECKS, ContractError, check_method, list_checks, run_check
+from sparseffn.contract.harness import CHECKS, ContractError, check_method, list_checks, run_check
 
 __all__ = ["CHECKS", "ContractError", "check_method", "list_checks", "run_check"]

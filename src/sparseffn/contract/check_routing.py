@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparseffn.contract._harness import ATOL, contract, differ, make_layer, require, seeded, tokens
+from sparseffn.contract.harness import ATOL, contract, differ, make_layer, require, seeded, tokens
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig, RoutingStats, collect_stats
 

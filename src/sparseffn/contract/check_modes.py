@@ -1,4 +1,4 @@
-"""Checks of how a layer lives: determinism, copies, state, dtypes, compilation, learning."""
+"""Checks of a layer in use: gradients, determinism, copies, state, dtypes, compilation, learning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseffn.contract._harness import ATOL, contract, differ, make_layer, require, seeded, tokens, without_dropout
+from sparseffn.contract.harness import ATOL, contract, differ, make_layer, require, seeded, tokens, without_dropout
 from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 
 _LEARNING_STEPS = 40
+
+
+@contract
+def gradients(config: FFNConfig) -> None:
+    """Every parameter gets a gradient in training, and not only zeros over a few batches."""
+    layer = make_layer(config, training=True)
+    touched: dict[str, bool] = {name: False for name, _ in layer.named_parameters()}
+    for seed in range(4):
+        layer.zero_grad(set_to_none=True)
+        x = tokens(config, 64, seed=seed)
+        (layer(x) * tokens(config, 64, seed=90 + seed)).sum().backward()
+        for name, parameter in layer.named_parameters():
+            require(parameter.grad is not None, f"{name} gets no gradient")
+            touched[name] |= bool(parameter.grad is not None and parameter.grad.any())
+    dead = [name for name, has in touched.items() if not has]
+    require(not dead, f"the gradient is zero everywhere for {', '.join(dead)}")
 
 
 @contract

@@ -1,4 +1,4 @@
-"""Checks of the function that a layer is: shapes, reference, sum of values, independence of tokens, identity."""
+"""Checks of the function that a layer computes: shapes, reference, sum of values, independence of tokens, identity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseffn.contract._harness import (
+from sparseffn.contract.harness import (
     ATOL,
     contract,
     differ,

@@ -16,7 +16,8 @@ Check = Callable[[FFNConfig], None]
 
 CHECKS: dict[str, Check] = {}
 
-_MODULES = ("_shape", "_routing", "_counting", "_options", "_modes")
+# In the order in which they run.
+_MODULES = ("check_function", "check_routing", "check_config", "check_modes")
 
 # Largest difference in float64 between two ways to compute one thing.
 ATOL = 1e-9
