@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 from sparseffn import storage
 from sparseffn.errors import UserError
-from sparseffn.storage import Count, Kind, Positive, PositiveInt, read, read_fields, write_folder, write_json, write_text
+from sparseffn.storage import Count, Positive, PositiveInt, read, write_folder, write_json, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,41 +154,6 @@ def test_digests_keep_parts_apart_and_ignore_the_order_of_keys(tmp_path: Path) -
     assert storage.json_digest({"a": 1, "b": 2}) == storage.json_digest({"b": 2, "a": 1}) != storage.json_digest({"a": 1})
     (tmp_path / "file").write_bytes(b"")
     assert storage.file_digest(tmp_path / "file") == storage.digest_of() != storage.digest_of("")
-
-
-ACCEPTED: dict[Kind, tuple[list[Any], list[Any]]] = {
-    Kind.COUNT: ([0, 3], [-1, 1.0, True, "3", None]),
-    Kind.NUMBER: ([-1, 0.5], [True, "3", None]),
-    Kind.POSITIVE: ([1, 0.5], [0, -1, None]),
-    Kind.POSITIVE_OR_NULL: ([1, None], [0, "x"]),
-    Kind.TEXT: (["", "x"], [0, None]),
-    Kind.TEXTS: ([[], ["x"]], ["x", [0]]),
-    Kind.LIST: ([[], [0]], ["x", {}]),
-    Kind.OBJECT: ([{}], [[], None]),
-}
-
-
-@pytest.mark.parametrize("kind", ACCEPTED, ids=lambda kind: kind.name)
-def test_field_is_of_its_kind(kind: Kind, tmp_path: Path) -> None:
-    """Accepted values are read; others are refused with file, field and value."""
-    good, bad = ACCEPTED[kind]
-    path = tmp_path / "file.json"
-    for value in good:
-        write_json(path, {"a": {"b": value}})
-        assert read_fields(path, {"a": {"b": kind}}, fix="mend it") == {"a": {"b": value}}
-    for value in bad:
-        path.write_text(json.dumps({"a": {"b": value}}))
-        with pytest.raises(UserError, match=re.escape(f"must hold `a.b`, {kind.value}; got {json.dumps(value)}; fix: mend it")):
-            read_fields(path, {"a": {"b": kind}}, fix="mend it")
-
-
-def test_absent_field_is_named_and_a_long_value_cut_short(tmp_path: Path) -> None:
-    """The message stays a line."""
-    write_json(tmp_path / "file.json", {"long": "x" * 1000})
-    with pytest.raises(UserError, match="must hold `a`, any value; got nothing; fix: mend it"):
-        read_fields(tmp_path / "file.json", {"a": Kind.ANY}, fix="mend it")
-    with pytest.raises(UserError, match=r"got \"x{36}\.\.\.; fix"):
-        read_fields(tmp_path / "file.json", {"long": Kind.COUNT}, fix="mend it")
 
 
 def test_interrupted_write_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

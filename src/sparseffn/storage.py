@@ -10,17 +10,15 @@ used. A Struct ignores fields that it does not know, and a field with a default 
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar, cast
@@ -291,84 +289,6 @@ def file_digest(path: Path) -> str:
     """32 hexadecimal digits (BLAKE2b) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-# Tells a field that is not there from one that holds null.
-_ABSENT = object()
-
-
-class Kind(enum.Enum):
-    """What a stored field may hold; the value says it in words."""
-
-    COUNT = "a whole number of at least 0"
-    NUMBER = "a finite number"
-    POSITIVE = "a positive number"
-    POSITIVE_OR_NULL = "a positive number or null"
-    TEXT = "a string"
-    TEXTS = "a list of strings"
-    LIST = "a list"
-    OBJECT = "an object"
-    ANY = "any value"
-
-    def accepts(self, value: object) -> bool:
-        """Whether a parsed value is of this kind."""
-        number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-        match self:
-            case Kind.COUNT:
-                return number and isinstance(value, int) and value >= 0
-            case Kind.NUMBER:
-                return number
-            case Kind.POSITIVE:
-                return isinstance(value, int | float) and number and value > 0
-            case Kind.POSITIVE_OR_NULL:
-                return value is None or Kind.POSITIVE.accepts(value)
-            case Kind.TEXT:
-                return isinstance(value, str)
-            case Kind.TEXTS:
-                return isinstance(value, list) and all(isinstance(item, str) for item in value)
-            case Kind.LIST:
-                return isinstance(value, list)
-            case Kind.OBJECT:
-                return isinstance(value, dict)
-            case Kind.ANY:
-                return value is not _ABSENT
-
-
-Fields = Mapping[str, "Kind | Fields"]
-
-
-def read_fields(path: Path, fields: Fields, *, fix: str) -> dict[str, Any]:
-    """Read a JSON object and check the fields that are needed of it; it may hold more.
-
-    Args:
-        path: the file.
-        fields: kind of each field; a mapping for an object with fields of its own.
-        fix: the remedy for a damaged file.
-
-    Raises:
-        UserError: the file is not there, holds no JSON, or a field is absent or of another kind.
-    """
-    data = read_json(path, fix=fix)
-    _check(path, "", data, fields, fix)
-    return data
-
-
-def _check(path: Path, name: str, value: object, expected: Kind | Fields, fix: str) -> None:
-    kind = expected if isinstance(expected, Kind) else Kind.OBJECT
-    if not kind.accepts(value):
-        what = f"`{name}`, {kind.value}" if name else kind.value
-        raise UserError(f"`{path}` must hold {what}; got {_shown_value(value)}; fix: {fix}")
-    if not isinstance(expected, Kind):
-        assert isinstance(value, dict), "objects are dicts"
-        for key, wanted in expected.items():
-            _check(path, f"{name}.{key}" if name else key, value.get(key, _ABSENT), wanted, fix)
-
-
-def _shown_value(value: object) -> str:
-    if value is _ABSENT:
-        return "nothing"
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def default_cache_dir() -> Path:

@@ -252,6 +252,27 @@ def test_damaged_file_is_refused_with_its_field(
         compare(killed_comparison.settings(song), out)
 
 
+def test_folder_of_version_0_1_is_taken_up(song: str, tmp_path: Path, uninterrupted: Path) -> None:
+    """Its plan knows no device, its runs lie as they do now; nothing is trained or planned again."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    plan = {key: value for key, value in json.loads((out / "plan.json").read_text()).items() if key != "device"}
+    write_json(out / "plan.json", plan)
+    before = read_comparison(out / "comparison.json")
+    (out / "comparison.json").unlink()
+    assert compare(killed_comparison.settings(song), out).methods == before.methods
+    assert json.loads((out / "plan.json").read_text()) == plan
+
+
+def test_precision_is_part_of_what_is_compared_and_the_device_is_not(song: str, tmp_path: Path) -> None:
+    """A folder of bfloat16 is refused to float32; the name of the device may change."""
+    result = compare(settings(song, "dense", precision="bfloat16", device="auto"), tmp_path / "out")
+    assert result.settings["precision"] == "bfloat16" and result.environment["device"] == "cpu"
+    assert compare(settings(song, "dense", precision="bfloat16", device="cpu"), tmp_path / "out").methods == result.methods
+    with pytest.raises(UserError, match=r"overrides\.precision is 'bfloat16', not None"):
+        compare(settings(song, "dense"), tmp_path / "out")
+
+
 def test_methods_that_cannot_be_matched_are_all_named() -> None:
     """With an error of its own kind, which the command answers with 1."""
     words = ["sigma-moe", "k=16", "expert_size=4000", "dense", "sigma-moe", "k=8", "expert_size=4000"]
