@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from .loopback import Loopback, loopback
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +24,10 @@ def book(tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
     path.write_text("".join(f"line {i} has {i * 7919 % 1000} words\n" for i in range(2000)))
     return path
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    """A server without files."""
+    with loopback() as served:
+        yield served

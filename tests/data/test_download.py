@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,10 @@ import pytest
 from sparseffn.data.download import BLOCK_BYTES, DownloadError, PublishedFile, RemoteFile, fetch, parse_digest
 from sparseffn.errors import UserError
 
-from .loopback import Loopback, loopback
+from .loopback import Loopback
 
 DATA = bytes(range(256)) * 4000
 DIGEST = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    """A server without files."""
-    with loopback() as served:
-        yield served
 
 
 def remote(*urls: str, digest: str | None = DIGEST, size: int | None = len(DATA), verified: bool = False) -> RemoteFile:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import resource
+import shutil
 import threading
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from sparseffn.data import corpus_entry, load_corpus, prepare_corpus, registry
 from sparseffn.data.corpora.enwik8 import ENWIK8
 from sparseffn.data.corpora.ptb import PTB
 from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_RAW
@@ -21,20 +22,13 @@ from sparseffn.data.splits import SPLITS, Place, Source
 from sparseffn.errors import UserError
 from sparseffn.storage import lock
 
-from .loopback import Loopback, loopback
+from .loopback import Loopback
 from .packed import lines, sha256, small, tarred, zipped
 
 TEXT = bytes(range(32, 127)) * 400
 WIKI = {f"wiki.{split}.tokens": lines(300, split) for split in SPLITS}
 TREEBANK = {f"ptb.{split}.txt": lines(300, split) for split in SPLITS}
 ZIP = zipped({"enwik8": TEXT})
-
-
-@pytest.fixture
-def server() -> Iterator[Loopback]:
-    """A server without files."""
-    with loopback() as served:
-        yield served
 
 
 @pytest.fixture
@@ -218,6 +212,29 @@ class TestUsersCopy:
             enwik8().find(Place(data_dir=tmp_path, cache_dir=cache_dir))
         with pytest.raises(UserError, match="which does not exist; fix: pass the --data-dir that has it"):
             enwik8().find(Place(data_dir=tmp_path / "none", cache_dir=cache_dir))
+
+    @pytest.mark.parametrize(
+        ("corpus", "files"),
+        [
+            (enwik8(), {"enwik8": TEXT}),
+            (small(PTB, TREEBANK, {}, {}), TREEBANK),
+            (small(WIKITEXT103, WIKI, {}, {}), WIKI),
+        ],
+        ids=["enwik8", "ptb", "wikitext103"],
+    )
+    def test_a_prepared_corpus_is_loaded_without_its_folder(
+        self, corpus: PublishedCorpus, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By name alone, as every command does, and from what a run notes of it."""
+        entry = dataclasses.replace(corpus_entry(corpus.name), find=corpus.find, published=corpus)
+        monkeypatch.setitem(registry._CORPORA, corpus.name, entry)
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        for name, data in files.items():
+            (mine / name).write_bytes(data)
+        prepared = prepare_corpus(corpus.name, data_dir=mine, tokenizer="bytes")
+        shutil.rmtree(mine)
+        assert load_corpus(corpus.name, tokenizer="bytes").digest == prepared.origin.load().digest == prepared.digest
 
 
 def _prepare(
