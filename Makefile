@@ -57,7 +57,7 @@ readme: setup
 
 # Made from the pool: results/evidence/, and of the page the blocks that say so. LaTeX, HTML and their index are not kept.
 evidence: setup
-	$(BIN)/sparseffn reproduce evidence --view --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
+	$(BIN)/sparseffn reproduce evidence --list --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
 	rm -f results/evidence/*.tex results/evidence/*.html results/evidence/tables.md
 	$(BIN)/python tools/generated.py docs/results.md
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import sparseffn.cli.bench_output as bench_output
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import RunCounts
-from sparseffn.cli import main
+from sparseffn.cli import main, output
 from sparseffn.data import Corpus, unpadded
 from sparseffn.errors import UserError
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
@@ -128,7 +127,7 @@ def test_command_writes_json_and_figures(
     words = ["analyze", str(runs["sigma-moe"]), "--data-dir", str(song), "--cache-dir", str(song.parent / "cache")]
     assert main([*words, "--max-tokens", "300", "--out", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
-    assert "load entropy" in text and "Tokens by expert, layer 1" in text
+    assert "entropy" in text and "Tokens by expert, layer 1" in text
     drawn = {path.stem for path in (tmp_path / "a").glob("*.png")}
     assert drawn == {path.stem for path in (tmp_path / "a").glob("*.svg")}
     assert drawn >= {"active", "usage", "cooccurrence", "tokens-0", "tokens-1", "load-entropy", "largest-load", "stability"}
@@ -139,7 +138,7 @@ def test_command_without_matplotlib_writes_the_numbers_and_says_so(
     runs: dict[str, Path], song: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the command that mends it."""
-    monkeypatch.setattr(bench_output.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
     words = ["analyze", str(runs["dense"]), "--data-dir", str(song), "--cache-dir", str(song.parent / "cache")]
     assert main([*words, "--max-tokens", "300", "--out", str(tmp_path / "a"), "--json"]) == 0
     done = capsys.readouterr()

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import sparseffn.cli.bench_figures as bench_figures
-import sparseffn.cli.bench_output as bench_output
-import sparseffn.cli.reproduce_figures as reproduce_figures
-from sparseffn.cli import main
-from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
+from sparseffn.cli import bench, main, output, reproduce_figures
+from sparseffn.cli.reproduce_figures import FIGURE_NAMES, figures
+from sparseffn.cli.reproduce_settings import ReproduceFigure
 from sparseffn.errors import UserError
 from sparseffn.results.bench_result import LayerSettings
 
 
-def options(out: Path, song: Path, runs: list[Path], **changes: Any) -> argparse.Namespace:
-    """What `reproduce` hands over."""
-    given = {
-        "from_": [str(run) for run in runs],
+def settings(names: list[str], out: Path, song: Path, runs: list[Path], **changes: Any) -> ReproduceFigure:
+    """Of one call."""
+    given: dict[str, Any] = {
+        "names": tuple(names),
+        "from_": tuple(str(run) for run in runs),
         "out": str(out),
         "time_limit": "1s",
         "tokens": 4,
         "max_tokens": 300,
-        "json": False,
-        "threads": None,
         "data_dir": str(song),
         "cache_dir": str(song.parent / "cache"),
     }
-    return argparse.Namespace(**{**given, **changes})
+    return ReproduceFigure(**{**given, **changes})
 
 
 def test_there_are_eleven_figures() -> None:
@@ -44,7 +40,7 @@ def test_figures_from_runs_stand_beside_the_statement(
 ) -> None:
     """Each from the runs that suit it; channels on validation and test, the rest on validation."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed here")
-    assert run_figures(["fig6", "fig1", "fig3", "fig7"], options(tmp_path / "f", song, list(runs.values()))) == 0
+    assert figures(settings(["fig6", "fig1", "fig3", "fig7"], tmp_path / "f", song, list(runs.values()))) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "f" / "reproduced.json").read_text())["figures"]
     assert [(figure["name"], figure["runs"]) for figure in found] == [
@@ -77,7 +73,7 @@ def test_figure_without_its_run_is_refused_before_anything_is_written(
 ) -> None:
     """With the command that makes one."""
     with pytest.raises(UserError, match=message):
-        run_figures(names, options(tmp_path / "f", song, [runs[name] for name in given]))
+        figures(settings(names, tmp_path / "f", song, [runs[name] for name in given]))
     assert not (tmp_path / "f").exists()
 
 
@@ -86,7 +82,7 @@ def test_figure_that_lacks_its_run_does_not_stop_the_others(
 ) -> None:
     """It is listed with the reason wherever the others are."""
     monkeypatch.setattr(reproduce_figures, "can_draw", lambda: False)
-    assert run_figures(["fig1", "fig3"], options(tmp_path / "f", song, [runs["sigma-moe"]])) == 0
+    assert figures(settings(["fig1", "fig3"], tmp_path / "f", song, [runs["sigma-moe"]])) == 0
     printed, text = capsys.readouterr().out, (tmp_path / "f" / "figures.md").read_text()
     one, three = json.loads((tmp_path / "f" / "reproduced.json").read_text())["figures"]
     reason = "`--from` must name a finished run of the dense block for fig1; got sigma-moe; fix: sparseffn train"
@@ -98,7 +94,7 @@ def test_figure_that_lacks_its_run_does_not_stop_the_others(
 def test_folder_that_is_no_run_is_refused(song: Path, tmp_path: Path) -> None:
     """By name."""
     with pytest.raises(UserError, match=r"config.json` must exist"):
-        run_figures(["fig1"], options(tmp_path / "f", song, [tmp_path]))
+        figures(settings(["fig1"], tmp_path / "f", song, [tmp_path]))
 
 
 def test_figures_of_time_are_the_benchmarks(
@@ -107,8 +103,8 @@ def test_figures_of_time_are_the_benchmarks(
     """All at once, with the time limit and the tokens given; the words are made from what it measured."""
     asked: list[tuple[object, ...]] = []
 
-    def measure(figures: list[int], settings: LayerSettings, path: Path, *, time_limit: str) -> dict[str, Any]:
-        asked.append((figures, settings.tokens, path, time_limit))
+    def measure(numbers: list[int], timed: LayerSettings, path: Path, time_limit: str) -> dict[str, Any]:
+        asked.append((numbers, timed.tokens, path, time_limit))
         layers = {
             label: {"training": {"median_s": s}, "memory_bytes": 1000 * s} for label, s in (("dense", 1.0), ("sigma-moe", 0.5))
         }
@@ -122,8 +118,8 @@ def test_figures_of_time_are_the_benchmarks(
         }
 
     monkeypatch.setattr(reproduce_figures, "measure_figures", measure)
-    monkeypatch.setattr(bench_output.importlib.util, "find_spec", lambda name: None)
-    assert run_figures(["fig10", "fig9"], options(tmp_path / "f", song, [], json=True)) == 0
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
+    assert figures(settings(["fig10", "fig9"], tmp_path / "f", song, [], json=True)) == 0
     assert asked == [([9, 10], (4,), tmp_path / "f" / "figures.json", "1s")]
     nine, ten = json.loads(capsys.readouterr().out)["figures"]
     assert nine["measured"] == ["Nothing was measured: 1 points fit neither the time limit nor half of the memory."]
@@ -139,16 +135,16 @@ def test_figures_without_a_folder_go_to_the_usual_one(
     monkeypatch.setattr(reproduce_figures, "can_draw", lambda: False)
     asked: list[Path] = []
 
-    def measure(figures: list[int], settings: object, path: Path, **limits: object) -> dict[str, Any]:
+    def measure(numbers: list[int], timed: object, path: Path, **limits: object) -> dict[str, Any]:
         asked.append(path)
         raise UserError("measured elsewhere")
 
-    monkeypatch.setattr(bench_figures, "bench_figures", measure)
+    monkeypatch.setattr(bench, "bench_figures", measure)
     data = ["--data-dir", str(song), "--cache-dir", str(song.parent / "cache")]
     drawn = ["fig1", "fig3", "--from", *map(str, runs.values()), "--max-tokens", "300"]
-    assert main(["reproduce", *drawn, *data, "--json"]) == 0
+    assert main(["reproduce", "figure", *drawn, *data, "--json"]) == 0
     assert {path.name for path in (tmp_path / "runs" / "figures").iterdir()} == {"reproduced.json", "figures.md"}
-    assert main(["reproduce", "fig10"]) == 2 and asked == [Path("runs/figures/figures.json")]
+    assert main(["reproduce", "figure", "fig10"]) == 2 and asked == [Path("runs/figures/figures.json")]
 
 
 def test_runs_of_one_method_get_labels_that_differ() -> None:

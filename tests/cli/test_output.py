@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+import math
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
-from sparseffn.cli.output import Watch, clock, parse_duration
+from sparseffn.cli.output import Progress, Speed, clock, parse_duration, print_json, print_rows
+from sparseffn.cli.process import printable, write_any_text
 from sparseffn.errors import UserError
 from sparseffn.training.loop import StepReport
 
@@ -19,11 +26,11 @@ def report(step: int = 3) -> StepReport:
     return StepReport(step=step, n_steps=12, loss=2.5, balance_loss=-0.1, tokens_per_s=12345.6, seconds_left=187.4)
 
 
-def watch(*, terminal: bool) -> tuple[Watch, io.StringIO]:
-    """A watcher that writes into memory."""
+def progress(*, terminal: bool) -> tuple[Progress, io.StringIO]:
+    """Progress that is written into memory."""
     file = io.StringIO()
-    made = Watch(lambda nats: f"loss {nats:.3f} nats")
-    made.console = Console(file=file, force_terminal=terminal, width=200, color_system=None, highlight=False)
+    made = Progress()
+    made.console = Console(file=file, force_terminal=terminal, width=200, color_system=None, highlight=False, markup=False)
     return made, file
 
 
@@ -31,8 +38,8 @@ def test_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
     """Without a terminal: the first step, then one every 15 seconds, and the last."""
     now = [1000.0]
     monkeypatch.setattr("sparseffn.cli.output.time.monotonic", lambda: now[0])
-    watcher, file = watch(terminal=False)
-    on_step = watcher.run("pkm [a]", 1, 1, 4)
+    shown, file = progress(terminal=False)
+    on_step = shown.run("pkm [a]", 1, 1, 4)
     for step, at in ((3, 0.0), (4, 14.9), (5, 15.1), (6, 20.0), (12, 21.0)):
         now[0] = 1000.0 + at
         on_step(report(step))
@@ -43,25 +50,25 @@ def test_lines_tell_loss_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bar_tells_the_same_in_a_terminal() -> None:
     """It ends where another line is printed."""
-    watcher, file = watch(terminal=True)
-    watcher.run("pkm [a]", 0, 0, 1)(report())
-    assert watcher.progress is not None and watcher.progress.tasks[0].percentage == 25.0
-    watcher.say("timing")
-    assert watcher.progress is None
+    shown, file = progress(terminal=True)
+    shown.run("pkm [a]", 0, 0, 1)(report())
+    assert shown.bar is not None and shown.bar.tasks[0].percentage == 25.0
+    shown.log("timing")
+    assert shown.bar is None
     text = file.getvalue()
     assert "[1/1] pkm [a], seed 0" in text and TEXT in text and text.rstrip().endswith("timing")
 
 
 def test_a_run_ends_the_bar_of_the_one_before() -> None:
     """Never two at once."""
-    watcher, _ = watch(terminal=True)
-    watcher.run("a", 0, 0, 2)
-    first = watcher.progress
-    watcher.run("b", 0, 1, 2)
+    shown, _ = progress(terminal=True)
+    shown.run("a", 0, 0, 2)
+    first = shown.bar
+    shown.run("b", 0, 1, 2)
     assert first is not None and first.finished is False and not first.live.is_started
-    assert watcher.progress is not first
-    watcher.close()
-    watcher.close()
+    assert shown.bar is not first
+    shown.close()
+    shown.close()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (187.4, "3:07"), (3760, "1:02:40")])
@@ -81,3 +88,50 @@ def test_other_durations_are_refused(text: str) -> None:
     """With the value."""
     with pytest.raises(UserError, match=f"got '{text}'; fix: --budget 8m"):
         parse_duration(text)
+
+
+def test_speed_is_the_mean_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equally many tokens in twice the time halve what they count; steps of long ago do not count."""
+    now = [0.0]
+    monkeypatch.setattr("sparseffn.cli.output.time.monotonic", lambda: now[0])
+    speed = Speed()
+    assert speed.mean(dataclasses.replace(report(), tokens_per_s=1.0)) == 1.0
+    now[0] = 11.0
+    assert speed.mean(dataclasses.replace(report(), tokens_per_s=100.0)) == 100.0
+    assert speed.mean(dataclasses.replace(report(), tokens_per_s=50.0)) == pytest.approx(2 / (1 / 100 + 1 / 50))
+
+
+def test_json_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN and infinity are null, at any depth."""
+    print_json({"a": [math.nan, {"b": -math.inf}], "c": 1.5})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, {"b": None}], "c": 1.5}
+
+
+def test_cells_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither markup nor emoji nor escapes of a terminal."""
+    print_rows(("a", "b"), [("[bold]x[/]", ":smile: \x1b[31m")])
+    assert "[bold]x[/]" in (out := capsys.readouterr().out) and ":smile:" in out and r"\x1b[31m" in out
+
+
+def test_control_characters_are_escaped() -> None:
+    """But line ends and tabs."""
+    assert printable("a\tb\n\x1b]0;x\x07\r\x9b\x7f") == "a\tb\n" + r"\x1b]0;x\x07\r\x9b\x7f"
+
+
+@pytest.mark.parametrize("words", ["reproduce table table7", "match --help", "--help"])
+def test_output_works_where_only_ascii_can_be_written(words: str) -> None:
+    """Under LC_ALL=C: signs have stand-ins, nothing fails."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-m", "sparseffn", *words.split()], env=env, capture_output=True, check=True)
+    assert done.stdout.decode("ascii").strip() and done.stderr == b""
+
+
+def test_characters_have_ascii_stand_ins() -> None:
+    """Of the same meaning where there are any."""
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as stream:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            write_any_text()
+        stream.write("a \u00d7 b \u00b1 \u00e1 \u2192 \u4e2d \udcff")
+        stream.flush()
+        assert stream.buffer.getvalue() == b"a x b +- a -> ? ?"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Options of `sparseffn reproduce` change something for its targets, or are refused."""
+"""Tables, figures and evidence have options of their own: what would change nothing is not among them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sparseffn.cli import main, reproduce
-from sparseffn.cli.parser import build_parser
-from sparseffn.cli.reproduce_evidence import TABLES
-from sparseffn.cli.reproduce_options import USED_BY, checked
+from sparseffn.cli.parse import parse
+from sparseffn.cli.reproduce import TABLES
+from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceFigure, ReproduceTable
 from sparseffn.errors import UserError
 from sparseffn.paper import scales
 from sparseffn.paper.choice import select_tables
@@ -33,84 +33,60 @@ def cpu(micro: Scale, song: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def _trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("sparseffn.cli.reproduce.run_all", "sparseffn.cli.reproduce_evidence.run_here"):
+    for name in ("sparseffn.cli.reproduce.run_all", "sparseffn.cli.reproduce.run_here"):
         monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("trained"))
 
 
-def test_every_option_has_its_targets() -> None:
-    """An option that is added must say what it is for; no default is set before that is checked."""
-    options = vars(build_parser().parse_args(["reproduce", "table3"]))
-    assert set(options) - set(USED_BY) == {"targets", "threads", "json", "run", "command"} & set(options)
-    assert {options[name] for name in USED_BY} == {None, False}
-
-
 REFUSED = {
-    "evidence-rows": ("evidence --budget 60m --rows dense", "`--rows` must be left out for evidence"),
-    "evidence-columns": ("evidence --list --columns WT-S", "`--columns` must be left out for evidence"),
-    "evidence-seeds": ("evidence --list --seeds 2", "where it changes nothing; got --seeds 2; fix: leave it out, as it is for"),
-    "evidence-settings": ("evidence --list --settings released", "`--settings` must be left out for evidence"),
-    "evidence-scale": ("evidence --list --scale paper", "`--scale` must be cpu or base for evidence; got 'paper'"),
-    "table-list": ("table3 --list", "`--list` must be left out for table3, where it changes nothing; got --list; fix:"),
-    "table-budget": ("table3 table7 --budget 1m", "`--budget` must be left out for table3, table7"),
-    "table-from": ("table3 --from runs/a", "got --from runs/a; fix: leave it out, as it is for figures 1 and 3 to 7"),
-    "table-tokens": ("table3 --tokens 4", "`--tokens` must be left out for table3"),
-    "table-max-tokens": ("table3 --max-tokens 4", "`--max-tokens` must be left out for table3"),
-    "table-time": ("all --time-limit 1m", "`--time-limit` must be left out for table1, table2"),
-    "counted-dry-run": ("table7 --dry-run", "`--dry-run` must be left out for table7"),
-    "counted-rows": ("table8 --rows dense", "`--rows` must be left out for table8"),
-    "counted-column": ("table7 --columns WTS", "unknown column 'WTS'; fix: did you mean"),
-    "counted-without": ("table8 table3 --columns C4-S", "table8 has none of these columns or rows; fix: leave it out"),
-    "counted-settings": (
-        "table7 table8 --settings released",
-        "fix: leave it out, as it is for tables that are trained, table 9",
-    ),
-    "counted-corpus": ("table9 --corpus stdlib", "`--corpus` must be left out for table9"),
-    "figure-scale": ("fig1 --from runs/a --scale cpu", "`--scale` must be left out for fig1"),
-    "figure-seeds": ("fig1 --seeds 1", "`--seeds` must be left out for fig1"),
-    "figure-dry-run": ("fig2 fig1 --dry-run", "`--dry-run` must be left out for fig2, fig1"),
-    "figure-view": ("fig2 --view", "`--view` must be left out for fig2"),
-    "figure-pool": ("fig2 --pool p", "`--pool` must be left out for fig2"),
-    "figure-from": ("fig2 --from runs/a", "`--from` must be left out for fig2"),
-    "figure-tokens": ("fig1 --tokens 4", "got --tokens 4; fix: leave it out, as it is for figures 2 and 8 to 11"),
-    "paper-tokenizer": ("table3 --view --tokenizer chars", "`--tokenizer` must be left out at scale paper"),
+    "evidence-rows": ("evidence --budget 60m --rows dense", "unknown option --rows"),
+    "evidence-columns": ("evidence --list --columns WT-S", "unknown option --columns"),
+    "evidence-seeds": ("evidence --list --seeds 2", "unknown option --seeds"),
+    "evidence-jobs": ("evidence --budget 60m --jobs 2", "unknown option --jobs"),
+    "evidence-scale": ("evidence --list --scale paper", "unknown --scale 'paper'"),
+    "evidence-both": ("evidence --list --budget 60m", "`--list` and `--budget` must not both be given"),
+    "evidence-neither": ("evidence", "`--budget` or `--list` must be given"),
+    "table-budget": ("table table3 --budget 1m", "unknown option --budget"),
+    "table-from": ("table table3 --from runs/a", "unknown option --from"),
+    "table-figure": ("table fig1", "unknown table 'fig1'"),
+    "figure-scale": ("figure fig1 --from runs/a --scale cpu", "unknown option --scale"),
+    "figure-dry-run": ("figure fig2 --dry-run", "unknown option --dry-run"),
+    "figure-table": ("figure table3", "unknown figure 'table3'"),
+    "no-column": ("table table7 --columns WTS", "unknown column 'WTS'; fix: did you mean"),
+    "no-such-column": ("table table8 table3 --columns C4-S", "table8 has none of these columns or rows; fix: leave it out"),
+    "paper-tokenizer": ("table table3 --scale paper --view --tokenizer chars", "`--tokenizer` must be left out at scale paper"),
 }
 
 
 @pytest.mark.usefixtures("_trains_nothing")
 @pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=list(REFUSED))
 def test_option_that_changes_nothing_is_refused(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything is opened, measured or trained, naming the option and the targets."""
+    """Before anything is opened, measured or trained."""
     assert main(["reproduce", *words.split()]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_option_of_one_of_the_targets_is_taken() -> None:
-    """Rows are for table 3 alone, the benchmark's tokens for figure 2; what is not given has the targets' default."""
-    parse = build_parser().parse_args
-    tables = checked(parse(["reproduce", "table3", "table7", "--rows", "dense"]), ["table3", "table7"])
-    assert (tables.rows, tables.scale, tables.seeds, tables.out, tables.list) == (["dense"], "paper", ["1"], None, False)
-    figures = checked(parse(["reproduce", "fig1", "fig2", "--tokens", "4"]), ["fig1", "fig2"])
+def test_each_kind_has_its_defaults() -> None:
+    """Minutes on a few cores, one seed, no files for tables; figures have a folder."""
+    tables = parse("reproduce table", ReproduceTable, ["table3", "table7", "--rows", "dense"])
+    assert (tables.rows, tables.scale, tables.seeds, tables.out) == (("dense",), "cpu", ("1",), None)
+    figures = parse("reproduce figure", ReproduceFigure, ["fig1", "fig2", "--tokens", "4"])
     assert (figures.tokens, figures.time_limit, figures.out) == (4, "20m", "runs/figures")
-    assert checked(parse(["reproduce", "evidence", "--list"]), ["evidence"]).scale == "cpu"
+    assert parse("reproduce evidence", ReproduceEvidence, ["--list"]).scale == "cpu"
 
 
 def test_counted_tables_take_columns(capsys: pytest.CaptureFixture[str]) -> None:
     """In any case, in the table's order."""
-    assert main(["reproduce", "table7", "table9", "--columns", "e8", "WT-S", "--json"]) == 0
+    assert main(["reproduce", "table", "table7", "table9", "--columns", "e8", "WT-S", "--json"]) == 0
     seven, nine = json.loads(capsys.readouterr().out)
     assert [column["name"] for column in seven["columns"]] == ["WT-S", "E8"]
     assert len(seven["cells"]) == 2 * len(seven["rows"]) and [row["name"] for row in nine["rows"]] == ["WT-S", "E8"]
 
 
 @pytest.mark.usefixtures("_trains_nothing")
-@pytest.mark.parametrize("flag", ["--list", "--dry-run", "--view"])
-def test_evidence_lists_where_nothing_is_to_be_trained(flag: str, cpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """With a budget it would be unclear whether something is; that is refused."""
-    words = ["reproduce", "evidence", flag, "--steps", "3", *cpu]
-    assert main(words) == 0
+def test_evidence_lists_without_training(cpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """All runs, none of which is there."""
+    assert main(["reproduce", "evidence", "--list", "--steps", "3", *cpu]) == 0
     assert "0 of 40 runs finished" in capsys.readouterr().out
-    assert main([*words, "--budget", "60m"]) == 2
-    assert f"`--budget` must be left out with {flag}, which trains nothing; got 60m" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_trains_nothing")
@@ -135,7 +111,7 @@ def test_rows_are_named_by_either_label(cpu: list[str], capsys: pytest.CaptureFi
     """Top-K, K=128 is shown as K=8 at the micro scale."""
     for label in ("Top-K, K=128", "top-k, k=8", "published:Top-K, K=128", "shown:Top-K, K=8"):
         words = ["table1", "--columns", "WT-S", "--rows", label, "--view", "--json"]
-        assert main(["reproduce", *words, "--scale", "cpu", *cpu]) == 0
+        assert main(["reproduce", "table", *words, *cpu]) == 0
         (row,) = json.loads(capsys.readouterr().out)["rows"]
         assert (row["label"], row["published_label"]) == ("Top-K, K=8", "Top-K, K=128")
 
@@ -158,9 +134,9 @@ def test_label_of_two_rows_is_refused_with_the_choices() -> None:
 
 
 def test_dry_run_says_once_why_no_corpus_is_open(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is nothing to be mended."""
+    """It is nothing to be fixed."""
     speed = Speed(dense=1e10, mixture=1e10, basis="a test")
     monkeypatch.setattr(reproduce, "measure_speed", lambda: speed)
-    assert main(["reproduce", "table5", "table3", "--dry-run"]) == 0
+    assert main(["reproduce", "table", "table5", "table3", "--scale", "paper", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("opens no published corpus") == 1 and "leave out --dry-run" not in shown

@@ -6,30 +6,29 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sparseffn.cli.memory import keep_freed_memory
-from sparseffn.cli.parser import build_parser
+from sparseffn.cli.parse import run
+from sparseffn.cli.process import keep_freed_memory, write_any_text
+from sparseffn.errors import UnmatchedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0; 1 where a check failed or nobody reads the output any more; 2 for input that cannot be used; 130 when interrupted.
+    0; 1 where a check failed, sizes cannot be matched, or nobody reads the output any more; 2 for input that cannot be used;
+    130 when interrupted.
     """
-    # Imported here so that `sparseffn --help` answers without waiting for PyTorch.
-    from sparseffn.errors import UserError
-
-    options = build_parser().parse_args(arguments)
+    write_any_text()
     keep_freed_memory()
     try:
-        code = options.run(options)
+        code = run(sys.argv[1:] if arguments is None else arguments)
         # Here, not when the interpreter ends: a reader that has gone is dealt with below.
         sys.stdout.flush()
         return code
     except UserError as error:
         print(f"sparseffn: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, UnmatchedError) else 2
     except BrokenPipeError:
-        # Nobody reads on, as after `| head`: nothing to be told, and the interpreter must not try again at its end.
+        # Nobody reads on, as after `| head`: there is nothing to report, and the interpreter must not try again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

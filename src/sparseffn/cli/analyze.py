@@ -1,47 +1,58 @@
-"""`analyze`: what a finished run's feedforward blocks do, as JSON, tables and figures."""
+"""`analyze`: what a finished run's feedforward blocks do; `study`: why this selector and this initialisation."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import torch
+from msgspec import to_builtins
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
-from sparseffn.cli.bench_output import can_draw, check_out, say
-from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import console, print_files, print_json
-from sparseffn.cli.run import run_corpus
+from sparseffn.cli.output import (
+    Progress,
+    can_draw,
+    check_out,
+    console,
+    log,
+    parse_duration,
+    print_files,
+    print_json,
+    use_machine,
+)
+from sparseffn.cli.settings import Analyze, Places, Study
 from sparseffn.data import Split
+from sparseffn.paper.study import StudySettings, study
 from sparseffn.report import print_tables
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_report import analysis_tables, facts_line
+from sparseffn.report.bench_report import machine_line
 from sparseffn.report.plotting import write_plots
+from sparseffn.report.study_report import study_tables, write_study
 from sparseffn.storage import write_json
-from sparseffn.training import RunSettings
+from sparseffn.training import load_run_corpus
 
 SPLITS: dict[str, tuple[Split, ...]] = {"valid": ("valid",), "test": ("test",), "both": ("valid", "test")}
 
 # Seconds between lines of progress.
-_SAY_EVERY = 15.0
+_LOG_EVERY = 15.0
 
 
-def analyze_command(options: argparse.Namespace) -> int:
+def analyze(settings: Analyze) -> int:
     """Analyse a run, write everything, print the tables."""
-    set_threads(options)
-    out = Path(options.folder) / "analysis" if options.out is None else Path(options.out)
-    finished_run(options.folder)
-    check_out(str(out))
-    analysis = analyzed(options.folder, options, SPLITS[options.split])
+    device = use_machine(settings)
+    out = Path(settings.run) / "analysis" if settings.out is None else Path(settings.out)
+    finished_run(settings.run)
+    check_out(out)
+    analysis = analyzed(settings.run, settings, SPLITS[settings.split], settings.max_tokens, device)
     written = [out / "analysis.json"]
     write_json(written[0], analysis)
     if can_draw():
         written += write_plots(analysis_plots(analysis), out)
-    if options.json:
+    if settings.json:
         print_json(analysis)
         return 0
     print_tables(analysis_tables(analysis), console())
@@ -50,22 +61,49 @@ def analyze_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def analyzed(folder: str, options: argparse.Namespace, splits: Sequence[Split]) -> dict[str, Any]:
-    """The analysis of a run; tells its progress.
+def analyzed(
+    folder: str, places: Places, splits: Sequence[Split], max_tokens: int | None, device: torch.device
+) -> dict[str, Any]:
+    """The analysis of a run; reports its progress.
 
     Args:
         folder: the run folder.
-        options: with `max_tokens`, `data_dir` and `cache_dir`.
+        places: where its corpus may be.
         splits: what to read.
+        max_tokens: of each split; None for all.
+        device: where the model runs.
     """
-    run = finished_run(folder)
-    corpus = run_corpus(run, RunSettings.read(run), options)
-    said = [time.monotonic()]
+    corpus = load_run_corpus(finished_run(folder).path, data_dir=places.data_dir, cache_dir=places.cache_dir)
+    logged = [time.monotonic()]
 
     def on_progress(n_done: int, n_tokens: int) -> None:
-        if time.monotonic() - said[0] >= _SAY_EVERY:
-            said[0] = time.monotonic()
-            say(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
+        if time.monotonic() - logged[0] >= _LOG_EVERY:
+            logged[0] = time.monotonic()
+            log(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
-    found = analyze_run(folder, corpus, splits=splits, max_tokens=options.max_tokens, on_progress=on_progress)
-    return msgspec.to_builtins(found)
+    found = analyze_run(folder, corpus, device=device, splits=splits, max_tokens=max_tokens, on_progress=on_progress)
+    return to_builtins(found)
+
+
+def study_selectors(settings: Study) -> int:
+    """Measure what is missing, write the tables, the page and the figures, print the tables."""
+    use_machine(settings)
+    check_out(settings.out)
+    wanted = StudySettings(
+        study=settings.study,
+        corpus=settings.corpus,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        n_seeds=settings.seeds,
+        budget_s=None if settings.budget is None else parse_duration(settings.budget),
+    )
+    with Progress() as progress:
+        result = to_builtins(study(wanted, settings.out, watcher=progress))
+    written = write_study(result, Path(settings.out), drawn=can_draw())
+    if settings.json:
+        print_json(result)
+        return 0
+    print_tables(study_tables(result).values(), console())
+    print(machine_line(result, timed=False))
+    print_files(written)
+    return 0

@@ -1,10 +1,12 @@
-"""`bench layer`, `memory`, `roofline` and `step`."""
+"""`bench layer`, `step`, `memory`, `roofline`, `figures` and `kernels`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -14,15 +16,39 @@ from sparseffn.bench.layer import EXPERT_COUNT_TOKENS, bench_expert_counts, benc
 from sparseffn.bench.memory import bench_memory
 from sparseffn.bench.roofline import bench_roofline
 from sparseffn.bench.step import StepShape, bench_step
-from sparseffn.cli.bench_output import check_out, deliver, say
-from sparseffn.cli.compare import set_threads
+from sparseffn.cli.bench_settings import (
+    Bench,
+    BenchFigures,
+    BenchKernels,
+    BenchLayer,
+    BenchMemory,
+    BenchRoofline,
+    BenchStep,
+    Sized,
+)
+from sparseffn.cli.output import (
+    can_draw,
+    check_out,
+    console,
+    log,
+    parse_duration,
+    print_files,
+    print_json,
+    print_rows,
+    use_machine,
+)
+from sparseffn.cli.process import freed_memory
 from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, field_infos, list_methods
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
-from sparseffn.results.bench_result import LayerSettings, StepSettings
+from sparseffn.paper.figure_points import bench_figures
+from sparseffn.report import print_tables
+from sparseffn.report.bench_report import bench_tables, machine_line, read_bench, write_bench
+from sparseffn.results.bench_result import Head, LayerSettings, StepSettings
+from sparseffn.storage import write_json
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
 _VOCABULARY = 256
@@ -33,77 +59,80 @@ _PAPER_METHODS = ("sigma-moe", "pkm")
 _PAPER_TOKENS = (1, 8, 64, 1024, 4096)
 _TOKENS = (1024,)
 
+_KERNEL_COLUMNS = ("kernel", "target", "dtype", "arithmetic", "rows", "aligned", "registers", "spills", "shared")
 
-def layer_command(options: argparse.Namespace) -> int:
+
+def layer(settings: BenchLayer) -> int:
     """Time one layer of each method."""
-    settings = _settings(options)
-    result = bench_layers(_shapes(options), settings, progress=say)
-    if options.preset == "paper" and EXPERT_COUNT_TOKENS in settings.tokens:
-        result = msgspec.structs.replace(result, expert_counts=bench_expert_counts(settings, progress=say))
-    return deliver(result, options)
+    measured = _layer_settings(settings, rounds=settings.rounds, backends=settings.backends, peers=not settings.no_peers)
+    result = bench_layers(_shapes(settings), measured, progress=log)
+    if settings.preset == "paper" and EXPERT_COUNT_TOKENS in measured.tokens:
+        result = msgspec.structs.replace(result, expert_counts=bench_expert_counts(measured, progress=log))
+    return _deliver(result, settings)
 
 
-def _settings(options: argparse.Namespace) -> LayerSettings:
-    """What the command line says of tokens, backends and dtype."""
-    set_threads(options)
-    check_out(options.out)
+def memory(settings: BenchMemory) -> int:
+    """Bytes that one layer of each method keeps for backward."""
+    measured = _layer_settings(settings, rounds=1, backends=settings.backends, peers=not settings.no_peers)
+    return _deliver(bench_memory(_shapes(settings), measured), settings)
+
+
+def roofline(settings: BenchRoofline) -> int:
+    """The machine's speeds, and the limits that follow."""
+    measured = _layer_settings(settings, rounds=1, backends=(), peers=False)
+    return _deliver(bench_roofline(_shapes(settings), measured, progress=log), settings)
+
+
+def _layer_settings(settings: Sized, *, rounds: int, backends: Sequence[str], peers: bool) -> LayerSettings:
+    """How layers are measured: tokens, backends, dtype and device."""
+    device = use_machine(settings)
+    check_out(settings.out)
     return LayerSettings(
-        tokens=tuple(options.tokens or (_PAPER_TOKENS if options.preset == "paper" else _TOKENS)),
-        rounds=options.rounds,
-        backends=tuple(options.backends or (requested_backend(),)),
-        dtype=options.dtype,
-        device=options.device,
-        peers=not options.no_peers,
+        tokens=settings.tokens or (_PAPER_TOKENS if settings.preset == "paper" else _TOKENS),
+        rounds=rounds,
+        backends=tuple(backends) or (requested_backend(),),
+        dtype=settings.dtype,
+        device=str(device),
+        peers=peers,
     )
 
 
-def _shapes(options: argparse.Namespace) -> list[Shape]:
+def _shapes(settings: Sized) -> list[Shape]:
     """The blocks of a preset, or of the paper's three."""
-    is_paper = options.preset == "paper"
-    words = options.methods or (_PAPER_METHODS if is_paper else list_methods())
-    return [shape_of(get_preset(name), words) for name in (PAPER if is_paper else (options.preset,))]
+    is_paper = settings.preset == "paper"
+    words = settings.methods or (_PAPER_METHODS if is_paper else list_methods())
+    return [shape_of(get_preset(name), words) for name in (PAPER if is_paper else (settings.preset,))]
 
 
 def shape_of(preset: Preset, words: Sequence[str]) -> Shape:
     """The blocks of a preset at equal parameters, without dropout, which would slow one method and not another."""
     bare = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, dropout=0.0, expert_dropout=0.0))
-    field = match_methods(parse_methods(words), bare, _VOCABULARY)
+    matched = match_methods(parse_methods(words), bare, _VOCABULARY)
     dense = match_methods(parse_methods(["dense"]), bare, _VOCABULARY)[0]
-    return Shape(name=preset.name, dense=dense.config, methods={c.label: c.config for c in field})
+    return Shape(name=preset.name, dense=dense.config, methods={c.label: c.config for c in matched})
 
 
-def memory_command(options: argparse.Namespace) -> int:
-    """Bytes that one layer of each method keeps for backward."""
-    return deliver(bench_memory(_shapes(options), _settings(options)), options)
-
-
-def roofline_command(options: argparse.Namespace) -> int:
-    """The machine's speeds, and the limits that follow."""
-    return deliver(bench_roofline(_shapes(options), _settings(options), progress=say), options)
-
-
-def step_command(options: argparse.Namespace) -> int:
+def step(settings: BenchStep) -> int:
     """Time a training step with relative and with plain attention, and one of each method against the dense block."""
-    set_threads(options)
-    check_out(options.out)
-    if options.rounds < 1:
-        raise UserError(f"`--rounds` must be at least 1; got {options.rounds}; fix: --rounds 5")
-    preset = get_preset(options.preset)
-    device = find_device(options.device)
+    device = use_machine(settings)
+    check_out(settings.out)
+    if settings.rounds < 1:
+        raise UserError(f"`--rounds` must be at least 1; got {settings.rounds}; fix: --rounds 5")
+    preset = get_preset(settings.preset)
     shape = StepShape(
-        batch=options.batch, context=preset.context, memory=preset.memory, precision=options.precision, device=device
+        batch=settings.batch, context=preset.context, memory=preset.memory, precision=settings.precision, device=device
     )
-    contender = match_methods(parse_methods(options.method), preset, options.vocab_size)[0]
-    labels = ["dense", *(word for word in options.methods if word != "dense")]
-    models = {c.label: c.model for c in match_methods(parse_methods(labels), preset, options.vocab_size)}
-    backend = options.backend or requested_backend()
+    contender = match_methods(parse_methods(settings.method), preset, settings.vocab_size)[0]
+    labels = ["dense", *(word for word in settings.methods if word != "dense")]
+    models = {c.label: c.model for c in match_methods(parse_methods(labels), preset, settings.vocab_size)}
+    backend = settings.backend or requested_backend()
     _check_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
-    settings = StepSettings(
+    shown = StepSettings(
         preset=preset.name,
         method=contender.label,
         params=contender.model.num_params(),
-        vocab_size=options.vocab_size,
-        rounds=options.rounds,
+        vocab_size=settings.vocab_size,
+        rounds=settings.rounds,
         batch=shape.batch,
         context=shape.context,
         memory=shape.memory,
@@ -113,17 +142,94 @@ def step_command(options: argparse.Namespace) -> int:
     )
     with backend_restored():
         use_backend(backend)
-        say(f"timing {contender.label} with relative and with plain attention, then {', '.join(models)}")
-        return deliver(bench_step(contender.model, models, shape, settings), options)
+        log(f"timing {contender.label} with relative and with plain attention, then {', '.join(models)}")
+        return _deliver(bench_step(contender.model, models, shape, shown), settings)
 
 
 def _check_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:
     """Check a step's blocks against float64 at its tokens, on a backend that must be able to run."""
     setting = Setting(n_tokens=shape.batch * shape.context, dtype=DTYPES[shape.precision], device=shape.device)
     check_backends((backend,), setting.device, setting.dtype)
-    check_blocks({label: _bare(config) for label, config in blocks.items()}, setting, backend=backend, progress=say)
+    check_blocks({label: _bare(config) for label, config in blocks.items()}, setting, backend=backend, progress=log)
 
 
 def _bare(config: FFNConfig) -> FFNConfig:
-    """Without dropout, which draws at random and is off in the check anyway."""
+    """Without dropout, which draws at random and is off where the check looks anyway."""
     return config.replace(**{name: 0.0 for name in ("dropout", "expert_dropout") if name in field_infos(type(config))})
+
+
+def _deliver(measured: Head, settings: Bench) -> int:
+    """Write a result where `--out` says, and print it."""
+    result = msgspec.to_builtins(measured)
+    # The command's own choice for its process, hence the same for all candidates.
+    result["environment"]["freed_memory"] = freed_memory()
+    return _show(result, _write(result, settings.out) if settings.out else [], as_json=settings.json)
+
+
+def _write(result: dict[str, Any], out: str) -> list[Path]:
+    """The result as JSON, as a page and, of the paper's figures, as drawings."""
+    data = Path(out) / f"{result['kind']}.json"
+    write_json(data, result)
+    return [data, *write_bench(result, out, drawn=can_draw())]
+
+
+def _show(result: dict[str, Any], written: list[Path], *, as_json: bool) -> int:
+    """Print a result and where its files are."""
+    if as_json:
+        print_json(result)
+        return 0
+    print_tables(bench_tables(result), console())
+    print(machine_line(result))
+    print_files(written)
+    return 0
+
+
+def figures(settings: BenchFigures) -> int:
+    """Measure what is not there yet, then draw."""
+    device = use_machine(settings)
+    check_out(settings.out)
+    path = Path(settings.out) / "figures.json"
+    if settings.redraw and not path.exists():
+        raise UserError(f"`--redraw` must have a result to draw; got no {str(path)!r}; fix: measure first, without --redraw")
+    measured = LayerSettings(
+        tokens=(settings.tokens,),
+        rounds=settings.rounds,
+        backends=(settings.backend or requested_backend(),),
+        dtype=settings.dtype,
+        device=str(device),
+    )
+    result = read_bench(path) if settings.redraw else measure_figures(settings.figures, measured, path, settings.time_limit)
+    return _show(result, _write(result, settings.out), as_json=settings.json)
+
+
+def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path, time_limit: str) -> dict[str, Any]:
+    """What the file of the figures holds, once what it lacks and what fits is measured; reports its progress.
+
+    Args:
+        numbers: of the paper's figures.
+        settings: how layers are timed.
+        path: the file.
+        time_limit: as typed, `20m`; see `parse_duration`.
+
+    Raises:
+        UserError: a backend is not there, or the time limit is none.
+    """
+    check_backends(settings.backends, find_device(settings.device), DTYPES[settings.dtype])
+    limit_s = parse_duration(time_limit, "time-limit")
+    return msgspec.to_builtins(bench_figures(numbers, settings, path, time_limit_s=limit_s, progress=log))
+
+
+def kernels(settings: BenchKernels) -> int:
+    """Compile the Triton kernels ahead of time and list what they need of a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("the Triton kernels need triton; got none; fix: pip install triton")
+    from sparseffn.ops.triton.resources import resource_report
+
+    chosen = {name: getattr(settings, name) for name in ("targets", "kernels", "dtypes") if getattr(settings, name)}
+    rows = resource_report(**chosen)
+    if settings.json:
+        print_json(rows)
+        return 0
+    title = "Registers and spilled bytes of a thread, shared bytes of a block, in the default configurations"
+    print_rows(_KERNEL_COLUMNS, [tuple(str(row[column]) for column in _KERNEL_COLUMNS) for row in rows], title=title)
+    return 0

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from sparseffn.cli.output import print_json, print_rows
+from sparseffn.cli.output import console, print_json, print_rows
+from sparseffn.cli.process import printable
+from sparseffn.cli.settings import DataCheck, DataList, DataPrepare, Printed
 from sparseffn.data import SPLITS, Corpus, CorpusEntry, Place, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
 from sparseffn.errors import UserError
 from sparseffn.storage import default_cache_dir
@@ -20,10 +20,10 @@ from sparseffn.storage import default_cache_dir
 _SHOWN_TOKENS = 200
 
 
-def list_command(options: argparse.Namespace) -> int:
+def list_all(settings: DataList) -> int:
     """`sparseffn data list`."""
-    rows = [_listed(corpus_entry(name), _place(options)) for name in list_corpora()]
-    if options.json:
+    rows = [_listed(corpus_entry(name), _place(settings)) for name in list_corpora()]
+    if settings.json:
         print_json(rows)
         return 0
     columns = ("corpus", "here", "digest", "text", "tokenizer", "from", "what it is")
@@ -92,38 +92,38 @@ def _size(n_bytes: int | None) -> str:
     return "-" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB"
 
 
-def prepare_command(options: argparse.Namespace) -> int:
+def prepare(settings: DataPrepare) -> int:
     """`sparseffn data prepare`."""
     with _Transfers() as transfers:
         corpus = prepare_corpus(
-            options.corpus,
-            tokenizer=options.tokenizer,
-            vocab_size=options.vocab_size,
-            data_dir=options.data_dir,
-            cache_dir=options.cache_dir,
-            offline=options.offline,
-            accept_digests=options.accept_digest or (),
+            settings.corpus,
+            tokenizer=settings.tokenizer,
+            vocab_size=settings.vocab_size,
+            data_dir=settings.data_dir,
+            cache_dir=settings.cache_dir,
+            offline=settings.offline,
+            accept_digests=settings.accept_digest,
             on_progress=transfers.show,
         )
-    _print_corpus(corpus, options)
+    _print_corpus(corpus, settings)
     return 0
 
 
-def check_command(options: argparse.Namespace) -> int:
+def check(settings: DataCheck) -> int:
     """`sparseffn data check`."""
-    if options.corpus is not None:
-        _print_corpus(_load(options.corpus, options), options)
+    if settings.corpus is not None:
+        _print_corpus(_load(settings.corpus, settings), settings)
         return 0
-    if options.data_dir is not None:
-        raise UserError(f"`--corpus` must be given with --data-dir; got {options.data_dir!r} alone; fix: name the corpus")
-    here = [name for name in list_corpora() if corpus_entry(name).state(_place(options)) in ("always", "prepared")]
+    if settings.data_dir is not None:
+        raise UserError(f"`--corpus` must be given with --data-dir; got {settings.data_dir!r} alone; fix: name the corpus")
+    here = [name for name in list_corpora() if corpus_entry(name).state(_place(settings)) in ("always", "prepared")]
     found, failed = [], {}
     for name in here:
         try:
-            found.append(_load(name, options))
+            found.append(_load(name, settings))
         except UserError as error:
             failed[name] = str(error)
-    if options.json:
+    if settings.json:
         print_json({"corpora": [corpus.info for corpus in found], "failed": failed})
     else:
         columns = ("corpus", "digest", "tokenizer", "from", "vocabulary", "text", *(f"{split} tokens" for split in SPLITS))
@@ -133,13 +133,13 @@ def check_command(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _load(name: str, options: argparse.Namespace) -> Corpus:
+def _load(name: str, settings: DataCheck) -> Corpus:
     return load_corpus(
         name,
-        tokenizer=options.tokenizer,
-        data_dir=options.data_dir,
-        cache_dir=options.cache_dir,
-        vocab_size=options.vocab_size,
+        tokenizer=settings.tokenizer,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        vocab_size=settings.vocab_size,
     )
 
 
@@ -150,15 +150,15 @@ def _row(corpus: Corpus) -> tuple[str, ...]:
     return (*words, f"{corpus.tokenizer.vocab_size:,}", _size(sum(corpus.split_bytes.values())), *counts)
 
 
-def _print_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
+def _print_corpus(corpus: Corpus, settings: Printed) -> None:
     first = {split: corpus.tokenizer.decode(_first_tokens(corpus, split)) for split in SPLITS}
-    if options.json:
+    if settings.json:
         print_json({**corpus.info, "first": first})
         return
     for key, value in corpus.info.items():
         print(f"{key}: {value}")
     for split, text in first.items():
-        print(f"\n{split} begins:\n{text}")
+        print(f"\n{split} begins:\n{printable(text)}")
 
 
 def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
@@ -169,8 +169,8 @@ def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
     return corpus.tokens(split)[:_SHOWN_TOKENS]
 
 
-def _place(options: argparse.Namespace) -> Place:
-    return Place(cache_dir=Path(options.cache_dir).expanduser() if options.cache_dir else default_cache_dir())
+def _place(settings: DataList | DataCheck) -> Place:
+    return Place(cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir())
 
 
 class _Transfers:
@@ -178,7 +178,7 @@ class _Transfers:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress = Progress(*columns, console=console(stderr=True))
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Transfers:

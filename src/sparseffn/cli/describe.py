@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import shutil
@@ -13,7 +12,9 @@ import torch
 from sparseffn.accounting import count_block
 from sparseffn.bench.machine import blas, cpp_compiler, version_of
 from sparseffn.cli.output import print_json, print_rows
-from sparseffn.comparison import MethodChoice, parse_methods
+from sparseffn.cli.runs import one_method
+from sparseffn.cli.settings import Doctor, Matched, Methods
+from sparseffn.comparison import MethodChoice
 from sparseffn.errors import UserError
 from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
 from sparseffn.matching import Match
@@ -35,14 +36,14 @@ EXTRAS = {
 }
 
 
-def methods(options: argparse.Namespace) -> int:
+def methods(settings: Methods) -> int:
     """`sparseffn methods`."""
-    if options.method:
-        return _one_method(options)
+    if settings.method:
+        return _one_method(settings)
     rows = [_method_row(method_class(name)) for name in list_methods()]
-    if options.json:
+    if settings.json:
         print_json(rows)
-    elif options.markdown:
+    elif settings.markdown:
         print("| method | what it computes | selects | matched by | source |\n| --- | --- | --- | --- | --- |")
         for r in rows:
             print(f"| `{r['method']}` | {r['summary']} | {r['unit']} | {', '.join(r['knobs'])} | {r['paper']} |")
@@ -62,8 +63,8 @@ def _method_row(config_class: type[FFNConfig]) -> dict[str, Any]:
     }
 
 
-def _one_method(options: argparse.Namespace) -> int:
-    config_class = method_class(options.method)
+def _one_method(settings: Methods) -> int:
+    config_class = method_class(settings.method)
     rows = []
     for info in field_infos(config_class).values():
         required = info.default is dataclasses.MISSING
@@ -79,7 +80,7 @@ def _one_method(options: argparse.Namespace) -> int:
                 "meaning": info.option.doc,
             }
         )
-    if options.json:
+    if settings.json:
         print_json({**_method_row(config_class), "options": rows})
         return 0
     print(f"{config_class.name}: {describe(config_class)} ({config_class.paper})\n")
@@ -88,9 +89,9 @@ def _one_method(options: argparse.Namespace) -> int:
     return 0
 
 
-def match(options: argparse.Namespace) -> int:
+def match(settings: Matched) -> int:
     """`sparseffn match`."""
-    found = _match(options)
+    found = _match(settings)
     config = found.config
     counts = count_block(config)
     data = {
@@ -106,9 +107,10 @@ def match(options: argparse.Namespace) -> int:
         "model_residual_percent": found.residual_percent if found.other_params else None,
         "equal": found.equal,
     }
-    if options.json:
+    code = 0 if found.equal else 1
+    if settings.json:
         print_json(data)
-        return 0
+        return code
     rows = [
         (
             "block",
@@ -137,45 +139,38 @@ def match(options: argparse.Namespace) -> int:
     )
     if not found.equal:
         print(f"not within {found.tolerance:.1%}: a comparison would refuse to call this parameter-equal")
-    return 0
+    return code
 
 
-def _match(options: argparse.Namespace) -> Match:
-    method, like = _single(options.method, "--method"), _single(options.like, "--like")
-    shape = _shape(options)
+def _match(settings: Matched) -> Match:
+    method, like = one_method(settings.method, "--method"), one_method(settings.like, "--like")
+    shape = _shape(settings)
     target = _configured(like, shape).num_params()
     config = _configured(method, shape)
-    if not options.preset:
+    if not settings.preset:
         return match_config(config, target)
-    model = dataclasses.replace(get_preset(options.preset), shape=shape).model(config, options.vocab_size)
+    model = dataclasses.replace(get_preset(settings.preset), shape=shape).model(config, settings.vocab_size)
     return match_config(config, target, n_blocks=shape.n_layers, other_params=model.other_params())
 
 
-def _shape(options: argparse.Namespace) -> BlockShape:
+def _shape(settings: Matched) -> BlockShape:
     """The sizes asked for: a preset's, with those of the command line in their place, or the latter alone."""
-    sizes = {"--d-model": options.d_model, "--d-ff": options.d_ff}
+    sizes = {"--d-model": settings.d_model, "--d-ff": settings.d_ff}
     given = {flag: value for flag, value in sizes.items() if value is not None}
     for flag, value in given.items():
         if value < 1:
             raise UserError(f"`{flag}` must be at least 1; got {value}; fix: pass a positive number")
-    if options.preset:
+    if settings.preset:
         changes = {flag[2:].replace("-", "_"): value for flag, value in given.items()}
-        return dataclasses.replace(get_preset(options.preset).shape, **changes)
+        return dataclasses.replace(get_preset(settings.preset).shape, **changes)
     if len(given) < len(sizes):
         got = " ".join(f"{flag} {value}" for flag, value in given.items())
         raise UserError(
             f"`--d-model` and `--d-ff`, or `--preset`, must be given; got {f'{got} alone' if got else 'neither'}; "
             "fix: --d-model 412 --d-ff 2053"
         )
-    n_experts = max(_K, round(options.d_ff / _EXPERT_SIZE))
-    return BlockShape(d_model=options.d_model, d_ff=options.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K)
-
-
-def _single(words: list[str], flag: str) -> MethodChoice:
-    choices = parse_methods(words)
-    if len(choices) != 1:
-        raise UserError(f"`{flag}` must name one method; got {', '.join(c.label for c in choices)}; fix: name one")
-    return choices[0]
+    n_experts = max(_K, round(settings.d_ff / _EXPERT_SIZE))
+    return BlockShape(d_model=settings.d_model, d_ff=settings.d_ff, n_experts=n_experts, expert_size=_EXPERT_SIZE, k=_K)
 
 
 def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
@@ -183,7 +178,7 @@ def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
     return config_class.from_shape(shape).replace(**parse_options(choice.method, config_class, choice.options))
 
 
-def doctor(options: argparse.Namespace) -> int:
+def doctor(settings: Doctor) -> int:
     """`sparseffn doctor`."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     facts: dict[str, Any] = dict(environment())
@@ -203,7 +198,7 @@ def doctor(options: argparse.Namespace) -> int:
     facts["cache"] = str(cache)
     root = next(p for p in (cache, *cache.parents) if p.exists())
     facts["free disk"] = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB"
-    if options.json:
+    if settings.json:
         print_json(facts)
     else:
         print_rows(("", ""), [(key, str(value)) for key, value in facts.items()])

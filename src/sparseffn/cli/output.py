@@ -1,44 +1,81 @@
-"""What commands print: tables, JSON, progress, durations."""
+"""What commands print and write: tables, JSON, progress, durations, files."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
+from sparseffn.cli.process import printable
+from sparseffn.cli.settings import Machine
+from sparseffn.devices import device_name, find_device
 from sparseffn.errors import UserError
 from sparseffn.report import Table, print_table
 from sparseffn.training.loop import OnStep, StepReport
 
-# Seconds between lines of progress where there is no terminal to draw a bar in.
+# Seconds between lines of progress where there is no terminal to draw a bar in, and those that a speed is the mean of.
 _LINE_EVERY = 15.0
+_SPEED_OVER = 10.0
 
 
-def console() -> Console:
-    """Standard output; wide where it is not a terminal, so that no table is folded in a file."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+def console(*, stderr: bool = False) -> Console:
+    """Where text is printed as it is; wide where standard output is not a terminal, so that no table is folded in a file."""
+    width = None if stderr or sys.stdout.isatty() else 160
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+def log(text: str) -> None:
+    """A line of progress, on standard error."""
+    console(stderr=True).print(text)
 
 
 def print_json(data: object) -> None:
-    """Print JSON for programs."""
-    print(json.dumps(msgspec.to_builtins(data), indent=1))
+    """Print JSON for programs; what is not finite is null, as JSON has no word for it."""
+    print(msgspec.json.format(msgspec.json.encode(data, enc_hook=str), indent=1).decode())
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", n_words: int = 1) -> None:
     """A plain table; all columns but the first `n_words` are right-aligned."""
-    print_table(Table.of(columns, rows, n_words=n_words, title=title), console())
+    shown = [tuple(map(printable, row)) for row in rows]
+    print_table(Table.of(columns, shown, n_words=n_words, title=title), console())
 
 
 def print_files(paths: Iterable[Path]) -> None:
     """Where files are, each as its kind and an address that a terminal opens."""
     for path in paths:
         print(f"{path.suffix[1:]}: {path.resolve().as_uri()}")
+
+
+def check_out(out: str | Path | None) -> None:
+    """Refuse a folder that cannot be written to before anything is measured; makes nothing.
+
+    Raises:
+        UserError: it is a file, or is in one, or the rights are missing.
+    """
+    if out is None:
+        return
+    nearest = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"`--out` must be a folder to write to; got {str(out)!r}, where {nearest} {why}; fix: choose another")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; reports where it is not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        log("nothing will be drawn: pip install 'sparseffn[plot]', then the same command again")
+    return found
 
 
 def parse_duration(text: str, name: str = "budget") -> float:
@@ -65,62 +102,95 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Watch:
+class Progress:
     """Progress of training runs: a bar in a terminal, a line now and then elsewhere. Goes to standard error."""
 
-    def __init__(self, show: Callable[[float], str]) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, show: Callable[[float], str] = "loss {:.3f} nats".format) -> None:
+        self.console = console(stderr=True)
         self.show = show
-        self.progress: Progress | None = None
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def log(self, text: str) -> None:
-        self.say(text)
-
-    def say(self, text: str) -> None:
         """One line."""
         self.close()
-        self.console.print(text, markup=False)
+        self.console.print(text)
+
+    # The word of rooms that have not been renamed yet.
+    say = log
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
-        """Begin a run; returns what is told of its steps."""
+        """Begin a run; returns what its steps are reported to."""
         self.close()
         name = f"[{position + 1}/{n_runs}] {label}, seed {seed}"
-        return self._bar(name) if self.console.is_terminal else self._lines(name)
+        return self._in_bar(name) if self.console.is_terminal else self._in_lines(name)
 
     def close(self) -> None:
         """End the bar of the run before."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
 
-    def _text(self, report: StepReport) -> str:
+    def _text(self, report: StepReport, tokens_per_s: float) -> str:
         return (
             f"step {report.step}/{report.n_steps}  {self.show(report.loss)}  "
-            f"{report.tokens_per_s:,.0f} tokens/s  {clock(report.seconds_left)} left"
+            f"{tokens_per_s:,.0f} tokens/s  {clock(report.seconds_left)} left"
         )
 
-    def _bar(self, name: str) -> OnStep:
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self.console,
-        )
-        task = self.progress.add_task(name, total=None, text="")
-        self.progress.start()
-        progress = self.progress
+    def _in_bar(self, name: str) -> OnStep:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
+        self.bar = bar = Bar(*columns, console=self.console)
+        task, speed = bar.add_task(name, total=None, text=""), Speed()
+        bar.start()
 
         def on_step(report: StepReport) -> None:
-            progress.update(task, total=report.n_steps, completed=report.step, text=self._text(report))
+            bar.update(task, total=report.n_steps, completed=report.step, text=self._text(report, speed.mean(report)))
 
         return on_step
 
-    def _lines(self, name: str) -> OnStep:
-        last = [0.0]
+    def _in_lines(self, name: str) -> OnStep:
+        last, speed = [0.0], Speed()
 
         def on_step(report: StepReport) -> None:
+            tokens_per_s = speed.mean(report)
             if time.monotonic() - last[0] >= _LINE_EVERY or report.step == report.n_steps:
                 last[0] = time.monotonic()
-                self.console.print(f"{name}: {self._text(report)}", markup=False)
+                self.console.print(f"{name}: {self._text(report, tokens_per_s)}")
 
         return on_step
+
+
+class Speed:
+    """Tokens per second over the steps of the last seconds."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, float]] = deque()
+
+    def mean(self, report: StepReport) -> float:
+        """The mean with one more step: steps have equally many tokens, so that times are what is averaged."""
+        now = time.monotonic()
+        self._steps.append((now, 1.0 / report.tokens_per_s))
+        while now - self._steps[0][0] > _SPEED_OVER:
+            self._steps.popleft()
+        return len(self._steps) / sum(seconds for _, seconds in self._steps)
+
+
+def use_machine(settings: Machine) -> torch.device:
+    """Apply `--threads` and find `--device`; reports the device where another one could have been meant.
+
+    Raises:
+        UserError: there is no such device, or no thread.
+    """
+    if settings.threads is not None:
+        if settings.threads < 1:
+            raise UserError(f"`--threads` must be at least 1; got {settings.threads}; fix: leave it out to use all cores")
+        torch.set_num_threads(settings.threads)
+    device = find_device(settings.device)
+    if device.type != "cpu":
+        log(f"device: {device}, {device_name(device)}")
+    return device

@@ -1,23 +1,21 @@
-"""`sparseffn reproduce`: the paper's tables, one command each."""
+"""`reproduce table` and `reproduce evidence`: missing runs of the pool are trained, then tables or the list are printed."""
 
 from __future__ import annotations
 
-import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparseffn.cli.compare import set_threads
-from sparseffn.cli.output import Watch, console, print_files, print_json
-from sparseffn.cli.reproduce_evidence import evidence_command
-from sparseffn.cli.reproduce_figures import FIGURE_NAMES, run_figures
-from sparseffn.cli.reproduce_jobs import run_all
-from sparseffn.cli.reproduce_options import checked
+from sparseffn.cli.output import Progress, clock, console, parse_duration, print_files, print_json, print_rows, use_machine
+from sparseffn.cli.reproduce_jobs import run_all, run_here
 from sparseffn.cli.reproduce_output import print_dry_run, write_tables
+from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceTable, Runs
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paper.choice import select_columns, select_tables
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
 from sparseffn.paper.costs import dry_run, measure_speed
 from sparseffn.paper.counted import COUNTED, settings_table, table7
+from sparseffn.paper.evidence import Item, evidence_items, evidence_result, evidence_tables, run_until_budget
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Pool
@@ -29,81 +27,74 @@ from sparseffn.storage import default_cache_dir, write_json
 
 PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
 
+TABLES = "runs/evidence"
+"""Folder that is proposed for the tables of the evidence."""
 
-def reproduce_command(options: argparse.Namespace) -> int:
-    """Run each target's missing runs, then print its table as the pool knows it."""
-    set_threads(options)
-    targets = _targets(options.targets)
-    _refuse_mixtures(targets)
-    options = checked(options, targets)
-    if targets[0] in FIGURE_NAMES:
-        return run_figures(targets, options)
-    if targets == ["evidence"]:
-        return evidence_command(options, _request(options), _pool(options))
-    request = _request(options)
-    pool = _pool(options)
-    tables = [get_table(name) for name in targets if name not in COUNTED]
-    columns = select_columns(options.columns, tables, [name for name in targets if name in COUNTED])
-    chosen = select_tables(tables, columns, options.rows, request)
-    trained = {table.name: plan_table(table, request) for table in chosen}
-    if options.dry_run:
-        return _dry_run(options, trained, [name for name in targets if name in COUNTED])
+
+def tables(settings: ReproduceTable) -> int:
+    """Run each table's missing runs, then print it as the pool knows it."""
+    use_machine(settings)
+    names = _names(settings.names)
+    request = _request(settings)
+    chosen = [get_table(name) for name in names if name not in COUNTED]
+    counted = [name for name in names if name in COUNTED]
+    columns = select_columns(settings.columns or None, chosen, counted)
+    selected = select_tables(chosen, columns, settings.rows or None, request)
+    trained = {table.name: plan_table(table, request) for table in selected}
+    if settings.dry_run:
+        return _dry_run(settings, trained, counted)
     _refuse_without_corpus(trained, request)
-    if not options.view:
-        _run(options, pool, trained)
+    if not settings.view:
+        _train(settings, trained)
+    pool = _pool(settings)
     results = {
-        name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name])
-        for name in targets
+        name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name]) for name in names
     }
-    return _show(options, results)
+    index = [] if settings.out is None else write_tables(results, settings.out)
+    if settings.json:
+        print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
+        return 0
+    for result in results.values():
+        print_paper_table(result, console())
+    print_files(index)
+    return 0
 
 
-def _targets(names: list[str]) -> list[str]:
-    """The targets in order; `all` is every table of the paper."""
-    known = {*PAPER_TABLES, *OWN_TABLES, "all", "evidence", *FIGURE_NAMES}
+def _names(names: Sequence[str]) -> list[str]:
+    """The tables in order; `all` is every table of the paper."""
+    known = {*PAPER_TABLES, *OWN_TABLES, "all"}
     for name in names:
         if name not in known:
-            raise unknown_name("target", name, known)
+            raise unknown_name("table", name, known)
     expanded = [table for name in names for table in (PAPER_TABLES if name == "all" else (name,))]
     return list(dict.fromkeys(expanded))
 
 
-def _refuse_mixtures(targets: Sequence[str]) -> None:
-    """Figures and evidence are commands of their own.
-
-    Raises:
-        UserError: they are asked for together with something else.
-    """
-    figures = [target for target in targets if target in FIGURE_NAMES]
-    if figures and len(figures) < len(targets):
-        raise UserError("figures and tables must be asked for apart; got both; fix: run the command twice")
-    if "evidence" in targets and len(targets) > 1:
-        raise UserError("evidence must be asked for alone; got other targets too; fix: run the command twice")
+def _pool(settings: Runs) -> Pool:
+    return Pool(settings.pool or default_cache_dir() / "pool")
 
 
-def _pool(options: argparse.Namespace) -> Pool:
-    return Pool(options.pool or default_cache_dir() / "pool")
-
-
-def _request(options: argparse.Namespace) -> Request:
-    scale = get_scale(options.scale)
+def _request(settings: ReproduceTable | ReproduceEvidence) -> Request:
+    scale = get_scale(settings.scale)
     choice = CorpusChoice(
-        name=options.corpus,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        data_dir=options.data_dir,
-        cache_dir=options.cache_dir,
+        name=settings.corpus,
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
     )
+    if isinstance(settings, ReproduceEvidence):
+        return Request(scale=scale, corpora=Corpora(scale=scale, choice=choice), steps=settings.steps)
     return Request(
         scale=scale,
-        corpora=Corpora(scale=scale, choice=choice, closed=options.dry_run),
-        settings=options.settings,
-        seeds=parse_seeds(options.seeds),
-        steps=options.steps,
+        corpora=Corpora(scale=scale, choice=choice, closed=settings.dry_run),
+        settings=settings.settings,
+        seeds=parse_seeds(settings.seeds),
+        steps=settings.steps,
     )
 
 
-def parse_seeds(words: list[str]) -> tuple[int, ...]:
+def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
     """`3` is seeds 0, 1, 2; several numbers, or `5,`, are those seeds."""
     try:
         numbers = [int(part) for word in words for part in word.split(",") if part]
@@ -123,41 +114,87 @@ def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -
         raise UserError(f"scale {request.scale.name} needs its corpus: {columns[0].reason}")
 
 
-def _dry_run(options: argparse.Namespace, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
+def _dry_run(settings: ReproduceTable, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
     result = dry_run(list(trained.values()), measure_speed(), counted)
-    if options.out is not None:
-        write_json(Path(options.out) / "dry-run.json", result)
-    if options.json:
+    if settings.out is not None:
+        write_json(Path(settings.out) / "dry-run.json", result)
+    if settings.json:
         print_json(result)
     else:
         print_dry_run(result)
     return 0
 
 
-def _run(options: argparse.Namespace, pool: Pool, trained: dict[str, PlannedTable]) -> None:
+def _train(settings: ReproduceTable, trained: dict[str, PlannedTable]) -> None:
     """The missing runs of all tables, each once."""
     runs = {}
     for planned in trained.values():
         for cell, seed, spec in planned.runs():
             name = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
             runs.setdefault(spec.digest, (name, seed, spec))
-    watch = Watch(lambda nats: f"loss {nats:.3f} nats")
-    try:
-        run_all(list(runs.values()), pool, jobs=options.jobs, choice=options, watch=watch)
-    finally:
-        watch.close()
+    with Progress() as progress:
+        run_all(list(runs.values()), _pool(settings), jobs=settings.jobs, choice=settings, progress=progress)
 
 
 def _counted(name: str, request: Request, columns: Sequence[str] | None) -> PaperTable:
     return table7(request, columns) if name == "table7" else settings_table(name, request, columns)
 
 
-def _show(options: argparse.Namespace, results: dict[str, PaperTable]) -> int:
-    index = [] if options.out is None else write_tables(results, options.out)
-    if options.json:
-        print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
+def evidence(settings: ReproduceEvidence) -> int:
+    """Go on with the missing runs while the budget lasts, then print how all of them stand."""
+    use_machine(settings)
+    request, pool = _request(settings), _pool(settings)
+    items = evidence_items(request)
+    if settings.budget is not None:
+        _spend(items, pool, parse_duration(settings.budget))
+    result = evidence_result(items, pool)
+    index: list[Path] = []
+    if settings.out is not None:
+        write_json(Path(settings.out) / "evidence.json", result)
+        index = write_tables(
+            {planned.table.name: table_result(planned, pool) for planned in evidence_tables(request, pool)},
+            settings.out,
+        )
+    if settings.json:
+        print_json(result)
         return 0
-    for result in results.values():
-        print_paper_table(result, console())
+    rows = [
+        (
+            str(run.position),
+            run.table,
+            run.label,
+            str(run.seed),
+            run.why,
+            run.reason or run.status,
+            "" if run.wall_s is None else clock(run.wall_s),
+        )
+        for run in result.runs
+    ]
+    print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
+    done = [run.wall_s for run in result.runs if run.wall_s is not None]
+    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}")
+    if settings.out is None:
+        print(f"their tables are written by:\n  {_list_command(settings)}")
     print_files(index)
     return 0
+
+
+def _list_command(settings: ReproduceEvidence) -> str:
+    """The command that writes the tables of the list, each row with the seeds that are planned or there, and trains nothing."""
+    words = ["sparseffn", "reproduce", "evidence", "--list", "--out", TABLES]
+    # All that a run's digest or its place depends on.
+    for name in ("scale", "steps", "corpus", "tokenizer", "vocab_size", "data_dir", "cache_dir", "pool"):
+        if (value := getattr(settings, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:
+    wanted = [item for item in items if pool.status(item.spec).wanted]
+    position = {item.spec.digest: place for place, item in enumerate(wanted)}
+    with Progress() as progress:
+
+        def run(item: Item) -> None:
+            run_here((item.label, item.seed, item.spec), pool, position[item.spec.digest], len(wanted), progress)
+
+        run_until_budget(items, pool, budget_s, run, log=progress.log)

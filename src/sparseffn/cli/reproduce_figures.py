@@ -1,4 +1,4 @@
-"""The paper's figures 1 to 11, for `sparseffn reproduce fig1 ...`: drawn from finished runs, or measured by the benchmark.
+"""The paper's figures 1 to 11, drawn from finished runs or measured by the benchmark: `sparseffn reproduce figure`.
 
 Beside each stand the paper's statement and, in words with numbers, what was measured here: in the terminal, in `figures.md`
 and in `reproduced.json`.
@@ -6,17 +6,19 @@ and in `reproduced.json`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.analyze import analyzed
-from sparseffn.cli.bench_figures import measure_figures
-from sparseffn.cli.bench_output import can_draw, check_out
-from sparseffn.cli.output import print_json
+from sparseffn.cli.bench import measure_figures
+from sparseffn.cli.bench_settings import BenchFigures
+from sparseffn.cli.output import can_draw, check_out, print_json, use_machine
+from sparseffn.cli.reproduce_settings import ReproduceFigure
 from sparseffn.data import Split
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FFNConfig
@@ -42,31 +44,23 @@ Runs = dict[str, dict[str, Any]]
 Drawn = tuple[list[str], Callable[[], list[Plot]]]
 
 
-def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
+def figures(settings: ReproduceFigure) -> int:
     """Draw figures of the paper.
 
-    Args:
-        names: of `FIGURE_NAMES`.
-        options: `from_`, folders of finished runs (figures 1 and 3 to 7); `out`, a folder; `max_tokens` of each split, or
-            None; `data_dir` and `cache_dir` of the runs' corpus; `tokens` of a call and `time_limit` of the benchmark
-            (figures 2 and 8 to 11); `json`.
-
-    Returns:
-        The exit code, 0.
-
     Raises:
-        UserError: no such figure; no run that any of the figures can be drawn from, told before anything is measured. A
-            figure that lacks its run beside one that has it is listed as not drawn, with the reason.
+        UserError: no such figure; no run that any of the figures can be drawn from, which is found before anything is
+            measured. A figure that lacks its run beside one that has it is listed as not drawn, with the reason.
     """
-    for name in names:
+    device = use_machine(settings)
+    for name in settings.names:
         if name not in FIGURE_NAMES:
             raise unknown_name("figure", name, FIGURE_NAMES)
-    names = [name for name in FIGURE_NAMES if name in names]
-    check_out(options.out)
-    source = _Source(options)
+    names = [name for name in FIGURE_NAMES if name in settings.names]
+    check_out(settings.out)
+    source = _Source(settings, device)
     chosen, lacking = source.choose(names)
-    bench = _benchmarked(names, options)
-    out, draws, entries = Path(options.out), can_draw(), []
+    bench = _benchmarked(names, settings, device)
+    out, draws, entries = Path(settings.out), can_draw(), []
     for name in names:
         measured, plots = [], []
         if name not in lacking:
@@ -87,12 +81,12 @@ def run_figures(names: Sequence[str], options: argparse.Namespace) -> int:
     result = {"format": FORMAT, "kind": "paper-figures", "source": statements()["source"], "figures": entries}
     write_json(out / "reproduced.json", result)
     write_text(out / "figures.md", markdown(entries))
-    _show(result, out, options)
+    _show(result, out, settings)
     return 0
 
 
-def _show(result: Mapping[str, Any], out: Path, options: argparse.Namespace) -> None:
-    if options.json:
+def _show(result: Mapping[str, Any], out: Path, settings: ReproduceFigure) -> None:
+    if settings.json:
         print_json(result)
         return
     for figure in result["figures"]:
@@ -111,13 +105,13 @@ def _show(result: Mapping[str, Any], out: Path, options: argparse.Namespace) -> 
 class _Source:
     """The runs of `--from`: read when first needed, once for each choice of splits."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        folders = list(dict.fromkeys(options.from_ or ()))
-        self.options = options
-        settings = {folder: RunSettings.read(finished_run(folder)) for folder in folders}
-        labels = _labels({folder: found.model.ffn.name for folder, found in settings.items()})
+    def __init__(self, settings: ReproduceFigure, device: torch.device) -> None:
+        folders = list(dict.fromkeys(settings.from_))
+        self.given, self.device = settings, device
+        runs = {folder: RunSettings.read(finished_run(folder)) for folder in folders}
+        labels = _labels({folder: found.model.ffn.name for folder, found in runs.items()})
         self.folders = {labels[folder]: folder for folder in folders}
-        self.settings = {labels[folder]: found for folder, found in settings.items()}
+        self.settings = {labels[folder]: found for folder, found in runs.items()}
         self._done: dict[tuple[str, tuple[Split, ...]], dict[str, Any]] = {}
 
     def choose(self, names: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -172,7 +166,9 @@ class _Source:
         """Analyses by label."""
         for label in labels:
             if (label, splits) not in self._done:
-                self._done[label, splits] = analyzed(self.folders[label], self.options, splits)
+                self._done[label, splits] = analyzed(
+                    self.folders[label], self.given, splits, self.given.max_tokens, self.device
+                )
         return {label: self._done[label, splits] for label in labels}
 
 
@@ -232,14 +228,19 @@ def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot
     ]
 
 
-def _benchmarked(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+def _benchmarked(names: Sequence[str], settings: ReproduceFigure, device: torch.device) -> dict[str, Any]:
     """The benchmark of all figures of time and memory at once, as they share points and the time limit; empty without any."""
     numbers = [statements()[name]["number"] for name in names if statements()[name]["shows"] == "bench"]
     if not numbers:
         return {}
-    # Five rounds as `sparseffn bench figures` takes, so that either goes on where the other ended.
-    settings = LayerSettings(tokens=(options.tokens,), rounds=5, backends=(requested_backend(),))
-    return measure_figures(numbers, settings, Path(options.out) / "figures.json", time_limit=options.time_limit)
+    # As many rounds as in `sparseffn bench figures`, so that either goes on where the other ended.
+    timed = LayerSettings(
+        tokens=(settings.tokens,),
+        rounds=BenchFigures.rounds,
+        backends=(requested_backend(),),
+        device=str(device),
+    )
+    return measure_figures(numbers, timed, Path(settings.out) / "figures.json", settings.time_limit)
 
 
 def _bench_figure(name: str, result: dict[str, Any]) -> Drawn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import subprocess
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 
-from sparseffn.cli.memory import keep_freed_memory
-from sparseffn.cli.output import Watch
+from sparseffn.cli.output import Progress
+from sparseffn.cli.process import keep_freed_memory
+from sparseffn.cli.reproduce_settings import Runs
 from sparseffn.data import load_corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
@@ -30,7 +30,7 @@ Named = tuple[str, int, RunSpec]
 _POLL_S = 0.2
 
 
-def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, choice: argparse.Namespace, watch: Watch) -> None:
+def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, choice: Runs, progress: Progress) -> None:
     """Do every run that may give a result; what fails is said and does not stop the rest.
 
     Raises:
@@ -40,26 +40,26 @@ def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, choice: argparse.Na
         raise UserError(f"`--jobs` must be at least 1; got {jobs}; fix: --jobs 1")
     wanted = [run for run in runs if pool.status(run[2]).wanted]
     if len(wanted) < len(runs):
-        watch.say(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already, or failed for good")
+        progress.log(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already, or failed for good")
     if wanted:
         flops = sum(training_flops(spec.model, spec.train) for _, _, spec in wanted)
-        watch.say(f"{len(wanted)} to do, {flops:.1e} FLOPs of training; --dry-run says how long that takes")
+        progress.log(f"{len(wanted)} to do, {flops:.1e} FLOPs of training; --dry-run says how long that takes")
     if jobs == 1:
         for position, run in enumerate(wanted):
-            run_here(run, pool, position, len(wanted), watch)
+            run_here(run, pool, position, len(wanted), progress)
     else:
-        _run_in_processes(wanted, pool, jobs, choice, watch)
+        _run_in_processes(wanted, pool, jobs, choice, progress)
 
 
-def run_here(run: Named, pool: Pool, position: int, n_runs: int, watch: Watch) -> None:
+def run_here(run: Named, pool: Pool, position: int, n_runs: int, progress: Progress) -> None:
     """One run in this process."""
     name, seed, spec = run
-    _say_failure(run, pool, execute(pool, spec, watch.run(name, seed, position, n_runs)).reason, watch)
+    _say_failure(run, pool, execute(pool, spec, progress.run(name, seed, position, n_runs)).reason, progress)
 
 
-def _say_failure(run: Named, pool: Pool, reason: str | None, watch: Watch) -> None:
+def _say_failure(run: Named, pool: Pool, reason: str | None, progress: Progress) -> None:
     if reason is not None:
-        watch.say(f"{run[0]}, seed {run[1]}: {reason}")
+        progress.log(f"{run[0]}, seed {run[1]}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Job:
     run: Named
 
 
-def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, choice: argparse.Namespace, watch: Watch) -> None:
+def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, choice: Runs, progress: Progress) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     left, at_work = list(wanted), []
     try:
@@ -83,14 +83,14 @@ def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, choice: ar
                 reason = pool.status(job.run[2]).reason
                 if job.process.returncode != 0:
                     reason = f"its process ended with code {job.process.returncode}; {reason}"
-                watch.say(f"{job.run[0]}, seed {job.run[1]}: {reason or 'done'} ({len(left) + len(at_work)} to go)")
+                progress.log(f"{job.run[0]}, seed {job.run[1]}: {reason or 'done'} ({len(left) + len(at_work)} to go)")
     finally:
         for job in at_work:
             job.process.terminate()
             job.process.wait()
 
 
-def _start(run: Named, pool: Pool, threads: int, choice: argparse.Namespace) -> _Job:
+def _start(run: Named, pool: Pool, threads: int, choice: Runs) -> _Job:
     spec = run[2]
     task = {
         "pool": str(pool.path),

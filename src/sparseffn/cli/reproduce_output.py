@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparseffn.cli.bench_output import can_draw
-from sparseffn.cli.output import print_rows
+from sparseffn.cli.output import can_draw, print_rows
 from sparseffn.report import formats
 from sparseffn.report.paper_plots import sweep_plots
 from sparseffn.report.paper_report import write_index, write_paper_table
@@ -66,7 +65,7 @@ def print_dry_run(result: DryRunResult) -> None:
         f"{_duration(totals.seconds_here)} here, {_duration(totals.seconds_gpu)} on the GPU"
     )
     if names := result.without_runs:
-        print(f"- {', '.join(names)}: no run needed; `sparseffn reproduce {' '.join(names)}` prints what is counted")
+        print(f"- {', '.join(names)}: no run needed; `sparseffn reproduce table {' '.join(names)}` prints what is counted")
     for name in ("here", "gpu", "memory"):
         print(f"- {name}: {getattr(result, name)}")
     if any(run.unequal for run in result.runs):

@@ -1,0 +1,176 @@
+"""What a user sets on `sparseffn bench`. Nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from sparseffn.cli.settings import Flag, Ints, Machine, MaybeText, Precision, Printed, Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Machine, Printed):
+    """What all measurements share."""
+
+    out: MaybeText = None
+    """folder for the result as JSON and as a page (HTML, one file)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(Bench):
+    """What is measured on layers."""
+
+    methods: Words = ()
+    """methods and options (default: all; paper: sigma-moe pkm)"""
+    preset: str = "tiny"
+    """paper (wt-s, wt-b and e8), or tiny, small, wt-s, wt-s-star, wt-b, e8"""
+    tokens: Ints = ()
+    """tokens of a call (default: 1024; paper: 1 8 64 1024 4096)"""
+    dtype: Precision = "float32"
+    """of parameters and tokens"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(Sized):
+    """What is measured on our layers and on peers."""
+
+    backends: Words = ()
+    """auto or any that doctor lists (default: SPARSEFFN_BACKEND, else auto)"""
+    no_peers: Flag = False
+    """leave other libraries out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLayer(Layers):
+    """Time of one layer of each method against the dense block and installed peers, at equal parameters.
+
+    Forward is timed in inference mode; gradients are freed between calls. Ratios are medians of the ratios within a round.
+    Up to 64 tokens the calls go round as many layers as fill four times the last-level cache, with fresh tokens each call;
+    "warm" is one layer called again and again. The limit is the larger of the FLOPs at the measured speed of matrix
+    products and one reading of the weights that the batch touches at the measured bandwidth. A layer or a peer that
+    disagrees with float64, forward or in any gradient, is refused (exit code 2). Peers: transformers' experts (pip install
+    'sparseffn[hf]'), on CUDA scattermoe and our layer on PyTorch's grouped_mm. Dropout is off for all.
+
+    Examples:
+      sparseffn bench layer --preset paper --out runs/speed
+      sparseffn bench layer --preset wt-s --methods sigma-moe sigma-moe k=2 --tokens 1 64 1024
+      sparseffn bench layer --methods sigma-moe --backends auto torch --threads 1
+    """
+
+    rounds: int = 7
+    """timed calls of each, at least; short calls get more"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchMemory(Layers):
+    """Bytes that one layer of each method keeps for backward, against the dense block.
+
+    Measured on the tensors that autograd keeps. Input, output and selection (indices, a mixture's scores) are counted apart;
+    totals count everything.
+
+    Example:
+      sparseffn bench memory --preset paper --tokens 1024
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRoofline(Sized):
+    """Measured speed of matrix products and memory, and the limits of the blocks that follow from them.
+
+    Products: square ones and an expert's two, with one thread and with all, in each dtype. Memory: one reading of four times
+    the last-level cache or more, and beside it what a few scattered blocks of an expert's size come at. The best call counts.
+    A block needs at least its FLOPs (selector included) at that speed, and at least one reading of the weights that its
+    tokens touch; here tokens choose evenly.
+
+    Example:
+      sparseffn bench roofline --preset paper --tokens 1 64 4096
+    """
+
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("sigma-moe",)
+    """methods and options"""
+    preset: str = "paper"
+    """paper (wt-s, wt-b and e8), or tiny, small, wt-s, wt-s-star, wt-b, e8"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStep(Bench):
+    """Time of a training step: relative against plain attention, and methods against the dense block, in parts.
+
+    The step is the training loop's: forward, loss, backward, clipping, optimiser; memory full. Blocks that disagree with
+    float64 at the step's tokens are refused (exit code 2). The split into feedforward, attention, output layer (with the
+    loss) and optimiser is measured by hooks in steps of its own.
+
+    Examples:
+      sparseffn bench step                                # 47M, 4 x 256 tokens, sigma-moe against dense
+      sparseffn bench step --preset e8 --methods sigma-moe pkm --batch 2
+    """
+
+    method: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("dense",)
+    """block of the attentions' comparison"""
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("sigma-moe",)
+    """methods to hold against dense"""
+    preset: str = "wt-s"
+    """sizes"""
+    batch: int = 4
+    """streams"""
+    vocab_size: int = 8000
+    """vocabulary"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """float32, or autocast to bfloat16"""
+    backend: MaybeText = None
+    """as doctor lists them (default: SPARSEFFN_BACKEND, else auto)"""
+    rounds: int = 5
+    """timed steps of each"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchFigures(Machine, Printed):
+    """The paper's figures 2, 8, 9, 10 and 11: time and memory of one layer, dense block against sigma-MoE, over sizes.
+
+    Time is that of forward and backward; memory is what is saved for backward plus the output, as the authors measured.
+    Writes figures.json, a page, and each figure as SVG and PNG. Cheap points come first; those that do not fit the time
+    limit or half of the memory are listed in the figure. Points that figures.json holds are not measured again: the same
+    command goes on. The paper used 32,768 tokens on a GPU.
+
+    Examples:
+      sparseffn bench figures --time-limit 20m
+      sparseffn bench figures --figures 9 --tokens 32768 --device cuda --out runs/figure9
+      sparseffn bench figures --redraw              # from figures.json, measuring nothing
+    """
+
+    figures: Annotated[tuple[int, ...], arg(metavar="N ...")] = (2, 8, 9, 10, 11)
+    """which of the paper's"""
+    tokens: int = 2048
+    """tokens of a call"""
+    time_limit: str = "20m"
+    """for all points that are still to be measured: 90s, 20m, 2h"""
+    rounds: int = 5
+    """timed calls of each, at least"""
+    backend: MaybeText = None
+    """as doctor lists them (default: SPARSEFFN_BACKEND, else auto)"""
+    dtype: Precision = "float32"
+    """of parameters and tokens"""
+    redraw: Flag = False
+    """draw what figures.json holds, and measure nothing"""
+    out: str = "runs/figures"
+    """folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchKernels(Printed):
+    """Registers, spills and shared memory of the Triton kernels, compiled ahead of time; no GPU is needed.
+
+    About a second a line; all of them are some hundreds.
+
+    Example:
+      sparseffn bench kernels --targets sm_90 --dtypes bfloat16
+    """
+
+    targets: Words = ()
+    """sm_80, sm_90, gfx942 (default: all)"""
+    kernels: Words = ()
+    """kernels by name (default: all)"""
+    dtypes: Words = ()
+    """float32, bfloat16, float16 (default: all)"""

@@ -1,0 +1,213 @@
+"""`train`, `eval`, `generate`: one run; `compare`: runs of several methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sparseffn.cli.output import Progress, console, log, parse_duration, print_json, print_rows, use_machine
+from sparseffn.cli.process import printable
+from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
+from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
+from sparseffn.data import Tokenizer, load_corpus, to_metric
+from sparseffn.errors import UserError
+from sparseffn.evaluation import evaluate
+from sparseffn.models.generation import generate_tokens
+from sparseffn.models.presets import get_preset
+from sparseffn.report import print_table
+from sparseffn.report.comparison_report import comparison_table, write_comparison
+from sparseffn.training import RunSettings, from_preset, load_run_corpus, load_run_model, load_run_tokenizer, train
+
+
+def overrides(settings: Trained) -> dict[str, Any]:
+    """Sizes and rates that stand in place of the preset's."""
+    values = {key: getattr(settings, key) for key in ("lr", "batch", "context", "warmup", "clip")}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def one_method(words: tuple[str, ...], flag: str) -> MethodChoice:
+    """The method that an option names.
+
+    Raises:
+        UserError: it names another number of them, or one that is not known.
+    """
+    choices = parse_methods(words)
+    if len(choices) != 1:
+        raise UserError(f"`{flag}` must name one method; got {', '.join(c.label for c in choices)}; fix: name one")
+    return choices[0]
+
+
+def train_run(settings: Train) -> int:
+    """Train a model matched to the preset's dense one."""
+    device = use_machine(settings)
+    choice = one_method(settings.method, "--method")
+    preset = dataclasses.replace(get_preset(settings.preset), **overrides(settings))
+    given = {"eval_every": settings.eval_every, "checkpoint_every": settings.checkpoint_every}
+    given = {key: value for key, value in given.items() if value is not None}
+    same = {key: getattr(settings, key) for key in ("optimizer", "weight_decay", "accumulation", "precision")}
+    config = from_preset(preset, steps=settings.steps, seed=settings.seed, **same, **given)
+    corpus = load_corpus(
+        settings.corpus,
+        tokenizer=settings.tokenizer,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        vocab_size=settings.vocab_size,
+    )
+    matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
+    with Progress(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit))) as progress:
+        progress.log(f"{matched.label}: {matched.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
+        result = train(
+            matched.model,
+            config,
+            corpus,
+            settings.out,
+            device=device,
+            on_step=progress.run(matched.label, settings.seed, 0, 1),
+            on_metrics=_tensorboard(settings.out) if settings.tensorboard else None,
+        )
+    losses = {split: to_metric(nats, corpus.unit) for split, nats in (("valid", result.valid), ("test", result.test))}
+    if settings.json:
+        print_json({**result.to_json(), "metric": losses["test"][0], **{f"{k}_metric": v[1] for k, v in losses.items()}})
+    else:
+        print_rows(("split", losses["test"][0]), [(split, f"{value:.4f}") for split, (_, value) in losses.items()])
+    return 0
+
+
+def _tensorboard(out: str) -> Callable[[dict[str, Any]], None]:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise UserError("`--tensorboard` needs the extra; got none; fix: pip install 'sparseffn[track]'") from None
+    # The run folder must stay empty until the run has claimed it.
+    writer: list[SummaryWriter] = []
+
+    def write(record: dict[str, Any]) -> None:
+        if not writer:
+            writer.append(SummaryWriter(str(Path(out) / "tensorboard"), purge_step=record["step"]))
+        for key, value in record.items():
+            if key != "step":
+                writer[0].add_scalar(key, value, record["step"])
+        writer[0].flush()
+
+    return write
+
+
+def compare_methods(settings: Compare) -> int:
+    """Compare, write the table and the page, print the table."""
+    device = use_machine(settings)
+    if settings.seeds < 1:
+        raise UserError(f"`--seeds` must be at least 1; got {settings.seeds}; fix: --seeds 1")
+    wanted = CompareSettings(
+        methods=tuple(parse_methods(settings.methods)),
+        corpus=settings.corpus,
+        tokenizer=settings.tokenizer,
+        vocab_size=settings.vocab_size,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        preset=settings.preset,
+        seeds=tuple(range(settings.seed, settings.seed + settings.seeds)),
+        steps=settings.steps,
+        budget_s=None if settings.budget is None else parse_duration(settings.budget),
+        overrides=overrides(settings),
+        precision=settings.precision,
+        device=str(device),
+    )
+    has_plots = importlib.util.find_spec("matplotlib") is not None
+    if not has_plots:
+        log("the page will have no figures: pip install 'sparseffn[plot]', then run the same command again")
+    with Progress() as progress:
+        result = msgspec.to_builtins(compare(wanted, settings.out, progress=progress))
+    out = Path(settings.out)
+    write_comparison(result, out, drawn=has_plots)
+    if settings.json:
+        print_json(result)
+    else:
+        print_table(comparison_table(result), console())
+        print(f"\npage: {(out / 'page.html').resolve().as_uri()}")
+    return 0
+
+
+def evaluate_run(settings: Eval) -> int:
+    """Evaluate the last checkpoint."""
+    model, folder = load_run_model(settings.run, device=use_machine(settings))
+    run = RunSettings.read(folder)
+    corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
+    memory = run.train.eval_memory if settings.memory is None else settings.memory
+    batch = run.train.eval_batch if settings.eval_batch is None else settings.eval_batch
+    outcome = evaluate(
+        model,
+        corpus.tokens(settings.split),
+        batch=batch,
+        context=run.train.context,
+        memory=memory,
+        precision=run.train.precision,
+    )
+    metric, value = to_metric(outcome.nats_per_token, corpus.unit)
+    bits = outcome.nats_per_token * outcome.n_predictions / corpus.n_bytes(settings.split) / math.log(2)
+    data = {
+        "split": settings.split,
+        "predictions": outcome.n_predictions,
+        "memory": memory,
+        "eval_batch": batch,
+        "nats_per_token": outcome.nats_per_token,
+        "metric": metric,
+        "value": value,
+        "bits_per_byte": bits,
+        "digest": corpus.digest,
+        "run_evaluated_tokens": run.evaluated,
+    }
+    if settings.json:
+        print_json(data)
+        return 0
+    print_rows(
+        ("split", "predictions", "memory", metric, "bits per byte of text"),
+        [(settings.split, f"{outcome.n_predictions:,}", str(memory), f"{value:.4f}", f"{bits:.4f}")],
+    )
+    print(f"\ncorpus {corpus.name}, digest {corpus.digest}")
+    if run.evaluated is not None:
+        print(f"the whole split; the run's own results are of its first {run.evaluated:,} tokens")
+    return 0
+
+
+def generate(settings: Generate) -> int:
+    """Print the prompt and what follows, token by token."""
+    model, folder = load_run_model(settings.run, device=use_machine(settings))
+    config = RunSettings.read(folder).train
+    tokenizer = load_run_tokenizer(folder)
+    prompt = [int(t) for t in tokenizer.encode(settings.prompt.encode())]
+    tokens = generate_tokens(
+        model,
+        prompt,
+        settings.n_tokens,
+        memory_length=config.eval_memory + config.context if settings.memory is None else settings.memory,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    for text in _texts(prompt, tokens, tokenizer):
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _texts(prompt: list[int], tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The prompt's text, then what each token adds; a character that takes several tokens comes when it is whole."""
+    written = list(prompt)
+    shown = tokenizer.decode(written)
+    yield shown
+    for token in tokens:
+        written.append(token)
+        text = tokenizer.decode(written)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(written)[len(shown) :]

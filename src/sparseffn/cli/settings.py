@@ -1,0 +1,331 @@
+"""What a user sets on the command line: one frozen class a command, each option declared once. Nothing here needs PyTorch.
+
+A class's docstring is its command's help, a field's is the option's. Types that several options share stand first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg, create_mutex_group
+
+# The text says what is taken where nothing is given; "default: None" would say less.
+_UNSAID = arg(help_behavior_hint="")
+
+MaybeText = Annotated[str | None, _UNSAID]
+MaybeInt = Annotated[int | None, _UNSAID]
+MaybeFloat = Annotated[float | None, _UNSAID]
+Flag = Annotated[bool, _UNSAID]
+Words = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")]
+Ints = Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")]
+Run = Annotated[Positional[str], arg(metavar="RUN")]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+# Either says how long a comparison runs.
+_LENGTH = create_mutex_group(required=False, title="length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printed:
+    json: Flag = False
+    """print JSON instead of a table"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    threads: MaybeInt = None
+    """CPU threads (default: all cores)"""
+    device: str = "auto"
+    """where to compute: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    data_dir: MaybeText = None
+    """your file or folder, for text, or with a copy of a published corpus (default: as prepared, or as the run had it)"""
+    cache_dir: MaybeText = None
+    """where downloads and token files are kept (default: the user's cache folder)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Places):
+    tokenizer: MaybeText = None
+    """bytes, seen-bytes, chars, words or bpe (default: the corpus's own)"""
+    vocab_size: MaybeInt = None
+    """pieces of a bpe vocabulary (default: 8000)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Tokens, Machine, Printed):
+    """What `train` and `compare` share."""
+
+    corpus: str = "stdlib"
+    """stdlib (always there), text, or one of `sparseffn data list`"""
+    preset: str = "tiny"
+    """tiny, small, wt-s, wt-s-star, wt-b or e8"""
+    lr: MaybeFloat = None
+    """peak learning rate (default: the preset's)"""
+    batch: MaybeInt = None
+    """streams read in parallel (default: the preset's)"""
+    context: MaybeInt = None
+    """tokens of a window (default: the preset's)"""
+    warmup: MaybeInt = None
+    """steps of linear warm-up (default: the preset's)"""
+    clip: MaybeFloat = None
+    """largest gradient norm (default: the preset's)"""
+    precision: Precision = "float32"
+    """float32, or autocast to bfloat16 or float16 (with a gradient scaler)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods(Printed):
+    """List the methods, or the options of one.
+
+    Examples:
+      sparseffn methods
+      sparseffn methods sigma-moe
+    """
+
+    method: Annotated[Positional[str | None], arg(metavar="METHOD", help_behavior_hint="")] = None
+    """show this method's options"""
+    markdown: Flag = False
+    """the table of the README"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched(Printed):
+    """Size a method so that it has another one's parameters.
+
+    Options of a method follow its name as key=value; matching then changes the sizes that are left. Exits with 1 where no
+    sizes are within the tolerance.
+
+    Examples:
+      sparseffn match --method pkm --like dense --d-model 412 --d-ff 2053
+      sparseffn match --method sigma-moe expert_size=64 k=8 --like dense --d-model 412 --d-ff 2053
+      sparseffn match --method switch --like dense --preset wt-b --vocab-size 8000   # within the whole model
+    """
+
+    method: Words
+    """method, then its options as key=value"""
+    like: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("dense",)
+    """method to match, then its options"""
+    d_model: MaybeInt = None
+    """width of the model"""
+    d_ff: MaybeInt = None
+    """key-value pairs of the dense block"""
+    preset: MaybeText = None
+    """take sizes from a preset and match the whole model"""
+    vocab_size: int = 8000
+    """vocabulary of the preset's model"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Trained):
+    """Train parameter-equal models that differ in their feedforward block; one table and one page.
+
+    All methods see the same data in the same order, share every hyperparameter, and start from the same parameters outside
+    the feedforward blocks. Interrupt it when you like: the same command goes on. Exits with 1 where a method cannot be
+    matched within the tolerance.
+
+    Examples:
+      sparseffn compare --methods dense topk pkm sigma-moe --budget 8m --out runs/first
+      sparseffn compare --methods dense sigma-moe sigma-moe k=1 expert_size=256 --steps 500 --seeds 3 --out runs/k
+      sparseffn compare --corpus text --data-dir my_notes/ --methods dense switch --budget 20m --out runs/notes
+    """
+
+    methods: Words
+    """methods, each followed by its options as key=value"""
+    seeds: int = 1
+    """number of seeds"""
+    seed: int = 0
+    """first seed"""
+    budget: Annotated[MaybeText, _LENGTH] = None
+    """time for everything: 90s, 8m, 2h; sets the steps once, equal for all methods"""
+    steps: Annotated[MaybeInt, _LENGTH] = None
+    """training steps, equal for all methods (default: the preset's)"""
+    out: str
+    """folder of the comparison"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Trained):
+    """Train one language model.
+
+    Goes on from the last checkpoint in --out with the same command, bit-identically.
+
+    Examples:
+      sparseffn train --method sigma-moe --steps 300 --out runs/sigma
+      sparseffn train --method topk k=128 --corpus ptb --data-dir ptb/ --preset small --out runs/topk
+    """
+
+    method: Words
+    """method, then its options as key=value"""
+    steps: MaybeInt = None
+    """training steps (default: the preset's)"""
+    seed: int = 0
+    """seed of parameters and dropout"""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """optimiser"""
+    weight_decay: float = 0.0
+    """weight decay"""
+    accumulation: int = 1
+    """micro-batches of a step"""
+    eval_every: MaybeInt = None
+    """steps between points of the validation curve (default: 12 points)"""
+    checkpoint_every: MaybeInt = None
+    """steps between checkpoints (default: those of every other point)"""
+    tensorboard: Flag = False
+    """also write TensorBoard events; needs sparseffn[track]"""
+    out: str
+    """run folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Places, Machine, Printed):
+    """Evaluate a run's model: every token of a split is predicted once.
+
+    Examples:
+      sparseffn eval runs/sigma
+      sparseffn eval runs/sigma --split valid --memory 2048
+    """
+
+    run: Run
+    """run folder"""
+    split: Literal["valid", "test"] = "test"
+    """split"""
+    memory: MaybeInt = None
+    """positions that are remembered (default: the run's)"""
+    eval_batch: MaybeInt = None
+    """streams the split is cut into; 1 is exact (default: the run's)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Machine):
+    """Print text that a run's model writes. Control characters but line ends and tabs are escaped.
+
+    Examples:
+      sparseffn generate runs/sigma --prompt "def main("
+      sparseffn generate runs/sigma --prompt "import " --temperature 0.8 --top-k 40 --n-tokens 400
+    """
+
+    run: Run
+    """run folder"""
+    prompt: Annotated[str, arg(help_behavior_hint=r"(default: '\n')")] = "\n"
+    """text to go on from"""
+    n_tokens: int = 200
+    """tokens to write"""
+    temperature: float = 0.0
+    """0: the most likely token"""
+    top_k: MaybeInt = None
+    """sample among the K most likely tokens"""
+    memory: MaybeInt = None
+    """positions that are remembered (default: the run's in evaluation)"""
+    seed: int = 0
+    """seed of the samples"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyze(Places, Machine, Printed):
+    """What a finished run's feedforward blocks do: active channels, use of experts, their tokens, routing over training.
+
+    Writes analysis.json and every figure as PNG and SVG. Per layer: active channels a token; share of the selection
+    weight of each expert; experts selected together; the tokens that an expert serves, with their lift; evenness of the
+    load. Over training: load, and how many of its experts a token keeps. Memory does not grow with the text.
+
+    Examples:
+      sparseffn analyze runs/sigma
+      sparseffn analyze runs/first/runs/sigma-moe/seed-0 --split test --max-tokens 100000 --out figures/sigma
+    """
+
+    run: Run
+    """folder of a finished run"""
+    split: Literal["valid", "test", "both"] = "valid"
+    """what to read"""
+    max_tokens: MaybeInt = None
+    """only the first N tokens (default: the whole split)"""
+    out: MaybeText = None
+    """folder for the results (default: RUN/analysis)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Places, Machine, Printed):
+    """Measure why this selector and why this initialisation: predictions beside figures.
+
+    init: output, gradients and load at initialisation over depth, N_E, G and K, then short trainings; competition: sigmoid
+    against softmax before and after top-k; balance: entropy loss and expert dropout, two by two. With --budget a call ends
+    when its time is spent; the same command goes on.
+
+    Examples:
+      sparseffn study init --budget 10m --out runs/study
+      sparseffn study competition --seeds 5 --out runs/study   # shares its runs with the others in one folder
+    """
+
+    study: Annotated[Positional[Literal["init", "competition", "balance"]], arg(metavar="STUDY")]
+    """init, competition or balance"""
+    corpus: str = "stdlib"
+    """stdlib (always there), text or ptb"""
+    seeds: int = 3
+    """trainings of each variant"""
+    budget: MaybeText = None
+    """time for this call: 90s, 8m, 2h (default: until all is done)"""
+    out: str = "runs/study"
+    """folder of the studies"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataList(Printed):
+    """List every corpus: whether it is here, its size, and whether its published digest was ever verified.
+
+    Example:
+      sparseffn data list
+    """
+
+    cache_dir: MaybeText = None
+    """where downloads and token files are kept (default: the user's cache folder)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepare(Tokens, Printed):
+    """Get a corpus, check it, make its tokens.
+
+    Where a transfer breaks off, the same command goes on. A wrong file is removed, and the next mirror is asked. Of your
+    copy in --data-dir the cache keeps the text, so that later commands need no --data-dir.
+
+    Examples:
+      sparseffn data prepare --corpus enwik8
+      sparseffn data prepare --corpus wikitext103 --data-dir downloads/   # holds wikitext-103-v1.zip or wiki.*.tokens
+    """
+
+    corpus: str
+    """one that `data list` shows"""
+    offline: Flag = False
+    """download nothing"""
+    accept_digest: Words = ()
+    """accept a file with this digest, as the error gave it, for one whose published digest is unverified"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck(Tokens, Printed):
+    """Check a corpus that is here, without a network: size, digest, tokens, vocabulary, first lines decoded.
+
+    Examples:
+      sparseffn data check
+      sparseffn data check --corpus ptb --data-dir ptb/ --tokenizer chars
+    """
+
+    corpus: MaybeText = None
+    """one that `data list` shows (default: all that are here)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Printed):
+    """Report what this installation can do: versions, threads, backends and why, extras.
+
+    Paste it into a report of a problem.
+
+    Examples:
+      sparseffn doctor
+      sparseffn doctor --json > doctor.json
+    """
