@@ -233,6 +233,23 @@ def test_float16_goes_on_bit_by_bit_with_its_scale(
     assert len(scales) == config.steps and scales[0] == 2.0**16
 
 
+def test_an_assertion_of_the_device_is_explained(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is what NaN in a router comes to; any other error of the device is left as it is."""
+    honest, calls = step.read_steps, [0]
+
+    def assertion(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 7:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        return honest(*args)
+
+    monkeypatch.setattr(loop, "read_steps", assertion)
+    with pytest.raises(UserError, match=r"assertion at step 7 to 8.*Last good checkpoint: .*step-00000005"):
+        train(model, config, corpus, tmp_path / "run")
+
+
 def test_scaled_gradients_that_overflow_are_no_failure_until_the_scale_is_1() -> None:
     """What float16 cannot hold at a scale is tried at half of it."""
     assert step.StepNumbers(2.0, 0.0, float("inf"), 4.0).overflowed

@@ -112,32 +112,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(step=manifest.step, tensors=tensors, seconds=manifest.extra.seconds, scaler=manifest.extra.scaler)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """State of an optimiser by parameter name.
-
-    Args:
-        optimizer: Adam or AdamW.
-        names: name of the parameter with each `id`.
-    """
-    return {
-        f"optimizer.{names[id(parameter)]}::{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
-    """Put saved state back on the parameters' device, tensor by tensor, without the casts of `load_state_dict`."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        name, field = key.rsplit("::", 1)
-        by_name.setdefault(name, {})[field] = value
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = by_name[names[id(parameter)]]
-            optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in state.items()}
-
-
 def step_name(step: int) -> str:
     """What is kept of a step goes by this name."""
     return f"step-{step:08d}"

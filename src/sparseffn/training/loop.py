@@ -26,14 +26,7 @@ from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator
 from sparseffn.storage import Count, read, sole_writer, write_json
-from sparseffn.training.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from sparseffn.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.restore import load_weights
 from sparseffn.training.run_folder import RunFolder
@@ -137,7 +130,11 @@ def train(
         folder.note_corpus(corpus)
         model = TransformerXL(model_config)
         model.init_parameters(config.seed)
-        return _Run(Stepper(model.to(device), config), corpus, streams, folder, on_step, on_metrics).run()
+        run = _Run(Stepper(model.to(device), config), corpus, streams, folder, on_step, on_metrics)
+        try:
+            return run.run()
+        except torch.AcceleratorError as error:
+            raise run.stopped_by_device(error) from error
 
 
 def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -164,7 +161,6 @@ class _Run:
         self.stepper, self.model, self.config = stepper, stepper.model, stepper.config
         self.corpus, self.streams, self.folder = corpus, streams, folder
         self.on_step, self.on_metrics = on_step, on_metrics
-        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.step, self.seconds = 0, 0.0
         # What the last steps did, still on the device, and when the first of them began.
         self.unread: list[Tensor] = []
@@ -233,6 +229,17 @@ class _Run:
             f"fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
         )
 
+    def stopped_by_device(self, error: RuntimeError) -> RuntimeError | UserError:
+        """What to say of an error of the device, which nothing in this process can use any more."""
+        if "device-side assert" not in str(error):
+            return error
+        first = self.step - len(self.unread) + 1
+        return UserError(
+            f"the device must go on; got an assertion at step {first} to {self.step + 1}, most likely of a router whose scores "
+            "became NaN or infinite; fix: lower lr or raise warmup in a new --out, in a new process. "
+            f"Last good checkpoint: {self._last_good()}"
+        )
+
     def _last_good(self) -> Path | str:
         found = list_checkpoints(self.folder.checkpoints)
         return found[-1] if found else "none, the run had not reached its first"
@@ -292,16 +299,16 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= optimizer_tensors(self.stepper.optimizer, self.names)
-        for i, memory in enumerate(self.stepper.memories):
-            tensors |= {f"memory.{i}.{layer}": states for layer, states in enumerate(memory or ())}
-        tensors |= {f"stream.{key}": value for key, value in self.streams.state().items()}
-        states = generator_states(self.stepper.device)
+        streams = {f"stream.{key}": value for key, value in self.streams.state().items()}
         # The CPU's goes by the name that it had when it was the only one.
-        tensors |= {"rng" if kind == "cpu" else f"rng.{kind}": state for kind, state in states.items()}
-        scaler = self.stepper.scaler.state_dict()
-        checkpoint = Checkpoint(step=self.step, tensors=tensors, seconds=self.seconds, scaler=scaler)
+        states = generator_states(self.stepper.device)
+        generators = {"rng" if kind == "cpu" else f"rng.{kind}": state for kind, state in states.items()}
+        checkpoint = Checkpoint(
+            step=self.step,
+            tensors={**self.stepper.tensors(), **streams, **generators},
+            seconds=self.seconds,
+            scaler=self.stepper.scaler.state_dict(),
+        )
         save_checkpoint(self.folder.checkpoints, checkpoint)
 
     def _resume(self) -> None:
@@ -314,13 +321,8 @@ class _Run:
             return
         checkpoint = load_checkpoint(found[-1])
         load_weights(self.model, found[-1], checkpoint)
-        restore_optimizer(self.stepper.optimizer, checkpoint.group("optimizer"), self.names)
-        self.stepper.scaler.load_state_dict(dict(checkpoint.scaler))
+        self.stepper.restore(checkpoint)
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        states = {key: value.to(device) for key, value in checkpoint.group("memory").items()}
-        for i in range(self.config.accumulation):
-            layers = [states[f"{i}.{layer}"] for layer in range(len(self.model.layers)) if f"{i}.{layer}" in states]
-            self.stepper.memories[i] = tuple(layers) or None
         self.streams.restore(checkpoint.group("stream"))
         self.folder.rewind_metrics(self.step)
         self.folder.note_device(self.step, device_name(device))

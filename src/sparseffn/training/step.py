@@ -18,6 +18,7 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import Memory, TransformerXL
+from sparseffn.training.checkpoint import Checkpoint
 from sparseffn.training.config import TrainConfig
 
 
@@ -54,6 +55,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         # Streams belong to a micro-batch, and so does their memory.
         self.memories: list[Memory | None] = [None] * config.accumulation
+        self._parameters = dict(model.named_parameters())
 
     def forget(self) -> None:
         """Start with an empty memory, as at the beginning of the corpus."""
@@ -88,7 +90,30 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self._update(total[0], norm)
+        if self.device.type != "cpu":
+            self._clear_memory_of(total[0])
         return torch.cat((total, torch.stack((norm, scale))))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Model, optimiser and memories by name, for a checkpoint."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{name}::{field}": value for field, value in state.items()}
+        for i, memory in enumerate(self.memories):
+            tensors |= {f"memory.{i}.{layer}": states for layer, states in enumerate(memory or ())}
+        return tensors
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up optimiser, scale and memories of a checkpoint, tensor by tensor and without casts, on the model's device."""
+        for key, value in checkpoint.group("optimizer").items():
+            name, field = key.rsplit("::", 1)
+            self.optimizer.state[self._parameters[name]][field] = value.to(self.device)
+        self.scaler.load_state_dict(dict(checkpoint.scaler))
+        memories = checkpoint.group("memory")
+        for i in range(self.config.accumulation):
+            keys = [f"{i}.{layer}" for layer in range(len(self.model.layers))]
+            self.memories[i] = tuple(memories[key].to(self.device) for key in keys if key in memories) or None
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
         if self.scaler.is_enabled():
@@ -99,6 +124,15 @@ class Stepper:
         # The name under which PyTorch's fused optimisers look for it, as gradient scalers set it: at 1 they change nothing.
         self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
+
+    def _clear_memory_of(self, loss: Tensor) -> None:
+        """Forget a step that is not finite: on a GPU the next ones are under way before it is read, and what is not finite in a
+        router there is an assertion of the device, which ends every work on it.
+        """
+        lost = ~loss.isfinite()
+        self.memories = [
+            None if memory is None else tuple(states.masked_fill(lost, 0.0) for states in memory) for memory in self.memories
+        ]
 
 
 def read_steps(steps: list[Tensor], config: TrainConfig) -> list[StepNumbers]:
