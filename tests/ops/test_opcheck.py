@@ -114,7 +114,7 @@ def test_every_registered_operation_is_checked() -> None:
     assert registered == set(CASES)
 
 
-def turned(argument: Any) -> Any:
+def transposed(argument: Any) -> Any:
     """A tensor of numbers with its last two dimensions swapped in memory; anything else as it is."""
     if not isinstance(argument, Tensor) or not argument.is_floating_point() or argument.dim() < 2:
         return argument
@@ -125,12 +125,14 @@ COMPILED = build.unavailable() is None
 PAIRS = [(name, "torch") for name in CASES] + [(name, "cpu") for name in CASES if COMPILED and name in KERNELS]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "turned"])
+# PyTorch 2.14's check of symbolic shapes looks at gradients of copies that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_operations_pass_opcheck(name: str, backend: str, layout: str) -> None:
     """Shapes, strides and dtypes of the fake are the kernel's; the gradient is the same with fixed and symbolic shapes."""
     arguments = CASES[name](backend)
-    if layout == "turned":
-        arguments = tuple(map(turned, arguments))
+    if layout == "transposed":
+        arguments = tuple(map(transposed, arguments))
     results = torch.library.opcheck(getattr(LIBRARY, name), arguments)
     assert set(results.values()) == {"SUCCESS"}
