@@ -168,9 +168,9 @@ def training(draw: random.Random) -> None:
     inputs = [x, selector, keys, numbers(n_experts, size, width, terms=k * size)]
     directions = [numbers(n_tokens, n) for n in (width, n_experts, k)]
     found = []
-    for at_once, cast in ((True, dtype), (False, dtype), (False, F64)):
+    for fused, cast in ((True, dtype), (False, dtype), (False, F64)):
         leaves = [t.to(cast).requires_grad_() for t in inputs]
-        if at_once:
+        if fused:
             y, logits_TE, _, gates_TK = ops.routed_training(*leaves, k=k, gate=gate, activation=activation)
         else:
             logits_TE = leaves[0] @ leaves[1].T

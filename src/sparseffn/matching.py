@@ -89,7 +89,7 @@ def match(
         tolerance: of the whole model, as a fraction.
 
     Returns:
-        The nearest size; `Match.equal` says whether it is within the tolerance.
+        The nearest size; `Match.equal` tells whether it is within the tolerance.
 
     Raises:
         UserError: the method declares no size fields, or the budget is below its smallest size.

@@ -171,7 +171,7 @@ def test_diverged_layers_say_so(config: PKMConfig | TopKConfig, training: bool) 
     ids=["rows", "experts", "gates", "sorted"],
 )
 def test_device_looks_by_itself(call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the host must not wait, the device is told what to stop at, in the same words."""
+    """Where the host must not wait, the device gets what to stop at, in the same words."""
     monkeypatch.setattr(_checks, "_is_on_host", lambda tensor: False)
     with pytest.raises(RuntimeError, match=words):
         call()
@@ -207,7 +207,7 @@ def test_rank_pairs_are_counted_once_and_are_those_of_the_product() -> None:
 
 
 def test_compiler_may_be_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`CXX="ccache g++"`: the program is looked for, its arguments are kept; a broken one is told of."""
+    """`CXX="ccache g++"`: the program is looked for, its arguments are kept; a broken one is reported."""
     program = tmp_path / "wrap"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

@@ -52,7 +52,7 @@ def flops(config: FFNConfig) -> None:
     with torch.no_grad():
         seen = measured_flops(layer, x)
     wanted = _TOKENS * config.forward_flops()
-    require(seen == wanted, f"forward_flops() says {wanted}, the counter {seen}")
+    require(seen == wanted, f"forward_flops() is {wanted}, the counter {seen}")
     seen = measured_flops(layer.train(), x, backward=True)
     wanted = 3 * _TOKENS * config.forward_flops(training=True)
     require(seen == wanted, f"forward and backward should be 3 x forward_flops(training=True) = {wanted}, counted {seen}")
@@ -65,7 +65,7 @@ def saved_bytes(config: FFNConfig) -> None:
         layer = make_layer(config, dtype=dtype, training=True)
         seen = measured_saved_bytes(layer, tokens(config, _TOKENS, dtype=dtype))
         wanted = config.saved_bytes(_TOKENS, dtype.itemsize)
-        require(seen == wanted, f"saved_bytes() says {wanted} in {dtype}, autograd keeps {seen}")
+        require(seen == wanted, f"saved_bytes() is {wanted} in {dtype}, autograd keeps {seen}")
 
 
 @contract

@@ -90,7 +90,7 @@ def assign(logits_TE: Tensor) -> Tensor:
     """The expert of each token; logits that are not finite are assigned by a finite stand-in.
 
     The assignment itself has no meaning for them. The gates still come from the logits as they are, so that the loss is not
-    finite either and the trainer, which knows the step and the last checkpoint, can say what happened.
+    finite either and the trainer, which knows the step and the last checkpoint, can report what happened.
     """
     return ops.balanced_assignment(logits_TE.detach().nan_to_num())
 

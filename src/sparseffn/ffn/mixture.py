@@ -22,7 +22,7 @@ from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch
 from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.backends import kernel
-from sparseffn.ops.routed_training import train_at_once
+from sparseffn.ops.routed_training import train_fused
 
 INDEX_BYTES = 8
 LOGIT_BYTES = 4
@@ -217,8 +217,8 @@ class Mixture(FeedForward):
         if gate is not None and mask_T is None:
             drops = training and (c.dropout > 0 or router.expert_dropout > 0)
             weights = None if drops else self._weights_of_one_kind(x_TD)
-            if weights is not None and ops.runs_at_once(gate, x_TD, *weights):
-                y_TD, *routed = train_at_once(x_TD, *weights, router.k, gate, c.activation)
+            if weights is not None and ops.runs_fused(gate, x_TD, *weights):
+                y_TD, *routed = train_fused(x_TD, *weights, router.k, gate, c.activation)
                 return y_TD, Routing(*routed)
         routing = router(x_TD, mask_T, length)
         return self.run_experts(x_TD, routing), routing

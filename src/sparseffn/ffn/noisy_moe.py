@@ -58,7 +58,7 @@ class NoisyMoEConfig(TopKMixtureConfig):
         return 2 * selectors * self.n_experts * self.d_model + 4 * self.active_channels * self.d_model
 
     def _router_bytes(self, itemsize: int) -> int:
-        """Also the noise and the input of softplus; in half precision x is widened for each of the two selectors."""
+        """Also the noise and the input of softplus; in half precision x is upcast for each of the two selectors."""
         wide_input = self.d_model * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
         return TopKMixtureConfig._router_bytes(self, itemsize) + 2 * self.n_experts * LOGIT_BYTES + wide_input
 

@@ -38,7 +38,7 @@ class PKMConfig(FFNConfig):
     unit: ClassVar[str] = "values"
     size_fields: ClassVar[tuple[str, ...]] = ("n_subkeys", "n_subkeys_b")
 
-    n_subkeys: Annotated[int, option("Sub-keys of the first half, and of the second unless n_subkeys_b says.", low=1)]
+    n_subkeys: Annotated[int, option("Sub-keys of the first half, and of the second unless n_subkeys_b is given.", low=1)]
     k: Annotated[int | None, option("Values a head reads; none: the released dense form, without top-K.", low=1)]
     n_subkeys_b: Annotated[int | None, option("Sub-keys of the second half; none: as many as the first.", low=1)] = None
     n_heads: Annotated[int, option("Heads, each with its own sub-keys; their outputs are summed.", low=1)] = 4

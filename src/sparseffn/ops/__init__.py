@@ -7,7 +7,7 @@ from sparseffn.ops.columns import select_columns
 from sparseffn.ops.expert_mlp import expert_mlp
 from sparseffn.ops.experts import cvmm, expert_down, expert_up
 from sparseffn.ops.routed_mlp import GateName, routed_mlp
-from sparseffn.ops.routed_training import routed_training, runs_at_once
+from sparseffn.ops.routed_training import routed_training, runs_fused
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
@@ -31,8 +31,8 @@ __all__ = [
     "routed_mlp",
     "routed_training",
     "router_logits",
-    "runs_at_once",
     "runs_eagerly",
+    "runs_fused",
     "select_columns",
     "sinkhorn",
     "sort_by_expert",

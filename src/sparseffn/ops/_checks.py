@@ -1,7 +1,7 @@
 """Errors of input that only a look at the numbers shows; made where that look is cheap.
 
-On a CPU a look raises at once. On a GPU the host does not wait for the numbers: `_assert_async` stops the device at the
-first that is wrong, with the same message.
+On a CPU a failed check raises immediately. On a GPU the host does not wait for the numbers: `_assert_async` stops the device at
+the first that is wrong, with the same message.
 """
 
 from __future__ import annotations

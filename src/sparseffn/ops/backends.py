@@ -2,7 +2,8 @@
 
 A backend is a name, a table of kernels and a function that says why it cannot run on a device in a dtype. `auto` takes the
 first registered backend that can run and has the kernel. One asked for by argument runs or raises. One asked for by the
-environment variable runs or raises too, except that operations which it does not have at all are left to `auto`, said once.
+environment variable runs or raises too, except that operations which it does not have at all are left to `auto`, which is
+logged once.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def expert_mlp(
 def routed_mlp(
     x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`expert_mlp` of the K largest of `selector x` (equation 11), gated by what the variant says (table of section 1.3)."""
+    """`expert_mlp` of the K largest of `selector x` (equation 11), weighted as the variant does (table of section 1.3)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = router_logits(x.to(wide), selector.to(wide))
     indices = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -91,7 +91,7 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 
 def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
-    """Indices of the K largest, largest first whatever `ordered` says, ties to the lowest index (equation 6)."""
+    """Indices of the K largest, largest first whatever `ordered` is, ties to the lowest index (equation 6)."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 

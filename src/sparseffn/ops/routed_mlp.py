@@ -78,7 +78,7 @@ def routed_mlp(
 
 
 def check_routed(x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str) -> None:
-    """That they fit together; raises what `routed_mlp` says."""
+    """That they fit together; raises as `routed_mlp` documents."""
     n_experts, width = selector.shape if selector.dim() == 2 else (0, 0)
     if x.dim() != 2 or keys.dim() != 3 or keys.shape[:2] != (n_experts, width) or x.shape[1] != width:
         raise UserError(

@@ -26,7 +26,7 @@ class _Routed(torch.autograd.Function):
         x, selector, keys, values, k, ctx.gate, ctx.activation = inputs
         run = kernel_beside("expert_mlp", "routed_training", x)
         ctx.run_backward = kernel_beside("expert_mlp", "routed_training_backward", x)
-        assert run is not None, "runs_at_once says whether there is one"
+        assert run is not None, "runs_fused checks that there is one"
         y, logits, indices, gates, kept = run(x, selector, keys, values, k, ctx.gate, ctx.activation)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, selector, keys, values, indices, gates, *kept)
@@ -68,7 +68,7 @@ def _logits_gradient(
     return spread if grad_logits is None else grad_logits + spread
 
 
-def runs_at_once(gate: GateName, x: Tensor, selector: Tensor, keys: Tensor, values: Tensor) -> bool:
+def runs_fused(gate: GateName, x: Tensor, selector: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `routed_training` computes these, which are of one dtype and device: few tokens, in float32 or float64, eagerly,
     and all weights trained, as all their gradients are made.
 
@@ -84,10 +84,10 @@ def runs_at_once(gate: GateName, x: Tensor, selector: Tensor, keys: Tensor, valu
     return kernel_beside("expert_mlp", "routed_training", x) is not None
 
 
-def train_at_once(
+def train_fused(
     x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: GateName, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`routed_training` without its checks, for a layer whose shapes are fixed and that asked `runs_at_once`."""
+    """`routed_training` without its checks, for a layer whose shapes are fixed and that asked `runs_fused`."""
     return _Routed.apply(x, selector, keys, values, k, gate, activation)
 
 
@@ -96,7 +96,7 @@ def routed_training(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`y = sum over the K largest of s = selector x:  gate(s) act(x keys[e]) values[e]`, with gradients.
 
-    Where `runs_at_once` says no, `router_logits`, `topk` and `expert_mlp` make the same, step by step.
+    Where `runs_fused` is false, `router_logits`, `topk` and `expert_mlp` make the same, step by step.
 
     Args:
         x: `[T, D]`, fewer than 128 tokens in float32 or float64; the others have its dtype and device.
@@ -112,14 +112,14 @@ def routed_training(
         differentiable, once.
 
     Raises:
-        UserError: what `routed_mlp` refuses, or `runs_at_once` says no.
+        UserError: what `routed_mlp` refuses, or `runs_fused` is false.
         NonFiniteError: a gate is NaN or infinite.
     """
     check_routed(x, selector, keys, values, k, gate, activation)
-    if not runs_at_once(gate, x, selector, keys, values):
+    if not runs_fused(gate, x, selector, keys, values):
         raise UserError(
             f"`routed_training` takes 1 to {FEW_TOKENS - 1} tokens in float32 or float64, gates {' or '.join(_OF_CHOSEN)}, "
             f"weights that require gradients, and a backend that has it; got {x.shape[0]} of {x.dtype}, {gate!r}; "
             "fix: router_logits, topk and expert_mlp"
         )
-    return train_at_once(x, selector, keys, values, k, gate, activation)
+    return train_fused(x, selector, keys, values, k, gate, activation)

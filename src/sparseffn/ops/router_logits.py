@@ -1,4 +1,4 @@
-"""Scores of a router: `x @ selector.T` in float32 or wider, whatever autocast says. Shapes: see ops/README.md."""
+"""Scores of a router: `x @ selector.T` in float32 or wider, also under autocast. Shapes: see ops/README.md."""
 # Annotations stay real objects here: torch.library reads them to infer the schema.
 
 import torch

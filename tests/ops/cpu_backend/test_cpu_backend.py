@@ -53,7 +53,7 @@ def test_library_is_compiled_once_by_whoever_comes_first(tmp_path: Path) -> None
 
 
 def test_refused_compilation_leaves_nothing(tmp_path: Path) -> None:
-    """The compiler's first error is told, and no half-made library stays."""
+    """The compiler's first error is reported, and no half-made library stays."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "broken.cpp").write_text("int f() { return nonsense; }\n")
     with pytest.raises(build.CompilerError, match="nonsense"):
@@ -62,7 +62,7 @@ def test_refused_compilation_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
-    """Said once, visible in `sparseffn doctor`, refused where it is asked for by name."""
+    """Logged once, visible in `sparseffn doctor`, refused where it is asked for by name."""
     code = (
         "import torch; from sparseffn import ops; from sparseffn.ffn.sigma_moe import SigmaMoEConfig\n"
         "layer = SigmaMoEConfig(d_model=8, n_experts=4, expert_size=4, k=2).build()\n"
@@ -83,7 +83,7 @@ def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_backend_is_forced_or_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """By the environment: what it cannot run raises, what it does not have is left to others and said."""
+    """By the environment: what it cannot run raises, what it does not have is left to others and logged."""
     monkeypatch.setenv("SPARSEFFN_BACKEND", "cpu")
     with pytest.raises(UserError, match="backend 'cpu' cannot run on cpu: it computes in float32"):
         CONFIG.build().half()(torch.randn(2, 32).half())

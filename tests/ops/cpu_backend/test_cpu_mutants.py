@@ -79,7 +79,7 @@ def gradients_of_few(backend: str) -> torch.Tensor:
     """Output and gradients of a layer's training step of three tokens, where half of all units are closed."""
     torch.manual_seed(0)
     inputs, directions = drawn(3, 5, 2, 21, 6)
-    found = trained(inputs, directions, "renormalised", 2, activation="relu", at_once=backend == "cpu")
+    found = trained(inputs, directions, "renormalised", 2, activation="relu", fused=backend == "cpu")
     return torch.cat([t.flatten() for t in found])
 
 

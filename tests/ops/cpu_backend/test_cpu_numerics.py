@@ -199,9 +199,9 @@ def test_evaluation_at_once_is_evaluation_in_steps(method: str, dtype: torch.dty
         layer, x = config.build().to(dtype).eval(), torch.randn(40, config.d_model).to(dtype)
         y, stats = layer(x, return_stats=True)
         with torch.no_grad():
-            at_once, other = layer(x, return_stats=True)
+            fused, other = layer(x, return_stats=True)
         assert torch.equal(stats.counts, other.counts)
-        torch.testing.assert_close(at_once, y.detach(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(fused, y.detach(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
         torch.testing.assert_close(other.balance_loss, stats.balance_loss.detach())
 
 

@@ -52,7 +52,7 @@ def test_numbers_are_right_there_too(target: str, tmp_path: Path, monkeypatch: p
                 for one, two in zip(got, truth, strict=True):
                     torch.testing.assert_close(one.double(), two.double(), atol=near, rtol=near)
         inputs, directions = drawn(40, 5, 2, 33, 18)
-        got, other = (trained(inputs, directions, "renormalised", 2, at_once=at_once) for at_once in (True, False))
+        got, other = (trained(inputs, directions, "renormalised", 2, fused=fused) for fused in (True, False))
         for one, two in zip(got, other, strict=True):
             torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
     finally:

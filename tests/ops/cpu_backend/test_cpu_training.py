@@ -31,11 +31,11 @@ GATES = pytest.mark.parametrize("gate", ["sigmoid", "renormalised"])
 
 
 def routed(
-    gate: ops.GateName, inputs: Sequence[Tensor], k: int, *, activation: str = "gelu", at_once: bool
+    gate: ops.GateName, inputs: Sequence[Tensor], k: int, *, activation: str = "gelu", fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, logits and gates, in one call or in steps."""
     x, selector, keys, values = inputs
-    if at_once:
+    if fused:
         y, logits, _, gates = ops.routed_training(*inputs, k=k, gate=gate, activation=activation)
         return y, logits, gates
     logits = x @ selector.T
@@ -87,9 +87,9 @@ def test_outputs_and_gradients_are_near_the_truth(case: str, gate: ops.GateName,
         # A unit that rounding opens would change its gradient.
         inputs[2] = (inputs[2] * 16).round() / 16
     options: dict[str, Any] = {"gate": gate, "k": sizes["k"], "activation": activation}
-    truth = results(inputs, directions, **options, at_once=False)
+    truth = results(inputs, directions, **options, fused=False)
     cast = [t.to(dtype) for t in inputs], [t.to(dtype) for t in directions]
-    got, plain = (results(*cast, **options, at_once=at_once) for at_once in (True, False))
+    got, plain = (results(*cast, **options, fused=fused) for fused in (True, False))
     for name, *three in zip(NAMES, got, plain, truth, strict=True):
         if dtype == torch.float64:
             torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
@@ -105,8 +105,8 @@ def test_fewer_numbers_than_a_register_holds(gate: ops.GateName) -> None:
     expanded = [t[:1].expand_as(t) for t in directions]
     assert not any(t.is_contiguous() for t in (*turned, *expanded))
     for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = results([t.to(dtype) for t in turned], [t.to(dtype) for t in expanded], gate, 2, at_once=True)
-        for one, wanted in zip(got, results(inputs, expanded, gate, 2, at_once=False), strict=True):
+        got = results([t.to(dtype) for t in turned], [t.to(dtype) for t in expanded], gate, 2, fused=True)
+        for one, wanted in zip(got, results(inputs, expanded, gate, 2, fused=False), strict=True):
             torch.testing.assert_close(one.double(), wanted, atol=near, rtol=near)
 
 
@@ -118,7 +118,7 @@ def test_traced_backward_is_the_other(gate: ops.GateName, outputs: tuple[int, ..
     found, counts = [], []
     for counted in (False, True):
         leaves = [t.detach().requires_grad_() for t in inputs]
-        made = routed(gate, leaves, 2, at_once=True)
+        made = routed(gate, leaves, 2, fused=True)
         chosen = [made[i] for i in outputs], leaves, [directions[i] for i in outputs]
         with FlopCounterMode(display=False) as counter:
             if counted:
@@ -206,7 +206,7 @@ def test_second_derivative_is_refused() -> None:
     """As that of the operations it stands for."""
     inputs, _ = drawn(3, 4, 2, 8, 6)
     leaves = [t.requires_grad_() for t in inputs]
-    y, *_ = routed("sigmoid", leaves, 2, at_once=True)
+    y, *_ = routed("sigmoid", leaves, 2, fused=True)
     (grad,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

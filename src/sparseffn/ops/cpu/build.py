@@ -150,7 +150,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why there are no compiled kernels, said once in the log; None where there are. Compiles at the first call."""
+    """Why there are no compiled kernels, logged once; None where there are. Compiles at the first call."""
     try:
         if not sys.platform.startswith("linux"):
             raise CompilerError(f"they are written for Linux, this is {sys.platform}")

@@ -1,4 +1,4 @@
-"""What each kernel takes of a GPU: registers, spills and shared memory, from compiling it ahead of time; no GPU needed.
+"""What each kernel uses of a GPU: registers, spills and shared memory, from compiling it ahead of time; no GPU needed.
 
     from sparseffn.ops.triton.resources import resource_report
     rows = resource_report(targets=["sm_90"], kernels=["expert_up_fwd_kernel"])
@@ -111,7 +111,7 @@ def resource_report(
     dtypes: Iterable[str] = tuple(DTYPES),
     aligned: Iterable[bool] = (True, False),
 ) -> list[dict[str, str | int | bool]]:
-    """Compile default configurations and say what they take; one second each.
+    """Compile default configurations and report what they use; one second each.
 
     Args:
         targets: of `TARGETS`.

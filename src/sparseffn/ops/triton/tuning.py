@@ -89,7 +89,7 @@ _MEASURED: dict[Situation, Tile] = {}
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """`half`, or for float32 `tf32` where PyTorch is told to use it (`torch.set_float32_matmul_precision`), else `ieee`."""
+    """`half`, or for float32 `tf32` where PyTorch is set to use it (`torch.set_float32_matmul_precision`), else `ieee`."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
