@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import killed_comparison
-import msgspec
 import pytest
 import torch
 
@@ -85,7 +84,7 @@ def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     assert sigma.ffn_flops_vs_dense and sigma.ffn_flops_vs_dense < 0.2 and dense.ffn_flops_vs_dense == 1.0
     # 2 of 16 experts, 64 of 2048 channels.
     assert [row.ffn_flops_convention for row in result.methods] == [1.0, 2 / 16, 64 / 2048]
-    table = markdown_table(comparison_table(msgspec.to_builtins(result)))
+    table = markdown_table(comparison_table(result))
     assert "K/N_E" in table and "| 12.5% |" in table and "| 3.1% |" in table
     assert f"digest {result.corpus['digest'][:12]}" in table and "lr=0.004" in table
     assert "64 channels" in topk.marks[0] and result.environment["device"] == "cpu"

@@ -6,6 +6,10 @@ import math
 import random
 from typing import Any
 
+import msgspec
+
+from sparseffn.results.comparison_result import ComparisonResult
+
 METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("dense", "dense", {"unit": "channels", "n": 2048, "flops": 1.0, "time": 1.0, "end": 2.31, "skew": None}),
     ("topk k=256", "topk", {"unit": "channels", "n": 2048, "flops": 0.56, "time": 1.31, "end": 2.305, "skew": 0.9}),
@@ -64,6 +68,11 @@ def comparison(seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
         "budget_s": 480,
         "methods": [_method(index, seeds) for index in range(len(METHODS))],
     }
+
+
+def typed(result: dict[str, Any]) -> ComparisonResult:
+    """As it is read from its file."""
+    return msgspec.convert(result, ComparisonResult)
 
 
 def _method(index: int, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from sparseffn.results.analysis_result import AnalysisResult
+
 
 def analysis(
     method: str = "sigma-moe", *, n_layers: int = 4, n_experts: int = 16, skew: float = 0.3, active: float = 0.05
@@ -65,6 +69,11 @@ def analysis(
         "tokens": None if dense else [[_expert(e, share[e]) for e in range(n_experts)] for _ in range(n_layers)],
         "training": None if dense else _training(n_layers),
     }
+
+
+def typed(found: dict[str, Any]) -> AnalysisResult:
+    """As it is read from its file."""
+    return msgspec.convert(found, AnalysisResult)
 
 
 def _expert(expert: int, load: float) -> dict[str, Any]:

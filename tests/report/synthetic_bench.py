@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from sparseffn.results.bench_result import BenchResult
+
 ENVIRONMENT = {
     "sparseffn": "0.1.0",
     "python": "3.11.7",
@@ -24,9 +28,14 @@ ENVIRONMENT = {
 }
 
 
+def typed(found: dict[str, Any]) -> BenchResult:
+    """As it is read from its file."""
+    return msgspec.convert(found, BenchResult)
+
+
 def result(kind: str, **content: Any) -> dict[str, Any]:
     """A result with its head."""
-    settings = {"dtype": "float32", "device": "cpu", "rounds": 5, "backends": ["auto"]}
+    settings: dict[str, Any] = {"tokens": [64], "dtype": "float32", "device": "cpu", "rounds": 5, "backends": ["auto"]}
     return {"format": 1, "kind": kind, "environment": dict(ENVIRONMENT), "settings": settings, **content}
 
 
@@ -43,6 +52,8 @@ def _layer_row(shape: str, tokens: int, label: str, factor: float) -> dict[str, 
     if label == "sigma-moe":
         forward["over_fastest_hf"] = {"fastest": "hf eager", "over": 0.4, "times_faster": 2.5}
     row = {"shape": shape, "tokens": tokens, "label": label, "peer": peer, "backend": None if peer else "torch"}
+    row |= {"method": "dense", "n_layers": 4, "params": 10, "touched_bytes": 1.0, "gradient_bytes": 40}
+    row |= {"gate": {"tokens": 8, "largest_deviation": {"y": 1e-6}}}
     row |= {"share": share, "forward": forward, "training": forward, "cache": "cold" if tokens <= 64 else "repeated"}
     return row | ({"warm": {"forward": forward, "training": forward}} if tokens <= 64 else {})
 
@@ -67,8 +78,10 @@ def layer_result(label: str = "sigma-moe k=2") -> dict[str, Any]:
 
 
 def _figure_layer(seconds: float, memory: int) -> dict[str, Any]:
-    timing = {"median_s": seconds, "q1_s": seconds, "q3_s": seconds, "n": 5, "over_dense": 0.5}
+    timing = {"median_s": seconds, "q1_s": seconds, "q3_s": seconds, "n": 5, "over_dense": 0.5, "over_limit": 2.0}
+    timing |= {"limit_s": seconds / 2, "limit_arithmetic_s": seconds / 2, "limit_bytes_s": 0.0, "gradient_s": 0.0}
     sizes = {"memory_bytes": memory, "selection_bytes": 1000, "gradient_bytes": 10 * memory}
+    sizes |= {"saved_bytes": memory, "input_bytes": 1000, "output_bytes": 1000}
     return {"forward": timing, "training": timing, **sizes}
 
 
@@ -78,6 +91,8 @@ def figures_result() -> dict[str, Any]:
         {
             "figure": number,
             "value": value,
+            "variable": "d_model" if number == 2 else "N_E",
+            "blocks": {},
             "layers": {
                 "dense": _figure_layer(1e-4 * value, 10**5 * value),
                 "sigma-moe": _figure_layer(4e-5 * value, 3 * 10**4 * value),
@@ -95,7 +110,7 @@ def figures_result() -> dict[str, Any]:
         "9": {"variable": "N_E", "values": [8, 16, 32, 64, 128, 256], "fixed": "d_model = 512"},
     }
     found = result("figures", figures=[2, 9], points=points, left_out=left_out, sweeps=sweeps)
-    found["settings"]["tokens"] = 2048
+    found["settings"] = {"tokens": 2048, "dtype": "float32", "device": "cpu", "backend": "auto", "rounds": 5}
     return found
 
 
@@ -112,8 +127,9 @@ def roofline_result() -> dict[str, Any]:
     """One shape."""
     bounds = {"arithmetic_s": 1e-3, "bytes_s": 2e-3, "gradient_s": 0.0, "limit_s": 2e-3}
     row = {"shape": "e8", "label": "dense", "tokens": 64, "touched_bytes": 2**20, "forward": bounds, "training": bounds}
-    product = {"shape": "2,048 x 2,048", "how": "torch.mm", "flops_per_s": 1e11}
-    reading = {"bytes": 2**28, "how": "sum", "bytes_per_s": 2e10, "scattered": {"bytes_per_s": 1e10}}
+    product = {"shape": "2,048 x 2,048", "how": "torch.mm", "seconds": 0.1, "flops_per_s": 1e11}
+    scattered = {"bytes_per_s": 1e10, "block_bytes": 1, "blocks": 1}
+    reading = {"bytes": 2**28, "how": "sum", "seconds": 0.1, "bytes_per_s": 2e10, "scattered": scattered}
     speed = {"dtype": "float32", "threads": 2, "product": product, "reading": reading}
     return result("roofline", speeds=[speed], rows=[row])
 
@@ -121,9 +137,11 @@ def roofline_result() -> dict[str, Any]:
 def step_result() -> dict[str, Any]:
     """Two methods."""
     parts = {"feedforward": 0.4, "attention": 0.3, "output layer": 0.1, "optimiser": 0.1, "rest": 0.1}
-    method = {"seconds": 1.0, "over_base": 0.75, "parts": parts, "parts_whole_s": 1.0}
-    found = result("step", seconds={"relative": 1.2, "plain": 1.0}, ratio=1.2, methods={"dense": method, "sigma-moe": method})
-    found["settings"] |= {"batch": 4, "context": 256, "memory": 256, "method": "dense", "params": 47, "preset": "wt-s"}
+    method = {"seconds": 1.0, "over_base": 0.75, "parts": parts, "parts_whole_s": 1.0, "times": [], "params": 47}
+    methods = {"dense": method, "sigma-moe": method}
+    found = result("step", seconds={"relative": 1.2, "plain": 1.0}, ratio=1.2, times={}, methods=methods)
+    found["settings"] = {"batch": 4, "context": 256, "memory": 256, "method": "dense", "params": 47, "preset": "wt-s"}
+    found["settings"] |= {"vocab_size": 256, "rounds": 5}
     return found
 
 

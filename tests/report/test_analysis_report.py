@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import xml.dom.minidom
+from typing import Any
 
+import msgspec
 import pytest
 
 from sparseffn.report.analysis_plots import analysis_plots
@@ -12,8 +14,18 @@ from sparseffn.report.analysis_report import analysis_tables, facts_line
 from sparseffn.report.paper_plots import shares_panels, shares_plot
 from sparseffn.report.plotting import standalone_svg
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
+from sparseffn.results.analysis_result import AnalysisResult
+from sparseffn.results.bench_result import FiguresResult
 
-from .synthetic_analysis import analysis
+from .synthetic_analysis import analysis as raw
+from .synthetic_analysis import typed
+from .synthetic_bench import figures_result
+
+
+def analysis(method: str = "sigma-moe", **traits: Any) -> AnalysisResult:
+    """A made-up one."""
+    return typed(raw(method, **traits))
+
 
 ALL = ("sigma-moe", "switch", "softmax-renorm-moe")
 
@@ -80,9 +92,9 @@ def test_active_channels_are_held_against_the_bound(name: str, active: float, wo
 
 def test_shares_in_words_name_what_is_missing_and_what_differs() -> None:
     """The least even layer for all; no word on the collapse of a method without a run; another number of steps is said."""
-    other = analysis("switch", skew=3)
+    other = raw("switch", skew=3)
     other["run"]["steps"] = 60
-    words = share_words(statements()["fig7"], {"sigma-moe": analysis(), "switch": other}, None)
+    words = share_words(statements()["fig7"], {"sigma-moe": analysis(), "switch": typed(other)}, None)
     assert "in its least even layer, 3" in words[1] and "dead (selected under 1% of the mean): 3 of 16" in words[1]
     assert words[2] == "No run of softmax-renorm-moe was given: nothing is said of its collapse."
     assert words[3] == "The runs are of different numbers of steps: 150, 60."
@@ -98,27 +110,19 @@ def test_pairs_in_words() -> None:
 
 def test_benchmark_in_words() -> None:
     """Ratios at both ends and growth of both; nothing measured is said so."""
-
-    def point(value: int, dense: float, moe: float) -> dict[str, object]:
-        layers = {
-            label: {"training": {"median_s": s}, "memory_bytes": 100 * s} for label, s in (("dense", dense), ("sigma-moe", moe))
-        }
-        return {"figure": 9, "value": value, "layers": layers}
-
-    result = {
-        "points": [point(8, 1.0, 0.5), point(256, 30.0, 0.6)],
-        "left_out": [],
-        "settings": {"tokens": 2048, "dtype": "float32"},
-        "environment": {"threads": 2},
-        "sweeps": {"9": {"variable": "N_E"}, "2": {"variable": "d_model"}},
-    }
-    words = bench_words(result, 9)
-    assert words[0] == (
-        "Time of sigma-MoE over the dense block: 0.50× to 0.020× for N_E 8 to 256; over these 32 times the dense block's grows "  # noqa: RUF001
-        "30.0 times, sigma-MoE's 1.2 times."
+    result = figures_result()
+    time, memory, measured = bench_words(figures(result), 9)
+    assert time.startswith(
+        "Time of sigma-MoE over the dense block: 0.40\u00d7 to 0.40\u00d7 for N_E 8 to 256; over these 32 times"
     )
-    assert words[2] == "Measured with 2,048 tokens, float32, 2 threads."
-    assert bench_words(result, 2) == ["Nothing was measured: 0 points fit neither the time limit nor half of the memory."]
+    assert memory.endswith("over these 32 times the dense block's grows 32.0 times, sigma-MoE's 32.0 times.")
+    assert measured == "Measured with 2,048 tokens, float32, 2 threads."
+    assert bench_words(figures(result | {"points": []}), 2)[0].startswith("Nothing was measured: 2 points fit neither")
+
+
+def figures(result: dict[str, Any]) -> FiguresResult:
+    """As it is read from its file."""
+    return msgspec.convert(result, FiguresResult)
 
 
 def test_tables_of_an_analysis() -> None:
@@ -132,11 +136,11 @@ def test_tables_of_an_analysis() -> None:
 
 def test_stability_is_not_that_of_the_rest_at_the_end() -> None:
     """The last snapshot comes with the last step, however near the one before is."""
-    found = analysis()
+    found = raw()
     last = found["training"]["stability"][-1]
     rest = {"from": last["to"], "to": last["to"] + 4, "layers": [{"jaccard": 1.0, "overlap": 1.0}] * len(last["layers"])}
     (full, _), (with_rest, _) = (
-        analysis_tables({**found, "training": {**found["training"], "stability": stability}})
+        analysis_tables(typed({**found, "training": {**found["training"], "stability": stability}}))
         for stability in (found["training"]["stability"], [*found["training"]["stability"], rest])
     )
     assert with_rest == full and f"from step {last['from']} to {last['to']}" in full.notes[1]

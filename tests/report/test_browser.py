@@ -10,6 +10,8 @@ import pytest
 from sparseffn.cli import main
 from sparseffn.report.comparison_report import write_comparison
 
+from .synthetic import typed
+
 LABEL = """<script>document.title = "x"</script> & "q" """
 
 
@@ -17,7 +19,7 @@ LABEL = """<script>document.title = "x"</script> & "q" """
 def page(browser: Any, seeded: dict[str, Any], tmp_path: Path) -> Any:
     """The browser with the page of a comparison in which one label is hostile."""
     seeded["methods"][3]["label"] = LABEL
-    _, path = write_comparison(seeded, tmp_path)
+    _, path = write_comparison(typed(seeded), tmp_path)
     browser.get(path.as_uri())
     return browser
 

@@ -15,6 +15,8 @@ from sparseffn.errors import UserError
 from sparseffn.report.comparison_report import comparison_page, write_comparison
 from sparseffn.report.plotting import places_apart
 
+from .synthetic import typed
+
 HOSTILE = """<script>alert("x")</script> & 'q' $y$"""
 
 
@@ -36,7 +38,7 @@ class Elements(HTMLParser):
 def parsed(result: dict[str, Any]) -> Elements:
     """The elements of a result's page."""
     elements = Elements()
-    elements.feed(comparison_page(result))
+    elements.feed(comparison_page(typed(result)))
     return elements
 
 
@@ -59,14 +61,14 @@ def test_page_has_every_figure(result: dict[str, Any]) -> None:
 
 def test_every_drawing_has_a_role_a_label_and_a_title(result: dict[str, Any]) -> None:
     """A figure that cannot be seen can be heard."""
-    page = comparison_page(result)
+    page = comparison_page(typed(result))
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}">\s*<title>[^<]+</title>', page)
     assert len(drawings) == page.count("<svg ") == len(figure_names(result))
 
 
 def test_ids_are_unique_and_references_lead_to_one(seeded: dict[str, Any]) -> None:
     """Figures in one page do not take each other's markers and clips."""
-    page = comparison_page(seeded)
+    page = comparison_page(typed(seeded))
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"|url\(#', page)) - {""} <= set(ids)
@@ -84,7 +86,7 @@ def test_page_loads_nothing(result: dict[str, Any]) -> None:
 
 def test_styles_load_nothing(result: dict[str, Any]) -> None:
     """No style imports a sheet or a font."""
-    page = comparison_page(result)
+    page = comparison_page(typed(result))
     assert "@import" not in page
     assert "@font-face" not in page
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
@@ -92,7 +94,7 @@ def test_styles_load_nothing(result: dict[str, Any]) -> None:
 
 def test_same_result_gives_same_bytes(seeded: dict[str, Any], tmp_path: Path) -> None:
     """Neither the time nor the drawing order leaves a trace."""
-    first, second = (write_comparison(seeded, tmp_path / name) for name in ("first", "second"))
+    first, second = (write_comparison(typed(seeded), tmp_path / name) for name in ("first", "second"))
     assert [path.name for path in first] == ["table.md", "page.html"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
@@ -111,13 +113,13 @@ def test_labels_reasons_and_settings_are_escaped(result: dict[str, Any]) -> None
 def test_label_with_letters_beyond_the_layout_font_is_drawn(result: dict[str, Any]) -> None:
     """A missing glyph in the font that measures text is no warning: the browser has it."""
     result["methods"][1]["label"] = "\u6df7\u5408"
-    assert comparison_page(result).count("\u6df7\u5408") >= 4
+    assert comparison_page(typed(result)).count("\u6df7\u5408") >= 4
 
 
 def test_incomplete_comparison_says_so_on_the_page(result: dict[str, Any]) -> None:
     """The sentence stands in its own frame, and the missing method in the table."""
     result["missing"] = [{"label": "s-base", "seed": 0, "reason": "out of memory"}]
-    page = comparison_page(result)
+    page = comparison_page(typed(result))
     assert '<p class="incomplete" role="note">incomplete: s-base seed 0 missing: out of memory</p>' in page
     assert re.search(r"<td class=\"missing start\" colspan=\"13\">seed 0 missing: out of memory</td>", page)
 
@@ -126,7 +128,7 @@ def test_what_was_not_measured_is_said_instead_of_drawn(result: dict[str, Any]) 
     """No empty frame: a sentence names the methods."""
     for method in result["methods"]:
         for key in ("curves", "usage", "active", "cooccurrence", "step_time_s", "ffn_flops_convention"):
-            method[key] = None
+            del method[key]
     for key in ("settings", "model", "environment", "equal_time_s", "curve_tokens"):
         del result[key]
     text = parsed(result).text
@@ -140,7 +142,7 @@ def test_what_was_not_measured_is_said_instead_of_drawn(result: dict[str, Any]) 
 def test_short_curves_are_drawn(result: dict[str, Any], points: list[dict[str, float]]) -> None:
     """A comparison stopped at its start still gives a page."""
     result["methods"][0]["curves"][0]["points"] = points
-    result["methods"][1]["curves"][0]["points"] = [{"step": 0, "time_s": 0.0, "valid": float("nan")}]
+    result["methods"][1]["curves"][0]["points"] = [{"step": 0, "time_s": 0.0, "valid": None}]
     assert "figure-curves-steps" in figure_names(result)
 
 
@@ -165,7 +167,7 @@ def test_drawing_leaves_the_settings_of_matplotlib(result: dict[str, Any]) -> No
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    comparison_page(result)
+    comparison_page(typed(result))
     assert dict(matplotlib.rcParams) == before
 
 
@@ -173,14 +175,14 @@ def test_missing_matplotlib_names_the_extra(result: dict[str, Any], monkeypatch:
     """The remedy stands in the error."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'sparseffn\[plot\]'"):
-        comparison_page(result)
+        comparison_page(typed(result))
 
 
 def test_page_under_a_file_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
     """The error names the file."""
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=r"cannot write '.*table\.md'"):
-        write_comparison(result, tmp_path / "taken")
+        write_comparison(typed(result), tmp_path / "taken")
 
 
 def test_report_imports_neither_torch_nor_matplotlib() -> None:

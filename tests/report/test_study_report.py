@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sparseffn.errors import UserError
@@ -14,13 +15,20 @@ from sparseffn.report.formats import NOT_MEASURED, ranged, significant
 from sparseffn.report.generated_blocks import BLOCK, with_blocks
 from sparseffn.report.study_plots import along, study_plots
 from sparseffn.report.study_report import TITLES, read_study, study_page, study_tables
-from sparseffn.stats import difference
+from sparseffn.results.study_result import StudyResult
+from sparseffn.stats import Difference, MeanStd
+from sparseffn.storage import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("init", "competition", "balance")
 
 
-def committed(name: str) -> dict[str, Any]:
+def raw(name: str) -> dict[str, Any]:
+    """A committed file."""
+    return read_json(ROOT / "results" / f"study-{name}.json")
+
+
+def committed(name: str) -> StudyResult:
     """A committed result."""
     return read_study(ROOT / "results" / f"study-{name}.json")
 
@@ -38,10 +46,9 @@ def test_page_holds_what_the_results_say() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_results_are_whole_and_small(name: str) -> None:
     """Nothing missing, several seeds of each variant, no path of a machine."""
-    result = committed(name)
-    text = json.dumps(result)
-    assert result["missing"] == [] and result.get("missing_sizes", []) == []
-    assert {len(variant["runs"]) for variant in result["variants"]} == {result["settings"]["n_seeds"]}
+    result, text = committed(name), json.dumps(raw(name))
+    assert result.missing == [] and result.missing_sizes == []
+    assert {len(variant.runs) for variant in result.variants} == {result.settings.n_seeds}
     assert len(text) < 200_000 and "/home" not in text and "/tmp" not in text
     # All results that are kept, together, are to stay below 1 MB.
     assert sum(path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()) < 1_000_000
@@ -50,8 +57,8 @@ def test_committed_results_are_whole_and_small(name: str) -> None:
 def test_axes_of_the_grid_share_the_base() -> None:
     """The base size stands in each of the four tables once a scheme."""
     result = committed("init")
-    for axis, value in zip(("n_layers", "n_experts", "expert_size", "k"), result["settings"]["grid"]["base"], strict=True):
-        rows = [row for row in along(result, axis) if row[axis] == value]
+    for axis, value in zip(("n_layers", "n_experts", "expert_size", "k"), result.settings.grid.base, strict=True):
+        rows = [row for row in along(result, axis) if getattr(row, axis) == value]
         assert len(rows) == 12
 
 
@@ -69,46 +76,35 @@ def test_study_cut_short_draws_what_it_has() -> None:
     """As a small budget leaves it: one size, off the axis of the depth, and no training."""
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed here")
     result = committed("init")
-    n_layers = result["settings"]["grid"]["base"][0]
-    start = [row for row in along(result, "n_experts") if row["n_experts"] != result["settings"]["grid"]["base"][1]]
-    cut = {**result, "start": start, "variants": [{**variant, "runs": []} for variant in result["variants"]]}
-    assert {row["n_layers"] for row in start} == {n_layers} and along(cut, "n_layers") == []
+    n_layers, n_experts, *_ = result.settings.grid.base
+    start = [row for row in along(result, "n_experts") if row.n_experts != n_experts]
+    cut = msgspec.structs.replace(
+        result, start=start, variants=[msgspec.structs.replace(variant, runs=[]) for variant in result.variants]
+    )
+    assert {row.n_layers for row in start} == {n_layers} and along(cut, "n_layers") == []
     assert [plot.name for plot in study_plots(cut)] == [
         f"study-init-{name}" for name in ("output-n-experts", "load-gaussian", "load-text")
     ]
 
 
-def trained(**losses: list[float]) -> dict[str, Any]:
-    """A study of the selectors whose variants have these losses, a seed each."""
+def test_differences_and_verdicts_are_those_of_the_file() -> None:
+    """What is undecided is said so; one seed has no interval; without a result there is a dash."""
     result = committed("balance")
-    probes = result["variants"][0]["runs"][0]["probes"]
-    for variant, (name, values) in zip(result["variants"], losses.items(), strict=False):
-        runs = [{"seed": seed, "valid": v, "test": v, "probes": probes} for seed, v in enumerate(values)]
-        variant |= {"name": name, "runs": runs}
-    return {**result, "variants": result["variants"][: len(losses)]}
-
-
-def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
-    """Only seeds that both have; 4.303 standard errors for three; one seed decides nothing."""
-    rows = study_tables(trained(a=[1.0, 2.0, 3.0, 9.0], b=[1.1, 2.1, 3.4], c=[0.9, 1.89, 2.9], d=[1.5]))["loss"].rows
-    shown = [[cell.text for cell in row.cells[5:7]] for row in rows]
-    assert shown == [
-        [NOT_MEASURED, NOT_MEASURED],
-        ["+0.2000 ± 0.4303", "undecided"],
-        ["-0.1033 ± 0.0143", "better"],
-        ["+0.5000", "undecided"],
-    ]
-
-
-def test_selectors_are_compared_at_the_end() -> None:
-    """By their last probe, against the first variant."""
-    table = study_tables(committed("balance"))["selector differences"]
-    base, *others = committed("balance")["variants"]
-    assert [row.cells[0].text for row in table.rows] == [variant["name"] for variant in others]
-    first, last = ({run["seed"]: run["probes"][-1]["dead"] for run in variant["runs"]} for variant in (base, others[1]))
-    found = difference(last, first)
-    column = [column.name for column in table.columns].index("dead experts")
-    assert table.rows[1].cells[column].text == f"{found.difference:+.4f} ± {found.half_width:.4f}"
+    first, other, *_ = result.variants
+    wide = Difference(difference=0.2, low=-0.2, high=0.6, decided=False, covers_seeds=True, n_seeds=3)
+    alone = Difference(difference=0.5, low=0.5, high=0.5, decided=False, covers_seeds=False, n_seeds=1)
+    shown = msgspec.structs.replace(
+        other,
+        valid=MeanStd(mean=2.5, std=None, n=1),
+        against_first={"valid": wide, "test": alone, "dead": wide},
+        verdicts={"valid": "undecided", "test": "undecided"},
+    )
+    tables = study_tables(msgspec.structs.replace(result, variants=[first, shown]))
+    loss, selectors = tables["loss"].rows[1], tables["selector differences"].rows[0]
+    assert [cell.text for cell in loss.cells][3] == "2.5000"
+    assert [cell.text for cell in loss.cells][5:] == ["+0.2000 ± 0.4000", "undecided", "+0.5000", "undecided"]
+    assert [cell.text for cell in selectors.cells][2:5] == [NOT_MEASURED, "+0.2000 ± 0.4000", NOT_MEASURED]
+    assert [cell.text for cell in tables["loss"].rows[0].cells][5:] == [NOT_MEASURED] * 4
 
 
 def test_numbers_have_three_digits() -> None:
@@ -125,9 +121,20 @@ def test_numbers_have_three_digits() -> None:
     assert ranged([0.5, 0.4, 0.6]) == "0.500 [0.400, 0.600]" and ranged(None) == NOT_MEASURED
 
 
+def test_result_without_comparisons_is_refused(tmp_path: Path) -> None:
+    """As version 0.1 wrote it; its runs are used again."""
+    result, path = raw("balance"), tmp_path / "study-balance.json"
+    for variant in result["variants"]:
+        for key in ("valid", "test", "start", "end", "against_first", "verdicts"):
+            variant.pop(key, None)
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="must hold `valid` and `against_first` of every variant; got neither in one; fix: run"):
+        read_study(path)
+
+
 def test_result_of_another_version_is_refused(tmp_path: Path) -> None:
     """By its format."""
     path = tmp_path / "study-init.json"
-    path.write_text(json.dumps({**committed("init"), "format": 2}))
-    with pytest.raises(UserError, match=r"in format 1; got 'study-init' in format 2; fix: run `sparseffn study` again"):
+    path.write_text(json.dumps({**raw("init"), "format": 2}))
+    with pytest.raises(UserError, match=r"a valid `format`; got invalid enum value 2; fix: run `sparseffn study` again"):
         read_study(path)

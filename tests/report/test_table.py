@@ -12,20 +12,23 @@ from rich.console import Console
 
 from sparseffn.errors import UserError
 from sparseffn.report import formats, markdown_table, print_table
-from sparseffn.report.comparison_report import comparison_table, read_comparison
+from sparseffn.report.comparison_report import comparison_table
+from sparseffn.results.comparison_result import read_comparison
+
+from .synthetic import typed
 
 
 def printed(result: dict[str, Any], width: int = 240) -> str:
     """What the terminal shows."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    print_table(comparison_table(result), console)
+    print_table(comparison_table(typed(result)), console)
     assert isinstance(console.file, io.StringIO), "the console writes to memory"
     return console.file.getvalue().replace("\u00a0", " ")
 
 
 def markdown_rows(result: dict[str, Any]) -> dict[str, list[str]]:
     """Label to cells."""
-    lines = [line for line in markdown_table(comparison_table(result)).splitlines() if line.startswith("| ")]
+    lines = [line for line in markdown_table(comparison_table(typed(result))).splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}
 
@@ -88,7 +91,7 @@ CORPUS = (
 def test_settings_and_corpus_stand_below_the_table(result: dict[str, Any]) -> None:
     """A line each, in the terminal and in Markdown."""
     assert printed(result).splitlines()[-2:] == [SETTINGS, CORPUS]
-    lines = markdown_table(comparison_table(result)).splitlines()
+    lines = markdown_table(comparison_table(typed(result))).splitlines()
     assert lines[-3:] == [SETTINGS, "", CORPUS]
 
 
@@ -148,13 +151,13 @@ def test_missing_seed_is_a_footnote_of_its_method(seeded: dict[str, Any]) -> Non
     """A method with fewer seeds keeps its row and says what it lacks."""
     seeded["missing"] = [{"label": "switch", "seed": 2, "reason": "stopped"}]
     assert "switch <sup>b</sup>" in markdown_rows(seeded)
-    assert "<sup>b</sup> seed 2 missing: stopped" in markdown_table(comparison_table(seeded))
+    assert "<sup>b</sup> seed 2 missing: stopped" in markdown_table(comparison_table(typed(seeded)))
 
 
 def test_unfinished_comparison_says_so(result: dict[str, Any]) -> None:
     """A partial file cannot be taken for a whole one."""
     result["finished"] = False
-    for text in (printed(result), markdown_table(comparison_table(result))):
+    for text in (printed(result), markdown_table(comparison_table(typed(result)))):
         assert "incomplete: the comparison had not finished" in text
 
 
@@ -181,7 +184,7 @@ def test_terminal_table_keeps_to_the_width(result: dict[str, Any], width: int) -
 def test_markdown_escapes_labels(result: dict[str, Any]) -> None:
     """A label is neither markup nor the end of a cell."""
     result["methods"][0]["label"] = 'a|b <script> & "q" *x* [y]'
-    text = markdown_table(comparison_table(result))
+    text = markdown_table(comparison_table(typed(result)))
     assert '| a\\|b &lt;script&gt; &amp; "q" \\*x\\* [y] |' in text
 
 
@@ -195,7 +198,7 @@ def test_read_comparison_returns_the_file(result: dict[str, Any], tmp_path: Path
     """What was written is read back."""
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps(result), encoding="utf-8")
-    assert read_comparison(path) == result
+    assert read_comparison(path) == typed(result)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +206,8 @@ def test_read_comparison_returns_the_file(result: dict[str, Any], tmp_path: Path
     [
         pytest.param(None, "must exist", id="absent"),
         pytest.param("{", "must hold JSON", id="broken"),
-        pytest.param("[]", "`format` of the comparison must be 1; got None", id="not a comparison"),
-        pytest.param('{"format": 1}', "`title` of the comparison must be of type str; got None", id="fields"),
+        pytest.param("[]", "must hold an object; got array", id="not a comparison"),
+        pytest.param('{"format": 1}', "must hold `title`; got nothing", id="fields"),
         pytest.param('{"format": 2}', "`format` of the comparison must be 1; got 2", id="another format"),
     ],
 )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from msgspec import to_builtins
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
@@ -32,6 +30,7 @@ from sparseffn.report.analysis_report import analysis_tables, facts_line
 from sparseffn.report.bench_report import machine_line
 from sparseffn.report.plotting import write_plots
 from sparseffn.report.study_report import study_tables, write_study
+from sparseffn.results.analysis_result import AnalysisResult
 from sparseffn.storage import write_json
 from sparseffn.training import load_run_corpus
 
@@ -63,7 +62,7 @@ def analyze(settings: Analyze) -> int:
 
 def analyzed(
     folder: str, places: Places, splits: Sequence[Split], max_tokens: int | None, device: torch.device
-) -> dict[str, Any]:
+) -> AnalysisResult:
     """The analysis of a run; reports its progress.
 
     Args:
@@ -81,8 +80,7 @@ def analyzed(
             logged[0] = time.monotonic()
             log(f"{folder}: {n_done:,} of {n_tokens:,} tokens")
 
-    found = analyze_run(folder, corpus, device=device, splits=splits, max_tokens=max_tokens, on_progress=on_progress)
-    return to_builtins(found)
+    return analyze_run(folder, corpus, device=device, splits=splits, max_tokens=max_tokens, on_progress=on_progress)
 
 
 def study_selectors(settings: Study) -> int:
@@ -98,12 +96,12 @@ def study_selectors(settings: Study) -> int:
         budget_s=None if settings.budget is None else parse_duration(settings.budget),
     )
     with Progress() as progress:
-        result = to_builtins(study(wanted, settings.out, watcher=progress))
+        result = study(wanted, settings.out, watcher=progress)
     written = write_study(result, Path(settings.out), drawn=can_draw())
     if settings.json:
         print_json(result)
         return 0
     print_tables(study_tables(result).values(), console())
-    print(machine_line(result, timed=False))
+    print(machine_line(result.environment, timed=False))
     print_files(written)
     return 0

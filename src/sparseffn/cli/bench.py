@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -47,7 +46,7 @@ from sparseffn.ops import requested_backend
 from sparseffn.paper.figure_points import bench_figures
 from sparseffn.report import print_tables
 from sparseffn.report.bench_report import bench_tables, machine_line, read_bench, write_bench
-from sparseffn.results.bench_result import Head, LayerSettings, StepSettings
+from sparseffn.results.bench_result import BenchResult, FiguresResult, LayerSettings, StepSettings
 from sparseffn.storage import write_json
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
@@ -158,28 +157,28 @@ def _bare(config: FFNConfig) -> FFNConfig:
     return config.replace(**{name: 0.0 for name in ("dropout", "expert_dropout") if name in field_infos(type(config))})
 
 
-def _deliver(measured: Head, settings: Bench) -> int:
+def _deliver(measured: BenchResult, settings: Bench) -> int:
     """Write a result where `--out` says, and print it."""
-    result = msgspec.to_builtins(measured)
     # The command's own choice for its process, hence the same for all candidates.
-    result["environment"]["freed_memory"] = freed_memory()
+    environment = msgspec.structs.replace(measured.environment, freed_memory=freed_memory())
+    result = msgspec.structs.replace(measured, environment=environment)
     return _show(result, _write(result, settings.out) if settings.out else [], as_json=settings.json)
 
 
-def _write(result: dict[str, Any], out: str) -> list[Path]:
+def _write(result: BenchResult, out: str) -> list[Path]:
     """The result as JSON, as a page and, of the paper's figures, as drawings."""
-    data = Path(out) / f"{result['kind']}.json"
+    data = Path(out) / f"{result.kind}.json"
     write_json(data, result)
     return [data, *write_bench(result, out, drawn=can_draw())]
 
 
-def _show(result: dict[str, Any], written: list[Path], *, as_json: bool) -> int:
+def _show(result: BenchResult, written: list[Path], *, as_json: bool) -> int:
     """Print a result and where its files are."""
     if as_json:
         print_json(result)
         return 0
     print_tables(bench_tables(result), console())
-    print(machine_line(result))
+    print(machine_line(result.environment))
     print_files(written)
     return 0
 
@@ -202,7 +201,7 @@ def figures(settings: BenchFigures) -> int:
     return _show(result, _write(result, settings.out), as_json=settings.json)
 
 
-def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path, time_limit: str) -> dict[str, Any]:
+def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path, time_limit: str) -> FiguresResult:
     """What the file of the figures holds, once what it lacks and what fits is measured; reports its progress.
 
     Args:
@@ -216,7 +215,7 @@ def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path,
     """
     check_backends(settings.backends, find_device(settings.device), DTYPES[settings.dtype])
     limit_s = parse_duration(time_limit, "time-limit")
-    return msgspec.to_builtins(bench_figures(numbers, settings, path, time_limit_s=limit_s, progress=log))
+    return bench_figures(numbers, settings, path, time_limit_s=limit_s, progress=log)
 
 
 def kernels(settings: BenchKernels) -> int:

@@ -23,13 +23,13 @@ from sparseffn.data import Split
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FFNConfig
 from sparseffn.ops import requested_backend
-from sparseffn.report.analysis_plots import channels_result, units_result
+from sparseffn.report.analysis_plots import active_channels_plot, pairs_plot
 from sparseffn.report.bench_plots import figure_plots
-from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots
 from sparseffn.report.paper_plots import shares_panels, shares_plot
 from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
-from sparseffn.results.bench_result import LayerSettings
+from sparseffn.results.analysis_result import AnalysisResult
+from sparseffn.results.bench_result import FiguresResult, LayerSettings
 from sparseffn.storage import write_json, write_text
 from sparseffn.training import RunSettings
 
@@ -40,7 +40,7 @@ FORMAT = 1
 """Layout of `reproduced.json`."""
 
 # Runs by label, and what is drawn of them.
-Runs = dict[str, dict[str, Any]]
+Runs = dict[str, AnalysisResult]
 Drawn = tuple[list[str], Callable[[], list[Plot]]]
 
 
@@ -112,7 +112,7 @@ class _Source:
         labels = _labels({folder: found.model.ffn.name for folder, found in runs.items()})
         self.folders = {labels[folder]: folder for folder in folders}
         self.settings = {labels[folder]: found for folder, found in runs.items()}
-        self._done: dict[tuple[str, tuple[Split, ...]], dict[str, Any]] = {}
+        self._done: dict[tuple[str, tuple[Split, ...]], AnalysisResult] = {}
 
     def choose(self, names: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Labels of the runs that each figure is drawn from, and why there are none for the others; those of time need none.
@@ -197,30 +197,26 @@ def _run_figure(name: str, labels: Sequence[str], source: _Source) -> Drawn:
     match figure["shows"]:
         case "active":
             words = [active_words(figure, label, analysis) for label, analysis in runs.items()]
-            return words, lambda: _each(name, runs, lambda label, a: active_plots(channels_result(a, label=label), pixels=True))
+            return words, lambda: _each(name, runs, lambda label, a: active_channels_plot(a, label=label))
         case "cooccurrence":
             layers = {label: _layer(figure["layer"], analysis) for label, analysis in runs.items()}
             words = [pair_words(label, analysis, layers[label]) for label, analysis in runs.items()]
-            return words, lambda: _each(
-                name,
-                runs,
-                lambda label, a: cooccurrence_plots(units_result(a, layers[label], label=label), pixels=True),
-            )
+            return words, lambda: _each(name, runs, lambda label, a: pairs_plot(a, layers[label], label=label))
         case "shares":
-            layer = min(len(analysis["usage"]) for analysis in runs.values()) // 2
+            layer = min(len(analysis.usage) for analysis in runs.values()) // 2
             return share_words(figure, runs, layer), lambda: [shares_plot(runs, layer, name=name)]
     return share_words(figure, runs, None), lambda: [shares_panels(runs, name=name)]
 
 
-def _layer(wanted: int, analysis: Mapping[str, Any]) -> int:
+def _layer(wanted: int, analysis: AnalysisResult) -> int:
     """The paper's layer where the model has it, else the middle one."""
-    n_layers = len(analysis["usage"])
+    n_layers = len(analysis.usage)
     return wanted if wanted < n_layers else n_layers // 2
 
 
-def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot]]) -> list[Plot]:
+def _each(name: str, runs: Runs, draw: Callable[[str, AnalysisResult], Plot]) -> list[Plot]:
     """A drawing of each run, named after the figure and, where there are several, numbered."""
-    plots = [plot for label, analysis in runs.items() for plot in draw(label, analysis)]
+    plots = [draw(label, analysis) for label, analysis in runs.items()]
     names = [name] if len(plots) == 1 else [f"{name}-{number}" for number in range(1, len(plots) + 1)]
     return [
         dataclasses.replace(plot, name=new, caption=f"{plot.title}. {plot.caption}")
@@ -228,11 +224,11 @@ def _each(name: str, runs: Runs, draw: Callable[[str, dict[str, Any]], list[Plot
     ]
 
 
-def _benchmarked(names: Sequence[str], settings: ReproduceFigure, device: torch.device) -> dict[str, Any]:
-    """The benchmark of all figures of time and memory at once, as they share points and the time limit; empty without any."""
+def _benchmarked(names: Sequence[str], settings: ReproduceFigure, device: torch.device) -> FiguresResult | None:
+    """The benchmark of all figures of time and memory at once, as they share points and the time limit; None without any."""
     numbers = [statements()[name]["number"] for name in names if statements()[name]["shows"] == "bench"]
     if not numbers:
-        return {}
+        return None
     # As many rounds as in `sparseffn bench figures`, so that either goes on where the other ended.
     timed = LayerSettings(
         tokens=(settings.tokens,),
@@ -243,6 +239,7 @@ def _benchmarked(names: Sequence[str], settings: ReproduceFigure, device: torch.
     return measure_figures(numbers, timed, Path(settings.out) / "figures.json", settings.time_limit)
 
 
-def _bench_figure(name: str, result: dict[str, Any]) -> Drawn:
+def _bench_figure(name: str, result: FiguresResult | None) -> Drawn:
+    assert result is not None, "a figure of time and memory was measured"
     number = statements()[name]["number"]
     return bench_words(result, number), lambda: figure_plots(result, number)

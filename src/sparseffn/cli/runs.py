@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from sparseffn.cli.output import Progress, console, log, parse_duration, print_json, print_rows, use_machine
@@ -124,7 +123,7 @@ def compare_methods(settings: Compare) -> int:
     if not has_plots:
         log("the page will have no figures: pip install 'sparseffn[plot]', then run the same command again")
     with Progress() as progress:
-        result = msgspec.to_builtins(compare(wanted, settings.out, progress=progress))
+        result = compare(wanted, settings.out, progress=progress)
     out = Path(settings.out)
     write_comparison(result, out, drawn=has_plots)
     if settings.json:

@@ -6,12 +6,9 @@ do not tell colours apart: markers and line styles go with every colour; heat ma
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sparseffn.report import formats
-from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots, usage_plots
 from sparseffn.report.plotting import (
     FONT_SIZE,
     GREY,
@@ -28,8 +25,13 @@ from sparseffn.report.plotting import (
     layer_style,
     reference,
 )
-
-Analysis = Mapping[str, Any]
+from sparseffn.report.usage_plots import Shown, active_plot, cooccurrence_plot, usage_plot
+from sparseffn.results.analysis_result import (
+    AnalysisResult,
+    RoutingOverTraining,
+    ServedByExpert,
+)
+from sparseffn.results.comparison_result import Cooccurrence
 
 # Experts on such a picture, and tokens of each that fit on a line: bytes and characters, or words.
 _MAX_ROWS, _SHORT_CELLS, _LONG_CELLS = 16, 6, 4
@@ -38,52 +40,43 @@ _ROW_HEIGHT = 0.23
 _TOKEN_LENGTH, _SHORT_LENGTH = 9, 4
 
 
-def analysis_plots(analysis: Analysis) -> list[Plot]:
+def analysis_plots(analysis: AnalysisResult) -> list[Plot]:
     """Every drawing of a run.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    plots = [*active_plots(channels_result(analysis), pixels=True), *usage_plots(units_result(analysis), pixels=True)]
-    layer = middle_layer(analysis)
-    if layer is not None:
-        plots += cooccurrence_plots(units_result(analysis, layer), pixels=True)
-    # One run needs no number in its figures' names.
-    plots = [dataclasses.replace(plot, name=plot.name.removesuffix("-0")) for plot in plots]
-    if analysis["tokens"]:
-        plots += [_tokens_plot(analysis, layer) for layer in range(len(analysis["tokens"]))]
-    if analysis["training"]:
-        plots += _training_plots(analysis)
-    return plots
+    plots = [active_channels_plot(analysis)]
+    if any(share > 0 for layer in analysis.usage for share in layer.share):
+        plots.append(usage_plot(analysis.usage, Shown(analysis.run.method, analysis.unit, "usage")))
+    middle = len(analysis.cooccurrence) // 2
+    if analysis.cooccurrence and analysis.cooccurrence[middle] is not None:
+        plots.append(pairs_plot(analysis, middle))
+    plots += [_tokens_plot(analysis, layer) for layer in range(len(analysis.tokens or ()))]
+    return plots + (_training_plots(analysis, analysis.training) if analysis.training else [])
 
 
-def units_result(analysis: Analysis, layer: int | None = None, *, label: str | None = None) -> dict[str, Any]:
-    """An analysis as the page of a comparison takes it: its units, and the co-occurrence of one layer."""
-    method = {"label": label or analysis["run"]["method"], "unit": analysis["unit"], "usage": analysis["usage"]}
-    if layer is not None:
-        method["cooccurrence"] = {"layer": layer, "matrix": analysis["cooccurrence"][layer]}
-    return {"methods": [method]}
+def active_channels_plot(analysis: AnalysisResult, *, label: str = "", name: str = "active") -> Plot:
+    """Active channels (or values) of every layer."""
+    unit = "channels" if analysis.unit == "experts" else analysis.unit
+    return active_plot(analysis.active, Shown(label or analysis.run.method, unit, name))
 
 
-def channels_result(analysis: Analysis, *, label: str | None = None) -> dict[str, Any]:
-    """An analysis as the page of a comparison takes it: its active channels (or values)."""
-    unit = "channels" if analysis["unit"] == "experts" else analysis["unit"]
-    return {"methods": [{"label": label or analysis["run"]["method"], "unit": unit, "active": analysis["active"]}]}
+def pairs_plot(analysis: AnalysisResult, layer: int, *, label: str = "", name: str = "cooccurrence") -> Plot:
+    """Experts of one layer that are selected together; the layer must select several."""
+    matrix = analysis.cooccurrence[layer]
+    assert matrix is not None, "the layer selects several experts"
+    shown = Shown(label or analysis.run.method, analysis.unit, name)
+    return cooccurrence_plot(Cooccurrence(layer=layer, matrix=matrix), shown)
 
 
-def middle_layer(analysis: Analysis) -> int | None:
-    """The layer whose co-occurrence is drawn; None where no layer selects several experts."""
-    matrices = analysis["cooccurrence"]
-    layer = len(matrices) // 2
-    return layer if matrices and matrices[layer] is not None else None
-
-
-def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
+def _tokens_plot(analysis: AnalysisResult, layer: int) -> Plot:
     """A picture of text: the most loaded experts, each one's load and the tokens that it serves most."""
-    experts = sorted(analysis["tokens"][layer], key=lambda e: (-e["load"], e["expert"]))[:_MAX_ROWS]
-    n_experts = len(analysis["tokens"][layer])
-    title = f"Tokens by expert: {analysis['run']['method']}, layer {layer}"
-    top = max(expert["load"] for expert in experts) or 1.0
+    assert analysis.tokens is not None, "there is a table of tokens"
+    experts = sorted(analysis.tokens[layer], key=lambda e: (-e.load, e.expert))[:_MAX_ROWS]
+    n_experts = len(analysis.tokens[layer])
+    title = f"Tokens by expert: {analysis.run.method}, layer {layer}"
+    top = max(expert.load for expert in experts) or 1.0
     n_cells = _cells(experts)
     with drawing(TEXT_WIDTH, _ROW_HEIGHT * (len(experts) + 1.2)) as (figure, axes):
         axes.set_axis_off()
@@ -96,16 +89,16 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
         for row, expert in enumerate(experts):
             if row % 2:
                 axes.axhspan(row - 0.5, row + 0.5, color=HAIRLINE, alpha=0.5, linewidth=0, zorder=0)
-            axes.text(0.045, row, str(expert["expert"]), ha="right", va="center")
-            axes.barh(row, 0.095 * expert["load"] / top, left=0.06, height=0.55, color=PALETTE[1])
-            axes.text(0.228, row, formats.percent(expert["load"]), ha="right", va="center", fontsize=small)
-            for cell, token in enumerate(expert["tokens"][:n_cells]):
-                text = axes.text(0.25 + cell * 0.75 / n_cells, row, _cut(token["text"]), va="center")
+            axes.text(0.045, row, str(expert.expert), ha="right", va="center")
+            axes.barh(row, 0.095 * expert.load / top, left=0.06, height=0.55, color=PALETTE[1])
+            axes.text(0.228, row, formats.percent(expert.load), ha="right", va="center", fontsize=small)
+            for cell, token in enumerate(expert.tokens[:n_cells]):
+                text = axes.text(0.25 + cell * 0.75 / n_cells, row, _cut(token.text), va="center")
                 place = {"xy": (1, 0.5), "xycoords": text, "xytext": (4, 0), "textcoords": "offset points"}
-                axes.annotate(formats.lift(token["lift"]), **place, va="center", color=GREY, fontsize=small)
+                axes.annotate(formats.lift(token.lift), **place, va="center", color=GREY, fontsize=small)
         busiest = experts[0]
-        first = f", first {busiest['tokens'][0]['text']}" if busiest["tokens"] else ""
-        description = f"Expert {busiest['expert']} has the most selections, {formats.percent(busiest['load'])}{first}"
+        first = f", first {busiest.tokens[0].text}" if busiest.tokens else ""
+        description = f"Expert {busiest.expert} has the most selections, {formats.percent(busiest.load)}{first}"
         shown = "All" if len(experts) == n_experts else f"The {len(experts)} most used of {n_experts}"
         caption = (
             f"{shown} experts by their share of the selections (an even share is {formats.percent(1 / n_experts)}), and the "
@@ -115,9 +108,9 @@ def _tokens_plot(analysis: Analysis, layer: int) -> Plot:
         return finished(figure, name=f"tokens-{layer}", title=title, caption=caption, description=description)
 
 
-def _cells(experts: Sequence[Mapping[str, Any]]) -> int:
+def _cells(experts: Sequence[ServedByExpert]) -> int:
     """How many tokens fit on a line."""
-    longest = max((len(t["text"]) for expert in experts for t in expert["tokens"][:_SHORT_CELLS]), default=0)
+    longest = max((len(t.text) for expert in experts for t in expert.tokens[:_SHORT_CELLS]), default=0)
     return _SHORT_CELLS if longest <= _SHORT_LENGTH else _LONG_CELLS
 
 
@@ -125,19 +118,18 @@ def _cut(text: str) -> str:
     return text if len(text) <= _TOKEN_LENGTH else f"{text[: _TOKEN_LENGTH - 1]}…"
 
 
-def _training_plots(analysis: Analysis) -> list[Plot]:
+def _training_plots(analysis: AnalysisResult, training: RoutingOverTraining) -> list[Plot]:
     """Entropy and largest load at each step, and how much of a token's experts stays from step to step."""
-    training = analysis["training"]
-    points, stability = training["points"], training["stability"]
+    points, stability = training.points, training.stability
     if len(points) < 2:
         return []
-    chance = training["chance"]["jaccard"]
-    tokens = f"{formats.integer(training['n_tokens'])} validation tokens"
-    few = " The run kept only its last checkpoints' routing." if training["source"] == "checkpoints" else ""
-    label = analysis["run"]["method"]
+    steps, chance = [point.step for point in points], training.chance.jaccard
+    tokens = f"{formats.integer(training.n_tokens)} validation tokens"
+    few = " The run kept only its last checkpoints' routing." if training.source == "checkpoints" else ""
+    label = analysis.run.method
     plots = [
         _over_steps(
-            _by_layer(points, "step", lambda at: at["entropy"]),
+            _by_layer(steps, [[layer.entropy for layer in point.layers] for point in points]),
             name="load-entropy",
             title=f"Entropy of the load over training: {label}",
             y_label="entropy of the load, even = 1",
@@ -146,39 +138,37 @@ def _training_plots(analysis: Analysis) -> list[Plot]:
             f"alike, 0 when one takes all.{few}",
         ),
         _over_steps(
-            _by_layer(points, "step", lambda at: at["largest_over_mean"]),
+            _by_layer(steps, [[layer.largest_over_mean for layer in point.layers] for point in points]),
             name="largest-load",
             title=f"Largest load over training: {label}",
             y_label="largest over mean load",
             level=(1.0, "even", 3),
             caption=f"Load of the most used expert over the mean, on {tokens}: 1 when all are used alike.{few}",
         ),
-        _over_steps(
-            _by_layer(stability, "to", lambda at: at["jaccard"]),
-            name="stability",
-            title=f"Routing stability over training: {label}",
-            y_label="overlap with the point before (Jaccard)",
-            level=(chance, "chance", 3),
-            caption=f"Of the experts that a token selects now or selected at the point before, the share that it selects both "
-            f"times; mean over {tokens}. Random choices would agree to {formats.percent(chance)}. At the end the learning rate "
-            f"is near 0, and nothing moves.{few}",
-        ),
     ]
     # One comparison is a number for the table, not a line.
-    return plots if len(stability) > 1 else plots[:2]
-
-
-def _by_layer(points: Sequence[Mapping[str, Any]], step: str, value: Callable[[Mapping[str, float]], float]) -> list[Line]:
-    """A line for each layer."""
-    n_layers = len(points[0]["layers"])
-    x = [float(point[step]) for point in points]
-    return [
-        Line(
-            label=f"layer {layer}",
-            x=x,
-            y=[value(point["layers"][layer]) for point in points],
-            style=layer_style(layer, n_layers, len(points)),
+    if len(stability) > 1:
+        plots.append(
+            _over_steps(
+                _by_layer([o.to for o in stability], [[layer.jaccard for layer in o.layers] for o in stability]),
+                name="stability",
+                title=f"Routing stability over training: {label}",
+                y_label="overlap with the point before (Jaccard)",
+                level=(chance, "chance", 3),
+                caption="Of the experts that a token selects now or selected at the point before, the share that it selects "
+                f"both times; mean over {tokens}. Random choices would agree to {formats.percent(chance)}. At the end the "
+                f"learning rate is near 0, and nothing moves.{few}",
+            )
         )
+    return plots
+
+
+def _by_layer(steps: Sequence[int], values: Sequence[Sequence[float]]) -> list[Line]:
+    """A line for each layer; `values` by step and layer."""
+    n_layers = len(values[0])
+    x = [float(step) for step in steps]
+    return [
+        Line(f"layer {layer}", x, [at[layer] for at in values], layer_style(layer, n_layers, len(steps)))
         for layer in range(n_layers)
     ]
 

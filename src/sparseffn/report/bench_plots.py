@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseffn.report.plotting import (
     FONT_SIZE,
@@ -21,7 +21,7 @@ from sparseffn.report.plotting import (
     pointed_style,
     size_axis,
 )
-from sparseffn.report.result import Result
+from sparseffn.results.bench_result import BenchResult, FigureLayer, FigurePoint, FiguresResult, LayerResult, LayerRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,75 +31,72 @@ _LINE_HEIGHT = 0.16
 # Characters of such a line.
 _LINE_LENGTH = 64
 
-_MEASURES = {
-    "time": ("forward + backward, ms", lambda layer: 1e3 * layer["training"]["median_s"]),
-    "memory": ("saved for backward and output, MiB", lambda layer: layer["memory_bytes"] / 2**20),
+_MEASURES: dict[str, tuple[str, Callable[[FigureLayer], float]]] = {
+    "time": ("forward + backward, ms", lambda layer: 1e3 * layer.training.median_s),
+    "memory": ("saved for backward and output, MiB", lambda layer: layer.memory_bytes / 2**20),
 }
 
 
-def bench_plots(result: Result) -> list[Plot]:
+def bench_plots(result: BenchResult) -> list[Plot]:
     """The drawings of a result; none for kinds that are tables.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    if result["kind"] == "figures":
-        return [plot for number in result["figures"] for plot in figure_plots(result, number)]
-    if result["kind"] == "layer":
-        return [
-            plot
-            for shape, rows in groupby(result["rows"], key=lambda r: r["shape"])
-            for plot in _layer_plots(shape, list(rows))
-        ]
+    if isinstance(result, FiguresResult):
+        return [plot for number in result.figures for plot in figure_plots(result, number)]
+    if isinstance(result, LayerResult):
+        shapes = groupby(result.rows, key=lambda row: row.shape)
+        return [plot for shape, rows in shapes for plot in _layer_plots(shape, list(rows))]
     return []
 
 
-def figure_plots(result: Result, number: int) -> list[Plot]:
+def figure_plots(result: FiguresResult, number: int) -> list[Plot]:
     """Time and memory of one of the paper's figures; a figure without a point is not drawn."""
-    points = [point for point in result["points"] if point["figure"] == number]
+    points = [point for point in result.points if point.figure == number]
     return [_figure_plot(result, number, points, measure) for measure in _MEASURES] if points else []
 
 
-def _figure_plot(result: Result, number: int, points: Sequence[dict[str, Any]], measure: str) -> Plot:
-    sweep, settings = result["sweeps"][str(number)], result["settings"]
+def _figure_plot(result: FiguresResult, number: int, points: Sequence[FigurePoint], measure: str) -> Plot:
+    sweep, settings = result.sweeps[str(number)], result.settings
     what, value_of = _MEASURES[measure]
     missing = left_out_lines(result, number)
-    labels = list(points[0]["layers"])
-    x = [float(point["value"]) for point in points]
+    labels = list(points[0].layers)
+    x = [float(point.value) for point in points]
     lines = [
-        Line(label=label, x=x, y=[value_of(point["layers"][label]) for point in points], style=pointed_style(index))
+        Line(label=label, x=x, y=[value_of(point.layers[label]) for point in points], style=pointed_style(index))
         for index, label in enumerate(labels)
     ]
     caption = (
-        f"{what.capitalize()} of one layer over {sweep['variable']}; {sweep['fixed']}; {settings['tokens']:,} tokens, "
-        f"{settings['dtype']}, {result['environment']['threads']} threads."
+        f"{what.capitalize()} of one layer over {sweep.variable}; {sweep.fixed}; {settings.tokens:,} tokens, "
+        f"{settings.dtype}, {result.environment.threads} threads."
     )
     return _drawn(
         lines,
         name=f"figure-{number}-{measure}",
         title=f"Figure {number} of the paper, {measure}",
         caption=" ".join([caption, *missing]),
-        axes_names=(sweep["variable"], what),
-        ticks=sweep["values"],
+        axes_names=(sweep.variable, what),
+        ticks=sweep.values,
         below=missing,
     )
 
 
-def left_out_lines(result: Result, number: int) -> list[str]:
+def left_out_lines(result: FiguresResult, number: int) -> list[str]:
     """The sentence that names a figure's points that were not measured, broken into lines."""
-    left = sorted((e for e in result["left_out"] if e["figure"] == number), key=lambda e: (e["limit"], e["value"]))
+    left = sorted((e for e in result.left_out if e.figure == number), key=lambda e: (e.limit, e.value))
     if not left:
         return []
     groups = []
-    for limit, entries in groupby(left, key=lambda entry: entry["limit"]):
-        values = ", ".join(f"{entry['value']:,}" for entry in entries)
+    for limit, entries in groupby(left, key=lambda entry: entry.limit):
+        values = ", ".join(f"{entry.value:,}" for entry in entries)
         groups.append(f"{values} ({limit})")
-    return textwrap.wrap(f"Not measured: {left[0]['variable']} {'; '.join(groups)}.", _LINE_LENGTH)
+    return textwrap.wrap(f"Not measured: {left[0].variable} {'; '.join(groups)}.", _LINE_LENGTH)
 
 
-def _layer_plots(shape: str, rows: list[dict[str, Any]]) -> list[Plot]:
+def _layer_plots(shape: str, rows: list[LayerRow]) -> list[Plot]:
     """Forward, and forward with backward, over tokens; nothing where one size was timed."""
-    tokens = sorted({row["tokens"] for row in rows})
+    tokens = sorted({row.tokens for row in rows})
     if len(tokens) < 2:
         return []
     passes = {"forward": "forward", "training": "forward + backward"}
@@ -117,20 +114,20 @@ def _layer_plots(shape: str, rows: list[dict[str, Any]]) -> list[Plot]:
     ]
 
 
-def _limited(rows: list[dict[str, Any]]) -> str:
+def _limited(rows: list[LayerRow]) -> str:
     """The layer whose limit is drawn: the first that is neither dense nor a peer, else the dense block."""
-    return next((row["label"] for row in rows if not row["peer"] and row["label"] != "dense"), "dense")
+    return next((row.label for row in rows if not row.peer and row.label != "dense"), "dense")
 
 
-def _layer_lines(rows: list[dict[str, Any]], key: str) -> list[Line]:
+def _layer_lines(rows: list[LayerRow], key: str) -> list[Line]:
     lines = []
-    for index, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
-        own = [row for row in rows if row["label"] == label]
-        x, y = [float(row["tokens"]) for row in own], [1e3 * row[key]["median_s"] for row in own]
+    for index, label in enumerate(dict.fromkeys(row.label for row in rows)):
+        own = [row for row in rows if row.label == label]
+        x, y = [float(row.tokens) for row in own], [1e3 * getattr(row, key).median_s for row in own]
         lines.append(Line(label=label, x=x, y=y, style=pointed_style(index)))
-    limited = [row for row in rows if row["label"] == _limited(rows)]
+    limited = [row for row in rows if row.label == _limited(rows)]
     style = {"color": GREY, "linestyle": (0, (1, 2)), "marker": ""}
-    x, y = [float(row["tokens"]) for row in limited], [1e3 * row[key]["limit_s"] for row in limited]
+    x, y = [float(row.tokens) for row in limited], [1e3 * getattr(row, key).limit_s for row in limited]
     return [*lines, Line(label="limit", x=x, y=y, style=style)]
 
 

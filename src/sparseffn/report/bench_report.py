@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sparseffn.errors import UserError
+import msgspec
+
 from sparseffn.report.bench_plots import bench_plots
 from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, milliseconds
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.plotting import Plot, write_plots
-from sparseffn.report.result import FORMAT, Result
 from sparseffn.report.table import Table
-from sparseffn.storage import read_json, write_text
-
-# A row, a timing, a part of a result.
-Row = Mapping[str, Any]
+from sparseffn.results.bench_result import (
+    BenchResult,
+    Environment,
+    ExpertCounts,
+    FiguresResult,
+    LayerResult,
+    LayerRow,
+    LayerTime,
+    MemoryResult,
+    MemoryRow,
+    MethodStep,
+    OverPeer,
+    RooflineResult,
+    RooflineRow,
+    Spread,
+    StepResult,
+)
+from sparseffn.storage import read, write_text
 
 PASSES = {"forward": "Forward", "training": "Forward + backward"}
 # Load beyond the processors that the measurement and the system's own chores may make.
@@ -33,19 +48,16 @@ TITLES = {
 }
 
 
-def read_bench(path: str | Path) -> dict[str, Any]:
+def read_bench(path: str | Path) -> BenchResult:
     """Read a result of `sparseffn bench`.
 
     Raises:
         UserError: the file is absent, is not JSON, or is not of a kind and format known here.
     """
-    result = read_json(Path(path), fix="measure again")
-    if not isinstance(result, dict) or result.get("format") != FORMAT or result.get("kind") not in TITLES:
-        raise UserError(f"{str(path)!r} must be a result of `sparseffn bench`, format {FORMAT}; fix: measure again")
-    return result
+    return read(Path(path), BenchResult, fix="measure again")  # pyright: ignore[reportArgumentType]
 
 
-def write_bench(result: Result, folder: str | Path, *, drawn: bool = True) -> list[Path]:
+def write_bench(result: BenchResult, folder: str | Path, *, drawn: bool = True) -> list[Path]:
     """Write the page and, of the paper's figures, each drawing as PNG and SVG; returns the files.
 
     Args:
@@ -56,17 +68,19 @@ def write_bench(result: Result, folder: str | Path, *, drawn: bool = True) -> li
     Raises:
         UserError: something is to be drawn and matplotlib is not installed, or a file cannot be written.
     """
-    page = Path(folder) / f"{result['kind']}.html"
+    page = Path(folder) / f"{result.kind}.html"
     plots = bench_plots(result) if drawn else []
     write_text(page, bench_page(result, plots))
-    return [page, *(write_plots(plots, Path(folder)) if result["kind"] == "figures" else [])]
+    return [page, *(write_plots(plots, Path(folder)) if result.kind == "figures" else [])]
 
 
-def bench_page(result: Result, plots: Sequence[Plot] = ()) -> str:
+def bench_page(result: BenchResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
-    kind = result["kind"]
+    kind = result.kind
     return measured_page(
-        result,
+        kind,
+        result.environment,
+        msgspec.to_builtins(result.settings),
         title=TITLES[kind],
         command=f"bench {kind}",
         reading=_READING[kind],
@@ -77,7 +91,9 @@ def bench_page(result: Result, plots: Sequence[Plot] = ()) -> str:
 
 
 def measured_page(
-    result: Result,
+    kind: str,
+    environment: Environment,
+    settings: Mapping[str, Any],
     *,
     title: str,
     command: str,
@@ -89,7 +105,9 @@ def measured_page(
     """The page of a result with a machine and settings.
 
     Args:
-        result: with `environment`, `settings` and `kind`.
+        kind: of the result, whose file has its name.
+        environment: machine and software.
+        settings: of the measurement.
         title: of the page.
         command: what made it, without `sparseffn`.
         reading: how the tables are read.
@@ -101,52 +119,49 @@ def measured_page(
     if plots:
         sections.append(Section(name="figures", title="Figures", plots=tuple(plots)))
     sections.append(Section(name="tables", title="Tables", tables=tuple(tables)))
-    facts = {"Settings": result["settings"], "Machine and software": result["environment"]}
+    facts = {"Settings": settings, "Machine and software": msgspec.to_builtins(environment)}
     sections.append(Section(name="details", title="Settings and machine", facts=facts, folds=True))
     return page_html(
         Page(
             title=title,
-            summary=machine_line(result, timed=timed),
+            summary=machine_line(environment, timed=timed),
             sections=tuple(sections),
             made_by=command,
-            source=f"{result['kind']}.json",
+            source=f"{kind}.json",
             cites_paper=False,
         )
     )
 
 
-def bench_tables(result: Result) -> list[Table]:
-    """The tables of a result.
+def bench_tables(result: BenchResult) -> list[Table]:
+    match result:
+        case LayerResult():
+            return _layer_tables(result)
+        case MemoryResult():
+            return _memory_tables(result)
+        case RooflineResult():
+            return _roofline_tables(result)
+        case StepResult():
+            return _step_tables(result)
+        case FiguresResult():
+            return _figures_tables(result)
 
-    Raises:
-        UserError: the result is of a kind that this version does not know.
-    """
-    kind = result.get("kind")
-    if kind not in _TABLES:
-        raise UserError(f"`kind` of the result must be one of {', '.join(_TABLES)}; got {kind!r}; fix: measure again")
-    return _TABLES[kind](result)
 
-
-def machine_line(result: Result, *, timed: bool = True) -> str:
+def machine_line(environment: Environment, *, timed: bool = True) -> str:
     """Machine, threads, libraries and date in one line, and a warning where other work ran beside what was timed."""
-    e = result["environment"]
-    cache = f"last-level cache {e['last_level_cache_bytes'] / 2**20:.0f} MiB"
+    e = environment
+    cache = f"last-level cache {e.last_level_cache_bytes / 2**20:.0f} MiB"
+    packages = [f"{name} {version}" for name, version in e.packages.items()]
+    software = "".join(f"{part}, " for part in (*packages, e.compiler) if part)
     return (
-        f"{e['cpu']}, {e['device']}, {e['threads']} threads, {e['cpu_capability']}, {cache}; torch {e['torch']}, "
-        f"BLAS {e['blas']}, {_software(e)}sparseffn {e['sparseffn']}; {e['date']}{_busy(e) if timed else ''}"
+        f"{e.cpu}, {e.device}, {e.threads} threads, {e.cpu_capability}, {cache}; torch {e.torch}, "
+        f"BLAS {e.blas}, {software}sparseffn {e.sparseffn}; {e.date}{_busy(e) if timed else ''}"
     )
 
 
-def _software(environment: Mapping[str, Any]) -> str:
-    """Other packages whose kernels may have been timed, and the compiler of ours; older files do not tell."""
-    parts = [f"{name} {version}" for name, version in environment.get("packages", {}).items()]
-    parts += [environment["compiler"]] if "compiler" in environment else []
-    return "".join(f"{part}, " for part in parts)
-
-
-def _busy(environment: Mapping[str, Any]) -> str:
+def _busy(environment: Environment) -> str:
     """The measurement itself keeps at most all processors at work; more load is somebody else's."""
-    load, cpus = environment["load_average"], environment["cpus"]
+    load, cpus = environment.load_average, environment.cpus
     if load <= cpus + _OWN_LOAD_MARGIN:
         return ""
     return f". The machine was busy (load average {load:.1f} on {cpus} processors): measure again when it is quiet"
@@ -184,115 +199,107 @@ _READING = {
 }
 
 
-def _layer_tables(result: Result) -> list[Table]:
+def _layer_tables(result: LayerResult) -> list[Table]:
     tables = [
         _layer_table(result, shape, list(rows), key)
-        for shape, group in groupby(result["rows"], key=lambda row: row["shape"])
+        for shape, group in groupby(result.rows, key=lambda row: row.shape)
         for rows in [list(group)]
         for key in PASSES
     ]
-    return [*tables, _expert_counts_table(result["expert_counts"])] if "expert_counts" in result else tables
+    return [*tables, _expert_counts_table(result.expert_counts)] if result.expert_counts else tables
 
 
-def _layer_table(result: Result, shape: str, rows: list[Row], key: str) -> Table:
-    settings = result["settings"]
-    left = [
-        f"not timed: {x['label']} at {x['tokens']} tokens: {x['reason']}" for x in result["left_out"] if x["shape"] == shape
-    ]
+def _layer_table(result: LayerResult, shape: str, rows: list[LayerRow], key: str) -> Table:
+    settings, time = result.settings, attrgetter(key)
+    left = [f"not timed: {x.label} at {x.tokens} tokens: {x.reason}" for x in result.left_out if x.shape == shape]
     return Table.by_column(
         [
-            ("layer", lambda row: row["label"]),
-            ("backend", lambda row: row["backend"] or "its own"),
-            ("tokens", lambda row: integer(row["tokens"])),
-            ("weights", lambda row: row["cache"]),
-            ("ms", lambda row: milliseconds(row[key]["median_s"])),
-            ("quartiles", lambda row: _quartiles(row[key])),
-            ("/ dense", lambda row: fixed(row[key]["over_dense"])),
-            ("/ dense / (K/N)", lambda row: _over_share(row, row[key]["over_dense_over_share"])),
-            ("limit ms", lambda row: milliseconds(row[key]["limit_s"])),
-            ("/ limit", lambda row: fixed(row[key]["over_limit"])),
-            ("warm ms", lambda row: milliseconds(row["warm"][key]["median_s"]) if row.get("warm") else NOT_MEASURED),
-            ("x fastest HF", lambda row: _over_peer(row[key]["over_fastest_hf"])),
+            ("layer", lambda row: row.label),
+            ("backend", lambda row: row.backend or "its own"),
+            ("tokens", lambda row: integer(row.tokens)),
+            ("weights", lambda row: row.cache),
+            ("ms", lambda row: milliseconds(time(row).median_s)),
+            ("quartiles", lambda row: _quartiles(time(row))),
+            ("/ dense", lambda row: fixed(time(row).over_dense)),
+            ("/ dense / (K/N)", lambda row: _over_share(row, time(row).over_dense_over_share)),
+            ("limit ms", lambda row: milliseconds(time(row).limit_s)),
+            ("/ limit", lambda row: fixed(time(row).over_limit)),
+            ("warm ms", lambda row: milliseconds(time(row.warm).median_s) if row.warm else NOT_MEASURED),
+            ("x fastest HF", lambda row: _over_peer(time(row).over_fastest_hf)),
         ],
         rows,
         n_words=2,
         n_labels=3,
-        title=f"{PASSES[key]}, {shape}, {settings['dtype']}, {settings['device']}",
-        notes=(*_roof_notes(result), *_beaten_notes(rows, key), *dict.fromkeys(left)),
+        title=f"{PASSES[key]}, {shape}, {settings.dtype}, {settings.device}",
+        notes=(*_roof_notes(result), *_beaten_notes(rows, time), *dict.fromkeys(left)),
     )
 
 
-def _quartiles(timing: Row) -> str:
-    return f"{milliseconds(timing['q1_s'])} to {milliseconds(timing['q3_s'])}"
+def _quartiles(timing: Spread) -> str:
+    return f"{milliseconds(timing.q1_s)} to {milliseconds(timing.q3_s)}"
 
 
-def _over_share(row: Row, ratio: float) -> str:
+def _over_share(row: LayerRow | MemoryRow, ratio: float) -> str:
     """A ratio over the share of channels that a token uses; it says nothing where it uses all."""
-    return fixed(ratio) if row["share"] < 1 else NOT_MEASURED
+    return fixed(ratio) if row.share < 1 else NOT_MEASURED
 
 
-def _over_peer(found: Row | None) -> str:
-    return f"{found['times_faster']:.2f} ({found['fastest'].removeprefix('hf ')})" if found else NOT_MEASURED
+def _over_peer(found: OverPeer | None) -> str:
+    return f"{found.times_faster:.2f} ({found.fastest.removeprefix('hf ')})" if found else NOT_MEASURED
 
 
-def _roof_notes(result: Result) -> list[str]:
-    """The speeds that limits were computed from; older files do not have the last one."""
-    roof = result["roof"]
-    speeds = f"limits: {roof['flops_per_s'] / 1e9:,.0f} GFLOP/s, reading {roof['bytes_per_s'] / 1e9:,.0f} GB/s in one long pass"
-    if "scattered_bytes_per_s" not in roof:
-        return [speeds]
-    scattered = f"{roof['scattered_bytes_per_s'] / 1e9:,.0f} GB/s"
-    return [f"{speeds}; a few blocks of an expert's size, as one token reads, come at {scattered}"]
+def _roof_notes(result: LayerResult) -> list[str]:
+    """The speeds that limits were computed from."""
+    roof = result.roof
+    return [
+        f"limits: {roof.flops_per_s / 1e9:,.0f} GFLOP/s, reading {roof.bytes_per_s / 1e9:,.0f} GB/s in one long pass; a few "
+        f"blocks of an expert's size, as one token reads, come at {roof.scattered_bytes_per_s / 1e9:,.0f} GB/s"
+    ]
 
 
-def _beaten_notes(rows: list[Row], key: str) -> list[str]:
+def _beaten_notes(rows: list[LayerRow], time: Callable[[LayerRow], LayerTime]) -> list[str]:
     """Rows below their limit: the limit is then not one."""
     return [
-        f"{row['label']} at {integer(row['tokens'])} tokens is faster than its limit ({fixed(row[key]['over_limit'])}): the "
-        "speed of products or of memory was measured too low; measure again when the machine is quiet"
+        f"{row.label} at {integer(row.tokens)} tokens is faster than its limit ({fixed(time(row).over_limit)}): the speed of "
+        "products or of memory was measured too low; measure again when the machine is quiet"
         for row in rows
-        if row[key]["over_limit"] < 1
+        if time(row).over_limit < 1
     ]
 
 
-def _expert_counts_table(found: Row) -> Table:
-    few, many = found["layers"]
-    over = {few: dict.fromkeys(PASSES, 1.0), many: {key: found[f"{key}_over_few"] for key in PASSES}}
-    times = [
-        column
-        for key, what in (("forward", "forward ms"), ("training", "forward + backward ms"))
-        for column in (
-            (what, lambda label, key=key: milliseconds(found["layers"][label][key]["median_s"])),
-            ("/ few", lambda label, key=key: fixed(over[label][key])),
-            ("/ limit", lambda label, key=key: fixed(found["layers"][label][key].get("over_limit"))),
-        )
-    ]
+def _expert_counts_table(found: ExpertCounts) -> Table:
+    over = dict(zip(found.layers, ((1.0, 1.0), (found.forward_over_few, found.training_over_few)), strict=True))
     return Table.by_column(
         [
             ("experts", lambda label: label),
-            ("backend", lambda label: found["backend"]),
-            *times,
-            ("gradients MiB", lambda label: mebibytes(found["layers"][label]["gradient_bytes"])),
+            ("backend", lambda label: found.backend),
+            ("forward ms", lambda label: milliseconds(found.layers[label].forward.median_s)),
+            ("/ few", lambda label: fixed(over[label][0])),
+            ("/ limit", lambda label: fixed(found.layers[label].forward.over_limit)),
+            ("forward + backward ms", lambda label: milliseconds(found.layers[label].training.median_s)),
+            ("/ few", lambda label: fixed(over[label][1])),
+            ("/ limit", lambda label: fixed(found.layers[label].training.over_limit)),
+            ("gradients MiB", lambda label: mebibytes(found.layers[label].gradient_bytes)),
         ],
-        found["layers"],
+        found.layers,
         n_words=2,
-        title=f"Idle experts: {found['fixed']}; {found['tokens']:,} tokens",
+        title=f"Idle experts: {found.fixed}; {found.tokens:,} tokens",
     )
 
 
-def _memory_tables(result: Result) -> list[Table]:
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("layer", lambda row: row["label"]),
-        ("backend", lambda row: row["backend"] or "its own"),
-        ("tokens", lambda row: integer(row["tokens"])),
-        ("kept", lambda row: mebibytes(row["saved_bytes"])),
-        ("/ dense", lambda row: fixed(row["over_dense"])),
-        ("/ dense / (K/N)", lambda row: _over_share(row, row["over_dense_over_share"])),
-        ("selection", lambda row: mebibytes(row["selection_bytes"])),
-        ("input", lambda row: mebibytes(row["input_bytes"])),
-        ("output", lambda row: mebibytes(row["output_bytes"])),
-        ("total", lambda row: mebibytes(row["total_bytes"])),
-        ("/ dense", lambda row: fixed(row["total_over_dense"])),
+def _memory_tables(result: MemoryResult) -> list[Table]:
+    columns: list[tuple[str, Callable[[MemoryRow], str]]] = [
+        ("layer", lambda row: row.label),
+        ("backend", lambda row: row.backend or "its own"),
+        ("tokens", lambda row: integer(row.tokens)),
+        ("kept", lambda row: mebibytes(row.saved_bytes)),
+        ("/ dense", lambda row: fixed(row.over_dense)),
+        ("/ dense / (K/N)", lambda row: _over_share(row, row.over_dense_over_share)),
+        ("selection", lambda row: mebibytes(row.selection_bytes)),
+        ("input", lambda row: mebibytes(row.input_bytes)),
+        ("output", lambda row: mebibytes(row.output_bytes)),
+        ("total", lambda row: mebibytes(row.total_bytes)),
+        ("/ dense", lambda row: fixed(row.total_over_dense)),
     ]
     return [
         Table.by_column(
@@ -300,27 +307,27 @@ def _memory_tables(result: Result) -> list[Table]:
             rows,
             n_words=2,
             n_labels=3,
-            title=f"MiB for forward + backward, {shape}, {result['settings']['dtype']}",
+            title=f"MiB for forward + backward, {shape}, {result.settings.dtype}",
             notes=("kept: saved for backward, without the block's input and without the selection",),
         )
-        for shape, rows in groupby(result["rows"], key=lambda row: row["shape"])
+        for shape, rows in groupby(result.rows, key=lambda row: row.shape)
     ]
 
 
-def _roofline_tables(result: Result) -> list[Table]:
+def _roofline_tables(result: RooflineResult) -> list[Table]:
     speeds = Table.by_column(
         [
-            ("dtype", lambda speed: speed["dtype"]),
-            ("threads", lambda speed: integer(speed["threads"])),
-            ("GFLOP/s", lambda speed: fixed(speed["product"]["flops_per_s"] / 1e9, 1)),
-            ("product", lambda speed: _product(speed["product"])),
-            ("by", lambda speed: speed["product"]["how"]),
-            ("GB/s", lambda speed: fixed(speed["reading"]["bytes_per_s"] / 1e9, 1)),
-            ("read", lambda speed: f"{speed['reading']['bytes'] / 2**20:,.0f} MiB"),
-            ("by", lambda speed: speed["reading"]["how"]),
-            ("scattered GB/s", lambda speed: _scattered(speed["reading"])),
+            ("dtype", lambda speed: speed.dtype),
+            ("threads", lambda speed: integer(speed.threads)),
+            ("GFLOP/s", lambda speed: fixed(speed.product.flops_per_s / 1e9, 1)),
+            ("product", lambda speed: speed.product.shape),
+            ("by", lambda speed: speed.product.how),
+            ("GB/s", lambda speed: fixed(speed.reading.bytes_per_s / 1e9, 1)),
+            ("read", lambda speed: f"{speed.reading.bytes / 2**20:,.0f} MiB"),
+            ("by", lambda speed: speed.reading.how),
+            ("scattered GB/s", lambda speed: fixed(speed.reading.scattered.bytes_per_s / 1e9, 1)),
         ],
-        result["speeds"],
+        result.speeds,
         n_labels=2,
         title="Measured speeds",
         notes=(
@@ -329,107 +336,88 @@ def _roofline_tables(result: Result) -> list[Table]:
             "scattered: a few blocks of an expert's size a call, at random places; about what one token can get, and no limit",
         ),
     )
-    columns: list[tuple[str, Callable[[Row], str]]] = [
-        ("layer", lambda row: row["label"]),
-        ("tokens", lambda row: integer(row["tokens"])),
-        ("weights MiB", lambda row: mebibytes(row["touched_bytes"])),
+    columns: list[tuple[str, Callable[[RooflineRow], str]]] = [
+        ("layer", lambda row: row.label),
+        ("tokens", lambda row: integer(row.tokens)),
+        ("weights MiB", lambda row: mebibytes(row.touched_bytes)),
     ]
     for key, name in (("forward", "fwd"), ("training", "fwd+bwd")):
         for part, bound in (("arithmetic", "arithmetic_s"), ("reading", "bytes_s"), ("limit", "limit_s")):
-            columns.append((f"{name} {part}", lambda row, key=key, bound=bound: milliseconds(row[key][bound])))
+            columns.append(
+                (f"{name} {part}", lambda row, key=key, bound=bound: milliseconds(getattr(getattr(row, key), bound)))
+            )
     limits = [
         Table.by_column(
             columns,
             rows,
             n_labels=2,
-            title=f"Limits in ms, {shape}, {result['settings']['dtype']}, tokens that choose evenly",
+            title=f"Limits in ms, {shape}, {result.settings.dtype}, tokens that choose evenly",
         )
-        for shape, rows in groupby(result["rows"], key=lambda row: row["shape"])
+        for shape, rows in groupby(result.rows, key=lambda row: row.shape)
     ]
     return [speeds, *limits]
 
 
-def _product(product: Row) -> str:
-    """Older files have squares alone."""
-    return product.get("shape") or f"{product['size']:,} x {product['size']:,}"
-
-
-def _scattered(reading: Row) -> str:
-    return fixed(reading["scattered"]["bytes_per_s"] / 1e9, 1) if "scattered" in reading else NOT_MEASURED
-
-
-def _step_tables(result: Result) -> list[Table]:
-    s, methods = result["settings"], result["methods"]
-    shape = f"{s['batch']} x {s['context']} tokens, memory {s['memory']}, float32"
-    # Older files do not tell.
-    shape += f", backend {s['backend']}" if "backend" in s else ""
+def _step_tables(result: StepResult) -> list[Table]:
+    s, methods = result.settings, result.methods
+    shape = f"{s.batch} x {s.context} tokens, memory {s.memory}, {s.precision}, backend {s.backend}"
     attention = Table.of(
         ("attention", "step s", "against plain"),
         [
-            (name, f"{seconds:.3f}", f"{result['ratio'] if name == 'relative' else 1:.3f}")
-            for name, seconds in result["seconds"].items()
+            (name, f"{seconds:.3f}", f"{result.ratio if name == 'relative' else 1:.3f}")
+            for name, seconds in result.seconds.items()
         ],
-        title=f"Training step, {s['method']} {s['params']:,} parameters, {shape}",
+        title=f"Training step, {s.method} {s.params:,} parameters, {shape}",
     )
     base = next(iter(methods))
     columns: list[tuple[str, Callable[[str], str]]] = [
         ("method", lambda label: label),
-        ("step", lambda label: f"{methods[label]['seconds']:.3f}"),
-        (f"/ {base}", lambda label: f"{methods[label]['over_base']:.3f}"),
-        ("in parts", lambda label: f"{methods[label]['parts_whole_s']:.3f}"),
+        ("step", lambda label: f"{methods[label].seconds:.3f}"),
+        (f"/ {base}", lambda label: f"{methods[label].over_base:.3f}"),
+        ("in parts", lambda label: f"{methods[label].parts_whole_s:.3f}"),
     ]
-    columns += [(part, lambda label, part=part: _part(methods[label], part)) for part in methods[base]["parts"]]
+    columns += [(part, lambda label, part=part: _part(methods[label], part)) for part in methods[base].parts]
     split = Table.by_column(
         columns,
         methods,
-        title=f"Training step, preset {s['preset']}, {shape}, seconds",
+        title=f"Training step, preset {s.preset}, {shape}, seconds",
         notes=("in parts: steps of their own, with hooks; output layer with the loss, optimiser with clipping",),
     )
     return [attention, split]
 
 
-def _part(method: Row, part: str) -> str:
-    return f"{method['parts'][part]:.3f} ({method['parts'][part] / method['parts_whole_s']:.0%})"
+def _part(method: MethodStep, part: str) -> str:
+    return f"{method.parts[part]:.3f} ({method.parts[part] / method.parts_whole_s:.0%})"
 
 
-def _figures_tables(result: Result) -> list[Table]:
+def _figures_tables(result: FiguresResult) -> list[Table]:
     tables = []
-    for number, group in groupby(result["points"], key=lambda point: point["figure"]):
-        sweep, points = result["sweeps"][str(number)], list(group)
-        how = f"{result['settings']['tokens']:,} tokens, {result['settings']['dtype']}, forward + backward"
-        left = [entry for entry in result["left_out"] if entry["figure"] == number]
-        rows = [(p["value"], label, layer, p["layers"]["dense"]) for p in points for label, layer in p["layers"].items()]
+    for number, group in groupby(result.points, key=lambda point: point.figure):
+        sweep, points = result.sweeps[str(number)], list(group)
+        how = f"{result.settings.tokens:,} tokens, {result.settings.dtype}, forward + backward"
+        left = [entry for entry in result.left_out if entry.figure == number]
+        rows = [(p.value, label, layer, p.layers["dense"]) for p in points for label, layer in p.layers.items()]
         tables.append(
             Table.by_column(
                 [
-                    (sweep["variable"], lambda row: f"{row[0]:,}"),
+                    (sweep.variable, lambda row: f"{row[0]:,}"),
                     ("layer", lambda row: row[1]),
-                    ("ms", lambda row: milliseconds(row[2]["training"]["median_s"])),
-                    ("quartiles", lambda row: _quartiles(row[2]["training"])),
-                    # Points of older files have no limit.
-                    ("/ limit", lambda row: fixed(row[2]["training"].get("over_limit"))),
-                    ("forward ms", lambda row: milliseconds(row[2]["forward"]["median_s"])),
-                    ("/ limit", lambda row: fixed(row[2]["forward"].get("over_limit"))),
-                    ("memory MiB", lambda row: mebibytes(row[2]["memory_bytes"])),
-                    ("selection", lambda row: mebibytes(row[2]["selection_bytes"])),
-                    ("gradients", lambda row: mebibytes(row[2]["gradient_bytes"])),
-                    ("ms / dense", lambda row: fixed(row[2]["training"].get("over_dense", 1.0))),
-                    ("memory / dense", lambda row: fixed(row[2]["memory_bytes"] / row[3]["memory_bytes"])),
+                    ("ms", lambda row: milliseconds(row[2].training.median_s)),
+                    ("quartiles", lambda row: _quartiles(row[2].training)),
+                    ("/ limit", lambda row: fixed(row[2].training.over_limit)),
+                    ("forward ms", lambda row: milliseconds(row[2].forward.median_s)),
+                    ("/ limit", lambda row: fixed(row[2].forward.over_limit)),
+                    ("memory MiB", lambda row: mebibytes(row[2].memory_bytes)),
+                    ("selection", lambda row: mebibytes(row[2].selection_bytes)),
+                    ("gradients", lambda row: mebibytes(row[2].gradient_bytes)),
+                    ("ms / dense", lambda row: fixed(row[2].training.over_dense or 1.0)),
+                    ("memory / dense", lambda row: fixed(row[2].memory_bytes / row[3].memory_bytes)),
                 ],
                 rows,
                 n_words=2,
                 n_labels=2,
-                title=f"Figure {number}: {sweep['fixed']}; {how}",
-                notes=tuple(f"not measured: {e['variable']} {e['value']:,}: {e['limit']}, {e['reason']}" for e in left),
+                title=f"Figure {number}: {sweep.fixed}; {how}",
+                notes=tuple(f"not measured: {e.variable} {e.value:,}: {e.limit}, {e.reason}" for e in left),
             )
         )
     return tables
-
-
-_TABLES: dict[str, Callable[[Result], list[Table]]] = {
-    "layer": _layer_tables,
-    "memory": _memory_tables,
-    "roofline": _roofline_tables,
-    "step": _step_tables,
-    "figures": _figures_tables,
-}

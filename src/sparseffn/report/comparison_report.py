@@ -8,47 +8,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sparseffn.report import comparison_plots, formats
 from sparseffn.report.markdown import markdown_table
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.plotting import Plot
-from sparseffn.report.result import Method, Result, check_format
 from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
-from sparseffn.storage import read_json, write_text
+from sparseffn.report.usage_plots import DEAD
+from sparseffn.results.comparison_result import ComparisonResult, MethodResult
+from sparseffn.storage import write_text
 
 # A column, and what writes a method's cell.
-Quantity = tuple[Column, Callable[[Method], str]]
+Quantity = tuple[Column, Callable[[MethodResult], str]]
 
 
-def read_comparison(path: str | Path) -> dict[str, Any]:
-    """Read a `comparison.json`.
-
-    Args:
-        path: the file, as `sparseffn compare` wrote it.
-
-    Returns:
-        The parsed file, its format checked.
-
-    Raises:
-        UserError: the file is absent, is not JSON, or has another format.
-    """
-    result = read_json(Path(path), fix="run `sparseffn compare` again")
-    check_format(result)
-    return result
-
-
-def write_comparison(result: Result, folder: str | Path, *, drawn: bool = True) -> list[Path]:
+def write_comparison(result: ComparisonResult, folder: str | Path, *, drawn: bool = True) -> list[Path]:
     """Write `table.md` and `page.html`; the same result gives the same bytes.
 
     Args:
-        result: the parsed `comparison.json`.
+        result: the comparison.
         folder: where to.
         drawn: whether the page has figures, for which matplotlib is needed.
 
     Raises:
-        UserError: matplotlib is not installed, the file has an unknown format, or a file cannot be written.
+        UserError: matplotlib is not installed, or a file cannot be written.
     """
     table, page = Path(folder) / "table.md", Path(folder) / "page.html"
     texts = {table: markdown_table(comparison_table(result)), page: comparison_page(result, drawn=drawn)}
@@ -57,25 +40,20 @@ def write_comparison(result: Result, folder: str | Path, *, drawn: bool = True) 
     return list(texts)
 
 
-def comparison_table(result: Result) -> Table:
-    """One row for each method, then one for each method without any result.
-
-    Raises:
-        UserError: the file has an unknown format.
-    """
-    check_format(result)
+def comparison_table(result: ComparisonResult) -> Table:
+    """One row for each method, then one for each method without any result."""
     quantities, footnotes, missing = _quantities(result), Footnotes(), list(_missing_runs(result))
     rows = []
-    for method in result["methods"]:
-        texts = [*(method.get("marks") or ()), *(words for label, words in missing if label == method["label"])]
+    for method in result.methods:
+        texts = [*method.marks, *(words for label, words in missing if label == method.label)]
         cells = (Cell(write(method)) for _, write in quantities)
-        rows.append(Row(cells=(Cell(method["label"], footnotes.mark(*texts)), *cells)))
-    present = {method["label"] for method in result["methods"]}
+        rows.append(Row(cells=(Cell(method.label, footnotes.mark(*texts)), *cells)))
+    present = {method.label for method in result.methods}
     for absent in dict.fromkeys(label for label, _ in missing if label not in present):
         reasons = "; ".join(words for label, words in missing if label == absent)
         rows.append(Row(cells=(Cell(absent),), missing=reasons))
     return Table(
-        title=result["title"],
+        title=result.title,
         name="Results",
         columns=(Column(name="method", is_words=True), *(column for column, _ in quantities)),
         rows=tuple(rows),
@@ -86,27 +64,27 @@ def comparison_table(result: Result) -> Table:
     )
 
 
-def _missing_runs(result: Result) -> Iterator[tuple[str, str]]:
+def _missing_runs(result: ComparisonResult) -> Iterator[tuple[str, str]]:
     """The runs that gave no number, as pairs of label and words: ("switch", "seed 1 missing: out of memory")."""
-    for run in result.get("missing") or ():
-        seed = run.get("seed")
+    for run in result.missing:
+        seed = run.seed
         where = "" if seed is None else f"seed {seed} "
-        yield run["label"], f"{where}missing: {run.get('reason') or 'no reason was recorded'}"
+        yield run.label, f"{where}missing: {run.reason or 'no reason was recorded'}"
 
 
-def _incomplete(result: Result) -> str:
+def _incomplete(result: ComparisonResult) -> str:
     lacks = [f"{label} {words}" for label, words in _missing_runs(result)]
-    if not result.get("finished", True):
+    if not result.finished:
         lacks.append("the comparison had not finished when its file was written")
     return f"incomplete: {'; '.join(lacks)}" if lacks else ""
 
 
-def _seed_numbers(result: Result) -> set[int]:
-    statistics = (method.get(split) for method in result["methods"] for split in ("valid", "test"))
-    return {statistic["n"] for statistic in statistics if statistic}
+def _seed_numbers(result: ComparisonResult) -> set[int]:
+    statistics = (statistic for method in result.methods for statistic in (method.valid, method.test))
+    return {statistic.n for statistic in statistics if statistic}
 
 
-def _seeds_words(result: Result) -> str:
+def _seeds_words(result: ComparisonResult) -> str:
     """How losses were taken over seeds: "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n.
 
     Its spaces do not break, except the one after the comma.
@@ -117,49 +95,49 @@ def _seeds_words(result: Result) -> str:
     return words.replace(" ", "\u00a0").replace(",\u00a0", ", ")
 
 
-def _quantities(result: Result) -> list[Quantity]:
-    metric = result["metric"]
+def _quantities(result: ComparisonResult) -> list[Quantity]:
+    metric = result.metric
     say_n = len(_seed_numbers(result)) > 1
-    after = "" if result.get("equal_time_s") is None else f" ({formats.seconds(result['equal_time_s'])})"
+    after = "" if result.equal_time_s is None else f" ({formats.seconds(result.equal_time_s)})"
     counts, cost, training = "parameters", "cost relative to dense", "training"
     losses = f"{metric}, {_seeds_words(result)}"
     equal = f"validation at equal time{after}"
-    rows: tuple[tuple[str, str, str, Callable[[Method], str]], ...] = (
-        (counts, "total", "total parameters", lambda m: formats.count(m["total_params"])),
-        (counts, "residual", "parameter residual", lambda m: formats.signed_percent(m.get("residual_percent"))),
-        (counts, "active", "active parameters", lambda m: formats.count(m["active_params"])),
-        (cost, "FLOPs", "FLOPs vs dense", lambda m: formats.percent(m.get("ffn_flops_vs_dense"))),
-        (cost, "K/N_E", "K/N_E", lambda m: formats.percent(m.get("ffn_flops_convention"))),
-        (cost, "saved bytes", "saved bytes vs dense", lambda m: formats.percent(m.get("saved_bytes_vs_dense"))),
-        (cost, "layer time, forward", "layer forward vs dense", lambda m: formats.times(m.get("layer_time_forward_vs_dense"))),
+    rows: tuple[tuple[str, str, str, Callable[[MethodResult], str]], ...] = (
+        (counts, "total", "total parameters", lambda m: formats.count(m.total_params)),
+        (counts, "residual", "parameter residual", lambda m: formats.signed_percent(m.residual_percent)),
+        (counts, "active", "active parameters", lambda m: formats.count(m.active_params)),
+        (cost, "FLOPs", "FLOPs vs dense", lambda m: formats.percent(m.ffn_flops_vs_dense)),
+        (cost, "K/N_E", "K/N_E", lambda m: formats.percent(m.ffn_flops_convention)),
+        (cost, "saved bytes", "saved bytes vs dense", lambda m: formats.percent(m.saved_bytes_vs_dense)),
+        (cost, "layer time, forward", "layer forward vs dense", lambda m: formats.times(m.layer_time_forward_vs_dense)),
         (
             cost,
             "layer time, forward + backward",
             "layer forward + backward vs dense",
-            lambda m: formats.times(m.get("layer_time_training_vs_dense")),
+            lambda m: formats.times(m.layer_time_training_vs_dense),
         ),
-        (losses, "validation", f"validation, {losses}", lambda m: formats.spread(m.get("valid"), metric, say_n=say_n)),
-        (losses, "test", f"test, {losses}", lambda m: formats.spread(m.get("test"), metric, say_n=say_n)),
-        (losses, equal, equal, lambda m: formats.loss(m.get("valid_at_equal_time"), metric)),
-        (training, "tokens/s", "tokens/s", lambda m: formats.integer(m.get("tokens_per_s"))),
-        (training, "dead units", "dead units", lambda m: formats.percent(m.get("dead_share"))),
+        (losses, "validation", f"validation, {losses}", lambda m: formats.spread(m.valid, metric, say_n=say_n)),
+        (losses, "test", f"test, {losses}", lambda m: formats.spread(m.test, metric, say_n=say_n)),
+        (losses, equal, equal, lambda m: formats.loss(m.valid_at_equal_time, metric)),
+        (training, "tokens/s", "tokens/s", lambda m: formats.integer(m.tokens_per_s)),
+        (training, "dead units", "dead units", lambda m: formats.percent(m.dead_share)),
     )
     return [(Column(group=group, name=name, standalone=alone), write) for group, name, alone, write in rows]
 
 
-def _notes(result: Result, rows: list[Row]) -> Iterator[str]:
+def _notes(result: ComparisonResult, rows: list[Row]) -> Iterator[str]:
     if any(cell.text == formats.NOT_MEASURED for row in rows for cell in row.cells):
         yield f"{formats.NOT_MEASURED}: not measured, or without meaning for the method."
     if _seed_numbers(result) == {1}:
         yield "n = 1: one seed, so the spread between seeds is not known."
-    if result.get("equal_time_s") is not None:
+    if result.equal_time_s is not None:
         yield (
-            f"Validation at equal time: after {formats.seconds(result['equal_time_s'])} of training, "
-            f"on the first {formats.integer(result.get('curve_tokens'))} tokens of the validation split."
+            f"Validation at equal time: after {formats.seconds(result.equal_time_s)} of training, "
+            f"on the first {formats.integer(result.curve_tokens)} tokens of the validation split."
         )
-    if any(m.get("ffn_flops_convention") is not None for m in result["methods"]):
+    if any(m.ffn_flops_convention is not None for m in result.methods):
         yield "FLOPs are counted, selection included; K/N_E, the paper's convention, is the share of active channels."
-    units = {m["unit"] for m in result["methods"] if m.get("dead_share") is not None and m.get("unit")}
+    units = {m.unit for m in result.methods if m.dead_share is not None and m.unit}
     if units:
         yield f"Dead units: {', '.join(sorted(units))} that receive under 1% of the mean load."
 
@@ -168,24 +146,24 @@ def _notes(result: Result, rows: list[Row]) -> Iterator[str]:
 _UNSAID = ("steps", "seed", "eval_every", "eval_tokens", "checkpoint_every")
 
 
-def _settings_line(result: Result) -> str:
+def _settings_line(result: ComparisonResult) -> str:
     """The hyperparameters that all methods share."""
-    settings = {key: value for key, value in (result.get("settings") or {}).items() if key not in _UNSAID}
-    length = f"{formats.integer(result['steps'])} steps of {formats.integer(result['tokens_per_step'])} tokens"
+    settings = {key: value for key, value in (result.settings).items() if key not in _UNSAID}
+    length = f"{formats.integer(result.steps)} steps of {formats.integer(result.tokens_per_step)} tokens"
     return f"Settings: {length}, {_seeds(result)}" + (f"; {formats.setting(settings)}" if settings else "")
 
 
-def _seeds(result: Result) -> str:
-    return f"seed{'s' if len(result['seeds']) > 1 else ''} {formats.setting(result['seeds'])}"
+def _seeds(result: ComparisonResult) -> str:
+    return f"seed{'s' if len(result.seeds) > 1 else ''} {formats.setting(result.seeds)}"
 
 
-def _corpus_line(result: Result) -> str:
+def _corpus_line(result: ComparisonResult) -> str:
     """What was read: the text by its digest, the Python that it may come from, and its sizes."""
-    corpus = result["corpus"]
-    python = corpus.get("python_version") or (result.get("environment") or {}).get("python")
+    corpus = result.corpus
+    python = corpus.get("python_version") or result.environment.get("python")
     facts = [
-        corpus["name"],
-        f"tokenizer {corpus['tokenizer']}",
+        corpus.get("name", ""),
+        f"tokenizer {corpus.get('tokenizer', 'unknown')}",
         f"digest {corpus['digest'][:12]}" if corpus.get("digest") else "",
         f"Python {python}" if python else "",
     ]
@@ -207,27 +185,22 @@ _READING = (
 )
 
 
-def comparison_page(result: Result, *, drawn: bool = True) -> str:
+def comparison_page(result: ComparisonResult, *, drawn: bool = True) -> str:
     """The page as text.
 
     Raises:
-        UserError: something is to be drawn and matplotlib is not installed, or the file has an unknown format.
+        UserError: something is to be drawn and matplotlib is not installed.
     """
     table = comparison_table(result)
-    corpus, model = result["corpus"], result.get("model") or {}
-    size = f" with {model['n_layers']} layers of width {model['d_model']}" if "n_layers" in model else ""
-    steps, per_step = result["steps"], result["tokens_per_step"]
     # Title and warning are the page's, and the settings stand at its end.
     shown = dataclasses.replace(table, title="", incomplete="", facts=())
     return page_html(
         Page(
             title=table.title,
-            summary=f"Language models{size}, trained on {corpus['name']} (tokenizer {corpus['tokenizer']}, vocabulary "
-            f"{corpus['vocab_size']:,}) for {steps:,} steps of {per_step:,} tokens, {formats.count(steps * per_step)} in all; "
-            f"{_seeds(result)}; preset {result['preset']}.",
+            summary=_summary(result),
             warnings=(table.incomplete,) if table.incomplete else (),
             sections=(
-                Section(name="reading", title="How to read this", text=_READING.format(metric=result["metric"])),
+                Section(name="reading", title="How to read this", text=_READING.format(metric=result.metric)),
                 Section(name="results", title="Results", tables=(shown,)),
                 *(_figure_sections(result) if drawn else ()),
                 _details(result),
@@ -238,13 +211,29 @@ def comparison_page(result: Result, *, drawn: bool = True) -> str:
     )
 
 
-def _figure_sections(result: Result) -> list[Section]:
+def _summary(result: ComparisonResult) -> str:
+    """What was trained on what, for how long."""
+    corpus, model, tokens = result.corpus, result.model, result.tokens_per_step
+    size = f" with {model['n_layers']} layers of width {model['d_model']}" if "n_layers" in model else ""
+    facts = [
+        f"tokenizer {corpus['tokenizer']}" if "tokenizer" in corpus else "",
+        f"vocabulary {corpus['vocab_size']:,}" if "vocab_size" in corpus else "",
+    ]
+    length = f" of {tokens:,} tokens, {formats.count(result.steps * tokens)} in all" if tokens else ""
+    preset = f"; preset {result.preset}" if result.preset else ""
+    return (
+        f"Language models{size}, trained on {corpus.get('name', 'a text')} ({', '.join(filter(None, facts))}) for "
+        f"{result.steps:,} steps{length}; {_seeds(result)}{preset}."
+    )
+
+
+def _figure_sections(result: ComparisonResult) -> list[Section]:
     """The figures by subject; a subject that no method of this comparison has is left out."""
 
     def section(
-        name: str, title: str, plots: list[Plot], subject: str, expected: Callable[[Method], bool], text: str = ""
+        name: str, title: str, plots: list[Plot], subject: str, expected: Callable[[MethodResult], bool], text: str = ""
     ) -> Section:
-        labels = [method["label"] for method in result["methods"] if expected(method) and not method.get(name)]
+        labels = [method.label for method in result.methods if expected(method) and not getattr(method, name)]
         absent = f"{subject} not measured for {', '.join(labels)}; no figure is drawn for it." if labels else ""
         return Section(name=name, title=title, plots=tuple(plots), text=text if plots else "", absent=absent)
 
@@ -255,9 +244,9 @@ def _figure_sections(result: Result) -> list[Section]:
             "Use of experts, values and channels",
             comparison_plots.usage_plots(result),
             "Use per layer",
-            lambda m: m["method"] != "dense",
+            lambda m: m.method != "dense",
             "Each line is a layer. A flat line at 1 is even use; a line that falls below "
-            f"{comparison_plots.DEAD:g} or stops early shows units that are hardly ever selected, parameters that do no work. "
+            f"{DEAD:g} or stops early shows units that are hardly ever selected, parameters that do no work. "
             "All frames have the same vertical scale.",
         ),
         section(
@@ -265,14 +254,14 @@ def _figure_sections(result: Result) -> list[Section]:
             "Active channels",
             comparison_plots.active_plots(result),
             "Active channels",
-            lambda m: m["method"] == "dense",
+            lambda m: m.method == "dense",
         ),
         section(
             "cooccurrence",
             "Experts selected together",
             comparison_plots.cooccurrence_plots(result),
             "Co-occurrence",
-            lambda m: m.get("unit") == "experts",
+            lambda m: m.unit == "experts",
             "Dark cells are pairs that are often chosen for the same token; an even tint means that pairs form "
             "freely. The diagonal, a unit with itself, is left out (grey).",
         ),
@@ -280,22 +269,22 @@ def _figure_sections(result: Result) -> list[Section]:
     return [section for section in sections if section.plots or section.absent]
 
 
-def _details(result: Result) -> Section:
+def _details(result: ComparisonResult) -> Section:
     """What each method is, beyond the results, and everything that all of them share."""
     methods = Table.by_column(
         [
-            ("method", lambda m: m["label"]),
-            ("configuration", lambda m: f"{m['method']}: {formats.setting(m.get('config') or {})}"),
-            ("block parameters", lambda m: formats.integer(m.get("ffn_params"))),
-            ("model residual", lambda m: formats.integer(m.get("residual_params"))),
-            ("active channels K·G", lambda m: formats.integer(m.get("active_channels"))),
-            ("step time", lambda m: formats.seconds(m.get("step_time_s"))),
+            ("method", lambda m: m.label),
+            ("configuration", lambda m: f"{m.method}: {formats.setting(m.config)}"),
+            ("block parameters", lambda m: formats.integer(m.ffn_params)),
+            ("model residual", lambda m: formats.integer(m.residual_params)),
+            ("active channels K·G", lambda m: formats.integer(m.active_channels)),
+            ("step time", lambda m: formats.seconds(m.step_time_s)),
         ],
-        result["methods"],
+        result.methods,
         n_words=2,
         title="Methods",
     )
-    found = result["corpus"].get("splits") or {}
+    found = result.corpus.get("splits") or {}
     splits = Table.of(
         ("split", "files", "bytes", "tokens"),
         [(name, *(formats.integer(split.get(key)) for key in ("files", "bytes", "tokens"))) for name, split in found.items()],
@@ -306,10 +295,10 @@ def _details(result: Result) -> Section:
         title="Settings, corpus and machine",
         tables=(methods, splits) if found else (methods,),
         facts={
-            "Training": result.get("settings") or {},
-            "Model": result.get("model") or {},
-            "Corpus": {key: value for key, value in result["corpus"].items() if key != "splits"},
-            "Machine and software": result.get("environment") or {},
+            "Training": result.settings,
+            "Model": result.model,
+            "Corpus": {key: value for key, value in result.corpus.items() if key != "splits"},
+            "Machine and software": result.environment,
         },
         folds=True,
     )

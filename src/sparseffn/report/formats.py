@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from sparseffn.stats import MeanStd
 
 NOT_MEASURED = "\u2013"
 """Stands for a number that was not measured or has no meaning for a method; tables explain it in a note."""
@@ -62,20 +63,18 @@ def loss(value: float | None, metric: str) -> str:
     return NOT_MEASURED if value is None else f"{value:.{2 if metric == 'perplexity' else 3}f}"
 
 
-def spread(statistic: Mapping[str, Any] | None, metric: str, *, say_n: bool) -> str:
+def spread(found: MeanStd | None, metric: str, *, say_n: bool = False) -> str:
     """A loss over seeds: `2.310 ± 0.012`, or `2.310` alone where one seed leaves the spread unknown.
 
     Args:
-        statistic: "mean", "std" (None for one seed) and "n".
+        found: mean and standard deviation.
         metric: the unit of the loss, which sets the decimals.
         say_n: add the number of seeds, for tables whose rows differ in it.
     """
-    if statistic is None or statistic.get("mean") is None:
+    if found is None:
         return NOT_MEASURED
-    text = loss(statistic["mean"], metric)
-    if statistic.get("std") is not None:
-        text += f" ± {loss(statistic['std'], metric)}"
-    return f"{text} (n = {statistic['n']})" if say_n else text
+    text = loss(found.mean, metric) + ("" if found.std is None else f" ± {loss(found.std, metric)}")
+    return f"{text} (n = {found.n})" if say_n else text
 
 
 def milliseconds(duration: float | None) -> str:

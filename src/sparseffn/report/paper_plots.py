@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,11 @@ from sparseffn.report.plotting import (
     panels,
     reference,
 )
+from sparseffn.results.analysis_result import AnalysisResult
 from sparseffn.results.table_result import Cell, Column, TableResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Analysis = Mapping[str, Any]
 
 # Panels beside each other in the figure of all layers, and the height in inches of a row of many and of the only one.
 _COLUMNS, _ROW_HEIGHT, _ONE_ROW_HEIGHT = 4, 1.55, 2.4
@@ -36,7 +36,7 @@ _COLUMNS, _ROW_HEIGHT, _ONE_ROW_HEIGHT = 4, 1.55, 2.4
 _LOWEST = 1e-3
 
 
-def shares_plot(runs: Mapping[str, Analysis], layer: int, *, name: str) -> Plot:
+def shares_plot(runs: Mapping[str, AnalysisResult], layer: int, *, name: str) -> Plot:
     """Sorted shares of one layer, a line for each run.
 
     Args:
@@ -59,11 +59,11 @@ def shares_plot(runs: Mapping[str, Analysis], layer: int, *, name: str) -> Plot:
         return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
-def shares_panels(runs: Mapping[str, Analysis], *, name: str) -> Plot:
+def shares_panels(runs: Mapping[str, AnalysisResult], *, name: str) -> Plot:
     """The same for every layer, a panel each."""
     from matplotlib.lines import Line2D
 
-    n_layers = max(len(analysis["usage"]) for analysis in runs.values())
+    n_layers = max(len(analysis.usage) for analysis in runs.values())
     columns = min(_COLUMNS, n_layers)
     n_rows = -(-n_layers // columns)
     title = "Use of experts, sorted, all layers"
@@ -89,28 +89,28 @@ def shares_panels(runs: Mapping[str, Analysis], *, name: str) -> Plot:
         return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
-def _lines(runs: Mapping[str, Analysis], layer: int, *, large: bool = True) -> list[Line]:
+def _lines(runs: Mapping[str, AnalysisResult], layer: int, *, large: bool = True) -> list[Line]:
     """A line for each run that has the layer, looking alike in every panel."""
     lines = []
     for index, (label, analysis) in enumerate(runs.items()):
-        if large or layer < len(analysis["usage"]):
-            usage = analysis["usage"][min(layer, len(analysis["usage"]) - 1)]
-            heights = [max(share / usage["uniform"], _LOWEST) for share in usage["share"]]
+        if large or layer < len(analysis.usage):
+            usage = analysis.usage[min(layer, len(analysis.usage) - 1)]
+            heights = [max(share / usage.uniform, _LOWEST) for share in usage.share]
             lines.append(Line(label=label, x=_ranks(runs, heights), y=heights, style=_style(index, large=large)))
     return lines
 
 
-def _ranks(runs: Mapping[str, Analysis], heights: Sequence[float]) -> list[float]:
+def _ranks(runs: Mapping[str, AnalysisResult], heights: Sequence[float]) -> list[float]:
     """Ranks from 1, or percent of the experts where runs have different numbers of them."""
     n = len(heights)
     return [float(i + 1) for i in range(n)] if len(_sizes(runs)) == 1 else [100 * (i + 0.5) / n for i in range(n)]
 
 
-def _sizes(runs: Mapping[str, Analysis]) -> set[int]:
-    return {len(analysis["usage"][0]["share"]) for analysis in runs.values()}
+def _sizes(runs: Mapping[str, AnalysisResult]) -> set[int]:
+    return {len(analysis.usage[0].share) for analysis in runs.values()}
 
 
-def _rank_label(runs: Mapping[str, Analysis]) -> str:
+def _rank_label(runs: Mapping[str, AnalysisResult]) -> str:
     sizes = _sizes(runs)
     one = f"experts by rank, most used first ({formats.integer(min(sizes))})"
     return one if len(sizes) == 1 else f"experts by rank, percent of {' or '.join(map(str, sorted(sizes)))}"
@@ -161,8 +161,8 @@ def _sweep_plot(result: TableResult, column: Column, points: list[tuple[float, C
     axis, title = result.sweep.axis, f"{result.title} ({column.name})"
     n_seeds = sorted({cell.n for _, cell in points})
     seeds = f"{' or '.join(map(str, n_seeds))} seed{'' if n_seeds == [1] else 's'}"
-    x, means = [x for x, _ in points], [cell.mean for _, cell in points]
-    best = min(points, key=lambda point: point[1].mean)
+    x, means = [x for x, _ in points], [cell.mean or math.nan for _, cell in points]
+    best = min(points, key=lambda point: point[1].mean or math.inf)
     description = f"Of {len(points)} values of {axis} between {x[0]:g} and {x[-1]:g}, {best[0]:g} has the lowest mean"
     name = f"{result.table}-{file_name(column.name)}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):

@@ -38,7 +38,7 @@ def read_paper_table(path: str | Path) -> PaperTable:
     Raises:
         UserError: the file is absent, is not JSON, is no table of the paper, or a field is absent or damaged.
     """
-    return read(Path(path), PaperTable, fix=_FIX)
+    return read(Path(path), PaperTable, fix=_FIX)  # pyright: ignore[reportArgumentType]
 
 
 def write_paper_table(path: str | Path) -> list[Path]:

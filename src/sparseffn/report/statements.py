@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from sparseffn.report import formats
-
-Analysis = Mapping[str, Any]
+from sparseffn.results.analysis_result import AnalysisResult
+from sparseffn.results.bench_result import FigureLayer, FiguresResult
 
 
 @cache
@@ -20,10 +20,10 @@ def statements() -> Mapping[str, Any]:
     return tomllib.loads(resources.files("sparseffn.report").joinpath("statements.toml").read_text(encoding="utf-8"))
 
 
-def active_words(figure: Mapping[str, Any], label: str, analysis: Analysis) -> str:
+def active_words(figure: Mapping[str, Any], label: str, analysis: AnalysisResult) -> str:
     """Active channels of one dense run against the statement's bound."""
-    layers = analysis["active"]
-    shares = [layer["mean"] / layer["total"] for layer in layers]
+    layers = analysis.active
+    shares = [layer.mean / layer.total for layer in layers]
     top, low = shares.index(max(shares)), shares.index(min(shares))
     above = [i for i, share in enumerate(shares) if share >= figure["below"]]
     bound = figure["bound"]
@@ -34,44 +34,45 @@ def active_words(figure: Mapping[str, Any], label: str, analysis: Analysis) -> s
         else f"below the paper's bound ({bound}) in every layer"
     )
     return (
-        f"{_run(label, analysis)}: at most {layers[top]['mean']:,.0f} of {layers[top]['total']:,} channels active "
+        f"{_run(label, analysis)}: at most {layers[top].mean:,.0f} of {layers[top].total:,} channels active "
         f"({formats.percent(shares[top])}, layer {top}), at least {formats.percent(shares[low])} (layer {low}); {verdict}."
     )
 
 
-def share_words(figure: Mapping[str, Any], runs: Mapping[str, Analysis], layer: int | None) -> list[str]:
+def share_words(figure: Mapping[str, Any], runs: Mapping[str, AnalysisResult], layer: int | None) -> list[str]:
     """Evenness of each run's selection weight, in one layer or, for None, in the least even one."""
     words = []
     for label, analysis in runs.items():
-        entropies = [load["weight_entropy"] for load in analysis["load"]]
+        entropies = [load.weight_entropy for load in analysis.load]
         at = entropies.index(min(entropies)) if layer is None else min(layer, len(entropies) - 1)
-        usage, load = analysis["usage"][at], analysis["load"][at]
+        usage, load = analysis.usage[at], analysis.load[at]
         which = f"in its least even layer, {at}" if layer is None else f"in layer {at}"
         words.append(
-            f"{_run(label, analysis)}: {which}, the most used expert takes {usage['share'][0] / usage['uniform']:.1f} times an "
-            f"even share; dead (selected under 1% of the mean): {load['n_dead']} of {load['n_units']}; entropy of the "
-            f"weight {load['weight_entropy']:.3f} of 1."
+            f"{_run(label, analysis)}: {which}, the most used expert takes {usage.share[0] / usage.uniform:.1f} times an "
+            f"even share; dead (selected under 1% of the mean): {load.n_dead} of {load.n_units}; entropy of the "
+            f"weight {load.weight_entropy:.3f} of 1."
         )
-    methods = {analysis["run"]["method"] for analysis in runs.values()}
+    methods = {analysis.run.method for analysis in runs.values()}
     absent = [method for method in figure["collapse"] if method not in methods]
     if absent:
         words.append(f"No run of {' or '.join(absent)} was given: nothing is said of its collapse.")
     return [*words, *_differences(runs)]
 
 
-def _differences(runs: Mapping[str, Analysis]) -> list[str]:
+def _differences(runs: Mapping[str, AnalysisResult]) -> list[str]:
     """What makes runs in one picture unlike each other beside their method."""
     lines = []
     for key, what in (("corpus", "corpora"), ("steps", "numbers of steps"), ("d_model", "widths")):
-        found = {analysis["run"][key] for analysis in runs.values()}
+        found = {getattr(analysis.run, key) for analysis in runs.values()}
         if len(found) > 1:
             lines.append(f"The runs are of different {what}: {', '.join(sorted(map(str, found)))}.")
     return lines
 
 
-def pair_words(label: str, analysis: Analysis, layer: int) -> str:
+def pair_words(label: str, analysis: AnalysisResult, layer: int) -> str:
     """How richly a layer's experts are combined."""
-    matrix = analysis["cooccurrence"][layer]
+    matrix = analysis.cooccurrence[layer]
+    assert matrix is not None, "the layer selects several experts"
     strongest, row, column = max((value, i, j) for i, line in enumerate(matrix) for j, value in enumerate(line))
     used = [line for line in matrix if sum(line) > 0]
     partners = [math.exp(-sum(v * math.log(v) for v in line if v > 0)) for line in used]
@@ -84,40 +85,43 @@ def pair_words(label: str, analysis: Analysis, layer: int) -> str:
     )
 
 
-def bench_words(result: Mapping[str, Any], number: int) -> list[str]:
+def bench_words(result: FiguresResult, number: int) -> list[str]:
     """Time and memory of one figure of the benchmark: the mixture against the dense block, and how both grow."""
-    points = [point for point in result["points"] if point["figure"] == number]
-    left = sum(entry["figure"] == number for entry in result["left_out"])
-    settings = result["settings"]
+    points = [point for point in result.points if point.figure == number]
+    left = sum(entry.figure == number for entry in result.left_out)
+    settings = result.settings
     if not points:
         return [f"Nothing was measured: {left} points fit neither the time limit nor half of the memory."]
     first, last = points[0], points[-1]
-    name = result["sweeps"][str(number)]["variable"]
-    span = f"{name} {first['value']:,} to {last['value']:,}"
-    measures = {"time": lambda layer: layer["training"]["median_s"], "memory": lambda layer: layer["memory_bytes"]}
+    name = result.sweeps[str(number)].variable
+    span = f"{name} {first.value:,} to {last.value:,}"
+    measures: dict[str, Callable[[FigureLayer], float]] = {
+        "time": lambda layer: layer.training.median_s,
+        "memory": lambda layer: layer.memory_bytes,
+    }
     words = []
     for what, value in measures.items():
-        dense, moe = ([value(point["layers"][label]) for point in (first, last)] for label in ("dense", "sigma-moe"))
+        dense, moe = ([value(point.layers[label]) for point in (first, last)] for label in ("dense", "sigma-moe"))
         text = f"{what.capitalize()} of sigma-MoE over the dense block: {formats.times(moe[0] / dense[0])}"
         if len(points) > 1:
             text += (
-                f" to {formats.times(moe[1] / dense[1])} for {span}; over these {last['value'] / first['value']:g} times "
+                f" to {formats.times(moe[1] / dense[1])} for {span}; over these {last.value / first.value:g} times "
                 f"the dense block's grows {dense[1] / dense[0]:.1f} times, sigma-MoE's {moe[1] / moe[0]:.1f} times."
             )
         else:
-            text += f" at {name} {first['value']:,}."
+            text += f" at {name} {first.value:,}."
         words.append(text)
     words.append(
-        f"Measured with {settings['tokens']:,} tokens, {settings['dtype']}, {result['environment']['threads']} threads"
+        f"Measured with {settings.tokens:,} tokens, {settings.dtype}, {result.environment.threads} threads"
         + (f"; {left} point{'s' if left > 1 else ''} did not fit the time limit or the memory." if left else ".")
     )
     return words
 
 
-def _run(label: str, analysis: Analysis) -> str:
+def _run(label: str, analysis: AnalysisResult) -> str:
     """A run in words: what it is and how far from the paper's."""
-    run = analysis["run"]
-    return f"{label} ({formats.count(run['params'])}, {run['corpus']}, {run['steps']:,} steps)"
+    run = analysis.run
+    return f"{label} ({formats.count(run.params)}, {run.corpus}, {run.steps:,} steps)"
 
 
 def markdown(figures: Sequence[Mapping[str, Any]]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparseffn.errors import UserError
 from sparseffn.report.plotting import (
     HEIGHT,
     WIDTH,
@@ -21,42 +20,31 @@ from sparseffn.report.plotting import (
     pointed_style,
     size_axis,
 )
-from sparseffn.report.result import FORMAT, Result
+from sparseffn.results.study_result import StartRow, StudyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-STUDIES = ("study-init", "study-competition", "study-balance")
 AXES = {"n_experts": "N_E", "n_layers": "layers", "expert_size": "G", "k": "K"}
 INITS = ("shared", "standard", "switch")
 SELECTORS = ("equal-norm", "free")
 
 
-def check_study(result: Result) -> None:
-    """Refuse what is not a study's result.
-
-    Raises:
-        UserError: it is of another kind or format.
-    """
-    found = (result.get("kind"), result.get("format")) if isinstance(result, Mapping) else (None, None)
-    if found[0] not in STUDIES or found[1] != FORMAT:
-        raise UserError(
-            f"`kind` of the result must be one of {', '.join(STUDIES)} in format {FORMAT}; got {found[0]!r} in format "
-            f"{found[1]!r}; fix: run `sparseffn study` again"
-        )
+def base_sizes(result: StudyResult) -> dict[str, int]:
+    """The value of each axis where it does not vary."""
+    return dict(zip(("n_layers", "n_experts", "expert_size", "k"), result.settings.grid.base, strict=True))
 
 
-def along(result: Result, axis: str) -> list[dict[str, Any]]:
+def along(result: StudyResult, axis: str) -> list[StartRow]:
     """Rows of the sizes that differ from the base in one axis at most, in its order."""
-    base = dict(zip(("n_layers", "n_experts", "expert_size", "k"), result["settings"]["grid"]["base"], strict=True))
-    rows = [row for row in result["start"] if all(row[key] == value for key, value in base.items() if key != axis)]
-    return sorted(rows, key=lambda row: row[axis])
+    others = {key: value for key, value in base_sizes(result).items() if key != axis}
+    return sorted(pick(result.start, **others), key=lambda row: getattr(row, axis))
 
 
-def pick(rows: Sequence[Mapping[str, Any]], **wanted: object) -> list[Mapping[str, Any]]:
+def pick(rows: Sequence[StartRow], **wanted: object) -> list[StartRow]:
     """The rows with these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +57,14 @@ class _Series:
     """x, median, least, greatest."""
 
 
-def study_plots(result: Result) -> list[Plot]:
+def study_plots(result: StudyResult) -> list[Plot]:
     """Every drawing of a study.
 
     Raises:
-        UserError: it is not a study's result, or matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
-    check_study(result)
     plots = []
-    if result.get("start"):
+    if result.start:
         plots += [
             *_output_plot(result, "n_experts"),
             *_output_plot(result, "n_layers"),
@@ -88,7 +75,7 @@ def study_plots(result: Result) -> list[Plot]:
     return plots + [plot for key in _probed(result) for plot in _probe_plot(result, key)]
 
 
-def _output_plot(result: Result, axis: str) -> list[Plot]:
+def _output_plot(result: StudyResult, axis: str) -> list[Plot]:
     rows = pick(along(result, axis), input="gaussian", selector="equal-norm")
     return _drawn(
         result,
@@ -97,12 +84,12 @@ def _output_plot(result: Result, axis: str) -> list[Plot]:
         title=f"Output variance over {AXES[axis]}",
         caption=f"Variance of the block's output over the dense block's, at initialisation. {_fixed(axis)}",
         axes_names=(AXES[axis], "variance / dense"),
-        ticks=sorted({row[axis] for row in rows}),
+        ticks=sorted({getattr(row, axis) for row in rows}),
         log_y=True,
     )
 
 
-def _load_plot(result: Result, source: str) -> list[Plot]:
+def _load_plot(result: StudyResult, source: str) -> list[Plot]:
     rows = pick(along(result, "n_experts"), input=source, init="shared")
     schemes = [
         _series(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
@@ -116,12 +103,12 @@ def _load_plot(result: Result, source: str) -> list[Plot]:
         title=f"Unevenness of the load, {what}",
         caption=f"Standard deviation over mean of the load, at initialisation. {_fixed('n_experts')}",
         axes_names=("N_E", "load, std / mean"),
-        ticks=sorted({row["n_experts"] for row in rows}),
+        ticks=sorted({row.n_experts for row in rows}),
         log_y=True,
     )
 
 
-def _correlation_plot(result: Result) -> list[Plot]:
+def _correlation_plot(result: StudyResult) -> list[Plot]:
     rows = pick(along(result, "k"), init="shared", selector="free")
     sources = {"gaussian": "isotropic", "text": "text"}
     return _drawn(
@@ -132,15 +119,17 @@ def _correlation_plot(result: Result) -> list[Plot]:
         caption="Correlation over experts of load and row norm, rows drawn freely. The sign is to change at "
         f"K = N_E / 2. {_fixed('k')}",
         axes_names=("K", "correlation"),
-        ticks=sorted({row["k"] for row in rows}),
+        ticks=sorted({row.k for row in rows}),
         log_y=False,
     )
 
 
-def _series(rows: Sequence[Mapping[str, Any]], axis: str, key: str, label: str, index: int) -> _Series:
-    wanted = [(float(row[axis]), row["predicted"][key]) for row in rows if row["predicted"][key] is not None]
+def _series(rows: Sequence[StartRow], axis: str, key: str, label: str, index: int) -> _Series:
+    points = ((float(getattr(row, axis)), row.predicted.get(key)) for row in rows)
+    wanted = [(x, y) for x, y in points if y is not None]
     line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=pointed_style(index))
-    measured = [(float(row[axis]), *row["measured"][key]) for row in rows if row["measured"][key] is not None]
+    ranges = ((float(getattr(row, axis)), row.measured.get(key)) for row in rows)
+    measured = [(x, *found) for x, found in ranges if found is not None]
     return _Series(line, measured)
 
 
@@ -156,23 +145,23 @@ _PROBES = {
 }
 
 
-def _probed(result: Result) -> list[str]:
+def _probed(result: StudyResult) -> list[str]:
     """Interference is 0 for every sigmoid; only the competition study draws it."""
-    return [key for key in _PROBES if key != "interference" or result["kind"] == "study-competition"]
+    return [key for key in _PROBES if key != "interference" or result.kind == "study-competition"]
 
 
-def _probe_plot(result: Result, key: str) -> list[Plot]:
+def _probe_plot(result: StudyResult, key: str) -> list[Plot]:
     title, name = _PROBES[key]
     entries = []
-    for index, variant in enumerate(result["variants"]):
-        if variant["runs"]:
+    for index, variant in enumerate(result.variants):
+        if variant.runs:
             by_step: dict[int, list[float]] = {}
-            for run in variant["runs"]:
-                for probe in run["probes"]:
-                    by_step.setdefault(probe["step"], []).append(probe[key])
+            for run in variant.runs:
+                for probe in run.probes:
+                    by_step.setdefault(probe.step, []).append(getattr(probe, key))
             steps = sorted(by_step)
             y = [statistics.fmean(by_step[step]) for step in steps]
-            line = Line(label=variant["name"], x=[float(s) for s in steps], y=y, style=pointed_style(index))
+            line = Line(label=variant.name, x=[float(s) for s in steps], y=y, style=pointed_style(index))
             entries.append(_Series(line, []))
     return _drawn(
         result,
@@ -187,7 +176,7 @@ def _probe_plot(result: Result, key: str) -> list[Plot]:
 
 
 def _drawn(
-    result: Result,
+    result: StudyResult,
     series: Sequence[_Series],
     *,
     name: str,
@@ -200,7 +189,7 @@ def _drawn(
     """One drawing, none while nothing of it is measured; the axis of sizes is logarithmic, that of steps is not."""
     if not any(entry.line.x or entry.points for entry in series):
         return []
-    name = f"{result['kind']}-{name}"
+    name = f"{result.kind}-{name}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
         for entry in series:
             _draw(axes, entry)

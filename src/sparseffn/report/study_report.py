@@ -2,61 +2,65 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from sparseffn.errors import UserError
 from sparseffn.report.bench_report import measured_page
 from sparseffn.report.formats import NOT_MEASURED, ranged, significant
 from sparseffn.report.markdown import markdown_table
 from sparseffn.report.plotting import Plot, write_plots
-from sparseffn.report.result import Result
-from sparseffn.report.study_plots import AXES, along, check_study, pick, study_plots
+from sparseffn.report.study_plots import AXES, along, base_sizes, pick, study_plots
 from sparseffn.report.table import Table
-from sparseffn.stats import Difference, difference, mean_std
-from sparseffn.storage import read_json, write_text
+from sparseffn.results.study_result import StartRow, StudyResult, Variant
+from sparseffn.stats import MeanStd
+from sparseffn.storage import read, write_text
 
+_FIX = "run `sparseffn study` again: finished runs are kept"
 TITLES = {
     "study-init": "Why this selector, why this initialisation",
     "study-competition": "Competition between experts: sigmoid against softmax",
     "study-balance": "Balance: entropy loss and expert dropout",
 }
-Variant = Mapping[str, Any]
 
 
-def read_study(path: str | Path) -> dict[str, Any]:
+def read_study(path: str | Path) -> StudyResult:
     """Read a `study-NAME.json`.
 
     Raises:
-        UserError: the file is absent, is not JSON, or is not a study's result.
+        UserError: the file is absent, is not JSON, is not a study's result, or is of version 0.1, which stored no comparisons.
     """
-    result = read_json(Path(path), fix="run `sparseffn study` again")
-    check_study(result)
+    result = read(Path(path), StudyResult, fix=_FIX)
+    if any(variant.runs and variant.valid is None for variant in result.variants):
+        raise UserError(f"`{path}` must hold `valid` and `against_first` of every variant; got neither in one; fix: {_FIX}")
     return result
 
 
-def write_study(result: Result, folder: Path, *, drawn: bool = True) -> list[Path]:
+def write_study(result: StudyResult, folder: Path, *, drawn: bool = True) -> list[Path]:
     """Write tables as Markdown, the page and, where matplotlib is there, each drawing as SVG and PNG; returns the files."""
-    text, page = folder / f"{result['kind']}.md", folder / f"{result['kind']}.html"
+    text, page = folder / f"{result.kind}.md", folder / f"{result.kind}.html"
     plots = study_plots(result) if drawn else []
     write_text(text, study_markdown(result))
     write_text(page, study_page(result, plots))
     return [text, page, *write_plots(plots, folder)]
 
 
-def study_markdown(result: Result) -> str:
+def study_markdown(result: StudyResult) -> str:
     """Every table as Markdown."""
     return "\n".join(markdown_table(table) for table in study_tables(result).values())
 
 
-def study_page(result: Result, plots: Sequence[Plot] = ()) -> str:
+def study_page(result: StudyResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
-    kind = result["kind"]
+    kind = result.kind
     return measured_page(
-        result,
+        kind,
+        result.environment,
+        msgspec.to_builtins(result.settings),
         title=TITLES[kind],
-        command=f"study {result['settings']['study']}",
+        command=f"study {result.settings.study}",
         reading=_READING[kind],
         tables=list(study_tables(result).values()),
         plots=plots,
@@ -64,15 +68,10 @@ def study_page(result: Result, plots: Sequence[Plot] = ()) -> str:
     )
 
 
-def study_tables(result: Result) -> dict[str, Table]:
-    """Every table of a study by name.
-
-    Raises:
-        UserError: it is not a study's result.
-    """
-    check_study(result)
+def study_tables(result: StudyResult) -> dict[str, Table]:
+    """Every table of a study by name."""
     tables: dict[str, Table] = {}
-    if "start" in result:
+    if result.start:
         for axis in AXES:
             rows = along(result, axis)
             if rows:
@@ -81,24 +80,23 @@ def study_tables(result: Result) -> dict[str, Table]:
     tables["loss"] = _loss_table(result)
     tables["selectors"] = _selector_table(result)
     tables["selector differences"] = _selector_differences_table(result)
-    if result["kind"] == "study-competition":
+    if result.kind == "study-competition":
         tables["gates"] = _gate_table(result)
     return tables
 
 
-def _fixed(result: Result, axis: str) -> str:
-    base = dict(zip(("n_layers", "n_experts", "expert_size", "k"), result["settings"]["grid"]["base"], strict=True))
-    return ", ".join(f"{AXES[key]} {value}" for key, value in base.items() if key != axis)
+def _fixed(result: StudyResult, axis: str) -> str:
+    return ", ".join(f"{AXES[key]} {value}" for key, value in base_sizes(result).items() if key != axis)
 
 
-def _scale_table(result: Result, axis: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _scale_table(result: StudyResult, axis: str, rows: Sequence[StartRow]) -> Table:
     """Output variance and squared gradients over the dense block's; rows with equal norms."""
     table = []
     for row in pick(rows, input="gaussian", selector="equal-norm"):
-        (text,) = pick(rows, input="text", selector="equal-norm", init=row["init"], **{axis: row[axis]})
-        cells = [str(row[axis]), row["init"]]
+        (text,) = pick(rows, input="text", selector="equal-norm", init=row.init, **{axis: getattr(row, axis)})
+        cells = [str(getattr(row, axis)), row.init]
         for key in ("output", "keys", "values", "input"):
-            cells += [significant(row["predicted"][key]), ranged(row["measured"][key]), ranged(text["measured"][key])]
+            cells += [significant(row.predicted[key]), ranged(row.measured.get(key)), ranged(text.measured[key])]
         table.append(tuple(cells))
     names = ("output", "d keys", "d values", "d x")
     head = [AXES[axis], "init"] + [f"{name}: {what}" for name in names for what in ("predicted", "Gaussian", "text")]
@@ -112,16 +110,16 @@ def _scale_table(result: Result, axis: str, rows: Sequence[Mapping[str, Any]]) -
     )
 
 
-def _load_table(result: Result, axis: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _load_table(result: StudyResult, axis: str, rows: Sequence[StartRow]) -> Table:
     """Load over experts, on both inputs; it does not depend on how the experts' values start."""
     table = []
     for row in pick(rows, input="gaussian", init="shared"):
-        (text,) = pick(rows, input="text", init="shared", selector=row["selector"], **{axis: row[axis]})
-        cells = [str(row[axis]), row["selector"]]
+        (text,) = pick(rows, input="text", init="shared", selector=row.selector, **{axis: getattr(row, axis)})
+        cells = [str(getattr(row, axis)), row.selector]
         for source in (row, text):
             for key in ("variation", "norm_correlation", "largest_over_mean"):
-                cells += [significant(source["predicted"][key]), ranged(source["measured"][key])]
-        table.append((*cells, ranged(text["measured"]["dead"])))
+                cells += [significant(source.predicted[key]), ranged(source.measured[key])]
+        table.append((*cells, ranged(text.measured.get("dead"))))
     quantities = ("std / mean", "correlation with norm", "largest / mean")
     head = [AXES[axis], "rows"]
     head += [f"{source} {name}{what}" for source in ("", "text") for name in quantities for what in (", predicted", "")]
@@ -135,106 +133,100 @@ def _load_table(result: Result, axis: str, rows: Sequence[Mapping[str, Any]]) ->
     )
 
 
-def _seeds_note(result: Result) -> str:
-    settings = result["settings"]
-    n, grid = settings["start_seeds"], settings["grid"]
+def _seeds_note(result: StudyResult) -> str:
+    settings = result.settings
+    n, grid = settings.start_seeds, settings.grid
     return (
-        f"Median [least, greatest] of {n} seeds; d_model {grid['d_model']}; {grid['n_tokens']:,} tokens for the load, the "
-        f"first {grid['n_gradients']:,} of them for output and gradients."
+        f"Median [least, greatest] of {n} seeds; d_model {grid.d_model}; {grid.n_tokens:,} tokens for the load, the "
+        f"first {grid.n_gradients:,} of them for output and gradients."
     )
 
 
-def _loss_table(result: Result) -> Table:
-    """Losses after a short training, and paired differences against the first variant."""
-    first, preset = result["variants"][0], result["settings"]["preset"]
+def _loss_table(result: StudyResult) -> Table:
+    """Losses after a short training, and paired differences from the first variant."""
+    first, preset = result.variants[0].name, result.settings.preset
     size = f"{preset['steps']:,} steps of {preset['batch'] * preset['context']:,} tokens, {preset['doc']}"
-    columns: list[tuple[str, Callable[[Variant], str]]] = [
-        ("variant", lambda variant: variant["name"]),
-        ("method", lambda variant: variant["method"]),
-        ("seeds", lambda variant: str(len(variant["runs"]))),
-    ]
-    splits = {"valid": "validation", "test": "test"}
-    for split, name in splits.items():
-        columns.append((name, lambda variant, split=split: _mean_std([run[split] for run in variant["runs"]])))
-    for split, name in splits.items():
-        found = {variant["name"]: _against(variant, first, lambda run, s=split: run[s]) for variant in result["variants"]}
-        columns.append((f"{name} - {first['name']}", lambda variant, found=found: _interval(found[variant["name"]])))
-        columns.append(("is", lambda variant, found=found: _verdict(found[variant["name"]])))
     return Table.by_column(
-        columns,
-        result["variants"],
+        [
+            ("variant", lambda variant: variant.name),
+            ("method", lambda variant: variant.method),
+            ("seeds", lambda variant: str(len(variant.runs))),
+            ("validation", lambda variant: _mean_std(variant.valid)),
+            ("test", lambda variant: _mean_std(variant.test)),
+            (f"validation - {first}", lambda variant: _difference(variant, "valid")),
+            ("is", lambda variant: variant.verdicts.get("valid", NOT_MEASURED)),
+            (f"test - {first}", lambda variant: _difference(variant, "test")),
+            ("is", lambda variant: variant.verdicts.get("test", NOT_MEASURED)),
+        ],
+        result.variants,
         n_words=2,
-        title=f"Loss after a short training, nats a {result['corpus']['unit']}: {size}, corpus {result['corpus']['corpus']}",
+        title=f"Loss after a short training, nats a {result.corpus['unit']}: {size}, corpus {result.corpus['corpus']}",
         notes=(
-            f"Mean ± standard deviation over seeds, on the first {result['settings']['eval_tokens']:,} tokens of each split. "
-            f"Differences from {first['name']} are paired by seed, with the 95% interval of Student's t over seeds; undecided "
+            f"Mean ± standard deviation over seeds, on the first {result.settings.eval_tokens:,} tokens of each split. "
+            f"Differences from {first} are paired by seed, with the 95% interval of Student's t over seeds; undecided "
             "where it holds 0. Not corrected for the number of comparisons, and blind to which tokens were evaluated.",
             *_missing_lines(result),
         ),
     )
 
 
-def _missing_lines(result: Result) -> list[str]:
+def _missing_lines(result: StudyResult) -> list[str]:
     """A line that names what was not run, if anything."""
     seeds: dict[tuple[str, str], list[str]] = {}
-    for run in result["missing"]:
-        seeds.setdefault((run["label"], run["reason"]), []).append(str(run["seed"]))
+    for run in result.missing:
+        seeds.setdefault((run.label, run.reason), []).append(str(run.seed))
     lines = [f"{label}, seed {', '.join(numbers)}: {reason}" for (label, reason), numbers in seeds.items()]
-    lines += [f"size {name}: not measured yet" for name in result.get("missing_sizes", ())]
+    lines += [f"size {name}: not measured yet" for name in result.missing_sizes]
     return [f"Missing: {'; '.join(lines)}."] if lines else []
 
 
-_STATES: tuple[tuple[str, str], ...] = (
-    ("load_entropy", "load entropy / log N_E"),
-    ("largest_over_mean", "largest / mean load"),
-    ("dead", "dead experts"),
-    ("norm", "row norm"),
-    ("norm_spread", "spread of row norms"),
-)
+_QUANTITIES = {
+    "load_entropy": "load entropy / log N_E",
+    "largest_over_mean": "largest / mean load",
+    "dead": "dead experts",
+    "norm": "row norm",
+    "norm_spread": "spread of row norms",
+}
 
 
-def _selector_table(result: Result) -> Table:
+def _selector_table(result: StudyResult) -> Table:
     """What the selectors do at the start and at the end."""
     return Table.by_column(
         [
-            ("variant", lambda variant: variant["name"]),
-            *((name, lambda variant, key=key: _start_to_end(variant, key)) for key, name in _STATES),
+            ("variant", lambda variant: variant.name),
+            *((name, lambda variant, key=key: _start_to_end(variant, key)) for key, name in _QUANTITIES.items()),
         ],
-        result["variants"],
+        result.variants,
         title="Selectors before and after the short training (start → end), means over layers and seeds",
         notes=("Load over 8,192 tokens of validation; an expert is dead with under 1% of the mean load.",),
     )
 
 
-def _selector_differences_table(result: Result) -> Table:
+def _selector_differences_table(result: StudyResult) -> Table:
     """How the selectors differ at the end from those of the first variant."""
-    first, *others = result["variants"]
-
-    def at_end(variant: Variant, key: str) -> str:
-        return _interval(_against(variant, first, lambda run: run["probes"][-1][key]))
-
+    first, *others = result.variants
     return Table.by_column(
         [
-            ("variant", lambda variant: variant["name"]),
-            *((name, lambda variant, key=key: at_end(variant, key)) for key, name in _STATES),
+            ("variant", lambda variant: variant.name),
+            *((name, lambda variant, key=key: _difference(variant, key)) for key, name in _QUANTITIES.items()),
         ],
         others,
-        title=f"Selectors at the end, differences from {first['name']}",
+        title=f"Selectors at the end, differences from {first.name}",
         notes=("Paired by seed, with the 95% interval of Student's t over seeds. Not corrected for their number.",),
     )
 
 
-def _gate_table(result: Result) -> Table:
+def _gate_table(result: StudyResult) -> Table:
     """Gates and interference beside what was predicted of them before the first step."""
     return Table.by_column(
         [
-            ("variant", lambda variant: variant["name"]),
-            ("mean s² at the start, predicted", lambda variant: significant(variant["predicted"]["gate_square"])),
+            ("variant", lambda variant: variant.name),
+            ("mean s² at the start, predicted", lambda variant: significant(variant.predicted.gate_square)),
             ("mean s², start → end", lambda variant: _start_to_end(variant, "gate_square")),
-            ("interference at equal logits, predicted", lambda variant: _bounds(*variant["predicted"]["interference"])),
+            ("interference at equal logits, predicted", lambda variant: _bounds(*variant.predicted.interference)),
             ("interference, start → end", lambda variant: _start_to_end(variant, "interference")),
         ],
-        result["variants"],
+        result.variants,
         title="Gates and interference before and after the short training, means over layers and seeds",
         notes=("Interference: share of the squared gradient of the logits that comes from other experts.",),
     )
@@ -245,38 +237,22 @@ def _bounds(low: float, high: float) -> str:
 
 
 def _start_to_end(variant: Variant, key: str) -> str:
-    """Means of the first and of the last probe of all runs: `0.81 → 0.95`."""
-    if not variant["runs"]:
+    """`0.81 → 0.95`."""
+    if not variant.start:
         return NOT_MEASURED
-    means = (statistics.fmean(run["probes"][which][key] for run in variant["runs"]) for which in (0, -1))
-    return " → ".join(map(significant, means))
+    return f"{significant(variant.start[key])} → {significant(variant.end[key])}"
 
 
-def _against(variant: Variant, first: Variant, of: Callable[[Mapping[str, Any]], float]) -> Difference | None:
-    """A variant less the first, by seed; None of the first itself and without a common seed."""
-    ours, theirs = ({run["seed"]: of(run) for run in each["runs"]} for each in (variant, first))
-    return difference(ours, theirs) if variant is not first and set(ours) & set(theirs) else None
-
-
-def _interval(found: Difference | None) -> str:
+def _difference(variant: Variant, key: str) -> str:
     """`+0.0120 ± 0.0300`; one seed has no interval."""
+    found = variant.against_first.get(key)
     if found is None:
         return NOT_MEASURED
     return f"{found.difference:+.4f}" + (f" ± {found.half_width:.4f}" if found.covers_seeds else "")
 
 
-def _verdict(found: Difference | None) -> str:
-    """Whether the interval leaves the sign open."""
-    if found is None:
-        return NOT_MEASURED
-    if not found.decided:
-        return "undecided"
-    return "better" if found.difference < 0 else "worse"
-
-
-def _mean_std(values: Sequence[float]) -> str:
+def _mean_std(found: MeanStd | None) -> str:
     """`2.1234 ± 0.0012`."""
-    found = mean_std(values)
     if found is None:
         return NOT_MEASURED
     return f"{found.mean:.4f}" + ("" if found.std is None else f" ± {found.std:.4f}")
