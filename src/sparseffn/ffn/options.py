@@ -116,7 +116,9 @@ def _check(info: FieldInfo, value: object) -> None:
 
 def _wrong_type(info: FieldInfo, value: object) -> UserError:
     none = " or none" if info.optional else ""
-    return UserError(f"`{info.name}` must be {info.kind.__name__}{none}; got {value!r}; fix: {_REMEDIES[info.kind]}{none}")
+    return UserError(
+        f"`{info.name}` must be {info.kind.__name__}{none}; got {value!r}; fix: {_REMEDIES.get(info.kind, 'pass one')}{none}"
+    )
 
 
 def parse_options(owner: str, config_class: type, texts: Mapping[str, str]) -> dict[str, Any]:

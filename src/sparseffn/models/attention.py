@@ -72,7 +72,6 @@ class RelativeAttention(Attention):
         return self.heads(self.position(sinusoids(distances, self.d_model).to(self.position.weight.dtype)))
 
     def mix(self, q_BLHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor) -> Tensor:
-        """Content and position scores, softmax over the past, values."""
         n_keys = k_BSHC.shape[1]
         # Descending, and one more than there are: the extra column makes the shift a view.
         r_NHC = self.position_keys(torch.arange(n_keys - 1, -2, -1, device=q_BLHC.device))
@@ -88,7 +87,6 @@ class PlainAttention(Attention):
     """`scaled_dot_product_attention` over the same keys with an explicit mask, blind to positions: a baseline for speed."""
 
     def mix(self, q_BLHC: Tensor, k_BSHC: Tensor, v_BSHC: Tensor) -> Tensor:
-        """Softmax over the past, values."""
         past = ~future_mask(q_BLHC.shape[1], k_BSHC.shape[1], q_BLHC.device)
         q, k, v = q_BLHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=past).transpose(1, 2)

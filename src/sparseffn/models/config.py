@@ -5,42 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn import FFNConfig, config_from_json
+from sparseffn.ffn import FFNConfig, config_from_json, option
+from sparseffn.ffn.options import check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerXLConfig:
     """A model is its sizes and the config of its feedforward blocks; the memory's length is an argument of `forward`."""
 
-    vocab_size: int
-    """Tokens."""
-    d_model: int
-    """Width."""
-    n_layers: int
-    """Blocks."""
-    n_heads: int
-    """Attention heads."""
-    d_head: int
-    """Size of a head; need not be d_model / n_heads."""
-    dropout: float = 0.0
-    """Rate on the embedding, on each sub-block's output and before the output projection."""
+    vocab_size: Annotated[int, option("Tokens.", low=1)]
+    d_model: Annotated[int, option("Width.", low=1)]
+    n_layers: Annotated[int, option("Blocks.", low=1)]
+    n_heads: Annotated[int, option("Attention heads.", low=1)]
+    d_head: Annotated[int, option("Size of a head; need not be d_model / n_heads.", low=1)]
+    dropout: Annotated[
+        float,
+        option("Rate on the embedding, each sub-block's output and before the output projection.", low=0.0, below=1.0),
+    ] = 0.0
     ffn: FFNConfig
     """The feedforward block of every layer."""
-    shared_layers: bool = False
-    """Whether all layers are one layer, applied n_layers times (Universal Transformer, Dehghani 2019, arXiv 1807.03819)."""
+    shared_layers: Annotated[
+        bool, option("Whether all layers are one layer, applied n_layers times (Universal Transformer, arXiv 1807.03819).")
+    ] = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_head"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"`{name}` must be an integer of at least 1; got {value!r}; fix: pass a positive integer")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"`dropout` must be at least 0 and below 1; got {self.dropout!r}; fix: 0 switches it off")
-        if not isinstance(self.shared_layers, bool):
-            raise UserError(f"`shared_layers` must be true or false; got {self.shared_layers!r}; fix: leave it out for false")
+        check_fields(self)
         if self.ffn.d_model != self.d_model:
             raise UserError(
                 f"`ffn.d_model` must be the model's d_model = {self.d_model}; got {self.ffn.d_model}; fix: use one for both"
@@ -63,7 +55,7 @@ class TransformerXLConfig:
         return embeddings + norms + self.n_blocks * self.attention_params()
 
     def num_params(self) -> int:
-        """All parameters, in closed form."""
+        """In closed form."""
         return self.other_params() + self.n_blocks * self.ffn.num_params()
 
     def active_params(self) -> int:
@@ -73,7 +65,6 @@ class TransformerXLConfig:
         return self.other_params() + blocks
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_json` reads back."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         # Left out where it says nothing: the files of models that were written before there was a choice stay theirs.
         if not self.shared_layers:

@@ -59,7 +59,6 @@ class Block(nn.Module):
         return x + self.drop(y), stats
 
     def drop(self, x: Tensor) -> Tensor:
-        """The model's dropout."""
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -110,7 +109,6 @@ class TransformerXL(nn.Module):
         return ModelOutput(self.project(x), tuple(kept), tuple(stats) if return_stats else None)
 
     def project(self, x: Tensor) -> Tensor:
-        """Logits of the last layer's output."""
         return self.output(F.dropout(self.norm(x), self.config.dropout, self.training))
 
     @torch.no_grad()
@@ -136,7 +134,6 @@ class TransformerXL(nn.Module):
                     parameter.copy_(drawn)
 
     def ffn_layers(self) -> list[tuple[str, FeedForward]]:
-        """Names and feedforward blocks."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, FeedForward)]
 
     def _draw(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

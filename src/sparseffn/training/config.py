@@ -70,7 +70,6 @@ class TrainConfig:
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -69,7 +69,6 @@ class TrainResult:
     """What one must know of the settings to read the numbers; also logged once, when the run begins."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict."""
         return {**dataclasses.asdict(self), "notes": list(self.notes)}
 
     @classmethod
