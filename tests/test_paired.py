@@ -25,10 +25,10 @@ def drawn(generator: np.random.Generator, n_seeds: int, n_windows: int, seed_std
     return seed_std * generator.normal(size=(n_seeds, 1)) + text + both
 
 
-def against_zero(differences: np.ndarray, **options: int) -> Difference:
+def against_zero(differences: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Difference:
     """The interval of differences that are given as such."""
     ours = dict(enumerate(differences))
-    return difference(ours, {seed: np.zeros_like(row) for seed, row in ours.items()}, **options)
+    return difference(ours, {s: np.zeros_like(row) for s, row in ours.items()}, resamples=resamples, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_equal_arguments_give_equal_intervals() -> None:
     """The order of the seeds is no argument; the seed of the draws is."""
     world = drawn(np.random.default_rng(3), 3, 50, 1.0, 0.0)
     first = against_zero(world)
-    zeros = dict.fromkeys((2, 1, 0), np.zeros(50))
+    zeros: dict[int, np.ndarray] = dict.fromkeys((2, 1, 0), np.zeros(50))
     assert difference({s: world[s] for s in (1, 0, 2)}, zeros) == first == against_zero(world)
     assert against_zero(world, seed=1).low != first.low
 

@@ -226,10 +226,11 @@ def read(path: Path, kind: type[T], *, fix: str) -> T:
     Raises:
         UserError: the file is not there, is damaged, or is no regular file.
     """
+    # Anything but a regular file, as a pipe, may block for ever.
+    if path.exists() and not path.is_file():
+        raise UserError(f"`{path}` must be a file; got something else; fix: {fix}")
+    text = ""
     try:
-        # Anything but a regular file, as a pipe, may block for ever.
-        if path.exists() and not path.is_file():
-            raise UserError(f"`{path}` must be a file; got something else; fix: {fix}")
         text = path.read_text(encoding="utf-8")
         return msgspec.json.decode(text, type=kind)
     except (FileNotFoundError, NotADirectoryError):

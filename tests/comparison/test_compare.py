@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import torch
 
 from sparseffn.comparison import CompareSettings, NoProgress, compare, match_methods, parse_methods
+from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.outcome import _spread, _too_large
-from sparseffn.comparison.schedule import Plan, make_plan
+from sparseffn.comparison.schedule import make_plan
 from sparseffn.data import load_corpus
 from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import list_methods
@@ -179,19 +181,14 @@ def test_method_that_really_diverges_does_not_end_the_comparison(song: str, tmp_
     assert all("must be finite; got" in reason and "Last good checkpoint" in reason for reason in reasons.values())
 
 
-def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str) -> None:
+def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str, tmp_path: Path) -> None:
     """A minute suffices here, a tenth of a second does not."""
-    corpus, preset = load_corpus("text", data_dir=song), get_preset("tiny")
-    found = match_methods(parse_methods(["sigma-moe"]), preset, 256)
-
-    def planned(budget_s: float) -> Plan:
-        config = from_preset(preset, eval_tokens=100)
-        return make_plan(found, config, corpus, n_seeds=1, steps=None, budget_s=budget_s, device=torch.device("cpu"))
-
-    plan = planned(60.0)
+    wanted = settings(song, "sigma-moe", steps=None, budget_s=60.0)
+    plan = make_plan(Comparison.open(wanted, tmp_path / "out"), time.perf_counter())
     assert 20 < plan.steps < 60 / plan.step_s["sigma-moe"]
+    comparison = Comparison.open(dataclasses.replace(wanted, budget_s=0.1), tmp_path / "out")
     with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget"):
-        planned(0.1)
+        make_plan(comparison, time.perf_counter())
 
 
 def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> None:

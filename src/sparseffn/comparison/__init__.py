@@ -1,6 +1,7 @@
 """Comparisons at equal parameter count, as data and functions."""
 
-from sparseffn.comparison.job import CompareSettings, NoProgress, Progress, compare
+from sparseffn.comparison.experiment import CompareSettings
+from sparseffn.comparison.job import NoProgress, Progress, compare
 from sparseffn.comparison.matched import MatchedMethod, MethodChoice, match_methods, parse_methods
 
 __all__ = [

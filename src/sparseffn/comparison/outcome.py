@@ -6,20 +6,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import torch
+import numpy as np
 
 from sparseffn.accounting import count_block
+from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.matched import MatchedMethod
-from sparseffn.comparison.runs import finite_metric, read_curve, valid_at
+from sparseffn.comparison.runs import finite_metric, read_curve
 from sparseffn.comparison.schedule import Plan
-from sparseffn.data import Corpus, Unit, to_metric
+from sparseffn.data import Unit, to_metric
 from sparseffn.devices import device_name
 from sparseffn.ffn.dense import DenseConfig
-from sparseffn.models.presets import Preset
 from sparseffn.results.comparison_result import FORMAT, ComparisonResult, Curve, MethodResult, MissingRun, UsageCounts
 from sparseffn.stats import MeanStd, mean_std
 from sparseffn.storage import Positive, environment, read
-from sparseffn.training import RunFolder, TrainConfig, TrainResult
+from sparseffn.training import RunFolder, TrainResult
 
 DENSE = "(dense)"
 """The dense block in `layers.json`, which may be no candidate."""
@@ -34,44 +34,30 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LayerTimes = dict[str, LayerTime]
-Runs = Mapping[tuple[str, int], RunFolder]
-"""By label and seed."""
 
 
 def summarize(
-    candidates: Sequence[MatchedMethod],
-    preset: Preset,
-    config: TrainConfig,
-    corpus: Corpus,
-    *,
-    plan: Plan,
-    layers: LayerTimes,
-    runs: Runs,
-    failures: Mapping[tuple[str, int], str],
-    device: torch.device,
+    comparison: Comparison, plan: Plan, layers: LayerTimes, failures: Mapping[tuple[str, int], str]
 ) -> ComparisonResult:
-    """What is known of a comparison.
+    """What is known of a comparison, from the files of its runs.
 
     Args:
-        candidates: the methods.
-        preset: what they share.
-        config: of the first seed's runs.
-        corpus: what they are trained on.
+        comparison: the comparison.
         plan: times of a step.
         layers: times of a layer, by label and `DENSE`.
-        runs: their folders.
-        failures: why a run has no result.
-        device: where this process works.
+        failures: why a run, by label and seed, has no result.
     """
-    equal_time = min(plan.step_s.values()) * plan.steps
-    here = environment(str(device))
-    shared = {key: value for key, value in config.to_json().items() if key != "seed"}
+    preset, corpus, seeds = comparison.preset, comparison.corpus, comparison.settings.seeds
+    config = comparison.train_config(plan.steps, seeds[0])
     missing = [
-        MissingRun(label=label, seed=seed, reason=failures.get((label, seed), "not finished"))
-        for (label, seed), folder in runs.items()
-        if not folder.result_path.exists()
+        MissingRun(label=candidate.label, seed=seed, reason=failures.get((candidate.label, seed), "not finished"))
+        for candidate in comparison.candidates
+        for seed in seeds
+        if not comparison.run_folder(candidate.label, seed).result_path.exists()
     ]
-    timed_elsewhere = {} if plan.device == device_name(device) else {"steps timed on": plan.device}
+    here = environment(str(comparison.device))
+    shared = {key: value for key, value in config.to_json().items() if key != "seed"}
+    timed_elsewhere = {} if plan.device == device_name(comparison.device) else {"steps timed on": plan.device}
     return ComparisonResult(
         format=FORMAT,
         title=f"{corpus.name}, preset {preset.name}",
@@ -80,7 +66,7 @@ def summarize(
         corpus={"name": corpus.name, **corpus.info},
         metric=to_metric(0.0, corpus.unit)[0],
         preset=preset.name,
-        seeds=list(dict.fromkeys(seed for _, seed in runs)),
+        seeds=list(seeds),
         steps=plan.steps,
         tokens_per_step=config.tokens_per_step,
         settings={**shared, "dropout": preset.shape.dropout, "n_threads": here["threads"]},
@@ -92,38 +78,29 @@ def summarize(
         },
         environment={**here, **timed_elsewhere},
         curve_tokens=config.eval_tokens,
-        equal_time_s=equal_time,
+        equal_time_s=_equal_time(plan),
         budget_s=plan.budget_s,
-        methods=[
-            _row(c, preset, config, corpus.unit, plan.step_s[c.label], layers, _of(c.label, runs), equal_time)
-            for c in candidates
-        ],
+        methods=[_row(candidate, comparison, plan, layers) for candidate in comparison.candidates],
     )
 
 
-def _of(label: str, runs: Runs) -> dict[int, RunFolder]:
-    return {seed: folder for (name, seed), folder in runs.items() if name == label}
+def _equal_time(plan: Plan) -> float:
+    """Training time of the fastest method."""
+    return min(plan.step_s.values()) * plan.steps
 
 
-def _row(
-    candidate: MatchedMethod,
-    preset: Preset,
-    train: TrainConfig,
-    unit: Unit,
-    step_s: float,
-    layers: LayerTimes,
-    runs: Mapping[int, RunFolder],
-    equal_time: float,
-) -> MethodResult:
+def _row(candidate: MatchedMethod, comparison: Comparison, plan: Plan, layers: LayerTimes) -> MethodResult:
     """Everything about one method."""
-    config, n_tokens = candidate.config, train.tokens_per_step
+    config, preset, unit = candidate.config, comparison.preset, comparison.corpus.unit
+    n_tokens, step_s = preset.batch * preset.context, plan.step_s[candidate.label]
     own, dense = (count_block(block, n_tokens=n_tokens) for block in (config, DenseConfig.from_shape(preset.shape)))
     time, dense_time = layers[candidate.label], layers[DENSE]
+    runs = {seed: comparison.run_folder(candidate.label, seed) for seed in comparison.settings.seeds}
     results = {seed: TrainResult.read(folder.result_path) for seed, folder in runs.items() if folder.result_path.exists()}
+    losses = {split: {seed: getattr(result, split) for seed, result in results.items()} for split in ("valid", "test")}
     curves = [read_curve(folder, seed, step_s, unit) for seed, folder in runs.items()]
     usage = _usage(next(iter(runs.values())))
     sparse = config.active_channels < config.n_channels
-    losses = {split: {seed: getattr(result, split) for seed, result in results.items()} for split in ("valid", "test")}
     return MethodResult(
         label=candidate.label,
         method=config.name,
@@ -144,7 +121,7 @@ def _row(
         tokens_per_s=n_tokens / step_s,
         valid=_spread(losses["valid"], unit),
         test=_spread(losses["test"], unit),
-        valid_at_equal_time=_at_time(curves, equal_time),
+        valid_at_equal_time=_at_time(curves, _equal_time(plan)),
         dead_share=usage.dead_share if usage and config.unit == "experts" else None,
         unit=config.unit,
         curves=curves,
@@ -187,5 +164,6 @@ def _at_time(curves: Sequence[Curve], seconds: float) -> float | None:
         points = [(point.time_s, point.valid) for point in curve.points if point.valid is not None]
         if not points or points[-1][0] < seconds * (1 - 1e-9):
             return None
-        values.append(valid_at(points, seconds))
+        times, losses = zip(*points, strict=True)
+        values.append(float(np.interp(seconds, times, losses)))
     return statistics.fmean(values) if values else None

@@ -1,12 +1,9 @@
-"""One run of a comparison: its folder, its curve, the usage of its blocks."""
+"""One run of a comparison: its folder, its curve, and the usage of its blocks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from sparseffn.analysis import UsageCounter
 from sparseffn.data import Corpus, Unit, to_metric
@@ -72,9 +69,3 @@ def read_curve(folder: RunFolder, seed: int, step_s: float, unit: Unit) -> Curve
             training.append(TrainPoint(step=step, time_s=time_s, loss=loss, balance_loss=record["balance_loss"]))
     every = max(1, -(-len(training) // MAX_TRAIN_POINTS))
     return Curve(seed=seed, points=points, train=training[::every])
-
-
-def valid_at(points: Sequence[tuple[float, float]], seconds: float) -> float:
-    """A curve of (seconds, value) at a time: linear between its points, the nearest one before the first and after the last."""
-    times, values = zip(*points, strict=True)
-    return float(np.interp(seconds, times, values))

@@ -6,23 +6,22 @@ give the time axis of the curves: step x that method's median.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
 import msgspec
-import numpy as np
 import torch
 
 from sparseffn.bench.machine import clock_of
 from sparseffn.bench.timing import interleaved, medians
+from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.matched import MatchedMethod
-from sparseffn.data import Corpus, TrainingStreams
 from sparseffn.devices import device_name
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.models import TransformerXL
-from sparseffn.storage import Positive, PositiveInt
+from sparseffn.storage import Positive, PositiveInt, read, write_json
 from sparseffn.training import TrainConfig
 from sparseffn.training.config import CURVE_POINTS
 from sparseffn.training.step import Stepper
@@ -50,50 +49,57 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What they were timed on."""
 
 
-def make_plan(
-    candidates: Sequence[MatchedMethod],
-    config: TrainConfig,
-    corpus: Corpus,
-    *,
-    n_seeds: int,
-    steps: int | None,
-    budget_s: float | None,
-    device: torch.device,
-    spent_s: Callable[[], float] = lambda: 0.0,
-) -> Plan:
-    """Time all methods in turn and decide the number of steps.
+def find_plan(comparison: Comparison, started: float) -> Plan:
+    """The stored plan of a comparison, or a new one.
 
     Args:
-        candidates: the methods.
-        config: settings of the runs, but for their length.
-        corpus: what they train on.
-        n_seeds: runs of each.
-        steps: given number of steps; None to derive it from the budget.
-        budget_s: seconds for the whole comparison.
-        device: where the runs will be.
-        spent_s: seconds of the budget that are gone, whenever it is asked.
+        comparison: its folder is claimed for it by a new plan.
+        started: when it began, in seconds of `time.perf_counter`.
 
     Raises:
-        UserError: the budget does not suffice for a few steps.
+        UserError: the stored one is damaged, or the budget does not suffice for a few steps.
     """
-    step_s = _time_steps(candidates, config, corpus, device)
-    eval_token_s = _time_evaluation(candidates, config, corpus, device)
-    if steps is None:
-        assert budget_s is not None, "either steps or a budget is given"
-        left = budget_s * (1 - _RESERVE) - spent_s()
+    path = comparison.plan_path
+    if not path.exists():
+        plan = make_plan(comparison, started)
+        # Only now is the folder claimed: a budget that was refused may be raised with the same --out.
+        comparison.folder.open(comparison.identity, device=str(comparison.device))
+        write_json(path, plan)
+    fix = "restore the file or choose another --out"
+    plan = read(path, Plan, fix=fix)
+    comparison.check_labels(path, plan.step_s, "step_s.", fix=fix)
+    comparison.check_labels(path, plan.eval_token_s, "eval_token_s.", fix=fix)
+    return plan
+
+
+def make_plan(comparison: Comparison, started: float) -> Plan:
+    """Time all methods in turn and decide the number of steps; see `find_plan`."""
+    settings, device = comparison.settings, comparison.device
+    config = comparison.train_config(comparison.preset.steps, settings.seeds[0])
+    step_s, eval_token_s = _time_steps(comparison, config), _time_evaluation(comparison, config)
+    if settings.budget_s is None:
+        steps = comparison.preset.steps if settings.steps is None else settings.steps
+    else:
+        corpus, n_seeds = comparison.corpus, len(settings.seeds)
+        left = settings.budget_s * (1 - _RESERVE) - (time.perf_counter() - started)
         tokens = len(corpus.valid) + len(corpus.test) + (CURVE_POINTS + 1) * min(config.eval_tokens, len(corpus.valid))
         left -= n_seeds * tokens * sum(eval_token_s.values())
         # One layer is timed alone at the end: a few dozen calls, each a fraction of a step.
         left -= 10 * sum(step_s.values())
-        per_step = n_seeds * sum(step_s.values())
-        steps = int(left / per_step)
-        if steps < MIN_STEPS:
-            needed = (budget_s - left + MIN_STEPS * per_step) / 60
-            raise UserError(
-                f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s / 60:.1f}m, which allows "
-                f"{max(0, steps)}; fix: --budget {needed:.0f}m or more, fewer methods or seeds, or a smaller preset"
-            )
-    return Plan(steps=steps, step_s=step_s, eval_token_s=eval_token_s, budget_s=budget_s, device=device_name(device))
+        steps = _steps_within(left, n_seeds * sum(step_s.values()), settings.budget_s)
+    return Plan(steps=steps, step_s=step_s, eval_token_s=eval_token_s, budget_s=settings.budget_s, device=device_name(device))
+
+
+def _steps_within(left_s: float, step_s: float, budget_s: float) -> int:
+    """Steps of all methods and seeds, each round of them taking `step_s`, in what is left of a budget."""
+    steps = int(left_s / step_s)
+    if steps < MIN_STEPS:
+        needed = (budget_s - left_s + MIN_STEPS * step_s) / 60
+        raise UserError(
+            f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s / 60:.1f}m, which allows "
+            f"{max(0, steps)}; fix: --budget {needed:.0f}m or more, fewer methods or seeds, or a smaller preset"
+        )
+    return steps
 
 
 def _model(candidate: MatchedMethod, device: torch.device) -> TransformerXL:
@@ -102,44 +108,35 @@ def _model(candidate: MatchedMethod, device: torch.device) -> TransformerXL:
     return model.to(device)
 
 
-def _time_steps(
-    candidates: Sequence[MatchedMethod], config: TrainConfig, corpus: Corpus, device: torch.device
-) -> dict[str, float]:
-    config = dataclasses.replace(config, lr=_TIMING_LR)
+def _time_steps(comparison: Comparison, config: TrainConfig) -> dict[str, float]:
+    device = comparison.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        calls = {
-            c.label: _training_step(
-                _model(c, device), config, corpus.training_streams(batch=config.batch, context=config.context)
-            )
-            for c in candidates
-        }
+        calls = {c.label: _training_step(_model(c, device), comparison, config) for c in comparison.candidates}
         return medians(interleaved(calls, rounds=_ROUNDS, warmup=_WARMUP, clock=clock_of(device)))
 
 
-def _training_step(model: TransformerXL, config: TrainConfig, streams: TrainingStreams) -> Callable[[], object]:
+def _training_step(model: TransformerXL, comparison: Comparison, config: TrainConfig) -> Callable[[], object]:
     """A call that trains on the next window, memory carried."""
     model.train()
-    stepper = Stepper(model, config)
-    windows = itertools.cycle(range(streams.n_windows))
-    return lambda: stepper.take(*streams.window(next(windows)), lr=config.lr)
+    streams = comparison.corpus.training_streams(batch=config.batch, context=config.context)
+    stepper, windows = Stepper(model, config), itertools.cycle(range(streams.n_windows))
+    return lambda: stepper.take(*streams.window(next(windows)), lr=_TIMING_LR)
 
 
-def _time_evaluation(
-    candidates: Sequence[MatchedMethod], config: TrainConfig, corpus: Corpus, device: torch.device
-) -> dict[str, float]:
+def _time_evaluation(comparison: Comparison, config: TrainConfig) -> dict[str, float]:
     """Seconds a token with the evaluation's long memory filled, which the first windows have not."""
-    tokens = corpus.valid[: config.eval_batch * config.context * 6 + 1]
-    calls = {c.label: _evaluation(_model(c, device), config, tokens) for c in candidates}
-    seconds = medians(interleaved(calls, rounds=2, warmup=1, clock=clock_of(device)))
+    tokens = comparison.corpus.valid[: config.eval_batch * config.context * 6 + 1]
+
+    def evaluation(model: TransformerXL) -> Callable[[], object]:
+        return lambda: evaluate(
+            model,
+            tokens,
+            batch=config.eval_batch,
+            context=config.context,
+            memory=config.eval_memory,
+            precision=config.precision,
+        )
+
+    calls = {c.label: evaluation(_model(c, comparison.device)) for c in comparison.candidates}
+    seconds = medians(interleaved(calls, rounds=2, warmup=1, clock=clock_of(comparison.device)))
     return {label: value / max(1, len(tokens) - 1) for label, value in seconds.items()}
-
-
-def _evaluation(model: TransformerXL, config: TrainConfig, tokens: np.ndarray) -> Callable[[], object]:
-    return lambda: evaluate(
-        model,
-        tokens,
-        batch=config.eval_batch,
-        context=config.context,
-        memory=config.eval_memory,
-        precision=config.precision,
-    )
