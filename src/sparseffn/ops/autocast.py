@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 
-# Before torch 2.13 the compiler cannot trace PyTorch's own function.
-@torch.compiler.assume_constant_result
 def has_autocast(device_type: str) -> bool:
     """Whether PyTorch knows autocast on a kind of device; it does not on `meta`."""
-    return torch.amp.is_autocast_available(device_type)
+    # Before torch 2.13 its compiler cannot trace the question; what it compiles for has autocast.
+    return device_type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device_type)
 
 
 def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
