@@ -26,8 +26,6 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from sparseffn.storage import default_cache_dir
-
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -142,6 +140,9 @@ def library() -> ctypes.CDLL:
     Raises:
         CompilerError: they cannot be compiled or loaded.
     """
+    # Reads result files too, which an import of the layers should not wait for.
+    from sparseffn.storage import default_cache_dir
+
     try:
         return ctypes.CDLL(str(compile_library(default_cache_dir() / "kernels")))
     except OSError as error:
