@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from sparseffn.cli import main
+from sparseffn.cli import describe, main, output
+from sparseffn.cli.settings import Eval
 from sparseffn.matching import Match
 
 BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
@@ -147,8 +149,8 @@ def test_tables_come_as_json_too(words: list[str], capsys: pytest.CaptureFixture
 
 
 def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`eval` gives the trained loss again; `generate` begins with its prompt and is repeatable."""
-    assert main(["eval", str(run), "--data-dir", str(song), "--json"]) == 0
+    """`eval` gives the trained loss again, `--data-dir` or not; `generate` begins with its prompt and is repeatable."""
+    assert main(["eval", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["nats_per_token"] == json.loads((run / "result.json").read_text())["test"]
     assert main(["eval", str(run), "--data-dir", str(song)]) == 0
@@ -159,6 +161,40 @@ def test_run_is_evaluated_and_writes_text(run: Path, song: Path, capsys: pytest.
         assert main(words) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("99 bottles") and texts[0] == texts[1]
+
+
+def test_generated_text_cannot_steer_a_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters are escaped, line ends and tabs are not."""
+    assert main(["generate", str(run), "--prompt", "a\tb\n\x1b[31m", "--n-tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("a\tb\n\\x1b[31m")
+
+
+def test_device_that_is_not_there_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name, and one that does not exist at all."""
+    for name, message in (
+        ("cuda:99", "`--device` must be one that this machine has"),
+        ("gpu", "must be auto, cpu, cuda or cuda:N"),
+    ):
+        assert main(["eval", str(run), "--device", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_device_is_reported_where_it_is_no_cpu(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard error; the CPU of a machine that has nothing else is not."""
+    assert main(["eval", str(run)]) == 0 and "device" not in capsys.readouterr().err
+    monkeypatch.setattr(output, "find_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(output, "device_name", lambda device: "a GPU of the test")
+    output.use_machine(Eval(run=str(run)))
+    assert capsys.readouterr().err == "device: meta, a GPU of the test\n"
+
+
+def test_interrupted_command_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what to do next."""
+    monkeypatch.setattr(describe, "list_methods", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "sparseffn: interrupted; the same command goes on from the last checkpoint\n"
 
 
 def test_accumulation_is_noted_once(song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -315,25 +351,31 @@ def test_help_and_misspelt_words_need_no_torch() -> None:
         "assert main(['train', '--stepz', '1']) == 2 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "sparseffn", "--help"], check=True, capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
-    assert "compare" in done.stdout and min(times) < 0.5
+    assert min(map(seconds_of_help, range(3))) < 0.5
 
 
-@pytest.mark.parametrize("words", ["data list", "reproduce table table7 --json"], ids=["lines", "one-write"])
-def test_reader_that_leaves_is_no_error(words: str) -> None:
-    """As `| head` does: nothing is said, and what was left to print is dropped."""
+def seconds_of_help(_: int) -> float:
+    """From the start of Python to the end of `sparseffn --help`."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "sparseffn", "--help"], check=True, capture_output=True, text=True)
+    assert "compare" in done.stdout
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("words", ["data list", "reproduce table table7 --json --out OUT"], ids=["lines", "one-write"])
+def test_reader_that_leaves_is_no_error(words: str, tmp_path: Path) -> None:
+    """As `| head` does: nothing is reported, what was left to print is dropped, and files are there before."""
     code = "import sys; from sparseffn.cli import main; sys.exit(main())"
     with subprocess.Popen(
-        [sys.executable, "-c", code, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, *words.replace("OUT", str(tmp_path)).split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+    assert "OUT" not in words or (tmp_path / "table7.json").exists()
 
 
 def test_import_is_light_and_brings_no_extra() -> None:

@@ -10,21 +10,10 @@ import torch
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
-from sparseffn.cli.output import (
-    Progress,
-    can_draw,
-    check_out,
-    console,
-    log,
-    parse_duration,
-    print_files,
-    print_json,
-    use_machine,
-)
+from sparseffn.cli.output import Progress, can_draw, check_out, log, parse_duration, show, use_machine
 from sparseffn.cli.settings import Analyze, Places, Study
 from sparseffn.data import Split
 from sparseffn.paper.study import StudySettings, study
-from sparseffn.report import print_tables
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_report import analysis_tables, facts_line
 from sparseffn.report.bench_report import machine_line
@@ -51,13 +40,8 @@ def analyze(settings: Analyze) -> int:
     write_json(written[0], analysis)
     if can_draw():
         written += write_plots(analysis_plots(analysis), out)
-    if settings.json:
-        print_json(analysis)
-        return 0
-    print_tables(analysis_tables(analysis), console())
-    print(facts_line(analysis))
-    print_files(path for path in written if path.suffix != ".svg")
-    return 0
+    drawn_once = [path for path in written if path.suffix != ".svg"]
+    return show(analysis, settings, analysis_tables(analysis), facts_line(analysis), drawn_once)
 
 
 def analyzed(
@@ -85,7 +69,7 @@ def analyzed(
 
 def study_selectors(settings: Study) -> int:
     """Measure what is missing, write the tables, the page and the figures, print the tables."""
-    use_machine(settings)
+    device = use_machine(settings)
     check_out(settings.out)
     wanted = StudySettings(
         study=settings.study,
@@ -94,14 +78,9 @@ def study_selectors(settings: Study) -> int:
         cache_dir=settings.cache_dir,
         n_seeds=settings.seeds,
         budget_s=None if settings.budget is None else parse_duration(settings.budget),
+        device=str(device),
     )
     with Progress() as progress:
         result = study(wanted, settings.out, watcher=progress)
     written = write_study(result, Path(settings.out), drawn=can_draw())
-    if settings.json:
-        print_json(result)
-        return 0
-    print_tables(study_tables(result).values(), console())
-    print(machine_line(result.environment, timed=False))
-    print_files(written)
-    return 0
+    return show(result, settings, study_tables(result).values(), machine_line(result.environment, timed=False), written)

@@ -25,17 +25,7 @@ from sparseffn.cli.bench_settings import (
     BenchStep,
     Sized,
 )
-from sparseffn.cli.output import (
-    can_draw,
-    check_out,
-    console,
-    log,
-    parse_duration,
-    print_files,
-    print_json,
-    print_rows,
-    use_machine,
-)
+from sparseffn.cli.output import can_draw, check_out, log, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import freed_memory
 from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.devices import find_device
@@ -44,7 +34,6 @@ from sparseffn.ffn import FFNConfig, field_infos, list_methods
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
 from sparseffn.paper.figure_points import bench_figures
-from sparseffn.report import print_tables
 from sparseffn.report.bench_report import bench_tables, machine_line, read_bench, write_bench
 from sparseffn.results.bench_result import BenchResult, FiguresResult, LayerSettings, StepSettings
 from sparseffn.storage import write_json
@@ -162,7 +151,8 @@ def _deliver(measured: BenchResult, settings: Bench) -> int:
     # The command's own choice for its process, hence the same for all candidates.
     environment = msgspec.structs.replace(measured.environment, freed_memory=freed_memory())
     result = msgspec.structs.replace(measured, environment=environment)
-    return _show(result, _write(result, settings.out) if settings.out else [], as_json=settings.json)
+    written = _write(result, settings.out) if settings.out else []
+    return show(result, settings, bench_tables(result), machine_line(result.environment), written)
 
 
 def _write(result: BenchResult, out: str) -> list[Path]:
@@ -170,17 +160,6 @@ def _write(result: BenchResult, out: str) -> list[Path]:
     data = Path(out) / f"{result.kind}.json"
     write_json(data, result)
     return [data, *write_bench(result, out, drawn=can_draw())]
-
-
-def _show(result: BenchResult, written: list[Path], *, as_json: bool) -> int:
-    """Print a result and where its files are."""
-    if as_json:
-        print_json(result)
-        return 0
-    print_tables(bench_tables(result), console())
-    print(machine_line(result.environment))
-    print_files(written)
-    return 0
 
 
 def figures(settings: BenchFigures) -> int:
@@ -198,7 +177,8 @@ def figures(settings: BenchFigures) -> int:
         device=str(device),
     )
     result = read_bench(path) if settings.redraw else measure_figures(settings.figures, measured, path, settings.time_limit)
-    return _show(result, _write(result, settings.out), as_json=settings.json)
+    written = _write(result, settings.out)
+    return show(result, settings, bench_tables(result), machine_line(result.environment), written)
 
 
 def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path, time_limit: str) -> FiguresResult:

@@ -39,17 +39,19 @@ EXTRAS = {
 def methods(settings: Methods) -> int:
     """`sparseffn methods`."""
     if settings.method:
-        return _one_method(settings)
+        return _one_method(settings.method, settings)
     rows = [_method_row(method_class(name)) for name in list_methods()]
     if settings.json:
         print_json(rows)
     elif settings.markdown:
         print("| method | what it computes | selects | matched by | source |\n| --- | --- | --- | --- | --- |")
         for r in rows:
-            print(f"| `{r['method']}` | {r['summary']} | {r['unit']} | {', '.join(r['knobs'])} | {r['paper']} |")
+            print(f"| `{r['method']}` | {r['summary']} | {r['unit']} | {', '.join(r['size_fields'])} | {r['paper']} |")
     else:
         columns = ("method", "what it computes", "selects", "matched by", "source")
-        print_rows(columns, [(r["method"], r["summary"], r["unit"], ", ".join(r["knobs"]), r["paper"]) for r in rows])
+        print_rows(
+            columns, [(r["method"], r["summary"], r["unit"], ", ".join(r["size_fields"]), r["paper"]) for r in rows], n_words=5
+        )
     return 0
 
 
@@ -58,13 +60,13 @@ def _method_row(config_class: type[FFNConfig]) -> dict[str, Any]:
         "method": config_class.name,
         "summary": describe(config_class).rstrip("."),
         "unit": config_class.unit,
-        "knobs": list(config_class.size_fields),
+        "size_fields": list(config_class.size_fields),
         "paper": config_class.paper,
     }
 
 
-def _one_method(settings: Methods) -> int:
-    config_class = method_class(settings.method)
+def _one_method(name: str, settings: Methods) -> int:
+    config_class = method_class(name)
     rows = []
     for info in field_infos(config_class).values():
         required = info.default is dataclasses.MISSING
@@ -85,7 +87,7 @@ def _one_method(settings: Methods) -> int:
         return 0
     print(f"{config_class.name}: {describe(config_class)} ({config_class.paper})\n")
     table = [(r["option"], r["values"], "required" if r["required"] else str(r["default"]), r["meaning"]) for r in rows]
-    print_rows(("option", "values", "default", "meaning"), table)
+    print_rows(("option", "values", "default", "meaning"), table, n_words=4)
     return 0
 
 
@@ -107,39 +109,29 @@ def match(settings: Matched) -> int:
         "model_residual_percent": found.residual_percent if found.other_params else None,
         "equal": found.equal,
     }
-    code = 0 if found.equal else 1
     if settings.json:
         print_json(data)
-        return code
-    rows = [
-        (
-            "block",
-            f"{found.block_params:,}",
-            f"{found.target_params:,}",
-            f"{found.block_residual:+,}",
-            f"{found.block_residual_percent:+.3f}%",
-        ),
-    ]
+        return _code(found)
+    rows = [("block", found.block_params, found.target_params, found.block_residual, found.block_residual_percent)]
     if found.other_params:
-        rows.append(
-            (
-                "whole model",
-                f"{found.model_params:,}",
-                f"{found.model_target:,}",
-                f"{found.residual:+,}",
-                f"{found.residual_percent:+.3f}%",
-            )
-        )
-    settings = " ".join(f"{key}={value}" for key, value in config.to_json().items() if key != "method")
-    print(f"{config.name} {settings}\n")
-    print_rows(("parameters", "matched", "target", "residual", "percent"), rows)
+        rows.append(("whole model", found.model_params, found.model_target, found.residual, found.residual_percent))
+    print(config.name, " ".join(f"{key}={value}" for key, value in config.to_json().items() if key != "method"), end="\n\n")
+    print_rows(
+        ("parameters", "matched", "target", "residual", "percent"),
+        [(name, f"{have:,}", f"{want:,}", f"{off:+,}", f"{percent:+.3f}%") for name, have, want, off, percent in rows],
+    )
     print(
         f"\nactive parameters {counts.active_params:,}; forward {counts.forward_flops:,} FLOPs a token "
         f"({counts.active_fraction:.1%} of the channels active)"
     )
     if not found.equal:
         print(f"not within {found.tolerance:.1%}: a comparison would refuse to call this parameter-equal")
-    return code
+    return _code(found)
+
+
+def _code(found: Match) -> int:
+    """The exit code: 1 where the sizes are not within the tolerance."""
+    return 0 if found.equal else 1
 
 
 def _match(settings: Matched) -> Match:
@@ -163,7 +155,7 @@ def _shape(settings: Matched) -> BlockShape:
     if settings.preset:
         changes = {flag[2:].replace("-", "_"): value for flag, value in given.items()}
         return dataclasses.replace(get_preset(settings.preset).shape, **changes)
-    if len(given) < len(sizes):
+    if settings.d_model is None or settings.d_ff is None:
         got = " ".join(f"{flag} {value}" for flag, value in given.items())
         raise UserError(
             f"`--d-model` and `--d-ff`, or `--preset`, must be given; got {f'{got} alone' if got else 'neither'}; "
@@ -201,7 +193,7 @@ def doctor(settings: Doctor) -> int:
     if settings.json:
         print_json(facts)
     else:
-        print_rows(("", ""), [(key, str(value)) for key, value in facts.items()])
+        print_rows(("", ""), [(key, str(value)) for key, value in facts.items()], n_words=2)
     return 0
 
 

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from sparseffn.cli.process import printable
-from sparseffn.cli.settings import Machine
+from sparseffn.cli.settings import Machine, Printed
 from sparseffn.devices import device_name, find_device
 from sparseffn.errors import UserError
-from sparseffn.report import Table, print_table
+from sparseffn.report import Table, print_table, print_tables
 from sparseffn.training.loop import OnStep, StepReport
 
 # Seconds between lines of progress where there is no terminal to draw a bar in, and those that a speed is the mean of.
@@ -48,6 +48,18 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     """A plain table; all columns but the first `n_words` are right-aligned."""
     shown = [tuple(map(printable, row)) for row in rows]
     print_table(Table.of(columns, shown, n_words=n_words, title=title), console())
+
+
+def show(result: object, settings: Printed, tables: Iterable[Table], facts: str = "", files: Iterable[Path] = ()) -> int:
+    """Print a result as JSON, or its tables, a line of facts and where its files are; returns the exit code, 0."""
+    if settings.json:
+        print_json(result)
+        return 0
+    print_tables(tables, console())
+    if facts:
+        print(facts)
+    print_files(files)
+    return 0
 
 
 def print_files(paths: Iterable[Path]) -> None:
@@ -120,9 +132,6 @@ class Progress:
         """One line."""
         self.close()
         self.console.print(text)
-
-    # The word of rooms that have not been renamed yet.
-    say = log
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
         """Begin a run; returns what its steps are reported to."""

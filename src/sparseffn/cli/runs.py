@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparseffn.cli.output import Progress, console, log, parse_duration, print_json, print_rows, use_machine
+from sparseffn.cli.output import Progress, log, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
@@ -21,7 +21,6 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.models.generation import generate_tokens
 from sparseffn.models.presets import get_preset
-from sparseffn.report import print_table
 from sparseffn.report.comparison_report import comparison_table, write_comparison
 from sparseffn.training import RunSettings, from_preset, load_run_corpus, load_run_model, load_run_tokenizer, train
 
@@ -126,12 +125,7 @@ def compare_methods(settings: Compare) -> int:
         result = compare(wanted, settings.out, progress=progress)
     out = Path(settings.out)
     write_comparison(result, out, drawn=has_plots)
-    if settings.json:
-        print_json(result)
-    else:
-        print_table(comparison_table(result), console())
-        print(f"\npage: {(out / 'page.html').resolve().as_uri()}")
-    return 0
+    return show(result, settings, [comparison_table(result)], files=[out / "page.html"])
 
 
 def evaluate_run(settings: Eval) -> int:
