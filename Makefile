@@ -55,7 +55,7 @@ format: setup
 readme: setup
 	$(BIN)/python tools/generated.py
 
-# Made from the pool: results/evidence/, and of the page the blocks that say so. LaTeX, HTML and their index are not kept.
+# Made from the pool: results/evidence/ and the generated blocks of docs/results.md. LaTeX, HTML and their index are not kept.
 evidence: setup
 	$(BIN)/sparseffn reproduce evidence --list --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
 	rm -f results/evidence/*.tex results/evidence/*.html results/evidence/tables.md
