@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -94,16 +95,16 @@ def _size(n_bytes: int | None) -> str:
 
 def prepare(settings: DataPrepare) -> int:
     """`sparseffn data prepare`."""
-    with _Transfers() as transfers:
+    shown_on = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=shown_on, disable=not shown_on.is_terminal) as transfers:
+        task_of = functools.cache(transfers.add_task)
         corpus = prepare_corpus(
             settings.corpus,
-            tokenizer=settings.tokenizer,
-            vocab_size=settings.vocab_size,
-            data_dir=settings.data_dir,
-            cache_dir=settings.cache_dir,
+            **settings.corpus_options(),
             offline=settings.offline,
             accept_digests=settings.accept_digest,
-            on_progress=transfers.show,
+            on_progress=lambda file, done, total: transfers.update(task_of(file), completed=done, total=total),
         )
     _print_corpus(corpus, settings)
     return 0
@@ -112,7 +113,7 @@ def prepare(settings: DataPrepare) -> int:
 def check(settings: DataCheck) -> int:
     """`sparseffn data check`."""
     if settings.corpus is not None:
-        _print_corpus(_load(settings.corpus, settings), settings)
+        _print_corpus(load_corpus(settings.corpus, **settings.corpus_options()), settings)
         return 0
     if settings.data_dir is not None:
         raise UserError(f"`--corpus` must be given with --data-dir; got {settings.data_dir!r} alone; fix: name the corpus")
@@ -120,7 +121,7 @@ def check(settings: DataCheck) -> int:
     found, failed = [], {}
     for name in here:
         try:
-            found.append(_load(name, settings))
+            found.append(load_corpus(name, **settings.corpus_options()))
         except UserError as error:
             failed[name] = str(error)
     if settings.json:
@@ -131,16 +132,6 @@ def check(settings: DataCheck) -> int:
         for name, message in failed.items():
             print(f"\n{name}: {message}")
     return 1 if failed else 0
-
-
-def _load(name: str, settings: DataCheck) -> Corpus:
-    return load_corpus(
-        name,
-        tokenizer=settings.tokenizer,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-        vocab_size=settings.vocab_size,
-    )
 
 
 def _row(corpus: Corpus) -> tuple[str, ...]:
@@ -171,28 +162,3 @@ def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
 
 def _place(settings: DataList | DataCheck) -> Place:
     return Place(cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir())
-
-
-class _Transfers:
-    """Progress of downloads on standard error; nothing where that is not a terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._progress = Progress(*columns, console=console(stderr=True))
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Transfers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tasks:
-            self._progress.stop()
-
-    def show(self, name: str, done: int, total: int | None) -> None:
-        """Tell of the bytes of a file that are there."""
-        if not self._progress.console.is_terminal:
-            return
-        if name not in self._tasks:
-            self._progress.start()
-            self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[name], completed=done, total=total)

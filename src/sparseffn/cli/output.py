@@ -136,8 +136,27 @@ class Progress:
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
         """Begin a run; returns what its steps are reported to."""
         self.close()
-        name = f"[{position + 1}/{n_runs}] {label}, seed {seed}"
-        return self._in_bar(name) if self.console.is_terminal else self._in_lines(name)
+        name, speed, last = f"[{position + 1}/{n_runs}] {label}, seed {seed}", Speed(), 0.0
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            self.bar = Bar(*columns, console=self.console)
+            self.bar.add_task(name, total=None, text="")
+            self.bar.start()
+
+        def on_step(report: StepReport) -> None:
+            nonlocal last
+            text = self._text(report, speed.mean(report))
+            if self.bar is not None:
+                self.bar.update(self.bar.task_ids[0], total=report.n_steps, completed=report.step, text=text)
+            elif time.monotonic() - last >= _LINE_EVERY or report.step == report.n_steps:
+                last = time.monotonic()
+                self.console.print(f"{name}: {text}")
+
+        return on_step
 
     def close(self) -> None:
         """End the bar of the run before."""
@@ -150,28 +169,6 @@ class Progress:
             f"step {report.step}/{report.n_steps}  {self.show(report.loss)}  "
             f"{tokens_per_s:,.0f} tokens/s  {clock(report.seconds_left)} left"
         )
-
-    def _in_bar(self, name: str) -> OnStep:
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
-        self.bar = bar = Bar(*columns, console=self.console)
-        task, speed = bar.add_task(name, total=None, text=""), Speed()
-        bar.start()
-
-        def on_step(report: StepReport) -> None:
-            bar.update(task, total=report.n_steps, completed=report.step, text=self._text(report, speed.mean(report)))
-
-        return on_step
-
-    def _in_lines(self, name: str) -> OnStep:
-        last, speed = [0.0], Speed()
-
-        def on_step(report: StepReport) -> None:
-            tokens_per_s = speed.mean(report)
-            if time.monotonic() - last[0] >= _LINE_EVERY or report.step == report.n_steps:
-                last[0] = time.monotonic()
-                self.console.print(f"{name}: {self._text(report, tokens_per_s)}")
-
-        return on_step
 
 
 class Speed:

@@ -76,13 +76,7 @@ def _pool(settings: Runs) -> Pool:
 
 def _request(settings: ReproduceTable | ReproduceEvidence) -> Request:
     scale = get_scale(settings.scale)
-    choice = CorpusChoice(
-        name=settings.corpus,
-        tokenizer=settings.tokenizer,
-        vocab_size=settings.vocab_size,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-    )
+    choice = CorpusChoice(name=settings.corpus, **settings.corpus_options())
     if isinstance(settings, ReproduceEvidence):
         return Request(scale=scale, corpora=Corpora(scale=scale, choice=choice), steps=settings.steps)
     return Request(

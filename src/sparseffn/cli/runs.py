@@ -52,13 +52,7 @@ def train_run(settings: Train) -> int:
     given = {key: value for key, value in given.items() if value is not None}
     same = {key: getattr(settings, key) for key in ("optimizer", "weight_decay", "accumulation", "precision")}
     config = from_preset(preset, steps=settings.steps, seed=settings.seed, **same, **given)
-    corpus = load_corpus(
-        settings.corpus,
-        tokenizer=settings.tokenizer,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
-        vocab_size=settings.vocab_size,
-    )
+    corpus = load_corpus(settings.corpus, **settings.corpus_options())
     matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
     with Progress(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit))) as progress:
         progress.log(f"{matched.label}: {matched.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
@@ -106,10 +100,7 @@ def compare_methods(settings: Compare) -> int:
     wanted = CompareSettings(
         methods=tuple(parse_methods(settings.methods)),
         corpus=settings.corpus,
-        tokenizer=settings.tokenizer,
-        vocab_size=settings.vocab_size,
-        data_dir=settings.data_dir,
-        cache_dir=settings.cache_dir,
+        **settings.corpus_options(),
         preset=settings.preset,
         seeds=tuple(range(settings.seed, settings.seed + settings.seeds)),
         steps=settings.steps,

@@ -6,7 +6,7 @@ A class's docstring is its command's help, a field's is the option's. Types that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg, create_mutex_group
 
@@ -55,6 +55,10 @@ class Tokens(Places):
     """bytes, seen-bytes, chars, words or bpe (default: the corpus's own)"""
     vocab_size: MaybeInt = None
     """pieces of a bpe vocabulary (default: 8000)"""
+
+    def corpus_options(self) -> dict[str, Any]:
+        """How the corpus is opened, as arguments of `load_corpus` and of settings that have them."""
+        return {name: getattr(self, name) for name in ("tokenizer", "vocab_size", "data_dir", "cache_dir")}
 
 
 @dataclass(frozen=True, kw_only=True)
