@@ -67,7 +67,9 @@ def train_run(settings: Train) -> int:
         )
     losses = {split: to_metric(nats, corpus.unit) for split, nats in (("valid", result.valid), ("test", result.test))}
     if settings.json:
-        print_json({**result.to_json(), "metric": losses["test"][0], **{f"{k}_metric": v[1] for k, v in losses.items()}})
+        print_json(
+            {**dataclasses.asdict(result), "metric": losses["test"][0], **{f"{k}_metric": v[1] for k, v in losses.items()}}
+        )
     else:
         print_rows(("split", losses["test"][0]), [(split, f"{value:.4f}") for split, (_, value) in losses.items()])
     return 0

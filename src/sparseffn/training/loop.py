@@ -8,7 +8,6 @@ another device it goes on as well; `metrics.jsonl` says from which step.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -68,9 +67,6 @@ class TrainResult:
     notes: tuple[str, ...] = ()
     """What one must know of the settings to read the numbers; also logged once, when the run begins."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
-
     @classmethod
     def read(cls, path: Path) -> TrainResult:
         """The result that a finished run wrote.
@@ -78,7 +74,7 @@ class TrainResult:
         Raises:
             UserError: the file is damaged.
         """
-        fix = "remove the file and run the same command again, which makes it anew from the last checkpoint"
+        fix = "remove the file and run the same command again, which makes it again from the last checkpoint"
         return read(path, cls, fix=fix)
 
 
@@ -133,7 +129,9 @@ def train(
         try:
             return run.run()
         except torch.AcceleratorError as error:
-            raise run.stopped_by_device(error) from error
+            if "device-side assert" not in str(error):
+                raise
+            raise run.stopped_by_device() from error
 
 
 def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -186,7 +184,7 @@ class _Run:
             seconds=self.seconds,
             notes=self.config.notes,
         )
-        write_json(self.folder.result_path, result.to_json())
+        write_json(self.folder.result_path, result)
         return result
 
     def _is_due(self, every: int) -> bool:
@@ -203,7 +201,7 @@ class _Run:
             done = self.stepper.take(*self.streams.window(window), lr=self.config.lr_at(self.step))
         except NonFiniteError as error:
             self._read_steps()
-            raise self._not_finite(self.step + 1, f"an operation that says: {error}") from None
+            raise self._not_finite(self.step + 1, f"an operation that reports: {error}") from None
         self.unread.append(done)
         self.step += 1
 
@@ -228,10 +226,8 @@ class _Run:
             f"fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
         )
 
-    def stopped_by_device(self, error: RuntimeError) -> RuntimeError | UserError:
-        """What to say of an error of the device, which nothing in this process can use any more."""
-        if "device-side assert" not in str(error):
-            return error
+    def stopped_by_device(self) -> UserError:
+        """An assertion failed on the device, which nothing in this process can use any more."""
         first = self.step - len(self.unread) + 1
         return UserError(
             f"the device must go on; got an assertion at step {first} to {self.step + 1}, most likely of a router whose scores "

@@ -18,24 +18,18 @@ from sparseffn.errors import UserError
 from sparseffn.storage import Count, environment, read, write_json, write_text
 
 
-class _Step(msgspec.Struct):
+class _Line(msgspec.Struct):
+    """A line of the metrics: a training step, a point of validation, or the device of the steps that follow."""
+
     step: Count
-    loss: float
-    balance_loss: float
+    loss: float | None = None
+    balance_loss: float | None = None
+    valid: float | None = None
+    device: str | None = None
 
-
-class _Validation(msgspec.Struct):
-    step: Count
-    valid: float
-
-
-class _Device(msgspec.Struct):
-    step: Count
-    device: str
-
-
-# What a line of the metrics holds beside a step, by a field that tells it from the others.
-_LINES: dict[str, type[msgspec.Struct]] = {"valid": _Validation, "device": _Device}
+    def __post_init__(self) -> None:
+        if self.valid is None and self.device is None and None in (self.loss, self.balance_loss):
+            raise ValueError("nothing is said of the step")
 
 
 @final
@@ -44,34 +38,15 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-
-    @property
-    def environment_path(self) -> Path:
-        """What the result depends on beside its config, as it was when the run began."""
-        return self.path / "environment.json"
-
-    @property
-    def corpus_path(self) -> Path:
-        """Where the corpus was found, see `data.CorpusOrigin`."""
-        return self.path / "corpus.json"
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One JSON object a line: training steps, validation points, and from which step on which device."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def result_path(self) -> Path:
-        """Final numbers; there when the run is finished."""
-        return self.path / "result.json"
+        # What the result depends on beside the config, as it was when the run began.
+        self.environment_path = self.path / "environment.json"
+        # A `data.CorpusOrigin`: where the corpus was found.
+        self.corpus_path = self.path / "corpus.json"
+        self.tokenizer_path = self.path / "tokenizer.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        # There when the run is finished.
+        self.result_path = self.path / "result.json"
 
     def window_losses_path(self, split: str) -> Path:
         """Mean loss of every evaluation window of a split, written before the final numbers."""
@@ -172,8 +147,7 @@ def _metrics_record(line: bytes) -> dict[str, Any] | None:
     """A line of the metrics; None where it is none."""
     try:
         record = msgspec.json.decode(line, type=dict[str, Any])
-        kind = next((kind for field, kind in _LINES.items() if field in record), _Step)
-        msgspec.convert(record, kind)
+        msgspec.convert(record, _Line)
     except msgspec.MsgspecError:
         return None
     return record
