@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from sparseffn.cli.settings import Flag, Ints, Machine, MaybeText, Precision, Printed, Words
+from sparseffn.cli.settings import Flag, Ints, Machine, MaybeText, Precision, Printed, Words, settings_class
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Bench(Machine, Printed):
     """What all measurements share."""
 
@@ -18,7 +17,7 @@ class Bench(Machine, Printed):
     """folder for the result as JSON and as a page (HTML, one file)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Sized(Bench):
     """What is measured on layers."""
 
@@ -32,7 +31,7 @@ class Sized(Bench):
     """of parameters and tokens"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Layers(Sized):
     """What is measured on our layers and on peers."""
 
@@ -42,7 +41,7 @@ class Layers(Sized):
     """leave other libraries out"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchLayer(Layers):
     """Time of one layer of each method against the dense block and installed peers, at equal parameters.
 
@@ -63,7 +62,7 @@ class BenchLayer(Layers):
     """timed calls of each, at least; short calls get more"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchMemory(Layers):
     """Bytes that one layer of each method keeps for backward, against the dense block.
 
@@ -75,7 +74,7 @@ class BenchMemory(Layers):
     """
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchRoofline(Sized):
     """Measured speed of matrix products and memory, and the limits of the blocks that follow from them.
 
@@ -94,7 +93,7 @@ class BenchRoofline(Sized):
     """paper (wt-s, wt-b and e8), or tiny, small, wt-s, wt-s-star, wt-b, e8"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchStep(Bench):
     """Time of a training step: relative against plain attention, and methods against the dense block, in parts.
 
@@ -125,7 +124,7 @@ class BenchStep(Bench):
     """timed steps of each"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchFigures(Machine, Printed):
     """The paper's figures 2, 8, 9, 10 and 11: time and memory of one layer, dense block against sigma-MoE, over sizes.
 
@@ -158,7 +157,7 @@ class BenchFigures(Machine, Printed):
     """folder"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class BenchKernels(Printed):
     """Registers, spills and shared memory of the Triton kernels, compiled ahead of time; no GPU is needed.
 

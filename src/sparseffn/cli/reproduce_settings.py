@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, create_mutex_group
 
-from sparseffn.cli.settings import Flag, Machine, MaybeInt, MaybeText, Places, Printed, Tokens, Words
+from sparseffn.cli.settings import Flag, Machine, MaybeInt, MaybeText, Places, Printed, Tokens, Words, settings_class
 
 # Evidence either trains, for as long as it may, or lists what there is.
 _WORK = create_mutex_group(required=True, title="work")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Runs(Tokens, Machine, Printed):
     """What is trained, for tables and for evidence."""
 
@@ -27,7 +26,7 @@ class Runs(Tokens, Machine, Printed):
     """folder for the files (default: none are written)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class ReproduceTable(Runs):
     """Run tables of the paper at a chosen scale and print what was measured beside what was published.
 
@@ -62,7 +61,7 @@ class ReproduceTable(Runs):
     """print every run with its cost; train nothing"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class ReproduceEvidence(Runs):
     """Spend a budget of time on the runs that decide the paper's claims, the most decisive first, one at a time.
 
@@ -81,7 +80,7 @@ class ReproduceEvidence(Runs):
     """print the order and what is done; train nothing"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class ReproduceFigure(Places, Machine, Printed):
     """Draw figures of the paper: 1 and 3 to 7 from finished runs, 2 and 8 to 11 from measurements of time and memory.
 

@@ -5,8 +5,9 @@ A class's docstring is its command's help, a field's is the option's. Types that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import dataclasses
+import inspect
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from tyro.conf import Positional, arg, create_mutex_group
 
@@ -23,17 +24,31 @@ Run = Annotated[Positional[str], arg(metavar="RUN")]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings_class(cls: type[Class]) -> type[Class]:
+    """A frozen dataclass whose help begins with what is required, then what is its own; what it shares comes last."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    order = [name for part in made.__mro__ for name in inspect.get_annotations(part)]
+    found = {field.name: field for field in dataclasses.fields(made)}  # pyright: ignore[reportArgumentType]
+    ranks = {name: (field.default is not dataclasses.MISSING, order.index(name)) for name, field in found.items()}
+    made.__dataclass_fields__ = {name: found[name] for name in sorted(found, key=ranks.__getitem__)}  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
 # Either says how long a comparison runs.
 _LENGTH = create_mutex_group(required=False, title="length")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Printed:
     json: Flag = False
     """print JSON instead of a table"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Machine:
     threads: MaybeInt = None
     """CPU threads (default: all cores)"""
@@ -41,7 +56,7 @@ class Machine:
     """where to compute: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Places:
     data_dir: MaybeText = None
     """your file or folder, for text, or with a copy of a published corpus (default: as prepared, or as the run had it)"""
@@ -49,7 +64,7 @@ class Places:
     """where downloads and token files are kept (default: the user's cache folder)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Tokens(Places):
     tokenizer: MaybeText = None
     """bytes, seen-bytes, chars, words or bpe (default: the corpus's own)"""
@@ -61,7 +76,7 @@ class Tokens(Places):
         return {name: getattr(self, name) for name in ("tokenizer", "vocab_size", "data_dir", "cache_dir")}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Trained(Tokens, Machine, Printed):
     """What `train` and `compare` share."""
 
@@ -83,7 +98,7 @@ class Trained(Tokens, Machine, Printed):
     """float32, or autocast to bfloat16 or float16 (with a gradient scaler)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Methods(Printed):
     """List the methods, or the options of one.
 
@@ -98,7 +113,7 @@ class Methods(Printed):
     """the table of the README"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Matched(Printed):
     """Size a method so that it has another one's parameters.
 
@@ -125,7 +140,7 @@ class Matched(Printed):
     """vocabulary of the preset's model"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Compare(Trained):
     """Train parameter-equal models that differ in their feedforward block; one table and one page.
 
@@ -153,7 +168,7 @@ class Compare(Trained):
     """folder of the comparison"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Train(Trained):
     """Train one language model.
 
@@ -186,7 +201,7 @@ class Train(Trained):
     """run folder"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Eval(Places, Machine, Printed):
     """Evaluate a run's model: every token of a split is predicted once.
 
@@ -205,7 +220,7 @@ class Eval(Places, Machine, Printed):
     """streams the split is cut into; 1 is exact (default: the run's)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Generate(Machine):
     """Print text that a run's model writes. Control characters but line ends and tabs are escaped.
 
@@ -230,7 +245,7 @@ class Generate(Machine):
     """seed of the samples"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Analyze(Places, Machine, Printed):
     """What a finished run's feedforward blocks do: active channels, use of experts, their tokens, routing over training.
 
@@ -253,7 +268,7 @@ class Analyze(Places, Machine, Printed):
     """folder for the results (default: RUN/analysis)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Study(Places, Machine, Printed):
     """Measure why this selector and why this initialisation: predictions beside figures.
 
@@ -278,7 +293,7 @@ class Study(Places, Machine, Printed):
     """folder of the studies"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class DataList(Printed):
     """List every corpus: whether it is here, its size, and whether its published digest was ever verified.
 
@@ -290,7 +305,7 @@ class DataList(Printed):
     """where downloads and token files are kept (default: the user's cache folder)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class DataPrepare(Tokens, Printed):
     """Get a corpus, check it, make its tokens.
 
@@ -310,7 +325,7 @@ class DataPrepare(Tokens, Printed):
     """accept a file with this digest, as the error gave it, for one whose published digest is unverified"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class DataCheck(Tokens, Printed):
     """Check a corpus that is here, without a network: size, digest, tokens, vocabulary, first lines decoded.
 
@@ -323,7 +338,7 @@ class DataCheck(Tokens, Printed):
     """one that `data list` shows (default: all that are here)"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Doctor(Printed):
     """Report what this installation can do: versions, threads, backends and why, extras.
 
