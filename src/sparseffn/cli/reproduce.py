@@ -33,7 +33,7 @@ TABLES = "runs/evidence"
 
 def tables(settings: ReproduceTable) -> int:
     """Run each table's missing runs, then print it as the pool knows it."""
-    use_machine(settings)
+    device = str(use_machine(settings))
     names = _names(settings.names)
     request = _request(settings)
     chosen = [get_table(name) for name in names if name not in COUNTED]
@@ -45,7 +45,7 @@ def tables(settings: ReproduceTable) -> int:
         return _dry_run(settings, trained, counted)
     _refuse_without_corpus(trained, request)
     if not settings.view:
-        _train(settings, trained)
+        _train(settings, trained, device)
     pool = _pool(settings)
     results = {
         name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name]) for name in names
@@ -119,7 +119,7 @@ def _dry_run(settings: ReproduceTable, trained: dict[str, PlannedTable], counted
     return 0
 
 
-def _train(settings: ReproduceTable, trained: dict[str, PlannedTable]) -> None:
+def _train(settings: ReproduceTable, trained: dict[str, PlannedTable], device: str) -> None:
     """The missing runs of all tables, each once."""
     runs = {}
     for planned in trained.values():
@@ -127,7 +127,7 @@ def _train(settings: ReproduceTable, trained: dict[str, PlannedTable]) -> None:
             name = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
             runs.setdefault(spec.digest, (name, seed, spec))
     with Progress() as progress:
-        run_all(list(runs.values()), _pool(settings), jobs=settings.jobs, choice=settings, progress=progress)
+        run_all(list(runs.values()), _pool(settings), jobs=settings.jobs, device=device, progress=progress)
 
 
 def _counted(name: str, request: Request, columns: Sequence[str] | None) -> PaperTable:
@@ -136,11 +136,11 @@ def _counted(name: str, request: Request, columns: Sequence[str] | None) -> Pape
 
 def evidence(settings: ReproduceEvidence) -> int:
     """Go on with the missing runs while the budget lasts, then print how all of them stand."""
-    use_machine(settings)
+    device = str(use_machine(settings))
     request, pool = _request(settings), _pool(settings)
     items = evidence_items(request)
     if settings.budget is not None:
-        _spend(items, pool, parse_duration(settings.budget))
+        _spend(items, pool, parse_duration(settings.budget), device)
     result = evidence_result(items, pool)
     index: list[Path] = []
     if settings.out is not None:
@@ -183,12 +183,13 @@ def _list_command(settings: ReproduceEvidence) -> str:
     return shlex.join(words)
 
 
-def _spend(items: list[Item], pool: Pool, budget_s: float) -> None:
+def _spend(items: list[Item], pool: Pool, budget_s: float, device: str) -> None:
     wanted = [item for item in items if pool.status(item.spec).wanted]
     position = {item.spec.digest: place for place, item in enumerate(wanted)}
     with Progress() as progress:
 
         def run(item: Item) -> None:
-            run_here((item.label, item.seed, item.spec), pool, position[item.spec.digest], len(wanted), progress)
+            named = (item.label, item.seed, item.spec)
+            run_here(named, pool, position[item.spec.digest], len(wanted), device=device, progress=progress)
 
         run_until_budget(items, pool, budget_s, run, log=progress.log)

@@ -91,7 +91,7 @@ class Trained(Tokens, Machine, Printed):
     context: MaybeInt = None
     """tokens of a window (default: the preset's)"""
     warmup: MaybeInt = None
-    """steps of linear warm-up (default: the preset's)"""
+    """steps of linear warm-up, a tenth of all at most (default: the preset's)"""
     clip: MaybeFloat = None
     """largest gradient norm (default: the preset's)"""
     precision: Precision = "float32"

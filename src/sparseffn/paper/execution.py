@@ -12,6 +12,7 @@ import torch
 from sparseffn.analysis import UsageCounter
 from sparseffn.comparison.runs import count_usage
 from sparseffn.data import Corpus, evaluation_windows
+from sparseffn.devices import find_device, to_device
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import collect_stats
 from sparseffn.models import TransformerXL
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 _LOAD_WINDOWS = 16
 
 
-def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None) -> Status:
-    """Do a run unless it is finished, failed for good, or another process is at it; returns how it then stands."""
+def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device: str = "auto") -> Status:
+    """Do a run on a device unless it is finished, failed for good, or another process is at it; returns how it then stands."""
     with pool.claimed(spec) as ours:
         if not ours:
             return Status(kind="missing", reason="another process is running it")
@@ -38,7 +39,7 @@ def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None) -> Status:
         if status.stale:
             pool.set_aside(spec)
         pool.failure_path(spec).unlink(missing_ok=True)
-        unrecorded = _guarded(pool, spec, lambda: _run(pool, spec, on_step))
+        unrecorded = _guarded(pool, spec, lambda: _run(pool, spec, on_step, device))
         return unrecorded or pool.status(spec)
 
 
@@ -67,13 +68,13 @@ def _recorded(pool: Pool, spec: RunSpec, reason: str, *, permanent: bool) -> Sta
     return None
 
 
-def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None) -> None:
+def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None:
     started, before = time.perf_counter(), _trained_s(pool, spec)
     folder = pool.folder(spec)
-    result = train(spec.model, spec.train, spec.corpus, folder.path, on_step=on_step)
+    result = train(spec.model, spec.train, spec.corpus, folder.path, device=device, on_step=on_step)
     load = None
     if spec.model.ffn.unit == "experts":
-        model, _ = load_run_model(folder.path)
+        model, _ = load_run_model(folder.path, device=find_device(device))
         usage = count_usage(model, spec.train, spec.corpus, folder.path)
         load = Load(valid=_worst(usage), training=training_load(model, spec.train, spec.corpus))
     wall_s = before + time.perf_counter() - started
@@ -92,14 +93,14 @@ def training_load(model: TransformerXL, config: TrainConfig, corpus: Corpus) -> 
     """Largest over mean load on the first windows of validation, routed as in training; the worst layer's."""
     windows = evaluation_windows(corpus.valid, batch=config.batch, context=config.context)
     counter, memory = UsageCounter(), None
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.train()
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             for window in islice(windows, _LOAD_WINDOWS):
                 with collect_stats(model) as stats:
-                    memory = model(window.inputs, memory, memory_length=config.memory).memory
+                    memory = model(to_device(window.inputs, device), memory, memory_length=config.memory).memory
                 counter.observe(stats)
     finally:
         model.train(was_training)
