@@ -16,11 +16,11 @@ import killed_comparison
 import pytest
 import torch
 
+from sparseffn.cli import main
 from sparseffn.comparison import CompareSettings, NoProgress, compare, match_methods, parse_methods
 from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.outcome import _spread, _too_large
 from sparseffn.comparison.schedule import make_plan
-from sparseffn.data import load_corpus
 from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import list_methods
 from sparseffn.models import TransformerXL
@@ -29,7 +29,7 @@ from sparseffn.report import markdown_table
 from sparseffn.report.comparison_report import comparison_table
 from sparseffn.results.comparison_result import read_comparison
 from sparseffn.storage import sole_writer, write_json
-from sparseffn.training import RunFolder, from_preset, train
+from sparseffn.training import RunFolder
 from sparseffn.training.checkpoint import list_checkpoints
 
 # The one with an assignment over the batch, a mixture, and no routing at all.
@@ -206,16 +206,15 @@ def test_second_comparison_in_a_folder_is_refused(song: str, tmp_path: Path) -> 
 
 
 def test_train_and_compare_give_the_same_bits(song: str, tmp_path: Path) -> None:
-    """Of one setting: one function makes the config of both, and every loss is equal."""
-    wanted = settings(song, "sigma-moe", "expert_dropout=0.1", seeds=(3,))
-    compare(wanted, tmp_path / "out")
-    corpus, preset = load_corpus("text", data_dir=song), dataclasses.replace(get_preset("tiny"), **wanted.overrides)
-    (found,) = match_methods(wanted.methods, preset, corpus.tokenizer.vocab_size)
-    train(found.model, from_preset(preset, steps=wanted.steps, seed=3), corpus, tmp_path / "alone")
+    """The two commands of one setting: equal configs, and equal bits of every loss."""
+    shared = ["--corpus", "text", "--data-dir", song, "--batch", "2", "--context", "16", "--steps", "12", "--seed", "3"]
+    method = ["sigma-moe", "expert_dropout=0.1"]
+    assert main(["compare", "--methods", *method, *shared, "--out", str(tmp_path / "out")]) == 0
+    assert main(["train", "--method", *method, *shared, "--out", str(tmp_path / "alone")]) == 0
     pair = [next((tmp_path / "out").glob("runs/*/seed-3")), tmp_path / "alone"]
-    assert lines(pair[0]) == lines(pair[1]) and len(lines(pair[0])) > 8
     configs = [json.loads((path / "config.json").read_text()) for path in pair]
-    assert configs[0] == configs[1]
+    assert configs[0] == configs[1] and configs[0]["train"]["warmup"] == 1
+    assert lines(pair[0]) == lines(pair[1]) and len(lines(pair[0])) > 24
 
 
 def test_infinite_perplexity_is_null_and_marked() -> None:

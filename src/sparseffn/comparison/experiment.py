@@ -10,6 +10,7 @@ OUT/comparison.json     the outcome, which the report reads
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 
 from sparseffn.comparison.matched import MatchedMethod, MethodChoice, match_methods
-from sparseffn.comparison.runs import run_path
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.devices import Precision, find_device
 from sparseffn.errors import UserError, unknown_name
@@ -148,3 +148,8 @@ class Comparison:
         for candidate in self.candidates:
             if candidate.label not in found:
                 raise UserError(f"`{path}` must hold `{prefix}{candidate.label}`; got nothing; fix: {fix}")
+
+
+def run_path(out: Path, label: str, seed: int) -> Path:
+    """Folder of one run."""
+    return out / "runs" / re.sub(r"[^A-Za-z0-9=.,_-]+", "_", label) / f"seed-{seed}"

@@ -12,8 +12,7 @@ from typing import Protocol
 
 from sparseffn.bench.benchmark import time_layers
 from sparseffn.comparison.experiment import CompareSettings, Comparison
-from sparseffn.comparison.outcome import DENSE, LayerTimes, summarize
-from sparseffn.comparison.runs import count_usage
+from sparseffn.comparison.outcome import DENSE, LayerTimes, count_usage, summarize
 from sparseffn.comparison.schedule import Plan, find_plan
 from sparseffn.results.comparison_result import ComparisonResult
 from sparseffn.storage import read, sole_writer, write_json

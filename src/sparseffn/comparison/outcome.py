@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from sparseffn.accounting import count_block
+from sparseffn.analysis import UsageCounter
 from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.matched import MatchedMethod
-from sparseffn.comparison.runs import finite_metric, read_curve
 from sparseffn.comparison.schedule import Plan
-from sparseffn.data import Unit, to_metric
+from sparseffn.data import Corpus, Unit, to_metric
 from sparseffn.devices import device_name
+from sparseffn.evaluation import evaluate
 from sparseffn.ffn.dense import DenseConfig
-from sparseffn.results.comparison_result import FORMAT, ComparisonResult, Curve, MethodResult, MissingRun, UsageCounts
+from sparseffn.models import TransformerXL
+from sparseffn.results.comparison_result import (
+    FORMAT,
+    ComparisonResult,
+    Curve,
+    MethodResult,
+    MissingRun,
+    TrainPoint,
+    UsageCounts,
+    ValidPoint,
+)
 from sparseffn.stats import MeanStd, mean_std
-from sparseffn.storage import Positive, environment, read
-from sparseffn.training import RunFolder, TrainResult
+from sparseffn.storage import Positive, environment, read, write_json
+from sparseffn.training import RunFolder, TrainConfig, TrainResult
+from sparseffn.training.config import CURVE_TOKENS
 
+# Tokens of validation that usage is counted on.
+USAGE_TOKENS = 16 * CURVE_TOKENS
+# Points of the training curve on the page.
+MAX_TRAIN_POINTS = 200
+# Below the largest float by what the sum over seeds needs.
+_LARGEST_METRIC = 1e300
 DENSE = "(dense)"
 """The dense block in `layers.json`, which may be no candidate."""
 
@@ -34,6 +53,23 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LayerTimes = dict[str, LayerTime]
+
+
+def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folder: Path) -> UsageCounter:
+    """Count the usage of the feedforward blocks on the first tokens of validation, and write it to `usage.json`."""
+    counter = UsageCounter()
+    evaluate(
+        model,
+        corpus.valid,
+        batch=config.eval_batch,
+        context=config.context,
+        memory=config.eval_memory,
+        precision=config.precision,
+        max_tokens=USAGE_TOKENS,
+        observe=counter.observe,
+    )
+    write_json(folder / "usage.json", counter.result())
+    return counter
 
 
 def summarize(
@@ -98,7 +134,7 @@ def _row(candidate: MatchedMethod, comparison: Comparison, plan: Plan, layers: L
     runs = {seed: comparison.run_folder(candidate.label, seed) for seed in comparison.settings.seeds}
     results = {seed: TrainResult.read(folder.result_path) for seed, folder in runs.items() if folder.result_path.exists()}
     losses = {split: {seed: getattr(result, split) for seed, result in results.items()} for split in ("valid", "test")}
-    curves = [read_curve(folder, seed, step_s, unit) for seed, folder in runs.items()]
+    curves = [_read_curve(folder, seed, step_s, unit) for seed, folder in runs.items()]
     usage = _usage(next(iter(runs.values())))
     sparse = config.active_channels < config.n_channels
     return MethodResult(
@@ -131,6 +167,33 @@ def _row(candidate: MatchedMethod, comparison: Comparison, plan: Plan, layers: L
     )
 
 
+def _finite_metric(nats: float, unit: Unit) -> float | None:
+    """A loss in the corpus's metric; None for a perplexity that is too large for a number."""
+    value = to_metric(nats, unit)[1]
+    return value if value <= _LARGEST_METRIC else None
+
+
+def _read_curve(folder: RunFolder, seed: int, step_s: float, unit: Unit) -> Curve:
+    """Validation points and thinned-out training losses, in the corpus's metric.
+
+    Args:
+        folder: the run.
+        seed: of the run.
+        step_s: what a step takes on the time axis.
+        unit: of the corpus.
+    """
+    points, training = [], []
+    for record in folder.read_metrics():
+        step, time_s = record["step"], record["step"] * step_s
+        if "valid" in record:
+            points.append(ValidPoint(step=step, time_s=time_s, valid=_finite_metric(record["valid"], unit)))
+        else:
+            loss = _finite_metric(record["loss"], unit)
+            training.append(TrainPoint(step=step, time_s=time_s, loss=loss, balance_loss=record["balance_loss"]))
+    every = max(1, -(-len(training) // MAX_TRAIN_POINTS))
+    return Curve(seed=seed, points=points, train=training[::every])
+
+
 def _usage(folder: RunFolder) -> UsageCounts | None:
     """Counted usage; None where the run was not finished."""
     path = folder.path / "usage.json"
@@ -141,7 +204,7 @@ def _usage(folder: RunFolder) -> UsageCounts | None:
 
 def _spread(losses: Mapping[int, float], unit: Unit) -> MeanStd | None:
     """In the corpus's metric; None where no run is finished, or where a number would be too large."""
-    values = [finite_metric(nats, unit) for nats in losses.values()]
+    values = [_finite_metric(nats, unit) for nats in losses.values()]
     known = [value for value in values if value is not None]
     return mean_std(known) if len(known) == len(values) else None
 
@@ -152,7 +215,7 @@ def _too_large(losses: Mapping[str, Mapping[int, float]], unit: Unit) -> list[st
         f"{split} of seed {seed}, {nats:.0f} nats"
         for split, by_seed in losses.items()
         for seed, nats in by_seed.items()
-        if finite_metric(nats, unit) is None
+        if _finite_metric(nats, unit) is None
     ]
     return [f"a perplexity is too large for a number: {', '.join(large)}"] if large else []
 

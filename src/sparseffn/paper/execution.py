@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from sparseffn.analysis import UsageCounter
-from sparseffn.comparison.runs import count_usage
+from sparseffn.comparison.outcome import count_usage
 from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.devices import find_device, to_device
 from sparseffn.errors import NonFiniteError, UserError

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseffn.comparison.runs import run_path
+from sparseffn.comparison.experiment import run_path
 from sparseffn.data import Corpus, to_metric
 from sparseffn.errors import UserError
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
+from sparseffn.comparison.experiment import run_path
 from sparseffn.comparison.matched import MethodChoice
-from sparseffn.comparison.runs import run_path
 from sparseffn.data import Corpus
 from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig, method_class, parse_options
