@@ -41,11 +41,7 @@ _TOKEN_LENGTH, _SHORT_LENGTH = 9, 4
 
 
 def analysis_plots(analysis: AnalysisResult) -> list[Plot]:
-    """Every drawing of a run.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Every drawing of a run."""
     plots = [active_channels_plot(analysis)]
     if any(share > 0 for layer in analysis.usage for share in layer.share):
         plots.append(usage_plot(analysis.usage, Shown(analysis.run.method, analysis.unit, "usage")))

@@ -38,11 +38,7 @@ _MEASURES: dict[str, tuple[str, Callable[[FigureLayer], float]]] = {
 
 
 def bench_plots(result: BenchResult) -> list[Plot]:
-    """The drawings of a result; none for kinds that are tables.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """The drawings of a result; none for kinds that are tables."""
     if isinstance(result, FiguresResult):
         return [plot for number in result.figures for plot in figure_plots(result, number)]
     if isinstance(result, LayerResult):
@@ -145,7 +141,7 @@ def _drawn(
         _draw(axes, lines, axes_names, ticks)
         if below:
             figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
-        return finished(figure, name=name, title=title, caption=caption, description=caption)
+        return finished(figure, name=name, title=title, caption=caption)
 
 
 def _draw(axes: Axes, lines: Sequence[Line], names: tuple[str, str], ticks: Sequence[int]) -> None:

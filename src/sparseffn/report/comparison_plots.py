@@ -12,11 +12,7 @@ from sparseffn.results.comparison_result import ComparisonResult, MethodResult
 
 
 def curve_plots(result: ComparisonResult) -> list[Plot]:
-    """Validation loss over steps and over training time; empty when no method has a curve.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Validation loss over steps and over training time; empty when no method has a curve."""
     methods = [(method, method_style(index)) for index, method in enumerate(result.methods)]
     curves = [(method.label, _mean_curve(method), style) for method, style in methods]
     curves = [curve for curve in curves if curve[1]]
@@ -72,11 +68,7 @@ def curve_plots(result: ComparisonResult) -> list[Plot]:
 
 
 def usage_plots(result: ComparisonResult) -> list[Plot]:
-    """The use of units sorted per layer, a figure for every method that has it measured.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """The use of units sorted per layer, a figure for every method that has it measured."""
     used = [(f"usage-{i}", method, method.usage) for i, method in enumerate(result.methods) if method.usage]
     if not any(share > 0 for _, _, layers in used for layer in layers for share in layer.share):
         return []
@@ -85,11 +77,7 @@ def usage_plots(result: ComparisonResult) -> list[Plot]:
 
 
 def active_plots(result: ComparisonResult) -> list[Plot]:
-    """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule).
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule)."""
     return [
         active_plot(method.active, _shown(method, f"active-{i}"), pixels=False)
         for i, method in enumerate(result.methods)
@@ -98,11 +86,7 @@ def active_plots(result: ComparisonResult) -> list[Plot]:
 
 
 def cooccurrence_plots(result: ComparisonResult) -> list[Plot]:
-    """Heat maps of experts selected together, a figure for every method that has them measured.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Heat maps of experts selected together, a figure for every method that has them measured."""
     return [
         cooccurrence_plot(method.cooccurrence, _shown(method, f"cooccurrence-{i}"), pixels=False)
         for i, method in enumerate(result.methods)

@@ -138,11 +138,7 @@ def sweep_plots(result: TableResult) -> list[Plot]:
     """One plot for each column of a sweep; empty where the table is none, or too few of its rows are measured.
 
     Args:
-        result: a table, with `sweep` where it is one.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+        result: a table, with `sweep` where it is one."""
     sweep = result.sweep
     if not sweep:
         return []

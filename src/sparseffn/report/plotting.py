@@ -2,7 +2,8 @@
 
 Lines differ in colour (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/), in line style and in marker, and are
 labelled beside the frame at the height where they end, so that nothing rests on colour. Figures are legible in print at the
-size they have. matplotlib is the extra `plot`; it is imported when a figure is drawn, not before.
+size they have. matplotlib is the extra `plot`; it is imported when a figure is drawn, not before, and every function that draws
+raises a `UserError` where it is not installed.
 """
 
 from __future__ import annotations
@@ -53,31 +54,21 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sparseffn",
     "font.family": LAYOUT_FONT,
-    "font.size": FONT_SIZE,
-    "text.color": INK,
     # A label with a dollar sign is a label.
     "text.parse_math": False,
-    "axes.labelsize": FONT_SIZE,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": HAIRLINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": FONT_SIZE - 0.5,
-    "ytick.labelsize": FONT_SIZE - 0.5,
     "lines.linewidth": 1.5,
     "lines.markersize": 4.0,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
+    **dict.fromkeys(("font.size", "axes.labelsize"), FONT_SIZE),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), FONT_SIZE - 0.5),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("axes.linewidth", "grid.linewidth"), 0.6),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
 }
 
 
@@ -100,19 +91,19 @@ class Plot:
     png: bytes = b""
 
 
-def finished(figure: Figure, *, name: str, title: str, caption: str, description: str, pixels: bool = True) -> Plot:
+def finished(figure: Figure, *, name: str, title: str, caption: str, description: str = "", pixels: bool = True) -> Plot:
     """A drawing that is complete, still inside its context.
 
     Args:
         figure: what `drawing` gave.
-        name: unique on the page.
-        title: what is shown.
-        caption: what to read from it.
-        description: one sentence for people who hear the page.
+        name: see `Plot`.
+        title: see `Plot`.
+        caption: see `Plot`.
+        description: a sentence for people who hear the page; the caption where it is empty.
         pixels: whether it is also to be a file.
     """
-    svg = svg_text(figure, name=name, title=title, description=description)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=png_bytes(figure) if pixels else b"")
+    svg = _svg_text(figure, name=name, title=title, description=description or caption)
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=_png_bytes(figure) if pixels else b"")
 
 
 def standalone_svg(plot: Plot) -> str:
@@ -139,15 +130,7 @@ def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of one frame in the style of the page.
-
-    Args:
-        width: inches on paper.
-        height: inches on paper.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """A figure of one frame in the style of the page, `width` x `height` inches on paper."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -172,18 +155,8 @@ def panels(width: float, height: float, n_rows: int, n_columns: int) -> Iterator
         yield figure, list(frames.flat)
 
 
-def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
-    """Write a figure as one `<svg>` element.
-
-    Args:
-        figure: what `drawing` gave, still inside its context.
-        name: unique on the page; it leads every id of the element.
-        title: the figure's name for people who hear the page and for the pointer.
-        description: one sentence that says what is drawn.
-
-    Returns:
-        The element: no prolog, no metadata, no outside reference, the same bytes for the same figure.
-    """
+def _svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
+    """One `<svg>` element without prolog, metadata and outside references, whose ids all begin with `name`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
@@ -203,7 +176,7 @@ def svg_text(figure: Figure, *, name: str, title: str, description: str) -> str:
     return opening + text[text.index(">") + 1 :].rstrip()
 
 
-def png_bytes(figure: Figure) -> bytes:
+def _png_bytes(figure: Figure) -> bytes:
     """A figure, still inside its context, as pixels on white, for slides and papers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
@@ -221,34 +194,26 @@ class Line:
 
 
 def method_style(index: int) -> dict[str, Any]:
-    """The look of a method by its place in the comparison, the same in every figure."""
+    """The look of a method by its place in the comparison, the same in every figure; some points have its marker."""
+    return pointed_style(index) | {"markevery": 0.08}
+
+
+def pointed_style(index: int, color: Any = None) -> dict[str, Any]:
+    """A method's look with a marker on every point, for lines of few."""
     return {
-        "color": PALETTE[index % len(PALETTE)],
+        "color": color or PALETTE[index % len(PALETTE)],
         "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
         "marker": MARKERS[index % len(MARKERS)],
         "markeredgecolor": "white",
         "markeredgewidth": 0.5,
-        "markevery": 0.08,
     }
-
-
-def pointed_style(index: int) -> dict[str, Any]:
-    """A method's look with a marker on every point, for lines of few."""
-    return {key: value for key, value in method_style(index).items() if key != "markevery"}
 
 
 def layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
     """Layers are in order, so their colours are: dark for the first, lighter for the last."""
     import matplotlib
 
-    shade = 0.75 * index / max(n_layers - 1, 1)
-    style: dict[str, Any] = {
-        "color": matplotlib.colormaps["viridis"](shade),
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-    }
+    style = pointed_style(index, matplotlib.colormaps["viridis"](0.75 * index / max(n_layers - 1, 1)))
     # Few points each get their marker, a long line some, shifted so that markers of like lines do not hide each other.
     if n_points > 32:
         style["markevery"] = (index * n_points // (10 * n_layers), n_points // 10)
@@ -265,13 +230,7 @@ def size_axis(axes: Axes, ticks: Sequence[int]) -> None:
 
 
 def log_heights(axes: Axes, *, form: str = "g", ticks: Sequence[int] | None = None) -> None:
-    """A logarithmic axis of heights whose numbers are written as such.
-
-    Args:
-        axes: the frame.
-        form: how a number is formatted.
-        ticks: which multiples of a power of ten are labelled; None leaves that to matplotlib.
-    """
+    """A logarithmic axis of heights; `ticks` are the multiples of a power of ten with a label, None as matplotlib likes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

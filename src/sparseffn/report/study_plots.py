@@ -58,11 +58,7 @@ class _Series:
 
 
 def study_plots(result: StudyResult) -> list[Plot]:
-    """Every drawing of a study.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Every drawing of a study."""
     plots = []
     if result.start:
         plots += [
@@ -200,7 +196,7 @@ def _drawn(
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
         label_ends(axes, [entry.line for entry in series])
-        return [finished(figure, name=name, title=title, caption=caption, description=caption)]
+        return [finished(figure, name=name, title=title, caption=caption)]
 
 
 def _draw(axes: Axes, series: _Series) -> None:
