@@ -63,7 +63,7 @@ def test_hostile_label_is_shown_as_text(page: Any) -> None:
     """The label runs nothing and reads as it was written."""
     assert page.title.startswith("stdlib, preset tiny")
     assert page.find_elements("css selector", "script") == []
-    labels = page.find_elements("css selector", ".results tbody th")
+    labels = page.find_elements("css selector", "#results tbody th")
     assert labels[3].text == LABEL.strip()
 
 
@@ -103,8 +103,8 @@ def test_page_of_a_real_comparison(browser: Any, tmp_path: Path) -> None:
     assert len(drawings) == len(drawn)
     assert all(d.is_displayed() and d.size["width"] > 300 and d.size["height"] > 150 for d in drawings)
     assert cut_off(browser) == []
-    rows = [row.text.split("\n")[0] for row in browser.find_elements("css selector", ".results tbody tr")]
+    rows = [row.text.split("\n")[0] for row in browser.find_elements("css selector", "#results tbody tr")]
     assert [row.split()[0] for row in rows] == ["dense", "topk", "pkm", "sigma-moe"]
     # Every number is there; only what has no meaning for a method is a dash.
-    cells = [row.find_elements("css selector", "td") for row in browser.find_elements("css selector", ".results tbody tr")]
+    cells = [row.find_elements("css selector", "td") for row in browser.find_elements("css selector", "#results tbody tr")]
     assert [[c.text for c in row].count("\u2013") for row in cells] == [1, 1, 1, 0]

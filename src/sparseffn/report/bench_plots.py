@@ -5,31 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
-from sparseffn.report.plotting import (
-    FONT_SIZE,
-    GREY,
-    HEIGHT,
-    WIDTH,
-    Line,
-    Plot,
-    drawing,
-    finished,
-    label_ends,
-    log_heights,
-    pointed_style,
-    size_axis,
-)
+from sparseffn.report.plotting import GREY, Line, Plot, line_plot, pointed_style
 from sparseffn.results.bench_result import BenchResult, FigureLayer, FigurePoint, FiguresResult, LayerResult, LayerRow
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Lines of text below a frame that name what was not measured add this much to a figure's height, in inches.
-_LINE_HEIGHT = 0.16
-# Characters of such a line.
+# Characters of a line below a frame.
 _LINE_LENGTH = 64
+_LOG_TICKS = (1, 2, 5)
 
 _MEASURES: dict[str, tuple[str, Callable[[FigureLayer], float]]] = {
     "time": ("forward + backward, ms", lambda layer: 1e3 * layer.training.median_s),
@@ -67,13 +49,14 @@ def _figure_plot(result: FiguresResult, number: int, points: Sequence[FigurePoin
         f"{what.capitalize()} of one layer over {sweep.variable}; {sweep.fixed}; {settings.tokens:,} tokens, "
         f"{settings.dtype}, {result.environment.threads} threads."
     )
-    return _drawn(
+    return line_plot(
         lines,
         name=f"figure-{number}-{measure}",
         title=f"Figure {number} of the paper, {measure}",
         caption=" ".join([caption, *missing]),
         axes_names=(sweep.variable, what),
-        ticks=sweep.values,
+        sizes=sweep.values,
+        log_ticks=_LOG_TICKS,
         below=missing,
     )
 
@@ -97,14 +80,14 @@ def _layer_plots(shape: str, rows: list[LayerRow]) -> list[Plot]:
         return []
     passes = {"forward": "forward", "training": "forward + backward"}
     return [
-        _drawn(
+        line_plot(
             _layer_lines(rows, key),
             name=f"{shape}-{key}",
             title=f"{shape}, {what}",
             caption=f"Median time of one call over the tokens in it. The limit is that of {_limited(rows)}.",
             axes_names=("tokens", f"{what}, ms"),
-            ticks=tokens,
-            below=[],
+            sizes=tokens,
+            log_ticks=_LOG_TICKS,
         )
         for key, what in passes.items()
     ]
@@ -125,31 +108,3 @@ def _layer_lines(rows: list[LayerRow], key: str) -> list[Line]:
     style = {"color": GREY, "linestyle": (0, (1, 2)), "marker": ""}
     x, y = [float(row.tokens) for row in limited], [1e3 * getattr(row, key).limit_s for row in limited]
     return [*lines, Line(label="limit", x=x, y=y, style=style)]
-
-
-def _drawn(
-    lines: Sequence[Line],
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    axes_names: tuple[str, str],
-    ticks: Sequence[int],
-    below: Sequence[str],
-) -> Plot:
-    with drawing(WIDTH, HEIGHT + _LINE_HEIGHT * len(below)) as (figure, axes):
-        _draw(axes, lines, axes_names, ticks)
-        if below:
-            figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
-        return finished(figure, name=name, title=title, caption=caption)
-
-
-def _draw(axes: Axes, lines: Sequence[Line], names: tuple[str, str], ticks: Sequence[int]) -> None:
-    """Both axes are logarithmic: a power law is a straight line, and what does not grow is flat."""
-    for line in lines:
-        axes.plot(line.x, line.y, **line.style)
-    size_axis(axes, ticks)
-    log_heights(axes, form=",.10g", ticks=(1, 2, 5))
-    axes.set_xlabel(names[0])
-    axes.set_ylabel(names[1])
-    label_ends(axes, lines)

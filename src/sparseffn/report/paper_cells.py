@@ -18,7 +18,7 @@ DECIDED = "*"
 DIFFERENCES = {"against_dense": "against dense", "against_sigma_moe": "against sigma-moe"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Quantity:
     """A column of a table, how its cells are written, and the footnote that a cell needs, if any."""
 
@@ -122,30 +122,43 @@ def quantities(result: TableResult, index: int) -> list[Quantity]:
     return [*shown, *_COSTS]
 
 
+def overview_quantities(result: TableResult, index: int) -> list[Quantity]:
+    """The main one of a column: what was measured, or counted where nothing is trained; and what was published."""
+    column, (trained, _) = result.columns[index], trained_and_measured(result)
+
+    def ours(cell: Cell) -> str:
+        text = measured_text(cell, column.metric) if trained else percent_text(cell.flops_percent)
+        decided = cell.status == "measured" and cell.against_dense is not None and cell.against_dense.decided
+        return f"{text} {DECIDED}" if decided else text
+
+    def headed(name: str) -> Column:
+        return Column(group=column.name, name=name, standalone=f"{column.name} {name}")
+
+    shown = [Quantity(headed("test"), ours, reason) if trained else Quantity(headed("K/N_E"), ours)]
+    if has_published(result, index):
+        shown.append(Quantity(headed("published"), lambda c: published_text(c.published, column.published_metric)))
+    return shown
+
+
 def _losses(column: table_result.Column, *, trained: bool, published: bool) -> list[Quantity]:
     metric, published_metric = column.metric, column.published_metric or column.metric
     loss, paper = f"test, {metric}", f"published, {published_metric}"
     shown: list[Quantity] = []
     if trained:
-        mean, n = Column(group=loss, name="mean ± std", standalone=loss), Column(group=loss, name="n")
-        shown += [
-            Quantity(column=mean, write=lambda c: measured_text(c, metric), note=reason),
-            Quantity(column=n, write=lambda c: str(c.n) if c.status == "measured" else ""),
-        ]
+        mean = Column(group=loss, name="mean ± std", standalone=loss)
+        shown.append(Quantity(mean, lambda c: measured_text(c, metric), reason))
+        shown.append(Quantity(Column(group=loss, name="n"), lambda c: str(c.n) if c.status == "measured" else ""))
     if published:
         group, name = (loss, paper) if trained else ("in the paper", published_metric)
         there = Column(group=group, name=name, standalone=paper)
-        shown.append(Quantity(column=there, write=lambda c: published_text(c.published, published_metric)))
+        shown.append(Quantity(there, lambda c: published_text(c.published, published_metric)))
     return shown
 
 
 def _difference_quantity(key: str, group: str, unit: str) -> Quantity:
     name = f"{unit}, 95% interval"
-    return Quantity(
-        column=Column(group=group, name=name, standalone=f"{group}, {name}"),
-        write=lambda c: _difference(c, key),
-        note=lambda c: _difference_note(c, key),
-    )
+    column = Column(group=group, name=name, standalone=f"{group}, {name}")
+    return Quantity(column, lambda c: _difference(c, key), lambda c: _difference_note(c, key))
 
 
 def _validation(column: table_result.Column) -> list[Quantity]:
@@ -155,23 +168,20 @@ def _validation(column: table_result.Column) -> list[Quantity]:
     end = Column(group=group, name="at the end", standalone=group)
     equal = Column(group=group, name=after, standalone=f"{group} {after}")
     return [
-        Quantity(column=end, write=lambda c: formats.loss(c.valid_mean, metric)),
-        Quantity(column=equal, write=lambda c: formats.loss(c.equal_time, metric)),
+        Quantity(end, lambda c: formats.loss(c.valid_mean, metric)),
+        Quantity(equal, lambda c: formats.loss(c.equal_time, metric)),
     ]
 
 
+def _params(cell: Cell) -> str:
+    return formats.count(None if cell.params is None else round(cell.params))
+
+
 _COSTS = (
+    Quantity(Column(group="parameters", name="total", standalone="parameters"), _params),
+    Quantity(Column(group="parameters", name="residual"), lambda c: formats.signed_percent(c.residual_percent)),
+    Quantity(Column(group="FLOPs", name="K/N_E", standalone="FLOPs, K/N_E"), lambda c: percent_text(c.flops_percent)),
     Quantity(
-        column=Column(group="parameters", name="total", standalone="parameters"),
-        write=lambda c: formats.count(None if c.params is None else round(c.params)),
-    ),
-    Quantity(column=Column(group="parameters", name="residual"), write=lambda c: formats.signed_percent(c.residual_percent)),
-    Quantity(
-        column=Column(group="FLOPs", name="K/N_E", standalone="FLOPs, K/N_E"),
-        write=lambda c: percent_text(c.flops_percent),
-    ),
-    Quantity(
-        column=Column(group="FLOPs", name="counted", standalone="FLOPs counted"),
-        write=lambda c: percent_text(c.counted_flops_percent),
+        Column(group="FLOPs", name="counted", standalone="FLOPs counted"), lambda c: percent_text(c.counted_flops_percent)
     ),
 )

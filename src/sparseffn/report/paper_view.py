@@ -14,14 +14,12 @@ from typing import Any
 from sparseffn.report import formats
 from sparseffn.report.paper_cells import (
     DECIDED,
+    Quantity,
     cell_counts,
     cell_of,
     has_published,
-    measured_text,
-    percent_text,
-    published_text,
+    overview_quantities,
     quantities,
-    reason,
     trained_and_measured,
 )
 from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
@@ -112,49 +110,55 @@ def _names_both(mark: str, label: str, published: str) -> bool:
 
 
 def _block(result: TableResult, index: int, labels: list[Cell], footnotes: Footnotes) -> Table:
-    column, shown = result.columns[index], quantities(result, index)
-    rows = []
-    for row, label in enumerate(labels):
-        cell = cell_of(result, row, index)
-        rows.append(Row(cells=(label, *(Cell(q.write(cell), footnotes.mark(q.note(cell))) for q in shown))))
-    return Table(
+    column = result.columns[index]
+    shown = [(index, quantity) for quantity in quantities(result, index)]
+    other = f" (the paper's {column.published_name})" if column.published_name not in (None, column.name) else ""
+    facts = (
+        column.sizes,
+        f"{formats.integer(column.steps)} steps" if column.steps else None,
+        f"digest {column.digest[:12]}" if column.digest else None,
+    )
+    return _table(
+        result,
+        shown,
+        labels,
+        footnotes,
         name=column.name,
-        title=_column_title(column),
-        lead=_facts(column),
-        columns=(Column(name="", is_words=True), *(q.column for q in shown)),
-        rows=tuple(rows),
+        title=f"{column.name}{other}: {column.corpus}, {column.metric}",
+        lead="; ".join(filter(None, facts)),
     )
 
 
 def _overview(result: TableResult, labels: list[Cell], footnotes: Footnotes) -> Table:
-    """All columns side by side: what was measured, or counted where nothing is trained, and what was published."""
-    trained, _ = trained_and_measured(result)
-    ours = "test" if trained else "K/N_E"
-    columns = list(enumerate(result.columns))
-    published = {index for index, _ in columns if has_published(result, index)}
+    """All columns side by side."""
+    shown = [(index, q) for index in range(len(result.columns)) for q in overview_quantities(result, index)]
+    published = [column for index, column in enumerate(result.columns) if has_published(result, index)]
+    leads = [_metrics(result.columns, "metric", shown[0][1].column.name)]
+    leads += [_metrics(published, "published_metric", "published")] if published else []
+    return _table(result, shown, labels, footnotes, name="overview", title="All columns", lead="; ".join(leads))
+
+
+def _table(
+    result: TableResult,
+    shown: list[tuple[int, Quantity]],
+    labels: list[Cell],
+    footnotes: Footnotes,
+    *,
+    name: str,
+    title: str,
+    lead: str,
+) -> Table:
+    """Quantities, each of a column of the paper, for every row."""
     rows = []
     for row, label in enumerate(labels):
-        cells = [label]
-        for index, column in columns:
-            cell = cell_of(result, row, index)
-            text = measured_text(cell, column.metric) if trained else percent_text(cell.flops_percent)
-            decided = cell.status == "measured" and cell.against_dense is not None and cell.against_dense.decided
-            cells.append(Cell(f"{text} {DECIDED}" if decided else text, footnotes.mark(reason(cell)) if trained else ()))
-            if index in published:
-                cells.append(Cell(published_text(cell.published, column.published_metric)))
-        rows.append(Row(cells=tuple(cells)))
-    shown = [
-        Column(group=column.name, name=name, standalone=f"{column.name} {name}")
-        for index, column in columns
-        for name in (ours, *(("published",) if index in published else ()))
-    ]
-    theirs = [_metrics([result.columns[index] for index in sorted(published)], "published_metric", "published")]
+        found = [(q, cell_of(result, row, index)) for index, q in shown]
+        rows.append(Row(cells=(label, *(Cell(q.write(cell), footnotes.mark(q.note(cell))) for q, cell in found))))
     return Table(
-        name="overview",
-        title="All columns",
-        lead="; ".join([_metrics(result.columns, "metric", ours), *(theirs if published else [])]),
-        columns=(Column(name="", is_words=True), *shown),
+        columns=(Column(name="", is_words=True), *(q.column for _, q in shown)),
         rows=tuple(rows),
+        name=name,
+        title=title,
+        lead=lead,
     )
 
 
@@ -166,22 +170,6 @@ def _metrics(shown: Sequence[table_result.Column], key: str, name: str) -> str:
     if len(columns) == 1:
         return f"{name} in {next(iter(columns))}"
     return f"{name} in " + ", ".join(f"{metric} ({', '.join(names)})" for metric, names in columns.items())
-
-
-def _column_title(column: table_result.Column) -> str:
-    published = column.published_name
-    other = f" (the paper's {published})" if published and published != column.name else ""
-    return f"{column.name}{other}: {column.corpus}, {column.metric}"
-
-
-def _facts(column: table_result.Column) -> str:
-    steps, digest = column.steps, column.digest
-    facts = [
-        column.sizes or "",
-        f"{formats.integer(steps)} steps" if steps else "",
-        f"digest {digest[:12]}" if digest else "",
-    ]
-    return "; ".join(filter(None, facts))
 
 
 def _summary(result: TableResult) -> str:

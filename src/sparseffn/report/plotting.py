@@ -46,6 +46,8 @@ LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5
 # Seven, four and nine have no common divisor: 252 methods look different.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
+# Inches that a line of text below a frame adds to a figure's height.
+_LINE_HEIGHT = 0.16
 LABEL_LENGTH = 22
 """Characters of a label beside a figure; the table has it whole."""
 
@@ -185,12 +187,14 @@ def _png_bytes(figure: Figure) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve with its look and label."""
+    """A curve with its look and label, and what was measured beside it where it is a prediction."""
 
     label: str
     x: list[float]
     y: list[float]
     style: dict[str, Any]
+    points: Sequence[tuple[float, float, float, float]] = ()
+    """x, median, least and greatest."""
 
 
 def method_style(index: int) -> dict[str, Any]:
@@ -220,7 +224,56 @@ def layer_style(index: int, n_layers: int, n_points: int) -> dict[str, Any]:
     return style
 
 
-def size_axis(axes: Axes, ticks: Sequence[int]) -> None:
+def line_plot(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    axes_names: tuple[str, str],
+    sizes: Sequence[int] | None = None,
+    log_ticks: Sequence[int] | None = None,
+    below: Sequence[str] = (),
+) -> Plot:
+    """Lines in one frame: on logarithmic axes a power law is straight, and what does not grow is flat.
+
+    Args:
+        lines: with their labels at the right.
+        name: see `Plot`.
+        title: see `Plot`.
+        caption: see `Plot`.
+        axes_names: below the frame and to its left.
+        sizes: ticks of a logarithmic axis below the frame; None for an even one.
+        log_ticks: multiples of a power of ten that a logarithmic axis of heights labels; None for an even one.
+        below: lines of text below the frame.
+    """
+    with drawing(WIDTH, HEIGHT + _LINE_HEIGHT * len(below)) as (figure, axes):
+        for line in lines:
+            _draw(axes, line)
+        if sizes is not None:
+            _size_axis(axes, sizes)
+        if log_ticks is not None:
+            log_heights(axes, form=",.10g", ticks=log_ticks)
+        axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        label_ends(axes, lines)
+        if below:
+            figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
+        return finished(figure, name=name, title=title, caption=caption)
+
+
+def _draw(axes: Axes, line: Line) -> None:
+    """A line alone has markers; a prediction leaves them to the measurements."""
+    if not line.points:
+        axes.plot(line.x, line.y, **line.style)
+        return
+    color = line.style["color"]
+    axes.plot(line.x, line.y, color=color, linestyle=line.style["linestyle"], linewidth=1.0)
+    x, middle, low, high = (list(values) for values in zip(*line.points, strict=True))
+    spread = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
+    axes.errorbar(x, middle, yerr=spread, color=color, marker=line.style["marker"], linestyle="none", elinewidth=1.0)
+
+
+def _size_axis(axes: Axes, ticks: Sequence[int]) -> None:
     """A logarithmic axis of sizes below the frame, with a tick at each of them and nowhere else."""
     from matplotlib.ticker import NullLocator
 

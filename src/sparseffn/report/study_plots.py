@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from sparseffn.report.plotting import (
-    HEIGHT,
-    WIDTH,
-    Line,
-    Plot,
-    drawing,
-    finished,
-    label_ends,
-    log_heights,
-    pointed_style,
-    size_axis,
-)
+from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style
 from sparseffn.results.study_result import StartRow, StudyResult
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 AXES = {"n_experts": "N_E", "n_layers": "layers", "expert_size": "G", "k": "K"}
-INITS = ("shared", "standard", "switch")
-SELECTORS = ("equal-norm", "free")
 
 
 def base_sizes(result: StudyResult) -> dict[str, int]:
@@ -47,93 +28,73 @@ def pick(rows: Sequence[StartRow], **wanted: object) -> list[StartRow]:
     return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
 
 
-@dataclass(frozen=True, slots=True)
-class _Series:
-    """What was predicted and what was measured of one scheme."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawing:
+    """A quantity at initialisation over one axis, a line for each scheme."""
 
-    line: Line
-    """The prediction; its label and look are those of both."""
-    points: list[tuple[float, float, float, float]]
-    """x, median, least, greatest."""
-
-
-def study_plots(result: StudyResult) -> list[Plot]:
-    """Every drawing of a study."""
-    plots = []
-    if result.start:
-        plots += [
-            *_output_plot(result, "n_experts"),
-            *_output_plot(result, "n_layers"),
-            *_load_plot(result, "gaussian"),
-            *_load_plot(result, "text"),
-            *_correlation_plot(result),
-        ]
-    return plots + [plot for key in _probed(result) for plot in _probe_plot(result, key)]
+    name: str
+    title: str
+    caption: str
+    axis: str
+    quantity: str
+    height: str
+    fixed: Mapping[str, str]
+    """Fields that all its rows share."""
+    scheme: str
+    """The field that tells its lines apart."""
+    labels: Mapping[str, str]
+    """Values of that field, and how their lines are called."""
+    is_log: bool = True
 
 
-def _output_plot(result: StudyResult, axis: str) -> list[Plot]:
-    rows = pick(along(result, axis), input="gaussian", selector="equal-norm")
-    return _drawn(
-        result,
-        [_series(pick(rows, init=init), axis, "output", init, index) for index, init in enumerate(INITS)],
+def _output(axis: str) -> _Drawing:
+    return _Drawing(
         name=f"output-{axis.replace('_', '-')}",
         title=f"Output variance over {AXES[axis]}",
-        caption=f"Variance of the block's output over the dense block's, at initialisation. {_fixed(axis)}",
-        axes_names=(AXES[axis], "variance / dense"),
-        ticks=sorted({getattr(row, axis) for row in rows}),
-        log_y=True,
+        caption="Variance of the block's output over the dense block's, at initialisation.",
+        axis=axis,
+        quantity="output",
+        height="variance / dense",
+        fixed={"input": "gaussian", "selector": "equal-norm"},
+        scheme="init",
+        labels={init: init for init in ("shared", "standard", "switch")},
     )
 
 
-def _load_plot(result: StudyResult, source: str) -> list[Plot]:
-    rows = pick(along(result, "n_experts"), input=source, init="shared")
-    schemes = [
-        _series(pick(rows, selector=selector), "n_experts", "variation", f"{selector} rows", index)
-        for index, selector in enumerate(SELECTORS)
-    ]
-    what = {"gaussian": "isotropic tokens", "text": "text, last block of an untrained model"}[source]
-    return _drawn(
-        result,
-        schemes,
+def _load(source: str, what: str) -> _Drawing:
+    return _Drawing(
         name=f"load-{source}",
         title=f"Unevenness of the load, {what}",
-        caption=f"Standard deviation over mean of the load, at initialisation. {_fixed('n_experts')}",
-        axes_names=("N_E", "load, std / mean"),
-        ticks=sorted({row.n_experts for row in rows}),
-        log_y=True,
+        caption="Standard deviation over mean of the load, at initialisation.",
+        axis="n_experts",
+        quantity="variation",
+        height="load, std / mean",
+        fixed={"input": source, "init": "shared"},
+        scheme="selector",
+        labels={selector: f"{selector} rows" for selector in ("equal-norm", "free")},
     )
 
 
-def _correlation_plot(result: StudyResult) -> list[Plot]:
-    rows = pick(along(result, "k"), init="shared", selector="free")
-    sources = {"gaussian": "isotropic", "text": "text"}
-    return _drawn(
-        result,
-        [_series(pick(rows, input=s), "k", "norm_correlation", sources[s], index) for index, s in enumerate(sources)],
+_AT_START = (
+    _output("n_experts"),
+    _output("n_layers"),
+    _load("gaussian", "isotropic tokens"),
+    _load("text", "text, last block of an untrained model"),
+    _Drawing(
         name="correlation-k",
         title="Do longer selector rows get more tokens?",
-        caption="Correlation over experts of load and row norm, rows drawn freely. The sign is to change at "
-        f"K = N_E / 2. {_fixed('k')}",
-        axes_names=("K", "correlation"),
-        ticks=sorted({row.k for row in rows}),
-        log_y=False,
-    )
-
-
-def _series(rows: Sequence[StartRow], axis: str, key: str, label: str, index: int) -> _Series:
-    points = ((float(getattr(row, axis)), row.predicted.get(key)) for row in rows)
-    wanted = [(x, y) for x, y in points if y is not None]
-    line = Line(label=label, x=[x for x, _ in wanted], y=[y for _, y in wanted], style=pointed_style(index))
-    ranges = ((float(getattr(row, axis)), row.measured.get(key)) for row in rows)
-    measured = [(x, *found) for x, found in ranges if found is not None]
-    return _Series(line, measured)
-
-
-def _fixed(axis: str) -> str:
-    return f"Lines: predicted; markers: median and range over seeds. Only {AXES[axis]} varies."
-
-
-_PROBES = {
+        caption="Correlation over experts of load and row norm, rows drawn freely. The sign is to change at K = N_E / 2.",
+        axis="k",
+        quantity="norm_correlation",
+        height="correlation",
+        fixed={"init": "shared", "selector": "free"},
+        scheme="input",
+        labels={"gaussian": "isotropic", "text": "text"},
+        is_log=False,
+    ),
+)
+# By quantity of a probe: title, and what stands at the axis. Interference is 0 for every sigmoid, and drawn of softmaxes alone.
+_OVER_STEPS = {
     "load_entropy": ("Evenness of the load", "load entropy / log N_E"),
     "largest_over_mean": ("The busiest expert", "largest / mean load"),
     "norm": ("Growth of the selector's rows", "mean row norm"),
@@ -141,78 +102,66 @@ _PROBES = {
 }
 
 
-def _probed(result: StudyResult) -> list[str]:
-    """Interference is 0 for every sigmoid; only the competition study draws it."""
-    return [key for key in _PROBES if key != "interference" or result.kind == "study-competition"]
+def study_plots(result: StudyResult) -> list[Plot]:
+    """Every drawing of a study, but of what is not measured yet."""
+    plots = [plot for drawn in _AT_START for plot in _start_plot(result, drawn)] if result.start else []
+    over_steps = [key for key in _OVER_STEPS if key != "interference" or result.kind == "study-competition"]
+    return plots + [plot for key in over_steps for plot in _probe_plot(result, key)]
+
+
+def _start_plot(result: StudyResult, drawn: _Drawing) -> list[Plot]:
+    rows = pick(along(result, drawn.axis), **drawn.fixed)
+    lines = [
+        _line(pick(rows, **{drawn.scheme: value}), drawn, label, index)
+        for index, (value, label) in enumerate(drawn.labels.items())
+    ]
+    if not any(line.x or line.points for line in lines):
+        return []
+    return [
+        line_plot(
+            lines,
+            name=f"{result.kind}-{drawn.name}",
+            title=drawn.title,
+            caption=f"{drawn.caption} Lines: predicted; markers: median and range over seeds. Only {AXES[drawn.axis]} varies.",
+            axes_names=(AXES[drawn.axis], drawn.height),
+            sizes=sorted({getattr(row, drawn.axis) for row in rows}),
+            log_ticks=_log_ticks([y for line in lines for y in line.y]) if drawn.is_log else None,
+        )
+    ]
+
+
+def _line(rows: Sequence[StartRow], drawn: _Drawing, label: str, index: int) -> Line:
+    """The prediction, with what was measured of it."""
+    x = [float(getattr(row, drawn.axis)) for row in rows]
+    predicted = [(x, y) for x, row in zip(x, rows, strict=True) if (y := row.predicted.get(drawn.quantity)) is not None]
+    points = [(x, *found) for x, row in zip(x, rows, strict=True) if (found := row.measured.get(drawn.quantity)) is not None]
+    return Line(label, [x for x, _ in predicted], [y for _, y in predicted], pointed_style(index), points)
+
+
+def _log_ticks(values: Sequence[float]) -> tuple[int, ...]:
+    """At 1, 2 and 5 where the values span less than two decades, else at powers of ten."""
+    positive = [y for y in values if y > 0]
+    return (1, 2, 5) if positive and max(positive) < 100 * min(positive) else (1,)
 
 
 def _probe_plot(result: StudyResult, key: str) -> list[Plot]:
-    title, name = _PROBES[key]
-    entries = []
+    title, name = _OVER_STEPS[key]
+    lines = []
     for index, variant in enumerate(result.variants):
-        if variant.runs:
-            by_step: dict[int, list[float]] = {}
-            for run in variant.runs:
-                for probe in run.probes:
-                    by_step.setdefault(probe.step, []).append(getattr(probe, key))
-            steps = sorted(by_step)
-            y = [statistics.fmean(by_step[step]) for step in steps]
-            line = Line(label=variant.name, x=[float(s) for s in steps], y=y, style=pointed_style(index))
-            entries.append(_Series(line, []))
-    return _drawn(
-        result,
-        entries,
-        name=key.replace("_", "-"),
-        title=title,
-        caption=f"{name} over training steps; means over layers and seeds.",
-        axes_names=("step", name),
-        ticks=None,
-        log_y=False,
-    )
-
-
-def _drawn(
-    result: StudyResult,
-    series: Sequence[_Series],
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    axes_names: tuple[str, str],
-    ticks: Sequence[int] | None,
-    log_y: bool,
-) -> list[Plot]:
-    """One drawing, none while nothing of it is measured; the axis of sizes is logarithmic, that of steps is not."""
-    if not any(entry.line.x or entry.points for entry in series):
+        by_step: dict[int, list[float]] = {}
+        for probe in (probe for run in variant.runs for probe in run.probes):
+            by_step.setdefault(probe.step, []).append(getattr(probe, key))
+        steps = sorted(by_step)
+        y = [statistics.fmean(by_step[step]) for step in steps]
+        lines += [Line(variant.name, [float(s) for s in steps], y, pointed_style(index))] if steps else []
+    if not lines:
         return []
-    name = f"{result.kind}-{name}"
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
-        for entry in series:
-            _draw(axes, entry)
-        if ticks is not None:
-            size_axis(axes, ticks)
-        if log_y:
-            _log_axis(axes, [y for entry in series for y in entry.line.y])
-        axes.set_xlabel(axes_names[0])
-        axes.set_ylabel(axes_names[1])
-        label_ends(axes, [entry.line for entry in series])
-        return [finished(figure, name=name, title=title, caption=caption)]
-
-
-def _draw(axes: Axes, series: _Series) -> None:
-    """A line alone has markers; a prediction leaves them to the measurements."""
-    line, style = series.line, series.line.style
-    if not series.points:
-        axes.plot(line.x, line.y, **style)
-        return
-    axes.plot(line.x, line.y, color=style["color"], linestyle=style["linestyle"], linewidth=1.0)
-    x, middle, low, high = (list(values) for values in zip(*series.points, strict=True))
-    spread = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
-    axes.errorbar(x, middle, yerr=spread, color=style["color"], marker=style["marker"], linestyle="none", elinewidth=1.0)
-
-
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks at 1, 2 and 5 where the values span less than two decades, else at powers of ten."""
-    positive = [y for y in values if y > 0]
-    narrow = bool(positive) and math.log10(max(positive) / min(positive)) < 2
-    log_heights(axes, form=".10g", ticks=(1, 2, 5) if narrow else (1,))
+    return [
+        line_plot(
+            lines,
+            name=f"{result.kind}-{key.replace('_', '-')}",
+            title=title,
+            caption=f"{name} over training steps; means over layers and seeds.",
+            axes_names=("step", name),
+        )
+    ]
