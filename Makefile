@@ -57,7 +57,8 @@ readme: setup
 
 # Made from the pool: results/evidence/ and the generated blocks of docs/results.md. LaTeX, HTML and their index are not kept.
 evidence: setup
-	$(BIN)/sparseffn reproduce evidence --list --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence
+	$(BIN)/sparseffn reproduce evidence --list --pool $(POOL) --data-dir $(DATA_DIR) --out results/evidence \
+		--bench results/bench-layer-paper-2-cores.json
 	rm -f results/evidence/*.tex results/evidence/*.html results/evidence/tables.md
 	$(BIN)/python tools/generated.py docs/results.md
 

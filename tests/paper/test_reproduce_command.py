@@ -80,7 +80,8 @@ def test_evidence_spends_its_budget_and_writes_tables(
     assert reproduce("evidence", "--budget", "0.001s", "--out", str(tmp_path / "out"), "--json") == 0
     runs = printed(capsys)["runs"]
     assert len(runs) == 40 and {run["status"] for run in runs} == {"missing"}
-    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == {"evidence", "table1", "table3", "table6", "table10"}
+    names = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert names == {"evidence", "claims", "table1", "table3", "table6", "table10"}
     assert reproduce("evidence", "--list") == 0 and "0 of 40 runs finished" in capsys.readouterr().out
 
 
@@ -89,7 +90,7 @@ def test_dry_run_trains_nothing(
 ) -> None:
     """Every table at the published scale, without its corpora."""
     speed = Speed(dense=1e10, mixture=1e10, basis="a test")
-    monkeypatch.setattr("sparseffn.cli.reproduce.measure_speed", lambda: speed)
+    monkeypatch.setattr("sparseffn.cli.reproduce.measure_speed", lambda device: speed)
     assert main(["reproduce", "table", "all", "--scale", "paper", "--dry-run", "--json"]) == 0
     result = printed(capsys)
     dense = {run["column"]: run["params"] for run in result["runs"] if run["row"] == "dense"}

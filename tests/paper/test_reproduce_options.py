@@ -14,11 +14,11 @@ from sparseffn.cli.reproduce import TABLES
 from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceFigure, ReproduceTable
 from sparseffn.errors import UserError
 from sparseffn.paper import scales
-from sparseffn.paper.choice import select_tables
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.costs import Speed
 from sparseffn.paper.evidence import STAGES
 from sparseffn.paper.planned import Request
+from sparseffn.paper.reproduction import select_tables
 from sparseffn.paper.scales import Scale, get_scale
 from sparseffn.paper.tables import get_table
 
@@ -136,7 +136,7 @@ def test_label_of_two_rows_is_refused_with_the_choices() -> None:
 def test_dry_run_says_once_why_no_corpus_is_open(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is nothing to be fixed."""
     speed = Speed(dense=1e10, mixture=1e10, basis="a test")
-    monkeypatch.setattr(reproduce, "measure_speed", lambda: speed)
+    monkeypatch.setattr(reproduce, "measure_speed", lambda device: speed)
     assert main(["reproduce", "table", "table5", "table3", "--scale", "paper", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("opens no published corpus") == 1 and "leave out --dry-run" not in shown

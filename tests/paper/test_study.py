@@ -77,7 +77,7 @@ class _Interrupts(NoProgress):
 def test_interrupted_study_goes_on_to_the_same_figures(song: str, whole: tuple[Path, StudyResult], tmp_path: Path) -> None:
     """Sizes and runs that are there are not measured again; losses and probes are bit-identical."""
     with pytest.raises(KeyboardInterrupt):
-        study(settings(song, "init"), tmp_path, watcher=_Interrupts())
+        study(settings(song, "init"), tmp_path, progress=_Interrupts())
     marker = tmp_path / "start" / f"{GRID.points[0].name}.json"
     before = marker.stat().st_mtime_ns
     result = study(settings(song, "init"), tmp_path)

@@ -6,20 +6,14 @@ import re
 import xml.dom.minidom
 from typing import Any
 
-import msgspec
-import pytest
-
 from sparseffn.report.analysis_plots import analysis_plots
 from sparseffn.report.analysis_report import analysis_tables, facts_line
 from sparseffn.report.paper_plots import shares_panels, shares_plot
 from sparseffn.report.plotting import standalone_svg
-from sparseffn.report.statements import active_words, bench_words, markdown, pair_words, share_words, statements
 from sparseffn.results.analysis_result import AnalysisResult
-from sparseffn.results.bench_result import FiguresResult
 
 from .synthetic_analysis import analysis as raw
 from .synthetic_analysis import typed
-from .synthetic_bench import figures_result
 
 
 def analysis(method: str = "sigma-moe", **traits: Any) -> AnalysisResult:
@@ -66,65 +60,6 @@ def test_runs_of_different_sizes_share_an_axis_in_percent() -> None:
     assert shares_panels(runs, name="fig7").svg.count(">layer ") == 4
 
 
-def test_statements_are_the_eleven_of_the_paper() -> None:
-    """With the source; each says what is drawn."""
-    found = statements()
-    assert "arXiv 2310.10837" in found["source"]
-    assert [name for name in found if name != "source"] == [f"fig{n}" for n in range(1, 12)]
-    assert {found[f"fig{n}"]["shows"] for n in (2, 8, 9, 10, 11)} == {"bench"}
-    assert "below 200 of 2053 in every layer" in found["fig1"]["statement"]
-
-
-@pytest.mark.parametrize(
-    ("name", "active", "words"),
-    [
-        ("fig1", 0.05, "at most 102 of 2,048 channels active (5.0%, layer 0)"),
-        ("fig1", 0.05, "below the paper's bound (200 of 2,053, 9.7%) in every layer"),
-        ("fig1", 0.11, "not below the paper's bound (200 of 2,053, 9.7%) in 2 of 4 layers"),
-        ("fig4", 0.05, "not below the paper's bound (about 5%) in 1 of 4 layers"),
-    ],
-    ids=["numbers", "holds", "fails", "at-the-bound"],
-)
-def test_active_channels_are_held_against_the_bound(name: str, active: float, words: str) -> None:
-    """Layers fall by a tenth: 11%, 9.9%, 8.9%, 8.0%."""
-    assert words in active_words(statements()[name], "dense", analysis("dense", active=active))
-
-
-def test_shares_in_words_name_what_is_missing_and_what_differs() -> None:
-    """The least even layer for all; no word on the collapse of a method without a run; another number of steps is said."""
-    other = raw("switch", skew=3)
-    other["run"]["steps"] = 60
-    words = share_words(statements()["fig7"], {"sigma-moe": analysis(), "switch": typed(other)}, None)
-    assert "in its least even layer, 3" in words[1] and "dead (selected under 1% of the mean): 3 of 16" in words[1]
-    assert words[2] == "No run of softmax-renorm-moe was given: nothing is said of its collapse."
-    assert words[3] == "The runs are of different numbers of steps: 150, 60."
-    assert len(share_words(statements()["fig3"], {method: analysis(method) for method in ALL}, 1)) == 3
-
-
-def test_pairs_in_words() -> None:
-    """Fifteen partners alike but for one row of sixteen, which prefers one."""
-    words = pair_words("sigma-moe", analysis(), 3)
-    assert "takes 53.3% of its row (expert 3 with 1; even would be 6.7%)" in words
-    assert re.search(r"goes with 14\.\d of 15 others", words)
-
-
-def test_benchmark_in_words() -> None:
-    """Ratios at both ends and growth of both; nothing measured is said so."""
-    result = figures_result()
-    time, memory, measured = bench_words(figures(result), 9)
-    assert time.startswith(
-        "Time of sigma-MoE over the dense block: 0.40\u00d7 to 0.40\u00d7 for N_E 8 to 256; over these 32 times"
-    )
-    assert memory.endswith("over these 32 times the dense block's grows 32.0 times, sigma-MoE's 32.0 times.")
-    assert measured == "Measured with 2,048 tokens, float32, 2 threads."
-    assert bench_words(figures(result | {"points": []}), 2)[0].startswith("Nothing was measured: 2 points fit neither")
-
-
-def figures(result: dict[str, Any]) -> FiguresResult:
-    """As it is read from its file."""
-    return msgspec.convert(result, FiguresResult)
-
-
 def test_tables_of_an_analysis() -> None:
     """A row a layer, sixteen experts at most."""
     found = analysis(n_experts=20)
@@ -144,11 +79,3 @@ def test_stability_is_not_that_of_the_rest_at_the_end() -> None:
         for stability in (found["training"]["stability"], [*found["training"]["stability"], rest])
     )
     assert with_rest == full and f"from step {last['from']} to {last['to']}" in full.notes[1]
-
-
-def test_markdown_sets_statement_and_measurement_beside_the_picture() -> None:
-    """And says where nothing was drawn."""
-    entry = {"name": "fig1", "statement": "S.", "measured": ["M."], "files": ["fig1.png", "fig1.svg"], "captions": ["C."]}
-    text = markdown([entry, {**entry, "name": "fig3", "files": [], "captions": [], "not_drawn": "of N"}])
-    assert "![fig1](fig1.png)\n\n**Paper:** S.\n\n**Here:**\n\n- M.\n\n*C.*" in text
-    assert "## fig3\n\nNot drawn: of N." in text

@@ -81,6 +81,6 @@ def study_selectors(settings: Study) -> int:
         device=str(device),
     )
     with Progress() as progress:
-        result = study(wanted, settings.out, watcher=progress)
+        result = study(wanted, settings.out, progress=progress)
     written = write_study(result, Path(settings.out), drawn=can_draw())
     return show(result, settings, study_tables(result).values(), machine_line(result.environment, timed=False), written)

@@ -6,26 +6,26 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sparseffn.cli.output import Progress, clock, console, parse_duration, print_files, print_json, print_rows, use_machine
-from sparseffn.cli.reproduce_jobs import run_all, run_here
 from sparseffn.cli.reproduce_output import print_dry_run, write_tables
 from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceTable, Runs
-from sparseffn.errors import UserError, unknown_name
-from sparseffn.paper.choice import select_columns, select_tables
+from sparseffn.errors import UserError
+from sparseffn.paper.claims import decide
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
-from sparseffn.paper.costs import dry_run, measure_speed
-from sparseffn.paper.counted import COUNTED, settings_table, table7
+from sparseffn.paper.costs import measure_speed
 from sparseffn.paper.evidence import Item, evidence_items, evidence_result, evidence_tables, run_until_budget
+from sparseffn.paper.jobs import NamedRun, run_all, run_here
 from sparseffn.paper.measured import table_result
-from sparseffn.paper.planned import PlannedTable, Request, plan_table
+from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
+from sparseffn.paper.reproduction import Reproduction
 from sparseffn.paper.scales import get_scale
-from sparseffn.paper.tables import OWN_TABLES, get_table
 from sparseffn.report.paper_report import print_paper_table
-from sparseffn.results.table_result import PaperTable
-from sparseffn.storage import default_cache_dir, write_json
-
-PAPER_TABLES = tuple(f"table{n}" for n in range(1, 11))
+from sparseffn.results.bench_result import LayerResult
+from sparseffn.results.table_result import DryRunResult
+from sparseffn.storage import default_cache_dir, read, write_json
 
 TABLES = "runs/evidence"
 """Folder that is proposed for the tables of the evidence."""
@@ -33,23 +33,16 @@ TABLES = "runs/evidence"
 
 def tables(settings: ReproduceTable) -> int:
     """Run each table's missing runs, then print it as the pool knows it."""
-    device = str(use_machine(settings))
-    names = _names(settings.names)
-    request = _request(settings)
-    chosen = [get_table(name) for name in names if name not in COUNTED]
-    counted = [name for name in names if name in COUNTED]
-    columns = select_columns(settings.columns or None, chosen, counted)
-    selected = select_tables(chosen, columns, settings.rows or None, request)
-    trained = {table.name: plan_table(table, request) for table in selected}
+    device = use_machine(settings)
+    reproduction = Reproduction.plan(settings.names, _request(settings), columns=settings.columns, rows=settings.rows)
     if settings.dry_run:
-        return _dry_run(settings, trained, counted)
-    _refuse_without_corpus(trained, request)
-    if not settings.view:
-        _train(settings, trained, device)
+        return _dry_run(settings, reproduction.dry_run(measure_speed(device)))
+    reproduction.require_corpus()
     pool = _pool(settings)
-    results = {
-        name: table_result(trained[name], pool) if name in trained else _counted(name, request, columns[name]) for name in names
-    }
+    if not settings.view:
+        with Progress() as progress:
+            run_all(reproduction.runs(), pool, jobs=settings.jobs, device=str(device), progress=progress)
+    results = reproduction.results(pool)
     index = [] if settings.out is None else write_tables(results, settings.out)
     if settings.json:
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
@@ -58,16 +51,6 @@ def tables(settings: ReproduceTable) -> int:
         print_paper_table(result, console())
     print_files(index)
     return 0
-
-
-def _names(names: Sequence[str]) -> list[str]:
-    """The tables in order; `all` is every table of the paper."""
-    known = {*PAPER_TABLES, *OWN_TABLES, "all"}
-    for name in names:
-        if name not in known:
-            raise unknown_name("table", name, known)
-    expanded = [table for name in names for table in (PAPER_TABLES if name == "all" else (name,))]
-    return list(dict.fromkeys(expanded))
 
 
 def _pool(settings: Runs) -> Pool:
@@ -101,15 +84,7 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _refuse_without_corpus(trained: dict[str, PlannedTable], request: Request) -> None:
-    """A scale none of whose corpora is there is an error; where some are, the others' columns say so."""
-    columns = [column for planned in trained.values() for column in planned.columns]
-    if columns and all(column.corpus is None for column in columns):
-        raise UserError(f"scale {request.scale.name} needs its corpus: {columns[0].reason}")
-
-
-def _dry_run(settings: ReproduceTable, trained: dict[str, PlannedTable], counted: Sequence[str]) -> int:
-    result = dry_run(list(trained.values()), measure_speed(), counted)
+def _dry_run(settings: ReproduceTable, result: DryRunResult) -> int:
     if settings.out is not None:
         write_json(Path(settings.out) / "dry-run.json", result)
     if settings.json:
@@ -119,36 +94,21 @@ def _dry_run(settings: ReproduceTable, trained: dict[str, PlannedTable], counted
     return 0
 
 
-def _train(settings: ReproduceTable, trained: dict[str, PlannedTable], device: str) -> None:
-    """The missing runs of all tables, each once."""
-    runs = {}
-    for planned in trained.values():
-        for cell, seed, spec in planned.runs():
-            name = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
-            runs.setdefault(spec.digest, (name, seed, spec))
-    with Progress() as progress:
-        run_all(list(runs.values()), _pool(settings), jobs=settings.jobs, device=device, progress=progress)
-
-
-def _counted(name: str, request: Request, columns: Sequence[str] | None) -> PaperTable:
-    return table7(request, columns) if name == "table7" else settings_table(name, request, columns)
-
-
 def evidence(settings: ReproduceEvidence) -> int:
     """Go on with the missing runs while the budget lasts, then print how all of them stand."""
-    device = str(use_machine(settings))
+    device = use_machine(settings)
     request, pool = _request(settings), _pool(settings)
     items = evidence_items(request)
     if settings.budget is not None:
-        _spend(items, pool, parse_duration(settings.budget), device)
+        _train(items, pool, parse_duration(settings.budget), device)
     result = evidence_result(items, pool)
     index: list[Path] = []
     if settings.out is not None:
+        bench = None if settings.bench is None else read(Path(settings.bench), LayerResult, fix="run `sparseffn bench layer`")
+        found = [table_result(planned, pool) for planned in evidence_tables(request, pool)]
         write_json(Path(settings.out) / "evidence.json", result)
-        index = write_tables(
-            {planned.table.name: table_result(planned, pool) for planned in evidence_tables(request, pool)},
-            settings.out,
-        )
+        write_json(Path(settings.out) / "claims.json", decide(found, bench))
+        index = write_tables({table.table: table for table in found}, settings.out)
     if settings.json:
         print_json(result)
         return 0
@@ -183,13 +143,13 @@ def _list_command(settings: ReproduceEvidence) -> str:
     return shlex.join(words)
 
 
-def _spend(items: list[Item], pool: Pool, budget_s: float, device: str) -> None:
+def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device) -> None:
     wanted = [item for item in items if pool.status(item.spec).wanted]
     position = {item.spec.digest: place for place, item in enumerate(wanted)}
     with Progress() as progress:
 
         def run(item: Item) -> None:
-            named = (item.label, item.seed, item.spec)
-            run_here(named, pool, position[item.spec.digest], len(wanted), device=device, progress=progress)
+            named = NamedRun(label=item.label, seed=item.seed, spec=item.spec)
+            run_here(named, pool, position[item.spec.digest], len(wanted), device=str(device), progress=progress)
 
-        run_until_budget(items, pool, budget_s, run, log=progress.log)
+        run_until_budget(items, pool, budget_s, run, device=device, log=progress.log)

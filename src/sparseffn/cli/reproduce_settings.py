@@ -78,6 +78,8 @@ class ReproduceEvidence(Runs):
     """start no run that would not fit: 90s, 60m, 2h"""
     list: Annotated[Flag, _WORK] = False
     """print the order and what is done; train nothing"""
+    bench: MaybeText = None
+    """a result of `bench layer`, for the claims on speed in OUT/claims.json (default: they stay open)"""
 
 
 @settings_class

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sparseffn.accounting import BACKWARD_OVER_FORWARD
 from sparseffn.bench.step import Step, StepShape
 from sparseffn.bench.timing import interleaved, medians
@@ -81,11 +83,11 @@ class Speed:
         return step_flops(model, train) / rate
 
 
-def measure_speed(rounds: int = 3) -> Speed:
+def measure_speed(device: torch.device, rounds: int = 3) -> Speed:
     """Time training steps of the dense and the sigma-MoE model of scale cpu, column WT-S, in turn."""
     column = SCALES["cpu"].column("WT-S")
     preset = column.preset
-    shape = StepShape(batch=preset.batch, context=preset.context, memory=preset.memory)
+    shape = StepShape(batch=preset.batch, context=preset.context, memory=preset.memory, device=device)
     models = {row.method: column.model(sized(row, column, _TIMED_VOCABULARY).ffn, _TIMED_VOCABULARY) for row in (DENSE, SIGMA)}
     steps = {name: Step(model, shape) for name, model in models.items()}
     seconds = medians(interleaved({name: step.run for name, step in steps.items()}, rounds=rounds, warmup=1))
@@ -96,9 +98,10 @@ def measure_speed(rounds: int = 3) -> Speed:
     return Speed(dense=rates["dense"], mixture=rates["sigma-moe"], basis=basis)
 
 
-def measured_step_s(model: TransformerXLConfig, train: TrainConfig, rounds: int = 3) -> float:
+def measured_step_s(model: TransformerXLConfig, train: TrainConfig, device: torch.device, rounds: int = 3) -> float:
     """Median seconds of a few training steps of this very model."""
-    step = Step(model, StepShape(batch=train.batch, context=train.context, memory=train.memory))
+    shape = StepShape(batch=train.batch, context=train.context, memory=train.memory, precision=train.precision, device=device)
+    step = Step(model, shape)
     times = interleaved({"step": step.run}, rounds=rounds, warmup=1)["step"]
     return statistics.median(times)
 

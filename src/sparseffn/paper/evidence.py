@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sparseffn.paper.costs import measured_step_s, training_flops
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Finished, Pool, RunSpec, median_step_s
@@ -20,6 +22,7 @@ from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
 COLUMN = "WT-S"
 # Evaluation and counting on top of training, before any run has shown it.
 _OVERHEAD = 1.4
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,7 @@ def run_until_budget(
     budget_s: float,
     run: Callable[[Item], None],
     *,
+    device: torch.device = _CPU,
     log: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.monotonic,
     estimate: Callable[[Item, Mapping[str, float]], float] | None = None,
@@ -176,6 +180,7 @@ def run_until_budget(
         pool: where runs are kept.
         budget_s: seconds.
         run: does one run.
+        device: that the runs are on.
         log: receives what happens, in words.
         clock: seconds from any start.
         estimate: seconds of a run, given the wall time of the finished ones by digest.
@@ -185,7 +190,7 @@ def run_until_budget(
     """
     started, n_started = clock(), 0
     specs = {item.spec.digest: item.spec for item in items}
-    estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs))
+    estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs, device))
     statuses = {digest: pool.status(spec) for digest, spec in specs.items()}
     walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
     for item in items:
@@ -209,7 +214,7 @@ def _usual_s(finished: Finished) -> float:
     return result.steps * median_step_s(finished) + max(0.0, finished.wall_s - result.seconds)
 
 
-def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, RunSpec]) -> float:
+def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, RunSpec], device: torch.device = _CPU) -> float:
     """Seconds of a run: of the same model with another seed, else by FLOPs from the others, else from measured steps."""
     same = [wall for digest, wall in walls.items() if _differs_in_seed(specs[digest], spec)]
     if same:
@@ -218,7 +223,7 @@ def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, R
         # The slowest speed seen: a run that is too long for the budget is worse than one that is left for the next call.
         slowest = max(wall / training_flops(specs[digest].model, specs[digest].train) for digest, wall in walls.items())
         return slowest * training_flops(spec.model, spec.train)
-    return _OVERHEAD * spec.train.steps * measured_step_s(spec.model, spec.train)
+    return _OVERHEAD * spec.train.steps * measured_step_s(spec.model, spec.train, device)
 
 
 def _differs_in_seed(a: RunSpec, b: RunSpec) -> bool:

@@ -54,13 +54,13 @@ class _BudgetUsedError(Exception):
     """Nothing more may be begun."""
 
 
-def study(settings: StudySettings, out: Path | str, *, watcher: Progress | None = None) -> results.StudyResult:
+def study(settings: StudySettings, out: Path | str, *, progress: Progress | None = None) -> results.StudyResult:
     """Measure what is missing within the budget; returns what `study-NAME.json` holds.
 
     Raises:
         UserError: the folder is of another scale or corpus, or the budget does not suffice for one measurement.
     """
-    job = _Study.open(settings, Path(out), watcher or NoProgress())
+    job = _Study.open(settings, Path(out), progress or NoProgress())
     failures: dict[tuple[str, int], str] = {}
     try:
         if settings.study == "init":
@@ -72,7 +72,7 @@ def study(settings: StudySettings, out: Path | str, *, watcher: Progress | None 
                 f"`budget` must suffice for one measurement or a twelfth of a training; got {settings.budget_s:g}s, in which "
                 "none was finished; fix: --budget 1m or more, or leave it out"
             ) from None
-        job.watcher.log("the budget is used up; the same command goes on")
+        job.progress.log("the budget is used up; the same command goes on")
     outcome = job.outcome(failures)
     write_json(job.out / f"study-{settings.study}.json", outcome)
     return outcome
@@ -91,17 +91,17 @@ class _Study:
     settings: StudySettings
     out: Path
     corpus: Corpus
-    watcher: Progress
+    progress: Progress
     device: torch.device
     deadline: Deadline
 
     @classmethod
-    def open(cls, settings: StudySettings, out: Path, watcher: Progress) -> _Study:
+    def open(cls, settings: StudySettings, out: Path, progress: Progress) -> _Study:
         """Claim the folder for the scale and the corpus; studies and numbers of seeds share it."""
         deadline, device = Deadline(settings.budget_s), find_device(settings.device)
         corpus = load_corpus(settings.corpus, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
         RunFolder(out).open({"scale": settings.scale.to_json(), "corpus": corpus.name, "digest": corpus.digest})
-        return cls(settings, out, corpus, watcher, device, deadline)
+        return cls(settings, out, corpus, progress, device, deadline)
 
     def check_time(self, report: StepReport | None = None) -> None:
         """Stop when the budget is used up; a call without a report marks something as finished."""
@@ -118,7 +118,7 @@ class _Study:
             if not path.exists():
                 rows = measure_point(point, scale.grid, self.corpus, range(scale.start_seeds), self.device)
                 write_json(path, _Point(rows))
-                self.watcher.log(f"at initialisation: {point.name}")
+                self.progress.log(f"at initialisation: {point.name}")
                 self.check_time()
 
     def train(self, failures: dict[tuple[str, int], str]) -> None:
@@ -127,14 +127,14 @@ class _Study:
         for position, (name, run) in enumerate(runs):
             if run.outcome() is None:
                 try:
-                    run.run(self.device, self._progress(name, run.seed, position, len(runs)))
+                    run.run(self.device, self._on_progress(name, run.seed, position, len(runs)))
                 except NonFiniteLossError as error:
                     # A variant that diverges must not cost the others' results.
                     failures[name, run.seed] = str(error)
                 self.check_time()
 
-    def _progress(self, name: str, seed: int, position: int, n_runs: int) -> Callable[[StepReport | None], None]:
-        show = self.watcher.run(name, seed, position, n_runs)
+    def _on_progress(self, name: str, seed: int, position: int, n_runs: int) -> Callable[[StepReport | None], None]:
+        show = self.progress.run(name, seed, position, n_runs)
 
         def on_progress(report: StepReport | None) -> None:
             if report is not None:

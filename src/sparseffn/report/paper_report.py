@@ -23,6 +23,7 @@ from sparseffn.report.paper_cells import cell_counts
 from sparseffn.report.paper_view import PaperReport, paper_report
 from sparseffn.report.table import Cell, Table
 from sparseffn.report.terminal import print_table
+from sparseffn.results.figures_result import FiguresOfPaper
 from sparseffn.results.table_result import PaperTable, SettingsResult, TableResult
 from sparseffn.storage import read, read_json, write_text
 
@@ -255,3 +256,17 @@ def _index_markdown(entries: list[_Entry], faults: list[str]) -> str:
         lines += ["", f"## {markdown_text(entry.report.title)}", "", markdown_text(entry.table.lead), ""]
         lines += [*table_lines(entry.table), *footnote_lines(entry.table.footnotes.items())]
     return "\n".join(lines) + "\n"
+
+
+def figures_markdown(result: FiguresOfPaper) -> str:
+    """Every figure with the paper's statement and what was measured beside it."""
+    lines = ["# The paper's figures, measured here", "", f"Source of the statements: {result.source}.", ""]
+    for figure in result.figures:
+        lines += [f"## {figure.name}", ""]
+        pictures = [name for name in figure.files if name.endswith(".png")]
+        lines += [f"![{figure.name}]({name})" for name in pictures] or [f"Not drawn: {figure.not_drawn}."]
+        lines += ["", f"**Paper:** {figure.statement}", ""]
+        if figure.measured:
+            lines += ["**Here:**", "", *(f"- {words}" for words in figure.measured)]
+        lines += ["", *[f"*{caption}*" for caption in figure.captions], ""]
+    return "\n".join(lines)

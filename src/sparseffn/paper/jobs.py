@@ -1,32 +1,53 @@
-"""Runs of `sparseffn reproduce`, one after the other here or several side by side in processes that share the threads."""
+"""Runs of the pool, one after the other here, or several side by side in processes that share the threads."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sparseffn.cli.output import Progress
-from sparseffn.cli.process import keep_freed_memory
+from sparseffn.comparison import Progress
 from sparseffn.data import CorpusOrigin
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.paper.costs import training_flops
 from sparseffn.paper.execution import execute
+from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec
 from sparseffn.training import TrainConfig
 
-# What a table calls the run, its seed, and the run.
-Named = tuple[str, int, RunSpec]
+# As the command sets it for itself: glibc keeps freed memory, see malloc's mallopt.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
-def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, device: str, progress: Progress) -> None:
+@dataclass(frozen=True, kw_only=True)
+class NamedRun:
+    """A run with what a table calls it."""
+
+    label: str
+    seed: int
+    spec: RunSpec
+
+
+def runs_of(tables: Iterable[PlannedTable]) -> list[NamedRun]:
+    """The runs of all tables, each once."""
+    runs: dict[str, NamedRun] = {}
+    for planned in tables:
+        for cell, seed, spec in planned.runs():
+            label = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
+            runs.setdefault(spec.digest, NamedRun(label=label, seed=seed, spec=spec))
+    return list(runs.values())
+
+
+def run_all(runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, progress: Progress) -> None:
     """Do every run that may give a result; what fails is reported and does not stop the rest.
 
     Raises:
@@ -34,11 +55,11 @@ def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, device: str, progre
     """
     if jobs < 1:
         raise UserError(f"`--jobs` must be at least 1; got {jobs}; fix: --jobs 1")
-    wanted = [run for run in runs if pool.status(run[2]).wanted]
+    wanted = [run for run in runs if pool.status(run.spec).wanted]
     if len(wanted) < len(runs):
         progress.log(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already, or failed for good")
     if wanted:
-        flops = sum(training_flops(spec.model, spec.train) for _, _, spec in wanted)
+        flops = sum(training_flops(run.spec.model, run.spec.train) for run in wanted)
         progress.log(f"{len(wanted)} to do, {flops:.1e} FLOPs of training; --dry-run estimates how long that takes")
     if jobs == 1:
         for position, run in enumerate(wanted):
@@ -47,15 +68,14 @@ def run_all(runs: Sequence[Named], pool: Pool, *, jobs: int, device: str, progre
         _run_in_processes(wanted, pool, jobs, device, progress)
 
 
-def run_here(run: Named, pool: Pool, position: int, n_runs: int, *, device: str, progress: Progress) -> None:
+def run_here(run: NamedRun, pool: Pool, position: int, n_runs: int, *, device: str, progress: Progress) -> None:
     """One run in this process."""
-    name, seed, spec = run
-    status = execute(pool, spec, progress.run(name, seed, position, n_runs), device=device)
+    status = execute(pool, run.spec, progress.run(run.label, run.seed, position, n_runs), device=device)
     if status.reason is not None:
-        progress.log(f"{name}, seed {seed}: {status.reason}")
+        progress.log(f"{run.label}, seed {run.seed}: {status.reason}")
 
 
-def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, device: str, progress: Progress) -> None:
+def _run_in_processes(wanted: Sequence[NamedRun], pool: Pool, jobs: int, device: str, progress: Progress) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -63,14 +83,15 @@ def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, device: st
         """Why the run has no result."""
         task = {"pool": str(pool.path), "threads": threads, "device": device, "identity": spec.identity}
         task["corpus"] = dataclasses.asdict(spec.corpus.origin)
-        process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", __name__]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_KEEP_FREED_MEMORY})
         processes.append(process)
         process.communicate(json.dumps(task).encode())
         reason = pool.status(spec).reason
         return reason if process.returncode == 0 else f"its process ended with code {process.returncode}; {reason}"
 
     with ThreadPoolExecutor(jobs) as executor:
-        started = {executor.submit(work_on, spec): f"{name}, seed {seed}" for name, seed, spec in wanted}
+        started = {executor.submit(work_on, run.spec): f"{run.label}, seed {run.seed}" for run in wanted}
         try:
             for n_done, future in enumerate(as_completed(started), 1):
                 progress.log(f"{started[future]}: {future.result() or 'done'} ({len(started) - n_done} to go)")
@@ -82,7 +103,6 @@ def _run_in_processes(wanted: Sequence[Named], pool: Pool, jobs: int, device: st
 
 def _work(task: dict[str, Any]) -> None:
     """What a process does: the run that its standard input names."""
-    keep_freed_memory()
     torch.set_num_threads(task["threads"])
     spec = RunSpec(
         model=TransformerXLConfig.from_json(task["identity"]["model"]),

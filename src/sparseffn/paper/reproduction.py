@@ -1,4 +1,8 @@
-"""The columns and rows that a user asks for, each table taking those that it has.
+"""What a user asks for of the paper's tables, of which each table has its part: columns, rows, runs and results.
+
+    reproduction = Reproduction.plan(("table3",), request, columns=("WT-S",))
+    run_all(reproduction.runs(), pool, ...)
+    reproduction.results(pool)
 
 A row is named by its published label or by the one that the table shows, which has the scale's real numbers. At a small scale
 the two may name different rows (Top-K, K=64 is published, and is what stands for K=128 there): then `published:` or `shown:`
@@ -8,12 +12,18 @@ before the label says which is meant.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.paper.counted import counted_columns
-from sparseffn.paper.planned import Request
+from sparseffn.paper.costs import Speed, dry_run
+from sparseffn.paper.counted import COUNTED, counted_columns, settings_table, table7
+from sparseffn.paper.jobs import NamedRun, runs_of
+from sparseffn.paper.measured import table_result
+from sparseffn.paper.planned import PlannedTable, Request, plan_table
+from sparseffn.paper.pool import Pool
 from sparseffn.paper.table_rows import shown_label
-from sparseffn.paper.tables import Table
+from sparseffn.paper.tables import OWN_TABLES, Table, get_table
+from sparseffn.results.table_result import DryRunResult, PaperTable
 
 _NAMINGS = ("published", "shown")
 
@@ -98,3 +108,77 @@ def _key(wanted: str, labels: _Labels, table: str) -> str | None:
         choices = " or ".join(f"{f'published:{key}'!r}, shown as {labels['shown'][key]!r}" for key in found)
         raise UserError(f"each row must be named by a label of its own; got {wanted!r} of {table}; fix: {choices}")
     return found[0] if found else None
+
+
+PAPER_TABLES = tuple(f"table{number}" for number in range(1, 11))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reproduction:
+    """Some of the paper's tables, and of our own, at a scale."""
+
+    names: Sequence[str]
+    request: Request
+    trained: Mapping[str, PlannedTable]
+    """By name; the others are counted."""
+    columns: Mapping[str, list[str] | None]
+    """Those of each table that are wanted; None: all."""
+
+    @classmethod
+    def plan(
+        cls, names: Sequence[str], request: Request, *, columns: Sequence[str] = (), rows: Sequence[str] = ()
+    ) -> Reproduction:
+        """Choose and size every cell; nothing is trained.
+
+        Args:
+            names: of tables; `all` is every table of the paper.
+            request: scale, corpora, seeds.
+            columns: wanted ones; none: all.
+            rows: labels of wanted ones; none: all.
+
+        Raises:
+            UserError: a table, column or row is not there, or a label names two rows.
+        """
+        known = {*PAPER_TABLES, *OWN_TABLES, "all"}
+        for name in names:
+            if name not in known:
+                raise unknown_name("table", name, known)
+        chosen = list(dict.fromkeys(table for name in names for table in (PAPER_TABLES if name == "all" else (name,))))
+        tables = [get_table(name) for name in chosen if name not in COUNTED]
+        wanted = select_columns(columns or None, tables, [name for name in chosen if name in COUNTED])
+        selected = select_tables(tables, wanted, rows or None, request)
+        trained = {table.name: plan_table(table, request) for table in selected}
+        return cls(names=chosen, request=request, trained=trained, columns=wanted)
+
+    @property
+    def counted(self) -> list[str]:
+        """Tables that need no run."""
+        return [name for name in self.names if name in COUNTED]
+
+    def dry_run(self, speed: Speed) -> DryRunResult:
+        return dry_run(list(self.trained.values()), speed, self.counted)
+
+    def require_corpus(self) -> None:
+        """Refuse a scale none of whose corpora is there; where some are, the others' columns say so.
+
+        Raises:
+            UserError: none is there.
+        """
+        columns = [column for planned in self.trained.values() for column in planned.columns]
+        if columns and all(column.corpus is None for column in columns):
+            raise UserError(f"scale {self.request.scale.name} needs its corpus: {columns[0].reason}")
+
+    def runs(self) -> list[NamedRun]:
+        """Each once."""
+        return runs_of(self.trained.values())
+
+    def results(self, pool: Pool) -> dict[str, PaperTable]:
+        """Every table as the pool knows it, by name."""
+        return {name: self._result(name, pool) for name in self.names}
+
+    def _result(self, name: str, pool: Pool) -> PaperTable:
+        if name in self.trained:
+            return table_result(self.trained[name], pool)
+        if name == "table7":
+            return table7(self.request, self.columns[name])
+        return settings_table(name, self.request, self.columns[name])
