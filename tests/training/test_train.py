@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from song_text import TEXT
 
-import sparseffn
 import sparseffn.training.loop as loop
 import sparseffn.training.step as step
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
-from sparseffn.evaluation import evaluate
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import get_preset
-from sparseffn.storage import cpu_name, digest_of, json_digest, sources_digest, write_json
-from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, from_preset, load_run_corpus, load_run_model, train
-from sparseffn.training.checkpoint import list_checkpoints
+from sparseffn.storage import write_json
+from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, from_preset, load_run_model, train
 from sparseffn.training.snapshots import list_snapshots
 
 
@@ -62,26 +55,6 @@ def test_killed_run_continues_bit_by_bit(when: str, tmp_path: Path, model: Trans
     assert list(list_snapshots(tmp_path / "whole")) == [0, 6, 12] and ours == theirs
 
 
-def test_tokenizer_of_a_run_is_whole_or_absent(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An interruption while it is written leaves none, and the same call goes on."""
-    replace = Path.replace
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if Path(target).name == "tokenizer.json":
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(model, config, corpus, tmp_path / "run")
-    assert not (tmp_path / "run" / "tokenizer.json").exists()
-    train(model, config, corpus, tmp_path / "run")
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == corpus.tokenizer.to_json()
-
-
 def test_training_lowers_the_loss_and_reports_both_losses_apart(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
 ) -> None:
@@ -100,67 +73,6 @@ def test_finished_run_returns_its_result_at_once(
     before = losses(tmp_path / "run")
     assert train(model, config, corpus, tmp_path / "run") == first
     assert losses(tmp_path / "run") == before
-
-
-def test_run_says_which_code_made_it_and_goes_on_with_other_code(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
-) -> None:
-    """Outside its identity; the digest follows every file's name and contents."""
-    train(model, config, corpus, tmp_path / "run")
-    path = tmp_path / "run" / "environment.json"
-    made = json.loads(path.read_text())
-    assert made["sources"] == sources_digest(Path(sparseffn.__file__).parent)
-    assert "sources" not in (tmp_path / "run" / "config.json").read_text()
-    write_json(path, {**made, "sources": "of other code"})
-    (tmp_path / "run" / "result.json").unlink()
-    assert train(model, config, corpus, tmp_path / "run").steps == 12
-    assert json.loads(path.read_text())["sources"] == "of other code"
-    digests = set()
-    for number, (name, text) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("a.cpp", "1"), ("a.txt", "1")]):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / name).write_text(text)
-        digests.add(sources_digest(tmp_path / str(number)))
-    assert len(digests) == 5 and sources_digest(tmp_path / "4") == digest_of()
-
-
-def test_folder_of_another_config_is_refused_and_left_alone(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
-) -> None:
-    """The difference is named."""
-    train(model, config, corpus, tmp_path / "run")
-    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=r"train\.lr is 0\.005, not 0\.1"):
-        train(model, dataclasses.replace(config, lr=0.1), corpus, tmp_path / "run")
-    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_damaged_checkpoint_is_refused_and_the_one_before_serves(
-    damage: str, tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
-) -> None:
-    """The error says which folder to remove; then the run goes on."""
-    train(model, config, corpus, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
-    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    state = last / "state.safetensors"
-    data = state.read_bytes()
-    state.unlink()
-    if damage != "missing":
-        state.write_bytes(data[:-100] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"fix: remove .*{last.name} to go on"):
-        train(model, config, corpus, tmp_path / "run")
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    assert train(model, config, corpus, tmp_path / "run").steps == 12
-
-
-def test_checkpoints_hold_no_pickle(tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig) -> None:
-    """Two are kept, of safetensors and JSON."""
-    train(model, config, corpus, tmp_path / "run")
-    kept = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert [p.name for p in kept] == ["step-00000010", "step-00000012"]
-    assert {f.suffix for p in kept for f in p.iterdir()} == {".safetensors", ".json"}
 
 
 def test_non_finite_loss_stops_before_the_step(
@@ -257,56 +169,6 @@ def test_scaled_gradients_that_overflow_are_no_failure_until_the_scale_is_1() ->
     assert not step.StepNumbers(float("nan"), 0.0, float("nan"), 4.0).overflowed
 
 
-def test_metrics_say_on_which_device_steps_were_taken(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
-) -> None:
-    """A line where a run starts and where it comes to another device; readers of losses do not see it."""
-    train(model, config, corpus, tmp_path / "run", device="cpu")
-    folder = RunFolder(tmp_path / "run")
-    for step_, device in ((12, "cpu"), (12, "Some GPU"), (13, "Some GPU"), (14, "cpu")):
-        folder.note_device(step_, device)
-    lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
-    devices = [(line["step"], line["device"]) for line in lines if "device" in line]
-    assert devices == [(0, "cpu"), (12, "Some GPU"), (14, "cpu")]
-    assert all("device" not in record for record in folder.read_metrics())
-    with pytest.raises(UserError, match="`--device` must be auto, cpu"):
-        train(model, config, corpus, tmp_path / "other", device="gpu")
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_checkpoint_of_version_0_1_is_gone_on_from(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
-) -> None:
-    """Of format 2, without a scaler, beside metrics without devices."""
-    whole = train(model, config, corpus, tmp_path / "run")
-    folder = RunFolder(tmp_path / "run")
-    folder.result_path.unlink()
-    for path in list_checkpoints(folder.checkpoints):
-        manifest = json.loads((path / "checkpoint.json").read_text())
-        del manifest["extra"]["scaler"], manifest["manifest_digest"]
-        write_json(path / "checkpoint.json", {**manifest, "manifest_digest": json_digest(manifest)})
-    folder.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in folder.read_metrics()))
-    assert train(model, config, corpus, folder.path).test == whole.test
-
-
-def test_a_run_knows_its_corpus(tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:
-    """Where it was and how it was cut into tokens; a text that moved needs its new place, another one is refused."""
-    place = tmp_path / "song.txt"
-    place.write_text(TEXT)
-    corpus = load_corpus("text", data_dir=place, cache_dir=tmp_path / "cache")
-    train(model, config, corpus, tmp_path / "run")
-    assert load_run_corpus(tmp_path / "run").digest == corpus.digest
-    place.rename(tmp_path / "moved.txt")
-    with pytest.raises(UserError, match=re.escape(str(place))):
-        load_run_corpus(tmp_path / "run")
-    assert load_run_corpus(tmp_path / "run", data_dir=tmp_path / "moved.txt").digest == corpus.digest
-    (tmp_path / "run" / "corpus.json").unlink()
-    assert load_run_corpus(tmp_path / "run", data_dir=tmp_path / "moved.txt").digest == corpus.digest
-    place.write_text(TEXT.replace("beer", "milk"))
-    with pytest.raises(UserError, match="the corpus must be the run's"):
-        load_run_corpus(tmp_path / "run", data_dir=place)
-
-
 def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
     """Linear, then a cosine."""
     c = dataclasses.replace(config, steps=102, warmup=2, lr=1.0)
@@ -342,45 +204,6 @@ def test_constant_balancing_loss_is_complained_of(model: TransformerXLConfig) ->
     """A method with a weight whose loss reaches nothing."""
     with pytest.raises(UserError, match="must depend on the parameters"):
         step.check_balance(TransformerXL(model), torch.zeros(()))
-
-
-def test_evaluation_predicts_every_token_but_the_first_once(corpus: Corpus, model: TransformerXLConfig) -> None:
-    """Whatever the windows; with one stream the loss is that of one long text."""
-    net = TransformerXL(model).train()
-    tokens = corpus.valid[:200]
-    for batch, context in ((1, 7), (3, 16), (8, 50)):
-        assert evaluate(net, tokens, batch=batch, context=context, memory=64).n_predictions == 199
-    assert net.training
-    text = torch.from_numpy(tokens.astype("int64"))[None]
-    with torch.no_grad():
-        logits = net.eval()(text[:, :-1]).logits
-    whole = float(torch.nn.functional.cross_entropy(logits[0], text[0, 1:]))
-    got = evaluate(net, tokens, batch=1, context=16, memory=256).nats_per_token
-    assert got == pytest.approx(whole, rel=1e-5)
-
-
-@pytest.mark.parametrize("n_tokens", [190, 191, 210], ids=["even", "narrow-last", "uneven"])
-def test_window_losses_follow_the_text(corpus: Corpus, model: TransformerXLConfig, n_tokens: int) -> None:
-    """Stream by stream, as if each were a text of its own; rows that end early have no window more."""
-    net = TransformerXL(model)
-    net.init_parameters(0)
-    tokens = corpus.valid[:n_tokens]
-    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(n_tokens - 1), 3))])
-    alone = [
-        evaluate(net, tokens[start : stop + 1], batch=1, context=21, memory=32).window_nats
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    together = evaluate(net, tokens, batch=3, context=21, memory=32).window_nats
-    assert together == pytest.approx(np.concatenate(alone), rel=1e-5)
-
-
-def test_processor_is_told_from_its_namesakes(tmp_path: Path) -> None:
-    """By family and model, where Linux says them."""
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\nflags\t: a b\n\nprocessor\t: 1\n")
-    assert cpu_name(info) == "Some CPU (family 25, model 17)"
-    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert cpu_name(info) == cpu_name(tmp_path / "none") != ""
 
 
 def test_settings_of_a_preset_follow_its_length() -> None:

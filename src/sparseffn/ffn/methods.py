@@ -5,7 +5,6 @@ An installed package joins by an entry point in the group `sparseffn.methods` th
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn.block_config import FFNConfig
-from sparseffn.ffn.options import field_infos
+from sparseffn.ffn.options import from_fields
 
 if TYPE_CHECKING:
     from sparseffn.ffn.feedforward import FeedForward
@@ -109,14 +108,4 @@ def make_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config
     Raises:
         UserError: a field is unknown, a required one is missing, or a value is out of range.
     """
-    infos = field_infos(config_class)
-    for key in fields:
-        if key not in infos:
-            raise unknown_name(f"option of {config_class.name}", key, infos)
-    missing = [info.name for info in infos.values() if info.default is dataclasses.MISSING and info.name not in fields]
-    if missing:
-        raise UserError(
-            f"{config_class.name} needs {', '.join(missing)}; got {', '.join(fields) or 'nothing'}; "
-            f"fix: add {' '.join(f'{m}=...' for m in missing)}"
-        )
-    return config_class(**fields)
+    return from_fields(config_class, fields, owner=config_class.name, what=f"option of {config_class.name}")

@@ -13,9 +13,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sparseffn.errors import UserError, nearest_names, unknown_name
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,31 @@ def field_infos(config_class: type) -> Mapping[str, FieldInfo]:
         kind = str if choices else base
         infos[field.name] = FieldInfo(field.name, kind, choices, optional, field.default, declared)
     return types.MappingProxyType(infos)
+
+
+def from_fields(config_class: type[Config], fields: Mapping[str, Any], *, owner: str, what: str) -> Config:
+    """A config from its fields.
+
+    Args:
+        config_class: whose fields are declared.
+        fields: by name.
+        owner: what needs the fields, for messages ("a training config").
+        what: a field, for messages ("training option").
+
+    Raises:
+        UserError: a field is unknown, a required one is missing, or a value is out of range.
+    """
+    infos = field_infos(config_class)
+    for key in fields:
+        if key not in infos:
+            raise unknown_name(what, key, infos)
+    missing = [info.name for info in infos.values() if info.default is dataclasses.MISSING and info.name not in fields]
+    if missing:
+        raise UserError(
+            f"{owner} needs {', '.join(missing)}; got {', '.join(fields) or 'nothing'}; "
+            f"fix: add {' '.join(f'{m}=...' for m in missing)}"
+        )
+    return config_class(**fields)
 
 
 def check_fields(config: object) -> None:

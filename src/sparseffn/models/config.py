@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from sparseffn.errors import UserError, unknown_name
+from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig, config_from_json, option
-from sparseffn.ffn.options import check_fields
+from sparseffn.ffn.options import check_fields, from_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +78,5 @@ class TransformerXLConfig:
         Raises:
             UserError: a field is unknown, missing or out of range.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in data:
-            if key not in names:
-                raise unknown_name("model option", key, names)
-        missing = [name for name in names if name not in data and name not in ("dropout", "shared_layers")]
-        if missing:
-            raise UserError(f"a model config needs {', '.join(missing)}; got {', '.join(data)}; fix: add them")
-        return cls(**{**data, "ffn": config_from_json(data["ffn"])})
+        fields = {**data, "ffn": config_from_json(data["ffn"])} if "ffn" in data else data
+        return from_fields(cls, fields, owner="a model config", what="model option")

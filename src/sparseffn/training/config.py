@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from sparseffn.devices import Precision
-from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn import field_infos, option
-from sparseffn.ffn.options import check_fields
+from sparseffn.errors import UserError
+from sparseffn.ffn import option
+from sparseffn.ffn.options import check_fields, from_fields
 from sparseffn.models.presets import Preset
 
 CURVE_POINTS, CURVE_TOKENS = 12, 8192
@@ -79,13 +79,7 @@ class TrainConfig:
         Raises:
             UserError: a field is unknown, missing or out of range.
         """
-        infos = field_infos(cls)
-        for key in data:
-            if key not in infos:
-                raise unknown_name("training option", key, infos)
-        if "steps" not in data:
-            raise UserError(f"a training config needs steps; got {', '.join(data) or 'nothing'}; fix: add it")
-        return cls(**data)
+        return from_fields(cls, data, owner="a training config", what="training option")
 
 
 def from_preset(preset: Preset, *, steps: int | None = None, seed: int = 0, **overrides: Any) -> TrainConfig:
