@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sparseffn.data import SPLITS, Corpus, load_corpus, tokenizing
-from sparseffn.data.cache import TokenCache, TokenWriter, token_dtype
+from sparseffn.data import SPLITS, Corpus, Tokenizer, load_corpus, tokenizing
+from sparseffn.data.cache import Encoded, TokenCache, token_dtype
 from sparseffn.data.splits import Source, Split
 from sparseffn.data.tokenizers import BytesTokenizer
 from sparseffn.errors import UserError
@@ -24,22 +25,27 @@ def token_folder(cache: Path) -> Path:
     return folder
 
 
-def fill_zeros(split: Split, writer: TokenWriter) -> None:
+def zeros(split: Split) -> Iterator[tuple[np.ndarray, int]]:
     """Ten zeros a split."""
-    writer.append(np.zeros(10, np.uint8), 10)
+    yield np.zeros(10, np.uint8), 10
 
 
 def prepare_together(book: Path, cache: Path, together: threading.Barrier, found: multiprocessing.SimpleQueue[str]) -> None:
     """For another process: all tokens are written before anybody's folder gets its name."""
-    fill = tokenizing._Filler.__call__
+    encode = tokenizing._encoded
 
-    def filled(self: tokenizing._Filler, split: Split, writer: TokenWriter) -> None:
-        fill(self, split, writer)
-        if split == SPLITS[-1]:
-            together.wait(timeout=60)
+    def encoded(source: Source, tokenizer: Tokenizer, content: str) -> Encoded:
+        tokens = encode(source, tokenizer, content)
+
+        def waited(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+            yield from tokens(split)
+            if split == SPLITS[-1]:
+                together.wait(timeout=60)
+
+        return waited
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizing._Filler, "__call__", filled)
+        patch.setattr(tokenizing, "_encoded", encoded)
         found.put(load_corpus("text", data_dir=book, cache_dir=cache).digest)
 
 
@@ -97,13 +103,13 @@ class TestAtomicity:
         """Neither a folder under the key nor a temporary one."""
         cache = TokenCache(tmp_path)
 
-        def fill(split: Split, writer: TokenWriter) -> None:
-            fill_zeros(split, writer)
+        def encoded(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+            yield from zeros(split)
             if split == failing:
                 raise error("midway")
 
         with pytest.raises(error, match="midway"):
-            cache.store("key", BytesTokenizer(), fill, "content")
+            cache.store("key", BytesTokenizer(), encoded, "content")
         assert not list((tmp_path / "tokens").iterdir())
         assert cache.open("key") is None
 
@@ -111,23 +117,23 @@ class TestAtomicity:
         """While tokens are written, the key does not exist."""
         cache = TokenCache(tmp_path)
 
-        def fill(split: Split, writer: TokenWriter) -> None:
-            fill_zeros(split, writer)
+        def encoded(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+            yield from zeros(split)
             assert cache.open("key") is None
             assert all(path.name.startswith(".") for path in (tmp_path / "tokens").iterdir())
 
-        assert len(cache.store("key", BytesTokenizer(), fill, "content").tokens["train"]) == 10
+        assert len(cache.store("key", BytesTokenizer(), encoded, "content").tokens["train"]) == 10
 
     def test_who_comes_second_uses_the_first_ones(self, tmp_path: Path) -> None:
         """The folder that was there stays as it was."""
         cache = TokenCache(tmp_path)
 
-        def fill(split: Split, writer: TokenWriter) -> None:
+        def encoded(split: Split) -> Iterator[tuple[np.ndarray, int]]:
             if split == "test":
-                cache.store("key", BytesTokenizer(), fill_zeros, "content")
-            writer.append(np.ones(10, np.uint8), 10)
+                cache.store("key", BytesTokenizer(), zeros, "content")
+            yield np.ones(10, np.uint8), 10
 
-        assert cache.store("key", BytesTokenizer(), fill, "content").tokens["train"].max() == 0
+        assert cache.store("key", BytesTokenizer(), encoded, "content").tokens["train"].max() == 0
         assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["key"]
 
     def test_two_processes_at_once_agree(self, book: Path, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ The second level spares reading the corpus again.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, final
+from typing import final
 
 import msgspec
 import numpy as np
@@ -23,6 +22,9 @@ from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import tokenizer_from_json
 from sparseffn.errors import UserError
 from sparseffn.storage import Count, digest_of, file_digest, read, write_folder, write_json
+
+# Token numbers of a split, block by block, and the bytes of text that each block stands for.
+Encoded = Callable[[Split], Iterable[tuple[np.ndarray, int]]]
 
 # Raised whenever the files or what they mean change; old folders are then not found any more.
 FORMAT = 1
@@ -72,28 +74,6 @@ class _Note(msgspec.Struct, frozen=True, kw_only=True):
 
     content: str
     digest: str
-
-
-@final
-class TokenWriter:
-    """Appends the tokens of one split to its file."""
-
-    def __init__(self, stream: BinaryIO, dtype: np.dtype) -> None:
-        self._stream, self._dtype = stream, dtype
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.n_tokens = 0
-        self.n_bytes = 0
-
-    def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Write token numbers that stand for `n_bytes` of text."""
-        data = ids.astype(self._dtype).tobytes()
-        self._digest.update(data)
-        self._stream.write(data)
-        self.n_tokens += len(ids)
-        self.n_bytes += n_bytes
-
-    def summary(self) -> _StoredSplit:
-        return _StoredSplit(bytes=self.n_bytes, tokens=self.n_tokens, digest=self._digest.hexdigest())
 
 
 @final
@@ -157,23 +137,27 @@ class TokenCache:
         tokens: dict[Split, np.ndarray] = {split: _open_tokens(folder, split, dtype, meta.splits[split]) for split in SPLITS}
         return Prepared(tokenizer, tokens, {split: meta.splits[split].bytes for split in SPLITS}, meta.content)
 
-    def store(self, key: str, tokenizer: Tokenizer, fill: Callable[[Split, TokenWriter], None], content: str) -> Prepared:
+    def store(self, key: str, tokenizer: Tokenizer, encoded: Encoded, content: str) -> Prepared:
         """Store a corpus under a key, unless another process has by then.
 
         Args:
             key: the folder's name.
             tokenizer: the tokeniser of the tokens.
-            fill: writes all tokens of a split; whatever it raises leaves nothing behind.
+            encoded: the tokens of each split, in turn; whatever it raises leaves nothing behind.
             content: digest of the corpus.
         """
+        dtype = token_dtype(tokenizer.vocab_size)
         with write_folder(self.path(key), fix=ANOTHER_CACHE) as folder:
             (folder / "tokenizer.json").write_bytes(tokenizer.to_json().encode())
             splits: dict[Split, _StoredSplit] = {}
             for split in SPLITS:
-                with (folder / f"{split}.bin").open("xb") as stream:
-                    writer = TokenWriter(stream, token_dtype(tokenizer.vocab_size))
-                    fill(split, writer)
-                    splits[split] = writer.summary()
+                path, n_tokens, n_bytes = folder / f"{split}.bin", 0, 0
+                with path.open("xb") as stream:
+                    for ids, length in encoded(split):
+                        stream.write(ids.astype(dtype).tobytes())
+                        n_tokens += len(ids)
+                        n_bytes += length
+                splits[split] = _StoredSplit(bytes=n_bytes, tokens=n_tokens, digest=file_digest(path))
             meta = _Meta(format=FORMAT, content=content, tokenizer=tokenizer.digest, splits=splits)
             write_json(folder / "meta.json", msgspec.structs.replace(meta, digest=meta.own_digest()))
         prepared = self.open(key)

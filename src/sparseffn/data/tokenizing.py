@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import final
+from collections.abc import Iterator, Mapping
 
-from sparseffn.data.cache import Prepared, TokenCache, TokenWriter
+import numpy as np
+
+from sparseffn.data.cache import Encoded, Prepared, TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.splits import SPLITS, Block, Source, Split
 from sparseffn.data.streamed import StreamedSource
@@ -52,7 +53,7 @@ def prepared_tokens(
     prepared = cache.open(key)
     if prepared is None:
         tokenizer = choice if isinstance(choice, Tokenizer) else _fit(source, tokenizer_class(choice), vocab_size, on_progress)
-        prepared = cache.store(key, tokenizer, _Filler(source, tokenizer, content), content)
+        prepared = cache.store(key, tokenizer, _encoded(source, tokenizer, content), content)
     if known is None:
         # The note only saves time; a cache that may be read but not written still serves.
         with contextlib.suppress(UserError):
@@ -90,25 +91,26 @@ def _fit(source: AnySource, cls: type[Tokenizer], vocab_size: int | None, on_pro
     return cls.fit(texts, vocab_size=vocab_size)
 
 
-@final
-class _Filler:
-    """Encodes the splits into a cache folder, checking that the text is what the folder is named after."""
+def _encoded(source: AnySource, tokenizer: Tokenizer, content: str) -> Encoded:
+    """The tokens of every split, checking that the text is what the folder is named after."""
+    digest = source.running_digest()
 
-    def __init__(self, source: AnySource, tokenizer: Tokenizer, content: str) -> None:
-        self._source, self._tokenizer, self._content = source, tokenizer, content
-        self._digest = source.running_digest()
-
-    def __call__(self, split: Split, writer: TokenWriter) -> None:
-        for block in self._source.blocks(split):
-            self._digest.update(split, block.data)
-            writer.append(self._tokenizer.encode(_checked(block, self._tokenizer.needs_text)), len(block.data))
-        if split in self._source.stored:
-            check_size(self._source.corpus, split, writer.n_tokens)
-        if split == SPLITS[-1] and self._digest.hexdigest() != self._content:
+    def encoded(split: Split) -> Iterator[tuple[np.ndarray, int]]:
+        n_tokens = 0
+        for block in source.blocks(split):
+            digest.update(split, block.data)
+            ids = tokenizer.encode(_checked(block, tokenizer.needs_text))
+            n_tokens += len(ids)
+            yield ids, len(block.data)
+        if split in source.stored:
+            check_size(source.corpus, split, n_tokens)
+        if split == SPLITS[-1] and digest.hexdigest() != content:
             raise UserError(
-                f"corpus files must not change while they are read; got other text for {self._source.corpus!r} than a "
-                f"moment before; fix: run again"
+                f"corpus files must not change while they are read; got other text for {source.corpus!r} than a moment "
+                f"before; fix: run again"
             )
+
+    return encoded
 
 
 def _checked(block: Block, needs_text: bool) -> bytes:
