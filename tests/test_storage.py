@@ -40,6 +40,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     seed: Count = 0
     mode: Literal["a", "b"] = "a"
     valid: float | None = None
+    by_seed: dict[int, float] = {}
     rest: Any = None
 
 
@@ -77,6 +78,8 @@ def test_json_comes_back_typed(tmp_path: Path) -> None:
         pytest.param('{"steps": 1, "valid": 1e999}', "a valid `valid`; got number out of range", id="infinite"),
         pytest.param('{"steps": %s}' % ("9" * 9999), "a valid `steps`; got integer value out of range", id="digits"),
         pytest.param('{"steps": 1, "rest": %s}' % ("[" * 100_000), "nested too deeply", id="deep"),
+        pytest.param('{"steps": "x", "valid": NaN}', "`steps`, an int; got str", id="damaged further on"),
+        pytest.param('{"steps": 1, "by_seed": {"x": 1}}', "`key` in .*by_seed`, an int; got str", id="key"),
         pytest.param('{"steps": 1', "must hold JSON; got Input data was truncated", id="cut short"),
         pytest.param(b'{"steps": 1, "other": "\xff"}', "must hold JSON; got 'utf-8' codec", id="not UTF-8"),
     ],

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -70,20 +70,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with synced(partial) as file:
+            with partial.open("xb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def synced(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on the disk when it is closed."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 _UNFINISHED = ".writing-"
@@ -252,22 +245,23 @@ def _needed(error: msgspec.ValidationError, text: str) -> str:
     if isinstance(error.__cause__, ValueError | TypeError):
         return f"a valid {f'`{at}`' if at else 'content'}; got ({error.__cause__})"
     if absent := re.fullmatch(r"Object missing required field `(.*)`", message):
-        return f"`{at}.{absent[1]}`; got nothing" if at else f"`{absent[1]}`; got nothing"
+        return f"`{at}{'.' if at else ''}{absent[1]}`; got nothing"
     expected = re.fullmatch(r"Expected (.+?)(?:, got `(.+)`)?", message)
     if expected is None:
-        return f"a valid `{at}`; got {message[:1].lower()}{message[1:]}"
+        return f"a valid {f'`{at}`' if at else 'content'}; got {message[:1].lower()}{message[1:]}"
     what = expected[1].replace("`", "")
     what = f"{'an' if what[0] in 'aeio' else 'a'} {what}"
     return f"`{at}`, {what}; got {_shown(at, text, expected[2])}" if at else f"{what}; got {expected[2]}"
 
 
 def _shown(at: str, text: str, kind: str | None) -> str:
-    """A refused value, cut short; its kind, or nothing more than that, where the place is not unique."""
-    value = msgspec.json.decode(text)
-    for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", at):
-        if index == "...":
-            return kind or "another value"
-        value = value[int(index)] if index else value[name]
+    """A refused value, cut short; its kind where it cannot be found, as among the values of a dict or before other damage."""
+    try:
+        value = msgspec.json.decode(text)
+        for name, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", at):
+            value = value[int(index)] if index else value[name]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return kind or "another value"
     shown = json.dumps(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 

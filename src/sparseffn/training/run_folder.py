@@ -15,7 +15,7 @@ import msgspec
 
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.storage import Count, environment, read, write_json, write_text
+from sparseffn.storage import LOCK, Count, environment, read, write_json, write_text
 
 
 class _Line(msgspec.Struct):
@@ -94,7 +94,7 @@ class RunFolder:
                     f"{'; '.join(differences[:3])}; fix: choose another --out or the same settings"
                 )
         # What only says that somebody writes here is no file of something else.
-        elif self.path.exists() and (not self.path.is_dir() or any(file.name != ".lock" for file in self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(file.name != LOCK for file in self.path.iterdir())):
             raise UserError(
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
