@@ -15,6 +15,7 @@ from song_text import TEXT
 
 import sparseffn.training.loop as loop
 import sparseffn.training.step as step
+from sparseffn.cli import main
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.ffn.dense import DenseConfig
@@ -215,3 +216,16 @@ def test_settings_of_a_preset_follow_its_length() -> None:
     assert (whole.steps, whole.optimizer, whole.warmup) == (10_000, "adamw", 7)
     with pytest.raises(UserError, match="unknown training option 'weight_deacy'; fix: did you mean 'weight_decay'"):
         from_preset(get_preset("small"), weight_deacy=0.1)
+
+
+def test_train_and_compare_train_one_model(tmp_path: Path) -> None:
+    """Of the same settings: config, every loss and every parameter are equal."""
+    (tmp_path / "song.txt").write_text(TEXT)
+    words = ["--corpus", "text", "--data-dir", str(tmp_path / "song.txt"), "--steps", "14", "--batch", "2", "--context", "8"]
+    words += ["--device", "cpu"]
+    assert main(["train", "--method", "sigma-moe", *words, "--out", str(tmp_path / "train")]) == 0
+    assert main(["compare", "--methods", "sigma-moe", *words, "--out", str(tmp_path / "compare")]) == 0
+    ours, theirs = tmp_path / "train", tmp_path / "compare" / "runs" / "sigma-moe" / "seed-0"
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    assert losses(ours) == losses(theirs)
+    assert all(map(torch.equal, weights(ours).values(), weights(theirs).values()))
