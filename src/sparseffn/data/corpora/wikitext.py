@@ -26,16 +26,10 @@ def _wikitext(
     size: int | None = None,
     plain: str | None = None,
 ) -> PublishedCorpus:
-    """A corpus of three files in one zip.
+    """A corpus of three files in one zip, `STEM-v1.zip`, where they are in a folder `STEM`.
 
-    Args:
-        name: how users name it.
-        stem: name of the zip without its version, and of the folder in it.
-        zip_digest: the zip's SHA-256.
-        mirrors: addresses of the zip beside the author's.
-        files: SHA-1 of the plain files.
-        size: bytes of the zip.
-        plain: address of a folder with the plain files as train.txt, valid.txt, test.txt.
+    `mirrors` are addresses of the zip beside the author's, `size` its bytes, `files` SHA-1 of the plain files, `plain` the
+    address of a folder with them as train.txt, valid.txt, test.txt.
     """
     kind = "raw" if stem.endswith("raw") else "tokens"
     names: dict[Split, str] = {split: f"wiki.{split}.{kind}" for split in SPLITS}
