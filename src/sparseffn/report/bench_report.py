@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -15,30 +14,14 @@ from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, mi
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.table import Table
-from sparseffn.results.bench_result import (
-    BenchResult,
-    Environment,
-    ExpertCounts,
-    FiguresResult,
-    LayerResult,
-    LayerRow,
-    LayerTime,
-    MemoryResult,
-    MemoryRow,
-    MethodStep,
-    OverPeer,
-    RooflineResult,
-    RooflineRow,
-    Spread,
-    StepResult,
-)
+from sparseffn.results import bench_result as found
+from sparseffn.results.bench_result import BenchResult
+from sparseffn.results.study_result import StudyResult
 from sparseffn.storage import read, write_text
 
 PASSES = {"forward": "Forward", "training": "Forward + backward"}
 # Load beyond the processors that the measurement and the system's own chores may make.
 _OWN_LOAD_MARGIN = 0.5
-
-
 TITLES = {
     "layer": "Time of one layer",
     "step": "Time of a training step",
@@ -60,13 +43,8 @@ def read_bench(path: str | Path) -> BenchResult:
 def write_bench(result: BenchResult, folder: str | Path, *, drawn: bool = True) -> list[Path]:
     """Write the page and, of the paper's figures, each drawing as PNG and SVG; returns the files.
 
-    Args:
-        result: a parsed result.
-        folder: where to.
-        drawn: whether to draw; without matplotlib the page has its tables alone.
-
     Raises:
-        UserError: something is to be drawn and matplotlib is not installed, or a file cannot be written.
+        UserError: something is to be `drawn` and matplotlib is not installed, or a file cannot be written.
     """
     page = Path(folder) / f"{result.kind}.html"
     plots = bench_plots(result) if drawn else []
@@ -77,57 +55,31 @@ def write_bench(result: BenchResult, folder: str | Path, *, drawn: bool = True) 
 def bench_page(result: BenchResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
     kind = result.kind
-    return measured_page(
-        kind,
-        result.environment,
-        msgspec.to_builtins(result.settings),
-        title=TITLES[kind],
-        command=f"bench {kind}",
-        reading=_READING[kind],
-        tables=bench_tables(result),
-        plots=plots,
-        timed=True,
-    )
+    tables = bench_tables(result)
+    return measured_page(result, title=TITLES[kind], command=f"bench {kind}", text=_READING[kind], tables=tables, plots=plots)
 
 
 def measured_page(
-    kind: str,
-    environment: Environment,
-    settings: Mapping[str, Any],
-    *,
-    title: str,
-    command: str,
-    reading: str,
-    tables: Sequence[Table],
-    plots: Sequence[Plot],
-    timed: bool,
+    result: BenchResult | StudyResult, *, title: str, command: str, text: str, tables: Sequence[Table], plots: Sequence[Plot]
 ) -> str:
-    """The page of a result with a machine and settings.
-
-    Args:
-        kind: of the result, whose file has its name.
-        environment: machine and software.
-        settings: of the measurement.
-        title: of the page.
-        command: what made it, without `sparseffn`.
-        reading: how the tables are read.
-        tables: in their order.
-        plots: drawings, above the tables.
-        timed: whether it holds times, which a busy machine spoils.
-    """
-    sections = [Section(name="reading", title="How to read this", text=reading)]
+    """The page of a result with a machine and settings; `command` made it, `text` says how the tables are read."""
+    sections = [Section(name="reading", title="How to read this", text=text)]
     if plots:
         sections.append(Section(name="figures", title="Figures", plots=tuple(plots)))
     sections.append(Section(name="tables", title="Tables", tables=tuple(tables)))
-    facts = {"Settings": settings, "Machine and software": msgspec.to_builtins(environment)}
+    facts = {
+        "Settings": msgspec.to_builtins(result.settings),
+        "Machine and software": msgspec.to_builtins(result.environment),
+    }
     sections.append(Section(name="details", title="Settings and machine", facts=facts, folds=True))
     return page_html(
         Page(
             title=title,
-            summary=machine_line(environment, timed=timed),
+            # A study holds no times, which a busy machine would spoil.
+            summary=machine_line(result.environment, timed=result.kind in TITLES),
             sections=tuple(sections),
             made_by=command,
-            source=f"{kind}.json",
+            source=f"{result.kind}.json",
             cites_paper=False,
         )
     )
@@ -135,19 +87,19 @@ def measured_page(
 
 def bench_tables(result: BenchResult) -> list[Table]:
     match result:
-        case LayerResult():
+        case found.LayerResult():
             return _layer_tables(result)
-        case MemoryResult():
+        case found.MemoryResult():
             return _memory_tables(result)
-        case RooflineResult():
+        case found.RooflineResult():
             return _roofline_tables(result)
-        case StepResult():
+        case found.StepResult():
             return _step_tables(result)
-        case FiguresResult():
+        case found.FiguresResult():
             return _figures_tables(result)
 
 
-def machine_line(environment: Environment, *, timed: bool = True) -> str:
+def machine_line(environment: found.Environment, *, timed: bool = True) -> str:
     """Machine, threads, libraries and date in one line, and a warning where other work ran beside what was timed."""
     e = environment
     cache = f"last-level cache {e.last_level_cache_bytes / 2**20:.0f} MiB"
@@ -159,7 +111,7 @@ def machine_line(environment: Environment, *, timed: bool = True) -> str:
     )
 
 
-def _busy(environment: Environment) -> str:
+def _busy(environment: found.Environment) -> str:
     """The measurement itself keeps at most all processors at work; more load is somebody else's."""
     load, cpus = environment.load_average, environment.cpus
     if load <= cpus + _OWN_LOAD_MARGIN:
@@ -199,7 +151,7 @@ _READING = {
 }
 
 
-def _layer_tables(result: LayerResult) -> list[Table]:
+def _layer_tables(result: found.LayerResult) -> list[Table]:
     tables = [
         _layer_table(result, shape, list(rows), key)
         for shape, group in groupby(result.rows, key=lambda row: row.shape)
@@ -209,7 +161,7 @@ def _layer_tables(result: LayerResult) -> list[Table]:
     return [*tables, _expert_counts_table(result.expert_counts)] if result.expert_counts else tables
 
 
-def _layer_table(result: LayerResult, shape: str, rows: list[LayerRow], key: str) -> Table:
+def _layer_table(result: found.LayerResult, shape: str, rows: list[found.LayerRow], key: str) -> Table:
     settings, time = result.settings, attrgetter(key)
     left = [f"not timed: {x.label} at {x.tokens} tokens: {x.reason}" for x in result.left_out if x.shape == shape]
     return Table.by_column(
@@ -235,20 +187,20 @@ def _layer_table(result: LayerResult, shape: str, rows: list[LayerRow], key: str
     )
 
 
-def _quartiles(timing: Spread) -> str:
+def _quartiles(timing: found.Spread) -> str:
     return f"{milliseconds(timing.q1_s)} to {milliseconds(timing.q3_s)}"
 
 
-def _over_share(row: LayerRow | MemoryRow, ratio: float) -> str:
+def _over_share(row: found.LayerRow | found.MemoryRow, ratio: float) -> str:
     """A ratio over the share of channels that a token uses; it says nothing where it uses all."""
     return fixed(ratio) if row.share < 1 else NOT_MEASURED
 
 
-def _over_peer(found: OverPeer | None) -> str:
-    return f"{found.times_faster:.2f} ({found.fastest.removeprefix('hf ')})" if found else NOT_MEASURED
+def _over_peer(peer: found.OverPeer | None) -> str:
+    return f"{peer.times_faster:.2f} ({peer.fastest.removeprefix('hf ')})" if peer else NOT_MEASURED
 
 
-def _roof_notes(result: LayerResult) -> list[str]:
+def _roof_notes(result: found.LayerResult) -> list[str]:
     """The speeds that limits were computed from."""
     roof = result.roof
     return [
@@ -257,7 +209,7 @@ def _roof_notes(result: LayerResult) -> list[str]:
     ]
 
 
-def _beaten_notes(rows: list[LayerRow], time: Callable[[LayerRow], LayerTime]) -> list[str]:
+def _beaten_notes(rows: list[found.LayerRow], time: Callable[[found.LayerRow], found.LayerTime]) -> list[str]:
     """Rows below their limit: the limit is then not one."""
     return [
         f"{row.label} at {integer(row.tokens)} tokens is faster than its limit ({fixed(time(row).over_limit)}): the speed of "
@@ -267,28 +219,28 @@ def _beaten_notes(rows: list[LayerRow], time: Callable[[LayerRow], LayerTime]) -
     ]
 
 
-def _expert_counts_table(found: ExpertCounts) -> Table:
-    over = dict(zip(found.layers, ((1.0, 1.0), (found.forward_over_few, found.training_over_few)), strict=True))
+def _expert_counts_table(counts: found.ExpertCounts) -> Table:
+    over = dict(zip(counts.layers, ((1.0, 1.0), (counts.forward_over_few, counts.training_over_few)), strict=True))
     return Table.by_column(
         [
             ("experts", lambda label: label),
-            ("backend", lambda label: found.backend),
-            ("forward ms", lambda label: milliseconds(found.layers[label].forward.median_s)),
+            ("backend", lambda label: counts.backend),
+            ("forward ms", lambda label: milliseconds(counts.layers[label].forward.median_s)),
             ("/ few", lambda label: fixed(over[label][0])),
-            ("/ limit", lambda label: fixed(found.layers[label].forward.over_limit)),
-            ("forward + backward ms", lambda label: milliseconds(found.layers[label].training.median_s)),
+            ("/ limit", lambda label: fixed(counts.layers[label].forward.over_limit)),
+            ("forward + backward ms", lambda label: milliseconds(counts.layers[label].training.median_s)),
             ("/ few", lambda label: fixed(over[label][1])),
-            ("/ limit", lambda label: fixed(found.layers[label].training.over_limit)),
-            ("gradients MiB", lambda label: mebibytes(found.layers[label].gradient_bytes)),
+            ("/ limit", lambda label: fixed(counts.layers[label].training.over_limit)),
+            ("gradients MiB", lambda label: mebibytes(counts.layers[label].gradient_bytes)),
         ],
-        found.layers,
+        counts.layers,
         n_words=2,
-        title=f"Idle experts: {found.fixed}; {found.tokens:,} tokens",
+        title=f"Idle experts: {counts.fixed}; {counts.tokens:,} tokens",
     )
 
 
-def _memory_tables(result: MemoryResult) -> list[Table]:
-    columns: list[tuple[str, Callable[[MemoryRow], str]]] = [
+def _memory_tables(result: found.MemoryResult) -> list[Table]:
+    columns: list[tuple[str, Callable[[found.MemoryRow], str]]] = [
         ("layer", lambda row: row.label),
         ("backend", lambda row: row.backend or "its own"),
         ("tokens", lambda row: integer(row.tokens)),
@@ -314,7 +266,7 @@ def _memory_tables(result: MemoryResult) -> list[Table]:
     ]
 
 
-def _roofline_tables(result: RooflineResult) -> list[Table]:
+def _roofline_tables(result: found.RooflineResult) -> list[Table]:
     speeds = Table.by_column(
         [
             ("dtype", lambda speed: speed.dtype),
@@ -336,7 +288,7 @@ def _roofline_tables(result: RooflineResult) -> list[Table]:
             "scattered: a few blocks of an expert's size a call, at random places; about what one token can get, and no limit",
         ),
     )
-    columns: list[tuple[str, Callable[[RooflineRow], str]]] = [
+    columns: list[tuple[str, Callable[[found.RooflineRow], str]]] = [
         ("layer", lambda row: row.label),
         ("tokens", lambda row: integer(row.tokens)),
         ("weights MiB", lambda row: mebibytes(row.touched_bytes)),
@@ -358,7 +310,7 @@ def _roofline_tables(result: RooflineResult) -> list[Table]:
     return [speeds, *limits]
 
 
-def _step_tables(result: StepResult) -> list[Table]:
+def _step_tables(result: found.StepResult) -> list[Table]:
     s, methods = result.settings, result.methods
     shape = f"{s.batch} x {s.context} tokens, memory {s.memory}, {s.precision}, backend {s.backend}"
     attention = Table.of(
@@ -386,11 +338,11 @@ def _step_tables(result: StepResult) -> list[Table]:
     return [attention, split]
 
 
-def _part(method: MethodStep, part: str) -> str:
+def _part(method: found.MethodStep, part: str) -> str:
     return f"{method.parts[part]:.3f} ({method.parts[part] / method.parts_whole_s:.0%})"
 
 
-def _figures_tables(result: FiguresResult) -> list[Table]:
+def _figures_tables(result: found.FiguresResult) -> list[Table]:
     tables = []
     for number, group in groupby(result.points, key=lambda point: point.figure):
         sweep, points = result.sweeps[str(number)], list(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from sparseffn.report import formats
@@ -92,6 +92,15 @@ def cooccurrence_plots(result: ComparisonResult) -> list[Plot]:
         for i, method in enumerate(result.methods)
         if method.cooccurrence
     ]
+
+
+PLOTS: Mapping[str, Callable[[ComparisonResult], list[Plot]]] = {
+    "curves": curve_plots,
+    "usage": usage_plots,
+    "active": active_plots,
+    "cooccurrence": cooccurrence_plots,
+}
+"""By what is measured of a method."""
 
 
 def _shown(method: MethodResult, name: str) -> Shown:

@@ -12,7 +12,6 @@ from pathlib import Path
 from sparseffn.report import comparison_plots, formats
 from sparseffn.report.markdown import markdown_table
 from sparseffn.report.page import Page, Section, page_html
-from sparseffn.report.plotting import Plot
 from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
 from sparseffn.report.usage_plots import DEAD
 from sparseffn.results.comparison_result import ComparisonResult, MethodResult
@@ -23,15 +22,10 @@ Quantity = tuple[Column, Callable[[MethodResult], str]]
 
 
 def write_comparison(result: ComparisonResult, folder: str | Path, *, drawn: bool = True) -> list[Path]:
-    """Write `table.md` and `page.html`; the same result gives the same bytes.
-
-    Args:
-        result: the comparison.
-        folder: where to.
-        drawn: whether the page has figures, for which matplotlib is needed.
+    """Write `table.md` and `page.html`, with figures where `drawn`; the same result gives the same bytes.
 
     Raises:
-        UserError: matplotlib is not installed, or a file cannot be written.
+        UserError: something is to be drawn and matplotlib is not installed, or a file cannot be written.
     """
     table, page = Path(folder) / "table.md", Path(folder) / "page.html"
     texts = {table: markdown_table(comparison_table(result)), page: comparison_page(result, drawn=drawn)}
@@ -186,11 +180,7 @@ _READING = (
 
 
 def comparison_page(result: ComparisonResult, *, drawn: bool = True) -> str:
-    """The page as text.
-
-    Raises:
-        UserError: something is to be drawn and matplotlib is not installed.
-    """
+    """The page as text."""
     table = comparison_table(result)
     # Title and warning are the page's, and the settings stand at its end.
     shown = dataclasses.replace(table, title="", incomplete="", facts=())
@@ -227,46 +217,40 @@ def _summary(result: ComparisonResult) -> str:
     )
 
 
+# Field of a method, title, who is expected to have it, what it is called where it is absent, and how figures are read.
+_FIGURES: tuple[tuple[str, str, Callable[[MethodResult], bool], str, str], ...] = (
+    ("curves", "Learning curves", lambda m: True, "Learning curves", ""),
+    (
+        "usage",
+        "Use of experts, values and channels",
+        lambda m: m.method != "dense",
+        "Use per layer",
+        f"Each line is a layer. A flat line at 1 is even use; a line that falls below {DEAD:g} or stops early shows units that "
+        "are hardly ever selected, parameters that do no work. All frames have the same vertical scale.",
+    ),
+    ("active", "Active channels", lambda m: m.method == "dense", "Active channels", ""),
+    (
+        "cooccurrence",
+        "Experts selected together",
+        lambda m: m.unit == "experts",
+        "Co-occurrence",
+        "Dark cells are pairs that are often chosen for the same token; an even tint means that pairs form freely. The "
+        "diagonal, a unit with itself, is left out (grey).",
+    ),
+)
+
+
 def _figure_sections(result: ComparisonResult) -> list[Section]:
     """The figures by subject; a subject that no method of this comparison has is left out."""
-
-    def section(
-        name: str, title: str, plots: list[Plot], subject: str, expected: Callable[[MethodResult], bool], text: str = ""
-    ) -> Section:
+    sections = []
+    for name, title, expected, subject, text in _FIGURES:
+        plots = comparison_plots.PLOTS[name](result)
         labels = [method.label for method in result.methods if expected(method) and not getattr(method, name)]
         absent = f"{subject} not measured for {', '.join(labels)}; no figure is drawn for it." if labels else ""
-        return Section(name=name, title=title, plots=tuple(plots), text=text if plots else "", absent=absent)
-
-    sections = [
-        section("curves", "Learning curves", comparison_plots.curve_plots(result), "Learning curves", lambda m: True),
-        section(
-            "usage",
-            "Use of experts, values and channels",
-            comparison_plots.usage_plots(result),
-            "Use per layer",
-            lambda m: m.method != "dense",
-            "Each line is a layer. A flat line at 1 is even use; a line that falls below "
-            f"{DEAD:g} or stops early shows units that are hardly ever selected, parameters that do no work. "
-            "All frames have the same vertical scale.",
-        ),
-        section(
-            "active",
-            "Active channels",
-            comparison_plots.active_plots(result),
-            "Active channels",
-            lambda m: m.method == "dense",
-        ),
-        section(
-            "cooccurrence",
-            "Experts selected together",
-            comparison_plots.cooccurrence_plots(result),
-            "Co-occurrence",
-            lambda m: m.unit == "experts",
-            "Dark cells are pairs that are often chosen for the same token; an even tint means that pairs form "
-            "freely. The diagonal, a unit with itself, is left out (grey).",
-        ),
-    ]
-    return [section for section in sections if section.plots or section.absent]
+        if plots or absent:
+            text = text if plots else ""
+            sections.append(Section(name=name, title=title, plots=tuple(plots), text=text, absent=absent))
+    return sections
 
 
 def _details(result: ComparisonResult) -> Section:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from sparseffn.errors import UserError
 from sparseffn.report.bench_report import measured_page
 from sparseffn.report.formats import NOT_MEASURED, ranged, significant
@@ -55,17 +53,8 @@ def study_markdown(result: StudyResult) -> str:
 def study_page(result: StudyResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
     kind = result.kind
-    return measured_page(
-        kind,
-        result.environment,
-        msgspec.to_builtins(result.settings),
-        title=TITLES[kind],
-        command=f"study {result.settings.study}",
-        reading=_READING[kind],
-        tables=list(study_tables(result).values()),
-        plots=plots,
-        timed=False,
-    )
+    tables, command = list(study_tables(result).values()), f"study {result.settings.study}"
+    return measured_page(result, title=TITLES[kind], command=command, text=_READING[kind], tables=tables, plots=plots)
 
 
 def study_tables(result: StudyResult) -> dict[str, Table]:
