@@ -26,7 +26,9 @@ def test_vmap_computes_what_a_loop_computes(config: FFNConfig):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+# Deprecated as DeprecationWarning before torch 2.14, as FutureWarning since.
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_a_jit_trace_routes_new_tokens_anew(config: FFNConfig):
     """A kernel called behind the tracer's back would leave the traced example's output in the graph as a constant."""
     layer, x, other = config.build().eval(), torch.randn(5, 8), torch.randn(5, 8)
