@@ -12,11 +12,13 @@ import pytest
 from micro_tables import MakeTable
 from msgspec import to_builtins
 
+from sparseffn import __version__
 from sparseffn.paper import execution
 from sparseffn.paper.execution import execute
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec, makers_note, window_losses
+from sparseffn.storage import json_digest
 from sparseffn.training.loop import StepReport
 
 
@@ -156,6 +158,26 @@ def test_stale_result_is_missing_and_set_aside(
     assert cell.status == "missing" and str(cell.reason).startswith(reason) and cell.mean is None
     assert execute(pool, spec).kind == "finished"
     assert (pool.folder(spec).path.parent / f"{spec.digest}.old-1" / file).exists()
+
+
+def test_runs_of_version_01_are_used_and_named(table: MakeTable, tmp_path: Path) -> None:
+    """As this version would make them: not run again, and marked in the cell and in the notes."""
+    planned, pool = table("table3", ["WT-S"]), Pool(tmp_path)
+    for spec in run_table(planned, pool)[:1]:
+        path = pool.folder(spec).path / "environment.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sparseffn": "0.1.0"}))
+    result = table_result(planned, pool)
+    assert [cell.status for cell in result.cells] == ["measured"] * 2
+    assert [cell.versions for cell in result.cells] == [["0.1.0"], [__version__]]
+    assert "of 2 runs, version 0.1.0 made 1" in result.notes
+
+
+def test_method_of_another_revision_is_another_run(table: MakeTable) -> None:
+    """The released S-BASE of 0.1 balanced the whole batch: its runs do not stand for this version's; the paper's form does."""
+    planned = table("table10", ["WT-S"], ["s-base, K=4, G=128", "s-base, K=4, G=128 (Sinkhorn as released)"])
+    digests = {cell.key: (cell.specs[0].digest, json_digest(cell.specs[0].identity)) for cell in planned.cells}
+    paper, released = digests.values()
+    assert paper[0] == paper[1] and released[0] != released[1]
 
 
 def test_runs_of_other_sources_are_counted(table: MakeTable, tmp_path: Path) -> None:

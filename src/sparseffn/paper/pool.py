@@ -80,7 +80,7 @@ class RunSpec:
     @cached_property
     def digest(self) -> str:
         """The name of the run's folder: 32 hexadecimal digits."""
-        revision = getattr(self.model.ffn, "revision", 1)
+        revision = self.model.ffn.revision
         # Left out where it is the first, so that runs of version 0.1 keep their names.
         return json_digest(self.identity if revision == 1 else {**self.identity, "revision": revision})
 
