@@ -83,7 +83,7 @@ class Comparison:
         preset = dataclasses.replace(get_preset(settings.preset), **settings.overrides)
         for seed in settings.seeds:
             # Whatever a budget allows later, settings out of range are refused now.
-            from_preset(preset, steps=settings.steps, seed=seed)
+            from_preset(preset, steps=settings.steps, seed=seed, precision=settings.precision)
         corpus = load_corpus(
             settings.corpus,
             tokenizer=settings.tokenizer,
@@ -93,12 +93,8 @@ class Comparison:
         )
         candidates = match_methods(settings.methods, preset, corpus.tokenizer.vocab_size)
         opened = cls(settings=settings, out=out, device=device, preset=preset, corpus=corpus, candidates=candidates)
-        opened.folder.check(opened.identity)
+        RunFolder(out).check(opened.identity)
         return opened
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.out)
 
     @property
     def plan_path(self) -> Path:
@@ -137,11 +133,6 @@ class Comparison:
     def train_config(self, steps: int, seed: int) -> TrainConfig:
         """Hyperparameters of a run: those of `train`."""
         return from_preset(self.preset, steps=steps, seed=seed, precision=self.settings.precision)
-
-    def match_dense(self) -> MatchedMethod:
-        """The dense block, which may be no candidate."""
-        (dense,) = match_methods([MethodChoice("dense")], self.preset, self.corpus.tokenizer.vocab_size)
-        return dense
 
     def check_labels(self, path: Path, found: Mapping[str, object], prefix: str, *, fix: str) -> None:
         """Refuse a file that lacks a candidate."""

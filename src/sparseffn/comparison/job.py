@@ -14,6 +14,7 @@ from sparseffn.bench.benchmark import time_layers
 from sparseffn.comparison.experiment import CompareSettings, Comparison
 from sparseffn.comparison.outcome import DENSE, LayerTimes, count_usage, summarize
 from sparseffn.comparison.schedule import Plan, find_plan
+from sparseffn.ffn.dense import DenseConfig
 from sparseffn.results.comparison_result import ComparisonResult
 from sparseffn.storage import read, sole_writer, write_json
 from sparseffn.training import NonFiniteLossError, load_run_model, train
@@ -98,7 +99,7 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
     path = comparison.layers_path
     if not path.exists():
         progress.log("timing one layer of each method, in turn")
-        blocks = {DENSE: comparison.match_dense().config} | {c.label: c.config for c in comparison.candidates}
+        blocks = {DENSE: DenseConfig.from_shape(comparison.preset.shape)} | {c.label: c.config for c in comparison.candidates}
         n_tokens = comparison.preset.batch * comparison.preset.context
         write_json(path, time_layers(blocks, n_tokens=n_tokens, device=comparison.device))
     fix = "remove the file and run the same command again, which times the layers anew"

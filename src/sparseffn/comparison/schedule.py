@@ -22,7 +22,7 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.models import TransformerXL
 from sparseffn.storage import Positive, PositiveInt, read, write_json
-from sparseffn.training import TrainConfig
+from sparseffn.training import RunFolder, TrainConfig
 from sparseffn.training.config import CURVE_POINTS
 from sparseffn.training.step import Stepper
 
@@ -63,7 +63,7 @@ def find_plan(comparison: Comparison, started: float) -> Plan:
     if not path.exists():
         plan = make_plan(comparison, started)
         # Only now is the folder claimed: a budget that was refused may be raised with the same --out.
-        comparison.folder.open(comparison.identity, device=str(comparison.device))
+        RunFolder(comparison.out).open(comparison.identity, device=str(comparison.device))
         write_json(path, plan)
     fix = "restore the file or choose another --out"
     plan = read(path, Plan, fix=fix)
