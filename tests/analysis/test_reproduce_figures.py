@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from sparseffn.cli import bench, main, output, reproduce_figures
-from sparseffn.cli.reproduce_figures import FIGURE_NAMES, figures
+from sparseffn.cli.reproduce_figures import figures
 from sparseffn.cli.reproduce_settings import ReproduceFigure
 from sparseffn.errors import UserError
+from sparseffn.paper import figure_runs
+from sparseffn.paper.figure_runs import FIGURE_NAMES
 from sparseffn.results.bench_result import LayerSettings
 
 
@@ -103,27 +105,17 @@ def test_figures_of_time_are_the_benchmarks(
     """All at once, with the time limit and the tokens given; the words are made from what it measured."""
     asked: list[tuple[object, ...]] = []
 
-    def measure(numbers: list[int], timed: LayerSettings, path: Path, time_limit: str) -> dict[str, Any]:
+    def measure(numbers: list[int], timed: LayerSettings, path: Path, time_limit: str) -> str:
         asked.append((numbers, timed.tokens, path, time_limit))
-        layers = {
-            label: {"training": {"median_s": s}, "memory_bytes": 1000 * s} for label, s in (("dense", 1.0), ("sigma-moe", 0.5))
-        }
-        sweep = {"variable": "G", "values": [64, 128], "fixed": "N_E = 32"}
-        return {
-            "points": [{"figure": 10, "value": value, "layers": layers} for value in (64, 128)],
-            "left_out": [{"figure": 9, "value": 256, "variable": "N_E", "limit": "time limit"}],
-            "settings": {"tokens": 4, "dtype": "float32"},
-            "environment": {"threads": 2},
-            "sweeps": {"9": {**sweep, "variable": "N_E"}, "10": sweep},
-        }
+        return "measured"
 
+    monkeypatch.setattr(figure_runs, "bench_words", lambda result, number: [f"{result}, {number}"])
     monkeypatch.setattr(reproduce_figures, "measure_figures", measure)
     monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
-    assert figures(settings(["fig10", "fig9"], tmp_path / "f", song, [], json=True)) == 0
-    assert asked == [([9, 10], (4,), tmp_path / "f" / "figures.json", "1s")]
-    nine, ten = json.loads(capsys.readouterr().out)["figures"]
-    assert nine["measured"] == ["Nothing was measured: 1 points fit neither the time limit nor half of the memory."]
-    assert "0.50" in ten["measured"][0] and ten["files"] == []
+    assert figures(settings(["fig9", "fig2"], tmp_path / "f", song, [], json=True)) == 0
+    assert asked == [([2, 9], (4,), tmp_path / "f" / "figures.json", "1s")]
+    two, nine = json.loads(capsys.readouterr().out)["figures"]
+    assert (two["measured"], nine["measured"]) == (["measured, 2"], ["measured, 9"]) and nine["files"] == []
     assert "Not drawn: matplotlib is not installed." in (tmp_path / "f" / "figures.md").read_text()
 
 
@@ -150,4 +142,4 @@ def test_figures_without_a_folder_go_to_the_usual_one(
 def test_runs_of_one_method_get_labels_that_differ() -> None:
     """The folder's name where the method does not tell them apart."""
     methods = {"a/x": "dense", "b/x": "sigma-moe", "b/y": "sigma-moe", "c/y": "sigma-moe"}
-    assert list(reproduce_figures._labels(methods).values()) == ["dense", "sigma-moe x", "sigma-moe y", "sigma-moe y'"]
+    assert list(figure_runs._labels(methods).values()) == ["dense", "sigma-moe x", "sigma-moe y", "sigma-moe y'"]

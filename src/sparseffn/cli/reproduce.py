@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from sparseffn.cli.output import Progress, clock, console, parse_duration, print_files, print_json, print_rows, use_machine
-from sparseffn.cli.reproduce_output import print_dry_run, write_tables
+from sparseffn.cli.output import (
+    Progress,
+    can_draw,
+    clock,
+    console,
+    parse_duration,
+    print_files,
+    print_json,
+    print_rows,
+    use_machine,
+)
 from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceTable, Runs
 from sparseffn.errors import UserError
 from sparseffn.paper.claims import decide
@@ -22,9 +31,12 @@ from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.reproduction import Reproduction
 from sparseffn.paper.scales import get_scale
-from sparseffn.report.paper_report import print_paper_table
+from sparseffn.report import formats
+from sparseffn.report.paper_plots import sweep_plots
+from sparseffn.report.paper_report import print_paper_table, write_index, write_paper_table
+from sparseffn.report.plotting import write_plots
 from sparseffn.results.bench_result import LayerResult
-from sparseffn.results.table_result import DryRunResult
+from sparseffn.results.table_result import DryRunResult, PaperTable, TableResult
 from sparseffn.storage import default_cache_dir, read, write_json
 
 TABLES = "runs/evidence"
@@ -36,14 +48,18 @@ def tables(settings: ReproduceTable) -> int:
     device = use_machine(settings)
     reproduction = Reproduction.plan(settings.names, _request(settings), columns=settings.columns, rows=settings.rows)
     if settings.dry_run:
-        return _dry_run(settings, reproduction.dry_run(measure_speed(device)))
+        costs = reproduction.dry_run(measure_speed(device))
+        if settings.out is not None:
+            write_json(Path(settings.out) / "dry-run.json", costs)
+        print_json(costs) if settings.json else _print_dry_run(costs)
+        return 0
     reproduction.require_corpus()
     pool = _pool(settings)
     if not settings.view:
         with Progress() as progress:
             run_all(reproduction.runs(), pool, jobs=settings.jobs, device=str(device), progress=progress)
     results = reproduction.results(pool)
-    index = [] if settings.out is None else write_tables(results, settings.out)
+    index = [] if settings.out is None else _write_tables(results, settings.out)
     if settings.json:
         print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
         return 0
@@ -84,14 +100,72 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _dry_run(settings: ReproduceTable, result: DryRunResult) -> int:
-    if settings.out is not None:
-        write_json(Path(settings.out) / "dry-run.json", result)
-    if settings.json:
-        print_json(result)
-    else:
-        print_dry_run(result)
-    return 0
+def _write_tables(results: Mapping[str, PaperTable], out: str) -> list[Path]:
+    """Each table's JSON and, beside it, the renderings; returns the files of the index of all that the folder holds."""
+    for name, result in results.items():
+        path = Path(out) / f"{name}.json"
+        write_json(path, result)
+        write_paper_table(path)
+        if isinstance(result, TableResult) and result.sweep and can_draw():
+            write_plots(sweep_plots(result), path.parent)
+    return write_index(out)
+
+
+def _print_dry_run(result: DryRunResult) -> None:
+    """Every run with its cost, and what the estimates rest on."""
+    header = (
+        "table",
+        "column",
+        "row",
+        "params",
+        "residual",
+        "FLOPs, K/N_E",
+        "FLOPs counted",
+        "training FLOPs",
+        "tokens",
+        "memory",
+        "time here",
+        "time GPU",
+    )
+    rows = [
+        (
+            run.table,
+            run.column,
+            run.row + (" (shared)" if run.shared else ""),
+            formats.count(run.params),
+            formats.signed_percent(run.residual_percent) + ("*" if run.unequal else ""),
+            "-" if run.flops_percent is None else formats.percent(run.flops_percent / 100),
+            formats.percent(run.counted_flops_percent / 100),
+            f"{run.training_flops:.2e}",
+            formats.count(run.tokens),
+            f"{run.memory_bytes / 2**30:.1f} GiB",
+            _duration(run.seconds_here),
+            _duration(run.seconds_gpu),
+        )
+        for run in result.runs
+    ]
+    print_rows(header, rows, title=f"every run, scale {result.scale}", n_words=3)
+    totals = result.totals
+    print(
+        f"\n{result.n_distinct} distinct runs, seeds counted: {totals.training_flops:.2e} FLOPs, "
+        f"{_duration(totals.seconds_here)} here, {_duration(totals.seconds_gpu)} on the GPU"
+    )
+    if names := result.without_runs:
+        print(f"- {', '.join(names)}: no run needed; `sparseffn reproduce table {' '.join(names)}` prints what is counted")
+    for name in ("here", "gpu", "memory"):
+        print(f"- {name}: {getattr(result, name)}")
+    if any(run.unequal for run in result.runs):
+        print("- *: more than 0.5% off the dense model's parameters, as published")
+    for reason in dict.fromkeys(run.corpus_missing for run in result.runs if run.corpus_missing):
+        print(f"- {reason}")
+
+
+def _duration(seconds: float) -> str:
+    """In a unit that leaves few digits: some of these take years, which `clock` would give in hours."""
+    for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def evidence(settings: ReproduceEvidence) -> int:
@@ -108,7 +182,7 @@ def evidence(settings: ReproduceEvidence) -> int:
         found = [table_result(planned, pool) for planned in evidence_tables(request, pool)]
         write_json(Path(settings.out) / "evidence.json", result)
         write_json(Path(settings.out) / "claims.json", decide(found, bench))
-        index = write_tables({table.table: table for table in found}, settings.out)
+        index = _write_tables({table.table: table for table in found}, settings.out)
     if settings.json:
         print_json(result)
         return 0

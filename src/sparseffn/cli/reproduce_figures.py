@@ -36,7 +36,7 @@ def figures(settings: ReproduceFigure) -> int:
     """
     device = use_machine(settings)
     check_out(settings.out)
-    out = Path(settings.out)
+    out, draws = Path(settings.out), can_draw()
     # As many rounds as in `sparseffn bench figures`, so that either goes on where the other ended.
     timed = LayerSettings(
         tokens=(settings.tokens,), rounds=BenchFigures.rounds, backends=(requested_backend(),), device=str(device)
@@ -47,7 +47,7 @@ def figures(settings: ReproduceFigure) -> int:
         lambda folder, splits: analyzed(folder, settings, splits, settings.max_tokens, device),
         lambda numbers: measure_figures(numbers, timed, out / "figures.json", settings.time_limit),
     )
-    result = FiguresOfPaper(source=source(), figures=[_written(figure, out) for figure in reproduced])
+    result = FiguresOfPaper(source=source(), figures=[_written(figure, out, draws=draws) for figure in reproduced])
     write_json(out / "reproduced.json", result)
     write_text(out / "figures.md", figures_markdown(result))
     if settings.json:
@@ -57,10 +57,10 @@ def figures(settings: ReproduceFigure) -> int:
     return 0
 
 
-def _written(figure: Reproduced, out: Path) -> ReproducedFigure:
+def _written(figure: Reproduced, out: Path, *, draws: bool) -> ReproducedFigure:
     """A figure with its drawings in the folder."""
-    plots = _plots(figure) if figure.lacking is None and can_draw() else []
-    reason = figure.lacking or ("nothing was measured" if can_draw() else "matplotlib is not installed")
+    plots = _plots(figure) if figure.lacking is None and draws else []
+    reason = figure.lacking or ("nothing was measured" if draws else "matplotlib is not installed")
     return ReproducedFigure(
         name=figure.name,
         statement=figure.statement.statement,
