@@ -37,13 +37,7 @@ _LOWEST = 1e-3
 
 
 def shares_plot(runs: Mapping[str, AnalysisResult], layer: int, *, name: str) -> Plot:
-    """Sorted shares of one layer, a line for each run.
-
-    Args:
-        runs: analyses of mixtures by label.
-        layer: the layer; a run with fewer shows its last.
-        name: of the plot.
-    """
+    """Sorted shares of one layer, a line for each run, which are analyses by label; a run with fewer layers shows its last."""
     title = f"Use of experts, sorted, layer {layer}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
         lines = _lines(runs, layer)
@@ -135,10 +129,7 @@ MIN_POINTS = 2
 
 
 def sweep_plots(result: TableResult) -> list[Plot]:
-    """One plot for each column of a sweep; empty where the table is none, or too few of its rows are measured.
-
-    Args:
-        result: a table, with `sweep` where it is one."""
+    """One plot for each column of a sweep; empty where the table is none, or too few of its rows are measured."""
     sweep = result.sweep
     if not sweep:
         return []
@@ -160,24 +151,20 @@ def _sweep_plot(result: TableResult, column: Column, points: list[tuple[float, C
     x, means = [x for x, _ in points], [cell.mean or math.nan for _, cell in points]
     best = min(points, key=lambda point: point[1].mean or math.inf)
     description = f"Of {len(points)} values of {axis} between {x[0]:g} and {x[-1]:g}, {best[0]:g} has the lowest mean"
-    name = f"{result.table}-{file_name(column.name)}"
+    name = f"{result.table}-{_file_name(column.name)}"
     with drawing(WIDTH, HEIGHT) as (figure, axes):
         spreads = [cell.spread or 0.0 for _, cell in points]
         axes.errorbar(x, means, yerr=spreads, color=PALETTE[1], marker="o", capsize=4, elinewidth=1.2)
-        _sweep_axes(axes, axis, column.metric, x)
+        # Every sweep doubles.
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.set(xlabel=axis, ylabel=f"test {column.metric}")
         if level is not None:
             reference(axes, level, "dense", x=0.99, rise=3)
         caption = f"Test {column.metric}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
         return finished(figure, name=name, title=title, caption=caption, description=description)
 
 
-def _sweep_axes(axes: Axes, axis: str, metric: str, x: list[float]) -> None:
-    # Every sweep doubles.
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [f"{value:g}" for value in x])
-    axes.set(xlabel=axis, ylabel=f"test {metric}")
-
-
-def file_name(column: str) -> str:
+def _file_name(column: str) -> str:
     """A column's name as part of a file's: `WT-S*` is `wt-s-star`."""
     return column.lower().replace("*", "-star").replace(" ", "-")

@@ -45,12 +45,6 @@ def read_paper_table(path: str | Path) -> PaperTable:
 def write_paper_table(path: str | Path) -> list[Path]:
     """Write a table as Markdown, LaTeX and HTML beside its JSON file; the same JSON gives the same bytes.
 
-    Args:
-        path: the JSON file; the others have its name with another ending.
-
-    Returns:
-        The files written.
-
     Raises:
         UserError: the file cannot be read or is damaged, or the others cannot be written.
     """
@@ -64,12 +58,7 @@ def write_paper_table(path: str | Path) -> list[Path]:
 
 
 def print_paper_table(result: PaperTable, console: Console | None = None) -> None:
-    """Print a table: all columns of the paper side by side, then a block each.
-
-    Args:
-        result: the table.
-        console: where to print; standard output by default.
-    """
+    """Print a table: all columns of the paper side by side, then a block each."""
     console = console or Console(highlight=False)
     report = paper_report(result)
     for line in filter(None, (report.title, report.summary, report.incomplete)):
@@ -157,12 +146,6 @@ def write_index(folder: str | Path) -> list[Path]:
     """Write `tables.html` and `tables.md` of the tables in a folder and in the folders in it.
 
     Files that are damaged or of another version are listed with the reason; other JSON files are passed over.
-
-    Args:
-        folder: where the tables are.
-
-    Returns:
-        The two files.
 
     Raises:
         UserError: the folder holds no table, or cannot be written to.

@@ -98,38 +98,27 @@ class Table:
         n_words: int = 1,
         n_labels: int = 1,
         title: str = "",
-        lead: str = "",
         notes: Sequence[str] = (),
     ) -> Table:
-        """A table without groups.
+        """A table without groups: a heading, and in each row a text or a cell, for each column.
 
         Args:
-            head: a heading for each column.
-            rows: a text, or a cell, for each column.
+            head: the headings.
+            rows: in the order of the columns.
             n_words: leading columns that hold words instead of numbers.
-            n_labels: see the class.
-            title: see the class.
-            lead: see the class.
-            notes: see the class.
+            n_labels: this and all others as in the class.
         """
         return cls(
             title=title,
             columns=tuple(Column(name=name, is_words=i < n_words) for i, name in enumerate(head)),
             rows=tuple(Row(cells=tuple(c if isinstance(c, Cell) else Cell(c) for c in row)) for row in rows),
             n_labels=n_labels,
-            lead=lead,
             notes=tuple(notes),
         )
 
     @classmethod
     def by_column(cls, columns: Sequence[tuple[str, Callable[[T], str]]], items: Iterable[T], **others: Any) -> Table:
-        """A table with a row for each item.
-
-        Args:
-            columns: headings, and what writes an item's cell.
-            items: what the rows are of.
-            others: as for `of`.
-        """
+        """A table with a row for each item, from headings and what writes an item's cell; `others` as for `of`."""
         head = [name for name, _ in columns]
         return cls.of(head, [[write(item) for _, write in columns] for item in items], **others)
 

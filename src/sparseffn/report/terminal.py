@@ -24,12 +24,7 @@ def print_tables(tables: Iterable[Table], console: Console | None = None) -> Non
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print a table with everything that belongs to it.
-
-    Args:
-        table: what to print.
-        console: where; standard output by default.
-    """
+    """Print a table with everything that belongs to it, to standard output by default."""
     console = console or Console(highlight=False)
     for line in filter(None, (table.title, table.incomplete, table.lead)):
         console.print(Text(line))
