@@ -1,9 +1,10 @@
 """The training loop: read top to bottom, it is all that happens to a model.
 
 A run is a function of its config: parameters and dropout come from the seed, the position in the corpus from the step. It goes
-on from its last checkpoint when it is called again, with bit-identical losses on the same kind of device and number of threads:
-sums of floating-point numbers depend on their order, which both decide, and so does dropout on the device's generator. On
-another device it goes on as well; `metrics.jsonl` says from which step.
+on from its last checkpoint when it is called again, with bit-identical losses. Equal bits are promised for one kind of device
+and number of threads, which decide the order of sums and the draws of dropout; on a GPU some of PyTorch's sums have a fixed
+order only under `torch.use_deterministic_algorithms(True)`. On another device a run goes on as well, and `metrics.jsonl` tells
+from which step.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from sparseffn.training.step import StepNumbers, Stepper, read_steps
 
 _log = logging.getLogger(__name__)
 
-# Steps between readings of what they did. Reading waits for the device, which on a GPU would leave it idle every step.
-READ_EVERY = {"cpu": 1, "cuda": 10}
+# Steps between readings of what they did, 10 on other devices: reading waits for the device, which would then be idle.
+READ_EVERY = {"cpu": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class _Run:
         while self.step < self.config.steps:
             self._take_step()
             validates, saves = self._is_due(self.config.eval_every), self._is_due(self.config.checkpoint_every)
-            if validates or saves or self._is_due(READ_EVERY[self.stepper.device.type]):
+            if validates or saves or self._is_due(READ_EVERY.get(self.stepper.device.type, 10)):
                 self._read_steps()
             if validates:
                 self._validate()
