@@ -8,8 +8,13 @@ DEMO_METHODS ?= dense topk pkm sigma-moe
 DEMO_BUDGET ?= 8m
 POOL ?= runs/paper
 DATA_DIR ?= ptb
+# Of `make gpu`: names of parts, all where there is none; the folder of packages brought along; options of `bench gpu`.
+PART ?=
+WHEELS ?= runs/wheels
+GPU_OUT ?= results/gpu
+GPU_OPTIONS ?=
 
-.PHONY: help setup demo test test-slow fuzz lint format readme evidence clean
+.PHONY: help setup demo test test-slow fuzz lint format readme evidence gpu gpu-wheels clean
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
@@ -20,6 +25,9 @@ help:
 	@echo "make format     format the code and fix what ruff can fix"
 	@echo "make readme     write the generated tables of the README and of docs/ anew"
 	@echo "make evidence   results/evidence/ and docs/results.md from the runs of POOL, on Penn Treebank in DATA_DIR"
+	@echo "make gpu        measure on a CUDA device, in parts of under 8 minutes, into results/gpu; goes on where it stopped"
+	@echo "                PART=layer-bf16 for one part, PYTHON=python3 for the interpreter, WHEELS=FOLDER for packages"
+	@echo "make gpu-wheels where there is a network: the packages that a machine with PyTorch alone lacks, into WHEELS"
 	@echo "make setup      the virtual environment alone"
 
 setup: $(STAMP)
@@ -61,6 +69,17 @@ evidence: setup
 		--bench results/bench-layer-paper-2-cores.json
 	rm -f results/evidence/*.tex results/evidence/*.html results/evidence/tables.md
 	$(BIN)/python tools/generated.py docs/results.md
+
+# Runs from the source tree, without installing; the machine needs no network.
+gpu:
+	PYTHONPATH=src:$(WHEELS) $(PYTHON) -m sparseffn bench gpu --out $(GPU_OUT) $(if $(PART),--parts $(PART)) $(GPU_OPTIONS)
+
+# For Python 3.12 on Linux x86_64; PyTorch, Triton, NumPy, rich, Jinja and the like are there already.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -c constraints.txt -d $(WHEELS) \
+	  msgspec tyro docstring-parser typeguard
+	for wheel in $(WHEELS)/*.whl; do $(PYTHON) -m zipfile -e $$wheel $(WHEELS); done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

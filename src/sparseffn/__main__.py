@@ -1,8 +1,23 @@
-"""`python -m sparseffn` is the command `sparseffn`."""
+"""`python -m sparseffn` is the command `sparseffn`; from a source tree it says which packages are absent."""
 
 import sys
 
-from sparseffn.cli import main
+
+def main() -> int:
+    """Run the command, or name the package that it lacks."""
+    try:
+        from sparseffn.cli import main
+
+        return main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("sparseffn"):
+            raise
+        sys.stderr.write(
+            f"sparseffn: package {error.name!r} must be installed; fix: pip install . in the source tree, or without a "
+            "network `make gpu-wheels` on another machine and PYTHONPATH=src:FOLDER here\n"
+        )
+        return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

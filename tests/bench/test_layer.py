@@ -12,7 +12,7 @@ from torch import nn
 
 from sparseffn.bench.benchmark import LayerTurn, Rotation, layers_to_leave_cache
 from sparseffn.bench.candidates import Candidate, Setting, Shape, backend_restored
-from sparseffn.bench.layer import bench_layers, candidates_of
+from sparseffn.bench.layer import bench_layers, candidates_of, refusal
 from sparseffn.errors import UserError
 from sparseffn.results.bench_result import LayerSettings
 from sparseffn.storage import write_json
@@ -128,3 +128,16 @@ def test_grouped_mm_stands_beside_the_mixtures_of_a_gpu(shape: Shape, monkeypatc
         assert [left.label for left in absent] == ["sigma-moe [grouped_mm]"] * (not runs)
     assert "not in torch.float32" in absent[0].reason
     assert {c.backend for c in candidates_of(shape, LayerSettings(tokens=(4,), peers=False), setting(4))[0]} == {"auto"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_cannot_compute_a_width_is_left_out_with_the_reason() -> None:
+    """PyTorch's product of groups takes no rows of 20 numbers in bfloat16; it ends no benchmark."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+    narrow = Shape(name="narrow", dense=DENSE.replace(d_model=20), methods={"sigma-moe": SIGMA.replace(d_model=20)})
+    result = bench_layers([narrow], LayerSettings(tokens=(70,), rounds=1, dtype="bfloat16"))
+    absent = {left.label: left.reason for left in result.left_out}
+    assert "16 bytes" in absent["hf grouped_mm"] and "hf grouped_mm" not in {row.label for row in result.rows}
+    optional = Candidate(label="x", config=narrow.methods["sigma-moe"], backend="grouped_mm", optional=True)
+    assert "multiples of 8" in (refusal(optional, setting(70, torch.bfloat16)) or "")
+    assert refusal(optional, setting(70)) is None

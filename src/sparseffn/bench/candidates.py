@@ -6,6 +6,7 @@ The backend is chosen as a user would choose it, by `SPARSEFFN_BACKEND`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ Progress = Callable[[str], None]
 
 def no_progress(text: str) -> None:
     """Shows nothing."""
+
+
+def print_progress(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,8 @@ class Candidate:
     backend: str = "auto"
     wrap: Callable[[FeedForward], nn.Module] | None = None
     """For a peer: its module over the layer's own parameters."""
+    optional: bool = False
+    """Whether it is there for comparison alone: where it cannot compute the layer, it is left out with the reason."""
 
     @property
     def is_peer(self) -> bool:

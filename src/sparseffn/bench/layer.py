@@ -6,6 +6,7 @@ tokens choose; forward and backward also write the gradients of all experts, who
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,20 @@ from sparseffn.bench.candidates import (
     Progress,
     Setting,
     Shape,
+    backend_restored,
+    build_layer,
     check_backends,
+    draw_tokens,
     no_progress,
     resolved,
+    use_backend,
     why_not,
 )
 from sparseffn.bench.machine import head
 from sparseffn.bench.peers import has_peers, peers_of
 from sparseffn.bench.roofline import highest, limit, measure_roof
 from sparseffn.bench.timing import Times, ratio, spread
-from sparseffn.devices import find_device
+from sparseffn.devices import find_device, synchronize
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.results.bench_result import (
@@ -55,6 +60,8 @@ GROUPED_MM = "grouped_mm"
 EXPERT_COUNTS = (8, 256)
 """The ends of the paper's figure 9."""
 EXPERT_COUNT_TOKENS = 4096
+# Enough to see whether a peer computes a layer at all.
+_TRIED_TOKENS = 16
 
 fields_of = msgspec.structs.asdict
 
@@ -101,7 +108,7 @@ def candidates_of(shape: Shape, settings: LayerSettings, setting: Setting) -> tu
             # PyTorch's own product for experts, which whoever has a GPU could use instead of our kernels.
             name, reason = f"{label} [{GROUPED_MM}]", why_not(GROUPED_MM, setting.device, setting.dtype)
             if reason is None:
-                candidates.append(Candidate(label=name, config=config, backend=GROUPED_MM))
+                candidates.append(Candidate(label=name, config=config, backend=GROUPED_MM, optional=True))
             else:
                 absent[name] = reason
     shared = next((c for c in shape.methods.values() if isinstance(c, MixtureConfig) and has_peers(c)), None)
@@ -150,8 +157,13 @@ class _Size:
         )
 
     def _time(self, candidate: Candidate, limited: LimitedTime, times: Times, share: float) -> LayerTime:
-        over = _over_dense(times, candidate.label, share)
-        return LayerTime(**fields_of(limited), **over, over_fastest_hf=self._over_fastest_peer(candidate, times))
+        over_dense = ratio(times, candidate.label, DENSE)
+        return LayerTime(
+            **fields_of(limited),
+            over_dense=over_dense,
+            over_dense_over_share=over_dense / share,
+            over_fastest_hf=self._over_fastest_peer(candidate, times),
+        )
 
     def _over_fastest_peer(self, candidate: Candidate, times: Times) -> OverPeer | None:
         """The time over that of the fastest of Hugging Face's implementations at this size; None for those not compared."""
@@ -163,20 +175,46 @@ class _Size:
         return OverPeer(fastest=fastest, over=over, times_faster=1 / over)
 
 
+def runnable_candidates(
+    shape: Shape, settings: LayerSettings, setting: Setting
+) -> tuple[list[Candidate], list[AbsentCandidate]]:
+    """`candidates_of` without the peers and optional ones that cannot compute this shape, which a call shows."""
+    candidates, absent = candidates_of(shape, settings, setting)
+    refusals = {c.label: refusal(c, setting) for c in candidates if c.is_peer or c.optional}
+    size = {"shape": shape.name, "tokens": setting.n_tokens}
+    absent += [AbsentCandidate(**size, label=label, reason=why) for label, why in refusals.items() if why is not None]
+    return [c for c in candidates if refusals.get(c.label) is None], absent
+
+
+def refusal(candidate: Candidate, setting: Setting) -> str | None:
+    """Why a candidate does not compute its layer in this dtype and on this device, None if a call on a few tokens passes.
+
+    PyTorch's product of groups, for one, wants rows to start at multiples of 16 bytes: no width of 412 in bfloat16.
+    """
+    few = dataclasses.replace(setting, n_tokens=min(setting.n_tokens, _TRIED_TOKENS))
+    layer = build_layer(candidate.config, few, seed=0)
+    with backend_restored():
+        use_backend(candidate.backend)
+        try:
+            y = candidate.module(layer)(draw_tokens(candidate.config, few, seed=1).requires_grad_())
+            y.backward(draw_tokens(candidate.config, few, seed=2))
+            synchronize(few.device)
+        # What a library raises for what it cannot compute, or for an interface of another version.
+        except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+    return None
+
+
 def _one_size(shape: Shape, settings: LayerSettings, n_tokens: int, progress: Progress) -> _Size:
     setting = Setting.of(settings, n_tokens)
-    candidates, absent = candidates_of(shape, settings, setting)
+    candidates, absent = runnable_candidates(shape, settings, setting)
     done = benchmark(candidates, setting, rounds=settings.rounds, progress=lambda text: progress(f"{shape.name}: {text}"))
     return _Size(shape=shape, setting=setting, candidates=candidates, absent=absent, done=done)
 
 
-def _over_dense(times: Times, label: str, share: float) -> dict[str, float]:
-    over_dense = ratio(times, label, DENSE)
-    return {"over_dense": over_dense, "over_dense_over_share": over_dense / share}
-
-
 def _warm(times: Times, label: str, share: float) -> WarmTime:
-    return WarmTime(**fields_of(spread(times[label])), **_over_dense(times, label, share))
+    over_dense = ratio(times, label, DENSE)
+    return WarmTime(**fields_of(spread(times[label])), over_dense=over_dense, over_dense_over_share=over_dense / share)
 
 
 def limited_times(candidate: Candidate, done: Benchmark, setting: Setting, roof: Roof) -> dict[str, LimitedTime]:

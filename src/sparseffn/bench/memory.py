@@ -24,7 +24,7 @@ from sparseffn.bench.candidates import (
     draw_tokens,
     use_backend,
 )
-from sparseffn.bench.layer import candidates_of
+from sparseffn.bench.layer import runnable_candidates
 from sparseffn.bench.machine import head
 from sparseffn.devices import find_device
 from sparseffn.ffn import FFNConfig
@@ -44,7 +44,7 @@ def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> MemoryResu
     for shape in shapes:
         for n_tokens in settings.tokens:
             setting = Setting.of(settings, n_tokens)
-            found, absent = candidates_of(shape, settings, setting)
+            found, absent = runnable_candidates(shape, settings, setting)
             kept = {candidate.label: kept_by(candidate, setting) for candidate in found}
             rows += [_row(shape.name, candidate, setting, kept[candidate.label], kept[DENSE]) for candidate in found]
             left_out += absent

@@ -1,4 +1,4 @@
-"""`bench layer`, `step`, `memory`, `roofline`, `figures` and `kernels`."""
+"""`bench layer`, `step`, `memory`, `roofline`, `figures`, `kernels` and `gpu`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 
 from sparseffn.bench.benchmark import check_blocks
 from sparseffn.bench.candidates import DTYPES, Setting, Shape, backend_restored, check_backends, resolved, use_backend
+from sparseffn.bench.gpu import run_gpu, went_well
 from sparseffn.bench.layer import EXPERT_COUNT_TOKENS, bench_expert_counts, bench_layers
 from sparseffn.bench.memory import bench_memory
 from sparseffn.bench.roofline import bench_roofline
@@ -18,6 +19,7 @@ from sparseffn.bench.step import StepShape, bench_step
 from sparseffn.cli.bench_settings import (
     Bench,
     BenchFigures,
+    BenchGpu,
     BenchKernels,
     BenchLayer,
     BenchMemory,
@@ -35,6 +37,7 @@ from sparseffn.models.presets import Preset, get_preset
 from sparseffn.ops import requested_backend
 from sparseffn.paper.figure_points import bench_figures
 from sparseffn.report.bench_report import bench_tables, machine_line, read_bench, write_bench
+from sparseffn.report.gpu_report import parts_table, write_gpu_page
 from sparseffn.results.bench_result import BenchResult, FiguresResult, LayerSettings, StepSettings
 from sparseffn.storage import write_json
 
@@ -212,3 +215,19 @@ def kernels(settings: BenchKernels) -> int:
     title = "Registers and spilled bytes of a thread, shared bytes of a block, in the default configurations"
     print_rows(_KERNEL_COLUMNS, [tuple(str(row[column]) for column in _KERNEL_COLUMNS) for row in rows], title=title)
     return 0
+
+
+def gpu(settings: BenchGpu) -> int:
+    """Run the parts that are not done; 1 where one did not end well."""
+    out = Path(settings.out)
+    check_out(settings.out)
+    parts = run_gpu(
+        out,
+        parts=settings.parts,
+        device=settings.device,
+        work=Path(settings.work),
+        rehearse=settings.rehearse,
+        progress=log,
+    )
+    show(parts, settings, [parts_table(parts)], files=[write_gpu_page(out)])
+    return 0 if all(map(went_well, parts)) else 1

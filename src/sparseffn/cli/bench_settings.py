@@ -173,3 +173,31 @@ class BenchKernels(Printed):
     """kernels by name (default: all)"""
     dtypes: Words = ()
     """float32, bfloat16, float16 (default: all)"""
+
+
+@settings_class
+class BenchGpu(Printed):
+    """Everything that needs a CUDA device, in parts of under 8 minutes: what `make gpu` runs.
+
+    Parts: triton-cases, layer-bf16, layer-fp32, step-bf16, step-fp32, launches, figures, compare-small, compare-wt-s, tiles.
+    Each runs in a process of its own and writes OUT/PART.json; gpu.html shows them all. The same command goes on where it
+    stopped: a part that is done is skipped. It runs from a source tree with the tests (PYTHONPATH=src), without network and
+    without installing. A machine that has PyTorch, Triton, NumPy, rich, Jinja, safetensors and filelock lacks msgspec, tyro,
+    docstring-parser and typeguard: `make gpu-wheels` puts them into a folder to take along, which PYTHONPATH then names too.
+
+    Examples:
+      sparseffn bench gpu
+      sparseffn bench gpu --parts layer-bf16 step-bf16
+      sparseffn bench gpu --rehearse --device cpu --out runs/rehearsal      # tiny sizes: do the commands work?
+    """
+
+    parts: Words = ()
+    """which parts (default: all that are not done)"""
+    out: str = "results/gpu"
+    """folder of the results"""
+    work: str = "runs/gpu"
+    """folder of what the parts write themselves, logs included"""
+    device: str = "cuda"
+    """cuda or cuda:N; cpu with --rehearse alone"""
+    rehearse: Flag = False
+    """tiny sizes, to try the commands; no measurement"""

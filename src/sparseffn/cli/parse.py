@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "bench roofline": (bench.BenchRoofline, "bench:roofline"),
     "bench figures": (bench.BenchFigures, "bench:figures"),
     "bench kernels": (bench.BenchKernels, "bench:kernels"),
+    "bench gpu": (bench.BenchGpu, "bench:gpu"),
     "reproduce table": (reproduce.ReproduceTable, "reproduce:tables"),
     "reproduce figure": (reproduce.ReproduceFigure, "reproduce_figures:figures"),
     "reproduce evidence": (reproduce.ReproduceEvidence, "reproduce:evidence"),

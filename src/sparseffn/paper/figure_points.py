@@ -236,7 +236,8 @@ def _measure(point: Point, settings: LayerSettings, roof: Roof) -> FigurePoint:
         limited = limited_times(c, done, setting, roof)
         times = {name: FigureTime(**fields_of(timed), over_dense=over.get(name)) for name, timed in limited.items()}
         layers[c.label] = FigureLayer(
-            **times,
+            forward=times["forward"],
+            training=times["training"],
             **kept[c.label],
             memory_bytes=sum(kept[c.label][f"{part}_bytes"] for part in ("saved", "selection", "output")),
             gradient_bytes=c.config.num_params() * setting.dtype.itemsize,

@@ -6,11 +6,13 @@ with its backward. Fields that older files lack have a default; fields that are 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from sparseffn.errors import UserError
+from sparseffn.storage import read
 
 FORMAT = 1
 """Layout of the files; another one is refused."""
@@ -22,7 +24,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A part of a result."""
 
 
-class Environment(Record):
+class Environment(Record, frozen=True, kw_only=True):
     """What a measurement depends on beside the code."""
 
     sparseffn: str
@@ -67,7 +69,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fi
         return str(self.__struct_config__.tag)
 
 
-class Spread(Record):
+class Spread(Record, frozen=True, kw_only=True):
     """Median and quartiles of `n` timed calls."""
 
     median_s: float
@@ -76,7 +78,7 @@ class Spread(Record):
     n: int
 
 
-class LimitedTime(Spread):
+class LimitedTime(Spread, frozen=True, kw_only=True):
     """Timed calls, and the least that such a call can take."""
 
     limit_s: float
@@ -88,7 +90,7 @@ class LimitedTime(Spread):
     over_limit: float
 
 
-class OverPeer(Record):
+class OverPeer(Record, frozen=True, kw_only=True):
     """Time against the fastest of Hugging Face's implementations."""
 
     fastest: str
@@ -96,7 +98,7 @@ class OverPeer(Record):
     times_faster: float
 
 
-class Roof(Record):
+class Roof(Record, frozen=True, kw_only=True):
     """Speeds of a device with the threads of the process."""
 
     flops_per_s: float
@@ -107,7 +109,7 @@ class Roof(Record):
     """Reading a few blocks of an expert's size from scattered places. No part of any limit."""
 
 
-class AbsentCandidate(Record):
+class AbsentCandidate(Record, frozen=True, kw_only=True):
     """A candidate that was not measured at a size, and why."""
 
     shape: str
@@ -119,7 +121,7 @@ class AbsentCandidate(Record):
 # --- bench layer
 
 
-class LayerSettings(Record, omit_defaults=False):
+class LayerSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
     """How layers are measured.
 
     Raises:
@@ -149,7 +151,7 @@ class LayerSettings(Record, omit_defaults=False):
             raise UserError(f"`dtype` must be one of {', '.join(DTYPE_NAMES)}; got {self.dtype!r}; fix: --dtype float32")
 
 
-class ShapeConfigs(Record):
+class ShapeConfigs(Record, frozen=True, kw_only=True):
     """The configs behind the labels of a shape."""
 
     name: str
@@ -157,21 +159,21 @@ class ShapeConfigs(Record):
     methods: dict[str, dict[str, Any]]
 
 
-class Deviation(Record):
+class Deviation(Record, frozen=True, kw_only=True):
     """The correctness check of a candidate: largest deviation from float64 over its largest value, by quantity."""
 
     tokens: int
     largest_deviation: dict[str, float]
 
 
-class WarmTime(Spread):
+class WarmTime(Spread, frozen=True, kw_only=True):
     """One layer called again and again with the same tokens."""
 
     over_dense: float
     over_dense_over_share: float
 
 
-class LayerTime(LimitedTime, omit_defaults=False):
+class LayerTime(LimitedTime, frozen=True, kw_only=True, omit_defaults=False):
     """One pass of a candidate."""
 
     over_dense: float
@@ -180,14 +182,14 @@ class LayerTime(LimitedTime, omit_defaults=False):
     """None for peers, other methods, and where no peer was timed."""
 
 
-class WarmTimes(Record):
+class WarmTimes(Record, frozen=True, kw_only=True):
     """Both passes."""
 
     forward: WarmTime
     training: WarmTime
 
 
-class LayerRow(Record):
+class LayerRow(Record, frozen=True, kw_only=True):
     """One candidate at one size."""
 
     shape: str
@@ -211,7 +213,7 @@ class LayerRow(Record):
     """Where `cache` is cold."""
 
 
-class CountedExperts(Record):
+class CountedExperts(Record, frozen=True, kw_only=True):
     """One end of figure 9."""
 
     forward: LimitedTime
@@ -219,7 +221,7 @@ class CountedExperts(Record):
     gradient_bytes: int
 
 
-class ExpertCounts(Record):
+class ExpertCounts(Record, frozen=True, kw_only=True):
     """Few experts against many in one run."""
 
     tokens: int
@@ -230,7 +232,7 @@ class ExpertCounts(Record):
     training_over_few: float
 
 
-class LayerResult(Head, tag="layer"):
+class LayerResult(Head, frozen=True, kw_only=True, tag="layer"):
     """`sparseffn bench layer`."""
 
     settings: LayerSettings
@@ -244,7 +246,7 @@ class LayerResult(Head, tag="layer"):
 # --- bench memory
 
 
-class MemoryRow(Record):
+class MemoryRow(Record, frozen=True, kw_only=True):
     """Bytes that one layer keeps for its backward."""
 
     shape: str
@@ -262,7 +264,7 @@ class MemoryRow(Record):
     total_over_dense: float
 
 
-class MemoryResult(Head, tag="memory"):
+class MemoryResult(Head, frozen=True, kw_only=True, tag="memory"):
     """`sparseffn bench memory`."""
 
     settings: LayerSettings
@@ -273,7 +275,7 @@ class MemoryResult(Head, tag="memory"):
 # --- bench roofline
 
 
-class ProductSpeed(Record):
+class ProductSpeed(Record, frozen=True, kw_only=True):
     """The fastest matrix product: whose it is, its shape and its speed."""
 
     how: str
@@ -282,7 +284,7 @@ class ProductSpeed(Record):
     shape: str
 
 
-class Scattered(Record):
+class Scattered(Record, frozen=True, kw_only=True):
     """Reading a few blocks of an expert's size from scattered places."""
 
     bytes_per_s: float
@@ -290,7 +292,7 @@ class Scattered(Record):
     blocks: int
 
 
-class ReadingSpeed(Record):
+class ReadingSpeed(Record, frozen=True, kw_only=True):
     """Reading a working set of four times the last-level cache or more."""
 
     bytes: int
@@ -300,7 +302,7 @@ class ReadingSpeed(Record):
     scattered: Scattered
 
 
-class MachineSpeed(Record):
+class MachineSpeed(Record, frozen=True, kw_only=True):
     """What so many threads reach in a dtype."""
 
     threads: int
@@ -309,7 +311,7 @@ class MachineSpeed(Record):
     reading: ReadingSpeed
 
 
-class Limit(Record):
+class Limit(Record, frozen=True, kw_only=True):
     """Seconds that a call takes at the least."""
 
     arithmetic_s: float
@@ -320,7 +322,7 @@ class Limit(Record):
     """The larger of arithmetic and bytes."""
 
 
-class RooflineRow(Record):
+class RooflineRow(Record, frozen=True, kw_only=True):
     """The limits of one block at one size."""
 
     shape: str
@@ -331,7 +333,7 @@ class RooflineRow(Record):
     training: Limit
 
 
-class RooflineResult(Head, tag="roofline"):
+class RooflineResult(Head, frozen=True, kw_only=True, tag="roofline"):
     """`sparseffn bench roofline`."""
 
     settings: LayerSettings
@@ -342,7 +344,7 @@ class RooflineResult(Head, tag="roofline"):
 # --- bench step
 
 
-class StepSettings(Record, omit_defaults=False):
+class StepSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
     """What a training step consists of."""
 
     preset: str
@@ -359,7 +361,7 @@ class StepSettings(Record, omit_defaults=False):
     device: str = "cpu"
 
 
-class MethodStep(Record):
+class MethodStep(Record, frozen=True, kw_only=True):
     """A training step of one model."""
 
     seconds: float
@@ -370,7 +372,7 @@ class MethodStep(Record):
     params: int
 
 
-class StepResult(Head, tag="step"):
+class StepResult(Head, frozen=True, kw_only=True, tag="step"):
     """`sparseffn bench step`; `seconds`, `ratio` and `times` compare relative with plain attention."""
 
     settings: StepSettings
@@ -383,7 +385,7 @@ class StepResult(Head, tag="step"):
 # --- bench figures
 
 
-class FigureSettings(Record):
+class FigureSettings(Record, frozen=True, kw_only=True):
     """How all points of a file are measured."""
 
     tokens: int
@@ -393,7 +395,7 @@ class FigureSettings(Record):
     rounds: int
 
 
-class FigureSweep(Record):
+class FigureSweep(Record, frozen=True, kw_only=True):
     """What a figure varies, and what it holds fixed."""
 
     variable: str
@@ -401,14 +403,14 @@ class FigureSweep(Record):
     fixed: str
 
 
-class FigureTime(LimitedTime):
+class FigureTime(LimitedTime, frozen=True, kw_only=True):
     """One pass of one side of a point."""
 
     over_dense: float | None = None
     """None for the dense block."""
 
 
-class FigureLayer(Record):
+class FigureLayer(Record, frozen=True, kw_only=True):
     """One side of a point; `memory_bytes` is what the authors measured, all but the block's input."""
 
     forward: FigureTime
@@ -421,7 +423,7 @@ class FigureLayer(Record):
     gradient_bytes: int
 
 
-class FigurePoint(Record):
+class FigurePoint(Record, frozen=True, kw_only=True):
     """One place in one figure."""
 
     figure: int
@@ -431,7 +433,7 @@ class FigurePoint(Record):
     layers: dict[str, FigureLayer]
 
 
-class AbsentPoint(Record):
+class AbsentPoint(Record, frozen=True, kw_only=True):
     """A point that was not measured, and which limit it did not fit."""
 
     figure: int
@@ -441,7 +443,7 @@ class AbsentPoint(Record):
     reason: str
 
 
-class FiguresResult(Head, tag="figures"):
+class FiguresResult(Head, frozen=True, kw_only=True, tag="figures"):
     """`sparseffn bench figures`."""
 
     settings: FigureSettings
@@ -452,3 +454,149 @@ class FiguresResult(Head, tag="figures"):
 
 
 BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult
+
+
+# --- make gpu
+
+
+class TritonCase(Record, frozen=True, kw_only=True):
+    """A case of the Triton tests that went wrong."""
+
+    name: str
+    message: str
+
+
+class CasesResult(Head, frozen=True, kw_only=True, tag="cases"):
+    """The cases of the Triton tests, run on the device; only what went wrong is listed."""
+
+    n_cases: int
+    n_run: int
+    """Less than `n_cases` where the time limit came first."""
+    wrong: tuple[TritonCase, ...]
+    restarts: int
+    """How often a worker was started again, as it had lost the device."""
+    interpreted: bool = False
+    """Whether Triton's interpreter ran them, on the CPU."""
+
+
+class LaunchRow(Record, frozen=True, kw_only=True):
+    """How a layer keeps the device busy; times are None where they could not be measured."""
+
+    d_model: int
+    n_experts: int
+    tokens: int
+    label: str
+    forward_us: float | None
+    """Calls back to back, one synchronisation at the end."""
+    training_us: float | None
+    forward_issued_us: float | None
+    """Of that, until the host had issued the work."""
+    training_issued_us: float | None
+    forward_graph_us: float | None = None
+    """The same call captured in a CUDA graph and replayed: without the host."""
+    training_graph_us: float | None = None
+    n_kernels: int | None = None
+    """Of forward and backward."""
+    kernels_us: float | None = None
+    longest: tuple[tuple[str, int, float], ...] = ()
+    """The kernels that take longest: name, calls, microseconds."""
+    waits: str | None = None
+    """Where forward and backward wait for the device; empty if nowhere."""
+    waits_with_statistics: str | None = None
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why."""
+
+
+class LaunchesResult(Head, frozen=True, kw_only=True, tag="launches"):
+    """Host time against device time of layers."""
+
+    dtype: str
+    rows: tuple[LaunchRow, ...]
+
+
+class TileTimes(Record, frozen=True, kw_only=True):
+    """Microseconds of one kernel at one shape by tile, the shipped one first; None for a tile that does not compile."""
+
+    shape: str
+    kernel: str
+    kind: str
+    bucket: int
+    aligned: bool
+    us: dict[str, float | None]
+
+
+class TilesResult(Head, frozen=True, kw_only=True, tag="tiles"):
+    """Tiles of the Triton kernels, timed inside a layer."""
+
+    dtype: str
+    kernels: tuple[TileTimes, ...]
+
+
+class ComparedMethod(Record, frozen=True, kw_only=True):
+    """One method of a short comparison; losses are means over seeds, in the comparison's metric."""
+
+    label: str
+    params: int
+    valid: float | None
+    test: float | None
+    step_s: float | None
+    """Median of a training step."""
+    layer_forward_over_dense: float | None = None
+    layer_training_over_dense: float | None = None
+
+
+class ComparedResult(Head, frozen=True, kw_only=True, tag="compared"):
+    """Methods trained at equal parameters on the device; the curves are in the comparison's own files."""
+
+    preset: str
+    corpus: str
+    metric: str
+    seeds: tuple[int, ...]
+    steps: int
+    tokens_per_step: int
+    methods: tuple[ComparedMethod, ...]
+
+
+GpuContent = LayerResult | StepResult | FiguresResult | CasesResult | LaunchesResult | TilesResult | ComparedResult
+
+
+class GpuPart(Head, frozen=True, kw_only=True, tag="gpu"):
+    """One part of `make gpu`: what was run, on which machine, and what came out."""
+
+    part: str
+    title: str
+    command: tuple[str, ...]
+    seconds: float
+    limit_s: float
+    state: Literal["done", "failed", "time limit"]
+    rehearsal: bool = False
+    """Whether sizes were tiny, to try the commands: no measurement."""
+    error: str = ""
+    """The end of what a failed command printed."""
+    result: GpuContent | None = None
+    """What was measured, as far as the part came."""
+
+
+GPU_PARTS = (
+    "triton-cases",
+    "layer-bf16",
+    "layer-fp32",
+    "step-bf16",
+    "step-fp32",
+    "launches",
+    "figures",
+    "compare-small",
+    "compare-wt-s",
+    "tiles",
+)
+"""The parts of `make gpu`, in the order in which they are run: what the others rest on comes first."""
+
+
+def read_gpu_parts(folder: Path) -> list[GpuPart]:
+    """The parts that a folder holds, in their order; none where there is no folder.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    paths = [folder / f"{name}.json" for name in GPU_PARTS]
+    return [read(path, GpuPart, fix="remove it and run `make gpu` again") for path in paths if path.exists()]
