@@ -19,7 +19,7 @@ from sparseffn.ffn.routers import Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
-from sparseffn.ffn.softmax_renorm_moe import SoftmaxRenormMoEConfig
+from sparseffn.ffn.softmax_renorm_moe import RenormRouter, SoftmaxRenormMoEConfig
 from sparseffn.ffn.switch import SwitchConfig
 
 SIZES = {"d_model": 8, "n_experts": 6, "expert_size": 4}
@@ -131,6 +131,17 @@ def test_noise_is_drawn_in_training_only_and_starts_undecided() -> None:
     _, evaluation = layer.eval()(torch.randn(300, 8), return_stats=True)
     assert int((training.counts > 0).sum()) == 6
     assert evaluation.counts.tolist() == [300, 300, 0, 0, 0, 0]
+
+
+def test_another_router_in_its_place_decides() -> None:
+    """Operations that route by the layer's own gate are not used for it."""
+    layer, other = SigmaMoEConfig(**SIZES, k=2).build().eval(), SoftmaxRenormMoEConfig(**SIZES, k=2).build().eval()
+    other.load_state_dict(layer.state_dict())
+    layer.router = RenormRouter(other.config)
+    layer.router.selector = other.router.selector
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), other(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

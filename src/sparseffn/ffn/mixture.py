@@ -157,6 +157,8 @@ class Mixture(FeedForward):
     def __init__(self, config: MixtureConfig, router: Router) -> None:
         super().__init__(config)
         self.router = router
+        # Another router, put in this one's place, is called: it may do otherwise.
+        router.gate, router.trains_as_it_evaluates = config.gate, config.trains_as_it_evaluates
         self.experts = Experts(config.d_model, config.n_experts, config.expert_size)
         self.reset_parameters()
 
@@ -182,9 +184,6 @@ class Mixture(FeedForward):
             selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
             # Nobody minimises a loss here; who asks for its value pays for the router once more.
             return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
-        return self._compute_in_steps(x_TD, mask_T, length)
-
-    def _compute_in_steps(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routed]:
         y_TD, routing = self._trained(x_TD, mask_T, length)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
@@ -205,15 +204,13 @@ class Mixture(FeedForward):
         weights = self._weights_of_one_kind(x_TD)
         if weights is None or not ops.runs_eagerly(x_TD, *weights):
             return None
-        return kernel("routed_mlp", x_TD)(
-            x_TD, *weights, router.k, self.config.gate, self.config.activation, selection=selection
-        )
+        return kernel("routed_mlp", x_TD)(x_TD, *weights, router.k, router.gate, self.config.activation, selection=selection)
 
     def _trained(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routing]:
         """Output and routing with gradients: of a few tokens in one operation, else step by step."""
         router, c = self.router, self.config
         training = self.training or router.training
-        gate = c.gate if c.trains_as_it_evaluates or not training else None
+        gate = router.gate if router.trains_as_it_evaluates or not training else None
         if gate is not None and mask_T is None:
             drops = training and (c.dropout > 0 or router.expert_dropout > 0)
             weights = None if drops else self._weights_of_one_kind(x_TD)
@@ -221,7 +218,13 @@ class Mixture(FeedForward):
                 y_TD, *routed = train_fused(x_TD, *weights, router.k, gate, c.activation)
                 return y_TD, Routing(*routed)
         routing = router(x_TD, mask_T, length)
-        return self.run_experts(x_TD, routing), routing
+        dropout = c.dropout if self.training else 0.0
+        gates_TK, indices_TK, experts = routing.weights_TK, routing.indices_TK, self.experts
+        y_TD = ops.expert_mlp(
+            x_TD, experts.keys, experts.values, gates_TK, indices_TK,
+            activation=c.activation, dropout=dropout, inner_k=c.survivors,
+        )  # fmt: skip
+        return y_TD, routing
 
     def _weights_of_one_kind(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Selector, keys and values for an operation that routes by top-K and a gate; None where the layer does more, or
@@ -233,7 +236,7 @@ class Mixture(FeedForward):
         # In PyTorch's dictionaries: as attributes, modules and parameters are found by a search in Python.
         router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
         experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
-        if self.config.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
+        if router.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
             return None
         if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
             return None
@@ -249,25 +252,6 @@ class Mixture(FeedForward):
             return None
         return selector, keys, values
 
-    def run_experts(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """`sum over a token's selections of weight x W2^e act(W1^e x)`, or over what an inner top-K leaves of it."""
-        c = self.config
-        return ops.expert_mlp(
-            x_TD,
-            self.experts.keys,
-            self.experts.values,
-            routing.weights_TK,
-            routing.indices_TK,
-            activation=c.activation,
-            dropout=c.dropout if self.training else 0.0,
-            inner_k=c.survivors,
-        )
-
-    def activate(self, scores: Tensor) -> Tensor:
-        """The activation, and standard dropout where it is asked for."""
-        u = ACTIVATIONS[self.config.activation](scores)
-        return F.dropout(u, self.config.dropout) if self.training and self.config.dropout > 0 else u
-
     def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
         """The balancing losses times their weights, summed."""
         losses = {
@@ -280,18 +264,27 @@ class Mixture(FeedForward):
         return torch.stack(terms).sum() if terms else routing.weights_TK.new_zeros(())
 
     def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
-        """`s[e] act(k_i . x)` for the pairs of selected experts, zero elsewhere."""
+        """`s[e] act(k_i . x)` for the pairs of selected experts, or the largest of these; zero elsewhere."""
+        c = self.config
         selection = self.router(x_TD, None, length).selection()
         rows = ops.sort_by_expert(selection)
-        u_RG = self.activate(ops.expert_up(x_TD, self.experts.keys, rows))
-        return self.scatter_units(u_RG * selection.weights[rows.order][:, None].to(u_RG.dtype), selection, rows)
+        u_RG = ACTIVATIONS[c.activation](ops.expert_up(x_TD, self.experts.keys, rows))
+        if self.training and c.dropout > 0:
+            u_RG = F.dropout(u_RG, c.dropout)
+        alpha_RG = u_RG * selection.weights[rows.order][:, None].to(u_RG.dtype)
+        slots = rows.tokens * c.n_experts + selection.indices[rows.order]
 
-    def scatter_units(self, alpha_RG: Tensor, selection: ops.Selection, rows: ops.ExpertRows) -> Tensor:
-        """Rows of hidden units, sorted by expert, as `[T, N_E G]`."""
-        n_experts, size = self.config.n_experts, self.config.expert_size
-        slots = rows.tokens * n_experts + selection.indices[rows.order]
-        alpha = alpha_RG.new_zeros(rows.n_tokens * n_experts, size).index_add(0, slots, alpha_RG)
-        return alpha.view(rows.n_tokens, n_experts * size)
+        def spread(units_RG: Tensor) -> Tensor:
+            units = units_RG.new_zeros(rows.n_tokens * c.n_experts, c.expert_size).index_add(0, slots, units_RG)
+            return units.view(rows.n_tokens, c.n_channels)
+
+        alpha_TF = spread(alpha_RG)
+        if c.survivors is None:
+            return alpha_TF
+        # Units of experts that are not selected must not win against negative ones that are.
+        open_TF = spread(torch.ones_like(alpha_RG)) > 0
+        best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), c.survivors)
+        return alpha_TF * torch.zeros_like(alpha_TF).scatter(1, best, 1.0)
 
     def reference_TD(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """Equation 12, token by token and expert by expert."""
@@ -300,14 +293,11 @@ class Mixture(FeedForward):
         outputs = []
         for x, s in zip(x_TD, scores_TE, strict=True):
             alpha = {e: s[e].to(x.dtype) * act(x @ self.experts.keys[e]) for e in torch.nonzero(s).flatten().tolist()}
-            alpha = self.reduce_reference(alpha)
+            if self.config.survivors is not None:
+                alpha = _keep_largest(alpha, self.config.survivors)
             zero = 0 * (self.experts.keys.sum() + self.experts.values.sum() + s.sum().to(x.dtype))
             outputs.append(sum((a @ self.experts.values[e] for e, a in alpha.items()), x * 0 + zero))
         return torch.stack(outputs) if outputs else x_TD * scores_TE.sum()
-
-    def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What the reference does to a token's coefficients by expert before adding up values."""
-        return alpha
 
     def formula_flops(self) -> int:
         return 4 * self.config.d_model * self.config.n_channels
@@ -342,3 +332,10 @@ class Mixture(FeedForward):
     def values_matrix(self) -> Tensor:
         """Values of all experts, `[N_E G, d_model]`."""
         return self.experts.values.flatten(0, 1)
+
+
+def _keep_largest(alpha: dict[int, Tensor], k: int) -> dict[int, Tensor]:
+    """A token's coefficients by expert, zero but for the K largest of all."""
+    ranked = sorted(((a, e, g) for e, row in alpha.items() for g, a in enumerate(row.tolist())), key=lambda r: -r[0])
+    kept = {(e, g) for _, e, g in ranked[:k]}
+    return {e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()}

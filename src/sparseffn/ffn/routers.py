@@ -54,6 +54,9 @@ class Router(nn.Module, ABC):
     """
 
     k: int
+    # The layer sets both from its config, which documents them.
+    gate: ops.GateName | None = None
+    trains_as_it_evaluates: bool = False
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
         super().__init__()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-import torch
 from torch import Tensor
 
 from sparseffn import ops
@@ -116,24 +115,3 @@ class SigmaMoE(Mixture):
     @configured_by(SigmaMoEConfig)
     def __init__(self, config: SigmaMoEConfig) -> None:
         super().__init__(config, SigmoidRouter(config))
-
-    def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
-        """As any mixture; zero also for units that the inner top-K removes."""
-        alpha_TF = super().coefficients_TF(x_TD, length)
-        if self.config.inner_k is None:
-            return alpha_TF
-        selection = self.router(x_TD, None, length).selection()
-        # Units of experts that are not selected must not win against negative ones that are.
-        selected_TE = torch.zeros(x_TD.shape[0], self.config.n_experts, dtype=torch.bool, device=x_TD.device)
-        selected_TE = selected_TE.scatter(1, selection.indices.view(-1, self.config.k), True)
-        open_TF = selected_TE.repeat_interleave(self.config.expert_size, dim=1)
-        best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), self.config.inner_k)
-        return alpha_TF * torch.zeros_like(alpha_TF).scatter(1, best, 1.0)
-
-    def reduce_reference(self, alpha: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Keep the inner_k largest coefficients of all selected experts."""
-        if self.config.inner_k is None:
-            return alpha
-        ranked = sorted(((a, e, g) for e, row in alpha.items() for g, a in enumerate(row.tolist())), key=lambda r: -r[0])
-        kept = {(e, g) for _, e, g in ranked[: self.config.inner_k]}
-        return {e: torch.stack([a if (e, g) in kept else a * 0 for g, a in enumerate(row)]) for e, row in alpha.items()}
