@@ -18,7 +18,7 @@ from sparseffn.paper.execution import execute
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec, makers_note, window_losses
-from sparseffn.storage import json_digest
+from sparseffn.storage import json_digest, read_json, write_json
 from sparseffn.training.loop import StepReport
 
 
@@ -204,6 +204,18 @@ def test_damaged_result_is_failed_with_the_file(table: MakeTable, tmp_path: Path
     pool.folder(spec).result_path.write_text("{")
     cell = table_result(planned, pool).cells[0]
     assert cell.status == "failed" and "result.json` must hold JSON" in str(cell.reason)
+
+
+def test_loss_without_a_perplexity_is_a_failure(table: MakeTable, tmp_path: Path) -> None:
+    """Its table is written all the same."""
+    planned, pool = table("table3", ["WT-S"], ["dense"]), Pool(tmp_path)
+    (spec,) = run_table(planned, pool)
+    path = pool.folder(spec).result_path
+    write_json(path, {**read_json(path), "test": 800.0})
+    result = table_result(planned, pool)
+    write_json(tmp_path / "table.json", result)
+    cell = result.cells[0]
+    assert cell.status == "failed" and cell.reason == "a loss of 800 nats has no perplexity"
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "nan"])

@@ -38,6 +38,8 @@ COMPATIBLE = ("0.1.0", "0.2.0")
 FORMAT = 1
 """Layout of a run's `paper.json` and of the files beside it."""
 
+# Nats; from 709.8 on, a perplexity is no number.
+_LARGEST_LOSS = 690.0
 _FIX = "remove the run's folder and run the same command again"
 
 
@@ -151,7 +153,10 @@ class Pool:
             steps = [record["step"] for record in folder.read_metrics()]
             reason = f"not finished: step {steps[-1]} of {spec.train.steps}" if steps else "not run yet"
             return Status(kind="missing", reason=reason)
-        return Status(kind="finished", reason=None, finished=_read_finished(folder))
+        finished = _read_finished(folder)
+        if (worst := max(finished.result.valid, finished.result.test)) > _LARGEST_LOSS:
+            return Status(kind="failed", reason=f"a loss of {worst:.0f} nats has no perplexity", permanent=True)
+        return Status(kind="finished", reason=None, finished=finished)
 
     def _foreign(self, folder: RunFolder) -> str | None:
         """Why what lies in a run's place may not be used; None where it may."""
