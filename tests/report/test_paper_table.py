@@ -239,14 +239,6 @@ def test_block_is_two_parts_in_100_columns() -> None:
     assert sum("+0.61%" in line for line in lines) == 1
 
 
-def test_label_is_text() -> None:
-    """Neither Markdown nor markup of the terminal."""
-    result = paper_table()
-    result["rows"][1]["label"] = result["rows"][1]["published_label"] = "a | b\n[bold]c[/bold] <i>*d*"
-    assert r"| a \| b [bold]c[/bold] &lt;i&gt;\*d\* |" in paper_markdown(paper_report(typed(result)))
-    assert "[bold]c[/bold]" in printed(result, width=200)
-
-
 def test_render_writes_three_files_beside_the_json(tmp_path: Path) -> None:
     """The same bytes for the same file, and nothing else in the folder."""
     path = tmp_path / "table4.json"

@@ -181,19 +181,6 @@ def test_terminal_table_keeps_to_the_width(result: dict[str, Any], width: int) -
         assert number in text
 
 
-def test_markdown_escapes_labels(result: dict[str, Any]) -> None:
-    """A label is neither markup nor the end of a cell."""
-    result["methods"][0]["label"] = 'a|b <script> & "q" *x* [y]'
-    text = markdown_table(comparison_table(typed(result)))
-    assert '| a\\|b &lt;script&gt; &amp; "q" \\*x\\* [y] |' in text
-
-
-def test_terminal_shows_labels_as_they_are(result: dict[str, Any]) -> None:
-    """Square brackets in a label are not console markup."""
-    result["methods"][0]["label"] = "dense [bold]"
-    assert "dense [bold]" in printed(result)
-
-
 def test_read_comparison_returns_the_file(result: dict[str, Any], tmp_path: Path) -> None:
     """What was written is read back."""
     path = tmp_path / "comparison.json"

@@ -94,16 +94,7 @@ class Plot:
 
 
 def finished(figure: Figure, *, name: str, title: str, caption: str, description: str = "", pixels: bool = True) -> Plot:
-    """A drawing that is complete, still inside its context.
-
-    Args:
-        figure: what `drawing` gave.
-        name: see `Plot`.
-        title: see `Plot`.
-        caption: see `Plot`.
-        description: a sentence for people who hear the page; the caption where it is empty.
-        pixels: whether it is also to be a file.
-    """
+    """A complete drawing, still inside its context; `description` is for people who hear the page, by default the caption."""
     svg = _svg_text(figure, name=name, title=title, description=description or caption)
     return Plot(name=name, title=title, caption=caption, svg=svg, png=_png_bytes(figure) if pixels else b"")
 
@@ -239,9 +230,7 @@ def line_plot(
 
     Args:
         lines: with their labels at the right.
-        name: see `Plot`.
-        title: see `Plot`.
-        caption: see `Plot`.
+        name: as `title` and `caption`, see `Plot`.
         axes_names: below the frame and to its left.
         sizes: ticks of a logarithmic axis below the frame; None for an even one.
         log_ticks: multiples of a power of ten that a logarithmic axis of heights labels; None for an even one.
