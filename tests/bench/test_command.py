@@ -22,14 +22,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     set_quick_roof(monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["layer", "step", "memory", "roofline", "figures"])
-def test_help_teaches(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every kind explains itself and shows an example."""
-    with pytest.raises(SystemExit, match="0"):
-        main(["bench", kind, "--help"])
-    assert f"sparseffn bench {kind}" in capsys.readouterr().out.split("Example", 1)[1]
-
-
 COMMANDS = {
     "layer": LAYER,
     "memory": ["bench", "memory", "--methods", "sigma-moe", "--tokens", "9", "--no-peers"],

@@ -16,7 +16,7 @@ from sparseffn.cli import describe, main, output
 from sparseffn.cli.settings import Eval
 from sparseffn.matching import Match
 
-BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels")))
+BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels", "gpu")))
 REPRODUCE = ("reproduce", *(f"reproduce {kind}" for kind in ("table", "figure", "evidence")))
 DATA = ("data", *(f"data {kind}" for kind in ("list", "prepare", "check")))
 COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "analyze", *BENCH, *REPRODUCE, "study", *DATA, "doctor")

@@ -41,7 +41,7 @@ def log(text: str) -> None:
 
 def print_json(data: object) -> None:
     """Print JSON for programs; what is not finite is null, as JSON has no word for it."""
-    print(msgspec.json.format(msgspec.json.encode(data, enc_hook=str), indent=1).decode())
+    print(msgspec.json.format(msgspec.json.encode(data), indent=1).decode())
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", n_words: int = 1) -> None:

@@ -173,11 +173,9 @@ def parse(name: str, chosen: type[Settings], words: Sequence[str]) -> Settings:
 
 def _wrapped(paragraph: str) -> str:
     """A paragraph in lines of the terminal's width; examples stay as they are."""
-    return (
-        paragraph
-        if "\n " in paragraph
-        else textwrap.fill(paragraph, min(shutil.get_terminal_size().columns, 110), break_on_hyphens=False)
-    )
+    if "\n " in paragraph:
+        return paragraph
+    return textwrap.fill(paragraph, min(shutil.get_terminal_size().columns, 110), break_on_hyphens=False)
 
 
 def _is_positional(field: dataclasses.Field[Any]) -> bool:

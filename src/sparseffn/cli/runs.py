@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparseffn.cli.output import Progress, log, parse_duration, print_json, print_rows, show, use_machine
+from sparseffn.cli.output import Progress, can_draw, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
@@ -87,7 +86,7 @@ def _tensorboard(out: str) -> Callable[[dict[str, Any]], None]:
         if not writer:
             writer.append(SummaryWriter(str(Path(out) / "tensorboard"), purge_step=record["step"]))
         for key, value in record.items():
-            if key != "step":
+            if key != "step" and isinstance(value, int | float):
                 writer[0].add_scalar(key, value, record["step"])
         writer[0].flush()
 
@@ -111,13 +110,11 @@ def compare_methods(settings: Compare) -> int:
         precision=settings.precision,
         device=str(device),
     )
-    has_plots = importlib.util.find_spec("matplotlib") is not None
-    if not has_plots:
-        log("the page will have no figures: pip install 'sparseffn[plot]', then run the same command again")
+    draws = can_draw()
     with Progress() as progress:
         result = compare(wanted, settings.out, progress=progress)
     out = Path(settings.out)
-    write_comparison(result, out, drawn=has_plots)
+    write_comparison(result, out, drawn=draws)
     return show(result, settings, [comparison_table(result)], files=[out / "page.html"])
 
 
