@@ -217,7 +217,7 @@ def _check(
 
 
 def layers_to_leave_cache(config: FFNConfig, itemsize: int, cache_bytes: int) -> int:
-    """How many layers fill four times the last-level cache, so that none is there when its turn comes again."""
+    """How many layers fill four times the last-level cache, so that none is there when it is called again."""
     return max(2, math.ceil(4 * cache_bytes / (config.num_params() * itemsize)))
 
 

@@ -41,7 +41,7 @@ T = TypeVar("T")
 # The experts of the paper's models.
 _EXPERT_SIZE, _K = 128, 4
 _WARMUP, _REPEATS = 3, 3
-_LONGEST = 12
+_LONGEST = 8
 
 
 class _Calls:
@@ -112,7 +112,7 @@ def _row(candidate: Candidate, setting: Setting, n_experts: int, n: int) -> Laun
         try:
             return measure()
         except Exception as error:
-            notes.append(f"{what}: {type(error).__name__}: {error}"[:300])
+            notes.append(f"{what}: {type(error).__name__}: {error}"[:200])
             return None
 
     with backend_restored():
@@ -207,7 +207,7 @@ def _waits(call: Callable[[], None]) -> str:
     try:
         call()
     except RuntimeError as error:
-        return "".join(traceback.format_exception(error)[-3:])[-400:]
+        return "".join(traceback.format_exception(error)[-3:])[-200:]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""
