@@ -38,11 +38,12 @@ def requirements(group: list[str]) -> list[str]:
 
 
 def environment(version: str, folder: Path) -> Path:
-    """The Python of an environment with that release; made where it is not there or was made for other requirements."""
+    """The Python of an environment with that release; made, or brought up to the requirements, where it is not."""
     wanted = [f"torch=={version}", *requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])]
     python, done = folder / "bin" / "python", folder / "requirements.txt"
     if not done.exists() or done.read_text().split("\n") != wanted:
-        venv.create(folder, clear=True, with_pip=True)
+        if not python.exists():
+            venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
         done.write_text("\n".join(wanted))
     return python
