@@ -176,7 +176,7 @@ def training(draw: random.Random) -> None:
             logits_TE = leaves[0] @ leaves[1].T
             indices_TK = ops.topk(logits_TE, k, backend="torch")
             gates_TK = gates_of(gate, logits_TE, indices_TK)
-            y = ops.expert_mlp(leaves[0], *leaves[2:], gates_TK, indices_TK, activation=activation, backend="torch")
+            y = ops.expert_mlp(leaves[0], leaves[2], leaves[3], gates_TK, indices_TK, activation=activation, backend="torch")
         grads = torch.autograd.grad([y, logits_TE, gates_TK], leaves, [d.to(cast) for d in directions])
         found.append([y.detach(), *grads])
     names = ("routed_mlp", *(f"routed_training.{name}" for name in ("x", "selector", "keys", "values")))

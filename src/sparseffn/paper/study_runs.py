@@ -203,9 +203,8 @@ class Training:
                 load_weights(model, path, load_checkpoint(path))
             tokens = self.corpus.valid[: PROBE_TOKENS + 1]
             seen = probe(model.to(device), tokens, batch=preset.eval_batch, context=preset.context)
-        return SelectorProbe(
-            **{name: float(f"{value:.5g}") for name, value in msgspec.structs.asdict(seen).items() if name != "step"}
-        )
+        rounded = {name: float(f"{value:.5g}") for name, value in msgspec.structs.asdict(seen).items() if name != "step"}
+        return msgspec.convert(rounded, SelectorProbe)
 
 
 @dataclass
