@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec import to_builtins
+from msgspec import structs
 
 from sparseffn.cli import main
 from sparseffn.comparison import NoProgress
 from sparseffn.errors import UserError
 from sparseffn.models.presets import Preset
 from sparseffn.paper.study import StudySettings, study
+from sparseffn.paper.study_outcome import better_or_worse, differences
 from sparseffn.paper.study_runs import CPU, StudyScale
 from sparseffn.paper.study_start import Grid, Point, schemes
 from sparseffn.report.study_report import read_study, study_markdown, study_tables, write_study
-from sparseffn.results.study_result import StudyResult
+from sparseffn.results.study_result import SelectorProbe, StudyResult, StudyRun
 from sparseffn.storage import read
 
 SHAPE = dataclasses.replace(CPU.preset.shape, d_model=16, d_ff=32, n_experts=4, expert_size=8, k=2)
@@ -101,7 +102,7 @@ def test_competition_tells_interference_apart(song: str, whole: tuple[Path, Stud
     result = study(settings(song, "competition"), whole[0])
     found = [variant.runs[0].probes[0].interference for variant in result.variants]
     assert found[0] == 0 and found[1] > 0 and found[2] > 0
-    assert "interference" in study_markdown(to_builtins(result)) and "gates" in study_tables(to_builtins(result))
+    assert "interference" in study_markdown(result) and "gates" in study_tables(result)
 
 
 def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> None:
@@ -110,8 +111,8 @@ def test_budget_that_allows_nothing_is_refused(song: str, tmp_path: Path) -> Non
         study(settings(song, "competition", budget_s=1e-6), tmp_path / "a")
     result = study(settings(song, "init", budget_s=1e-6), tmp_path / "b")
     assert result.missing_sizes == [GRID.points[1].name] and len(result.missing) == 4
-    assert "not run yet" in study_markdown(to_builtins(result)) and GRID.points[1].name in study_markdown(to_builtins(result))
-    page = write_study(to_builtins(result), tmp_path / "b")[1].read_text()
+    assert "not run yet" in study_markdown(result) and GRID.points[1].name in study_markdown(result)
+    page = write_study(result, tmp_path / "b")[1].read_text()
     assert "not run yet" in page
 
 
@@ -165,7 +166,7 @@ def test_damaged_files_are_named(song: str, whole: tuple[Path, StudyResult], tmp
     with pytest.raises(UserError, match="must hold JSON"):
         read_study(path)
     path.write_text(json.dumps({"kind": "layer", "format": 1}))
-    with pytest.raises(UserError, match="`kind` of the result must be one of study-init"):
+    with pytest.raises(UserError, match="must hold a valid `kind`; got invalid enum value 'layer'"):
         read_study(path)
 
 
@@ -175,4 +176,26 @@ def test_every_figure_is_written(whole: tuple[Path, StudyResult], tmp_path: Path
     assert {path.suffix for path in written} == {".md", ".html", ".svg", ".png"}
     assert len([path for path in written if path.suffix == ".png"]) == 8
     assert all(path.stat().st_size > 500 for path in written)
-    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_tables(to_builtins(whole[1])))
+    assert {"scale n_experts", "load k", "loss", "selectors"} <= set(study_tables(whole[1]))
+
+
+def runs_of(*losses: float) -> list[StudyRun]:
+    """Seeds from 0 on; the last probe's entropy is the loss's negative."""
+    probe = SelectorProbe(
+        load_entropy=0.0, dead=0.0, largest_over_mean=1.0, norm=1.0, norm_spread=0.0, gate_square=0.5, interference=0.0
+    )
+    return [
+        StudyRun(seed=seed, valid=loss, test=loss, probes=[probe, structs.replace(probe, step=13, load_entropy=-loss)])
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def test_difference_is_paired_and_undecided_when_it_may_be_zero() -> None:
+    """Only seeds that both have; 4.303 standard errors for three."""
+    found = differences(runs_of(1.1, 2.1, 3.4), runs_of(1.0, 2.0, 3.0, 9.0))
+    assert (found["valid"].difference, found["valid"].half_width) == pytest.approx((0.2, 0.4303), abs=1e-4)
+    assert found["load_entropy"].difference == pytest.approx(-0.2) and found["valid"].n_seeds == 3
+    assert better_or_worse(found["valid"]) == "undecided"
+    plain = [differences(runs_of(*(x + shift for x in (0, 0.01, 0))), runs_of(0, 0, 0))["test"] for shift in (0.1, -0.1)]
+    assert [better_or_worse(each) for each in plain] == ["worse", "better"]
+    assert differences(runs_of(1.0), []) == {}
