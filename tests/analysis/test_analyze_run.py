@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import to_builtins
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import RunCounts
@@ -18,8 +19,8 @@ from sparseffn.data import Corpus, unpadded
 from sparseffn.errors import UserError
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
-from sparseffn.results.analysis_result import read_analysis
-from sparseffn.storage import write_json
+from sparseffn.results.analysis_result import AnalysisResult
+from sparseffn.storage import read, write_json
 from sparseffn.training import RunSettings, TrainConfig, load_run_model
 from sparseffn.training.snapshots import snapshot
 
@@ -75,8 +76,11 @@ def test_analysis_of_a_mixture_is_whole(runs: dict[str, Path], corpus: Corpus, t
     """Channels are those of the selected experts that ReLU leaves; the file that holds it is read back as it was."""
     made = analyze_run(runs["sigma-moe"], corpus, splits=("valid", "test"))
     write_json(tmp_path / "analysis.json", made)
-    found = read_analysis(tmp_path / "analysis.json")
+    found = read(tmp_path / "analysis.json", AnalysisResult, fix="")
     assert found == made
+    write_json(tmp_path / "analysis.json", {**to_builtins(made), "format": 2})
+    with pytest.raises(UserError, match=r"`format` of the analysis must be 1; got 2"):
+        read(tmp_path / "analysis.json", AnalysisResult, fix="")
     n_tokens = sum(len(unpadded(corpus.tokens(split), batch=3)) - 1 for split in ("valid", "test"))
     assert found.n_tokens == n_tokens and found.unit == "experts" and found.run.name == "sigma-moe"
     assert all(0 < layer.mean < 16 and layer.total == 32 for layer in found.active)

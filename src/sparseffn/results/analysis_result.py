@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from msgspec import Struct, field
 
 from sparseffn.errors import UserError
 from sparseffn.results.comparison_result import ActiveChannels, LayerShares
-from sparseffn.storage import Count, PositiveInt, read
+from sparseffn.storage import Count, PositiveInt
 
 FORMAT = 1
-_FIX = "run `sparseffn analyze` again"
 
 
 class RunFacts(Struct, frozen=True, kw_only=True):
@@ -120,18 +118,6 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
     tokens: list[list[ServedByExpert]] | None = None
     training: RoutingOverTraining | None = None
 
-
-class _Header(Struct, frozen=True):
-    format: Any = None
-
-
-def read_analysis(path: Path | str) -> AnalysisResult:
-    """Read an `analysis.json`.
-
-    Raises:
-        UserError: it is not there, damaged, or of another format.
-    """
-    found = read(Path(path), _Header, fix=_FIX).format
-    if found != FORMAT:
-        raise UserError(f"`format` of the analysis must be {FORMAT}; got {found!r}; fix: {_FIX}")
-    return read(Path(path), AnalysisResult, fix=_FIX)
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise UserError(f"`format` of the analysis must be {FORMAT}; got {self.format}; fix: analyse the run again")
