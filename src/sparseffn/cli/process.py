@@ -19,7 +19,7 @@ _NEVER = 2**31 - 1
 
 # What stands for characters of our help and tables where only ASCII can be written: frames, signs, quotation marks.
 _ASCII = {
-    **dict.fromkeys("\u2500\u2501\u256d\u256e\u256f\u2570\u2578\u2578\u257a\u2013\u2014\u2212", "-"),
+    **dict.fromkeys("\u2500\u2501\u256d\u256e\u256f\u2570\u2578\u257a\u2013\u2014\u2212", "-"),
     **dict.fromkeys("\u2018\u2019", "'"),
     **dict.fromkeys("\u201c\u201d", '"'),
     "\u2502": "|",
@@ -29,6 +29,7 @@ _ASCII = {
     "\u2192": "->",
     "\u2264": "<=",
     "\u2265": ">=",
+    "\u2423": "_",
     "\u03c3": "sigma",
 }
 
