@@ -17,7 +17,7 @@ from sparseffn.models.presets import get_preset
 from sparseffn.training import RunFolder, TrainConfig, load_run_model, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.loop import StepReport
-from sparseffn.training.step import make_optimizer, training_loss
+from sparseffn.training.stepper import make_optimizer, training_loss
 
 from .sharded import SMALL_PES2O, open_small, write_shards
 

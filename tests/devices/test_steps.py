@@ -21,7 +21,7 @@ from sparseffn.ffn import FFNConfig, list_methods, method_class
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.generation import generate
 from sparseffn.training import TrainConfig, step
-from sparseffn.training.step import Stepper, read_steps
+from sparseffn.training.stepper import Stepper, read_steps
 
 VOCAB = 31
 CONFIG = TrainConfig(steps=2, batch=4, context=6, memory=6, eval_memory=9, eval_batch=3, accumulation=2, lr=1e-3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.equations import attention_reference, model_reference
 from models.small import METHODS, assert_same, small_model, text
 from sparseffn.models import Memory, TransformerXL
-from sparseffn.models.reference import attention_reference, model_reference
 
 
 def some_memory(length: int, n_layers: int = 2) -> Memory | None:

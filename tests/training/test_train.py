@@ -14,7 +14,7 @@ import torch
 from song_text import TEXT
 
 import sparseffn.training.loop as loop
-import sparseffn.training.step as step
+import sparseffn.training.stepper as step
 from sparseffn.cli import main
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError

@@ -27,7 +27,7 @@ from sparseffn.models.attention import Attention
 from sparseffn.models.transformer_xl import Block
 from sparseffn.results.bench_result import MethodStep, StepResult, StepSettings
 from sparseffn.training import TrainConfig
-from sparseffn.training.step import Stepper
+from sparseffn.training.stepper import Stepper
 
 PARTS: tuple[str, ...] = ("feedforward", "attention", "output layer", "optimiser")
 CPU = torch.device("cpu")

@@ -58,16 +58,7 @@ LayerTimes = dict[str, LayerTime]
 def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folder: Path) -> UsageCounter:
     """Count the usage of the feedforward blocks on the first tokens of validation, and write it to `usage.json`."""
     counter = UsageCounter()
-    evaluate(
-        model,
-        corpus.valid,
-        batch=config.eval_batch,
-        context=config.context,
-        memory=config.eval_memory,
-        precision=config.precision,
-        max_tokens=USAGE_TOKENS,
-        observe=counter.observe,
-    )
+    evaluate(model, corpus.valid, max_tokens=USAGE_TOKENS, observe=counter.observe, **config.evaluation)
     write_json(folder / "usage.json", counter.result())
     return counter
 

@@ -6,6 +6,7 @@ give the time axis of the curves: step x that method's median.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from sparseffn.models import TransformerXL
 from sparseffn.storage import Positive, PositiveInt, read, write_json
 from sparseffn.training import RunFolder, TrainConfig
 from sparseffn.training.config import CURVE_POINTS
-from sparseffn.training.step import Stepper
+from sparseffn.training.stepper import Stepper
 
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2
@@ -126,17 +127,7 @@ def _training_step(model: TransformerXL, comparison: Comparison, config: TrainCo
 def _time_evaluation(comparison: Comparison, config: TrainConfig) -> dict[str, float]:
     """Seconds a token with the evaluation's long memory filled, which the first windows have not."""
     tokens = comparison.corpus.valid[: config.eval_batch * config.context * 6 + 1]
-
-    def evaluation(model: TransformerXL) -> Callable[[], object]:
-        return lambda: evaluate(
-            model,
-            tokens,
-            batch=config.eval_batch,
-            context=config.context,
-            memory=config.eval_memory,
-            precision=config.precision,
-        )
-
-    calls = {c.label: evaluation(_model(c, comparison.device)) for c in comparison.candidates}
+    models = {c.label: _model(c, comparison.device) for c in comparison.candidates}
+    calls = {label: functools.partial(evaluate, model, tokens, **config.evaluation) for label, model in models.items()}
     seconds = medians(interleaved(calls, rounds=2, warmup=1, clock=clock_of(comparison.device)))
     return {label: value / max(1, len(tokens) - 1) for label, value in seconds.items()}

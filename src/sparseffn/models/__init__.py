@@ -1,7 +1,7 @@
 """The language model: Transformer-XL that takes any method's feedforward block."""
 
 from sparseffn.models.attention import PlainAttention, RelativeAttention
-from sparseffn.models.config import TransformerXLConfig
+from sparseffn.models.model_config import TransformerXLConfig
 from sparseffn.models.transformer_xl import Memory, ModelOutput, TransformerXL, keyed_generator
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseffn.models.config import TransformerXLConfig
+from sparseffn.models.model_config import TransformerXLConfig
 from sparseffn.models.relative_mix import future_mask, relative_mix
 
 # Wavelengths of the sinusoids reach 2 pi times this (Vaswani 2017, section 3.5).

@@ -6,16 +6,16 @@ its feedforward blocks, the block to be matched, and the training settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig
-from sparseffn.models.config import TransformerXLConfig
+from sparseffn.models.model_config import TransformerXLConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Sizes and settings under one name."""
+    """Sizes and settings under one name; defaults are the paper's."""
 
     name: str
     doc: str
@@ -25,12 +25,11 @@ class Preset:
     d_head: int
     context: int
     batch: int
-    lr: float
-    warmup: int
-    clip: float
-    steps: int
-    """Default number of steps; the paper's for the published sizes."""
-    eval_batch: int
+    lr: float = 2.5e-4
+    warmup: int = 0
+    clip: float = 0.25
+    steps: int = 100_000
+    eval_batch: int = 8
 
     @property
     def memory(self) -> int:
@@ -55,125 +54,81 @@ class Preset:
         )
 
 
-def _published(
-    name: str, doc: str, shape: BlockShape, *, heads: tuple[int, int], context: int, batch: int, warmup: int = 0
-) -> Preset:
-    return Preset(
-        name=name,
-        doc=doc,
-        shape=shape,
-        n_heads=heads[0],
-        d_head=heads[1],
-        context=context,
-        batch=batch,
-        lr=2.5e-4,
-        warmup=warmup,
-        clip=0.25,
-        steps=100_000,
-        eval_batch=8,
-    )
-
-
-_PRESETS = [
+_TINY = Preset(
+    name="tiny",
+    doc="demonstration: 2 layers of width 128, d_ff 2048, 256 active channels; minutes on 2 cores",
     # d_ff = 16 d_model, so that the feedforward block is most of the model, and 256 active channels, since the paper finds
-    # that fewer hurt. lr chosen among 1, 2, 4 and 8 e-3 on the validation split with the dense model
-    # (300 steps: 3.18, 3.13, 3.10, 3.15 bits per byte).
-    Preset(
-        name="tiny",
-        doc="demonstration: 2 layers of width 128, d_ff 2048, 256 active channels; minutes on 2 cores",
-        shape=BlockShape(d_model=128, d_ff=2048, n_experts=16, expert_size=128, k=2, n_layers=2, entropy_weight=1e-3),
-        n_heads=4,
-        d_head=32,
-        context=128,
-        batch=16,
-        lr=4e-3,
-        warmup=50,
-        clip=0.25,
-        steps=1000,
-        eval_batch=16,
+    # that fewer hurt.
+    shape=BlockShape(d_model=128, d_ff=2048, n_experts=16, expert_size=128, k=2, n_layers=2),
+    n_heads=4,
+    d_head=32,
+    context=128,
+    batch=16,
+    # Chosen among 1, 2, 4 and 8 e-3 on the validation split with the dense model (300 steps: 3.18, 3.13, 3.10, 3.15 bits per
+    # byte).
+    lr=4e-3,
+    warmup=50,
+    steps=1000,
+    eval_batch=16,
+)
+_SMALL = Preset(
+    name="small",
+    doc="hours on a laptop: 6 layers of width 256, d_ff 2053, about 8M parameters",
+    shape=BlockShape(d_model=256, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=6, dropout=0.1),
+    n_heads=8,
+    d_head=32,
+    context=256,
+    batch=16,
+    lr=1e-3,
+    warmup=200,
+    steps=10_000,
+)
+_WT_S = Preset(
+    name="wt-s",
+    doc="WikiText-103, 47M (paper)",
+    shape=BlockShape(d_model=412, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=16, dropout=0.1),
+    n_heads=10,
+    d_head=41,
+    context=256,
+    batch=64,
+)
+_WT_S_STAR = replace(
+    _WT_S,
+    name="wt-s-star",
+    doc="WikiText-103, 47M with the feedforward blocks scaled up to 238M (paper)",
+    shape=replace(_WT_S.shape, d_ff=16480, n_experts=128, expert_dropout=0.05),
+)
+_WT_B = Preset(
+    name="wt-b",
+    doc="WikiText-103, 262M (paper)",
+    shape=BlockShape(d_model=1024, d_ff=4110, n_experts=32, expert_size=128, k=4, n_layers=18, dropout=0.2, expert_dropout=0.2),
+    n_heads=16,
+    d_head=64,
+    context=512,
+    batch=64,
+    warmup=4000,
+)
+_E8 = Preset(
+    name="e8",
+    doc="enwik8, 41M (paper)",
+    shape=BlockShape(
+        d_model=512,
+        d_ff=2053,
+        n_experts=16,
+        expert_size=128,
+        k=4,
+        n_layers=12,
+        dropout=0.1,
+        expert_dropout=0.05,
+        entropy_weight=1e-4,
     ),
-    Preset(
-        name="small",
-        doc="hours on a laptop: 6 layers of width 256, d_ff 2053, about 8M parameters",
-        shape=BlockShape(
-            d_model=256, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=6, dropout=0.1, entropy_weight=1e-3
-        ),
-        n_heads=8,
-        d_head=32,
-        context=256,
-        batch=16,
-        lr=1e-3,
-        warmup=200,
-        clip=0.25,
-        steps=10_000,
-        eval_batch=8,
-    ),
-    _published(
-        "wt-s",
-        "WikiText-103, 47M (paper)",
-        BlockShape(d_model=412, d_ff=2053, n_experts=16, expert_size=128, k=4, n_layers=16, dropout=0.1, entropy_weight=1e-3),
-        heads=(10, 41),
-        context=256,
-        batch=64,
-    ),
-    _published(
-        "wt-s-star",
-        "WikiText-103, 47M with the feedforward blocks scaled up to 238M (paper)",
-        BlockShape(
-            d_model=412,
-            d_ff=16480,
-            n_experts=128,
-            expert_size=128,
-            k=4,
-            n_layers=16,
-            dropout=0.1,
-            expert_dropout=0.05,
-            entropy_weight=1e-3,
-        ),
-        heads=(10, 41),
-        context=256,
-        batch=64,
-    ),
-    _published(
-        "wt-b",
-        "WikiText-103, 262M (paper)",
-        BlockShape(
-            d_model=1024,
-            d_ff=4110,
-            n_experts=32,
-            expert_size=128,
-            k=4,
-            n_layers=18,
-            dropout=0.2,
-            expert_dropout=0.2,
-            entropy_weight=1e-3,
-        ),
-        heads=(16, 64),
-        context=512,
-        batch=64,
-        warmup=4000,
-    ),
-    _published(
-        "e8",
-        "enwik8, 41M (paper)",
-        BlockShape(
-            d_model=512,
-            d_ff=2053,
-            n_experts=16,
-            expert_size=128,
-            k=4,
-            n_layers=12,
-            dropout=0.1,
-            expert_dropout=0.05,
-            entropy_weight=1e-4,
-        ),
-        heads=(8, 64),
-        context=512,
-        batch=32,
-    ),
-]
+    n_heads=8,
+    d_head=64,
+    context=512,
+    batch=32,
+)
 
-PRESETS = {preset.name: preset for preset in _PRESETS}
+PRESETS = {preset.name: preset for preset in (_TINY, _SMALL, _WT_S, _WT_S_STAR, _WT_B, _E8)}
 
 
 def get_preset(name: str) -> Preset:

@@ -17,7 +17,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, RoutingStats
 from sparseffn.ffn.feedforward import scaled_std, truncated_normal_
 from sparseffn.models.attention import Attention, RelativeAttention
-from sparseffn.models.config import TransformerXLConfig
+from sparseffn.models.model_config import TransformerXLConfig
 
 # Each layer's input of earlier windows, before the layer norm, detached: `[B, M, d_model]` a layer.
 Memory = tuple[Tensor, ...]

@@ -54,6 +54,11 @@ class TrainConfig:
         return self.batch * self.context
 
     @property
+    def evaluation(self) -> dict[str, Any]:
+        """How a run's model is evaluated, as arguments of `evaluate`."""
+        return {"batch": self.eval_batch, "context": self.context, "memory": self.eval_memory, "precision": self.precision}
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What one must know of these settings to read a run's numbers."""
         if self.accumulation == 1:
@@ -96,16 +101,11 @@ def from_preset(preset: Preset, *, steps: int | None = None, seed: int = 0, **ov
     """
     steps = preset.steps if steps is None else steps
     every = max(1, steps // CURVE_POINTS)
+    shared = ("batch", "context", "memory", "eval_memory", "eval_batch", "lr", "clip")
     settings = {
+        **{name: getattr(preset, name) for name in shared},
         "steps": steps,
-        "batch": preset.batch,
-        "context": preset.context,
-        "memory": preset.memory,
-        "eval_memory": preset.eval_memory,
-        "eval_batch": preset.eval_batch,
-        "lr": preset.lr,
         "warmup": min(preset.warmup, steps // 10),
-        "clip": preset.clip,
         "seed": seed,
         "eval_every": every,
         "eval_tokens": CURVE_TOKENS,

@@ -31,7 +31,7 @@ from sparseffn.training.config import TrainConfig
 from sparseffn.training.restore import load_weights
 from sparseffn.training.run_folder import RunFolder
 from sparseffn.training.snapshots import routes_to_experts, save_snapshot, snapshot
-from sparseffn.training.step import StepNumbers, Stepper, read_steps
+from sparseffn.training.stepper import StepNumbers, Stepper, read_steps
 
 _log = logging.getLogger(__name__)
 
@@ -253,17 +253,8 @@ class _Run:
         return evaluation.nats_per_token
 
     def _evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
-        config = self.config
         try:
-            return evaluate(
-                self.model,
-                getattr(self.corpus, split),
-                batch=config.eval_batch,
-                context=config.context,
-                memory=config.eval_memory,
-                precision=config.precision,
-                max_tokens=max_tokens,
-            )
+            return evaluate(self.model, getattr(self.corpus, split), max_tokens=max_tokens, **self.config.evaluation)
         except NonFiniteError as error:
             raise NonFiniteLossError(
                 f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"

@@ -60,15 +60,8 @@ def snapshot(model: TransformerXL, corpus: Corpus, config: TrainConfig) -> list[
             experts = torch.where(chosen.weights != 0, chosen.indices, -1).to(torch.int16)
             rows.setdefault(name, []).append(experts.view(-1, chosen.k))
 
-    evaluate(
-        model,
-        unpadded(_spread(corpus.valid, config.eval_batch), batch=config.eval_batch),
-        batch=config.eval_batch,
-        context=config.context,
-        memory=config.eval_memory,
-        precision=config.precision,
-        observe=observe,
-    )
+    tokens = unpadded(_spread(corpus.valid, config.eval_batch), batch=config.eval_batch)
+    evaluate(model, tokens, observe=observe, **config.evaluation)
     return [torch.cat(parts).cpu() for parts in rows.values()]
 
 

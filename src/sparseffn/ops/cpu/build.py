@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from sparseffn.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +101,16 @@ def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[st
     target = folder / f"{key}.so"
     if target.exists():
         return target
+    # Reads result files too, which an import of the layers should not wait for.
+    from sparseffn.storage import lock, writing
+
+    fix = "set SPARSEFFN_CACHE"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
+        with writing(folder, fix=fix), lock(folder / f"{key}.lock", fix=fix):
             if not target.exists():
                 _compile(compiler, sorted(sources.glob("*.cpp")), flags, target)
-    except OSError as error:
-        raise CompilerError(f"{folder} cannot be written: {error.strerror}; set SPARSEFFN_CACHE") from error
+    except UserError as error:
+        raise CompilerError(str(error)) from error
     return target
 
 
@@ -140,7 +144,6 @@ def library() -> ctypes.CDLL:
     Raises:
         CompilerError: they cannot be compiled or loaded.
     """
-    # Reads result files too, which an import of the layers should not wait for.
     from sparseffn.storage import default_cache_dir
 
     try:
