@@ -21,8 +21,7 @@ def window(indices: list[list[int]], weights: list[list[float]], n_experts: int 
     selection = Selection.fixed(torch.tensor(indices), torch.tensor(weights), n_experts)
     none = torch.zeros(n_experts)
     stats = RoutingStats(zero, none.long(), none, zero, zero.float(), zero, selection)
-    collected = CollectedStats(["layer"])
-    collected.add("layer", stats)
+    collected = CollectedStats(layer=[stats])
     return collected
 
 

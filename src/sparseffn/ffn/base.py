@@ -41,17 +41,10 @@ class BASEConfig(MixtureConfig):
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> BASEConfig:
-        """One expert of the size of the K that the others use."""
-        return cls(
-            d_model=shape.d_model,
-            n_layers=shape.n_layers,
-            n_experts=max(1, round(shape.n_experts * shape.expert_size / shape.active_channels)),
-            expert_size=shape.active_channels,
-        )
+        return super(BASEConfig, cls).from_shape(shape.with_one_expert())
 
     @classmethod
     def identity_example(cls) -> BASEConfig:
-        """Every expert, gates 1."""
         return cls(d_model=8, n_experts=1, expert_size=12)
 
     @classmethod

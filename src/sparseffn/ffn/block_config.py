@@ -42,6 +42,11 @@ class BlockShape:
         """K x G: channels that every sparse method computes for a token."""
         return self.k * self.expert_size
 
+    def with_one_expert(self) -> BlockShape:
+        """For methods that use a single expert: of the size of the K that the others use."""
+        n_experts = max(1, round(self.n_experts * self.expert_size / self.active_channels))
+        return dataclasses.replace(self, n_experts=n_experts, expert_size=self.active_channels, k=1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FFNConfig(ABC):
@@ -89,8 +94,7 @@ class FFNConfig(ABC):
         """The layer, with freshly drawn parameters."""
 
     @abstractmethod
-    def num_params(self) -> int:
-        """Parameters, in closed form."""
+    def num_params(self) -> int: ...
 
     @abstractmethod
     def active_params(self) -> int:
@@ -105,12 +109,7 @@ class FFNConfig(ABC):
 
     @abstractmethod
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
-        """Bytes that a training forward keeps for backward, without parameters and without the block's input.
-
-        Args:
-            n_tokens: T.
-            itemsize: bytes of one element of the layer's dtype.
-        """
+        """Bytes that a training forward of T tokens keeps for backward, without parameters and without the block's input."""
 
     @property
     def revision(self) -> int:
@@ -147,7 +146,6 @@ class FFNConfig(ABC):
         return cls(**{key: getattr(shape, key) for key in field_infos(cls) if key in cls.preset_fields})
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,24 +15,11 @@ from sparseffn.ffn.feedforward import FeedForward
 from sparseffn.ffn.routing_stats import RoutingStats, recomputing
 
 
-class CollectedStats(Mapping[str, list[RoutingStats]]):
+class CollectedStats(dict[str, list[RoutingStats]]):
     """Statistics by layer name, one entry for each time that the layer ran."""
 
-    def __init__(self, names: list[str]) -> None:
-        self._calls: dict[str, list[RoutingStats]] = {name: [] for name in names}
-
-    def add(self, name: str, stats: RoutingStats) -> None:
-        """Append what one call of a layer reported."""
-        self._calls[name].append(stats)
-
-    def __getitem__(self, name: str) -> list[RoutingStats]:
-        return self._calls[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._calls)
-
-    def __len__(self) -> int:
-        return len(self._calls)
+    def _all(self) -> list[RoutingStats]:
+        return [stats for calls in self.values() for stats in calls]
 
     @property
     def balance_loss(self) -> Tensor:
@@ -41,23 +28,18 @@ class CollectedStats(Mapping[str, list[RoutingStats]]):
         Raises:
             UserError: no layer has run, so that there is no loss to add.
         """
-        losses = [stats.balance_loss for calls in self._calls.values() for stats in calls]
+        losses = [stats.balance_loss.float() for stats in self._all()]
         if not losses:
             raise UserError(
                 "no layer reported: the model must run inside `with collect_stats(model)`; "
                 "fix: call it there, and compile it, if at all, inside too or pass return_stats=True"
             )
-        return torch.stack([loss.float() for loss in losses]).sum()
+        return torch.stack(losses).sum()
 
     @property
     def entropy(self) -> float:
         """Mean over layers and calls of each one's entropy as a share of its maximum, log n_units."""
-        shares = [
-            float(stats.entropy) / math.log(stats.counts.shape[0])
-            for calls in self._calls.values()
-            for stats in calls
-            if stats.counts.shape[0] > 1
-        ]
+        shares = [float(s.entropy) / math.log(len(s.counts)) for s in self._all() if len(s.counts) > 1]
         return sum(shares) / max(len(shares), 1)
 
 
@@ -79,7 +61,7 @@ def collect_stats(model: nn.Module) -> Iterator[CollectedStats]:
     layers = {name or "layer": module for name, module in model.named_modules() if isinstance(module, FeedForward)}
     if not layers:
         raise UserError("`model` must hold a sparseffn layer; got none; fix: build one with `FFNConfig.build()`")
-    collected = CollectedStats(list(layers))
+    collected = CollectedStats({name: [] for name in layers})
     with ExitStack() as stack:
         for name, layer in layers.items():
             before, after = _hooks(name, collected)
@@ -99,7 +81,7 @@ def _hooks(name: str, collected: CollectedStats) -> tuple[Any, Any]:
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         y, stats = output
         if not recomputing():
-            collected.add(name, stats)
+            collected[name].append(stats)
         return y if ours["asked"] else output
 
     return before, after

@@ -22,32 +22,41 @@ from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import ACTIVATIONS, saved_activations
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwoMatricesConfig(FFNConfig):
+    """Fields of blocks with the dense block's parameters."""
+
+    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
+    preset_fields: ClassVar[tuple[str, ...]] = (*FFNConfig.preset_fields, "dropout")
+
+    d_ff: Annotated[int, option("Key-value pairs: width of the hidden layer.", low=1)]
+
+    def num_params(self) -> int:
+        return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
+
+    @property
+    def n_channels(self) -> int:
+        return self.d_ff
+
+
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DenseConfig(FFNConfig):
+class DenseConfig(TwoMatricesConfig):
     """Every key-value pair for every token: the block to approximate."""
 
     name: ClassVar[str] = "dense"
     paper: ClassVar[str] = "Vaswani 2017, arXiv 1706.03762"
-    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
     has_backends: ClassVar[bool] = False
-    preset_fields: ClassVar[tuple[str, ...]] = (*FFNConfig.preset_fields, "dropout")
 
-    d_ff: Annotated[int, option("Key-value pairs: width of the hidden layer.", low=1)]
     dropout: Annotated[float, option("Dropout rate on u.", low=0.0, below=1.0)] = 0.0
 
     def build(self) -> Dense:
         return Dense(self)
 
-    def num_params(self) -> int:
-        """Two matrices and two biases."""
-        return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
-
     def active_params(self) -> int:
         return self.num_params()
 
     def forward_flops(self, *, training: bool = False) -> int:
-        """Two products."""
         return 4 * self.d_model * self.d_ff
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
@@ -56,17 +65,12 @@ class DenseConfig(FFNConfig):
         return n_tokens * self.d_ff * tensors * itemsize
 
     @property
-    def n_channels(self) -> int:
-        return self.d_ff
-
-    @property
     def active_channels(self) -> int:
         """All of them are computed; how many are non-zero is for the analyses to count."""
         return self.d_ff
 
     @classmethod
     def identity_example(cls) -> DenseConfig:
-        """Any dense block."""
         return cls(d_model=8, d_ff=24)
 
     @classmethod
@@ -77,11 +81,11 @@ class DenseConfig(FFNConfig):
 class TwoMatrices(FeedForward):
     """Parameters of the dense block: `keys [d_ff, d_model]`, `key_bias [d_ff]`, `values [d_ff, d_model]`, `bias [d_model]`."""
 
-    def __init__(self, config: FFNConfig) -> None:
+    def __init__(self, config: TwoMatricesConfig) -> None:
         super().__init__(config)
-        self.keys = nn.Parameter(torch.empty(config.n_channels, config.d_model))
-        self.key_bias = nn.Parameter(torch.empty(config.n_channels))
-        self.values = nn.Parameter(torch.empty(config.n_channels, config.d_model))
+        self.keys = nn.Parameter(torch.empty(config.d_ff, config.d_model))
+        self.key_bias = nn.Parameter(torch.empty(config.d_ff))
+        self.values = nn.Parameter(torch.empty(config.d_ff, config.d_model))
         self.bias = nn.Parameter(torch.empty(config.d_model))
         self.reset_parameters()
 

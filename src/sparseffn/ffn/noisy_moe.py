@@ -21,7 +21,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Router, Routing, renormalise, renormalised_scores, scores_by_token, select_topk
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, renormalise, renormalised_scores, scores_by_token, select_topk
 from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE
 
 
@@ -41,7 +41,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
     cv_weight: Annotated[float, option("Weight of CV^2 of the experts' summed weights, eq. 14.", low=0.0)] = 0.1
 
     def validate(self) -> None:
-        """K experts must exist, and more than one."""
         TopKMixtureConfig.validate(self)
         require(self.k >= 2, "k", REFUSES_ONE, self.k, "raise k or use sigma-moe or softmax-moe")
 
@@ -49,7 +48,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
         return NoisyMoE(self)
 
     def _router_params(self) -> int:
-        """W3 and W4."""
         return 2 * self.n_experts * self.d_model
 
     def forward_flops(self, *, training: bool = False) -> int:
@@ -80,12 +78,13 @@ class NoisyMoEConfig(TopKMixtureConfig):
 
 
 @final
-class NoisyRouter(Router):
+class NoisyRouter(TopKRouter):
     """Noise of learned size on the logits in training, and a softmax over the K largest."""
 
+    score = staticmethod(renormalised_scores)
+
     def __init__(self, config: NoisyMoEConfig) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k = config.k
+        super().__init__(config)
         self.noise_selector = nn.Parameter(torch.empty(config.n_experts, config.d_model))
 
     def noisy(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
@@ -101,9 +100,8 @@ class NoisyRouter(Router):
         return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(noisy_TE, indices_TK), alive_TK))
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        """`normtopk(softmax(h))` of the noisy logits."""
         noisy_TE = self.noisy(logits_TE, batch.x_TD)
-        return scores_by_token(noisy_TE, noisy_TE, batch, self.k, renormalised_scores)
+        return scores_by_token(noisy_TE, noisy_TE, batch, self.k, self.score)
 
 
 @final

@@ -51,14 +51,8 @@ class PKMConfig(FFNConfig):
     ] = "d_model"
 
     def validate(self) -> None:
-        """x must split in halves, and a head cannot read more values than there are."""
-        require(
-            self.d_model % 2 == 0,
-            "d_model",
-            "even, as product keys split x in halves",
-            self.d_model,
-            "use an even d_model",
-        )
+        even = "even, as product keys split x in halves"
+        require(self.d_model % 2 == 0, "d_model", even, self.d_model, "use an even d_model")
         if self.k is not None:
             most = f"at most the number of values {self.n_channels}"
             require(self.k <= self.n_channels, "k", most, self.k, "lower k or add sub-keys")
@@ -75,7 +69,6 @@ class PKMConfig(FFNConfig):
         return self.n_heads * (self.n_subkeys + self.n_b) * (self.d_model // 2)
 
     def num_params(self) -> int:
-        """Sub-keys of all heads, and the value table."""
         return self._key_params() + self.n_channels * self.d_model
 
     def active_params(self) -> int:
@@ -83,7 +76,6 @@ class PKMConfig(FFNConfig):
         return self._key_params() + min(self.active_channels, self.n_channels) * self.d_model
 
     def forward_flops(self, *, training: bool = False) -> int:
-        """All sub-keys, and the values that the heads read."""
         return 2 * self._key_params() + 2 * self.active_channels * self.d_model
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
@@ -95,7 +87,6 @@ class PKMConfig(FFNConfig):
 
     @property
     def n_channels(self) -> int:
-        """Values: n_a n_b."""
         return self.n_subkeys * self.n_b
 
     @property
@@ -172,7 +163,6 @@ class PKM(FeedForward):
         return self.activate(u_TN)
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
-        """Score the sub-keys, read the values."""
         if self.config.k is None:
             alpha_TN = self.dense_coefficients(x_TD)
             return alpha_TN @ self.values, Routed(alpha_TN)
@@ -182,7 +172,6 @@ class PKM(FeedForward):
         return ops.weighted_rows(self.values, indices, alpha), Routed(selection)
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
-        """Coefficients summed over heads."""
         if self.config.k is None:
             return self.dense_coefficients(x_TD)
         indices, alpha = self.select(x_TD, self.config.k)
@@ -248,5 +237,4 @@ class PKM(FeedForward):
 
     @torch.no_grad()
     def rankings(self, x_TD: Tensor) -> list[Ranking]:
-        """The scores of each head."""
         return [] if self.config.k is None else [Ranking(self.pair_scores(x_TD), self.config.k, of_pairs=True)]

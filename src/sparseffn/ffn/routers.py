@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from sparseffn import ops
 from sparseffn.ffn.feedforward import parameter_shapes
 from sparseffn.ops import Selection
+
+if TYPE_CHECKING:
+    from sparseffn.ffn.mixture import TopKMixtureConfig
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
 _NEVER = -1e30
@@ -30,7 +34,6 @@ class Routing:
     """int64 scalar: selections lost to a capacity limit."""
 
     def selection(self) -> Selection:
-        """The same as rows."""
         return Selection.fixed(self.indices_TK, self.weights_TK, self.logits_TE.shape[1])
 
 
@@ -95,6 +98,22 @@ class Router(nn.Module, ABC):
         return torch.rand(x_TD.shape[0], self.selector.shape[0], device=x_TD.device) >= self.expert_dropout
 
 
+class TopKRouter(Router):
+    """Takes the K largest logits, or what a subclass ranks by, in `select`."""
+
+    def __init__(self, config: TopKMixtureConfig) -> None:
+        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
+        self.k = config.k
+
+    @staticmethod
+    @abstractmethod
+    def score(logits: Tensor, chosen: list[int]) -> Tensor:
+        """Weights of one token's chosen experts, for the reference."""
+
+    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
+        return scores_by_token(logits_TE, logits_TE, batch, self.k, self.score)
+
+
 def select_topk(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Indices of the K largest logits that expert dropout left, and which of them it left (None: all)."""
     if keep_TE is None:
@@ -121,12 +140,8 @@ def scores_by_token(
 ) -> Tensor:
     """The slow reference of a top-K router: s `[T, E]`, token by token.
 
-    Args:
-        logits_TE: logits.
-        ranks_TE: what the K best are chosen by, ties to the lowest index.
-        batch: expert dropout removes experts from the choice.
-        k: experts a token uses.
-        score: weights of the chosen experts from a token's logits and their indices.
+    The K largest of `ranks_TE` that expert dropout left are chosen, ties to the lowest index; `score` makes their weights of a
+    token's logits and their indices.
     """
     rows = []
     for t, (logits, ranks) in enumerate(zip(logits_TE, ranks_TE.detach().tolist(), strict=True)):
@@ -139,7 +154,6 @@ def scores_by_token(
 
 
 def sigmoid_scores(logits: Tensor, chosen: list[int]) -> Tensor:
-    """Sigmoid of the chosen logits."""
     return torch.sigmoid(logits[chosen])
 
 

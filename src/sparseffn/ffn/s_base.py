@@ -22,7 +22,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Router, Routing, drop, scores_by_token, select_topk, sigmoid_scores
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, scores_by_token, select_topk, sigmoid_scores
 
 
 @register
@@ -38,8 +38,7 @@ class SBASEConfig(TopKMixtureConfig):
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
     sinkhorn: Annotated[
-        Literal["correct", "released"],
-        option("As published, or as released: other signs, each sequence by itself."),
+        Literal["correct", "released"], option("As published, or as released: other signs, each sequence by itself.")
     ] = "correct"
 
     def build(self) -> SBASE:
@@ -52,7 +51,6 @@ class SBASEConfig(TopKMixtureConfig):
 
     @classmethod
     def identity_example(cls) -> SBASEConfig:
-        """Every expert, gates 1."""
         return cls(d_model=8, n_experts=4, expert_size=3, k=4)
 
     @classmethod
@@ -64,18 +62,18 @@ class SBASEConfig(TopKMixtureConfig):
 
 
 @final
-class SinkhornRouter(Router):
+class SinkhornRouter(TopKRouter):
     """Sigmoid scores; in training the selection sees balanced logits."""
 
+    score = staticmethod(sigmoid_scores)
+
     def __init__(self, config: SBASEConfig) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k, self.released = config.k, config.sinkhorn == "released"
+        super().__init__(config)
+        self.released = config.sinkhorn == "released"
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced selection in training; the weights are of the raw logits always."""
-        ranked_TE = logits_TE.detach()
-        if self.training:
-            ranked_TE = self.balance(ranked_TE, batch)
+        ranked_TE = self.balance(logits_TE.detach(), batch) if self.training else logits_TE.detach()
         indices_TK, alive_TK = select_topk(ranked_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, drop(ops.select_columns(logits_TE, indices_TK).sigmoid(), alive_TK))
 
@@ -92,10 +90,8 @@ class SinkhornRouter(Router):
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Sinkhorn by its reference in training, then top-K and sigmoid."""
-        ranks_TE = logits_TE.detach()
-        if self.training:
-            ranks_TE = self.balance(ranks_TE, batch, backend="reference")
-        return scores_by_token(logits_TE, ranks_TE, batch, self.k, sigmoid_scores)
+        ranks_TE = self.balance(logits_TE.detach(), batch, "reference") if self.training else logits_TE
+        return scores_by_token(logits_TE, ranks_TE, batch, self.k, self.score)
 
 
 @final

@@ -19,7 +19,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import INDEX_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Router, Routing, drop, scores_by_token, select_topk, sigmoid_scores
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, select_topk, sigmoid_scores
 
 POSITION_BYTES = 4
 
@@ -41,7 +41,6 @@ class SigmaMoEConfig(TopKMixtureConfig):
     )
 
     def validate(self) -> None:
-        """K experts and inner_k units must exist."""
         TopKMixtureConfig.validate(self)
         if self.inner_k is not None:
             most = f"at most k x expert_size = {self.active_channels}"
@@ -74,7 +73,6 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
     @classmethod
     def identity_example(cls) -> SigmaMoEConfig:
-        """Every expert, gates 1."""
         return cls(d_model=8, n_experts=4, expert_size=3, k=4)
 
     @classmethod
@@ -88,22 +86,16 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
 
 @final
-class SigmoidRouter(Router):
-    """`s = sigmoid(W3 x)`, the K largest."""
+class SigmoidRouter(TopKRouter):
+    """`s = sigmoid(W3 x)`, the K largest (equations 11 and 22)."""
 
-    def __init__(self, config: SigmaMoEConfig) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k = config.k
+    score = staticmethod(sigmoid_scores)
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Top-K of the logits, which sigmoid does not reorder."""
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         weights_TK = ops.select_columns(logits_TE, indices_TK).sigmoid()
         return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
-
-    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        """Equations 11 and 22."""
-        return scores_by_token(logits_TE, logits_TE, batch, self.k, sigmoid_scores)
 
 
 @final

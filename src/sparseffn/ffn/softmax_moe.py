@@ -18,7 +18,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Router, Routing, drop, scores_by_token, select_topk, softmax_scores
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, select_topk, softmax_scores
 
 
 @register
@@ -42,7 +42,6 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
 
     @classmethod
     def identity_example(cls) -> SoftmaxMoEConfig:
-        """Every expert, gates 1."""
         return cls(d_model=8, n_experts=1, expert_size=12, k=1)
 
     @classmethod
@@ -53,12 +52,10 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
         ]
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(TopKRouter):
     """`s = softmax(W3 x)` over all experts, the K largest, not renormalised."""
 
-    def __init__(self, config: TopKMixtureConfig) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k = config.k
+    score = staticmethod(softmax_scores)
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Top-K of the logits, which softmax does not reorder; dropped experts keep their share of the softmax."""
@@ -66,10 +63,6 @@ class SoftmaxRouter(Router):
         # The selected entries of the softmax, without keeping all of it for backward.
         weights_TK = (ops.select_columns(logits_TE, indices_TK) - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
         return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
-
-    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        """Softmax over all experts, then top-K."""
-        return scores_by_token(logits_TE, logits_TE, batch, self.k, softmax_scores)
 
 
 @final

@@ -19,7 +19,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Router, Routing, renormalise, renormalised_scores, scores_by_token, select_topk
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, renormalise, renormalised_scores, select_topk
 
 REFUSES_ONE = "at least 2, as a gate renormalised over one expert is the constant 1 and its selector never learns"
 
@@ -41,7 +41,6 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
     ] = 0.0
 
     def validate(self) -> None:
-        """K experts must exist, and more than one."""
         TopKMixtureConfig.validate(self)
         require(self.k >= 2, "k", REFUSES_ONE, self.k, "raise k or use sigma-moe or softmax-moe")
 
@@ -49,7 +48,6 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
         return SoftmaxRenormMoE(self)
 
     def balancing(self) -> dict[str, float]:
-        """The shared losses and the released one."""
         return {**TopKMixtureConfig.balancing(self), "slot_entropy": self.slot_entropy_weight}
 
     @classmethod
@@ -61,21 +59,15 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 
 
 @final
-class RenormRouter(Router):
-    """The K largest logits, and a softmax over them."""
+class RenormRouter(TopKRouter):
+    """The K largest logits, and a softmax over them: `normtopk(softmax(h))` (equations 23-25)."""
 
-    def __init__(self, config: SoftmaxRenormMoEConfig) -> None:
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
-        self.k = config.k
+    score = staticmethod(renormalised_scores)
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Dropped experts are masked before the softmax."""
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(logits_TE, indices_TK), alive_TK))
-
-    def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        """`normtopk(softmax(h))` (equations 23-25)."""
-        return scores_by_token(logits_TE, logits_TE, batch, self.k, renormalised_scores)
 
 
 @final

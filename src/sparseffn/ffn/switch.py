@@ -33,6 +33,7 @@ class SwitchConfig(TopKMixtureConfig):
     name: ClassVar[str] = "switch"
     paper: ClassVar[str] = "Fedus 2022, arXiv 2101.03961"
     gate: ClassVar[ops.GateName] = "softmax"
+    preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "dropout")
     xfail: ClassVar[dict[str, str]] = {
         "training_independence": "with a capacity factor, places in training go to the tokens that come first in the batch"
     }
@@ -53,18 +54,10 @@ class SwitchConfig(TopKMixtureConfig):
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> SwitchConfig:
-        """One expert of the size of the K that the others use, and the model's dropout inside it."""
-        return cls(
-            d_model=shape.d_model,
-            n_layers=shape.n_layers,
-            n_experts=max(1, round(shape.n_experts * shape.expert_size / shape.active_channels)),
-            expert_size=shape.active_channels,
-            dropout=shape.dropout,
-        )
+        return super(SwitchConfig, cls).from_shape(shape.with_one_expert())
 
     @classmethod
     def identity_example(cls) -> SwitchConfig:
-        """Every expert, gates 1."""
         return cls(d_model=8, n_experts=1, expert_size=12)
 
     @classmethod

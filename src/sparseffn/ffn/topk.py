@@ -8,6 +8,7 @@ to the lowest index. Dropout acts on u before the selection, as in the dense blo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
-from sparseffn.ffn.dense import TwoMatrices
+from sparseffn.ffn.dense import TwoMatrices, TwoMatricesConfig
 from sparseffn.ffn.feedforward import Ranking, configured_by, largest
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
@@ -29,35 +30,27 @@ INDEX_BYTES = 8
 
 @register
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopKConfig(FFNConfig):
+class TopKConfig(TwoMatricesConfig):
     """The K largest entries of u, all of which is computed."""
 
     name: ClassVar[str] = "topk"
     paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837, eq. 6-7"
-    size_fields: ClassVar[tuple[str, ...]] = ("d_ff",)
 
-    d_ff: Annotated[int, option("Key-value pairs.", low=1)]
     k: Annotated[int, option("Entries of u that survive.", low=1)]
     use_norm: Annotated[bool, option("Rank by u[i] |v_i|, the error bound's terms, instead of u[i].")] = False
     dropout: Annotated[float, option("Dropout rate on u, before the selection.", low=0.0, below=1.0)] = 0.0
 
     def validate(self) -> None:
-        """K entries must exist."""
         require(self.k <= self.d_ff, "k", f"at most d_ff = {self.d_ff}", self.k, "lower k or raise d_ff")
 
     def build(self) -> TopK:
         return TopK(self)
-
-    def num_params(self) -> int:
-        """Those of the dense block."""
-        return 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
 
     def active_params(self) -> int:
         """All keys, K values."""
         return self.d_model * (self.d_ff + self.k) + self.d_ff + self.d_model
 
     def forward_flops(self, *, training: bool = False) -> int:
-        """All keys, K values."""
         return 2 * self.d_model * (self.d_ff + self.k)
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
@@ -66,27 +59,16 @@ class TopKConfig(FFNConfig):
         return n_tokens * self.k * (INDEX_BYTES + tensors * itemsize)
 
     @property
-    def n_channels(self) -> int:
-        return self.d_ff
-
-    @property
     def active_channels(self) -> int:
         return self.k
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> TopKConfig:
         """The dense block's size with as many active channels as the mixtures have."""
-        return cls(
-            d_model=shape.d_model,
-            d_ff=shape.d_ff,
-            k=shape.active_channels,
-            n_layers=shape.n_layers,
-            dropout=shape.dropout,
-        )
+        return super(TopKConfig, cls).from_shape(dataclasses.replace(shape, k=shape.active_channels))
 
     @classmethod
     def identity_example(cls) -> TopKConfig:
-        """All entries survive."""
         return cls(d_model=8, d_ff=24, k=24)
 
     @classmethod
