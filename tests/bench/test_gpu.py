@@ -69,10 +69,11 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Runs a part whose command is a script that gets the part's folder; its result is that of the cases."""
 
     def run(script: str, limit_s: float = 60.0) -> GpuPart:
-        collect = PARTS["triton-cases"].collect
-        words = lambda place: ["-c", script, str(place.work)]  # noqa: E731
+        path = tmp_path / "part.py"
+        path.write_text(script)
+        part = Part("tiles", "x", PARTS["triton-cases"].collect, f"{path} {{work}}", limit_s=limit_s)
         monkeypatch.setattr(gpu, "_probe", lambda device: measured_on(torch.device(device)))
-        monkeypatch.setitem(PARTS, "tiles", Part(name="tiles", title="x", limit_s=limit_s, words=words, collect=collect))
+        monkeypatch.setitem(PARTS, "tiles", part)
         return run_gpu(tmp_path / "out", parts=["tiles"], device="cpu", work=tmp_path / "work", rehearse=True)[0]
 
     return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -31,6 +31,7 @@ from sparseffn.bench.roofline import touched_bytes
 from sparseffn.bench.timing import Times, Turn, medians, take_turns
 from sparseffn.errors import UserError
 from sparseffn.ffn import FFNConfig
+from sparseffn.results.bench_result import Deviation
 
 # The most tokens of a call that are timed cold: decoding, not a prompt. Beyond, arithmetic dominates reading.
 COLD_TOKENS = 64
@@ -63,15 +64,11 @@ class Rotation:
         """The tokens of a round: fresh ones where the layers rotate, else always the same."""
         return draw_tokens(self.candidate.config, self.setting, seed=1 + index) if len(self.layers) > 1 else self.fixed
 
-    def place(self, index: int) -> int:
-        """Which layer a round visits."""
-        return index % len(self.layers)
-
     def touched_bytes(self) -> float:
         """Bytes of the weights that a call needs, mean over some rounds."""
         rounds = range(min(_TOUCHED_ROUNDS, len(self.layers)))
         use_backend(self.candidate.backend)
-        return statistics.fmean(touched_bytes(self.layers[self.place(i)], self.tokens(i)) for i in rounds)
+        return statistics.fmean(touched_bytes(self.layers[i], self.tokens(i)) for i in rounds)
 
 
 @final
@@ -88,7 +85,7 @@ class LayerTurn(Turn):
         """Tokens, backend, and for a warm timing some calls that are not timed."""
         index = 0 if self.warm else index
         use_backend(self.rotation.candidate.backend)
-        place = self.rotation.place(index)
+        place = index % len(self.rotation.layers)
         module = self.rotation.modules[place].train(self.training)
         self.parameters = list(self.rotation.layers[place].parameters())
         x, grad = self.rotation.tokens(index), self.rotation.grad
@@ -107,38 +104,22 @@ class LayerTurn(Turn):
         return call
 
     def finish(self) -> None:
-        """Free the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Timings of one size, by candidate."""
+    """What was measured at one size, by candidate; times by pass before, `forward` and `training`."""
 
     n_layers: int
     """Layers that the timed calls go round; 1 where they are not cold."""
-    forward: Times
-    training: Times
-    warm_forward: Times = field(default_factory=dict)
+    times: dict[str, Times]
+    warm: dict[str, Times]
     """Empty where nothing is timed cold."""
-    warm_training: Times = field(default_factory=dict)
-    errors: dict[str, dict[str, float]]
-    """Largest deviations from the truth, by candidate and quantity."""
-    n_compared: dict[str, int]
-    """Tokens on which each candidate was compared."""
+    checks: dict[str, Deviation]
     touched: dict[str, float]
     """Bytes of the weights that a call needs, mean over some calls."""
-
-    @property
-    def passes(self) -> dict[str, Times]:
-        """By name."""
-        return {"forward": self.forward, "training": self.training}
-
-    @property
-    def is_cold(self) -> bool:
-        """Whether weights come from memory in every call."""
-        return self.n_layers > 1
 
 
 def benchmark(
@@ -153,7 +134,7 @@ def benchmark(
 
     Args:
         candidates: with distinct labels.
-        setting: tokens, dtype, device.
+        setting: of all of them.
         rounds: timed calls of each, at least.
         cold_tokens: up to so many tokens are timed cold.
         progress: receives what is being done.
@@ -164,22 +145,21 @@ def benchmark(
     n_layers = _layers_needed(candidates, setting) if setting.n_tokens <= cold_tokens else 1
     with backend_restored():
         rotations = {c.label: Rotation(c, setting, n_layers) for c in candidates}
-        errors, n_compared = _check(rotations, setting, progress)
+        checks = _check(rotations, setting, progress)
         progress(f"timing {len(candidates)} candidates at {setting.n_tokens} tokens")
 
-        def timed(*, training: bool, warm: bool = False) -> dict[str, list[float]]:
+        def timed(*, training: bool, warm: bool) -> Times:
             turns = {label: LayerTurn(rotation, training=training, warm=warm) for label, rotation in rotations.items()}
             return take_turns(turns, rounds=rounds, at_least_s=_AT_LEAST_S, clock=clock_of(setting.device))
 
-        cold = n_layers > 1
+        def both(*, warm: bool) -> dict[str, Times]:
+            return {name: timed(training=name == "training", warm=warm) for name in ("forward", "training")}
+
         return Benchmark(
             n_layers=n_layers,
-            forward=timed(training=False),
-            training=timed(training=True),
-            warm_forward=timed(training=False, warm=True) if cold else {},
-            warm_training=timed(training=True, warm=True) if cold else {},
-            errors=errors,
-            n_compared=n_compared,
+            times=both(warm=False),
+            warm=both(warm=True) if n_layers > 1 else {},
+            checks=checks,
             touched={label: rotation.touched_bytes() for label, rotation in rotations.items()},
         )
 
@@ -197,12 +177,10 @@ def check_blocks(
         _check({c.label: Rotation(c, setting, 1) for c in candidates}, setting, progress)
 
 
-def _check(
-    rotations: dict[str, Rotation], setting: Setting, progress: Progress
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def _check(rotations: dict[str, Rotation], setting: Setting, progress: Progress) -> dict[str, Deviation]:
     """Compare every candidate with the truth of its config, which peers share with the layer that they imitate."""
     truths: dict[FFNConfig, Truth] = {}
-    errors, n_compared = {}, {}
+    found = {}
     for label, rotation in rotations.items():
         config = rotation.candidate.config
         if config not in truths:
@@ -211,9 +189,9 @@ def _check(
             use_backend("torch")
             truths[config] = find_truth(config, setting)
         truth = truths[config]
-        errors[label] = check(rotation.candidate, rotation.layers[0], rotation.modules[0], truth)
-        n_compared[label] = len(truth.tokens)
-    return errors, n_compared
+        deviations = check(rotation.candidate, rotation.layers[0], rotation.modules[0], truth)
+        found[label] = Deviation(tokens=len(truth.tokens), largest_deviation=deviations)
+    return found
 
 
 def layers_to_leave_cache(config: FFNConfig, itemsize: int, cache_bytes: int) -> int:
@@ -237,25 +215,15 @@ def _layers_needed(candidates: Sequence[Candidate], setting: Setting) -> int:
     return n_layers
 
 
-@dataclass(frozen=True, kw_only=True)
-class MedianTimes:
-    """Median seconds of one layer."""
-
-    forward_s: float
-    """Evaluation forward, `inference_mode`."""
-    training_s: float
-    """Training forward and backward, gradients freed between calls."""
-
-
 def time_layers(
     configs: Mapping[str, FFNConfig], *, n_tokens: int = 1024, rounds: int = 7, device: torch.device | None = None
-) -> dict[str, MedianTimes]:
-    """Median times of each layer on the same random tokens in float32, layers in turn, after the correctness check.
+) -> dict[str, dict[str, float]]:
+    """Median `forward_s` and `training_s` of each layer in float32, in turn, after the correctness check.
 
     Args:
         configs: label to block.
-        n_tokens: tokens of a call.
-        rounds: timed calls of each.
+        n_tokens: of a call.
+        rounds: timed calls of each, at least.
         device: the CPU unless another is given.
 
     Raises:
@@ -264,5 +232,5 @@ def time_layers(
     setting = Setting(n_tokens=n_tokens, dtype=torch.float32, device=device or torch.device("cpu"))
     candidates = [Candidate(label=label, config=config) for label, config in configs.items()]
     done = benchmark(candidates, setting, rounds=rounds, cold_tokens=0)
-    forward, training = medians(done.forward), medians(done.training)
-    return {label: MedianTimes(forward_s=forward[label], training_s=training[label]) for label in configs}
+    found = {f"{name}_s": medians(times) for name, times in done.times.items()}
+    return {label: {name: seconds[label] for name, seconds in found.items()} for label in configs}

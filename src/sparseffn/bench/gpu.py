@@ -2,7 +2,7 @@
 
 Every part is a command in a process of its own, with a time limit, so that a lost device costs that part alone. It writes
 OUT/PART.json, typed as `GpuPart`; a part that is done is not run again, and one that failed or met its limit goes on from its
-folder in WORK. On a machine without network or installed metadata `PYTHONPATH=src` is enough, with `wheels_needed` beside it.
+folder in WORK. On a machine without network or installed metadata `PYTHONPATH=src` is enough, with `NEEDED` beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from sparseffn.bench.candidates import Progress, no_progress
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.results.bench_result import (
     FORMAT,
-    GPU_PARTS,
     CasesResult,
     ComparedMethod,
     ComparedResult,
@@ -42,7 +41,9 @@ from sparseffn.storage import read, read_json, write_bytes
 
 ROOT = Path(__file__).parents[3]
 """Of the source tree: the Triton tests are not in the package."""
-CASES = ROOT / "tests" / "ops" / "triton_backend" / "run_on_device.py"
+NEEDED = ("msgspec", "tyro", "docstring_parser", "typeguard", "filelock", "rich", "jinja2", "numpy", "safetensors")
+"""Imported by every part beside PyTorch; scipy and transformers by some, pooch by none."""
+WHEELS_FIX = "`make gpu-wheels` where there is a network, then `make gpu WHEELS=FOLDER`"
 LIMIT_S = 470.0
 """Of each part: machines are lent for ten minutes a command."""
 DIGITS = 5
@@ -60,7 +61,7 @@ sys.stdout.buffer.write(msgspec.json.encode(measured_on(find_device(sys.argv[1])
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a part is run."""
+    """Where and at which sizes a part is run."""
 
     device: str
     work: Path
@@ -74,75 +75,23 @@ class Place:
         return self.work.with_name(f"{self.work.name}.log")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
-    """A command and how its result is read."""
+    """A command, its sizes, and how its result is read."""
 
     name: str
     title: str
-    limit_s: float
-    words: Callable[[Place], list[str]]
-    """After `python`."""
     collect: Callable[[Path, Environment], GpuContent]
     """The result in the part's folder, as far as it came."""
+    command: str
+    """After `python`; may name `{device}`, `{work}` and `{root}`, as may the sizes."""
+    measure: str = ""
+    rehearse: str = ""
+    limit_s: float = LIMIT_S
 
-
-def _command(*words: str) -> list[str]:
-    return ["-m", "sparseffn", *words]
-
-
-def _cases(place: Place) -> list[str]:
-    size = ["--workers", "1", "--only", "expert_up-one-float32-small"] if place.rehearse else ["--workers", "12"]
-    return [str(CASES), str(place.work / "cases.json"), "--limit", "440", *size]
-
-
-def _layer(dtype: str) -> Callable[[Place], list[str]]:
-    def words(place: Place) -> list[str]:
-        size = ["--preset", "paper", "--tokens", "64", "1024", "8192", "32768"]
-        if place.rehearse:
-            size = ["--preset", "tiny", "--tokens", "65", "--rounds", "1", "--no-peers"]
-        how = ["--methods", "sigma-moe", "--dtype", dtype, "--device", place.device, "--out", str(place.work)]
-        return _command("bench", "layer", *size, *how)
-
-    return words
-
-
-def _step(precision: str) -> Callable[[Place], list[str]]:
-    def words(place: Place) -> list[str]:
-        size = ["--preset", "wt-s", "--batch", "16", "--rounds", "10"]
-        if place.rehearse:
-            size = ["--preset", "tiny", "--batch", "1", "--rounds", "1", "--vocab-size", "100"]
-        return _command("bench", "step", *size, "--precision", precision, "--device", place.device, "--out", str(place.work))
-
-    return words
-
-
-def _figures(place: Place) -> list[str]:
-    size = ["--figures", "2", "8", "9", "10", "11", "--tokens", "32768", "--time-limit", "400s"]
-    if place.rehearse:
-        size = ["--figures", "11", "--tokens", "2", "--rounds", "1", "--time-limit", "2.2s"]
-    return _command("bench", "figures", *size, "--dtype", "bfloat16", "--device", place.device, "--out", str(place.work))
-
-
-def _compare(preset: str) -> Callable[[Place], list[str]]:
-    def words(place: Place) -> list[str]:
-        size = ["--preset", preset, "--budget", "6m"]
-        if place.rehearse:
-            size = ["--preset", "tiny", "--steps", "2", "--batch", "2", "--context", "16"]
-            size += ["--corpus", "text", "--data-dir", str(ROOT / "README.md")]
-        return _command("compare", "--methods", "dense", "sigma-moe", *size, "--device", place.device, "--out", str(place.work))
-
-    return words
-
-
-def _launches(place: Place) -> list[str]:
-    size = ["--tokens", "32", "--shapes", "32,4", "--calls", "1", "--dtype", "float32"] if place.rehearse else []
-    return ["-m", "sparseffn.bench.launches", str(place.work / "launches.json"), "--device", place.device, *size]
-
-
-def _tiles(place: Place) -> list[str]:
-    size = ["--shapes", "32,16,4,2,20", "--most", "1", "--dtype", "float32"] if place.rehearse else []
-    return ["-m", "sparseffn.bench.kernel_tiles", str(place.work / "tiles.json"), "--device", place.device, *size]
+    def words(self, place: Place) -> list[str]:
+        text = f"{self.command} {self.rehearse if place.rehearse else self.measure}"
+        return [word.format(device=place.device, work=place.work, root=ROOT) for word in text.split()]
 
 
 def _reads(name: str, kind: type[GpuContent]) -> Callable[[Path, Environment], GpuContent]:
@@ -181,23 +130,78 @@ def _read_comparison(work: Path, environment: Environment) -> ComparedResult:
     )
 
 
-_ALL = {
-    "triton-cases": ("The cases of the Triton tests", _cases, _read_cases),
-    "layer-bf16": ("Layers in bfloat16", _layer("bfloat16"), _reads("layer.json", LayerResult)),
-    "layer-fp32": ("Layers in float32", _layer("float32"), _reads("layer.json", LayerResult)),
-    "step-bf16": ("Training steps in bfloat16", _step("bfloat16"), _reads("step.json", StepResult)),
-    "step-fp32": ("Training steps in float32", _step("float32"), _reads("step.json", StepResult)),
-    "launches": ("Host time against device time", _launches, _reads("launches.json", LaunchesResult)),
-    "figures": ("Figures 2 and 8 to 11 at 32,768 tokens, bfloat16", _figures, _reads("figures.json", FiguresResult)),
-    "compare-small": ("Dense against sigma-MoE, preset small, 6 minutes", _compare("small"), _read_comparison),
-    "compare-wt-s": ("Dense against sigma-MoE, preset wt-s, 6 minutes", _compare("wt-s"), _read_comparison),
-    "tiles": ("Tiles of the Triton kernels", _tiles, _reads("tiles.json", TilesResult)),
-}
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_WHERE = "--device {device} --out {work}"
+
 PARTS = {
-    name: Part(name=name, title=title, limit_s=LIMIT_S, words=words, collect=collect)
-    for name, (title, words, collect) in ((name, _ALL[name]) for name in GPU_PARTS)
+    part.name: part
+    for part in (
+        Part(
+            "triton-cases",
+            "The cases of the Triton tests",
+            _read_cases,
+            "{root}/tests/ops/triton_backend/run_on_device.py {work}/cases.json --limit 440",
+            measure="--workers 12",
+            rehearse="--workers 1 --only expert_up-one-float32-small",
+        ),
+        *(
+            Part(
+                f"layer-{short}",
+                f"Layers in {dtype}",
+                _reads("layer.json", LayerResult),
+                f"-m sparseffn bench layer --methods sigma-moe --dtype {dtype} {_WHERE}",
+                measure="--preset paper --tokens 64 1024 8192 32768",
+                rehearse="--preset tiny --tokens 65 --rounds 1 --no-peers",
+            )
+            for short, dtype in _DTYPES.items()
+        ),
+        *(
+            Part(
+                f"step-{short}",
+                f"Training steps in {dtype}",
+                _reads("step.json", StepResult),
+                f"-m sparseffn bench step --precision {dtype} {_WHERE}",
+                measure="--preset wt-s --batch 16 --rounds 10",
+                rehearse="--preset tiny --batch 1 --rounds 1 --vocab-size 100",
+            )
+            for short, dtype in _DTYPES.items()
+        ),
+        Part(
+            "launches",
+            "Host time against device time",
+            _reads("launches.json", LaunchesResult),
+            "-m sparseffn.bench.launches {work}/launches.json --device {device}",
+            rehearse="--tokens 32 --shapes 32,4 --calls 1 --dtype float32",
+        ),
+        Part(
+            "figures",
+            "Figures 2 and 8 to 11 at 32,768 tokens, bfloat16",
+            _reads("figures.json", FiguresResult),
+            f"-m sparseffn bench figures --dtype bfloat16 {_WHERE}",
+            measure="--figures 2 8 9 10 11 --tokens 32768 --time-limit 400s",
+            rehearse="--figures 11 --tokens 2 --rounds 1 --time-limit 2.2s",
+        ),
+        *(
+            Part(
+                f"compare-{preset}",
+                f"Dense against sigma-MoE, preset {preset}, 6 minutes",
+                _read_comparison,
+                f"-m sparseffn compare --methods dense sigma-moe {_WHERE}",
+                measure=f"--preset {preset} --budget 6m",
+                rehearse="--preset tiny --steps 2 --batch 2 --context 16 --corpus text --data-dir {root}/README.md",
+            )
+            for preset in ("small", "wt-s")
+        ),
+        Part(
+            "tiles",
+            "Tiles of the Triton kernels",
+            _reads("tiles.json", TilesResult),
+            "-m sparseffn.bench.kernel_tiles {work}/tiles.json --device {device}",
+            rehearse="--shapes 32,16,4,2,20 --most 1 --dtype float32",
+        ),
+    )
 }
-"""In the order in which they are run."""
+"""In the order in which they are run, which is that of `GPU_PARTS`."""
 
 
 def run_gpu(
@@ -209,11 +213,11 @@ def run_gpu(
     rehearse: bool = False,
     progress: Progress = no_progress,
 ) -> list[GpuPart]:
-    """Run what is not done yet.
+    """Run what is not done yet of some parts, or of all.
 
     Args:
         out: where the parts' files go, `results/gpu`.
-        parts: names from `PARTS`; all of them where none is given.
+        parts: names from `PARTS`.
         device: `cuda` or `cuda:N`; `cpu` with `rehearse` alone.
         work: folder of the parts' own files, which a part goes on from.
         rehearse: tiny sizes, to try the commands on any machine.
@@ -257,11 +261,10 @@ def run_part(part: Part, place: Place, environment: Environment) -> GpuPart:
     """Run a part's command within its limit, and collect what it left."""
     words = part.words(place)
     place.work.mkdir(parents=True, exist_ok=True)
-    log = place.log
     start = time.monotonic()
-    code = _run([sys.executable, *words], log, part.limit_s, interpret=place.rehearse and place.device == "cpu")
+    code = _run([sys.executable, *words], place.log, part.limit_s, interpret=place.rehearse and place.device == "cpu")
     seconds = time.monotonic() - start
-    error = "" if code == 0 else "\n".join(log.read_text(errors="replace").strip().splitlines()[-_ERROR_LINES:])
+    error = "" if code == 0 else "\n".join(place.log.read_text(errors="replace").strip().splitlines()[-_ERROR_LINES:])
     result = None
     try:
         result = part.collect(place.work, environment)
@@ -316,7 +319,7 @@ def _probe(device: str) -> Environment:
     Raises:
         UserError: a package or the device is not there.
     """
-    missing = wheels_needed()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"packages must be installed or on PYTHONPATH; got no {', '.join(missing)}; fix: {WHEELS_FIX}")
     words = [sys.executable, "-c", _PROBE, device]
@@ -325,16 +328,6 @@ def _probe(device: str) -> Environment:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError("".join(last).partition("UserError: ")[2] or f"the device must answer; got {last}; fix: --device cuda")
     return msgspec.json.decode(done.stdout, type=Environment)
-
-
-NEEDED = ("msgspec", "tyro", "docstring_parser", "typeguard", "filelock", "rich", "jinja2", "numpy", "safetensors")
-"""Imported by every part beside PyTorch; scipy and transformers by some, pooch by none."""
-WHEELS_FIX = "`make gpu-wheels` where there is a network, then `make gpu WHEELS=FOLDER`"
-
-
-def wheels_needed() -> list[str]:
-    """Packages that must be brought along to this machine."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def _rounded(data: Any) -> Any:

@@ -40,7 +40,6 @@ from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.results.bench_result import (
     AbsentCandidate,
     CountedExperts,
-    Deviation,
     ExpertCounts,
     LayerResult,
     LayerRow,
@@ -72,15 +71,15 @@ def bench_layers(shapes: Sequence[Shape], settings: LayerSettings, *, progress: 
     Raises:
         UserError: a candidate is wrong; a backend or the device is not there.
     """
-    device = find_device(settings.device)
-    check_backends(settings.backends, device, DTYPES[settings.dtype])
+    device, dtype = find_device(settings.device), DTYPES[settings.dtype]
+    check_backends(settings.backends, device, dtype)
     sizes: list[_Size] = []
-    roof = measure_roof(DTYPES[settings.dtype], device)
+    roof = measure_roof(dtype, device)
     for shape in shapes:
         for n_tokens in settings.tokens:
             sizes.append(_one_size(shape, settings, n_tokens, progress))
             # Again and again, as the machine may have been busy before; limits are computed from the best.
-            roof = highest(roof, measure_roof(DTYPES[settings.dtype], device))
+            roof = highest(roof, measure_roof(dtype, device))
     return LayerResult(
         **head(device),
         settings=msgspec.structs.replace(settings, device=device.type),
@@ -94,8 +93,8 @@ def bench_layers(shapes: Sequence[Shape], settings: LayerSettings, *, progress: 
     )
 
 
-def candidates_of(shape: Shape, settings: LayerSettings, setting: Setting) -> tuple[list[Candidate], list[AbsentCandidate]]:
-    """The dense block, every method on every backend, and the peers of sigma-MoE; and who is left out."""
+def candidates_of(shape: Shape, settings: LayerSettings, setting: Setting) -> tuple[list[Candidate], dict[str, str]]:
+    """The dense block, every method on every backend, and the peers of sigma-MoE; and by label why others are left out."""
     candidates = [Candidate(label=DENSE, config=shape.dense)]
     absent: dict[str, str] = {}
     for label, config in shape.methods.items():
@@ -113,11 +112,10 @@ def candidates_of(shape: Shape, settings: LayerSettings, setting: Setting) -> tu
                 absent[name] = reason
     shared = next((c for c in shape.methods.values() if isinstance(c, MixtureConfig) and has_peers(c)), None)
     if settings.peers and shared is not None:
-        peers, absent_peers = peers_of(shared, setting)
+        peers, reasons = peers_of(shared, setting)
         candidates += peers
-        absent |= {left.label: left.reason for left in absent_peers}
-    size = {"shape": shape.name, "tokens": setting.n_tokens}
-    return candidates, [AbsentCandidate(**size, label=label, reason=reason) for label, reason in absent.items()]
+        absent |= reasons
+    return candidates, absent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +131,18 @@ class _Size:
     def row(self, candidate: Candidate, roof: Roof) -> LayerRow:
         """Everything that was measured of one candidate."""
         label, config, done = candidate.label, candidate.config, self.done
-        times = limited_times(candidate, done, self.setting, roof)
-        share = config.active_channels / config.n_channels
+        passes = {
+            name: LayerTime(
+                **fields_of(timed),
+                **_over_dense(candidate, done.times[name]),
+                over_fastest_hf=self._over_fastest_peer(candidate, done.times[name]),
+            )
+            for name, timed in limited_times(candidate, done, self.setting, roof).items()
+        }
+        warm = {
+            name: WarmTime(**fields_of(spread(times[label])), **_over_dense(candidate, times))
+            for name, times in done.warm.items()
+        }
         return LayerRow(
             shape=self.shape.name,
             tokens=self.setting.n_tokens,
@@ -142,27 +150,15 @@ class _Size:
             method=config.name,
             peer=candidate.is_peer,
             backend=candidate.backend_on(self.setting),
-            cache="cold" if done.is_cold else "repeated",
+            cache="cold" if warm else "repeated",
             n_layers=done.n_layers,
-            share=share,
+            share=config.active_channels / config.n_channels,
             params=config.num_params(),
             touched_bytes=done.touched[label],
             gradient_bytes=config.num_params() * self.setting.dtype.itemsize,
-            check=Deviation(tokens=done.n_compared[label], largest_deviation=done.errors[label]),
-            forward=self._time(candidate, times["forward"], done.forward, share),
-            training=self._time(candidate, times["training"], done.training, share),
-            warm=WarmTimes(forward=_warm(done.warm_forward, label, share), training=_warm(done.warm_training, label, share))
-            if done.is_cold
-            else None,
-        )
-
-    def _time(self, candidate: Candidate, limited: LimitedTime, times: Times, share: float) -> LayerTime:
-        over_dense = ratio(times, candidate.label, DENSE)
-        return LayerTime(
-            **fields_of(limited),
-            over_dense=over_dense,
-            over_dense_over_share=over_dense / share,
-            over_fastest_hf=self._over_fastest_peer(candidate, times),
+            check=done.checks[label],
+            **passes,
+            warm=WarmTimes(**warm) if warm else None,
         )
 
     def _over_fastest_peer(self, candidate: Candidate, times: Times) -> OverPeer | None:
@@ -179,11 +175,12 @@ def runnable_candidates(
     shape: Shape, settings: LayerSettings, setting: Setting
 ) -> tuple[list[Candidate], list[AbsentCandidate]]:
     """`candidates_of` without the peers and optional ones that cannot compute this shape, which a call shows."""
-    candidates, absent = candidates_of(shape, settings, setting)
+    candidates, reasons = candidates_of(shape, settings, setting)
     refusals = {c.label: refusal(c, setting) for c in candidates if c.is_peer or c.optional}
+    reasons |= {label: why for label, why in refusals.items() if why is not None}
     size = {"shape": shape.name, "tokens": setting.n_tokens}
-    absent += [AbsentCandidate(**size, label=label, reason=why) for label, why in refusals.items() if why is not None]
-    return [c for c in candidates if refusals.get(c.label) is None], absent
+    absent = [AbsentCandidate(**size, label=label, reason=why) for label, why in reasons.items()]
+    return [c for c in candidates if c.label not in reasons], absent
 
 
 def refusal(candidate: Candidate, setting: Setting) -> str | None:
@@ -201,7 +198,8 @@ def refusal(candidate: Candidate, setting: Setting) -> str | None:
             synchronize(few.device)
         # What a library raises for what it cannot compute, or for an interface of another version.
         except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+            first_line = next(iter(str(error).strip().splitlines()), "no message")
+            return f"{type(error).__name__}: {first_line}"[:300]
     return None
 
 
@@ -212,15 +210,15 @@ def _one_size(shape: Shape, settings: LayerSettings, n_tokens: int, progress: Pr
     return _Size(shape=shape, setting=setting, candidates=candidates, absent=absent, done=done)
 
 
-def _warm(times: Times, label: str, share: float) -> WarmTime:
-    over_dense = ratio(times, label, DENSE)
-    return WarmTime(**fields_of(spread(times[label])), over_dense=over_dense, over_dense_over_share=over_dense / share)
+def _over_dense(candidate: Candidate, times: Times) -> dict[str, Any]:
+    over_dense, config = ratio(times, candidate.label, DENSE), candidate.config
+    return {"over_dense": over_dense, "over_dense_over_share": over_dense / (config.active_channels / config.n_channels)}
 
 
 def limited_times(candidate: Candidate, done: Benchmark, setting: Setting, roof: Roof) -> dict[str, LimitedTime]:
     """A candidate's `forward` and `training`, over their limits."""
     found = {}
-    for name, times in done.passes.items():
+    for name, times in done.times.items():
         bound = limit(
             candidate.config,
             roof,
@@ -252,7 +250,7 @@ def bench_expert_counts(
 
     Args:
         settings: rounds, dtype, device and the backend, the first of those named.
-        counts: numbers of experts, few and many.
+        counts: few and many.
         n_tokens: of a call.
         progress: receives what is being done.
 
@@ -280,6 +278,6 @@ def bench_expert_counts(
         fixed="d_model = 512, G = 128, d_ff = G N_E, K = 4",
         backend=resolved(backend, setting.device, setting.dtype),
         layers=layers,
-        forward_over_few=ratio(done.forward, many, few),
-        training_over_few=ratio(done.training, many, few),
+        forward_over_few=ratio(done.times["forward"], many, few),
+        training_over_few=ratio(done.times["training"], many, few),
     )

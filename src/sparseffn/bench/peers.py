@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, final
@@ -23,19 +22,10 @@ from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.ffn.mixture import Mixture, MixtureConfig
 
 HF_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-HF_LABEL = "hf {}"
 
 # `batched_mm` copies the matrices of every token's experts; beyond this it is tens of times slower than the others
 # (measured at 268 MB: 239 ms against 10 ms, 2 CPU cores, 2026-11), and the copies soon exceed the memory.
 MOST_GATHERED_BYTES = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """A candidate that is not timed, and why."""
-
-    label: str
-    reason: str
 
 
 @final
@@ -50,7 +40,6 @@ class PeerMixture(nn.Module):
         self.experts = experts(layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Route and run the experts."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits, indices = torch.topk(F.linear(x.to(wide), self.selector.to(wide)), self.k)
         return self.experts(x, indices, logits.sigmoid())
@@ -61,25 +50,17 @@ def has_peers(config: FFNConfig) -> bool:
     return isinstance(config, MixtureConfig) and config.gate == "sigmoid" and config.trains_as_it_evaluates
 
 
-def peers_of(config: MixtureConfig, setting: Setting) -> tuple[list[Candidate], list[LeftOut]]:
-    """The peers that can compute this layer here, and those that cannot, each with the reason."""
-    found: list[Candidate] = []
-    absent: list[LeftOut] = []
+def peers_of(config: MixtureConfig, setting: Setting) -> tuple[list[Candidate], dict[str, str]]:
+    """The peers that can compute this layer here, and by label why others cannot."""
     if config.activation != "relu" or config.survivors is not None:
-        return [], [LeftOut(label="peers", reason="they are set up for ReLU experts without inner_k")]
-    reasons = {implementation: _hf_reason(implementation, config, setting) for implementation in HF_IMPLEMENTATIONS}
-    for implementation, reason in reasons.items():
-        label = HF_LABEL.format(implementation)
-        if reason is None:
-            found.append(Candidate(label=label, config=config, wrap=_hf_wrap(implementation)))
-        else:
-            absent.append(LeftOut(label=label, reason=reason))
+        return [], {"peers": "they are set up for ReLU experts without inner_k"}
+    wraps = {f"hf {name}": _hf_wrap(name) for name in HF_IMPLEMENTATIONS}
+    reasons = {f"hf {name}": _hf_reason(name, config, setting) for name in HF_IMPLEMENTATIONS}
     if setting.device.type == "cuda":
-        if _installed("scattermoe"):
-            found.append(Candidate(label="scattermoe", config=config, wrap=_scattermoe_wrap))
-        else:
-            absent.append(LeftOut(label="scattermoe", reason="scattermoe is not installed"))
-    return found, absent
+        wraps["scattermoe"] = _scattermoe_wrap
+        reasons["scattermoe"] = None if _installed("scattermoe") else "scattermoe is not installed"
+    absent = {label: reason for label, reason in reasons.items() if reason is not None}
+    return [Candidate(label=label, config=config, wrap=wrap) for label, wrap in wraps.items() if label not in absent], absent
 
 
 def _installed(module: str) -> bool:

@@ -232,7 +232,7 @@ def _measure(point: Point, settings: LayerSettings, roof: Roof) -> FigurePoint:
     roof = highest(roof, measure_roof(setting.dtype, setting.device))
     layers = {}
     for c in candidates:
-        over = {} if c.label == DENSE else {name: ratio(times, MOE, DENSE) for name, times in done.passes.items()}
+        over = {} if c.label == DENSE else {name: ratio(times, MOE, DENSE) for name, times in done.times.items()}
         limited = limited_times(c, done, setting, roof)
         times = {name: FigureTime(**fields_of(timed), over_dense=over.get(name)) for name, timed in limited.items()}
         layers[c.label] = FigureLayer(
