@@ -11,7 +11,7 @@ import importlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 import numpy as np
@@ -41,10 +41,12 @@ class BpeTokenizer(Tokenizer):
     # Section 4 of the paper: vocabularies of 8000 pieces.
     default_vocab_size: ClassVar[int | None] = 8000
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: str) -> None:
+        """From SentencePiece's model file in Base64."""
         self._model = model
         # Any: sentencepiece ships no types.
-        self._processor: Any = _sentencepiece().SentencePieceProcessor(model_proto=model)
+        self._processor: Any = _sentencepiece().SentencePieceProcessor(model_proto=base64.b64decode(model))
+        self.vocab_size = self._processor.get_piece_size()
         self._line_end = self._byte_ids("\n")
         self._space_mark = self._byte_ids(SPACE_MARK)
 
@@ -94,37 +96,28 @@ class BpeTokenizer(Tokenizer):
                 f"`vocab_size` must suit the training text: above 256 plus its characters, at most all its pieces; "
                 f"got {size} ({' '.join(str(error).split())}); fix: choose another vocab_size, or use tokenizer=bytes"
             ) from error
-        return cls(model.getvalue())
+        return cls(base64.b64encode(model.getvalue()).decode())
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        return cls(base64.b64decode(str(state["model"])))
-
-    def state(self) -> dict[str, object]:
-        return {"model": base64.b64encode(self._model).decode("ascii")}
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._processor.get_piece_size())
+    def state(self) -> dict[str, Any]:
+        return {"model": self._model}
 
     def encode(self, data: bytes) -> np.ndarray:
         lines = to_text(data).split("\n")
-        ids: list[int] = []
-        for index, pieces in enumerate(self._processor.encode(lines, num_threads=1)):
-            ids += self._line_end if index else []
-            ids += self._encode_marked(lines[index]) if SPACE_MARK in lines[index] else pieces
-        return np.array(ids, dtype=np.int64)
+        encoded = self._processor.encode(lines, num_threads=1)
+        parts = [self._marked(line) if SPACE_MARK in line else ids for line, ids in zip(lines, encoded, strict=True)]
+        return np.array(_joined(parts, self._line_end), dtype=np.int64)
 
-    def _encode_marked(self, line: str) -> list[int]:
-        """A line with U+2581, which SentencePiece would take for a space."""
-        ids: list[int] = []
-        for index, part in enumerate(line.split(SPACE_MARK)):
-            ids += self._space_mark if index else []
-            ids += self._processor.encode(part)
-        return ids
+    def _marked(self, line: str) -> list[int]:
+        """Tokens of a line with U+2581, which SentencePiece would take for a space."""
+        return _joined(self._processor.encode(line.split(SPACE_MARK), num_threads=1), self._space_mark)
 
     def _decode(self, ids: np.ndarray) -> str:
         return str(self._processor.decode(ids.tolist()))
+
+
+def _joined(parts: Iterable[list[int]], between: list[int]) -> list[int]:
+    first, *others = parts
+    return [*first, *(number for part in others for number in (*between, *part))]
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -22,6 +22,8 @@ class Tokenizer(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[Unit]
+    # Number of different tokens.
+    vocab_size: int
     # The splits whose text `fit` is given.
     fits_on: ClassVar[tuple[Split, ...]] = ()
     # Whether the data must be UTF-8.
@@ -34,19 +36,9 @@ class Tokenizer(ABC):
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
         """Make the tokeniser for a text, given in blocks that end at line ends."""
 
-    @classmethod
     @abstractmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        """The tokeniser that `state` describes."""
-
-    @abstractmethod
-    def state(self) -> dict[str, object]:
-        """All that makes this tokeniser, as JSON values."""
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of different tokens."""
+    def state(self) -> dict[str, Any]:
+        """The arguments of the constructor, which are all that makes this tokeniser, as JSON values."""
 
     @abstractmethod
     def encode(self, data: bytes) -> np.ndarray:
@@ -86,12 +78,7 @@ class Tokenizer(ABC):
 
 
 def to_text(data: bytes, *, where: str = "the data", offset: int = 0) -> str:
-    """Decode UTF-8.
-
-    Args:
-        data: the bytes.
-        where: what the bytes are from, for the error.
-        offset: position of the first byte there.
+    """Decode UTF-8; `where` the bytes are from and the `offset` of the first one there are for the error.
 
     Raises:
         UserError: the bytes are not UTF-8.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Self, final
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, ClassVar, Self, final
 
 import numpy as np
 
@@ -25,21 +26,14 @@ class BytesTokenizer(Tokenizer):
     name: ClassVar[str] = "bytes"
     unit: ClassVar[Unit] = "byte"
     needs_text: ClassVar[bool] = False
+    vocab_size = 256
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
         return cls()
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        return cls()
-
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         return {}
-
-    @property
-    def vocab_size(self) -> int:
-        return 256
 
     def encode(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8)
@@ -57,26 +51,17 @@ class SeenBytesTokenizer(Tokenizer):
     fits_on: ClassVar[tuple[Split, ...]] = SPLITS
     needs_text: ClassVar[bool] = False
 
-    def __init__(self, values: Iterable[int]) -> None:
-        self._values = np.array(sorted(set(values)), dtype=np.uint8)
+    def __init__(self, values: str) -> None:
+        """From the bytes as hexadecimal digits."""
+        self._values = np.frombuffer(bytes.fromhex(values), dtype=np.uint8)
+        self.vocab_size = len(self._values)
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        found: set[int] = set()
-        for block in blocks:
-            found.update(block)
-        return cls(found)
+        return cls(bytes(sorted(set(chain.from_iterable(blocks)))).hex())
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        return cls(bytes.fromhex(str(state["values"])))
-
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         return {"values": self._values.tobytes().hex()}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._values)
 
     def encode(self, data: bytes) -> np.ndarray:
         given = np.frombuffer(data, dtype=np.uint8)
@@ -107,24 +92,14 @@ class CharsTokenizer(Tokenizer):
 
     def __init__(self, characters: str) -> None:
         self._points = np.unique(_code_points(characters))
+        self.vocab_size = len(self._points)
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        found: set[str] = set()
-        for block in blocks:
-            found.update(to_text(block))
-        return cls("".join(found))
+        return cls("".join(set(chain.from_iterable(map(to_text, blocks)))))
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        return cls(str(state["characters"]))
-
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         return {"characters": _from_code_points(self._points)}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._points)
 
     def encode(self, data: bytes) -> np.ndarray:
         points = _code_points(to_text(data))
@@ -156,27 +131,15 @@ class WordsTokenizer(Tokenizer):
     def __init__(self, words: Sequence[str]) -> None:
         self._words = tuple(words)
         self._numbers = {word: number for number, word in enumerate(self._words)}
+        self.vocab_size = len(self._words)
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        counts: Counter[str] = Counter()
-        for block in blocks:
-            counts.update(_words_of(block))
+        counts = Counter(chain.from_iterable(map(_words_of, blocks)))
         return cls([word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, object]) -> Self:
-        words = state["words"]
-        if not isinstance(words, list):
-            raise TypeError(f"`words` must be a list; got {type(words).__name__}")
-        return cls([str(word) for word in words])
-
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         return {"words": list(self._words)}
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._words)
 
     def encode(self, data: bytes) -> np.ndarray:
         unknown = self._numbers.get(UNKNOWN, -1)
@@ -243,11 +206,10 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """
     try:
         state = json.loads(text)
-        cls = tokenizer_class(str(state["tokenizer"]))
-        return cls.from_state(state)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        return tokenizer_class(state.pop("tokenizer"))(**state)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"a stored tokenizer must be what `Tokenizer.to_json` wrote; got {text[:40]!r} ({error}); "
             f"fix: delete the stored file and make the tokenizer again"
