@@ -11,7 +11,6 @@ from pathlib import Path
 from sparseffn.data.corpora.c4 import C4
 from sparseffn.data.corpora.pes2o import PES2O
 from sparseffn.data.corpus import Corpus, open_corpus
-from sparseffn.data.registry import CorpusEntry
 from sparseffn.data.splits import Place
 from sparseffn.data.streamed import StreamedCorpus
 
@@ -42,12 +41,7 @@ def write_shards(folder: Path, spec: StreamedCorpus, *, n_documents: int = 60, f
     return folder
 
 
-def entry(spec: StreamedCorpus) -> CorpusEntry:
-    """As if it were registered."""
-    return CorpusEntry(name=spec.name, summary="small", tokenizer="bpe", find=spec.find, streamed=spec)
-
-
 def open_small(spec: StreamedCorpus, folder: Path, cache: Path, tokenizer: str = "bytes") -> Corpus:
     """The corpus of a folder of shards."""
     size = 288 if tokenizer == "bpe" else None
-    return open_corpus(entry(spec), Place(data_dir=folder, cache_dir=cache), tokenizer=tokenizer, vocab_size=size)
+    return open_corpus(spec, Place(data_dir=folder, cache_dir=cache), tokenizer=tokenizer, vocab_size=size)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from sparseffn.data import corpus_entry, load_corpus, prepare_corpus, registry
+from sparseffn.data import load_corpus, prepare_corpus, registry
 from sparseffn.data.corpora.enwik8 import ENWIK8
 from sparseffn.data.corpora.ptb import PTB
 from sparseffn.data.corpora.wikitext import WIKITEXT2, WIKITEXT103, WIKITEXT103_RAW
@@ -226,8 +226,7 @@ class TestUsersCopy:
         self, corpus: PublishedCorpus, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """By name alone, as every command does, and from what a run notes of it."""
-        entry = dataclasses.replace(corpus_entry(corpus.name), find=corpus.find, published=corpus)
-        monkeypatch.setitem(registry._CORPORA, corpus.name, entry)
+        monkeypatch.setitem(registry._CORPORA, corpus.name, corpus)
         mine = tmp_path / "mine"
         mine.mkdir()
         for name, data in files.items():

@@ -17,7 +17,7 @@ from sparseffn.data.corpus import open_corpus
 from sparseffn.data.shards import read_local
 from sparseffn.errors import UserError
 
-from .sharded import SMALL_C4, SMALL_PES2O, document, entry, open_small, write_shard, write_shards
+from .sharded import SMALL_C4, SMALL_PES2O, document, open_small, write_shard, write_shards
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ class TestNetwork:
         """With the bytes of the stored text and the place that it came from; a copy in a folder prepares nothing."""
         monkeypatch.setattr("sparseffn.data.streamed.read_remote", lambda url, skip=0: read_local(Path(url), skip))
         spec = dataclasses.replace(SMALL_C4, url=str(shards))
-        monkeypatch.setitem(registry._CORPORA, "c4", dataclasses.replace(entry(spec), tokenizer="bytes"))
+        monkeypatch.setitem(registry._CORPORA, "c4", dataclasses.replace(spec, tokenizer="bytes"))
 
         def found(*words: str) -> Any:
             assert main(["data", *words, "--json"]) == 0
@@ -160,7 +160,7 @@ class TestNetwork:
         pytest.importorskip("datasets")
         spec = dataclasses.replace(SMALL_C4, url=str(shards))
         place = Place(cache_dir=cache_dir / "other")
-        remote = open_corpus(entry(spec), place, tokenizer="bytes", network=True)
+        remote = open_corpus(spec, place, tokenizer="bytes", network=True)
         local = open_small(SMALL_C4, shards, cache_dir)
         # The address with its revision stands for the shards there, their checksums for those here.
         assert remote.digest != local.digest

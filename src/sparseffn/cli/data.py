@@ -14,6 +14,8 @@ from sparseffn.cli.output import console, print_json, print_rows
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import DataCheck, DataList, DataPrepare, Printed
 from sparseffn.data import SPLITS, Corpus, CorpusEntry, Place, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
+from sparseffn.data.published_corpus import PublishedCorpus
+from sparseffn.data.streamed import StreamedCorpus
 from sparseffn.errors import UserError
 from sparseffn.storage import default_cache_dir
 
@@ -44,8 +46,8 @@ def list_all(settings: DataList) -> int:
 
 
 def _listed(entry: CorpusEntry, place: Place) -> dict[str, Any]:
-    published = entry.published
-    sizes = [file.size for file in published.files] if published else []
+    files = entry.files if isinstance(entry, PublishedCorpus) else ()
+    sizes = [file.size for file in files]
     return {
         "corpus": entry.name,
         "summary": entry.summary,
@@ -53,14 +55,14 @@ def _listed(entry: CorpusEntry, place: Place) -> dict[str, Any]:
         "here": entry.state(place),
         "digest": _status(entry),
         "bytes": sum(size or 0 for size in sizes) if sizes and None not in sizes else _stored_bytes(entry, place),
-        "digests": {file.name: file.digest for file in published.files} if published else {},
-        "addresses": _addresses(entry),
+        "digests": {file.name: file.digest for file in files},
+        "addresses": entry.addresses,
     }
 
 
 def _stored_bytes(entry: CorpusEntry, place: Place) -> int | None:
     """Bytes of the text that is stored of a streamed corpus with its own tokeniser; None where there is none."""
-    if entry.streamed is None or not entry.streamed.is_prepared(place):
+    if not isinstance(entry, StreamedCorpus) or entry.state(place) != "prepared":
         return None
     try:
         return sum(load_corpus(entry.name, cache_dir=place.cache_dir).split_bytes.values())
@@ -77,16 +79,9 @@ def _origin(addresses: list[str]) -> str:
 
 
 def _status(entry: CorpusEntry) -> str:
-    if entry.published is None:
-        return "unverified" if entry.streamed else "-"
-    return "verified" if entry.published.verified else "unverified"
-
-
-def _addresses(entry: CorpusEntry) -> list[str]:
-    if entry.streamed is not None:
-        return [entry.streamed.url]
-    routes = entry.published.routes if entry.published is not None else ()
-    return [url for route in routes for remote in route for url in remote.urls]
+    if not entry.addresses:
+        return "-"
+    return "verified" if isinstance(entry, PublishedCorpus) and entry.verified else "unverified"
 
 
 def _size(n_bytes: int | None) -> str:
@@ -137,7 +132,7 @@ def check(settings: DataCheck) -> int:
 def _row(corpus: Corpus) -> tuple[str, ...]:
     streamed = corpus.streamed is not None
     counts = ("streamed" if streamed and split == "train" else f"{len(corpus.tokens(split)):,}" for split in SPLITS)
-    words = (corpus.name, corpus.digest, corpus.tokenizer.name, _origin(_addresses(corpus_entry(corpus.name))))
+    words = (corpus.name, corpus.digest, corpus.tokenizer.name, _origin(corpus_entry(corpus.name).addresses))
     return (*words, f"{corpus.tokenizer.vocab_size:,}", _size(sum(corpus.split_bytes.values())), *counts)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
+from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.registry import CorpusEntry, corpus_entry
 from sparseffn.data.splits import SPLITS, Place, Source, Split, digest_of
 from sparseffn.data.streamed import StreamedSource
@@ -210,8 +211,8 @@ def prepare_corpus(
         UserError: as `load_corpus`; or no mirror gives the file that is published.
     """
     entry, accept, place = corpus_entry(name), tuple(accept_digests), Place.of(data_dir, cache_dir)
-    if entry.published is not None:
-        entry.published.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
+    if isinstance(entry, PublishedCorpus):
+        entry.prepare(place, offline=offline, accept=accept, on_progress=on_progress)
         # Now in the cache, whose copy later commands use.
         place = Place(cache_dir=place.cache_dir)
     elif accept:

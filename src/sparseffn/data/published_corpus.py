@@ -30,6 +30,7 @@ from sparseffn.data.download import (
     parse_digest,
     remove_downloads,
 )
+from sparseffn.data.registry import CorpusEntry
 from sparseffn.data.splits import ANOTHER_CACHE, Piece, Place, Source, SourceFile, Split
 from sparseffn.errors import UserError
 from sparseffn.storage import digest_of, lock, read, remove_unfinished, write_folder, write_json, write_text
@@ -55,13 +56,15 @@ def _locked(folder: Path) -> AbstractContextManager[bool]:
     return lock(folder / ".lock", fix=ANOTHER_CACHE)
 
 
+def one_file_a_split(names: Mapping[Split, str]) -> Cut:
+    return lambda files: {split: [Piece.whole(files[name])] for split, name in names.items()}
+
+
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedCorpus:
+class PublishedCorpus(CorpusEntry):
     """A corpus of a few plain files, and the ways to get them."""
 
-    # How users name it.
-    name: str
     # The plain files.
     files: tuple[PublishedFile, ...]
     # Ways to get all of them, tried in order.
@@ -74,6 +77,15 @@ class PublishedCorpus:
     max_bytes: int = MAX_MEMBER_BYTES
 
     @property
+    def remotes(self) -> list[RemoteFile]:
+        """The files of all routes."""
+        return [remote for route in self.routes for remote in route]
+
+    @property
+    def addresses(self) -> list[str]:
+        return [url for remote in self.remotes for url in remote.urls]
+
+    @property
     def verified(self) -> bool:
         """Whether every plain file's digest was compared with a copy here."""
         return all(file.verified for file in self.files)
@@ -81,31 +93,27 @@ class PublishedCorpus:
     @property
     def contents(self) -> str:
         """What the user may put somewhere, in words."""
-        archives = [remote.file.name for route in self.routes for remote in route if remote.members]
-        plain = ", ".join(file.name for file in self.files)
+        archives = [remote.file.name for remote in self.remotes if remote.members]
         kind = "file" if len(self.files) == 1 else "files"
+        plain = ", ".join(file.name for file in self.files)
         return f"{' or '.join(archives)}{', or ' if archives else ''}the plain {kind} {plain}"
 
     def find(self, place: Place) -> Source:
-        """The text in the user's folder or, where none is given, in the cache.
-
-        Raises:
-            UserError: it is not there, or is not what is published.
-        """
+        text = self._text(place)
         if place.data_dir is not None:
-            return self._source(self._find_in(place.data_dir, place))
-        text = place.corpus_dir(self.name) / "text"
-        if not text.is_dir():
+            text = self._find_in(place.data_dir, place)
+        elif text.is_dir():
+            self._check_origin(text)
+        else:
             raise UserError(
                 f"corpus {self.name!r} must have a `data_dir` with {self.contents}, or be prepared once; got nothing; "
                 f"fix: `sparseffn data prepare --corpus {self.name}`, or pass --data-dir PATH"
             )
-        self._check_origin(text)
-        return self._source(text)
+        files = {file.name: SourceFile.at((text / file.name).resolve(), file.name) for file in self.files}
+        return Source(corpus=self.name, pieces=self.cut(files), info={"split_rule": self.split_rule})
 
-    def is_prepared(self, place: Place) -> bool:
-        """Whether the cache has the text."""
-        return (place.corpus_dir(self.name) / "text").is_dir()
+    def state(self, place: Place) -> str:
+        return "prepared" if self._text(place).is_dir() else "no"
 
     def prepare(
         self,
@@ -127,28 +135,33 @@ class PublishedCorpus:
             UserError: no mirror gives it, it is not what is published, the disk is full, or it may not be downloaded.
         """
         folder = place.corpus_dir(self.name)
-        if digests := [parse_digest(text) for text in accept]:
+        if digests := {parse_digest(text) for text in accept}:
             with _locked(folder):
-                known = self._accepted(place)
-                write_text(folder / "accepted", "".join(f"{digest}\n" for digest in sorted({*known, *digests})))
+                write_text(folder / "accepted", "".join(f"{digest}\n" for digest in sorted(self._accepted(place) | digests)))
         found = None if place.data_dir is None else self._find_in(place.data_dir, place)
         with _locked(folder):
             # Another process may have prepared it meanwhile.
             if found is not None:
                 self._keep(found, place)
-            elif not self.is_prepared(place):
+            elif not self._text(place).is_dir():
                 self._download(place, offline=offline, on_progress=on_progress)
         return self.find(Place(cache_dir=place.cache_dir))
 
+    def _text(self, place: Place) -> Path:
+        return place.corpus_dir(self.name) / "text"
+
+    def _accepted(self, place: Place) -> set[str]:
+        path = place.corpus_dir(self.name) / "accepted"
+        return set(path.read_text().split()) if path.exists() else set()
+
     def _keep(self, found: Path, place: Place) -> None:
         """Put the user's text where it is found without the user's folder. The lock is held."""
-        text = place.corpus_dir(self.name) / "text"
+        text = self._text(place)
         if not text.is_dir():
             if found.parent == text.parent:
                 found.rename(text)
             else:
-                plain = [(RemoteFile(file=file, urls=()), found / file.name) for file in self.files]
-                self._unpack(plain, text, self._accepted(place))
+                self._unpack([(RemoteFile(file=file, urls=()), found / file.name) for file in self.files], text, place)
         elif any(hashed(found / file.name) != hashed(text / file.name) for file in self.files):
             raise UserError(
                 f"corpus {self.name!r} must be prepared from one text; got another one in {str(place.data_dir)!r} than the "
@@ -159,16 +172,15 @@ class PublishedCorpus:
         folder, accepted = place.corpus_dir(self.name), self._accepted(place)
         failures: list[str] = []
         for route in self.routes:
-            here = [folder / remote.file.name for remote in route]
-            if offline and not all(path.exists() for path in here):
+            if offline and not all((folder / remote.file.name).exists() for remote in route):
                 continue
             try:
-                archives = [fetch(remote, folder, accepted=accepted, on_progress=on_progress) for remote in route]
+                got = [(remote, fetch(remote, folder, accepted=accepted, on_progress=on_progress)) for remote in route]
             except DownloadError as error:
                 failures.append(str(error))
                 continue
-            self._unpack(list(zip(route, archives, strict=True)), folder / "text", accepted)
-            for remote in (remote for other in self.routes for remote in other):
+            self._unpack(got, self._text(place), place)
+            for remote in self.remotes:
                 remove_downloads(remote, folder)
             return
         if offline:
@@ -178,25 +190,28 @@ class PublishedCorpus:
             )
         raise DownloadError(" | ".join(failures))
 
-    def _unpack(self, archives: Sequence[tuple[RemoteFile, Path]], text: Path, accepted: Iterable[str]) -> None:
+    def _unpack(self, route: Iterable[tuple[RemoteFile, Path]], text: Path, place: Place) -> None:
         """Plain files of a whole route, checked, as the folder `text`. The lock is held."""
         # Whoever holds the lock is alone.
         remove_unfinished(text.parent)
-        accepted = set(accepted)
+        accepted = self._accepted(place)
         with write_folder(text, fix=ANOTHER_CACHE) as folder:
             origin: dict[str, str] = {}
-            for remote, path in archives:
+            for remote, path in route:
                 origin[path.name] = hashed(path)
                 if remote.members:
                     unpack(path, remote.members, folder, max_bytes=self.max_bytes)
                 else:
                     shutil.copyfile(path, folder / remote.file.name)
             # What is in an accepted archive is accepted too.
-            whole = any(digest in accepted for digest in origin.values())
-            for file in () if whole else self.files:
-                check_file(folder / file.name, file, accepted)
+            if accepted.isdisjoint(origin.values()):
+                self._check(folder, accepted)
             files = {file.name: hashed(folder / file.name) for file in self.files}
             write_json(folder / ORIGIN, _Unpacked(origin=origin, files=files))
+
+    def _check(self, folder: Path, accepted: set[str]) -> None:
+        for file in self.files:
+            check_file(folder / file.name, file, accepted)
 
     def _find_in(self, data_dir: Path, place: Place) -> Path:
         """The folder with the plain files, unpacked into the cache where the user has the archive."""
@@ -205,18 +220,15 @@ class PublishedCorpus:
                 f"corpus {self.name!r} must have a `data_dir` with {self.contents}; got {str(data_dir)!r}, which does not "
                 f"exist; fix: pass the --data-dir that has it"
             )
-        accepted = self._accepted(place)
         names = [file.name for file in self.files]
         for folder in self._folders(data_dir):
             if all((folder / name).is_file() for name in names):
-                for file in self.files:
-                    check_file(folder / file.name, file, accepted)
+                self._check(folder, self._accepted(place))
                 return folder
-        for route in self.routes:
-            for remote in route if len(route) == 1 else ():
-                path = data_dir if data_dir.is_file() else data_dir / remote.file.name
-                if remote.members and path.is_file():
-                    return self._unpacked(remote, path, place, accepted)
+        for remote in (route[0] for route in self.routes if len(route) == 1 and route[0].members):
+            path = data_dir if data_dir.is_file() else data_dir / remote.file.name
+            if path.is_file():
+                return self._unpacked(remote, path, place)
         missing = [name for name in names if not (data_dir / name).is_file()]
         raise UserError(
             f"corpus {self.name!r} must have {self.contents} in `data_dir`; got {str(data_dir)!r} without "
@@ -227,24 +239,21 @@ class PublishedCorpus:
         """Where plain files may lie: the folder, those that the archives have inside, and around a single file."""
         if data_dir.is_file():
             return [data_dir.parent] if [file.name for file in self.files] == [data_dir.name] else []
-        inside = sorted({Path(path).parent for route in self.routes for remote in route for path in remote.members})
+        inside = sorted({Path(path).parent for remote in self.remotes for path in remote.members})
         return [data_dir, *(data_dir / folder for folder in inside), *(data_dir / folder.name for folder in inside)]
 
-    def _unpacked(self, remote: RemoteFile, path: Path, place: Place, accepted: set[str]) -> Path:
-        found = SourceFile.at(path.resolve(), path.name)
+    def _unpacked(self, remote: RemoteFile, archive: Path, place: Place) -> Path:
+        """The cache's folder of an archive of the user's."""
+        found = SourceFile.at(archive.resolve(), archive.name)
         key = digest_of(str(found.path), str(found.size), str(found.mtime_ns), str(found.ctime_ns))
         folder = place.corpus_dir(self.name)
         text = folder / f"local-{key}"
         with _locked(folder):
             if not text.is_dir():
-                check_file(path, remote.file, accepted)
-                self._unpack([(remote, path)], text, accepted)
+                check_file(archive, remote.file, self._accepted(place))
+                self._unpack([(remote, archive)], text, place)
         self._check_origin(text)
         return text
-
-    def _accepted(self, place: Place) -> set[str]:
-        path = place.corpus_dir(self.name) / "accepted"
-        return set(path.read_text().split()) if path.exists() else set()
 
     def _check_origin(self, text: Path) -> None:
         """Check that the plain files are still those that were unpacked."""
@@ -256,16 +265,3 @@ class PublishedCorpus:
                 f"the cache must hold the text of {self.name!r} as it was unpacked in {str(text)!r}; "
                 f"got another {', '.join(changed)}; fix: {fix}"
             )
-
-    def _source(self, folder: Path) -> Source:
-        files = {file.name: SourceFile.at((folder / file.name).resolve(), file.name) for file in self.files}
-        return Source(corpus=self.name, pieces=self.cut(files), info={"split_rule": self.split_rule})
-
-
-def one_file_a_split(names: Mapping[Split, str]) -> Cut:
-    """Whole files as splits."""
-
-    def cut(files: Mapping[str, SourceFile]) -> dict[Split, list[Piece]]:
-        return {split: [Piece.whole(files[name])] for split, name in names.items()}
-
-    return cut

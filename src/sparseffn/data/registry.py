@@ -2,85 +2,82 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, final
 
-from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.splits import Place, Source
-from sparseffn.data.streamed import StreamedCorpus, StreamedSource
 from sparseffn.errors import unknown_name
+
+if TYPE_CHECKING:
+    from sparseffn.data.streamed import StreamedSource
 
 # Finds the files of a corpus in the user's data folder (None: not given).
 Finder = Callable[[Path | None], Source]
-Others = TypeVar("Others", PublishedCorpus, StreamedCorpus)
+Entry = TypeVar("Entry", bound="CorpusEntry")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusEntry:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusEntry(ABC):
     # How users name it.
     name: str
     # One line for lists.
     summary: str
     # Tokeniser where the user names none.
     tokenizer: str
-    find: Callable[[Place], Source | StreamedSource]
-    # What others publish of it: files, or shards that are streamed. None for a corpus that is here anyway.
-    published: PublishedCorpus | None = None
-    streamed: StreamedCorpus | None = None
-    # Whether it needs a file of the user's.
-    needs_data_dir: bool = False
 
+    @abstractmethod
+    def find(self, place: Place) -> Source | StreamedSource:
+        """Where its text is; reads little or nothing of it.
+
+        Raises:
+            UserError: it is not there, or is not what is published.
+        """
+
+    @abstractmethod
     def state(self, place: Place) -> str:
         """Whether it is here: `always`, `prepared`, `no`, or `--data-dir` for the user's own text."""
-        others = self.published or self.streamed
-        if others is not None:
-            return "prepared" if others.is_prepared(place) else "no"
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it can be had."""
+        return []
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalCorpus(CorpusEntry):
+    """A corpus that is on this machine anyway."""
+
+    finder: Finder
+    needs_data_dir: bool
+
+    def find(self, place: Place) -> Source:
+        return self.finder(place.data_dir)
+
+    def state(self, place: Place) -> str:
         return "--data-dir" if self.needs_data_dir else "always"
 
 
 _CORPORA: dict[str, CorpusEntry] = {}
 
 
-def register_corpus(*, name: str, summary: str, tokenizer: str, needs_data_dir: bool = False) -> Callable[[Finder], Finder]:
-    """Decorate the function that finds a corpus's files.
+def register(entry: Entry) -> Entry:
+    assert entry.name not in _CORPORA, f"corpus {entry.name!r} is registered twice"
+    _CORPORA[entry.name] = entry
+    return entry
 
-    Args:
-        name: how users name the corpus.
-        summary: one line for lists.
-        tokenizer: the default tokeniser.
-        needs_data_dir: whether it needs a file of the user's.
-    """
+
+def register_corpus(*, name: str, summary: str, tokenizer: str, needs_data_dir: bool = False) -> Callable[[Finder], Finder]:
+    """Decorate the function that finds the files of a `LocalCorpus`."""
 
     def add(find: Finder) -> Finder:
-        def find_in(place: Place) -> Source:
-            return find(place.data_dir)
-
-        _add(CorpusEntry(name=name, summary=summary, tokenizer=tokenizer, find=find_in, needs_data_dir=needs_data_dir))
+        register(LocalCorpus(name=name, summary=summary, tokenizer=tokenizer, finder=find, needs_data_dir=needs_data_dir))
         return find
 
     return add
-
-
-def register_published(corpus: Others, *, summary: str, tokenizer: str) -> Others:
-    """Register a corpus that others publish, as files or as shards that are streamed.
-
-    Args:
-        corpus: its files or shards, and their addresses.
-        summary: one line for lists.
-        tokenizer: the default tokeniser.
-    """
-    published = corpus if isinstance(corpus, PublishedCorpus) else None
-    streamed = corpus if isinstance(corpus, StreamedCorpus) else None
-    name, find = corpus.name, corpus.find
-    _add(CorpusEntry(name=name, summary=summary, tokenizer=tokenizer, find=find, published=published, streamed=streamed))
-    return corpus
-
-
-def _add(entry: CorpusEntry) -> None:
-    assert entry.name not in _CORPORA, f"corpus {entry.name!r} is registered twice"
-    _CORPORA[entry.name] = entry
 
 
 def list_corpora() -> dict[str, str]:

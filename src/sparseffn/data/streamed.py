@@ -21,6 +21,7 @@ import numpy as np
 from sparseffn.data.bpe import BpeTokenizer
 from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
+from sparseffn.data.registry import CorpusEntry
 from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
 from sparseffn.data.splits import Block, ContentDigest, Place, SourceFile, Split, digest_of
 from sparseffn.data.streams import DocumentStreams
@@ -31,11 +32,9 @@ from sparseffn.errors import UserError
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamedCorpus:
+class StreamedCorpus(CorpusEntry):
     """What is published of a corpus of shards."""
 
-    # How users name it.
-    name: str
     # Folder of the shards: an address that `datasets` can read.
     url: str
     # Path of a training shard there, with `{}` for its number.
@@ -65,17 +64,21 @@ class StreamedCorpus:
     def evaluated(self) -> list[str]:
         return [self.validation.format(i) for i in range(self.eval_shards)]
 
-    def is_prepared(self, place: Place) -> bool:
-        """Whether the cache has its stored splits, made from the hub with one tokeniser or another.
+    @property
+    def addresses(self) -> list[str]:
+        return [self.url]
+
+    def state(self, place: Place) -> str:
+        """As of the stored splits, made from the hub with one tokeniser or another.
 
         Raises:
             UserError: the cache's note of it is damaged.
         """
         hub = self.find(Place(cache_dir=place.cache_dir))
-        return TokenCache(place.cache_dir).known_content(hub.fingerprint()) is not None
+        return "no" if TokenCache(place.cache_dir).known_content(hub.fingerprint()) is None else "prepared"
 
     def find(self, place: Place) -> StreamedSource:
-        """The shards in the user's folder, or on the hub where none is given; reads nothing yet.
+        """The shards in the user's folder, or on the hub where none is given.
 
         Raises:
             UserError: the folder lacks shards.

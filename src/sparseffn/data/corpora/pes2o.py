@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sparseffn.data.registry import register_published
+from sparseffn.data.registry import register
 from sparseffn.data.streamed import StreamedCorpus
 
-PES2O = register_published(
+PES2O = register(
     StreamedCorpus(
         name="pes2o",
+        summary="peS2o (v2), scientific papers, streamed",
+        tokenizer="bpe",
         # Paths and numbers of shards: the loading script peS2o.py of the dataset on the hub; the revision is the one that
         # other projects pin for these files.
         url="hf://datasets/allenai/peS2o@636a503e44a3ca1b58e01fb61eab0825cd574de0",
@@ -19,7 +21,5 @@ PES2O = register_published(
         eval_documents=400,
         # Half of the shards hold abstracts, half full texts, and one shard outlasts a run: only together are they the corpus.
         n_open=20,
-    ),
-    summary="peS2o (v2), scientific papers, streamed",
-    tokenizer="bpe",
+    )
 )

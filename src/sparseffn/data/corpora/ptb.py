@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sparseffn.data.download import PublishedFile, RemoteFile
 from sparseffn.data.published_corpus import PublishedCorpus, one_file_a_split
-from sparseffn.data.registry import register_published
+from sparseffn.data.registry import register
 from sparseffn.data.splits import SPLITS, Split
 
 FILE_NAMES: Mapping[Split, str] = {split: f"ptb.{split}.txt" for split in SPLITS}
@@ -33,16 +33,16 @@ _ARCHIVE = RemoteFile(
     members={f"simple-examples/data/{name}": name for name in FILE_NAMES.values()},
 )
 
-PTB = register_published(
+PTB = register(
     PublishedCorpus(
         name="ptb",
+        summary="Penn Treebank, words or characters",
+        tokenizer="words",
         files=tuple(_FILES.values()),
         routes=(
             tuple(RemoteFile(file=file, urls=(_PLAIN + file.name,)) for file in _FILES.values()),
             (_ARCHIVE,),
         ),
         cut=one_file_a_split(FILE_NAMES),
-    ),
-    summary="Penn Treebank, words or characters",
-    tokenizer="words",
+    )
 )
