@@ -25,7 +25,7 @@ from sparseffn.paper.claims import decide
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
 from sparseffn.paper.costs import measure_speed
 from sparseffn.paper.evidence import Item, evidence_items, evidence_result, evidence_tables, run_until_budget
-from sparseffn.paper.jobs import NamedRun, run_all, run_here
+from sparseffn.paper.jobs import run_all, run_here
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
@@ -223,7 +223,6 @@ def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device)
     with Progress() as progress:
 
         def run(item: Item) -> None:
-            named = NamedRun(label=item.label, seed=item.seed, spec=item.spec)
-            run_here(named, pool, position[item.spec.digest], len(wanted), device=str(device), progress=progress)
+            run_here(item, pool, position[item.spec.digest], len(wanted), device=str(device), progress=progress)
 
         run_until_budget(items, pool, budget_s, run, device=device, log=progress.log)

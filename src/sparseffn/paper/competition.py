@@ -16,7 +16,6 @@ from sparseffn.data import ContiguousStreams
 from sparseffn.devices import to_device
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate, token_losses
-from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.mixture import Mixture
 from sparseffn.ffn.routers import Routing
 from sparseffn.models import TransformerXL
@@ -28,7 +27,7 @@ def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int)
     """Look at a model whose feedforward blocks are mixtures.
 
     Args:
-        model: as it is; nothing of it changes, gradients included.
+        model: nothing of it changes, gradients included.
         tokens: of a held-out text; all count for the load, the first `batch x context` for gradients.
         batch: streams that the tokens are cut into.
         context: tokens of a window.
@@ -45,7 +44,10 @@ def probe(model: TransformerXL, tokens: np.ndarray, *, batch: int, context: int)
     loads = [layer.load(number) for number, layer in enumerate(usage.layers.values())]
     routings, gradients = _routings(model, mixtures, tokens, batch, context)
     norms = [layer.router.selector.detach().norm(dim=1) for layer in mixtures]
-    shares = [gradient_parts(r, c, _gate(layer.config)) for r, c, layer in zip(routings, gradients, mixtures, strict=True)]
+    shares = []
+    for routing, grad_TK, layer in zip(routings, gradients, mixtures, strict=True):
+        assert layer.config.gate is not None, "studies probe methods whose weights follow from the logits alone"
+        shares.append(gradient_parts(routing, grad_TK, layer.config.gate))
     return SelectorProbe(
         load_entropy=_mean([load.entropy for load in loads]),
         dead=_mean([load.n_dead / load.n_units for load in loads]),
@@ -104,11 +106,6 @@ def _routings(
         for hook in hooks:
             hook.remove()
     return found, torch.autograd.grad(loss, [routing.weights_TK for routing in found])
-
-
-def _gate(config: FFNConfig) -> GateName:
-    assert config.gate is not None, "studies probe methods whose weights follow from the logits alone"
-    return config.gate
 
 
 def _mean(values: list[float]) -> float:

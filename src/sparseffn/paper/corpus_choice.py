@@ -73,13 +73,8 @@ class Corpora:
 
     def _open(self, name: str, tokenizer: str | None, vocab_size: int | None) -> Corpus | UserError:
         try:
-            return load_corpus(
-                name,
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                data_dir=self.choice.data_dir,
-                cache_dir=self.choice.cache_dir,
-            )
+            folders = {"data_dir": self.choice.data_dir, "cache_dir": self.choice.cache_dir}
+            return load_corpus(name, tokenizer=tokenizer, vocab_size=vocab_size, **folders)
         except UserError as error:
             instead = "" if self.scale.is_published or name == "stdlib" else "; or --corpus stdlib, which is always there"
             return UserError(f"{error}{instead}")

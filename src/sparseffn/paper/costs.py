@@ -51,7 +51,6 @@ def step_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
 
 
 def training_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
-    """FLOPs of the whole training."""
     return step_flops(model, train) * train.steps
 
 
@@ -78,7 +77,6 @@ class Speed:
     basis: str
 
     def step_s(self, model: TransformerXLConfig, train: TrainConfig) -> float:
-        """Seconds of a step at that speed."""
         rate = self.mixture if model.ffn.unit == "experts" else self.dense
         return step_flops(model, train) / rate
 
@@ -144,7 +142,6 @@ def dry_run(tables: Sequence[PlannedTable], speed: Speed, counted: Sequence[str]
 
 
 def planned_run(planned: PlannedTable, cell: PlannedCell, speed: Speed, corpus: str, *, shared: bool) -> PlannedRun:
-    """A cell's run with what it costs."""
     column, model, train = planned.columns[cell.column], cell.model, cell.train
     flops, percent = training_flops(model, train), residual_percent(cell, column)
     return PlannedRun(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from sparseffn.paper.costs import measured_step_s, training_flops
+from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
-from sparseffn.paper.pool import Finished, Pool, RunSpec, median_step_s
+from sparseffn.paper.pool import Finished, Pool, RunSpec
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
 
@@ -37,6 +38,7 @@ class Stage:
 
 # The models of scale cpu have no dropout: Switch with it inside the experts alone would be handicapped.
 _RENORM, _SWITCH, _SBASE = "softmax after top-k (renorm.)", "switch, K=1, G=512, no dropout", "s-base, K=4, G=128"
+_NO_TOP_K = " (no top-K, as released)"
 STAGES = (
     Stage(table="table3", rows=("dense", "sigma-moe"), n_seeds=3, why="claims 1, 5, 18"),
     Stage(
@@ -56,19 +58,10 @@ STAGES = (
         # Delta is 0 in this column: "no reg" takes away the entropy loss alone.
         why="claims 10-12 but for expert dropout, which column WT-S has not (delta 0), and 20, 21",
     ),
-    Stage(
-        table="table1",
-        rows=tuple(f"Top-K, K={k}" for k in (128, 256, 512, 64)),
-        n_seeds=2,
-        why="claim 15",
-    ),
+    Stage(table="table1", rows=tuple(f"Top-K, K={k}" for k in (128, 256, 512, 64)), n_seeds=2, why="claim 15"),
     Stage(
         table="table6",
-        rows=tuple(
-            f"pkm, parameters, {activation}{form}"
-            for activation in ("relu", "softmax")
-            for form in ("", " (no top-K, as released)")
-        ),
+        rows=tuple(f"pkm, parameters, {name}{form}" for name in ("relu", "softmax") for form in ("", _NO_TOP_K)),
         n_seeds=2,
         why="claims 16, 17",
     ),
@@ -76,13 +69,10 @@ STAGES = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Item:
+class Item(NamedRun):
     """One run of the list."""
 
-    label: str
     table: str
-    seed: int
-    spec: RunSpec
     why: str
 
 
@@ -99,8 +89,7 @@ def evidence_items(request: Request, stages: Sequence[Stage] = STAGES) -> list[I
         planned = plan_table(table, staged)
         # What `reason` holds is why there is no corpus: asked for again, it raises.
         request.corpora.of(planned.columns[0].column)
-        order = {key: place for place, key in enumerate(stage.rows)}
-        for cell, seed, spec in sorted(planned.runs(), key=lambda run: (run[1], order[run[0].key])):
+        for cell, seed, spec in sorted(planned.runs(), key=lambda run: (run[1], stage.rows.index(run[0].key))):
             item = Item(label=cell.sized.label, table=stage.table, seed=seed, spec=spec, why=stage.why)
             items.setdefault(spec.digest, item)
     return list(items.values())
@@ -144,11 +133,11 @@ def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collect
 def evidence_result(items: Sequence[Item], pool: Pool) -> EvidenceResult:
     """The order and how each run stands."""
     runs = []
-    for position, item in enumerate(items):
+    for position, item in enumerate(items, 1):
         status = pool.status(item.spec)
         runs.append(
             EvidenceRun(
-                position=position + 1,
+                position=position,
                 table=item.table,
                 label=item.label,
                 seed=item.seed,
@@ -210,8 +199,7 @@ def run_until_budget(
 
 def _usual_s(finished: Finished) -> float:
     """Seconds of a finished run without what slowed single steps: the median step, and what came on top of training."""
-    result = finished.result
-    return result.steps * median_step_s(finished) + max(0.0, finished.wall_s - result.seconds)
+    return finished.train_s + max(0.0, finished.wall_s - finished.result.seconds)
 
 
 def estimated_s(spec: RunSpec, walls: Mapping[str, float], specs: Mapping[str, RunSpec], device: torch.device = _CPU) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -39,38 +38,36 @@ def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device:
         if status.stale:
             pool.set_aside(spec)
         pool.failure_path(spec).unlink(missing_ok=True)
-        unrecorded = _guarded(pool, spec, lambda: _run(pool, spec, on_step, device))
-        return unrecorded or pool.status(spec)
+        try:
+            _run(pool, spec, on_step, device)
+        except Exception as error:
+            # Whatever it is, a full disk or a connection that dropped, the runs after it may do.
+            return _recorded(pool, spec, error)
+        return pool.status(spec)
 
 
-def _guarded(pool: Pool, spec: RunSpec, work: Callable[[], None]) -> Status | None:
-    """Record an error, so that it costs this run alone; returns the failure where even that could not be written."""
-    try:
-        work()
-    except NonFiniteError as error:
+def _recorded(pool: Pool, spec: RunSpec, error: Exception) -> Status:
+    """How a run stands after an error, which is written down."""
+    # The same settings diverge again.
+    diverged = isinstance(error, NonFiniteError)
+    if diverged:
         steps = [record["step"] for record in pool.folder(spec).read_metrics()]
-        at = f"diverged at step {steps[-1] + 1}" if steps else "diverged"
-        # The same settings diverge again.
-        return _recorded(pool, spec, f"{at}: {error}", permanent=True)
-    except Exception as error:
-        # Whatever it is, a full disk or a connection that dropped, the runs after it may do.
+        reason = f"diverged at step {steps[-1] + 1}: {error}" if steps else f"diverged: {error}"
+    else:
         if not isinstance(error, UserError | OSError):
             logger.exception("a run failed as none should")
-        return _recorded(pool, spec, f"{type(error).__name__}: {error}", permanent=False)
-    return None
-
-
-def _recorded(pool: Pool, spec: RunSpec, reason: str, *, permanent: bool) -> Status | None:
+        reason = f"{type(error).__name__}: {error}"
     try:
-        pool.record_failure(spec, reason, permanent=permanent)
-    except UserError as error:
-        return Status(kind="failed", reason=f"{reason} (not recorded: {error})", permanent=permanent)
-    return None
+        pool.record_failure(spec, reason, permanent=diverged)
+    except UserError as unwritten:
+        return Status(kind="failed", reason=f"{reason} (not recorded: {unwritten})", permanent=diverged)
+    return pool.status(spec)
 
 
 def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None:
-    started, before = time.perf_counter(), _trained_s(pool, spec)
-    folder = pool.folder(spec)
+    folder, started = pool.folder(spec), time.perf_counter()
+    # An interrupted run has seconds of training behind it.
+    before = max((record["time_s"] for record in folder.read_metrics() if "time_s" in record), default=0.0)
     result = train(spec.model, spec.train, spec.corpus, folder.path, device=device, on_step=on_step)
     load = None
     if spec.model.ffn.unit == "experts":
@@ -80,12 +77,6 @@ def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None
     wall_s = before + time.perf_counter() - started
     summary = RunSummary(format=FORMAT, wall_s=max(wall_s, result.seconds), load=load)
     write_json(folder.path / "paper.json", summary)
-
-
-def _trained_s(pool: Pool, spec: RunSpec) -> float:
-    """Seconds of training that an interrupted run has behind it."""
-    times = [record["time_s"] for record in pool.folder(spec).read_metrics() if "time_s" in record]
-    return times[-1] if times else 0.0
 
 
 @torch.no_grad()

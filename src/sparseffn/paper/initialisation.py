@@ -9,6 +9,7 @@ Pure measurements; `predictions` says what they should be.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockScale:
-    """Mean square of the output's entries, and squared norms of the loss's gradients."""
+    """Mean square of the output's entries, and squared norms of the loss's gradients; or a mixture's over the dense block's."""
 
     output: float
     keys: float
@@ -66,8 +67,6 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A mixture over the dense block, its load and its gates."""
-
     ratios: BlockScale
     load: Load
     gate_square: float
@@ -86,11 +85,9 @@ def text_inputs(model_config: TransformerXLConfig, tokens: Tensor, targets: Tens
     """What the last feedforward block of an untrained model receives on text, and the gradient of the mean cross-entropy.
 
     Args:
-        model_config: the model.
         tokens: int64 `[B, L]`.
         targets: the tokens after them.
         n_gradients: tokens whose gradient is wanted.
-        seed: of the model's parameters.
     """
     _check(tokens.numel(), n_gradients)
     model = TransformerXL(model_config)
@@ -114,7 +111,7 @@ def _check(n_tokens: int, n_gradients: int) -> None:
         raise UserError(f"`n_gradients` must be in 1 .. n_tokens = {n_tokens}; got {n_gradients}; fix: use more tokens")
 
 
-def build(config: FFNConfig, seed: int, device: torch.device) -> FeedForward:
+def _build(config: FFNConfig, seed: int, device: torch.device) -> FeedForward:
     """The layer with the parameters of a seed; schemes of one size share their random numbers and differ in scale."""
     layer = config.build()
     layer.reset_parameters(keyed_generator(seed, "block"))
@@ -123,23 +120,18 @@ def build(config: FFNConfig, seed: int, device: torch.device) -> FeedForward:
 
 def measure_block(config: FFNConfig, inputs: Inputs, *, seed: int) -> BlockScale:
     """Output and gradients of a dense block or a mixture."""
-    return _scale(build(config, seed, inputs.x_TD.device), inputs)
+    return _scale(_build(config, seed, inputs.x_TD.device), inputs)
 
 
 def measure_start(config: TopKMixtureConfig, dense: BlockScale, inputs: Inputs, *, seed: int) -> Start:
     """A mixture beside the dense block that was measured on the same inputs."""
-    layer = build(config, seed, inputs.x_TD.device)
+    layer = _build(config, seed, inputs.x_TD.device)
     assert isinstance(layer, Mixture), "mixtures' configs build mixtures"
-    own = _scale(layer, inputs)
+    own = dataclasses.asdict(_scale(layer, inputs))
     with torch.no_grad():
         routing = layer.router(inputs.x_TD, None)
     counts = torch.bincount(routing.indices_TK.flatten(), minlength=config.n_experts)
-    ratios = BlockScale(
-        output=own.output / dense.output,
-        keys=own.keys / dense.keys,
-        values=own.values / dense.values,
-        input=own.input / dense.input,
-    )
+    ratios = BlockScale(**{name: value / getattr(dense, name) for name, value in own.items()})
     norms = layer.router.selector.detach().norm(dim=1)
     return Start(ratios=ratios, load=measure_load(counts, norms), gate_square=float(routing.weights_TK.square().mean()))
 
@@ -150,18 +142,13 @@ def _scale(layer: FeedForward, inputs: Inputs) -> BlockScale:
     # `keys` and `values` of a dense block, `experts.keys` and `experts.values` of a mixture.
     parameters = {name.rpartition(".")[2]: parameter for name, parameter in layer.named_parameters()}
     gradients = torch.autograd.grad(y_TD, (parameters["keys"], parameters["values"], x_TD), inputs.grad_TD)
-    squares = [float(g.double().square().sum()) for g in gradients]
+    keys, values, inner = (float(g.double().square().sum()) for g in gradients)
     output = float(y_TD.detach().double().square().mean())
-    return BlockScale(output=output, keys=squares[0], values=squares[1], input=squares[2])
+    return BlockScale(output=output, keys=keys, values=values, input=inner)
 
 
 def measure_load(counts: Tensor, norms: Tensor) -> Load:
-    """How evenly tokens are spread.
-
-    Args:
-        counts: tokens that each expert serves, `[E]`.
-        norms: of the selector's rows, `[E]`.
-    """
+    """From the tokens that each expert serves and the norms of the selector's rows, `[E]` both."""
     load, lengths = counts.double().cpu().numpy(), norms.double().cpu().numpy()
     mean = load.mean()
     differ = lengths.std() > _EQUAL * lengths.mean() and load.std() > 0

@@ -69,7 +69,6 @@ def run_all(runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, pro
 
 
 def run_here(run: NamedRun, pool: Pool, position: int, n_runs: int, *, device: str, progress: Progress) -> None:
-    """One run in this process."""
     status = execute(pool, run.spec, progress.run(run.label, run.seed, position, n_runs), device=device)
     if status.reason is not None:
         progress.log(f"{run.label}, seed {run.seed}: {status.reason}")

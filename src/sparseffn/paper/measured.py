@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from sparseffn.data import to_metric
 from sparseffn.paper.planned import PlannedCell, PlannedColumn, PlannedTable, is_unequal, residual_percent
-from sparseffn.paper.pool import Finished, Pool, Status, median_step_s, window_losses
+from sparseffn.paper.pool import Finished, Pool, Status, window_losses
 from sparseffn.paper.table_notes import table_notes
 from sparseffn.paper.table_rows import convention_percent, counted_percent
 from sparseffn.results import table_result as results
@@ -27,9 +28,9 @@ class MeasuredCell:
     cell: PlannedCell
     statuses: Mapping[int, Status]
 
-    @property
+    @cached_property
     def finished(self) -> dict[int, Finished]:
-        """Runs by seed."""
+        """By seed."""
         return {seed: status.finished for seed, status in self.statuses.items() if status.finished is not None}
 
     @property
@@ -43,8 +44,8 @@ class MeasuredCell:
 
     @property
     def train_s(self) -> float | None:
-        """Training time: steps x the median step, mean over seeds."""
-        times = [run.result.steps * median_step_s(run) for run in self.finished.values()]
+        """Mean over seeds."""
+        times = [run.train_s for run in self.finished.values()]
         return statistics.fmean(times) if times else None
 
 
@@ -109,7 +110,7 @@ class _Column:
             points = [(record["step"], record["valid"]) for record in run.folder.read_metrics() if "valid" in record]
             steps, values = zip(*points, strict=True)
             # Seeds differ in speed: the end of one that is a little faster stands for that time.
-            losses.append(float(np.interp(self.equal_time_s, np.array(steps) * median_step_s(run), values)))
+            losses.append(float(np.interp(self.equal_time_s, np.array(steps) * run.step_s, values)))
         return self.metric(statistics.fmean(losses))
 
 

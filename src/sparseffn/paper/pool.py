@@ -98,11 +98,20 @@ class Finished:
     """What made it; nothing where it did not write that down."""
     folder: RunFolder
 
+    @cached_property
+    def step_s(self) -> float:
+        """Median seconds of a training step: neither a burst of other work nor a run that was stopped for a while moves it."""
+        times = [record["time_s"] for record in self.folder.read_metrics() if "time_s" in record]
+        return float(np.median(np.diff([0.0, *times])))
+
+    @property
+    def train_s(self) -> float:
+        """Of training, as if every step had been the median one."""
+        return self.result.steps * self.step_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How a run stands."""
-
     kind: Literal["finished", "missing", "failed"]
     reason: str | None
     """Why there is no result."""
@@ -129,7 +138,6 @@ class Pool:
         return RunFolder(self.path / "runs" / spec.digest)
 
     def failure_path(self, spec: RunSpec) -> Path:
-        """Why a run gave no result."""
         return self.path / "failures" / f"{spec.digest}.json"
 
     def status(self, spec: RunSpec) -> Status:
@@ -178,7 +186,6 @@ class Pool:
         return folder.rename(aside)
 
     def record_failure(self, spec: RunSpec, reason: str, *, permanent: bool) -> None:
-        """Write why a run gave no result."""
         write_json(self.failure_path(spec), Failure(reason=reason, permanent=permanent, version=__version__))
 
     @contextmanager
@@ -218,12 +225,6 @@ def makers_note(runs: Iterable[Finished]) -> str | None:
     if other or unknown:
         parts.append(f"other sources of version {version} than this one made {other}, and unknown ones {unknown}")
     return f"of {len(found)} runs, {', '.join(parts)}" if parts else None
-
-
-def median_step_s(finished: Finished) -> float:
-    """Median seconds of a training step: neither a burst of other work nor a run that was stopped for a while moves it."""
-    times = [record["time_s"] for record in finished.folder.read_metrics() if "time_s" in record]
-    return float(np.median(np.diff([0.0, *times])))
 
 
 def _read_finished(folder: RunFolder) -> Finished:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sparseffn.ffn.mixture import TopKMixtureConfig
 from sparseffn.ops import GateName
+from sparseffn.paper.initialisation import BlockScale
 
 Array = NDArray[np.float64]
 
@@ -55,16 +56,12 @@ class Ranking:
     @cached_property
     def chance(self) -> Array:
         """P(an expert is among the K largest | its t): at most K - 1 of the N_E - 1 others lie above."""
+        from scipy.special import bdtr
+
         step = self.t[1] - self.t[0]
         below = np.concatenate(([0.0], np.cumsum((self.density[1:] + self.density[:-1]) / 2 * step)))
         above = np.clip(1 - below, 1e-15, 1 - 1e-15)
-        others = self.n_experts - 1
-        terms = [
-            math.lgamma(others + 1) - math.lgamma(j + 1) - math.lgamma(others - j + 1)
-            + j * np.log(above) + (others - j) * np.log1p(-above)
-            for j in range(min(self.k, self.n_experts))
-        ]  # fmt: skip
-        return np.exp(np.array(terms)).sum(axis=0)
+        return bdtr(self.k - 1, self.n_experts - 1, above)
 
     def mean(self, f: Callable[[Array], Array]) -> float:
         """Mean of f(t) over experts."""
@@ -84,18 +81,7 @@ class Ranking:
         return _integral(self.density * self.t * slope, self.t) * self.n_experts / self.k
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ratios:
-    """Mean squares of a mixture over the dense block's."""
-
-    output: float
-    keys: float
-    values: float
-    input: float
-
-
 def ranking(config: TopKMixtureConfig) -> Ranking:
-    """The ranking of a config's experts."""
     return Ranking(
         n_experts=config.n_experts, k=config.k, d_model=config.d_model, equal_norm=config.selector_init == "equal-norm"
     )
@@ -103,9 +89,8 @@ def ranking(config: TopKMixtureConfig) -> Ranking:
 
 def variance_factors(config: TopKMixtureConfig) -> tuple[float, float]:
     """Variance of the keys, and of the values, over the dense block's."""
-    return {"shared": (1.0, 1.0), "standard": (1.0, float(config.n_experts)), "switch": (0.1, 0.1 * config.n_experts)}[
-        config.init
-    ]
+    n = config.n_experts
+    return {"shared": (1.0, 1.0), "standard": (1.0, float(n)), "switch": (0.1, 0.1 * n)}[config.init]
 
 
 def logit_std(config: TopKMixtureConfig) -> float:
@@ -127,7 +112,7 @@ def gate_square(config: TopKMixtureConfig, gate: GateName = "sigmoid") -> float:
     return square / (config.k * law.mean_of_selected(lambda t: np.exp(a * t))) ** 2
 
 
-def ratios(config: TopKMixtureConfig) -> Ratios:
+def ratios(config: TopKMixtureConfig) -> BlockScale:
     """Output variance and squared gradients of sigma-MoE over the dense block's, for gradients g of y independent of x.
 
     K of N_E experts, each weighted by s: `(K / N_E) E[s^2]`, times what the initialisation changes. The gradient of x has a
@@ -139,7 +124,7 @@ def ratios(config: TopKMixtureConfig) -> Ratios:
     square = gate_square(config)
     slope = law.mean_of_selected(lambda t: (_sigmoid(a * t) * (1 - _sigmoid(a * t))) ** 2)
     through_gate = 2 * keys / config.n_layers * slope
-    return Ratios(
+    return BlockScale(
         output=share * square * keys * values,
         keys=share * square * values,
         values=share * square * keys,
@@ -173,7 +158,7 @@ def load_variation(config: TopKMixtureConfig, n_tokens: int) -> float:
 
 
 def load_norm_correlation(config: TopKMixtureConfig, n_tokens: int) -> float | None:
-    """Correlation of load and row norm for isotropic x; None where all norms are equal."""
+    """Of load and row norm, for isotropic x; None where all norms are equal."""
     law = ranking(config)
     if law.equal_norm:
         return None
@@ -201,7 +186,6 @@ def load_variation_on(x_TD: Array, config: TopKMixtureConfig, n_tokens: int) -> 
 
     Args:
         x_TD: a sample of the tokens, at least two.
-        config: the mixture.
         n_tokens: tokens whose load is counted, for what is left to chance.
     """
     law = ranking(config)
@@ -227,8 +211,7 @@ def _joint_excess(share: float) -> tuple[Array, Array]:
 
 def largest_of_normals(n: int) -> float:
     """Expected largest of n standard normal numbers."""
-    law = Ranking(n_experts=n, k=1, d_model=2, equal_norm=False)
-    return law.mean_of_selected(lambda t: t)
+    return Ranking(n_experts=n, k=1, d_model=2, equal_norm=False).mean_of_selected(lambda t: t)
 
 
 def largest_over_mean(variation: float, n_experts: int) -> float:
@@ -238,8 +221,7 @@ def largest_over_mean(variation: float, n_experts: int) -> float:
 
 def _upper_quantile(share: float) -> float:
     law = Ranking(n_experts=2, k=1, d_model=2, equal_norm=False)
-    step = law.t[1] - law.t[0]
-    below = np.cumsum(law.density) * step
+    below = np.cumsum(law.density) * (law.t[1] - law.t[0])
     return float(np.interp(1 - share, below, law.t))
 
 

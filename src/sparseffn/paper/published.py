@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
-from types import MappingProxyType
 from typing import Any
 
 # Value by (published label of the row, column); what the paper did not evaluate is absent.
@@ -21,8 +20,7 @@ SCALED_COLUMNS = ("C4-S", "C4-B", "peS2o-S", "peS2o-B")
 @functools.cache
 def facts() -> Mapping[str, Any]:
     """The whole file."""
-    text = resources.files("sparseffn.paper").joinpath("published.toml").read_text(encoding="utf-8")
-    return MappingProxyType(tomllib.loads(text))
+    return tomllib.loads(resources.files("sparseffn.paper").joinpath("published.toml").read_text(encoding="utf-8"))
 
 
 def vocabulary(column: str) -> int:
@@ -33,17 +31,15 @@ def vocabulary(column: str) -> int:
 @functools.cache
 def published_values(table: str) -> Values:
     """Published values of tables 1 to 7 and 10."""
-    found = _READERS[table]()
-    return MappingProxyType({key: value for key, value in found.items() if not math.isnan(value)})
+    return {key: value for key, value in _every_cell(table).items() if not math.isnan(value)}
 
 
 def rows_of(table: str) -> tuple[str, ...]:
     """Published labels of a table's rows, in order."""
-    return tuple(dict.fromkeys(row for row, _ in _READERS[table]()))
+    return tuple(dict.fromkeys(row for row, _ in _every_cell(table)))
 
 
-def dense_values() -> dict[tuple[str, str], float]:
-    """The dense models' values."""
+def dense_values() -> Values:
     dense = facts()["dense"]
     return {("dense", column): value for column, value in zip(dense["columns"], dense["values"], strict=True)}
 
@@ -53,59 +49,34 @@ def topk_label(k: int) -> str:
     return f"Top-K, K={k}" if k else "dense"
 
 
-def pkm_label(variant: str, matched_on: str, activation: str) -> str:
-    """How rows of table 6 are named here."""
-    return "dense" if variant == "dense" else f"{variant}, {matched_on}, {activation}"
+def _every_cell(table: str) -> Values:
+    """Values by row and column, NaN where the paper has none; parts of other tables are put together from them."""
+    match table:
+        case "table1":
+            rows = sorted(facts()["table1"]["rows"], key=lambda row: row[3])
+            return {(topk_label(k), dataset): value for dataset, _, _, k, value in rows}
+        case "table2":
+            # The parameter-matched part of table 6, without "+ init".
+            return {
+                key: value for key, value in _every_cell("table6").items() if key[0].startswith(("dense", "pkm, parameters"))
+            }
+        case "table3":
+            return {(model, dataset): value for dataset, model, _, _, value in facts()["table3"]["rows"]}
+        case "table4":
+            whole = _every_cell("table10")
+            wanted = ("dense", *facts()["table4"]["rows_of_table10"])
+            return {(label, column): whole[label, column] for label in wanted for column in MAIN_COLUMNS}
+        case "table6":
+            return _by_columns("table6", lambda row: "dense" if row[0] == "dense" else ", ".join(row[:3]))
+        case "table10":
+            # With the dense models in front, which the paper gives elsewhere.
+            dense = {key: value for key, value in dense_values().items() if key[1] in MAIN_COLUMNS}
+            return dense | _by_columns("table10", lambda row: row[0])
+        case _:
+            return _by_columns(table, lambda row: row[0])
 
 
-def _table1() -> dict[tuple[str, str], float]:
-    rows = sorted(facts()["table1"]["rows"], key=lambda row: row[3])
-    return {(topk_label(k), dataset): value for dataset, _, _, k, value in rows}
-
-
-def _table6() -> dict[tuple[str, str], float]:
-    table = facts()["table6"]
-    columns = table["columns"][3:]
-    return {
-        (pkm_label(*row[:3]), column): value for row in table["rows"] for column, value in zip(columns, row[3:], strict=True)
-    }
-
-
-def _table2() -> dict[tuple[str, str], float]:
-    """The parameter-matched part of table 6, without "+ init"."""
-    return {key: value for key, value in _table6().items() if key[0] == "dense" or key[0].startswith("pkm, parameters")}
-
-
-def _table3() -> dict[tuple[str, str], float]:
-    return {(model, dataset): value for dataset, model, _, _, value in facts()["table3"]["rows"]}
-
-
-def _with_sizes(table: str) -> dict[tuple[str, str], float]:
-    """A table whose rows begin with label, G and K."""
-    data = facts()[table]
-    columns = data["columns"][3:]
-    return {(row[0], column): value for row in data["rows"] for column, value in zip(columns, row[3:], strict=True)}
-
-
-def _table10() -> dict[tuple[str, str], float]:
-    """With the dense models in front, which the paper gives elsewhere."""
-    dense = {key: value for key, value in dense_values().items() if key[1] in MAIN_COLUMNS}
-    return dense | _with_sizes("table10")
-
-
-def _table4() -> dict[tuple[str, str], float]:
-    wanted = ["dense", *facts()["table4"]["rows_of_table10"]]
-    whole = _table10()
-    return {(label, column): whole[label, column] for label in wanted for column in MAIN_COLUMNS}
-
-
-_READERS = {
-    "table1": _table1,
-    "table2": _table2,
-    "table3": _table3,
-    "table4": _table4,
-    "table5": lambda: _with_sizes("table5"),
-    "table6": _table6,
-    "table7": lambda: _with_sizes("table7"),
-    "table10": _table10,
-}
+def _by_columns(table: str, label: Callable[[list[Any]], str]) -> dict[tuple[str, str], float]:
+    """A table with a value a column; three entries that name the row stand before them."""
+    columns, rows = facts()[table]["columns"][3:], facts()[table]["rows"]
+    return {(label(row), column): value for row in rows for column, value in zip(columns, row[3:], strict=True)}

@@ -7,20 +7,22 @@ that lacks runs names them.
 
 from __future__ import annotations
 
+import functools
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import torch
 
 from sparseffn.bench.machine import measured_on
 from sparseffn.comparison.job import NoProgress, Progress
-from sparseffn.data import Corpus, load_corpus
+from sparseffn.data import load_corpus
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.paper.study_outcome import variant_result
-from sparseffn.paper.study_runs import CPU, Deadline, StudyScale, Training, shortened, variants
+from sparseffn.paper.study_runs import CPU, StudyScale, Training, shortened, variants
 from sparseffn.paper.study_start import Point, measure_point
 from sparseffn.results import study_result as results
 from sparseffn.storage import read, write_json
@@ -60,14 +62,14 @@ def study(settings: StudySettings, out: Path | str, *, progress: Progress | None
     Raises:
         UserError: the folder is of another scale or corpus, or the budget does not suffice for one measurement.
     """
-    job = _Study.open(settings, Path(out), progress or NoProgress())
+    job = _Study(settings, Path(out), progress or NoProgress())
     failures: dict[tuple[str, int], str] = {}
     try:
         if settings.study == "init":
             job.start()
         job.train(failures)
     except _BudgetUsedError:
-        if not job.deadline.finished:
+        if not job.n_finished:
             raise UserError(
                 f"`budget` must suffice for one measurement or a twelfth of a training; got {settings.budget_s:g}s, in which "
                 "none was finished; fix: --budget 1m or more, or leave it out"
@@ -79,39 +81,32 @@ def study(settings: StudySettings, out: Path | str, *, progress: Progress | None
 
 
 class _Point(msgspec.Struct, frozen=True):
-    """A file of measurements at initialisation."""
+    """`OUT/start/SIZE.json`."""
 
     rows: list[results.StartRow]
 
 
-@dataclass(frozen=True)
 class _Study:
-    """An open study."""
+    """An open study: its folder is claimed for the scale and the corpus; studies and numbers of seeds share it."""
 
-    settings: StudySettings
-    out: Path
-    corpus: Corpus
-    progress: Progress
-    device: torch.device
-    deadline: Deadline
-
-    @classmethod
-    def open(cls, settings: StudySettings, out: Path, progress: Progress) -> _Study:
-        """Claim the folder for the scale and the corpus; studies and numbers of seeds share it."""
-        deadline, device = Deadline(settings.budget_s), find_device(settings.device)
+    def __init__(self, settings: StudySettings, out: Path, progress: Progress) -> None:
+        self.settings, self.out, self.progress = settings, out, progress
+        self.end = time.perf_counter() + (math.inf if settings.budget_s is None else settings.budget_s)
+        self.n_finished = 0
+        self.device = find_device(settings.device)
         corpus = load_corpus(settings.corpus, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
         RunFolder(out).open({"scale": settings.scale.to_json(), "corpus": corpus.name, "digest": corpus.digest})
-        return cls(settings, out, corpus, progress, device, deadline)
+        self.corpus = corpus
 
     def check_time(self, report: StepReport | None = None) -> None:
         """Stop when the budget is used up; a call without a report marks something as finished."""
         if report is None:
-            self.deadline.finished += 1
-        if self.deadline.passed:
+            self.n_finished += 1
+        if time.perf_counter() >= self.end:
             raise _BudgetUsedError
 
     def start(self) -> None:
-        """Every size at initialisation that is not there."""
+        """Measure every size at initialisation that is not there."""
         scale = self.settings.scale
         for point in scale.grid.points:
             path = self._point_path(point)
@@ -126,22 +121,18 @@ class _Study:
         runs = self._trainings()
         for position, (name, run) in enumerate(runs):
             if run.outcome() is None:
+                show = self.progress.run(name, run.seed, position, len(runs))
                 try:
-                    run.run(self.device, self._on_progress(name, run.seed, position, len(runs)))
+                    run.run(self.device, functools.partial(self._on_progress, show))
                 except NonFiniteLossError as error:
                     # A variant that diverges must not cost the others' results.
                     failures[name, run.seed] = str(error)
                 self.check_time()
 
-    def _on_progress(self, name: str, seed: int, position: int, n_runs: int) -> Callable[[StepReport | None], None]:
-        show = self.progress.run(name, seed, position, n_runs)
-
-        def on_progress(report: StepReport | None) -> None:
-            if report is not None:
-                show(report)
-            self.check_time(report)
-
-        return on_progress
+    def _on_progress(self, show: Callable[[StepReport], None], report: StepReport | None) -> None:
+        if report is not None:
+            show(report)
+        self.check_time(report)
 
     def _trainings(self) -> list[tuple[str, Training]]:
         short = shortened(self.corpus, self.settings.scale.eval_tokens)

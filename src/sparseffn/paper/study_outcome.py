@@ -21,25 +21,12 @@ _OF_A_PROBE = tuple(name for name in SelectorProbe.__struct_fields__ if name != 
 def variant_result(
     name: str, choice: MethodChoice, preset: Preset, runs: Sequence[StudyRun], *, first: Variant | None
 ) -> Variant:
-    """A variant with its finished runs.
-
-    Args:
-        name: of the variant.
-        choice: its method.
-        preset: sizes.
-        runs: those that are finished.
-        first: the study's first variant; None where this is it.
-    """
-    return compared(name, choice.label, predicted(choice, preset), runs, first)
-
-
-def compared(name: str, method: str, prediction: Prediction, runs: Sequence[StudyRun], first: Variant | None) -> Variant:
-    """Means over runs, and their differences from the first variant."""
+    """A variant's finished runs, their means, and what sets them off from the study's first variant, None where this is it."""
     against = {} if first is None else differences(runs, first.runs)
     return Variant(
         name=name,
-        method=method,
-        predicted=prediction,
+        method=choice.label,
+        predicted=_predicted(choice, preset),
         runs=list(runs),
         valid=mean_std([run.valid for run in runs]),
         test=mean_std([run.test for run in runs]),
@@ -50,7 +37,7 @@ def compared(name: str, method: str, prediction: Prediction, runs: Sequence[Stud
     )
 
 
-def predicted(choice: MethodChoice, preset: Preset) -> Prediction:
+def _predicted(choice: MethodChoice, preset: Preset) -> Prediction:
     """What the framework says of a variant's gates before the first step; see `predictions`."""
     config = block_config(choice, preset)
     assert isinstance(config, TopKMixtureConfig) and config.gate is not None, "studies train mixtures"

@@ -6,7 +6,6 @@ A run is a `train` run like any other; at each of its checkpoints a probe is tak
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +97,7 @@ CPU = StudyScale(
 
 
 def variants(study: str) -> dict[str, MethodChoice]:
-    """A study's variants by name.
+    """By name.
 
     Raises:
         UserError: there is no such study.
@@ -140,12 +139,10 @@ class Training:
 
     @property
     def folder(self) -> RunFolder:
-        """Where it lives."""
         return RunFolder(run_path(self.out, self.choice.label, self.seed))
 
     @property
     def probes_path(self) -> Path:
-        """What was seen of it, by step."""
         return self.folder.path / "probes.json"
 
     def outcome(self) -> StudyRun | None:
@@ -155,16 +152,13 @@ class Training:
         result, probes = TrainResult.read(self.folder.result_path), self._probes()
         if str(self.scale.preset.steps) not in probes:
             return None
-        rows = [msgspec.structs.replace(probe, step=int(step)) for step, probe in probes.items()]
-        rows.sort(key=lambda probe: probe.step)
+        rows = [msgspec.structs.replace(probes[step], step=int(step)) for step in sorted(probes, key=int)]
         return StudyRun(seed=self.seed, valid=result.valid, test=result.test, probes=rows)
 
     def run(self, device: torch.device, on_progress: Callable[[StepReport | None], None]) -> None:
         """Train, or go on, and take the probes that are missing.
 
-        Args:
-            device: to train on.
-            on_progress: called with every step, and with None after the probe of a checkpoint; what it raises ends the call.
+        `on_progress` is called with every step, and with None after the probe of a checkpoint; what it raises ends the call.
         """
         config = from_preset(self.scale.preset, seed=self.seed)
 
@@ -205,19 +199,3 @@ class Training:
             seen = probe(model.to(device), tokens, batch=preset.eval_batch, context=preset.context)
         rounded = {name: float(f"{value:.5g}") for name, value in msgspec.structs.asdict(seen).items() if name != "step"}
         return msgspec.convert(rounded, SelectorProbe)
-
-
-@dataclass
-class Deadline:
-    """A budget in seconds, counted from now; whether anything was finished within it."""
-
-    seconds: float | None
-    finished: int = 0
-
-    def __post_init__(self) -> None:
-        self.start = time.perf_counter()
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is over."""
-        return self.seconds is not None and time.perf_counter() - self.start >= self.seconds

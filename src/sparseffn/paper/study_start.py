@@ -6,6 +6,7 @@ One point at a time changes one size of a base point. Schemes: three initialisat
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXLConfig
 from sparseffn.paper.initialisation import (
-    BlockScale,
     Inputs,
     Load,
     Start,
@@ -64,7 +64,6 @@ class Grid:
 
     @property
     def points(self) -> list[Point]:
-        """Every size, each once."""
         base = Point(*self.base)
         varied = [dataclasses.replace(base, **{name: value}) for name in AXES for value in getattr(self, name)]
         return list(dict.fromkeys(varied))
@@ -72,8 +71,6 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One size."""
-
     n_layers: int
     n_experts: int
     expert_size: int
@@ -81,7 +78,6 @@ class Point:
 
     @property
     def name(self) -> str:
-        """What files call it."""
         return f"L{self.n_layers}-E{self.n_experts}-G{self.expert_size}-K{self.k}"
 
 
@@ -91,11 +87,12 @@ AXES = ("n_layers", "n_experts", "expert_size", "k")
 def measure_point(point: Point, grid: Grid, corpus: Corpus, seeds: Sequence[int], device: torch.device) -> list[StartRow]:
     """Every scheme on both inputs at one size: median, least and greatest over seeds, beside the prediction."""
     rows = []
+    dense_config = DenseConfig(d_model=grid.d_model, d_ff=point.n_experts * point.expert_size, n_layers=point.n_layers)
     for source in INPUTS:
         found: dict[tuple[str, str], list[tuple[Start, dict[str, float | None]]]] = {}
         for seed in seeds:
             inputs = _inputs(source, point, grid, corpus, seed).to(device)
-            dense = _dense(point, grid, inputs, seed)
+            dense = measure_block(dense_config, inputs, seed=seed)
             for config in schemes(point, grid.d_model):
                 start = measure_start(config, dense, inputs, seed=seed)
                 found.setdefault((config.init, config.selector_init), []).append((start, _predicted(config, inputs, source)))
@@ -118,17 +115,8 @@ def measure_point(point: Point, grid: Grid, corpus: Corpus, seeds: Sequence[int]
 
 def schemes(point: Point, d_model: int) -> Iterator[SigmaMoEConfig]:
     """The six ways to begin."""
-    for init in INITS:
-        for selector in SELECTORS:
-            yield SigmaMoEConfig(
-                d_model=d_model,
-                n_layers=point.n_layers,
-                n_experts=point.n_experts,
-                expert_size=point.expert_size,
-                k=point.k,
-                init=init,
-                selector_init=selector,
-            )
+    for init, selector in itertools.product(INITS, SELECTORS):
+        yield SigmaMoEConfig(d_model=d_model, **dataclasses.asdict(point), init=init, selector_init=selector)
 
 
 def _inputs(source: str, point: Point, grid: Grid, corpus: Corpus, seed: int) -> Inputs:
@@ -148,21 +136,14 @@ def _inputs(source: str, point: Point, grid: Grid, corpus: Corpus, seed: int) ->
     return text_inputs(model, tokens, targets, n_gradients=min(grid.n_gradients, tokens.numel()), seed=seed)
 
 
-def _dense(point: Point, grid: Grid, inputs: Inputs, seed: int) -> BlockScale:
-    width = point.n_experts * point.expert_size
-    return measure_block(DenseConfig(d_model=grid.d_model, d_ff=width, n_layers=point.n_layers), inputs, seed=seed)
-
-
 def _predicted(config: SigmaMoEConfig, inputs: Inputs, source: str) -> dict[str, float | None]:
     n_tokens = inputs.x_TD.shape[0]
-    if source == "gaussian":
-        variation, correlation = load_variation(config, n_tokens), load_norm_correlation(config, n_tokens)
-    else:
-        step = max(1, n_tokens // _PAIRED)
+    variation, correlation = load_variation(config, n_tokens), load_norm_correlation(config, n_tokens)
+    if source == "text":
+        isotropic, step = variation, max(1, n_tokens // _PAIRED)
         variation = load_variation_on(inputs.x_TD[::step].double().cpu().numpy(), config, n_tokens)
         # The norms' part of a variation that the text makes for the most part.
-        correlation = load_norm_correlation(config, n_tokens)
-        correlation = None if correlation is None else correlation * min(1.0, load_variation(config, n_tokens) / variation)
+        correlation = None if correlation is None else correlation * min(1.0, isotropic / variation)
     return {
         **dataclasses.asdict(ratios(config)),
         "gate_square": gate_square(config),
