@@ -150,11 +150,8 @@ class SeedNoise(msgspec.Struct, frozen=True, kw_only=True):
 def seed_noise(losses: Mapping[Any, Mapping[int, float]]) -> SeedNoise | None:
     """Pool the scatter of seeds over methods: what remains of each loss after an effect of its method and one of its seed.
 
-    Args:
-        losses: method to seed to the mean loss of that run; methods may have seeds of their own number.
-
-    Returns:
-        None where nothing remains to estimate it from, as with one seed or one method.
+    `losses` maps method to seed to the mean loss of that run; methods may have seeds of their own number. None where nothing
+    remains to estimate it from, as with one seed or one method.
     """
     runs = [(method, seed, loss) for method, by_seed in losses.items() for seed, loss in by_seed.items()]
     methods = list(losses)

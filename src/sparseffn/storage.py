@@ -39,12 +39,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 @contextlib.contextmanager
 def writing(path: Path, *, fix: str = "") -> Iterator[None]:
-    """Turn a failure of the file system while `path` is written into a `UserError`.
-
-    Args:
-        path: the file or folder.
-        fix: a further remedy ("choose another --out").
-    """
+    """Turn a failure of the file system while `path` is written into a `UserError`; `fix` is a further remedy."""
     try:
         yield
     except OSError as error:
@@ -86,15 +81,11 @@ _UNFINISHED = ".writing-"
 def write_folder(path: Path, *, replace: bool = False, fix: str = "") -> Iterator[Path]:
     """A new folder to fill, which takes its place at `path`, whole and on the disk, at the end of the block.
 
-    An exception removes it; what a killed process left is removed by `remove_unfinished`.
-
-    Args:
-        path: the folder's place.
-        replace: whether a folder that is there gives way; otherwise it stays and the new one is dropped.
-        fix: a further remedy where the file system refuses.
+    An exception removes it; what a killed process left is removed by `remove_unfinished`. Without `replace` a folder that is
+    there stays, and the new one is dropped.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system refuses; `fix` is a further remedy.
     """
     partial = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
     with writing(path, fix=fix):
@@ -136,15 +127,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = True, fix: str = "") -> Iterator[bool]:
-    """Hold a lock file against other processes; the file stays.
-
-    Args:
-        path: the lock file; its folder is made where there is none.
-        wait: whether to wait for another holder.
-        fix: a further remedy where the file system refuses.
+    """Hold a lock file, which stays, against other processes; its folder is made where there is none.
 
     Yields:
         Whether it is held: False only without `wait`, while another process holds it.
+
+    Raises:
+        UserError: the file system refuses; `fix` is a further remedy.
     """
     with writing(path, fix=fix):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,28 +302,19 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def version() -> str:
-    """Of the package."""
-    return __version__
-
-
 CPU_INFO = Path("/proc/cpuinfo")
 SOURCES = (".py", ".cpp", ".h")
 """Files of the package that a run's numbers follow from."""
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a result depends on beside its config.
-
-    Args:
-        device: where tensors are ("cpu", "cuda:0").
-    """
+    """What a result depends on beside its config; `device` is where tensors are ("cpu", "cuda:0")."""
     # Here, so that reading a result does not wait for PyTorch.
     import numpy as np
     import torch
 
     found = {
-        "sparseffn": version(),
+        "sparseffn": __version__,
         "sources": sources_digest(Path(__file__).parent),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -23,10 +23,7 @@ def over_training(
 ) -> RoutingOverTraining:
     """Load and entropy by step and layer, and the stability of each step against the one before.
 
-    Args:
-        snapshots: for each step int16 `[n_tokens, K]` a layer, -1 where nothing was selected; all of the same tokens.
-        n_experts: experts of a layer.
-        source: where the snapshots are from.
+    The snapshots hold for each step int16 `[n_tokens, K]` a layer, -1 where nothing was selected; all of the same tokens.
     """
     steps = sorted(snapshots)
     n_tokens, k = snapshots[steps[0]][0].shape

@@ -43,16 +43,8 @@ class RunCounts:
     def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
         """Count what a model does on a text; returns its loss in nats a token."""
         with nullcontext() if self.channels is None else self.channels.counting(model):
-            return evaluate(
-                model,
-                tokens,
-                batch=config.eval_batch,
-                context=config.context,
-                memory=config.eval_memory,
-                precision=config.precision,
-                on_progress=on_progress,
-                observe=self._observe,
-            ).nats_per_token
+            found = evaluate(model, tokens, on_progress=on_progress, observe=self._observe, **config.evaluation)
+        return found.nats_per_token
 
     def _observe(self, stats: CollectedStats, window: EvalWindow) -> None:
         """Add a window that `evaluate` has read, layer by layer also where layers share a block."""

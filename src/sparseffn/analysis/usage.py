@@ -62,7 +62,6 @@ class Moments:
         self.square_sum = self.square_sum + numbers.square().sum()
 
     def mean_and_std(self) -> tuple[float, float]:
-        """Over the tokens."""
         n = max(int(self.n), 1)
         mean = float(self.sum) / n
         return mean, max(0.0, float(self.square_sum) / n - mean**2) ** 0.5
@@ -79,7 +78,6 @@ class LayerUsage:
         self.together: Tensor | None = None
 
     def add(self, stats: RoutingStats) -> None:
-        """Add one call's statistics."""
         self.counts += stats.counts
         self.weights += stats.weights.double()
         # A padded token has no active unit and does not count.

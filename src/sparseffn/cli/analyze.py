@@ -23,8 +23,6 @@ from sparseffn.results.analysis_result import AnalysisResult
 from sparseffn.storage import write_json
 from sparseffn.training import load_run_corpus
 
-SPLITS: dict[str, tuple[Split, ...]] = {"valid": ("valid",), "test": ("test",), "both": ("valid", "test")}
-
 # Seconds between lines of progress.
 _LOG_EVERY = 15.0
 
@@ -35,7 +33,8 @@ def analyze(settings: Analyze) -> int:
     out = Path(settings.run) / "analysis" if settings.out is None else Path(settings.out)
     finished_run(settings.run)
     check_out(out)
-    analysis = analyzed(settings.run, settings, SPLITS[settings.split], settings.max_tokens, device)
+    splits: Sequence[Split] = ("valid", "test") if settings.split == "both" else (settings.split,)
+    analysis = analyzed(settings.run, settings, splits, settings.max_tokens, device)
     written = [out / "analysis.json"]
     write_json(written[0], analysis)
     if can_draw():
@@ -47,15 +46,7 @@ def analyze(settings: Analyze) -> int:
 def analyzed(
     folder: str, places: Places, splits: Sequence[Split], max_tokens: int | None, device: torch.device
 ) -> AnalysisResult:
-    """The analysis of a run; reports its progress.
-
-    Args:
-        folder: the run folder.
-        places: where its corpus may be.
-        splits: what to read.
-        max_tokens: of each split; None for all.
-        device: where the model runs.
-    """
+    """The analysis of a run folder; reports its progress. `places` say where its corpus may be."""
     corpus = load_run_corpus(finished_run(folder).path, data_dir=places.data_dir, cache_dir=places.cache_dir)
     logged = [time.monotonic()]
 

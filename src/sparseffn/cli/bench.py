@@ -185,16 +185,10 @@ def figures(settings: BenchFigures) -> int:
 
 
 def measure_figures(numbers: Sequence[int], settings: LayerSettings, path: Path, time_limit: str) -> FiguresResult:
-    """What the file of the figures holds, once what it lacks and what fits is measured; reports its progress.
-
-    Args:
-        numbers: of the paper's figures.
-        settings: how layers are timed.
-        path: the file.
-        time_limit: as typed, `20m`; see `parse_duration`.
+    """What the file of these figures of the paper holds, once what it lacks and what fits is measured; reports its progress.
 
     Raises:
-        UserError: a backend is not there, or the time limit is none.
+        UserError: a backend is not there, or the time limit, as typed (`20m`), is none.
     """
     check_backends(settings.backends, find_device(settings.device), DTYPES[settings.dtype])
     limit_s = parse_duration(time_limit, "time-limit")
@@ -221,13 +215,7 @@ def gpu(settings: BenchGpu) -> int:
     """Run the parts that are not done; 1 where one did not end well."""
     out = Path(settings.out)
     check_out(settings.out)
-    parts = run_gpu(
-        out,
-        parts=settings.parts,
-        device=settings.device,
-        work=Path(settings.work),
-        rehearse=settings.rehearse,
-        progress=log,
-    )
+    chosen = {name: getattr(settings, name) for name in ("parts", "device", "rehearse")}
+    parts = run_gpu(out, work=Path(settings.work), progress=log, **chosen)
     show(parts, settings, [parts_table(parts)], files=[write_gpu_page(out)])
     return 0 if all(map(went_well, parts)) else 1

@@ -49,9 +49,8 @@ def methods(settings: Methods) -> int:
             print(f"| `{r['method']}` | {r['summary']} | {r['unit']} | {', '.join(r['size_fields'])} | {r['paper']} |")
     else:
         columns = ("method", "what it computes", "selects", "matched by", "source")
-        print_rows(
-            columns, [(r["method"], r["summary"], r["unit"], ", ".join(r["size_fields"]), r["paper"]) for r in rows], n_words=5
-        )
+        shown = [(r["method"], r["summary"], r["unit"], ", ".join(r["size_fields"]), r["paper"]) for r in rows]
+        print_rows(columns, shown, n_words=5)
     return 0
 
 
@@ -109,9 +108,11 @@ def match(settings: Matched) -> int:
         "model_residual_percent": found.residual_percent if found.other_params else None,
         "equal": found.equal,
     }
+    # 1 where the sizes are not within the tolerance.
+    code = 0 if found.equal else 1
     if settings.json:
         print_json(data)
-        return _code(found)
+        return code
     rows = [("block", found.block_params, found.target_params, found.block_residual, found.block_residual_percent)]
     if found.other_params:
         rows.append(("whole model", found.model_params, found.model_target, found.residual, found.residual_percent))
@@ -126,12 +127,7 @@ def match(settings: Matched) -> int:
     )
     if not found.equal:
         print(f"not within {found.tolerance:.1%}: a comparison would refuse to call this parameter-equal")
-    return _code(found)
-
-
-def _code(found: Match) -> int:
-    """The exit code: 1 where the sizes are not within the tolerance."""
-    return 0 if found.equal else 1
+    return code
 
 
 def _match(settings: Matched) -> Match:

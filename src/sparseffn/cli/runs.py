@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparseffn.cli.output import Progress, can_draw, parse_duration, print_json,
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
+from sparseffn.comparison.experiment import OVERRIDES
 from sparseffn.data import Tokenizer, load_corpus, to_metric
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
@@ -26,8 +27,12 @@ from sparseffn.training import RunSettings, from_preset, load_run_corpus, load_r
 
 def overrides(settings: Trained) -> dict[str, Any]:
     """Sizes and rates that stand in place of the preset's."""
-    values = {key: getattr(settings, key) for key in ("lr", "batch", "context", "warmup", "clip")}
-    return {key: value for key, value in values.items() if value is not None}
+    return _given(settings, OVERRIDES)
+
+
+def _given(settings: object, names: Iterable[str]) -> dict[str, Any]:
+    values = {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def one_method(words: tuple[str, ...], flag: str) -> MethodChoice:
@@ -47,10 +52,8 @@ def train_run(settings: Train) -> int:
     device = use_machine(settings)
     choice = one_method(settings.method, "--method")
     preset = dataclasses.replace(get_preset(settings.preset), **overrides(settings))
-    given = {"eval_every": settings.eval_every, "checkpoint_every": settings.checkpoint_every}
-    given = {key: value for key, value in given.items() if value is not None}
-    same = {key: getattr(settings, key) for key in ("optimizer", "weight_decay", "accumulation", "precision")}
-    config = from_preset(preset, steps=settings.steps, seed=settings.seed, **same, **given)
+    names = ("optimizer", "weight_decay", "accumulation", "precision", "eval_every", "checkpoint_every")
+    config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
     corpus = load_corpus(settings.corpus, **settings.corpus_options())
     matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
     with Progress(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit))) as progress:
@@ -66,9 +69,8 @@ def train_run(settings: Train) -> int:
         )
     losses = {split: to_metric(nats, corpus.unit) for split, nats in (("valid", result.valid), ("test", result.test))}
     if settings.json:
-        print_json(
-            {**dataclasses.asdict(result), "metric": losses["test"][0], **{f"{k}_metric": v[1] for k, v in losses.items()}}
-        )
+        metrics = {f"{split}_metric": value for split, (_, value) in losses.items()}
+        print_json({**dataclasses.asdict(result), "metric": losses["test"][0], **metrics})
     else:
         print_rows(("split", losses["test"][0]), [(split, f"{value:.4f}") for split, (_, value) in losses.items()])
     return 0
@@ -123,23 +125,17 @@ def evaluate_run(settings: Eval) -> int:
     model, folder = load_run_model(settings.run, device=use_machine(settings))
     run = RunSettings.read(folder)
     corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
-    memory = run.train.eval_memory if settings.memory is None else settings.memory
-    batch = run.train.eval_batch if settings.eval_batch is None else settings.eval_batch
-    outcome = evaluate(
-        model,
-        corpus.tokens(settings.split),
-        batch=batch,
-        context=run.train.context,
-        memory=memory,
-        precision=run.train.precision,
-    )
+    chosen = run.train.evaluation
+    chosen |= {"memory": settings.memory} if settings.memory is not None else {}
+    chosen |= {"batch": settings.eval_batch} if settings.eval_batch is not None else {}
+    outcome = evaluate(model, corpus.tokens(settings.split), **chosen)
     metric, value = to_metric(outcome.nats_per_token, corpus.unit)
     bits = outcome.nats_per_token * outcome.n_predictions / corpus.n_bytes(settings.split) / math.log(2)
     data = {
         "split": settings.split,
         "predictions": outcome.n_predictions,
-        "memory": memory,
-        "eval_batch": batch,
+        "memory": chosen["memory"],
+        "eval_batch": chosen["batch"],
         "nats_per_token": outcome.nats_per_token,
         "metric": metric,
         "value": value,
@@ -152,7 +148,7 @@ def evaluate_run(settings: Eval) -> int:
         return 0
     print_rows(
         ("split", "predictions", "memory", metric, "bits per byte of text"),
-        [(settings.split, f"{outcome.n_predictions:,}", str(memory), f"{value:.4f}", f"{bits:.4f}")],
+        [(settings.split, f"{outcome.n_predictions:,}", str(chosen["memory"]), f"{value:.4f}", f"{bits:.4f}")],
     )
     print(f"\ncorpus {corpus.name}, digest {corpus.digest}")
     if run.evaluated is not None:

@@ -84,29 +84,12 @@ class Comparison:
         for seed in settings.seeds:
             # Whatever a budget allows later, settings out of range are refused now.
             from_preset(preset, steps=settings.steps, seed=seed, precision=settings.precision)
-        corpus = load_corpus(
-            settings.corpus,
-            tokenizer=settings.tokenizer,
-            data_dir=settings.data_dir,
-            cache_dir=settings.cache_dir,
-            vocab_size=settings.vocab_size,
-        )
+        options = {name: getattr(settings, name) for name in ("tokenizer", "vocab_size", "data_dir", "cache_dir")}
+        corpus = load_corpus(settings.corpus, **options)
         candidates = match_methods(settings.methods, preset, corpus.tokenizer.vocab_size)
         opened = cls(settings=settings, out=out, device=device, preset=preset, corpus=corpus, candidates=candidates)
         RunFolder(out).check(opened.identity)
         return opened
-
-    @property
-    def plan_path(self) -> Path:
-        return self.out / "plan.json"
-
-    @property
-    def layers_path(self) -> Path:
-        return self.out / "layers.json"
-
-    @property
-    def result_path(self) -> Path:
-        return self.out / "comparison.json"
 
     def run_folder(self, label: str, seed: int) -> RunFolder:
         return RunFolder(run_path(self.out, label, seed))
@@ -134,7 +117,7 @@ class Comparison:
         """Hyperparameters of a run: those of `train`."""
         return from_preset(self.preset, steps=steps, seed=seed, precision=self.settings.precision)
 
-    def check_labels(self, path: Path, found: Mapping[str, object], prefix: str, *, fix: str) -> None:
+    def check_labels(self, path: Path, found: Mapping[str, object], prefix: str = "", *, fix: str) -> None:
         """Refuse a file that lacks a candidate."""
         for candidate in self.candidates:
             if candidate.label not in found:

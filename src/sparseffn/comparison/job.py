@@ -24,8 +24,7 @@ from sparseffn.training.loop import OnStep
 class Progress(Protocol):
     """Is kept informed of how a comparison goes on."""
 
-    def log(self, text: str) -> None:
-        """One line."""
+    def log(self, text: str) -> None: ...
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
         """A run begins; what this returns is called after each of its steps."""
@@ -36,7 +35,7 @@ class NoProgress:
     """Informs nobody."""
 
     def log(self, text: str) -> None:
-        """Nothing."""
+        pass
 
     def run(self, label: str, seed: int, position: int, n_runs: int) -> OnStep:
         return lambda report: None
@@ -67,7 +66,7 @@ def compare(settings: CompareSettings, out: Path | str, *, progress: Progress | 
         failures = _train(comparison, plan, progress)
         layers = _time_layers(comparison, progress)
         result = summarize(comparison, plan, layers, failures)
-        write_json(comparison.result_path, result)
+        write_json(comparison.out / "comparison.json", result)
     return result
 
 
@@ -96,7 +95,7 @@ def _train(comparison: Comparison, plan: Plan, progress: Progress) -> Mapping[tu
 
 def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
     """Stored or new timings of one layer of each method, and of the dense block."""
-    path = comparison.layers_path
+    path = comparison.out / "layers.json"
     if not path.exists():
         progress.log("timing one layer of each method, in turn")
         blocks = {DENSE: DenseConfig.from_shape(comparison.preset.shape)} | {c.label: c.config for c in comparison.candidates}
@@ -104,5 +103,5 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
         write_json(path, time_layers(blocks, n_tokens=n_tokens, device=comparison.device))
     fix = "remove the file and run the same command again, which times the layers anew"
     times = read(path, LayerTimes, fix=fix)
-    comparison.check_labels(path, times, "", fix=fix)
+    comparison.check_labels(path, times, fix=fix)
     return times

@@ -66,14 +66,7 @@ def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folde
 def summarize(
     comparison: Comparison, plan: Plan, layers: LayerTimes, failures: Mapping[tuple[str, int], str]
 ) -> ComparisonResult:
-    """What is known of a comparison, from the files of its runs.
-
-    Args:
-        comparison: the comparison.
-        plan: times of a step.
-        layers: times of a layer, by label and `DENSE`.
-        failures: why a run, by label and seed, has no result.
-    """
+    """What is known of a comparison, from the files of its runs; `failures` say why a run, by label and seed, has no result."""
     preset, corpus, seeds = comparison.preset, comparison.corpus, comparison.settings.seeds
     config = comparison.train_config(plan.steps, seeds[0])
     missing = [
@@ -82,7 +75,7 @@ def summarize(
         for seed in seeds
         if not comparison.run_folder(candidate.label, seed).result_path.exists()
     ]
-    here = environment(str(comparison.device))
+    here, model = environment(str(comparison.device)), comparison.candidates[0].model
     shared = {key: value for key, value in config.to_json().items() if key != "seed"}
     timed_elsewhere = {} if plan.device == device_name(comparison.device) else {"steps timed on": plan.device}
     return ComparisonResult(
@@ -97,12 +90,7 @@ def summarize(
         steps=plan.steps,
         tokens_per_step=config.tokens_per_step,
         settings={**shared, "dropout": preset.shape.dropout, "n_threads": here["threads"]},
-        model={
-            "d_model": preset.shape.d_model,
-            "n_layers": preset.shape.n_layers,
-            "n_heads": preset.n_heads,
-            "d_head": preset.d_head,
-        },
+        model={name: getattr(model, name) for name in ("d_model", "n_layers", "n_heads", "d_head")},
         environment={**here, **timed_elsewhere},
         curve_tokens=config.eval_tokens,
         equal_time_s=_equal_time(plan),
@@ -117,7 +105,6 @@ def _equal_time(plan: Plan) -> float:
 
 
 def _row(candidate: MatchedMethod, comparison: Comparison, plan: Plan, layers: LayerTimes) -> MethodResult:
-    """Everything about one method."""
     config, preset, unit = candidate.config, comparison.preset, comparison.corpus.unit
     n_tokens, step_s = preset.batch * preset.context, plan.step_s[candidate.label]
     own, dense = (count_block(block, n_tokens=n_tokens) for block in (config, DenseConfig.from_shape(preset.shape)))
@@ -165,14 +152,7 @@ def _finite_metric(nats: float, unit: Unit) -> float | None:
 
 
 def _read_curve(folder: RunFolder, seed: int, step_s: float, unit: Unit) -> Curve:
-    """Validation points and thinned-out training losses, in the corpus's metric.
-
-    Args:
-        folder: the run.
-        seed: of the run.
-        step_s: what a step takes on the time axis.
-        unit: of the corpus.
-    """
+    """Validation points and thinned-out training losses, in the corpus's metric; a step takes `step_s` on the time axis."""
     points, training = [], []
     for record in folder.read_metrics():
         step, time_s = record["step"], record["step"] * step_s
@@ -195,9 +175,8 @@ def _usage(folder: RunFolder) -> UsageCounts | None:
 
 def _spread(losses: Mapping[int, float], unit: Unit) -> MeanStd | None:
     """In the corpus's metric; None where no run is finished, or where a number would be too large."""
-    values = [_finite_metric(nats, unit) for nats in losses.values()]
-    known = [value for value in values if value is not None]
-    return mean_std(known) if len(known) == len(values) else None
+    values = [value for nats in losses.values() if (value := _finite_metric(nats, unit)) is not None]
+    return mean_std(values) if len(values) == len(losses) else None
 
 
 def _too_large(losses: Mapping[str, Mapping[int, float]], unit: Unit) -> list[str]:

@@ -51,16 +51,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_plan(comparison: Comparison, started: float) -> Plan:
-    """The stored plan of a comparison, or a new one.
-
-    Args:
-        comparison: its folder is claimed for it by a new plan.
-        started: when it began, in seconds of `time.perf_counter`.
+    """The stored plan of a comparison that began at `started` (`time.perf_counter`), or a new one, which claims the folder.
 
     Raises:
         UserError: the stored one is damaged, or the budget does not suffice for a few steps.
     """
-    path = comparison.plan_path
+    path = comparison.out / "plan.json"
     if not path.exists():
         plan = make_plan(comparison, started)
         # Only now is the folder claimed: a budget that was refused may be raised with the same --out.

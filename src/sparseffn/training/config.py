@@ -90,11 +90,7 @@ class TrainConfig:
 def from_preset(preset: Preset, *, steps: int | None = None, seed: int = 0, **overrides: Any) -> TrainConfig:
     """The training settings of a preset: what `train`, `compare` and the paper's runs all use.
 
-    Args:
-        preset: sizes and rates.
-        steps: optimiser steps; None for the preset's own. A tenth of them bounds the warm-up.
-        seed: of parameters and dropout.
-        **overrides: fields of `TrainConfig` that differ from what follows from the preset.
+    A tenth of the steps (None: the preset's own) bounds the warm-up; `overrides` are other fields of `TrainConfig`.
 
     Raises:
         UserError: a field is unknown or out of range.

@@ -192,7 +192,6 @@ class _Run:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _take_step(self) -> None:
-        """Give the device one step to do."""
         if not self.unread:
             self.started = time.perf_counter()
         window = self.step % self.streams.n_windows

@@ -40,9 +40,9 @@ class RunSettings:
     model: TransformerXLConfig
     train: TrainConfig
     corpus: str
-    """The corpus's name."""
+    """Its name."""
     digest: str
-    """The corpus's digest."""
+    """The corpus's."""
     evaluated: int | None
     """First tokens of a split that the run's own results are of; None: whole splits."""
 

@@ -53,18 +53,7 @@ class RunFolder:
         return self.path / f"windows-{split}.npy"
 
     def open(self, config: Mapping[str, Any], *, device: str = "cpu") -> bool:
-        """Create the folder for a config, or check that it is this config's.
-
-        Args:
-            config: what identifies what is in the folder.
-            device: where it begins, for its environment.
-
-        Returns:
-            Whether the folder is new.
-
-        Raises:
-            UserError: the folder holds a run of another config or files of something else.
-        """
+        """Create the folder for a config, or `check` that it is this config's; returns whether it is new."""
         self.check(config)
         path = self.path / "config.json"
         # The config comes first: a kill in between must leave a folder that the same command takes up.
@@ -113,7 +102,6 @@ class RunFolder:
             self.append_metrics({"step": step, "device": device})
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add one line."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -76,7 +76,6 @@ def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
 
 
 def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
-    """Write a run's snapshot of a step."""
     tensors = {str(layer): chosen for layer, chosen in enumerate(layers)}
     write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", save(tensors))
 

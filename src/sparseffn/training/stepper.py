@@ -62,15 +62,8 @@ class Stepper:
         self.memories = [None] * self.config.accumulation
 
     def take(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
-        """One optimiser step, left out on the device where the loss or a gradient is not finite.
-
-        Args:
-            inputs: int64 `[batch, context]`, on any device; so are the targets.
-            targets: the next tokens.
-            lr: learning rate.
-
-        Returns:
-            float64 `[4]` on the model's device, for `read_steps`.
+        """One optimiser step on int64 tokens `[batch, context]`, left out on the device where the loss or a gradient is not
+        finite; returns float64 `[4]` on the model's device, for `read_steps`.
 
         Raises:
             UserError: a method has a balancing weight but its loss reaches no parameter.
