@@ -14,7 +14,7 @@ import torch
 from song_text import TEXT
 
 import sparseffn.training.loop as loop
-import sparseffn.training.stepper as step
+import sparseffn.training.stepper as stepping
 from sparseffn.cli import main
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
@@ -80,13 +80,13 @@ def test_non_finite_loss_stops_before_the_step(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message names the step and the last good checkpoint."""
-    honest, calls = step.token_losses, [0]
+    honest, calls = stepping.token_losses, [0]
 
     def poisoned(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         return honest(logits, targets) * (torch.nan if calls[0] > 14 else 1.0)
 
-    monkeypatch.setattr(step, "token_losses", poisoned)
+    monkeypatch.setattr(stepping, "token_losses", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"at step 8, which was not taken.*step-00000005"):
         train(model, config, corpus, tmp_path / "run")
     assert max(r["step"] for r in losses(tmp_path / "run")) == 7
@@ -116,13 +116,13 @@ def test_a_step_that_is_not_finite_changes_no_parameter_before_it_is_read(
 ) -> None:
     """The optimiser leaves it out, moments and count of steps included."""
     net = TransformerXL(model)
-    stepper = step.Stepper(net, config)
+    stepper = stepping.Stepper(net, config)
     window = corpus.training_streams(batch=config.batch, context=config.context).window(0)
-    assert step.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
+    assert stepping.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
     before = [t.clone() for t in (*net.parameters(), *(t for s in stepper.optimizer.state.values() for t in s.values()))]
-    honest = step.token_losses
-    monkeypatch.setattr(step, "token_losses", lambda logits, targets: honest(logits, targets) * torch.inf)
-    assert not step.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
+    honest = stepping.token_losses
+    monkeypatch.setattr(stepping, "token_losses", lambda logits, targets: honest(logits, targets) * torch.inf)
+    assert not stepping.read_steps([stepper.take(*window, lr=0.1)], config)[0].finite
     after = [*net.parameters(), *(t for s in stepper.optimizer.state.values() for t in s.values())]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -150,7 +150,7 @@ def test_an_assertion_of_the_device_is_explained(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU it is what NaN in a router comes to; any other error of the device is left as it is."""
-    honest, calls = step.read_steps, [0]
+    honest, calls = stepping.read_steps, [0]
 
     def assertion(*args: Any) -> Any:
         calls[0] += 1
@@ -165,9 +165,9 @@ def test_an_assertion_of_the_device_is_explained(
 
 def test_scaled_gradients_that_overflow_are_no_failure_until_the_scale_is_1() -> None:
     """What float16 cannot hold at a scale is tried at half of it."""
-    assert step.StepNumbers(2.0, 0.0, float("inf"), 4.0).overflowed
-    assert not step.StepNumbers(2.0, 0.0, float("inf"), 1.0).overflowed
-    assert not step.StepNumbers(float("nan"), 0.0, float("nan"), 4.0).overflowed
+    assert stepping.StepNumbers(2.0, 0.0, float("inf"), 4.0).overflowed
+    assert not stepping.StepNumbers(2.0, 0.0, float("inf"), 1.0).overflowed
+    assert not stepping.StepNumbers(float("nan"), 0.0, float("nan"), 4.0).overflowed
 
 
 def test_learning_rate_warms_up_and_decays_to_zero(config: TrainConfig) -> None:
@@ -204,7 +204,7 @@ def test_bfloat16_and_adamw_run(tmp_path: Path, corpus: Corpus, model: Transform
 def test_constant_balancing_loss_is_complained_of(model: TransformerXLConfig) -> None:
     """A method with a weight whose loss reaches nothing."""
     with pytest.raises(UserError, match="must depend on the parameters"):
-        step.check_balance(TransformerXL(model), torch.zeros(()))
+        stepping.check_balance(TransformerXL(model), torch.zeros(()))
 
 
 def test_settings_of_a_preset_follow_its_length() -> None:
