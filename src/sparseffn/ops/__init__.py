@@ -3,7 +3,7 @@
 from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
-from sparseffn.ops.columns import select_columns
+from sparseffn.ops.columns import select_columns, topk
 from sparseffn.ops.expert_mlp import expert_mlp
 from sparseffn.ops.experts import cvmm, expert_down, expert_up
 from sparseffn.ops.routed_mlp import GateName, routed_mlp
@@ -11,7 +11,6 @@ from sparseffn.ops.routed_training import routed_training, runs_fused
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
-from sparseffn.ops.topk import topk
 
 __all__ = [
     "Backend",

@@ -16,26 +16,22 @@ from sparseffn.errors import NonFiniteError, UserError
 
 
 def bad_index(what: str, n: int, name: str = "indices") -> UserError:
-    """An index outside 0..n-1."""
     return UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
 
 
 def non_finite_gates() -> NonFiniteError:
-    """A score of a selection that is NaN or infinite."""
     return NonFiniteError(
         "`gates` must be finite; got NaN or infinity; fix: the router's scores diverged, train with a lower lr or in float32"
     )
 
 
 def non_finite(name: str) -> NonFiniteError:
-    """Scores or weights that are NaN or infinite."""
     return NonFiniteError(
         f"`{name}` must be finite; got NaN or infinity; fix: train with a lower lr, or check the layer's input"
     )
 
 
 def non_finite_scores() -> NonFiniteError:
-    """Scores of an assignment that are NaN or infinite."""
     return NonFiniteError("`scores` must be finite; got NaN or infinity; fix: check the router's input")
 
 
@@ -96,13 +92,8 @@ def require_one_device(*tensors: Tensor) -> None:
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
-            raise several_devices(*tensors)
-
-
-def several_devices(*tensors: Tensor) -> UserError:
-    """Tensors that are not on one device."""
-    named = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
-    return UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
+            named = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+            raise UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
 
 
 def _bad_rows() -> UserError:

@@ -34,18 +34,9 @@ class _Composed:
     router_logits: Kernel
 
     def forward(
-        self,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Tensor,
-        indices: Tensor,
-        keep: Tensor | None,
-        keep_scale: float,
-        activation: str,
-        *,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None,
+        keep_scale: float, activation: str, *, save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Output, what the activation keeps, and the sorted routing."""
         check_routing(gates, indices, keys.shape[0])
         order, offsets = sorted_routing(indices, keys.shape[0])
@@ -57,19 +48,9 @@ class _Composed:
         return y, kept_RG, order, offsets
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Tensor,
-        kept_RG: Tensor,
-        order: Tensor,
-        offsets: Tensor,
-        keep: Tensor | None,
-        keep_scale: float,
-        activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, kept_RG: Tensor, order: Tensor,
+        offsets: Tensor, keep: Tensor | None, keep_scale: float, activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of x, keys, values and gates."""
         tokens = order // gates.shape[1]
         a_RG = _dropped(from_kept(activation, kept_RG), keep, keep_scale, order)
@@ -80,17 +61,9 @@ class _Composed:
         return grad_x, grad_keys, grad_values, grad_gates.view(gates.shape).to(gates.dtype)
 
     def forward_inner(
-        self,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Tensor,
-        indices: Tensor,
-        keep: Tensor | None,
-        keep_scale: float,
-        activation: str,
-        inner_k: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None,
+        keep_scale: float, activation: str, inner_k: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Output, survivors, their positions, and the sorted routing."""
         (n_tokens, k), size = indices.shape, keys.shape[2]
         check_routing(gates, indices, keys.shape[0])
@@ -109,19 +82,9 @@ class _Composed:
         return y, kept_TU.gather(1, best), positions.to(torch.int32), order, offsets
 
     def backward_inner(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        gates: Tensor,
-        survivors: Tensor,
-        positions: Tensor,
-        order: Tensor,
-        offsets: Tensor,
-        keep_scale: float,
-        activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, survivors: Tensor,
+        positions: Tensor, order: Tensor, offsets: Tensor, keep_scale: float, activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of x, keys, values and gates, from the survivors alone."""
         (n_tokens, k), size = gates.shape, keys.shape[2]
         # One place more, for survivors that dropout removed.
@@ -134,17 +97,9 @@ class _Composed:
 
     @torch.no_grad()
     def routed(
-        self,
-        x: Tensor,
-        selector: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        k: int,
-        gate: GateName,
-        activation: str,
-        *,
+        self, x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: GateName, activation: str, *,
         selection: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Output, experts and gates; without `selection` the output and Nones."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits_TE = self.router_logits(x.to(wide), selector.to(wide))

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class Backend:
     """Whether `auto` may take it; the reference is only for comparison."""
     direct: bool = False
     """Whether its kernels are differentiable PyTorch code, called as they are instead of through `torch.library`."""
+
+
+def kernels_of(module: ModuleType) -> dict[str, Kernel]:
+    """The functions that a module defines, which bear their operations' names."""
+    found = {name: f for name, f in vars(module).items() if isinstance(f, FunctionType) and not name.startswith("_")}
+    return {name: f for name, f in found.items() if f.__module__ == module.__name__}
 
 
 _BACKENDS: dict[str, Backend] = {}

@@ -1,6 +1,7 @@
-"""Selected columns of a matrix, a gather that keeps only the indices for backward.
+"""The K largest columns of each row (equation 6), and a gather of columns that keeps only the indices for backward.
 
-`torch.gather` keeps its whole input, `[T, d_ff]` for Top-K, to know its shape. Shapes: see ops/README.md.
+`torch.topk` leaves the choice among equal values to the algorithm; here ties go to the lowest index, on every device and at
+every size. `torch.gather` keeps its whole input, `[T, d_ff]` for Top-K, to know its shape. Shapes: see ops/README.md.
 """
 # Annotations stay real objects here: torch.library reads them to infer the schema.
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import bad_index, require_one_device
 from sparseffn.ops._differentiable import differentiable
-from sparseffn.ops.backends import is_traced, needs_gradient
+from sparseffn.ops.backends import is_traced, kernel, needs_gradient, runs_eagerly
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
@@ -70,3 +71,41 @@ def select_columns(x: Tensor, indices: Tensor) -> Tensor:
     if is_traced(x):
         return torch.ops.sparseffn.select_columns(x, indices) if needs_gradient(x) else x.gather(1, indices)
     return _eager_select_columns(x, indices) if needs_gradient(x) else _gather(x, indices)
+
+
+@torch.library.custom_op("sparseffn::topk", mutates_args=())
+def _topk(scores: Tensor, k: int, ordered: bool, backend: str) -> Tensor:
+    return kernel("topk", scores, backend)(scores, k, ordered)
+
+
+@_topk.register_fake
+def _(scores: Tensor, k: int, ordered: bool, backend: str) -> Tensor:
+    return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+
+def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto") -> Tensor:
+    """Indices of the `k` largest entries of the last dimension, ties to the lowest index.
+
+    Args:
+        scores: `(..., n)`, any floating dtype. Minus infinity is allowed and comes last.
+        k: how many, 1 to n.
+        ordered: largest first; False leaves the order to the backend, which is faster where K is large.
+        backend: see `ops.backends`.
+
+    Returns:
+        int64 indices `(..., k)`; not differentiable.
+
+    Raises:
+        UserError: `k` is outside 1..n, or `scores` are integers or a single number.
+    """
+    if scores.dim() == 0 or not scores.is_floating_point():
+        raise UserError(
+            f"`scores` must be floating, (..., n); got {scores.dtype} in shape {tuple(scores.shape)}; fix: cast them"
+        )
+    n = scores.shape[-1]
+    if not 1 <= k <= n:
+        raise UserError(f"`k` must be between 1 and the number of entries {n}; got {k}; fix: choose from 1 to n")
+    scores = scores.detach()
+    if runs_eagerly(scores):
+        return kernel("topk", scores, backend)(scores, k, ordered)
+    return torch.ops.sparseffn.topk(scores, k, ordered, backend)

@@ -34,16 +34,9 @@ def _gradients(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_
 
 @torch.library.custom_op("sparseffn::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    indices: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None, keep_scale: float,
+    activation: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _kept_forward(x, keys, values, gates, indices, keep, keep_scale, activation, backend)
 
 
@@ -60,19 +53,9 @@ def _(x, keys, values, gates, indices, keep, keep_scale, activation, backend):
 
 @torch.library.custom_op("sparseffn::expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    hidden: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, hidden: Tensor, order: Tensor,
+    offsets: Tensor, keep: Tensor | None, keep_scale: float, activation: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _gradients(grad, x, keys, values, gates, hidden, order, offsets, keep, keep_scale, activation, backend)
 
 

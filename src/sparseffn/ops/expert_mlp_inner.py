@@ -12,17 +12,9 @@ from sparseffn.ops.backends import kernel
 
 @torch.library.custom_op("sparseffn::expert_mlp_inner", mutates_args=())
 def expert_mlp_inner(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    indices: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    inner_k: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None, keep_scale: float,
+    activation: str, inner_k: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The output, survivors `[T, inner_k]`, their positions, and the sorted routing; see `ops.expert_mlp`."""
     forward = kernel("expert_mlp_inner", x, backend)
     return forward(x, keys, values, gates, indices, keep, keep_scale, activation, inner_k)
@@ -42,19 +34,9 @@ def _(x, keys, values, gates, indices, keep, keep_scale, activation, inner_k, ba
 
 @torch.library.custom_op("sparseffn::expert_mlp_inner_backward", mutates_args=())
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    survivors: Tensor,
-    positions: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    keep_scale: float,
-    activation: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, survivors: Tensor, positions: Tensor,
+    order: Tensor, offsets: Tensor, keep_scale: float, activation: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     backward = kernel("expert_mlp_inner_backward", x, backend)
     return backward(grad, x, keys, values, gates, survivors, positions, order, offsets, keep_scale, activation)
 

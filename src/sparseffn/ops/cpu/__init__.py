@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from sparseffn.ops.backends import Backend
+from sparseffn.ops.backends import Backend, kernels_of
 
 
 def cpu_backend() -> Backend:
     """The backend; nothing is compiled until one of its kernels is asked for."""
-    from sparseffn.ops.cpu.kernels import KERNELS
+    from sparseffn.ops.cpu import kernels
 
-    return Backend(name="cpu", kernels=KERNELS, unavailable=_unavailable)
+    return Backend(name="cpu", kernels=kernels_of(kernels), unavailable=_unavailable)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

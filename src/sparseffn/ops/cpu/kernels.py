@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparseffn.ops._checks import bad_index, non_finite_gates, non_finite_scores
-from sparseffn.ops.backends import Kernel
 from sparseffn.ops.cpu.build import library
 
 # As in csrc: vectors.h and activations.h.
@@ -100,17 +99,9 @@ def _experts_sizes(keys: Tensor, gates: Tensor, activation: str) -> ctypes.Array
 
 
 def expert_mlp(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    indices: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    *,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None, keep_scale: float,
+    activation: str, *, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ops.expert_mlp`; with `save` also the kept hidden units, else an empty tensor."""
     keep = _in_memory_order(keep)
     inputs, order, offsets = _routed(x, keys, values, gates, indices)
@@ -127,18 +118,9 @@ def expert_mlp(
 
 
 def expert_mlp_backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    hidden: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, hidden: Tensor, order: Tensor,
+    offsets: Tensor, keep: Tensor | None, keep_scale: float, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, keys, values and gates."""
     keep = _in_memory_order(keep)
     inputs = tuple(t.contiguous() for t in (x, keys, values, gates))
@@ -155,16 +137,9 @@ def expert_mlp_backward(
 
 
 def expert_mlp_inner(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    indices: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    inner_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, keep: Tensor | None, keep_scale: float,
+    activation: str, inner_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ops.expert_mlp_inner`."""
     keep = _in_memory_order(keep)
     inputs, order, offsets = _routed(x, keys, values, gates, indices)
@@ -184,18 +159,9 @@ def expert_mlp_inner(
 
 
 def expert_mlp_inner_backward(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    survivors: Tensor,
-    positions: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    keep_scale: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, survivors: Tensor, positions: Tensor,
+    order: Tensor, offsets: Tensor, keep_scale: float, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, keys, values and gates."""
     inputs = tuple(t.contiguous() for t in (x, keys, values, gates))
     grads = tuple(torch.empty_like(t) for t in inputs)
@@ -266,21 +232,10 @@ def routed_training(
 
 
 def routed_training_backward(
-    grad: Tensor,
-    grad_gates: Tensor | None,
-    grad_logits: Tensor | None,
-    x: Tensor,
-    selector: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    hidden: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    gate: str,
+    grad: Tensor, grad_gates: Tensor | None, grad_logits: Tensor | None, x: Tensor, selector: Tensor, keys: Tensor,
+    values: Tensor, indices: Tensor, gates: Tensor, hidden: Tensor, order: Tensor, offsets: Tensor, gate: str,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, selector, keys and values."""
     x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
     grad, grad_gates, grad_logits = grad.contiguous(), _in_memory_order(grad_gates), _in_memory_order(grad_logits)
@@ -384,20 +339,3 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     if scores.shape[0]:
         _functions()["assign"](wide.data_ptr(), *scores.shape, assigned.data_ptr())
     return assigned
-
-
-KERNELS: dict[str, Kernel] = {
-    "expert_mlp": expert_mlp,
-    "expert_mlp_backward": expert_mlp_backward,
-    "expert_mlp_inner": expert_mlp_inner,
-    "expert_mlp_inner_backward": expert_mlp_inner_backward,
-    "weighted_rows": weighted_rows,
-    "weighted_rows_backward": weighted_rows_backward,
-    "routed_mlp": routed_mlp,
-    "routed_training": routed_training,
-    "routed_training_backward": routed_training_backward,
-    "router_logits": router_logits,
-    "balanced_assignment": balanced_assignment,
-    "topk": topk,
-    "product_key_topk": product_key_topk,
-}

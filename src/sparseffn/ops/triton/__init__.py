@@ -5,8 +5,8 @@ Nothing here imports `triton` before the first call, so that `import sparseffn` 
     ops.expert_up(x, weight, rows, backend="triton")
 
 Kernels: `products.py` (rows times the matrix of their expert), `outer.py` (gradients of the matrices), `sums.py` (sums of
-rows). What calls them: `experts.py` and `rows.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and spills:
-`resources.py`. Shapes: see ops/README.md.
+rows). What calls them: `operations.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and spills: `resources.py`.
+Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sparseffn.ops.backends import Backend, Kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Operation to the module that computes it; `expert_mlp` is composed of these.
-OPERATIONS = {
-    "expert_up": "experts",
-    "expert_up_backward": "experts",
-    "expert_down": "experts",
-    "expert_down_backward": "experts",
-    "weighted_rows": "rows",
-    "weighted_rows_backward": "rows",
-}
+# Functions of `operations.py`; `expert_mlp` is composed of these.
+OPERATIONS = (
+    "expert_up",
+    "expert_up_backward",
+    "expert_down",
+    "expert_down_backward",
+    "weighted_rows",
+    "weighted_rows_backward",
+)
 
 
 def triton_backend() -> Backend:
@@ -58,7 +58,7 @@ def triton_backend() -> Backend:
 
 def _lazily(name: str) -> Kernel:
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{OPERATIONS[name]}"), name)(*arguments)
+        return getattr(importlib.import_module(f"{__name__}.operations"), name)(*arguments)
 
     call.__name__ = name
     return call

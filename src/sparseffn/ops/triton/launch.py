@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.triton import DTYPES, products, sums, tuning
 from sparseffn.ops.triton.tuning import SUM_TILE, Situation, Tile, cdiv
 
@@ -22,7 +23,6 @@ Result = TypeVar("Result")
 
 # Entries of the tile map that one program handles at once.
 MAP_BLOCK = 128
-
 
 # Products and sums may be fused, as in cuBLAS; Triton 3.10 changes the default.
 FUSION = {"enable_fp_fusion": True}
@@ -34,9 +34,7 @@ def check_tensors(**tensors: Tensor) -> None:
     Raises:
         UserError: a dtype is not float32, bfloat16 or float16, or the tensors are on several devices.
     """
-    devices = {x.device for x in tensors.values()}
-    if len(devices) > 1:
-        raise UserError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}; fix: move them")
+    require_one_device(*tensors.values())
     for name, x in tensors.items():
         if x.is_floating_point() and x.dtype not in DTYPES:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Expert products on Triton kernels; signatures as in `_torch_kernels.py`. Shapes: see ops/README.md.
+"""The operations on Triton kernels; signatures as in `_torch_kernels.py`. Shapes: see ops/README.md.
 
 Products of rows leave each row where the sort by expert put it; `sum_rows` then gathers and adds up a token's rows.
 """
@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseffn.ops.triton import outer, products
-from sparseffn.ops.triton.launch import check_tensors, run_outer, run_product, start, sum_rows
+from sparseffn.ops._checks import check_rows
+from sparseffn.ops.triton import outer, products, sums
+from sparseffn.ops.triton.launch import (
+    check_tensors,
+    device_of,
+    run_outer,
+    run_product,
+    segments,
+    start,
+    sum_options,
+    sum_rows,
+)
 from sparseffn.ops.triton.tuning import cdiv
 
 
@@ -90,3 +100,33 @@ def expert_down_backward(
     dots = run_product("expert_down_bwd_a_gates", grad, back, offsets, n_rows, launch_rows)
     run_outer("expert_down_bwd_weight", a, grad, grad_weight, n_rows, launch_weight)
     return grad_a, grad_weight, dots.sum(dim=0).to(gates.dtype)
+
+
+def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """See `ops.weighted_rows`; the weights are used as they come, not rounded to the dtype of the values."""
+    check_tensors(values=values, indices=indices, weights=weights)
+    check_rows(indices, values.shape[0])
+    indices, weights = indices.contiguous(), weights.contiguous()
+    (n_tokens, n_k), n_width = indices.shape, values.shape[1]
+    out, options = values.new_empty(n_tokens, n_width), sum_options(n_width)
+    with device_of(values):
+        pointers, n_programs = (values, indices, weights, out), n_tokens * cdiv(n_width, options["BLOCK_D"])
+        start(sums.weighted_rows_fwd_kernel, n_programs, *pointers, n_k, n_width, *values.stride(), **options)
+    return out
+
+
+def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the value table and of the weights."""
+    check_tensors(grad=grad, values=values, indices=indices, weights=weights)
+    indices, weights = indices.contiguous(), weights.contiguous()
+    (n_tokens, n_k), (n_values, n_width) = indices.shape, values.shape
+    grad_values, grad_weights = values.new_empty(n_values, n_width), weights.new_empty(n_tokens, n_k)
+    options = sum_options(n_width)
+    with device_of(values):
+        pointers, n_programs = (grad, values, indices, grad_weights), n_tokens * cdiv(n_k, options["BLOCK_J"])
+        strides = (*grad.stride(), *values.stride())
+        start(sums.weighted_rows_bwd_weights_kernel, n_programs, *pointers, n_k, n_width, *strides, **options)
+        order, starts = segments(indices.flatten(), n_values)
+        pointers, n_programs = (grad, weights, order, starts, grad_values), n_values * cdiv(n_width, options["BLOCK_D"])
+        start(sums.weighted_rows_bwd_values_kernel, n_programs, *pointers, n_k, n_width, *grad.stride(), **options)
+    return grad_values, grad_weights
