@@ -10,8 +10,7 @@ import pytest
 from sparseffn.bench.layer import bench_expert_counts
 from sparseffn.errors import UserError
 from sparseffn.paper import figure_points
-from sparseffn.paper.figure_points import Point, bench_figures, points_of
-from sparseffn.paper.figure_sweeps import SWEEPS
+from sparseffn.paper.figure_points import SWEEPS, Point, bench_figures, points_of
 from sparseffn.results.bench_result import FigurePoint, FiguresResult, LayerSettings, Roof
 from sparseffn.storage import read
 

@@ -14,8 +14,7 @@ from sparseffn.cli import main
 from sparseffn.comparison import NoProgress
 from sparseffn.errors import UserError
 from sparseffn.models.presets import Preset
-from sparseffn.paper.study import StudySettings, study
-from sparseffn.paper.study_outcome import better_or_worse, differences
+from sparseffn.paper.study import StudySettings, better_or_worse, differences, study
 from sparseffn.paper.study_runs import CPU, StudyScale
 from sparseffn.paper.study_start import Grid, Point, schemes
 from sparseffn.report.study_report import read_study, study_markdown, study_tables, write_study

@@ -4,5 +4,5 @@ Published     published, statements and claims, each beside a TOML file of that 
 Tables        scales (sizes, settings), table_rows, tables; planned (cells with their runs), costs, counted (without training)
 Runs          pool (by the digest of their config), execution (one run), jobs (many), evidence (within a budget of time)
 Results       reproduction (what a user asks for), measured and table_notes (a table from the pool), figure_runs, figure_points
-Studies       study, study_runs, study_start, study_outcome; predictions, initialisation, competition
+Studies       study, study_runs, study_start; predictions, initialisation, competition
 """

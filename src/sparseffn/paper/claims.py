@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from msgspec import structs
+
 from sparseffn.results.bench_result import LayerResult
 from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, Growth, StatedClaim
 from sparseffn.results.table_result import Cell, TableResult
@@ -36,20 +38,20 @@ FLAT, STEEP = 0.25, 0.5
 
 @functools.cache
 def stated_claims() -> Sequence[StatedClaim]:
-    """All claims that a run can contradict."""
+    """All that a run can contradict."""
     text = resources.files("sparseffn.paper").joinpath("claims.toml").read_text(encoding="utf-8")
     return tuple(StatedClaim(**claim) for claim in tomllib.loads(text)["claims"])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RowClaim:
     """Two rows whose difference a claim is about."""
 
     numbers: str
     row: Key
-    other: Key
     claimed: Claimed
     """What the first row should be against the other; "different": nothing, only whether they differ is asked."""
+    other: Key
     because: str = ""
     """What the claim says of the method, where that is not the two rows themselves."""
 
@@ -62,30 +64,22 @@ _WORDS: Mapping[Claimed, str] = {
 }
 
 ROW_CLAIMS = (
-    RowClaim(numbers="1, 5, 18", row=SIGMA, other=DENSE, claimed="equal or better"),
-    *(
-        RowClaim(numbers="15", row=(f"Top-K, K={k}", False), other=DENSE, claimed="equal or better")
-        for k in (64, 128, 256, 512)
-    ),
-    *(
-        RowClaim(numbers="16", because="ReLU helps", row=(_RELU, released), other=(_SOFTMAX, released), claimed="better")
-        for released in (False, True)
-    ),
-    *(RowClaim(numbers="17", row=(_RELU, released), other=DENSE, claimed="worse") for released in (False, True)),
-    *(
-        RowClaim(numbers="10", because="sigmoid helps", row=(label, False), other=SIGMA, claimed="worse")
-        for label in ("softmax before top-k (no renorm.)", _RENORM)
-    ),
-    RowClaim(numbers="11", because="shared initialisation helps", row=("standard init", False), other=SIGMA, claimed="worse"),
+    RowClaim("1, 5, 18", SIGMA, "equal or better", DENSE),
+    *(RowClaim("15", (f"Top-K, K={k}", False), "equal or better", DENSE) for k in (64, 128, 256, 512)),
+    RowClaim("16", (_RELU, False), "better", (_SOFTMAX, False), because="ReLU helps"),
+    RowClaim("16", (_RELU, True), "better", (_SOFTMAX, True), because="ReLU helps"),
+    RowClaim("17", (_RELU, False), "worse", DENSE),
+    RowClaim("17", (_RELU, True), "worse", DENSE),
+    RowClaim("10", ("softmax before top-k (no renorm.)", False), "worse", SIGMA, because="sigmoid helps"),
+    RowClaim("10", (_RENORM, False), "worse", SIGMA, because="sigmoid helps"),
+    RowClaim("11", ("standard init", False), "worse", SIGMA, because="shared initialisation helps"),
     # The column has no expert dropout, so that the row is without the entropy loss alone.
-    RowClaim(
-        numbers="12", because="entropy loss helps", row=("no reg (gamma=0, delta=0)", False), other=SIGMA, claimed="worse"
-    ),
-    *(RowClaim(numbers="20", row=(label, False), other=SIGMA, claimed="worse") for label in (_SWITCH, _SBASE)),
+    RowClaim("12", ("no reg (gamma=0, delta=0)", False), "worse", SIGMA, because="entropy loss helps"),
+    RowClaim("20", (_SWITCH, False), "worse", SIGMA),
+    RowClaim("20", (_SBASE, False), "worse", SIGMA),
 )
 RELEASED_FORMS = tuple(
-    RowClaim(numbers="-", row=(label, True), other=(label, False), claimed="different")
-    for label in (_RENORM, _SBASE, _SWITCH, _SOFTMAX, _RELU)
+    RowClaim("-", (label, True), "different", (label, False)) for label in (_RENORM, _SBASE, _SWITCH, _SOFTMAX, _RELU)
 )
 # Those that the paper shows to collapse, in its form and in the released one.
 _COLLAPSING = tuple((label, released) for label in (_RENORM, _SWITCH) for released in (False, True))
@@ -115,11 +109,9 @@ def cells_by_row(tables: Sequence[TableResult]) -> dict[Key, Measured]:
 
 
 def decide(tables: Sequence[TableResult], bench: LayerResult | None) -> ClaimsResult:
-    """Every claim that the results decide; released forms, which no claim of the paper is about, come last.
+    """Every claim that tables of the evidence decide; released forms, which no claim of the paper is about, come last.
 
-    Args:
-        tables: those of `evidence.evidence_tables`.
-        bench: times over N_E; None: claims on times are left undecided.
+    Without `bench`, times over N_E, claims on times are left undecided.
     """
     cells = cells_by_row(tables)
     return ClaimsResult(
@@ -140,22 +132,18 @@ def decide(tables: Sequence[TableResult], bench: LayerResult | None) -> ClaimsRe
 def _row_claim(cells: Mapping[Key, Measured], claim: RowClaim) -> DecidedClaim:
     row, other = cells[claim.row], cells[claim.other]
     words = _WORDS[claim.claimed].format(row=row.label, other=other.label)
-    words = f"{claim.because}: {words}" if claim.because else words
     found, through_dense = difference(cells, claim.row, claim.other)
+    margin = MARGIN if claim.claimed == "equal or better" else 0.0
     return DecidedClaim(
         numbers=claim.numbers,
-        words=words,
+        words=f"{claim.because}: {words}" if claim.because else words,
         claimed=claim.claimed,
-        verdict=None if found is None else verdict(claim.claimed, found, margin=_margin(claim.claimed)),
+        verdict=None if found is None else verdict(claim.claimed, found, margin=margin),
         reason=None if found is None or found.covers_seeds else "one seed",
         seeds=[0 if found is None else found.n_seeds],
         difference=found,
         through_dense=through_dense,
     )
-
-
-def _margin(claimed: Claimed) -> float:
-    return MARGIN if claimed == "equal or better" else 0.0
 
 
 def difference(cells: Mapping[Key, Measured], row: Key, other: Key) -> tuple[Difference | None, bool]:
@@ -179,32 +167,34 @@ def difference(cells: Mapping[Key, Measured], row: Key, other: Key) -> tuple[Dif
 
 
 def _balance_claims(cells: Mapping[Key, Measured]) -> list[DecidedClaim]:
-    numbers = "21, 34, 35"
-    pair, poor = _measured(cells, SIGMA, (_SBASE, False)), _measured(cells, *_COLLAPSING)
-    alike = DecidedClaim(
-        numbers=numbers,
-        words="sigma-moe balances as S-BASE does, without Sinkhorn",
+    alike = DecidedClaim(numbers="21, 34, 35", words="sigma-moe balances as S-BASE does, without Sinkhorn", seeds=[0])
+    if pair := _measured(cells, SIGMA, (_SBASE, False)):
         # Tables hold means of loads alone, without what their seeds differ by.
-        verdict="undecided" if len(pair) == 2 else None,
-        reason="no interval" if len(pair) == 2 else None,
-        seeds=[cell.n for cell in pair] if len(pair) == 2 else [0],
-        loads=[_load(cell) for cell in pair] if len(pair) == 2 else [],
-    )
-    complete = len(poor) == len(_COLLAPSING)
-    loads = [(_load(cell), 100.0 / (cell.flops_percent or 100.0)) for cell in poor] if complete else []
-    collapses = DecidedClaim(
-        numbers=numbers,
-        words="softmax after top-k and Switch, in both forms each, collapse",
-        verdict=collapse(loads) if complete else None,
-        seeds=[cell.n for cell in poor] if complete else [0],
-        loads=[load for load, _ in loads],
-        largest_possible_load=max(most for _, most in loads) if complete else None,
-    )
+        alike = structs.replace(
+            alike,
+            verdict="undecided",
+            reason="no interval",
+            seeds=[cell.n for cell in pair],
+            loads=[_load(cell) for cell in pair],
+        )
+    words = "softmax after top-k and Switch, in both forms each, collapse"
+    collapses = DecidedClaim(numbers="21, 34, 35", words=words, seeds=[0])
+    if poor := _measured(cells, *_COLLAPSING):
+        loads = [(_load(cell), 100.0 / (cell.flops_percent or 100.0)) for cell in poor]
+        collapses = structs.replace(
+            collapses,
+            verdict=collapse(loads),
+            seeds=[cell.n for cell in poor],
+            loads=[load for load, _ in loads],
+            largest_possible_load=max(most for _, most in loads),
+        )
     return [alike, collapses]
 
 
 def _measured(cells: Mapping[Key, Measured], *keys: Key) -> list[Cell]:
-    return [cells[key].cell for key in keys if cells[key].cell.status == "measured"]
+    """The rows' cells if all are measured, else none."""
+    found = [cells[key].cell for key in keys]
+    return found if all(cell.status == "measured" for cell in found) else []
 
 
 def _load(cell: Cell) -> float:

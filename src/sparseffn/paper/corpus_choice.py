@@ -7,7 +7,7 @@ from typing import final
 
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
-from sparseffn.paper.scales import Column, Scale
+from sparseffn.paper.scales import Column, CorpusKey, Scale
 
 # What the small scales run on where the user names nothing; each with the tokeniser that it is meant with here.
 DEFAULT_CORPUS = "ptb"
@@ -37,7 +37,7 @@ class Corpora:
     choice: CorpusChoice = CorpusChoice()
     closed: bool = False
     """Open no published corpus: they are large, and a dry run knows their vocabularies."""
-    _opened: dict[tuple[str, str | None, int | None], Corpus | UserError] = field(default_factory=dict)
+    _opened: dict[CorpusKey, Corpus | UserError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = {"corpus": self.choice.name, "tokenizer": self.choice.tokenizer, "vocab-size": self.choice.vocab_size}
@@ -48,8 +48,7 @@ class Corpora:
                     "fix: leave it out, or --scale cpu"
                 )
 
-    def wanted(self, column: Column) -> tuple[str, str | None, int | None]:
-        """Name, tokeniser and pieces of a column's corpus."""
+    def wanted(self, column: Column) -> CorpusKey:
         if self.scale.is_published or column.has_its_corpus:
             return column.corpus
         name = self.choice.name or DEFAULT_CORPUS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sparseffn.errors import UserError
@@ -27,12 +27,7 @@ def counted_columns(name: str) -> tuple[str, ...]:
 
 
 def table7(request: Request, columns: Sequence[str] | None = None) -> results.TableResult:
-    """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector.
-
-    Args:
-        request: scale and settings.
-        columns: some of `counted_columns`; None: all.
-    """
+    """FLOPs of the blocks relative to dense: K / N_E as the paper has it, and counted with the selector."""
     values = published_values("table7")
     kept = [request.scale.column(name, request.settings) for name in _kept("table7", columns)]
     rows = [(label, MIXTURE[_SAME_SIZES.get(label, label)]) for label in rows_of("table7")]
@@ -102,26 +97,23 @@ def _counted(r: int, c: int, row: Row, column: Column, published: float | None) 
 
 
 def settings_table(name: str, request: Request, columns: Sequence[str] | None = None) -> results.SettingsResult:
-    """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ.
-
-    Args:
-        name: of the table.
-        request: scale, settings and corpora.
-        columns: some of `counted_columns`; None: all.
-    """
+    """Table 8 or 9: each hyperparameter as it is here, beside the published one, and where the two differ."""
     data, kept = facts()[name], _kept(name, columns)
-    read = {"table8": _model_settings, "table9": _mixture_settings}[name]
+    title, read = {
+        "table8": ("Hyperparameters of the models", _model_settings),
+        "table9": ("Hyperparameters of the mixtures", _mixture_settings),
+    }[name]
     rows = []
     for published_row in data["rows"]:
         published = dict(zip(data["columns"], published_row, strict=True))
         if published["name"] not in kept:
             continue
-        here = dict(read(request.scale.column(published["name"], request.settings), request))
+        here = read(request.scale.column(published["name"], request.settings), request)
         differences = [key for key, value in published.items() if key in here and not _same(here[key], value)]
         rows.append(results.SettingsRow(name=published["name"], here=here, published=published, differences=differences))
     return results.SettingsResult(
         table=name,
-        title={"table8": "Hyperparameters of the models", "table9": "Hyperparameters of the mixtures"}[name],
+        title=title,
         scale=request.scale.name,
         settings=request.settings,
         rows=rows,
@@ -130,10 +122,8 @@ def settings_table(name: str, request: Request, columns: Sequence[str] | None = 
 
 
 def _same(here: object, published: object) -> bool:
-    """Millions of parameters are published without decimals."""
-    if isinstance(here, float) and isinstance(published, int):
-        return round(here) == published
-    return here == published
+    # Millions of parameters are published without decimals.
+    return (round(here) if isinstance(here, float) and isinstance(published, int) else here) == published
 
 
 def _vocabulary(column: Column, request: Request) -> int:
@@ -146,7 +136,7 @@ def _vocabulary(column: Column, request: Request) -> int:
         return vocabulary(column.name)
 
 
-def _model_settings(column: Column, request: Request) -> Mapping[str, Any]:
+def _model_settings(column: Column, request: Request) -> dict[str, Any]:
     preset, shape = column.preset, column.shape
     vocab_size = _vocabulary(column, request)
     dense = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
@@ -165,7 +155,7 @@ def _model_settings(column: Column, request: Request) -> Mapping[str, Any]:
     }
 
 
-def _mixture_settings(column: Column, request: Request) -> Mapping[str, Any]:
+def _mixture_settings(column: Column, request: Request) -> dict[str, Any]:
     shape = column.shape
     return {
         "d_model": shape.d_model,

@@ -1,4 +1,4 @@
-"""The points of the paper's figures, measured one by one into a JSON file that the figures are drawn from.
+"""The points of figures 2 and 8 to 11 of arXiv 2310.10837, measured one by one into a JSON file that figures are drawn from.
 
 Time is that of forward and backward, dense and mixture interleaved; memory is what is saved for backward plus the output, as
 the authors measured. Cheap points come first. A point that does not fit the time that is left, or half of the memory, is left
@@ -8,7 +8,7 @@ out and said to be. The file is written after every point, and points that it ho
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -23,7 +23,8 @@ from sparseffn.bench.memory import kept_by
 from sparseffn.bench.roofline import highest, measure_roof
 from sparseffn.bench.timing import Clock, ratio
 from sparseffn.errors import UserError
-from sparseffn.paper.figure_sweeps import SWEEPS, Sweep
+from sparseffn.ffn.dense import DenseConfig
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.results.bench_result import (
     AbsentPoint,
     FigureLayer,
@@ -50,16 +51,49 @@ _CHECK_S = 2.0
 _MEMORY_SHARE = 0.5
 
 
+_K = 4
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One figure: time and memory of one layer over one size."""
+
+    number: int
+    variable: str
+    values: tuple[int, ...]
+    fixed: str
+    """What is held fixed, for the caption."""
+    mixture: Callable[[int], SigmaMoEConfig]
+    """The mixture at a value; the dense block has as many channels."""
+
+    def blocks(self, value: int) -> tuple[DenseConfig, SigmaMoEConfig]:
+        mixture = self.mixture(value)
+        return DenseConfig(d_model=mixture.d_model, d_ff=mixture.n_channels), mixture
+
+
+def _mixture(d_model: int, n_experts: int, expert_size: int) -> SigmaMoEConfig:
+    return SigmaMoEConfig(d_model=d_model, n_experts=n_experts, expert_size=expert_size, k=_K)
+
+
+_WIDTHS = (256, 512, 1024, 2048, 4096)
+_ALL = (
+    Sweep(2, "d_model", _WIDTHS, "d_ff = 4 d_model, G = 128, N_E = d_ff / G, K = 4", lambda d: _mixture(d, 4 * d // 128, 128)),
+    Sweep(8, "d_model", _WIDTHS, "d_ff = 4 d_model, N_E = 32, G = d_ff / N_E, K = 4", lambda d: _mixture(d, 32, 4 * d // 32)),
+    Sweep(9, "N_E", (8, 16, 32, 64, 128, 256), "d_model = 512, G = 128, d_ff = G N_E, K = 4", lambda n: _mixture(512, n, 128)),
+    Sweep(10, "G", (64, 128, 256, 512, 1024), "d_model = 512, N_E = 32, d_ff = G N_E, K = 4", lambda g: _mixture(512, 32, g)),
+    Sweep(11, "d_model", (128, 256, 512, 1024, 2048), "N_E = 32, G = 128, d_ff = 4096, K = 4", lambda d: _mixture(d, 32, 128)),
+)
+SWEEPS = {sweep.number: sweep for sweep in _ALL}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One place in one figure."""
-
     sweep: Sweep
     value: int
 
     @property
     def names(self) -> dict[str, int]:
-        """As the file names it."""
+        """In the file."""
         return {"figure": self.sweep.number, "value": self.value}
 
     def flops(self, n_tokens: int) -> int:
@@ -105,7 +139,6 @@ class FigureFile:
         return twin is not None
 
     def add(self, measured: FigurePoint) -> None:
-        """Write a point."""
         self._change(points=(*self.data.points, measured))
         self.write()
 
@@ -115,11 +148,10 @@ class FigureFile:
         self._change(left_out=(*self.data.left_out, left))
 
     def forget_left_out(self, numbers: Sequence[int]) -> None:
-        """Forget what did not fit before of some figures: it may fit now."""
+        """What did not fit before may fit now."""
         self._change(left_out=tuple(left for left in self.data.left_out if left.figure not in numbers))
 
     def write(self) -> None:
-        """The whole file, points in order."""
         write_json(self.path, self.data)
 
     def _change(self, **fields: tuple[Any, ...]) -> None:
@@ -154,7 +186,7 @@ def bench_figures(
     progress: Progress = no_progress,
     clock: Clock = time.monotonic,
 ) -> FiguresResult:
-    """Measure what the file lacks of the figures and what fits.
+    """Measure what the file lacks of the figures and what fits; returns what it then holds.
 
     Args:
         numbers: of figures.
@@ -164,25 +196,21 @@ def bench_figures(
         progress: receives what is being done.
         clock: seconds, for the time limit.
 
-    Returns:
-        What the file then holds.
-
     Raises:
         UserError: an unknown figure; a file of another machine or setting; a wrong kernel.
     """
     start = clock()
     points = points_of(numbers)
     setting = Setting.of(settings, settings.tokens[0])
-    described = FigureSettings(
-        tokens=setting.n_tokens,
-        dtype=settings.dtype,
-        device=setting.device.type,
-        backend=settings.backends[0],
-        rounds=settings.rounds,
-    )
     fresh = FiguresResult(
         **head(setting.device),
-        settings=described,
+        settings=FigureSettings(
+            tokens=setting.n_tokens,
+            dtype=settings.dtype,
+            device=setting.device.type,
+            backend=settings.backends[0],
+            rounds=settings.rounds,
+        ),
         figures=tuple(sorted(set(numbers))),
         sweeps={str(n): FigureSweep(variable=s.variable, values=s.values, fixed=s.fixed) for n, s in SWEEPS.items()},
         points=(),
@@ -222,10 +250,7 @@ def _measure(point: Point, settings: LayerSettings, roof: Roof) -> FigurePoint:
     """Correctness, time and memory of one point."""
     setting = Setting.of(settings, settings.tokens[0])
     dense, mixture = point.sweep.blocks(point.value)
-    candidates = [
-        Candidate(label=DENSE, config=dense),
-        Candidate(label=MOE, config=mixture, backend=settings.backends[0]),
-    ]
+    candidates = [Candidate(label=DENSE, config=dense), Candidate(label=MOE, config=mixture, backend=settings.backends[0])]
     done = benchmark(candidates, setting, rounds=settings.rounds, cold_tokens=0)
     kept = {c.label: kept_by(c, setting) for c in candidates}
     # The machine may have been busy when it was measured before the points.

@@ -107,12 +107,12 @@ class _Runs:
     def _choose(self, name: str, statement: Statement) -> list[str]:
         if statement.shows == "active":
             dense = self._of(name, "of the dense block", "dense", lambda ffn: ffn.name == "dense")
-            published = [label for label in dense if self._is_published(label, statement)]
-            return published or dense
+            settings = [(label, self.settings[label]) for label in dense]
+            wanted = statement.corpus, statement.d_model
+            return [label for label, found in settings if (found.corpus, found.model.d_model) == wanted] or dense
         if statement.shows == "cooccurrence":
             pairs = self._of(name, "of a mixture that selects several experts", "sigma-moe", _selects_several)
-            ours = [label for label in pairs if self.settings[label].model.ffn.name == "sigma-moe"]
-            return ours or pairs
+            return [label for label in pairs if self.settings[label].model.ffn.name == "sigma-moe"] or pairs
         return self._of(name, "of a mixture of experts", "sigma-moe", lambda ffn: ffn.unit == "experts")
 
     def _of(self, name: str, kind: str, example: str, suits: Callable[[FFNConfig], bool]) -> list[str]:
@@ -124,11 +124,6 @@ class _Runs:
             )
         return found
 
-    def _is_published(self, label: str, statement: Statement) -> bool:
-        """Whether a run is of the figure's corpus and width."""
-        settings = self.settings[label]
-        return settings.corpus == statement.corpus and settings.model.d_model == statement.d_model
-
     def analyses(self, labels: Sequence[str], splits: tuple[Split, ...]) -> dict[str, AnalysisResult]:
         for label in labels:
             if (label, splits) not in self._done:
@@ -137,7 +132,6 @@ class _Runs:
 
 
 def _selects_several(ffn: FFNConfig) -> bool:
-    """Whether a token has several experts, so that there are pairs."""
     return ffn.unit == "experts" and getattr(ffn, "n_selected", 1) > 1
 
 
@@ -153,7 +147,6 @@ def _labels(methods: Mapping[str, str]) -> dict[str, str]:
 
 
 def _reproduced(name: str, source: _Runs, labels: Sequence[str], bench: FiguresResult | None) -> Reproduced:
-    """A figure that has what it needs."""
     statement = statements()[name]
     # The paper counts active channels over validation and test, everything else on validation.
     splits: tuple[Split, ...] = ("valid", "test") if statement.shows == "active" else ("valid",)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.paper.costs import training_flops
 from sparseffn.paper.execution import execute
-from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec
 from sparseffn.training import TrainConfig
 
@@ -35,16 +34,6 @@ class NamedRun:
     label: str
     seed: int
     spec: RunSpec
-
-
-def runs_of(tables: Iterable[PlannedTable]) -> list[NamedRun]:
-    """The runs of all tables, each once."""
-    runs: dict[str, NamedRun] = {}
-    for planned in tables:
-        for cell, seed, spec in planned.runs():
-            label = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
-            runs.setdefault(spec.digest, NamedRun(label=label, seed=seed, spec=spec))
-    return list(runs.values())
 
 
 def run_all(runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, progress: Progress) -> None:

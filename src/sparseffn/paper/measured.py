@@ -70,10 +70,8 @@ class _Column:
     @property
     def unit(self) -> str:
         """Of differences."""
-        if self.planned.corpus is None:
-            return "nats per token"
-        metric = to_metric(0.0, self.planned.corpus.unit)[0]
-        return "nats per token" if metric == "perplexity" else metric
+        metric = None if self.planned.corpus is None else to_metric(0.0, self.planned.corpus.unit)[0]
+        return "nats per token" if metric in (None, "perplexity") else metric
 
     @property
     def nats(self) -> float:
@@ -175,7 +173,7 @@ def _column(planned: PlannedTable, shared: _Column) -> results.Column:
 
 
 def _rows(planned: PlannedTable) -> list[results.Row]:
-    """Labels with the numbers of this scale; a mark that does not hold in every column names its own."""
+    """Labels with the numbers of this scale; a mark that does not hold in every column, or of parameters, names its own."""
     rows = []
     for r, row in enumerate(planned.table.rows):
         cells = {planned.columns[cell.column].column.name: cell for cell in planned.cells if cell.row == r}
@@ -183,21 +181,17 @@ def _rows(planned: PlannedTable) -> list[results.Row]:
         for mark in dict.fromkeys(mark for cell in cells.values() for mark in cell.sized.marks):
             where = [name for name, cell in cells.items() if mark in cell.sized.marks]
             marks.append(mark if len(where) == len(cells) else f"{', '.join(where)}: {mark}")
+        percents = {name: residual_percent(cell, planned.columns[cell.column]) for name, cell in cells.items()}
+        marks += [f"{name}: {p:+.2f}% parameters against dense" for name, p in percents.items() if is_unequal(p)]
         rows.append(
             results.Row(
                 label=next((cell.sized.label for cell in cells.values()), row.key),
                 published_label=None if row.own else row.published,
                 settings="released" if planned.request.settings == "released" else row.form,
-                marks=marks + _unequal_marks(planned, cells),
+                marks=marks,
             )
         )
     return rows
-
-
-def _unequal_marks(planned: PlannedTable, cells: Mapping[str, PlannedCell]) -> list[str]:
-    """Say which models are not parameter-equal."""
-    percents = {name: residual_percent(cell, planned.columns[cell.column]) for name, cell in cells.items()}
-    return [f"{name}: {percent:+.2f}% parameters against dense" for name, percent in percents.items() if is_unequal(percent)]
 
 
 def _cell(measured: MeasuredCell, column: _Column) -> results.Cell:
@@ -206,10 +200,8 @@ def _cell(measured: MeasuredCell, column: _Column) -> results.Cell:
     test, valid = ([column.metric(getattr(run.result, split)) for run in finished.values()] for split in ("test", "valid"))
     by_key = {other.cell.key: other for other in column.cells}
     row = cell.sized.row
-    # Of a released form, the paper's.
-    paper = next(
-        (m for m in column.cells if m.cell.sized.row.published == row.published and m.cell.sized.row.form == "paper"), None
-    )
+    # The paper's form has the published label for its key.
+    paper = by_key.get(row.published) if row.form == "released" else None
     return results.Cell(
         row=cell.row,
         column=cell.column,
@@ -231,7 +223,7 @@ def _cell(measured: MeasuredCell, column: _Column) -> results.Cell:
         load=measured.load,
         against_dense=column.difference(measured, by_key.get("dense")),
         against_sigma_moe=column.difference(measured, by_key.get("sigma-moe")),
-        against_paper_form=column.difference(measured, paper if row.form == "released" else None),
+        against_paper_form=column.difference(measured, paper),
         versions=sorted({str(run.environment.get("sparseffn", "unknown")) for run in finished.values()}),
     )
 
@@ -241,9 +233,7 @@ def _cell_status(measured: MeasuredCell) -> tuple[results.Status, str | None]:
     if measured.cell.reason is not None:
         return "missing", measured.cell.reason
     lacking = {seed: status for seed, status in measured.statuses.items() if status.finished is None}
-    reasons = dict.fromkeys(str(status.reason) for status in lacking.values())
     if measured.finished:
-        words = [f"seed {seed}: {status.reason}" for seed, status in lacking.items()]
-        return "measured", "; ".join(words) or None
-    kind: results.Status = "failed" if any(status.kind == "failed" for status in lacking.values()) else "missing"
-    return kind, "; ".join(reasons)
+        return "measured", "; ".join(f"seed {seed}: {status.reason}" for seed, status in lacking.items()) or None
+    failed = any(status.kind == "failed" for status in lacking.values())
+    return "failed" if failed else "missing", "; ".join(dict.fromkeys(str(status.reason) for status in lacking.values()))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.paper.costs import Speed, dry_run
 from sparseffn.paper.counted import COUNTED, counted_columns, settings_table, table7
-from sparseffn.paper.jobs import NamedRun, runs_of
+from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Pool
@@ -32,34 +32,27 @@ _Labels = Mapping[str, Mapping[str, str]]
 
 
 def select_columns(
-    wanted: Sequence[str] | None, tables: Sequence[Table], counted: Sequence[str]
-) -> dict[str, list[str] | None]:
-    """Of the wanted columns those that each table has, by the table's name; None: all of them.
-
-    Args:
-        wanted: names, or None.
-        tables: those that are trained.
-        counted: names of those that are not.
+    wanted: Sequence[str], tables: Sequence[Table], counted: Sequence[str]
+) -> Mapping[str, Sequence[str] | None]:
+    """Of the wanted columns those that each trained or counted table has, by the table's name; None, where none is named: all.
 
     Raises:
         UserError: no table has such a column, or a table has none of them.
     """
     has = {**{table.name: table.columns for table in tables}, **{name: counted_columns(name) for name in counted}}
-    if wanted is None:
+    if not wanted:
         return dict.fromkeys(has)
     every = {column.lower(): column for columns in has.values() for column in columns}
     for name in wanted:
         if name.lower() not in every:
             raise unknown_name("column", name, every.values())
-    chosen = {}
-    for table, columns in has.items():
-        chosen[table] = [name for name in wanted if every[name.lower()] in columns]
-        _refuse_empty(table, chosen[table])
+    chosen = {table: [name for name in wanted if every[name.lower()] in columns] for table, columns in has.items()}
+    _refuse_empty(chosen)
     return chosen
 
 
 def select_tables(
-    tables: Sequence[Table], columns: Mapping[str, Sequence[str] | None], rows: Sequence[str] | None, request: Request
+    tables: Sequence[Table], columns: Mapping[str, Sequence[str] | None], rows: Sequence[str], request: Request
 ) -> list[Table]:
     """The tables with the chosen columns, and of the wanted rows those that each has.
 
@@ -67,26 +60,25 @@ def select_tables(
         UserError: no table has such a row, a table has none of them, or a label names two rows of a table.
     """
     narrow = [table.selected(columns=columns[table.name], rows=None, settings=request.settings) for table in tables]
-    if rows is None:
+    if not rows:
         return narrow
     labels = {table.name: _labels(table, request) for table in narrow}
     keys: dict[str, list[str]] = {table.name: [] for table in narrow}
     for wanted in rows:
-        found = {name: key for name in keys if (key := _key(wanted, labels[name], name)) is not None}
+        found = {name: key for name, own in labels.items() if (key := _key(wanted, own, name)) is not None}
         if not found:
-            raise unknown_name(
-                "row", wanted, {label for own in labels.values() for naming in own.values() for label in naming.values()}
-            )
+            every = {label for own in labels.values() for naming in own.values() for label in naming.values()}
+            raise unknown_name("row", wanted, every)
         for name, key in found.items():
             keys[name].append(key)
-    for name, chosen in keys.items():
-        _refuse_empty(name, chosen)
+    _refuse_empty(keys)
     return [table.selected(columns=columns[table.name], rows=keys[table.name], settings=request.settings) for table in tables]
 
 
-def _refuse_empty(table: str, chosen: Sequence[str]) -> None:
-    if not chosen:
-        raise UserError(f"{table} has none of these columns or rows; fix: leave it out")
+def _refuse_empty(chosen: Mapping[str, Sequence[str]]) -> None:
+    for table, names in chosen.items():
+        if not names:
+            raise UserError(f"{table} has none of these columns or rows; fix: leave it out")
 
 
 def _labels(table: Table, request: Request) -> _Labels:
@@ -121,7 +113,7 @@ class Reproduction:
     request: Request
     trained: Mapping[str, PlannedTable]
     """By name; the others are counted."""
-    columns: Mapping[str, list[str] | None]
+    columns: Mapping[str, Sequence[str] | None]
     """Those of each table that are wanted; None: all."""
 
     @classmethod
@@ -145,18 +137,12 @@ class Reproduction:
                 raise unknown_name("table", name, known)
         chosen = list(dict.fromkeys(table for name in names for table in (PAPER_TABLES if name == "all" else (name,))))
         tables = [get_table(name) for name in chosen if name not in COUNTED]
-        wanted = select_columns(columns or None, tables, [name for name in chosen if name in COUNTED])
-        selected = select_tables(tables, wanted, rows or None, request)
-        trained = {table.name: plan_table(table, request) for table in selected}
+        wanted = select_columns(columns, tables, [name for name in chosen if name in COUNTED])
+        trained = {table.name: plan_table(table, request) for table in select_tables(tables, wanted, rows, request)}
         return cls(names=chosen, request=request, trained=trained, columns=wanted)
 
-    @property
-    def counted(self) -> list[str]:
-        """Tables that need no run."""
-        return [name for name in self.names if name in COUNTED]
-
     def dry_run(self, speed: Speed) -> DryRunResult:
-        return dry_run(list(self.trained.values()), speed, self.counted)
+        return dry_run(list(self.trained.values()), speed, [name for name in self.names if name in COUNTED])
 
     def require_corpus(self) -> None:
         """Refuse a scale none of whose corpora is there; where some are, the others' columns say so.
@@ -170,7 +156,12 @@ class Reproduction:
 
     def runs(self) -> list[NamedRun]:
         """Each once."""
-        return runs_of(self.trained.values())
+        runs: dict[str, NamedRun] = {}
+        for planned in self.trained.values():
+            for cell, seed, spec in planned.runs():
+                label = f"{cell.sized.label}, {planned.columns[cell.column].column.name}"
+                runs.setdefault(spec.digest, NamedRun(label=label, seed=seed, spec=spec))
+        return list(runs.values())
 
     def results(self, pool: Pool) -> dict[str, PaperTable]:
         """Every table as the pool knows it, by name."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from sparseffn.errors import unknown_name
@@ -19,30 +18,29 @@ from sparseffn.models.presets import Preset, get_preset
 
 Settings = Literal["paper", "released"]
 
-# Preset of each published column, and the corpus that it was trained on: name, tokeniser, pieces.
-COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingProxyType(
-    {
-        "WT-S": ("wt-s", ("wikitext103", "bpe", 8000)),
-        "WT-S*": ("wt-s-star", ("wikitext103", "bpe", 8000)),
-        "WT-B": ("wt-b", ("wikitext103", "bpe", 8000)),
-        "E8": ("e8", ("enwik8", None, None)),
-        "C4-S": ("wt-s", ("c4", "bpe", 8000)),
-        "C4-B": ("wt-b", ("c4", "bpe", 8000)),
-        "peS2o-S": ("wt-s", ("pes2o", "bpe", 8000)),
-        "peS2o-B": ("wt-b", ("pes2o", "bpe", 8000)),
-    }
-)
+CorpusKey = tuple[str, str | None, int | None]
+"""Name, tokeniser, pieces."""
+
+# Preset of each published column, and the corpus that it was trained on.
+COLUMNS: Mapping[str, tuple[str, CorpusKey]] = {
+    "WT-S": ("wt-s", ("wikitext103", "bpe", 8000)),
+    "WT-S*": ("wt-s-star", ("wikitext103", "bpe", 8000)),
+    "WT-B": ("wt-b", ("wikitext103", "bpe", 8000)),
+    "E8": ("e8", ("enwik8", None, None)),
+    "C4-S": ("wt-s", ("c4", "bpe", 8000)),
+    "C4-B": ("wt-b", ("c4", "bpe", 8000)),
+    "peS2o-S": ("wt-s", ("pes2o", "bpe", 8000)),
+    "peS2o-B": ("wt-b", ("pes2o", "bpe", 8000)),
+}
 
 # Columns of our own tables, with the sizes of WT-S. PTB's have their corpus at every scale; "shared" is a Universal
 # Transformer, whose one block holds as many pairs as all layers of WT-S together.
 SHARED = "WT-S shared"
-OWN_COLUMNS: Mapping[str, tuple[str, tuple[str, str | None, int | None]]] = MappingProxyType(
-    {
-        "PTB-char": ("wt-s", ("ptb", "chars", None)),
-        "PTB-word": ("wt-s", ("ptb", "words", None)),
-        SHARED: COLUMNS["WT-S"],
-    }
-)
+OWN_COLUMNS: Mapping[str, tuple[str, CorpusKey]] = {
+    "PTB-char": ("wt-s", ("ptb", "chars", None)),
+    "PTB-word": ("wt-s", ("ptb", "words", None)),
+    SHARED: COLUMNS["WT-S"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +51,24 @@ class Column:
     preset: Preset
     published: Preset
     """The published sizes: what real numbers in a label stand for, and dropout rates where the scale's model has none."""
-    corpus: tuple[str, str | None, int | None]
-    """Published corpus: name, tokeniser, pieces."""
+    corpus: CorpusKey
+    """The published one."""
 
     @property
     def is_own(self) -> bool:
-        """A column that the paper has not."""
+        """Not in the paper."""
         return self.name in OWN_COLUMNS
 
     @property
     def has_its_corpus(self) -> bool:
-        """A corpus of its own at every scale."""
+        """At every scale."""
         return self.corpus[0] == "ptb"
 
     def model(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
-        """The column's model with a given feedforward block."""
         return dataclasses.replace(self.preset.model(ffn, vocab_size), shared_layers=self.name == SHARED)
 
     @property
     def shape(self) -> BlockShape:
-        """The blocks."""
         return self.preset.shape
 
     @property
@@ -82,12 +78,11 @@ class Column:
 
     @property
     def standard_dropout(self) -> float:
-        """Rate of rows with standard dropout inside experts: the published model's."""
+        """Inside the experts of rows that have it: where the scale's model has none, the published model's."""
         return self.shape.dropout or self.published.shape.dropout
 
     @property
     def sizes(self) -> str:
-        """In words."""
         s = self.shape
         return f"d_model {s.d_model}, {s.n_layers} layers, d_ff {s.d_ff}, {s.n_experts} x {s.expert_size} experts, K {s.k}"
 
@@ -115,10 +110,14 @@ class Scale:
             raise unknown_name("column", name, known)
         preset_name, corpus = known[name]
         preset = self.presets[preset_name]
+        shape = preset.shape
         if name == SHARED:
-            preset = dataclasses.replace(preset, shape=_all_layers(preset.shape))
+            # One block has the pairs of all layers.
+            n_layers = shape.n_layers
+            shape = dataclasses.replace(shape, n_experts=n_layers * shape.n_experts, d_ff=n_layers * shape.d_ff)
         if settings == "released":
-            preset = dataclasses.replace(preset, shape=_released_shape(name, preset.shape))
+            shape = _released_shape(name, shape)
+        preset = dataclasses.replace(preset, shape=shape)
         return Column(name=name, preset=preset, published=get_preset(preset_name), corpus=corpus)
 
 
@@ -131,12 +130,6 @@ def _released_shape(column: str, shape: BlockShape) -> BlockShape:
     if column in ("WT-B", "C4-B", "peS2o-B"):
         return dataclasses.replace(shape, expert_dropout=0.1)
     return shape
-
-
-def _all_layers(shape: BlockShape) -> BlockShape:
-    """One block with the pairs of all layers."""
-    n_layers = shape.n_layers
-    return dataclasses.replace(shape, n_experts=n_layers * shape.n_experts, d_ff=n_layers * shape.d_ff)
 
 
 def released_clip(column: str, method: str) -> float | None:
@@ -159,57 +152,39 @@ def scaled(published: Preset, template: Preset, *, expert_size: int) -> Preset:
 
 def make_scale(template: Preset, *, expert_size: int, note: str = "") -> Scale:
     """All columns at one template's sizes."""
-    names = dict.fromkeys(preset for preset, _ in COLUMNS.values())
-    presets = {name: scaled(get_preset(name), template, expert_size=expert_size) for name in names}
-    return Scale(name=template.name, presets=MappingProxyType(presets), note=note)
+    presets = {name: scaled(get_preset(name), template, expert_size=expert_size) for name, _ in COLUMNS.values()}
+    return Scale(name=template.name, presets=presets, note=note)
 
 
-# lr of both small scales: chosen on the validation split of `ptb` characters with the dense model of column WT-S, by trainings
-# of 200 steps (`tools/learning_rates.py`; every rate and seed stands in results/learning-rates.json). At `cpu` 2e-3 and 4e-3
-# are each the best of one seed, 4e-3 by 0.008 in the mean: undecided, and all runs had been made with 2e-3. Its dropout: 0.1 at
-# lr 4e-3 gave 2.753 bits per character against 2.675 without; one epoch is 2,491 steps, so that nothing is seen twice.
-_CPU = Preset(
+# What is not named is the preset's: heads, length, batch, and dropout of `base`. lr of both was chosen on the validation split
+# of `ptb` characters with the dense model of column WT-S, by trainings of 200 steps (`tools/learning_rates.py`; every rate and
+# seed stands in results/learning-rates.json). At `cpu` 2e-3 and 4e-3 are each the best of one seed, 4e-3 by 0.008 in the mean:
+# undecided, and all runs had been made with 2e-3. Its dropout: 0.1 at lr 4e-3 gave 2.753 bits per character against 2.675
+# without; one epoch is 2,491 steps, so that nothing is seen twice.
+_CPU = dataclasses.replace(
+    get_preset("tiny"),
     name="cpu",
     doc="minutes a run on 2 cores: 3 layers of width 128, 1 to 2M parameters (WT-S*: 7M)",
     shape=BlockShape(d_model=128, d_ff=1027, n_experts=16, expert_size=64, k=4, n_layers=3),
-    n_heads=4,
-    d_head=32,
-    context=128,
-    batch=16,
     lr=2e-3,
-    warmup=50,
-    clip=0.25,
-    steps=1000,
-    eval_batch=16,
 )
-# Sizes, dropout and length of the preset "small".
 _BASE = dataclasses.replace(
     get_preset("small"), name="base", doc="hours on a workstation: 6 layers of width 256, about 10M", lr=2e-3
 )
 
-SCALES: Mapping[str, Scale] = MappingProxyType(
-    {
-        "paper": Scale(
-            name="paper",
-            presets=MappingProxyType({name: get_preset(name) for name, _ in COLUMNS.values()}),
-            is_published=True,
-        ),
-        "base": make_scale(
-            _BASE,
-            expert_size=128,
-            note="at this scale only the learning rate was chosen, by trainings of 200 steps; dropout and length were not",
-        ),
-        "cpu": make_scale(_CPU, expert_size=64),
-    }
-)
+SCALES: Mapping[str, Scale] = {
+    "paper": Scale(name="paper", presets={name: get_preset(name) for name, _ in COLUMNS.values()}, is_published=True),
+    "base": make_scale(
+        _BASE,
+        expert_size=128,
+        note="at this scale only the learning rate was chosen, by trainings of 200 steps; dropout and length were not",
+    ),
+    "cpu": make_scale(_CPU, expert_size=64),
+}
 
 
 def get_scale(name: str) -> Scale:
-    """A scale by name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Raises UserError where there is none of that name."""
     if name not in SCALES:
         raise unknown_name("scale", name, SCALES)
     return SCALES[name]

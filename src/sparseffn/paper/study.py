@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from sparseffn.bench.machine import measured_on
 from sparseffn.comparison.job import NoProgress, Progress
+from sparseffn.comparison.matched import MethodChoice
 from sparseffn.data import load_corpus
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
-from sparseffn.paper.study_outcome import variant_result
-from sparseffn.paper.study_runs import CPU, StudyScale, Training, shortened, variants
-from sparseffn.paper.study_start import Point, measure_point
+from sparseffn.ffn.mixture import TopKMixtureConfig
+from sparseffn.models.presets import Preset
+from sparseffn.paper.predictions import gate_square, interference_bounds
+from sparseffn.paper.study_runs import CPU, StudyScale, Training, block_config, shortened, variants
+from sparseffn.paper.study_start import Point, measure_point, rounded
 from sparseffn.results import study_result as results
+from sparseffn.stats import Difference, difference, mean_std
 from sparseffn.storage import read, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
 from sparseffn.training.loop import StepReport
@@ -149,7 +155,7 @@ class _Study:
         rows: list[results.Variant] = []
         for name, choice in variants(settings.study).items():
             own = [outcome for label, _, outcome in runs if label == name and outcome is not None]
-            rows.append(variant_result(name, choice, settings.scale.preset, own, first=rows[0] if rows else None))
+            rows.append(_variant(name, choice, settings.scale.preset, own, first=rows[0] if rows else None))
         points = settings.scale.grid.points if settings.study == "init" else []
         measured = [path for point in points if (path := self._point_path(point)).exists()]
         fix = "remove the file and run the same command again"
@@ -169,3 +175,61 @@ class _Study:
             start=[row for path in measured for row in read(path, _Point, fix=fix).rows],
             missing_sizes=[point.name for point in points if not self._point_path(point).exists()],
         )
+
+
+_OF_A_PROBE = tuple(name for name in results.SelectorProbe.__struct_fields__ if name != "step")
+
+
+def _variant(
+    name: str, choice: MethodChoice, preset: Preset, runs: Sequence[results.StudyRun], *, first: results.Variant | None
+) -> results.Variant:
+    """A variant's finished runs, their means, and what sets them off from the study's first variant, None where this is it."""
+    against = {} if first is None else differences(runs, first.runs)
+    return results.Variant(
+        name=name,
+        method=choice.label,
+        predicted=_predicted(choice, preset),
+        runs=list(runs),
+        valid=mean_std([run.valid for run in runs]),
+        test=mean_std([run.test for run in runs]),
+        start=_means([run.probes[0] for run in runs]),
+        end=_means([run.probes[-1] for run in runs]),
+        against_first=against,
+        verdicts={split: better_or_worse(against[split]) for split in ("valid", "test") if split in against},
+    )
+
+
+def _predicted(choice: MethodChoice, preset: Preset) -> results.Prediction:
+    """What the framework says of a variant's gates before the first step; see `predictions`."""
+    config = block_config(choice, preset)
+    assert isinstance(config, TopKMixtureConfig) and config.gate is not None, "studies train mixtures"
+    low, high = interference_bounds(config, config.gate)
+    return results.Prediction(gate_square=rounded(gate_square(config, config.gate)), interference=(rounded(low), rounded(high)))
+
+
+def differences(runs: Sequence[results.StudyRun], base: Sequence[results.StudyRun]) -> dict[str, Difference]:
+    """Losses and selectors at the end, paired by seed; empty without a common seed."""
+    if not {run.seed for run in runs} & {run.seed for run in base}:
+        return {}
+    quantities: dict[str, Callable[[results.StudyRun], float]] = {
+        "valid": lambda run: run.valid,
+        "test": lambda run: run.test,
+        **{name: lambda run, name=name: getattr(run.probes[-1], name) for name in results.SELECTOR_QUANTITIES},
+    }
+    return {
+        name: difference({run.seed: of(run) for run in runs}, {run.seed: of(run) for run in base})
+        for name, of in quantities.items()
+    }
+
+
+def better_or_worse(found: Difference) -> Literal["better", "worse", "undecided"]:
+    """Of a loss."""
+    if not found.decided:
+        return "undecided"
+    return "better" if found.difference < 0 else "worse"
+
+
+def _means(probes: Sequence[results.SelectorProbe]) -> dict[str, float]:
+    if not probes:
+        return {}
+    return {name: statistics.fmean(getattr(probe, name) for probe in probes) for name in _OF_A_PROBE}

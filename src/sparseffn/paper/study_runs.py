@@ -20,7 +20,7 @@ from sparseffn.data import Corpus
 from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig, method_class, parse_options
 from sparseffn.models import TransformerXL, TransformerXLConfig
-from sparseffn.models.presets import Preset
+from sparseffn.models.presets import Preset, get_preset
 from sparseffn.paper.competition import probe
 from sparseffn.paper.study_start import Grid
 from sparseffn.results.study_result import SelectorProbe, StudyRun
@@ -77,19 +77,14 @@ CPU = StudyScale(
     grid=Grid(),
     # lr is the tiny preset's, chosen there on the validation split with the dense model. 32 experts, so that the standard
     # initialisation's values are sqrt(32) = 5.7 times the shared one's; 12 seconds a run on 2 idle cores (measured).
-    preset=Preset(
+    preset=dataclasses.replace(
+        get_preset("tiny"),
         name="study-cpu",
         doc="2 layers of width 96, 32 experts of 32, K 4",
         shape=BlockShape(d_model=96, d_ff=1024, n_experts=32, expert_size=32, k=4, n_layers=2, entropy_weight=1e-3),
-        n_heads=4,
         d_head=24,
         context=64,
-        batch=16,
-        lr=4e-3,
-        warmup=50,
-        clip=0.25,
         steps=300,
-        eval_batch=16,
     ),
     eval_tokens=32768,
     start_seeds=5,

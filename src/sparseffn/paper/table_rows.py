@@ -89,8 +89,7 @@ def sized(row: Row, column: Column, vocab_size: int) -> Sized:
     """
     shape, marks = column.shape, []
     if row.method == "dense":
-        ffn: FFNConfig = DenseConfig.from_shape(shape)
-        return Sized(row=row, label=row.key, ffn=ffn, marks=())
+        return Sized(row=row, label=row.key, ffn=DenseConfig.from_shape(shape), marks=())
     if row.method == "topk":
         return _topk(row, column)
     if row.method == "pkm":
@@ -142,8 +141,7 @@ def _pkm(row: Row, column: Column, vocab_size: int) -> PKMConfig:
         sizes = facts()["pkm_subkeys"]
         return base.replace(n_subkeys=sizes[matched_on][1 if column.name == "WT-B" else 0])
     if matched_on == "value-count":
-        n_subkeys = round(math.sqrt(shape.d_ff))
-        return base.replace(n_subkeys=n_subkeys)
+        return base.replace(n_subkeys=round(math.sqrt(shape.d_ff)))
     dense = DenseConfig.from_shape(shape)
     model = column.model(dense, vocab_size)
     # k = None is no size of its own; the counts are the same.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import Any
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.paper.published import MAIN_COLUMNS, SCALED_COLUMNS, Values, published_values
+from sparseffn.paper.published import Values, published_values, rows_of
 from sparseffn.paper.scales import SHARED, Settings
 from sparseffn.paper.table_rows import RELEASED_FORMS, Row
 
@@ -27,11 +27,7 @@ MIXTURES = (
     Row(published="softmax after top-k (renorm.)", method="softmax-renorm-moe"),
     Row(published="softmax before top-k (no renorm.)", method="softmax-moe"),
     Row(published="standard init", method="sigma-moe", options={"init": "standard"}),
-    Row(
-        published="no reg (gamma=0, delta=0)",
-        method="sigma-moe",
-        options={"entropy_weight": 0.0, "expert_dropout": 0.0},
-    ),
+    Row(published="no reg (gamma=0, delta=0)", method="sigma-moe", options={"entropy_weight": 0.0, "expert_dropout": 0.0}),
     Row(published="K=8, G=64", method="sigma-moe", k=8, g=64),
     Row(published="K=2, G=256", method="sigma-moe", k=2, g=256),
     Row(published="K=1, G=512", method="sigma-moe", k=1, g=512),
@@ -53,15 +49,8 @@ TOPK = tuple(Row(published=f"Top-K, K={k}", method="topk", k=k) for k in (64, 12
 
 
 def _pkm(matched_on: str, activation: str, *, init: bool = False) -> Row:
-    return Row(
-        published=f"pkm{'+init' if init else ''}, {matched_on}, {activation}",
-        method="pkm",
-        options={
-            "matched_on": matched_on,
-            "activation": activation,
-            "values_init": "n_values" if init else "d_model",
-        },
-    )
+    options = {"matched_on": matched_on, "activation": activation, "values_init": "n_values" if init else "d_model"}
+    return Row(published=f"pkm{'+init' if init else ''}, {matched_on}, {activation}", method="pkm", options=options)
 
 
 PKM = (
@@ -125,81 +114,56 @@ def picked(kind: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name for name in known if name in chosen]
 
 
-def _of(name: str, title: str, columns: tuple[str, ...], rows: Sequence[Row]) -> Table:
-    return Table(name=name, title=title, columns=columns, rows=tuple(rows), values=published_values(name))
-
-
-_SUBSET = [
-    "switch, K=1, G=512",
-    "switch, K=1, G=512, no dropout",
-    "s-base, K=4, G=128",
-    "s-base, K=1, G=512",
-    "sigma-moe",
-    "standard dropout",
-    "softmax after top-k (renorm.)",
-    "softmax before top-k (no renorm.)",
-    "standard init",
-    "no reg (gamma=0, delta=0)",
-    "K=8, G=64",
-    "K=2, G=256",
-    "K=1, G=512",
-]
-_SCALED_ROWS = (
-    DENSE,
-    SIGMA,
-    # Table 5 calls them by their method alone.
+# Table 5 calls its mixtures by their method alone.
+_BY_METHOD = (
     Row(published="switch", method="switch", k=1, g=512, options=_SWITCH, dropout="standard"),
     Row(published="s-base", method="s-base", k=4),
 )
+_PUBLISHED = {row.published: row for row in (DENSE, *TOPK, *PKM, *MIXTURES, *_BY_METHOD)}
+
+
+def _published(name: str, title: str) -> Table:
+    """A table with the rows and columns that the paper has values of."""
+    values = published_values(name)
+    columns = tuple(dict.fromkeys(column for _, column in values))
+    return Table(name=name, title=title, columns=columns, rows=tuple(_PUBLISHED[row] for row in rows_of(name)), values=values)
+
 
 # Tables that are trained; 7 is counted, 8 and 9 are settings.
-TABLES: Mapping[str, Table] = MappingProxyType(
-    {
-        table.name: table
-        for table in (
-            _of("table1", "Top-K activation", ("E8", "WT-S", "WT-B"), (DENSE, *TOPK)),
-            _of("table2", "Product-key memory, parameters matched", ("WT-S", "WT-B", "E8"), (DENSE, PKM[2], PKM[3])),
-            _of(
-                "table3",
-                "Dense against sigma-MoE at equal parameters",
-                ("E8", "WT-S", "WT-B", *SCALED_COLUMNS),
-                (DENSE, SIGMA),
-            ),
-            _of("table4", "Mixtures of experts, chosen rows", MAIN_COLUMNS, (DENSE, *(MIXTURE[name] for name in _SUBSET))),
-            _of("table5", "C4 and peS2o", SCALED_COLUMNS, _SCALED_ROWS),
-            _of("table6", "Product-key memory, all variants", ("WT-S", "WT-B", "E8"), (DENSE, *PKM)),
-            _of("table10", "Mixtures of experts, every row", MAIN_COLUMNS, (DENSE, *MIXTURES)),
-        )
-    }
-)
+TABLES: Mapping[str, Table] = {
+    name: _published(name, title)
+    for name, title in {
+        "table1": "Top-K activation",
+        "table2": "Product-key memory, parameters matched",
+        "table3": "Dense against sigma-MoE at equal parameters",
+        "table4": "Mixtures of experts, chosen rows",
+        "table5": "C4 and peS2o",
+        "table6": "Product-key memory, all variants",
+        "table10": "Mixtures of experts, every row",
+    }.items()
+}
 
 
-def _own(row: Row, label: str | None = None) -> Row:
-    """A row of the paper where the paper has no value."""
-    return dataclasses.replace(row, own=True, published=row.published if label is None else label)
+def _sigma(label: str, **sizes: Any) -> Row:
+    return Row(published=label, method="sigma-moe", **sizes)
 
 
-def _sigma(label: str, *, k: int | None = None, g: int = 128, n_experts: int | None = None, inner_k: int | None = None) -> Row:
-    return Row(published=label, method="sigma-moe", k=k, g=g, n_experts=n_experts, inner_k=inner_k, own=True)
+def _ours(name: str, title: str, columns: Sequence[str], *rows: Row) -> Table:
+    own = tuple(dataclasses.replace(row, own=True) for row in rows)
+    return Table(name=name, title=title, columns=tuple(columns), rows=own)
 
 
 def _sweep(name: str, title: str, axis: str, rows: Mapping[int, Row]) -> Table:
     """One curve, and the dense model beside it."""
-    return Table(
-        name=name,
-        title=title,
-        columns=("WT-S",),
-        rows=(_own(DENSE), *rows.values()),
-        axis=axis,
-        places={row.key: float(x) for x, row in rows.items()},
-    )
+    places = {row.key: float(x) for x, row in rows.items()}
+    return dataclasses.replace(_ours(name, title, ["WT-S"], DENSE, *rows.values()), axis=axis, places=places)
 
 
 # One row for each main method, with the K x G of sigma-MoE where it has one.
 _MAIN = (
     DENSE,
     TOPK[-1],
-    PKM[3],
+    _PUBLISHED["pkm, parameters, relu"],
     Row(published="sparsely gated (noisy)", method="noisy-moe"),
     MIXTURE["softmax before top-k (no renorm.)"],
     MIXTURE["softmax after top-k (renorm.)"],
@@ -207,56 +171,33 @@ _MAIN = (
     MIXTURE["s-base, K=4, G=128"],
     SIGMA,
 )
-_EXPERTS = (8, 16, 32, 64, 128)
+_INNER = (_sigma(f"sigma-moe, inner K={inner_k}", inner_k=inner_k) for inner_k in (256, 128, 64))
 _ACTIVE = (1, 2, 4, 8, 16)
-
-OWN_TABLES: Mapping[str, Table] = MappingProxyType(
-    {
-        table.name: table
-        for table in (
-            Table(
-                name="ptb",
-                title="Penn Treebank, characters and words",
-                columns=("PTB-char", "PTB-word"),
-                rows=tuple(_own(row) for row in _MAIN),
-            ),
-            Table(
-                name="universal",
-                title="Layer-shared (Universal) Transformer, one block with the pairs of all layers",
-                columns=(SHARED, "WT-S"),
-                rows=(_own(DENSE), _own(SIGMA)),
-            ),
-            Table(
-                name="inner",
-                title="Top-K among the selected experts' pairs",
-                columns=("WT-S", "E8"),
-                rows=(
-                    _own(DENSE),
-                    _own(SIGMA),
-                    *(_sigma(f"sigma-moe, inner K={inner_k}", inner_k=inner_k) for inner_k in (256, 128, 64)),
-                ),
-            ),
-            _sweep(
-                "sweep-k",
-                "K at constant N_E: compute grows, parameters do not",
-                "K",
-                {k: _sigma(f"K={k}", k=k) for k in _ACTIVE},
-            ),
-            _sweep(
-                "sweep-size",
-                "K at constant K G and N_E G: more and smaller experts",
-                "K",
-                {k: _sigma(f"K={k}, G={512 // k}", k=k, g=512 // k) for k in _ACTIVE},
-            ),
-            _sweep(
-                "sweep-experts",
-                "N_E at constant K: parameters grow, compute does not",
-                "N_E",
-                {n: _sigma(f"N_E={n}", n_experts=n) for n in _EXPERTS},
-            ),
-        )
-    }
+_OWN = (
+    _ours("ptb", "Penn Treebank, characters and words", ["PTB-char", "PTB-word"], *_MAIN),
+    _ours(
+        "universal",
+        "Layer-shared (Universal) Transformer, one block with the pairs of all layers",
+        [SHARED, "WT-S"],
+        DENSE,
+        SIGMA,
+    ),
+    _ours("inner", "Top-K among the selected experts' pairs", ["WT-S", "E8"], DENSE, SIGMA, *_INNER),
+    _sweep("sweep-k", "K at constant N_E: compute grows, parameters do not", "K", {k: _sigma(f"K={k}", k=k) for k in _ACTIVE}),
+    _sweep(
+        "sweep-size",
+        "K at constant K G and N_E G: more and smaller experts",
+        "K",
+        {k: _sigma(f"K={k}, G={512 // k}", k=k, g=512 // k) for k in _ACTIVE},
+    ),
+    _sweep(
+        "sweep-experts",
+        "N_E at constant K: parameters grow, compute does not",
+        "N_E",
+        {n: _sigma(f"N_E={n}", n_experts=n) for n in (8, 16, 32, 64, 128)},
+    ),
 )
+OWN_TABLES: Mapping[str, Table] = {table.name: table for table in _OWN}
 
 
 def get_table(name: str) -> Table:
