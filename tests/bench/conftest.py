@@ -45,20 +45,25 @@ def shape() -> Shape:
     return Shape(name="small", dense=DENSE, methods={"sigma-moe": SIGMA})
 
 
-def set_quick_roof(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speeds of the machine that take no time to measure."""
-    made_up = Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9)
-    for place in ("bench.layer", "paper.figure_points"):
-        monkeypatch.setattr(f"sparseffn.{place}.measure_roof", lambda dtype, device: made_up)
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and readings that take no time to measure."""
     monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
     monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
     monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
     monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
+
+
+@pytest.fixture
+def quick_roof(monkeypatch: pytest.MonkeyPatch, small_products: None) -> None:
+    """Speeds of the machine that take no time to measure."""
+    made_up = Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9)
+    for place in ("bench.layer", "paper.figure_points"):
+        monkeypatch.setattr(f"sparseffn.{place}.measure_roof", lambda dtype, device: made_up)
     monkeypatch.setattr("sparseffn.bench.benchmark._AT_LEAST_S", 0.0)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, quick_roof: None) -> None:
     """A machine with a small cache, measured in no time."""
     monkeypatch.setattr("sparseffn.bench.benchmark.last_level_cache_bytes", lambda device: (2**14, "made up"))
-    set_quick_roof(monkeypatch)

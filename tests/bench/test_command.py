@@ -10,16 +10,9 @@ import pytest
 from sparseffn.bench import benchmark
 from sparseffn.cli import main
 
-from .conftest import set_quick_roof
 from .wrong_backends import wrong_backends
 
 LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds", "1", "--no-peers"]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speeds of the machine that take no time to measure."""
-    set_quick_roof(monkeypatch)
 
 
 COMMANDS = {
@@ -30,7 +23,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_roof")
 @pytest.mark.parametrize(("kind", "words"), COMMANDS.items(), ids=list(COMMANDS))
 def test_table_json_and_page_tell_the_same(
     kind: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -45,7 +38,7 @@ def test_table_json_and_page_tell_the_same(
     assert result["environment"]["freed_memory"] and (kind != "step" or result["ratio"] > 0)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_roof")
 def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Progress goes to standard error."""
     assert main([*LAYER, "--json"]) == 0
@@ -60,7 +53,7 @@ TIMED = {
 }
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_roof")
 @pytest.mark.parametrize("backend", ["last-row", "scores"])
 @pytest.mark.parametrize("words", TIMED.values(), ids=list(TIMED))
 def test_no_speed_is_reported_for_a_wrong_kernel(
@@ -74,7 +67,7 @@ def test_no_speed_is_reported_for_a_wrong_kernel(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick_roof")
 def test_figures_are_drawn_again_without_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

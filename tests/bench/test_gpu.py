@@ -18,7 +18,8 @@ from sparseffn.bench.machine import measured_on
 from sparseffn.cli import main
 from sparseffn.errors import UserError
 from sparseffn.report.gpu_report import gpu_markdown, gpu_page
-from sparseffn.results.bench_result import GPU_PARTS, GpuPart, LayerResult, read_gpu_parts
+from sparseffn.results.bench_result import LayerResult
+from sparseffn.results.gpu_result import GPU_PARTS, GpuPart, read_gpu_parts
 
 # Each command once; the others are the same in another dtype or preset.
 REHEARSED = ("triton-cases", "layer-fp32", "step-bf16", "launches", "figures", "compare-small", "tiles")

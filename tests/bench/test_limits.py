@@ -66,12 +66,9 @@ def test_cache_size_is_read_or_assumed(tmp_path: Path) -> None:
     assert size == FALLBACK_CACHE_BYTES and "assumed" in source
 
 
-def test_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("small_products")
+def test_roof_is_measured() -> None:
     """Speeds are positive; the working set is four times the cache; the better of two measurements counts."""
-    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64, 128)})
-    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
-    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
-    monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
     device = torch.device("cpu")
     assert product_speed(torch.float32, device).flops_per_s > 1e6
     reading = bandwidth(device)
@@ -81,11 +78,9 @@ def test_roof_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best == Roof(flops_per_s=1000.0, bytes_per_s=1e6, scattered_bytes_per_s=50.0)
 
 
+@pytest.mark.usefixtures("small_products")
 def test_roof_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of PyTorch's, the selector's and the experts': a layer may use any, and would be faster than its limit."""
-    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
-    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
-    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
     flops = {"torch.mm": 2 * 64**3, "router_logits": 2 * 64**3, "expert_mlp": 4 * 64 * 32 * 16}
     for fastest in flops:
         # The order in which they are timed.

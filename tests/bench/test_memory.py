@@ -34,12 +34,9 @@ def test_tiny_experts_hide_nothing_in_the_selection() -> None:
     assert not is_selection(torch.zeros(10, 1), DENSE, 10)
 
 
-def test_roofline_lists_speeds_and_limits(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("small_products")
+def test_roofline_lists_speeds_and_limits(shape: Shape) -> None:
     """One thread and all, both dtypes; each limit is the larger of its two."""
-    monkeypatch.setattr("sparseffn.bench.roofline._SIZES", {"cpu": (64,)})
-    monkeypatch.setattr("sparseffn.bench.roofline._EXPERTS", {"cpu": ((64, 32, 16),)})
-    monkeypatch.setattr("sparseffn.bench.roofline._BLOCKS", 512)
-    monkeypatch.setattr("sparseffn.bench.roofline._SAMPLE_S", 0.0)
     before = torch.get_num_threads()
     result = bench_roofline([shape], LayerSettings(tokens=(1, 1000)))
     assert torch.get_num_threads() == before

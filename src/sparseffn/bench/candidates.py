@@ -29,14 +29,12 @@ Progress = Callable[[str], None]
 """Receives a line for each thing that begins."""
 
 
-def no_progress(text: str) -> None:
-    """Shows nothing."""
+def no_progress(text: str) -> None: ...
 
 
 def print_progress(text: str) -> None:
-    """A line on standard error."""
+    """A line on standard error, which is not buffered."""
     sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,7 @@ class Setting:
 
     @classmethod
     def of(cls, settings: LayerSettings, n_tokens: int) -> Setting:
-        """The setting of one size.
-
-        Raises:
-            UserError: the device is not there.
-        """
+        """The setting of one size; a device that is not there is refused."""
         return cls(n_tokens=n_tokens, dtype=DTYPES[settings.dtype], device=find_device(settings.device))
 
 
@@ -81,7 +75,6 @@ class Candidate:
 
     @property
     def is_peer(self) -> bool:
-        """Whether another library computes it."""
         return self.wrap is not None
 
     def backend_on(self, setting: Setting) -> str | None:
@@ -91,7 +84,6 @@ class Candidate:
         return resolved(self.backend, setting.device, setting.dtype) if self.config.has_backends else "torch"
 
     def module(self, layer: FeedForward) -> nn.Module:
-        """What is called."""
         return layer if self.wrap is None else self.wrap(layer)
 
 
@@ -127,11 +119,7 @@ def use_backend(name: str) -> None:
 
 
 def check_backends(names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a backend that does not exist or cannot run.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Refuse, with the reason, a backend that does not exist or cannot run."""
     known = [backend.name for backend in list_backends()]
     for name in names:
         if name != "auto" and name not in known:

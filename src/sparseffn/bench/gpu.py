@@ -22,21 +22,17 @@ import msgspec
 
 from sparseffn.bench.candidates import Progress, no_progress
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.results.bench_result import (
-    FORMAT,
+from sparseffn.results.bench_result import FORMAT, Environment, FiguresResult, LayerResult, StepResult
+from sparseffn.results.comparison_result import ComparisonResult
+from sparseffn.results.gpu_result import (
     CasesResult,
     ComparedMethod,
     ComparedResult,
-    Environment,
-    FiguresResult,
     GpuContent,
     GpuPart,
     LaunchesResult,
-    LayerResult,
-    StepResult,
     TilesResult,
 )
-from sparseffn.results.comparison_result import ComparisonResult
 from sparseffn.storage import read, read_json, write_bytes
 
 ROOT = Path(__file__).parents[3]

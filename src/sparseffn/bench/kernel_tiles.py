@@ -7,21 +7,21 @@ A part of `make gpu`; what it finds goes into the table of `ops/triton/tuning.py
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
+import tyro
 
 from sparseffn import ops
 from sparseffn.bench.candidates import DTYPES, print_progress
 from sparseffn.bench.machine import head
-from sparseffn.devices import find_device
+from sparseffn.devices import Precision, find_device
 from sparseffn.ops.triton import tuning
 from sparseffn.ops.triton.tuning import Situation, Tile
-from sparseffn.results.bench_result import TilesResult, TileTimes
+from sparseffn.results.gpu_result import TilesResult, TileTimes
 from sparseffn.storage import write_json
 
 _SHAPES = ("512,128,16,4,8192", "512,128,16,4,1024", "1024,128,32,4,8192", "412,128,16,4,8192", "512,32,64,16,8192")
@@ -85,28 +85,34 @@ class Sweep:
 
 
 def bench_tiles(
-    shapes: Sequence[str], dtype: str, device: torch.device, out: Path, *, limit_s: float, most: int | None = None
-) -> TilesResult:
+    out: Path,
+    *,
+    device: str = "cuda",
+    dtype: Precision = "bfloat16",
+    shapes: tuple[str, ...] = _SHAPES,
+    limit: float = 440.0,
+    most: int | None = None,
+) -> None:
     """Time the tiles of every launch of a forward and a backward; the file is written after every launch.
 
     Args:
-        shapes: `d_model,expert_size,n_experts,k,tokens`.
-        dtype: of weights and tokens.
-        device: a GPU; on the CPU Triton must interpret.
         out: the file.
-        limit_s: after so many seconds shipped tiles are taken untimed.
+        device: a GPU; on the CPU Triton must interpret.
+        dtype: of weights and tokens.
+        shapes: `d_model,expert_size,n_experts,k,tokens`.
+        limit: after so many seconds shipped tiles are taken untimed.
         most: of each grid, for a rehearsal.
     """
-    sweep = Sweep(TilesResult(**head(device), dtype=dtype, kernels=()), out, limit_s=limit_s, most=most)
+    place = find_device(device)
+    sweep = Sweep(TilesResult(**head(place), dtype=dtype, kernels=()), out, limit_s=limit, most=most)
     picks = tuning.pick_tile
     tuning.pick_tile = sweep.pick
     try:
         for shape in shapes:
             sweep.shape = shape
-            _layer(shape, DTYPES[dtype], device)
+            _layer(shape, DTYPES[dtype], place)
     finally:
         tuning.pick_tile = picks
-    return sweep.result
 
 
 def _microseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -132,19 +138,5 @@ def _layer(shape: str, dtype: torch.dtype, device: torch.device) -> None:
     y.backward(torch.randn_like(y))
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--shapes", nargs="+", default=list(_SHAPES))
-    parser.add_argument("--limit", type=float, default=440.0)
-    parser.add_argument("--most", type=int)
-    options = parser.parse_args()
-    device = find_device(options.device)
-    bench_tiles(options.shapes, options.dtype, device, options.out, limit_s=options.limit, most=options.most)
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(bench_tiles, config=(tyro.conf.PositionalRequiredArgs,))

@@ -7,15 +7,15 @@ Beside the times stand the longest kernels, and where a call waits for the devic
 
 from __future__ import annotations
 
-import argparse
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
+import tyro
 
 from sparseffn.bench.candidates import (
     DENSE,
@@ -30,14 +30,13 @@ from sparseffn.bench.candidates import (
     why_not,
 )
 from sparseffn.bench.machine import head
-from sparseffn.devices import find_device, synchronize
+from sparseffn.devices import Precision, find_device, synchronize
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
-from sparseffn.results.bench_result import LaunchesResult, LaunchRow
+from sparseffn.results.gpu_result import LaunchesResult, LaunchRow
 from sparseffn.storage import write_json
 
 T = TypeVar("T")
-
 # The experts of the paper's models.
 _EXPERT_SIZE, _K = 128, 4
 _WARMUP, _REPEATS = 3, 3
@@ -72,29 +71,36 @@ class _Calls:
 
 
 def bench_launches(
-    shapes: Sequence[tuple[int, int]], tokens: Sequence[int], dtype: str, device: torch.device, out: Path, *, calls: int = 30
-) -> LaunchesResult:
+    out: Path,
+    *,
+    device: str = "cuda",
+    dtype: Precision = "bfloat16",
+    tokens: tuple[int, ...] = (1024, 8192, 32768),
+    shapes: tuple[str, ...] = ("412,16", "512,16", "1024,32"),
+    calls: int = 30,
+) -> None:
     """Measure the dense block and sigma-MoE on every backend; the file is written after every row.
 
     Args:
-        shapes: d_model and number of experts.
-        tokens: of a call.
-        dtype: of parameters and tokens.
-        device: a GPU, or the CPU for host times alone.
         out: the file.
+        device: a GPU, or the CPU for host times alone.
+        dtype: of parameters and tokens.
+        tokens: of a call.
+        shapes: d_model and number of experts.
         calls: timed in one go, a third of it from 16,384 tokens.
     """
-    result = LaunchesResult(**head(device), dtype=dtype, rows=())
-    for d_model, n_experts in shapes:
+    place = find_device(device)
+    result = LaunchesResult(**head(place), dtype=dtype, rows=())
+    for shape in shapes:
+        d_model, n_experts = map(int, shape.split(","))
         for n_tokens in tokens:
-            setting = Setting(n_tokens=n_tokens, dtype=DTYPES[dtype], device=device)
+            setting = Setting(n_tokens=n_tokens, dtype=DTYPES[dtype], device=place)
             for candidate in _candidates(d_model, n_experts, setting):
                 row = _row(candidate, setting, n_experts, calls if n_tokens < 16384 else max(3, calls // 3))
                 result = msgspec.structs.replace(result, rows=(*result.rows, row))
                 times = f"{row.forward_us} and {row.training_us} us"
                 print_progress(f"{d_model} {n_experts} {n_tokens} {row.label}: {times} {' '.join(row.notes)}")
                 write_json(out, result)
-    return result
 
 
 def _candidates(d_model: int, n_experts: int, setting: Setting) -> list[Candidate]:
@@ -117,35 +123,40 @@ def _row(candidate: Candidate, setting: Setting, n_experts: int, n: int) -> Laun
 
     with backend_restored():
         use_backend(candidate.backend)
-        calls, cuda = _Calls(candidate, setting), setting.device.type == "cuda"
+        calls = _Calls(candidate, setting)
         calls.layer.eval()
-        forward = tried("forward", lambda: _host_us(calls.forward, n, setting.device))
+        forward = tried("forward", lambda: _host_us(calls.forward, n, setting.device)) or (None, None)
         calls.layer.train()
-        training = tried("training", lambda: _host_us(calls.training, n, setting.device))
-        waits = tried("waits", lambda: _waits(calls.training)) if cuda and training else None
-        graphs = waits == ""
-        kernels = tried("kernels", lambda: _kernels(calls.training)) if cuda and training else None
-        row = LaunchRow(
-            d_model=candidate.config.d_model,
-            n_experts=n_experts,
-            tokens=setting.n_tokens,
-            label=candidate.label,
-            forward_us=forward[0] if forward else None,
-            forward_issued_us=forward[1] if forward else None,
-            training_us=training[0] if training else None,
-            training_issued_us=training[1] if training else None,
-            waits=waits,
-            waits_with_statistics=tried("statistics", lambda: _waits(calls.with_statistics)) if cuda and training else None,
-            n_kernels=sum(count for _, count, _ in kernels) if kernels else None,
-            kernels_us=round(sum(us for _, _, us in kernels), 1) if kernels else None,
-            longest=tuple(kernels[:_LONGEST]) if kernels else (),
-            # A capture that fails, as of a call that reads offsets back, may spoil later ones.
-            forward_graph_us=tried("graph", lambda: (calls.layer.eval(), _graph_us(calls.forward, n))[1]) if graphs else None,
-            training_graph_us=tried("graph", lambda: (calls.layer.train(), _graph_us(calls.training, n))[1])
-            if graphs
-            else None,
-        )
-    return msgspec.structs.replace(row, notes=tuple(notes))
+        training = tried("training", lambda: _host_us(calls.training, n, setting.device)) or (None, None)
+        on_gpu: dict[str, Any] = {}
+        if setting.device.type == "cuda" and training[0] is not None:
+            waits = tried("waits", lambda: _waits(calls.training))
+            kernels = tried("kernels", lambda: _kernels(calls.training)) or []
+            on_gpu = {
+                "waits": waits,
+                "waits_with_statistics": tried("statistics", lambda: _waits(calls.with_statistics)),
+                "n_kernels": sum(count for _, count, _ in kernels) or None,
+                "kernels_us": round(sum(us for _, _, us in kernels), 1) or None,
+                "longest": tuple(kernels[:_LONGEST]),
+            }
+        # A capture that fails, as of a call that reads offsets back, may spoil later ones.
+        if on_gpu.get("waits") == "":
+            calls.layer.eval()
+            on_gpu["forward_graph_us"] = tried("graph", lambda: _graph_us(calls.forward, n))
+            calls.layer.train()
+            on_gpu["training_graph_us"] = tried("graph", lambda: _graph_us(calls.training, n))
+    return LaunchRow(
+        d_model=candidate.config.d_model,
+        n_experts=n_experts,
+        tokens=setting.n_tokens,
+        label=candidate.label,
+        forward_us=forward[0],
+        forward_issued_us=forward[1],
+        training_us=training[0],
+        training_issued_us=training[1],
+        **on_gpu,
+        notes=tuple(notes),
+    )
 
 
 def _host_us(call: Callable[[], None], n: int, device: torch.device) -> tuple[float, float]:
@@ -213,19 +224,5 @@ def _waits(call: Callable[[], None]) -> str:
     return ""
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
-    parser.add_argument("--shapes", nargs="+", default=["412,16", "512,16", "1024,32"])
-    parser.add_argument("--calls", type=int, default=30)
-    options = parser.parse_args()
-    shapes = [(int(d), int(e)) for d, e in (shape.split(",") for shape in options.shapes)]
-    bench_launches(shapes, options.tokens, options.dtype, find_device(options.device), options.out, calls=options.calls)
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(bench_launches, config=(tyro.conf.PositionalRequiredArgs,))

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "": 1}
 
 
 def last_level_cache_bytes(device: torch.device | None = None, folder: Path = CACHES) -> tuple[int, str]:
-    """Bytes of the largest cache before memory, and where the number comes from.
-
-    Args:
-        device: the CPU unless another is given.
-        folder: where Linux describes the caches of a core.
-    """
+    """Bytes of the largest cache before memory, and where the number comes from; on the CPU Linux's files in `folder`."""
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size, "the device's L2 cache"
     sizes = []
@@ -74,13 +69,9 @@ def version_of(package: str) -> str | None:
 def cpp_compiler() -> str:
     """The compiler of the CPU kernels with its version, or why there is none."""
     try:
-        return _described(build.find_compiler())
+        words = build.find_compiler()
     except build.CompilerError as error:
         return f"none: {error}"
-
-
-def _described(command: str | Sequence[str]) -> str:
-    words = [command] if isinstance(command, str) else list(command)
     try:
         done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:

@@ -45,8 +45,8 @@ def bench_memory(shapes: Sequence[Shape], settings: LayerSettings) -> MemoryResu
         for n_tokens in settings.tokens:
             setting = Setting.of(settings, n_tokens)
             found, absent = runnable_candidates(shape, settings, setting)
-            kept = {candidate.label: kept_by(candidate, setting) for candidate in found}
-            rows += [_row(shape.name, candidate, setting, kept[candidate.label], kept[DENSE]) for candidate in found]
+            kept = {c.label: kept_by(c, setting) for c in found}
+            rows += [_row(shape.name, c, setting, kept[c.label], kept[DENSE]) for c in found]
             left_out += absent
     return MemoryResult(
         **head(device),

@@ -14,8 +14,9 @@ an expert are read from scattered places, which is all that one token asks for: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import msgspec
 import torch
@@ -63,8 +64,12 @@ _TABLES_PER_UNIT = {"experts": 2, "values": 1, "channels": 1}
 def measure_roof(dtype: torch.dtype, device: torch.device) -> Roof:
     """All speeds with the threads that are set."""
     reading = bandwidth(device)
+    return _roof(product_speed(dtype, device), reading)
+
+
+def _roof(product: ProductSpeed, reading: ReadingSpeed) -> Roof:
     return Roof(
-        flops_per_s=product_speed(dtype, device).flops_per_s,
+        flops_per_s=product.flops_per_s,
         bytes_per_s=reading.bytes_per_s,
         scattered_bytes_per_s=reading.scattered.bytes_per_s,
     )
@@ -72,11 +77,7 @@ def measure_roof(dtype: torch.dtype, device: torch.device) -> Roof:
 
 def highest(roof: Roof, other: Roof) -> Roof:
     """The better of two measurements of one machine: what slowed the other one was not the machine."""
-    return Roof(
-        flops_per_s=max(roof.flops_per_s, other.flops_per_s),
-        bytes_per_s=max(roof.bytes_per_s, other.bytes_per_s),
-        scattered_bytes_per_s=max(roof.scattered_bytes_per_s, other.scattered_bytes_per_s),
-    )
+    return Roof(**{name: max(getattr(roof, name), getattr(other, name)) for name in Roof.__struct_fields__})
 
 
 def product_speed(dtype: torch.dtype, device: torch.device) -> ProductSpeed:
@@ -150,15 +151,16 @@ def _scattered(matrix: Tensor, clock: Callable[[], float]) -> Scattered:
     return Scattered(block_bytes=block, blocks=_BLOCKS, bytes_per_s=n_blocks * block / _best(read_all, clock))
 
 
-def measure_all(dtypes: Mapping[str, torch.dtype], device: torch.device) -> list[MachineSpeed]:
-    """Speeds with one thread and with all, for each dtype by name."""
+def measure_all(dtypes: Sequence[str], device: torch.device) -> list[MachineSpeed]:
+    """Speeds with one thread and with all, for each dtype."""
     rows = []
     counts = [torch.get_num_threads()] if device.type == "cuda" else sorted({1, torch.get_num_threads()})
     for n_threads in counts:
         with using_threads(n_threads):
             reading = bandwidth(device)
-            for name, dtype in dtypes.items():
-                rows.append(MachineSpeed(threads=n_threads, dtype=name, product=product_speed(dtype, device), reading=reading))
+            for name in dtypes:
+                product = product_speed(DTYPES[name], device)
+                rows.append(MachineSpeed(threads=n_threads, dtype=name, product=product, reading=reading))
     return rows
 
 
@@ -204,17 +206,18 @@ def touched_bytes(layer: FeedForward, x: Tensor) -> int:
 
 def weight_bytes(config: FFNConfig, *, n_unused: int, n_units: int, itemsize: int) -> int:
     """Bytes of the parameters without those of unused units; the dense block computes all, zero or not."""
-    if config.active_channels >= config.n_channels:
-        n_unused = 0
-    pairs = n_unused * config.n_channels // n_units
-    return (config.num_params() - pairs * _TABLES_PER_UNIT[config.unit] * config.d_model) * itemsize
+    pairs = 0 if config.active_channels >= config.n_channels else n_unused * config.n_channels // n_units
+    return int(_bytes_without(config, pairs, itemsize))
 
 
 def expected_bytes(config: FFNConfig, *, n_tokens: int, itemsize: int) -> float:
     """The same for tokens that choose their units evenly and independently, in expectation."""
     share = min(1.0, config.active_channels / config.n_channels)
-    untouched = 0.0 if share == 1.0 else (1 - share) ** n_tokens
-    pairs = untouched * config.n_channels
+    return _bytes_without(config, (1 - share) ** n_tokens * config.n_channels, itemsize)
+
+
+def _bytes_without(config: FFNConfig, pairs: float, itemsize: int) -> float:
+    """Bytes of the parameters without those of some pairs."""
     return (config.num_params() - pairs * _TABLES_PER_UNIT[config.unit] * config.d_model) * itemsize
 
 
@@ -230,28 +233,20 @@ def bench_roofline(shapes: Sequence[Shape], settings: LayerSettings, *, progress
     progress("measuring matrix products and bandwidth, with one thread and with all")
     # PyTorch multiplies float16 very slowly on many CPUs; whoever asks for it waits.
     names = ("float32", "bfloat16", *(["float16"] if settings.dtype == "float16" or device.type == "cuda" else []))
-    speeds = measure_all({name: DTYPES[name] for name in names}, device)
+    speeds = measure_all(names, device)
     own = next(s for s in speeds if s.threads == torch.get_num_threads() and s.dtype == settings.dtype)
-    roof = Roof(
-        flops_per_s=own.product.flops_per_s,
-        bytes_per_s=own.reading.bytes_per_s,
-        scattered_bytes_per_s=own.reading.scattered.bytes_per_s,
-    )
-    blocks = [
-        (shape.name, label, config) for shape in shapes for label, config in {DENSE: shape.dense, **shape.methods}.items()
-    ]
-    rows = [
-        _limits(*block, roof, n_tokens, DTYPES[settings.dtype].itemsize) for block in blocks for n_tokens in settings.tokens
-    ]
+    roof, itemsize = _roof(own.product, own.reading), DTYPES[settings.dtype].itemsize
+
+    def row(shape: str, label: str, config: FFNConfig, n_tokens: int) -> RooflineRow:
+        touched = expected_bytes(config, n_tokens=n_tokens, itemsize=itemsize)
+        call = partial(limit, config, roof, n_tokens=n_tokens, touched_bytes=touched, itemsize=itemsize)
+        forward, training = call(training=False), call(training=True)
+        return RooflineRow(shape=shape, label=label, tokens=n_tokens, touched_bytes=touched, forward=forward, training=training)
+
+    blocks = [(shape.name, *block) for shape in shapes for block in {DENSE: shape.dense, **shape.methods}.items()]
     return RooflineResult(
-        **head(device), settings=msgspec.structs.replace(settings, device=device.type), speeds=tuple(speeds), rows=tuple(rows)
+        **head(device),
+        settings=msgspec.structs.replace(settings, device=device.type),
+        speeds=tuple(speeds),
+        rows=tuple(row(*block, n_tokens) for block in blocks for n_tokens in settings.tokens),
     )
-
-
-def _limits(shape: str, label: str, config: FFNConfig, roof: Roof, n_tokens: int, itemsize: int) -> RooflineRow:
-    touched = expected_bytes(config, n_tokens=n_tokens, itemsize=itemsize)
-    forward, training = (
-        limit(config, roof, n_tokens=n_tokens, touched_bytes=touched, itemsize=itemsize, training=training)
-        for training in (False, True)
-    )
-    return RooflineRow(shape=shape, label=label, tokens=n_tokens, touched_bytes=touched, forward=forward, training=training)

@@ -89,13 +89,14 @@ class Step:
         try:
             self.run()
         finally:
-            parts.remove()
+            for handle in parts.handles:
+                handle.remove()
         return whole_with_rest(parts.seconds, clock() - start)
 
 
 @final
 class PartClock:
-    """Adds up the time of each part of one step."""
+    """Adds up the time of each part of one step, until its `handles` are removed from the model."""
 
     def __init__(self, stepper: Stepper, clock: Clock) -> None:
         self.clock = clock
@@ -114,11 +115,6 @@ class PartClock:
             model.embedding.weight.register_post_accumulate_grad_hook(self._begin("optimiser")),
             stepper.optimizer.register_step_post_hook(self._end("optimiser")),
         ]
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self.handles:
-            handle.remove()
 
     def _time(self, module: nn.Module, part: str, layer: int) -> None:
         """Add a module's forward and backward to a part."""
@@ -144,51 +140,40 @@ class PartClock:
 
 
 def whole_with_rest(parts: dict[str, float], whole_s: float) -> dict[str, float]:
-    """The parts and what is left of the whole."""
     return {**parts, "rest": whole_s - sum(parts.values())}
 
 
 def bench_step(
     base: TransformerXLConfig, models: Mapping[str, TransformerXLConfig], shape: StepShape, settings: StepSettings
 ) -> StepResult:
-    """Time the training step of a model with either attention, and that of several models against the first of them.
+    """Time the training step of `base` with either attention, and that of several models against the first of them.
 
     Args:
-        base: the model of the attentions' comparison.
-        models: by label, the one that ratios are against first.
-        shape: of the step.
         settings: as the result shows them; `rounds` is the number of timed steps of each.
     """
-    times = attention_times(base, shape, rounds=settings.rounds)
+    times = _in_turn({"relative": Step(base, shape), "plain": Step(base, shape, PlainAttention)}, shape, settings.rounds)
     return StepResult(
         **head(shape.device),
         settings=settings,
         seconds=medians(times),
         ratio=ratio(times, "relative", "plain"),
         times={name: tuple(values) for name, values in times.items()},
-        methods=method_steps(models, shape, rounds=settings.rounds),
+        methods=_method_steps(models, shape, settings.rounds),
     )
 
 
-def attention_times(config: TransformerXLConfig, shape: StepShape, *, rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of training steps with `relative` and with `plain` attention, all else equal, in turn."""
-    kinds: dict[str, type[Attention]] = {"relative": RelativeAttention, "plain": PlainAttention}
-    steps = {name: Step(config, shape, attention) for name, attention in kinds.items()}
-    return interleaved({k: step.run for k, step in steps.items()}, rounds=rounds, warmup=1, clock=clock_of(shape.device))
+def _in_turn(steps: Mapping[str, Step], shape: StepShape, rounds: int) -> dict[str, list[float]]:
+    calls = {label: step.run for label, step in steps.items()}
+    return interleaved(calls, rounds=rounds, warmup=1, clock=clock_of(shape.device))
 
 
-def method_steps(models: Mapping[str, TransformerXLConfig], shape: StepShape, *, rounds: int = 5) -> dict[str, MethodStep]:
-    """Time of a training step of several models, the first of which is the base of ratios, and how each is split.
-
-    Args:
-        models: by label, the base first.
-        shape: of the step.
-        rounds: timed steps of each, and of each with its parts.
-    """
+def _method_steps(models: Mapping[str, TransformerXLConfig], shape: StepShape, rounds: int) -> dict[str, MethodStep]:
+    """Time of a training step of several models, the first of which is the base of ratios, and how each is split."""
     steps = {label: Step(config, shape) for label, config in models.items()}
-    times = interleaved({k: step.run for k, step in steps.items()}, rounds=rounds, warmup=1, clock=clock_of(shape.device))
+    times = _in_turn(steps, shape, rounds)
     runs = [{label: step.run_in_parts() for label, step in steps.items()} for _ in range(rounds)]
-    split = {label: _middle([run[label] for run in runs]) for label in steps}
+    # The run whose whole is the median: unlike the medians of the parts, its parts add up.
+    split = {label: sorted((run[label] for run in runs), key=_whole)[rounds // 2] for label in steps}
     base = next(iter(models))
     return {
         label: MethodStep(
@@ -196,13 +181,12 @@ def method_steps(models: Mapping[str, TransformerXLConfig], shape: StepShape, *,
             over_base=ratio(times, label, base),
             times=tuple(times[label]),
             parts=split[label],
-            parts_whole_s=sum(split[label].values()),
+            parts_whole_s=_whole(split[label]),
             params=models[label].num_params(),
         )
         for label in models
     }
 
 
-def _middle(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The run whose whole is the median: unlike the medians of the parts, its parts add up."""
-    return sorted(runs, key=lambda run: sum(run.values()))[len(runs) // 2]
+def _whole(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())

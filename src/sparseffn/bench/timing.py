@@ -35,29 +35,21 @@ class Turn(ABC):
 
 
 @final
-class PlainTurn(Turn):
+class _PlainTurn(Turn):
     """The same call in every round."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.call = call
 
     def prepare(self, index: int) -> Callable[[], object]:
-        """Nothing to prepare."""
         return self.call
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each call, candidates in turn.
-
-    Args:
-        candidates: name to a call without arguments.
-        rounds: timed calls of each.
-        warmup: calls of each before.
-        clock: seconds from any start.
-    """
-    turns = {name: PlainTurn(call) for name, call in candidates.items()}
+    """`take_turns` of calls that need no preparation."""
+    turns = {name: _PlainTurn(call) for name, call in candidates.items()}
     return take_turns(turns, rounds=rounds, warmup=warmup, clock=clock)
 
 
@@ -132,5 +124,4 @@ def ratio(times: Times, name: str, base: str) -> float:
 
 
 def medians(times: Times) -> dict[str, float]:
-    """Median seconds by name."""
     return {name: statistics.median(values) for name, values in times.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sparseffn.report.bench_report import bench_tables
@@ -10,17 +11,14 @@ from sparseffn.report.formats import NOT_MEASURED, fixed, integer, milliseconds
 from sparseffn.report.markdown import markdown_table
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.table import Table
-from sparseffn.results.bench_result import (
+from sparseffn.results.bench_result import FiguresResult, LayerResult, LayerRow, LayerTime, StepResult
+from sparseffn.results.gpu_result import (
     GPU_PARTS,
     CasesResult,
     ComparedResult,
-    FiguresResult,
     GpuContent,
     GpuPart,
     LaunchesResult,
-    LayerResult,
-    LayerRow,
-    StepResult,
     TilesResult,
     read_gpu_parts,
 )
@@ -37,9 +35,8 @@ def write_gpu_page(folder: Path) -> Path:
 
 
 def gpu_page(parts: Sequence[GpuPart]) -> str:
-    """The page as text: a section for each part."""
     machines = list(dict.fromkeys(_machine(part) for part in parts))
-    sections = [Section(name=part.part, title=part.title, text=_state(part), tables=tuple(_tables(part))) for part in parts]
+    sections = [Section(name=p.part, title=p.title, text=_state(p), tables=tuple(_tables(p.result))) for p in parts]
     warnings = [f"{part.part}: {part.state}. {part.error}" for part in parts if part.state != "done"]
     if any(part.rehearsal for part in parts):
         warnings.append("A rehearsal: sizes are tiny, and no time here means anything.")
@@ -63,18 +60,17 @@ def gpu_markdown(folder: Path) -> str:
     if not parts:
         return "**GPU speed is unmeasured**: `results/gpu` has no result yet; `make gpu` writes them.\n"
     machines = "; ".join(dict.fromkeys(_machine(part) for part in parts.values()))
-    lines = [f"Measured on {machines}."]
     found = [part.result for part in parts.values()]
-    lines += [_cases_line(result) for result in found if isinstance(result, CasesResult)]
     layers = [result for result in found if isinstance(result, LayerResult)]
     steps = [result for result in found if isinstance(result, StepResult)]
     compared = [result for result in found if isinstance(result, ComparedResult)]
-    tables = [
-        *([layers_table(layers)] if layers else []),
-        *([steps_table(steps)] if steps else []),
-        *([compared_table(compared)] if compared else []),
-    ]
-    texts = [" ".join(lines) + "\n", *map(markdown_table, tables)]
+    lines = [f"Measured on {machines}.", *(_cases_line(result) for result in found if isinstance(result, CasesResult))]
+    tables = (
+        layers_table(layers) if layers else None,
+        steps_table(steps) if steps else None,
+        compared_table(compared) if compared else None,
+    )
+    texts = [" ".join(lines) + "\n", *(markdown_table(table) for table in tables if table)]
     texts += [_figures_line(result) + "\n" for result in found if isinstance(result, FiguresResult)]
     if missing:
         texts.append(f"Unmeasured: {', '.join(missing)} (`make gpu PART=NAME`).\n")
@@ -90,18 +86,14 @@ def parts_table(parts: Sequence[GpuPart]) -> Table:
 
 def layers_table(results: Sequence[LayerResult]) -> Table:
     """sigma-MoE's layers against the dense block and the fastest of Hugging Face's."""
-    rows = [(result, row) for result in results for row in result.rows if row.label == _SIGMA]
-    passes = ("forward", "training")
+    times = (f"{name} {what}" for name in ("forward", "both") for what in ("ms", "/ dense", "/ HF"))
     return Table.of(
-        (
-            "dtype",
-            "shape",
-            "tokens",
-            *(f"{words}{what}" for words in ("forward ", "both ") for what in ("ms", "/ dense", "/ HF")),
-        ),
+        ("dtype", "shape", "tokens", *times),
         [
-            (result.settings.dtype, row.shape, _tokens(row), *(cell for name in passes for cell in _time_cells(row, name)))
-            for result, row in rows
+            (result.settings.dtype, row.shape, _tokens(row), *_time_cells(row.forward), *_time_cells(row.training))
+            for result in results
+            for row in result.rows
+            if row.label == _SIGMA
         ],
         n_words=2,
         n_labels=3,
@@ -143,7 +135,7 @@ def compared_table(results: Sequence[ComparedResult]) -> Table:
                 integer(result.steps),
                 method.label,
                 integer(method.params),
-                NOT_MEASURED if method.test is None else f"{method.test:.3f}",
+                fixed(method.test, 3),
                 milliseconds(method.step_s),
             )
             for result in results
@@ -158,8 +150,7 @@ def _tokens(row: LayerRow) -> str:
     return f"{integer(row.tokens)}{', cold' if row.cache == 'cold' else ''}"
 
 
-def _time_cells(row: LayerRow, name: str) -> tuple[str, str, str]:
-    time = row.forward if name == "forward" else row.training
+def _time_cells(time: LayerTime) -> tuple[str, str, str]:
     peer = time.over_fastest_hf
     return milliseconds(time.median_s), fixed(time.over_dense), fixed(peer.over) if peer else NOT_MEASURED
 
@@ -182,7 +173,8 @@ def _cases_line(result: CasesResult) -> str:
 
 
 def _figures_line(result: FiguresResult) -> str:
-    ratios = [over for point in result.points for over in [point.layers[_SIGMA].training.over_dense] if over is not None]
+    found = (point.layers[_SIGMA].training.over_dense for point in result.points)
+    ratios = [over for over in found if over is not None]
     if not ratios:
         return "No point of figures 2 and 8 to 11 was measured."
     numbers = ", ".join(map(str, result.figures))
@@ -192,9 +184,7 @@ def _figures_line(result: FiguresResult) -> str:
     )
 
 
-def _tables(part: GpuPart) -> list[Table]:
-    """The tables of a part's result."""
-    result: GpuContent | None = part.result
+def _tables(result: GpuContent | None) -> list[Table]:
     match result:
         case None:
             return []
@@ -212,12 +202,10 @@ def _tables(part: GpuPart) -> list[Table]:
 
 
 def _launches_table(result: LaunchesResult) -> Table:
-    def us(value: float | None) -> str:
-        return NOT_MEASURED if value is None else f"{value:,.1f}"
-
-    names = ("host", "issued", "graph")
+    times = (f"{name} {what}" for name in ("forward", "both") for what in ("host", "issued", "graph"))
+    us = partial(fixed, digits=1)
     return Table.of(
-        ("layer", "width", "experts", "tokens", *(f"{p} {n}" for p in ("forward", "both") for n in names), "kernels", "waits"),
+        ("layer", "width", "experts", "tokens", *times, "kernels", "waits"),
         [
             (
                 row.label,
@@ -226,7 +214,7 @@ def _launches_table(result: LaunchesResult) -> Table:
                 integer(row.tokens),
                 *map(us, (row.forward_us, row.forward_issued_us, row.forward_graph_us)),
                 *map(us, (row.training_us, row.training_issued_us, row.training_graph_us)),
-                NOT_MEASURED if row.n_kernels is None else integer(row.n_kernels),
+                integer(row.n_kernels),
                 NOT_MEASURED if row.waits is None else "yes" if row.waits else "no",
             )
             for row in result.rows
@@ -242,7 +230,7 @@ def _tiles_table(result: TilesResult) -> Table:
         timed = {tile: us for tile, us in kernel.us.items() if us is not None}
         shipped = next(iter(kernel.us), "")
         best = min(timed, key=lambda tile: timed[tile], default="")
-        times = [f"{timed[tile]:,.1f}" if tile in timed else NOT_MEASURED for tile in (shipped, best)]
-        rows.append((kernel.shape, kernel.kernel, shipped, times[0], best, times[1]))
+        cells = (cell for tile in (shipped, best) for cell in (tile, fixed(timed.get(tile), 1)))
+        rows.append((kernel.shape, kernel.kernel, *cells))
     head = ("width, units, experts, K, tokens", "kernel", "shipped tile", "us", "fastest tile", "us")
     return Table.of(head, rows, n_words=2, title=f"Tiles, {result.dtype}")

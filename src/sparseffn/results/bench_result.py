@@ -1,4 +1,4 @@
-"""Results of `sparseffn bench`: one type for each kind of file, named by its field `kind`.
+"""Results of `sparseffn bench`: one type for each kind of file, named by its field `kind`; its parts stand before it.
 
 Seconds, bytes, FLOPs and parameters are plain numbers in these units. `forward` is an evaluation forward, `training` a forward
 with its backward. Fields that older files lack have a default; fields that are not known here are ignored.
@@ -6,13 +6,11 @@ with its backward. Fields that older files lack have a default; fields that are 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from sparseffn.errors import UserError
-from sparseffn.storage import read
 
 FORMAT = 1
 """Layout of the files; another one is refused."""
@@ -25,8 +23,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Environment(Record, frozen=True, kw_only=True):
-    """What a measurement depends on beside the code."""
-
     sparseffn: str
     python: str
     torch: str
@@ -91,7 +87,7 @@ class LimitedTime(Spread, frozen=True, kw_only=True):
 
 
 class OverPeer(Record, frozen=True, kw_only=True):
-    """Time against the fastest of Hugging Face's implementations."""
+    """Time over that of the fastest of Hugging Face's implementations."""
 
     fastest: str
     over: float
@@ -116,9 +112,6 @@ class AbsentCandidate(Record, frozen=True, kw_only=True):
     tokens: int
     label: str
     reason: str
-
-
-# --- bench layer
 
 
 class LayerSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
@@ -160,7 +153,7 @@ class ShapeConfigs(Record, frozen=True, kw_only=True):
 
 
 class Deviation(Record, frozen=True, kw_only=True):
-    """The correctness check of a candidate: largest deviation from float64 over its largest value, by quantity."""
+    """The correctness check of a candidate: by quantity, the largest deviation from float64 over its largest value."""
 
     tokens: int
     largest_deviation: dict[str, float]
@@ -174,8 +167,6 @@ class WarmTime(Spread, frozen=True, kw_only=True):
 
 
 class LayerTime(LimitedTime, frozen=True, kw_only=True, omit_defaults=False):
-    """One pass of a candidate."""
-
     over_dense: float
     over_dense_over_share: float
     over_fastest_hf: OverPeer | None = None
@@ -183,15 +174,11 @@ class LayerTime(LimitedTime, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class WarmTimes(Record, frozen=True, kw_only=True):
-    """Both passes."""
-
     forward: WarmTime
     training: WarmTime
 
 
 class LayerRow(Record, frozen=True, kw_only=True):
-    """One candidate at one size."""
-
     shape: str
     tokens: int
     label: str
@@ -214,8 +201,6 @@ class LayerRow(Record, frozen=True, kw_only=True):
 
 
 class CountedExperts(Record, frozen=True, kw_only=True):
-    """One end of figure 9."""
-
     forward: LimitedTime
     training: LimitedTime
     gradient_bytes: int
@@ -233,8 +218,6 @@ class ExpertCounts(Record, frozen=True, kw_only=True):
 
 
 class LayerResult(Head, frozen=True, kw_only=True, tag="layer"):
-    """`sparseffn bench layer`."""
-
     settings: LayerSettings
     roof: Roof
     shapes: tuple[ShapeConfigs, ...]
@@ -243,12 +226,7 @@ class LayerResult(Head, frozen=True, kw_only=True, tag="layer"):
     expert_counts: ExpertCounts | None = None
 
 
-# --- bench memory
-
-
 class MemoryRow(Record, frozen=True, kw_only=True):
-    """Bytes that one layer keeps for its backward."""
-
     shape: str
     tokens: int
     label: str
@@ -265,14 +243,9 @@ class MemoryRow(Record, frozen=True, kw_only=True):
 
 
 class MemoryResult(Head, frozen=True, kw_only=True, tag="memory"):
-    """`sparseffn bench memory`."""
-
     settings: LayerSettings
     rows: tuple[MemoryRow, ...]
     left_out: tuple[AbsentCandidate, ...]
-
-
-# --- bench roofline
 
 
 class ProductSpeed(Record, frozen=True, kw_only=True):
@@ -303,8 +276,6 @@ class ReadingSpeed(Record, frozen=True, kw_only=True):
 
 
 class MachineSpeed(Record, frozen=True, kw_only=True):
-    """What so many threads reach in a dtype."""
-
     threads: int
     dtype: str
     product: ProductSpeed
@@ -323,8 +294,6 @@ class Limit(Record, frozen=True, kw_only=True):
 
 
 class RooflineRow(Record, frozen=True, kw_only=True):
-    """The limits of one block at one size."""
-
     shape: str
     label: str
     tokens: int
@@ -334,19 +303,12 @@ class RooflineRow(Record, frozen=True, kw_only=True):
 
 
 class RooflineResult(Head, frozen=True, kw_only=True, tag="roofline"):
-    """`sparseffn bench roofline`."""
-
     settings: LayerSettings
     speeds: tuple[MachineSpeed, ...]
     rows: tuple[RooflineRow, ...]
 
 
-# --- bench step
-
-
 class StepSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """What a training step consists of."""
-
     preset: str
     method: str
     """Label of the block with which attentions are compared."""
@@ -362,8 +324,6 @@ class StepSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class MethodStep(Record, frozen=True, kw_only=True):
-    """A training step of one model."""
-
     seconds: float
     over_base: float
     times: tuple[float, ...]
@@ -373,7 +333,7 @@ class MethodStep(Record, frozen=True, kw_only=True):
 
 
 class StepResult(Head, frozen=True, kw_only=True, tag="step"):
-    """`sparseffn bench step`; `seconds`, `ratio` and `times` compare relative with plain attention."""
+    """`seconds`, `ratio` and `times` compare relative with plain attention."""
 
     settings: StepSettings
     seconds: dict[str, float]
@@ -382,12 +342,7 @@ class StepResult(Head, frozen=True, kw_only=True, tag="step"):
     methods: dict[str, MethodStep]
 
 
-# --- bench figures
-
-
 class FigureSettings(Record, frozen=True, kw_only=True):
-    """How all points of a file are measured."""
-
     tokens: int
     dtype: str
     device: str
@@ -404,8 +359,6 @@ class FigureSweep(Record, frozen=True, kw_only=True):
 
 
 class FigureTime(LimitedTime, frozen=True, kw_only=True):
-    """One pass of one side of a point."""
-
     over_dense: float | None = None
     """None for the dense block."""
 
@@ -424,8 +377,6 @@ class FigureLayer(Record, frozen=True, kw_only=True):
 
 
 class FigurePoint(Record, frozen=True, kw_only=True):
-    """One place in one figure."""
-
     figure: int
     value: int
     variable: str
@@ -444,8 +395,6 @@ class AbsentPoint(Record, frozen=True, kw_only=True):
 
 
 class FiguresResult(Head, frozen=True, kw_only=True, tag="figures"):
-    """`sparseffn bench figures`."""
-
     settings: FigureSettings
     figures: tuple[int, ...]
     sweeps: dict[str, FigureSweep]
@@ -454,149 +403,3 @@ class FiguresResult(Head, frozen=True, kw_only=True, tag="figures"):
 
 
 BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult
-
-
-# --- make gpu
-
-
-class TritonCase(Record, frozen=True, kw_only=True):
-    """A case of the Triton tests that went wrong."""
-
-    name: str
-    message: str
-
-
-class CasesResult(Head, frozen=True, kw_only=True, tag="cases"):
-    """The cases of the Triton tests, run on the device; only what went wrong is listed."""
-
-    n_cases: int
-    n_run: int
-    """Less than `n_cases` where the time limit came first."""
-    wrong: tuple[TritonCase, ...]
-    restarts: int
-    """How often a worker was started again, as it had lost the device."""
-    interpreted: bool = False
-    """Whether Triton's interpreter ran them, on the CPU."""
-
-
-class LaunchRow(Record, frozen=True, kw_only=True):
-    """How a layer keeps the device busy; times are None where they could not be measured."""
-
-    d_model: int
-    n_experts: int
-    tokens: int
-    label: str
-    forward_us: float | None
-    """Calls back to back, one synchronisation at the end."""
-    training_us: float | None
-    forward_issued_us: float | None
-    """Of that, until the host had issued the work."""
-    training_issued_us: float | None
-    forward_graph_us: float | None = None
-    """The same call captured in a CUDA graph and replayed: without the host."""
-    training_graph_us: float | None = None
-    n_kernels: int | None = None
-    """Of forward and backward."""
-    kernels_us: float | None = None
-    longest: tuple[tuple[str, int, float], ...] = ()
-    """The kernels that take longest: name, calls, microseconds."""
-    waits: str | None = None
-    """Where forward and backward wait for the device; empty if nowhere."""
-    waits_with_statistics: str | None = None
-    notes: tuple[str, ...] = ()
-    """What could not be measured, and why."""
-
-
-class LaunchesResult(Head, frozen=True, kw_only=True, tag="launches"):
-    """Host time against device time of layers."""
-
-    dtype: str
-    rows: tuple[LaunchRow, ...]
-
-
-class TileTimes(Record, frozen=True, kw_only=True):
-    """Microseconds of one kernel at one shape by tile, the shipped one first; None for a tile that does not compile."""
-
-    shape: str
-    kernel: str
-    kind: str
-    bucket: int
-    aligned: bool
-    us: dict[str, float | None]
-
-
-class TilesResult(Head, frozen=True, kw_only=True, tag="tiles"):
-    """Tiles of the Triton kernels, timed inside a layer."""
-
-    dtype: str
-    kernels: tuple[TileTimes, ...]
-
-
-class ComparedMethod(Record, frozen=True, kw_only=True):
-    """One method of a short comparison; losses are means over seeds, in the comparison's metric."""
-
-    label: str
-    params: int
-    valid: float | None
-    test: float | None
-    step_s: float | None
-    """Median of a training step."""
-    layer_forward_over_dense: float | None = None
-    layer_training_over_dense: float | None = None
-
-
-class ComparedResult(Head, frozen=True, kw_only=True, tag="compared"):
-    """Methods trained at equal parameters on the device; the curves are in the comparison's own files."""
-
-    preset: str
-    corpus: str
-    metric: str
-    seeds: tuple[int, ...]
-    steps: int
-    tokens_per_step: int
-    methods: tuple[ComparedMethod, ...]
-
-
-GpuContent = LayerResult | StepResult | FiguresResult | CasesResult | LaunchesResult | TilesResult | ComparedResult
-
-
-class GpuPart(Head, frozen=True, kw_only=True, tag="gpu"):
-    """One part of `make gpu`: what was run, on which machine, and what came out."""
-
-    part: str
-    title: str
-    command: tuple[str, ...]
-    seconds: float
-    limit_s: float
-    state: Literal["done", "failed", "time limit"]
-    rehearsal: bool = False
-    """Whether sizes were tiny, to try the commands: no measurement."""
-    error: str = ""
-    """The end of what a failed command printed."""
-    result: GpuContent | None = None
-    """What was measured, as far as the part came."""
-
-
-GPU_PARTS = (
-    "triton-cases",
-    "layer-bf16",
-    "layer-fp32",
-    "step-bf16",
-    "step-fp32",
-    "launches",
-    "figures",
-    "compare-small",
-    "compare-wt-s",
-    "tiles",
-)
-"""The parts of `make gpu`, in the order in which they are run: what the others rest on comes first."""
-
-
-def read_gpu_parts(folder: Path) -> list[GpuPart]:
-    """The parts that a folder holds, in their order; none where there is no folder.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    paths = [folder / f"{name}.json" for name in GPU_PARTS]
-    return [read(path, GpuPart, fix="remove it and run `make gpu` again") for path in paths if path.exists()]
