@@ -1,4 +1,4 @@
-"""Backends that are wrong in one way each, for tests of the gate."""
+"""Backends that are wrong in one way each, for tests of the correctness check."""
 
 from __future__ import annotations
 

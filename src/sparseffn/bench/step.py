@@ -40,7 +40,6 @@ class StepShape:
     """Sizes of a training step, its precision and where it is taken."""
 
     batch: int = 4
-    """Streams."""
     context: int = 256
     """Tokens of a window."""
     memory: int = 256

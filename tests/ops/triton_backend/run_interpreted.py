@@ -25,7 +25,7 @@ from triton_cases import CHECKS, FULL, MUTANTS, QUICK, SHAPES, Case, Mutant, Sha
 
 from sparseffn import ops
 from sparseffn.ops.spec import check_against_truth
-from sparseffn.ops.triton import experts, launch, outer, products, rows, sums, tuning
+from sparseffn.ops.triton import launch, operations, outer, products, sums, tuning
 from sparseffn.ops.triton.tuning import Tile
 
 SMALL = Tile(16, 32, 32, 1, 1)
@@ -155,7 +155,7 @@ def check_mutant(mutant: Mutant) -> str:
         path = Path(folder) / f"{mutant.file}.py"
         path.write_text(source.replace(mutant.old, mutant.new))
         wrong = load(path)
-        users = [module for module in (launch, experts, rows) if mutant.file in vars(module)]
+        users = [module for module in (launch, operations) if mutant.file in vars(module)]
         for module in users:
             setattr(module, mutant.file, wrong)
         said = check(Case(mutant.operation, mutant.shape, "float32", True))
