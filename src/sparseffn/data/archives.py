@@ -17,7 +17,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from sparseffn.errors import UserError
 
@@ -27,8 +29,10 @@ MAX_MEMBER_BYTES = 1 << 30
 MAX_TAR_BYTES = 1 << 32
 BLOCK_BYTES = 1 << 20
 _ANOTHER = "it is another archive than its name says; get the published one"
-# Path and contents of a member; the contents are read before the next one comes.
-_Members = Generator[tuple[str, Callable[[int], bytes]], None, None]
+# None: no plain file.
+_Opened = IO[bytes] | gzip.GzipFile | None
+# Path of a member and what opens it, before the next one comes.
+_Members = Generator[tuple[str, Callable[[], _Opened]], None, None]
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, RuntimeError)
 
 
@@ -44,36 +48,37 @@ def unpack(archive: Path, members: Mapping[str, str], folder: Path, *, max_bytes
     Raises:
         UserError: the archive is something else, is damaged, lacks a member, or a member is no plain file or too large.
     """
-    wanted = {_normal(path): name for path, name in members.items()}
+    wanted = {path.removeprefix("./"): name for path, name in members.items()}
     try:
-        with contextlib.closing(_members(archive, set(wanted))) as found:
-            for path, read in found:
-                name = wanted.pop(path)
-                assert Path(name).name == name, f"{name!r} must be a file's name alone"
-                _copy(read, folder / name, max_bytes, f"{path} in {archive.name}")
+        with contextlib.closing(_members(archive, list(wanted))) as found:
+            for path, opened in found:
+                if name := wanted.pop(path.removeprefix("./"), None):
+                    assert Path(name).name == name, f"{name!r} must be a file's name alone"
+                    _copy(opened(), folder / name, max_bytes, path, archive)
+                if not wanted:
+                    return
     except _DAMAGE as error:
         raise UserError(f"an archive must be whole; got {str(archive)!r} ({error}); fix: remove it and get it again") from error
-    if wanted:
-        raise UserError(
-            f"an archive must hold {', '.join(members)}; got {str(archive)!r} without {', '.join(wanted)}; fix: {_ANOTHER}"
-        )
+    raise UserError(
+        f"an archive must hold {', '.join(members)}; got {str(archive)!r} without {', '.join(wanted)}; fix: {_ANOTHER}"
+    )
 
 
-def _normal(path: str) -> str:
-    return path.removeprefix("./")
-
-
-def _members(archive: Path, wanted: set[str]) -> _Members:
-    """The wanted members with their contents, as they come."""
+def _members(archive: Path, wanted: list[str]) -> _Members:
     with archive.open("rb") as stream:
         head = stream.read(8)
     if head.startswith(b"PK"):
-        yield from _zip_members(archive, wanted)
+        with zipfile.ZipFile(archive) as file:
+            for info in file.infolist():
+                yield info.filename, partial(_open_zipped, file, info)
     elif _is_tar(archive):
-        yield from _tar_members(archive, wanted)
+        with tarfile.open(archive, "r:*") as file:
+            for info in file:
+                if info.offset_data + info.size > MAX_TAR_BYTES:
+                    raise _too_large(archive.name, MAX_TAR_BYTES)
+                yield info.name, partial(file.extractfile, info) if info.isreg() else lambda: None
     elif head.startswith(b"\x1f\x8b") and len(wanted) == 1:
-        with gzip.open(archive, "rb") as stream:
-            yield next(iter(wanted)), stream.read
+        yield wanted[0], partial(gzip.open, archive, "rb")
     else:
         raise UserError(
             f"an archive must be a zip, tar or gzip file; got {str(archive)!r}, which begins with {head!r}; "
@@ -88,51 +93,24 @@ def _is_tar(archive: Path) -> bool:
         return False
 
 
-def _zip_members(archive: Path, wanted: set[str]) -> _Members:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            path = _normal(info.filename)
-            if path not in wanted:
-                continue
-            if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
-                raise _not_plain(path, archive)
-            wanted = wanted - {path}
-            with file.open(info) as stream:
-                yield path, stream.read
+def _open_zipped(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Opened:
+    plain = not (info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1)
+    return file.open(info) if plain else None
 
 
-def _tar_members(archive: Path, wanted: set[str]) -> _Members:
-    with tarfile.open(archive, "r:*") as file:
-        for info in file:
-            if info.offset_data + info.size > MAX_TAR_BYTES:
-                raise _too_large(archive.name, MAX_TAR_BYTES)
-            path = _normal(info.name)
-            if path not in wanted:
-                continue
-            stream = file.extractfile(info) if info.isreg() else None
-            if stream is None:
-                raise _not_plain(path, archive)
-            wanted = wanted - {path}
-            yield path, stream.read
-            if not wanted:
-                return
-
-
-def _copy(read: Callable[[int], bytes], place: Path, max_bytes: int, what: str) -> None:
+def _copy(opened: _Opened, place: Path, max_bytes: int, path: str, archive: Path) -> None:
+    if opened is None:
+        raise UserError(
+            f"a member of an archive must be a plain file; got {path} in {str(archive)!r}, a link, folder or encrypted; "
+            f"fix: {_ANOTHER}"
+        )
     written = 0
-    with place.open("xb") as file:
-        while block := read(BLOCK_BYTES):
+    with opened, place.open("xb") as file:
+        while block := opened.read(BLOCK_BYTES):
             written += len(block)
             if written > max_bytes:
-                raise _too_large(what, max_bytes)
+                raise _too_large(f"{path} in {archive.name}", max_bytes)
             file.write(block)
-
-
-def _not_plain(path: str, archive: Path) -> UserError:
-    return UserError(
-        f"a member of an archive must be a plain file; got {path} in {str(archive)!r}, a link, folder or encrypted; "
-        f"fix: {_ANOTHER}"
-    )
 
 
 def _too_large(what: str, max_bytes: int) -> UserError:

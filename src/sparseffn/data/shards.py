@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,21 @@ def read_local(path: Path, skip: int = 0) -> Iterator[str]:
         with gzip.open(path, "rb") as stream:
             yield from _texts(stream, skip, str(path))
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"a shard must be a whole .json.gz file; got {str(path)!r} ({error}); fix: get it again") from error
+        raise _no_shard(path, error) from error
+
+
+def checksum(path: Path) -> str:
+    """Checksum and length of the text in a gzip file, which are its last eight bytes."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-8, os.SEEK_END)
+            return stream.read().hex()
+    except OSError as error:
+        raise _no_shard(path, error) from error
+
+
+def _no_shard(path: Path, error: Exception) -> UserError:
+    return UserError(f"a shard must be a whole .json.gz file; got {str(path)!r} ({error}); fix: get it again")
 
 
 def read_remote(url: str, skip: int = 0) -> Iterator[str]:
@@ -84,6 +99,12 @@ def _datasets() -> Any:
         ) from error
 
 
+def check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"`{name}` must be at least 1; got {value}; fix: pass a positive number")
+
+
 @final
 class _Lane:
     """A shuffled sequence of shards, read one after the other."""
@@ -122,9 +143,7 @@ class ShuffledDocuments:
     """
 
     def __init__(self, read: ReadShard, n_shards: int, *, seed: int, buffer: int = 1000, n_open: int = 1) -> None:
-        for name, value in (("n_shards", n_shards), ("buffer", buffer), ("n_open", n_open)):
-            if value < 1:
-                raise UserError(f"`{name}` must be at least 1; got {value}; fix: pass a positive number")
+        check_positive(n_shards=n_shards, buffer=buffer, n_open=n_open)
         self._read, self._n_shards, self._seed, self._buffer = read, n_shards, seed, buffer
         self._n_open = min(n_open, n_shards)
         self._begin(0)
@@ -191,11 +210,13 @@ class ShuffledDocuments:
 
     def _read_block(self) -> list[str]:
         texts: list[str] = []
-        missed = 0
-        while len(texts) < self._buffer and missed < self._n_open:
+        n_missed = 0
+        while len(texts) < self._buffer and n_missed < self._n_open:
             text = self._lanes[self._next_lane].take()
             self._next_lane = (self._next_lane + 1) % self._n_open
-            missed = 0 if text is not None else missed + 1
-            if text is not None:
+            if text is None:
+                n_missed += 1
+            else:
+                n_missed = 0
                 texts.append(text)
         return texts

@@ -6,7 +6,6 @@ file is cut), so that a corpus that was prepared before is found again by its fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -20,6 +19,8 @@ from sparseffn.storage import default_cache_dir, digest_of
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+StrPath = str | os.PathLike[str]
 
 # What to do where the cache cannot be written.
 ANOTHER_CACHE = "pass --cache-dir PATH or set SPARSEFFN_CACHE"
@@ -43,7 +44,7 @@ class Place:
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     @classmethod
-    def of(cls, data_dir: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Self:
+    def of(cls, data_dir: StrPath | None, cache_dir: StrPath | None) -> Self:
         """From what a user gives; None: no folder, the default cache."""
         return cls(
             data_dir=None if data_dir is None else Path(data_dir).expanduser(),
@@ -51,7 +52,6 @@ class Place:
         )
 
     def corpus_dir(self, name: str) -> Path:
-        """The cache's folder of a corpus."""
         return self.cache_dir / "corpora" / name
 
 
@@ -118,14 +118,13 @@ class Source:
     Where a piece does not end in a line end and another follows, a line end is put between them.
     """
 
-    # Name of the corpus.
     corpus: str
-    # Pieces by split.
     pieces: Mapping[Split, Sequence[Piece]]
     # What belongs into every result besides counts, such as the Python version.
     info: Mapping[str, str] = field(default_factory=dict)
-    # Splits whose tokens are stored.
+    # Splits whose tokens are stored, and what the content digest depends on beside their text.
     stored: ClassVar[tuple[Split, ...]] = SPLITS
+    digested: ClassVar[tuple[str, ...]] = ()
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and times of the files and of the cuts: cheap, changes when a file is written."""
@@ -153,29 +152,6 @@ class Source:
         pieces = self.pieces[split]
         for index, piece in enumerate(pieces):
             yield from _read_piece(piece, end_line=index + 1 < len(pieces))
-
-    @staticmethod
-    def running_digest() -> ContentDigest:
-        """What the content digest is made with, block by block."""
-        return ContentDigest()
-
-
-class ContentDigest:
-    """Running digest of the bytes of every split; the same however the bytes are cut in blocks.
-
-    Args:
-        more: what it depends on beside the bytes.
-    """
-
-    def __init__(self, *more: str) -> None:
-        self._more = more
-        self._digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-
-    def update(self, split: Split, data: bytes) -> None:
-        self._digests[split].update(data)
-
-    def hexdigest(self) -> str:
-        return digest_of(*(self._digests[split].digest() for split in SPLITS), *self._more)
 
 
 def split_by_hash(pieces: Sequence[Piece]) -> dict[Split, list[Piece]]:

@@ -8,22 +8,18 @@ that published results are of, and `valid` the same number of documents after it
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, final
-
-import numpy as np
 
 from sparseffn.data.bpe import BpeTokenizer
 from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.registry import CorpusEntry
-from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote
-from sparseffn.data.splits import Block, ContentDigest, Place, SourceFile, Split, digest_of
+from sparseffn.data.shards import ShuffledDocuments, checksum, read_local, read_remote
+from sparseffn.data.splits import Block, Place, SourceFile, Split, digest_of
 from sparseffn.data.streams import DocumentStreams
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import BytesTokenizer
@@ -109,16 +105,6 @@ def _shard_in(folder: Path, path: str) -> Path | None:
 _REPORT_EVERY = 1000
 
 
-def _checksum(path: Path) -> str:
-    """Checksum and length of the text in a gzip file, which are its last eight bytes."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(-8, os.SEEK_END)
-            return stream.read().hex()
-    except OSError as error:
-        raise UserError(f"a shard must be a whole .json.gz file; got {str(path)!r} ({error}); fix: get it again") from error
-
-
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedSource:
@@ -137,7 +123,6 @@ class StreamedSource:
 
     @property
     def info(self) -> dict[str, str]:
-        """What is printed with every result."""
         spec = self.spec
         shards = "one validation shard" if spec.eval_shards == 1 else f"each of {spec.eval_shards} validation shards"
         return {
@@ -177,24 +162,20 @@ class StreamedSource:
             where = self.files[path].path if path in self.files else Path(path)
             yield Block("".join(text + spec.separator for text in texts).encode(), where, 0)
 
-    def running_digest(self) -> ContentDigest:
-        """What the content digest is made with: the stored text, and which shards are streamed.
+    @property
+    def digested(self) -> tuple[str, ...]:
+        """Which shards are streamed: what the content digest depends on beside the stored text.
 
         A shard on the disk counts by the checksum that ends it, those on the hub by the revision in the address.
         """
-        shards = [(path, _checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
-        return ContentDigest(json.dumps([shards, self.spec.separator, self.spec.fit_shards]))
+        shards = [(path, checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
+        return (json.dumps([shards, self.spec.separator, self.spec.fit_shards]),)
 
     def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
-        """A tokeniser for text that was not read yet.
-
-        Args:
-            tokenizer: `bpe` or `bytes`.
-            vocab_size: pieces; None for the default.
-            on_progress: called with each shard and the bytes of its text that were read.
+        """A tokeniser for text that was not read yet; `on_progress` is called with each shard and the bytes of its text.
 
         Raises:
-            UserError: this one would not know every character.
+            UserError: one of this name would not know every character.
         """
         if tokenizer == BytesTokenizer.name:
             return BytesTokenizer()
@@ -203,33 +184,32 @@ class StreamedSource:
                 f"`tokenizer` must be bpe or bytes for corpus {self.corpus!r}, whose training text is not read beforehand; "
                 f"got {tokenizer!r}; fix: leave it out"
             )
-        paths = self.shards[: self.spec.fit_shards]
-        texts = (text for path in paths for text in self._read_whole(path, on_progress))
-        return BpeTokenizer.fit_counted(texts, vocab_size=vocab_size)
+        return BpeTokenizer.fit_counted(self._fitted_on(on_progress), vocab_size=vocab_size)
+
+    def _fitted_on(self, on_progress: OnProgress | None) -> Iterator[str]:
+        for path in self.shards[: self.spec.fit_shards]:
+            n_bytes = 0
+            for number, text in enumerate(self._read(path), start=1):
+                yield text
+                n_bytes += len(text)
+                if on_progress is not None and number % _REPORT_EVERY == 0:
+                    on_progress(path, n_bytes, None)
 
     def streams(self, tokenizer: Tokenizer, *, batch: int, context: int, seed: int) -> DocumentStreams:
         """Training windows in the order of a seed."""
         spec = self.spec
+        documents = ShuffledDocuments(
+            lambda shard, skip: self._read(self.shards[shard], skip),
+            len(self.shards),
+            seed=seed,
+            buffer=spec.buffer,
+            n_open=spec.n_open,
+        )
+        return DocumentStreams(
+            documents, lambda text: tokenizer.encode((text + spec.separator).encode()), batch=batch, context=context
+        )
 
-        def read(shard: int, skip: int) -> Iterator[str]:
-            return self._read(self.shards[shard], skip)
-
-        documents = ShuffledDocuments(read, len(self.shards), seed=seed, buffer=spec.buffer, n_open=spec.n_open)
-        return DocumentStreams(documents, partial(_encoded, tokenizer, spec.separator), batch=batch, context=context)
-
-    def _read_whole(self, path: str, on_progress: OnProgress | None) -> Iterator[str]:
-        n_bytes = 0
-        for number, text in enumerate(self._read(path, 0), start=1):
-            yield text
-            n_bytes += len(text)
-            if on_progress is not None and number % _REPORT_EVERY == 0:
-                on_progress(path, n_bytes, None)
-
-    def _read(self, path: str, skip: int) -> Iterator[str]:
+    def _read(self, path: str, skip: int = 0) -> Iterator[str]:
         if path in self.files:
             return read_local(self.files[path].path, skip)
         return read_remote(f"{self.spec.url}/{path}", skip)
-
-
-def _encoded(tokenizer: Tokenizer, separator: str, text: str) -> np.ndarray:
-    return tokenizer.encode((text + separator).encode())

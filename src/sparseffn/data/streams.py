@@ -16,17 +16,16 @@ from typing import final
 import numpy as np
 import torch
 
-from sparseffn.data.shards import ShuffledDocuments
+from sparseffn.data.shards import ShuffledDocuments, check_positive
 from sparseffn.errors import UserError
 
 
 class TrainingStreams(ABC):
-    """Training windows of `batch` streams that go on in step."""
+    """Training windows of `batch` streams that go on in step, with `context` inputs each."""
 
-    # Number of streams.
-    batch: int
-    # Inputs of a window in each stream.
-    context: int
+    def __init__(self, *, batch: int, context: int) -> None:
+        check_positive(batch=batch, context=context)
+        self.batch, self.context = batch, context
 
     @property
     @abstractmethod
@@ -35,7 +34,11 @@ class TrainingStreams(ABC):
 
     @abstractmethod
     def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window `i`: inputs and targets, both int64 of shape `[batch, context]`."""
+        """Window `i`: inputs and targets, both int64 of shape `[batch, context]`.
+
+        Raises:
+            IndexError: there is no such window, or it is not the next one of documents.
+        """
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -48,22 +51,17 @@ class TrainingStreams(ABC):
 
 @final
 class ContiguousStreams(TrainingStreams):
-    """Training windows of tokens on disk.
+    """Training windows of tokens on disk, of shape `[n]`.
 
-    The corpus is cut in `batch` streams of `len(tokens) // batch` tokens; what remains at the end is dropped. Window
-    `i` holds positions `i * context .. (i + 1) * context - 1` of every stream, with the next tokens as targets.
-
-    Args:
-        tokens: the token numbers, shape `[n]`.
-        batch: number of streams.
-        context: inputs of a window in each stream.
+    The corpus is cut in `batch` streams of `n // batch` tokens; what remains at the end is dropped. Window `i` holds
+    positions `i * context .. (i + 1) * context - 1` of every stream, with the next tokens as targets.
 
     Raises:
         UserError: there are fewer than `batch * (context + 1)` tokens.
     """
 
     def __init__(self, tokens: np.ndarray, *, batch: int, context: int) -> None:
-        _check_sizes(batch, context)
+        super().__init__(batch=batch, context=context)
         needed = batch * (context + 1)
         if len(tokens) < needed:
             raise UserError(
@@ -71,44 +69,32 @@ class ContiguousStreams(TrainingStreams):
                 f"tokens; got {len(tokens)}; fix: use a smaller batch or context, or a larger corpus"
             )
         self.tokens = tokens
-        self.batch = batch
-        self.context = context
         self._stream_length = len(tokens) // batch
 
     @property
     def n_windows(self) -> int:
-        """Windows in one pass over the corpus. The last input of a stream needs a target, hence the -1."""
+        # The last input of a stream needs a target.
         return (self._stream_length - 1) // self.context
 
     def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window `i` of `0 .. n_windows - 1`.
-
-        Returns:
-            Inputs and targets, both int64 of shape `[batch, context]`.
-
-        Raises:
-            IndexError: there is no such window.
-        """
         if not 0 <= i < self.n_windows:
             raise IndexError(f"window must be in 0 .. {self.n_windows - 1}; got {i}; fix: take it modulo n_windows")
         starts = i * self.context + np.arange(self.batch) * self._stream_length
-        rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts])
-        return _inputs_and_targets(rows)
+        return _inputs_and_targets([self.tokens[start : start + self.context + 1] for start in starts])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Nothing: the number of the window is all."""
         return {}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to do."""
+        """Nothing to do: the number of the window is all."""
 
 
 @final
 class DocumentStreams(TrainingStreams):
-    """Training windows of documents that are streamed.
+    """Training windows of documents that are streamed, in order.
 
     Every stream goes on with the next document of them all when its last one ends, so that no text is seen twice in an
-    epoch and all streams are full. Windows come in order.
+    epoch and all streams are full.
 
     Args:
         documents: the texts, without end.
@@ -118,11 +104,8 @@ class DocumentStreams(TrainingStreams):
     """
 
     def __init__(self, documents: ShuffledDocuments, encode: Callable[[str], np.ndarray], *, batch: int, context: int) -> None:
-        _check_sizes(batch, context)
-        self.batch = batch
-        self.context = context
-        self._documents = documents
-        self._encode = encode
+        super().__init__(batch=batch, context=context)
+        self._documents, self._encode = documents, encode
         self._next = 0
         self._rests = [np.zeros(0, np.int64)] * batch
 
@@ -132,16 +115,10 @@ class DocumentStreams(TrainingStreams):
         return sys.maxsize
 
     def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next window, which must be `i`.
-
-        Raises:
-            IndexError: it is another one.
-        """
         if i != self._next:
             raise IndexError(f"window must be {self._next}, the next one of a stream; got {i}; fix: ask in order, or restore")
-        rows = np.stack([self._take(stream) for stream in range(self.batch)])
         self._next += 1
-        return _inputs_and_targets(rows)
+        return _inputs_and_targets([self._take(stream) for stream in range(self.batch)])
 
     def _take(self, stream: int) -> np.ndarray:
         """The next `context + 1` tokens of a stream; the last one comes again as the next window's first input."""
@@ -155,7 +132,7 @@ class DocumentStreams(TrainingStreams):
         return tokens[: self.context + 1]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The documents' position, the next window, and what is left of each stream's last document."""
+        """The next window, the documents' position, and what is left of each stream's last document."""
         return {
             "position": torch.tensor([self._next, *self._documents.position()], dtype=torch.int64),
             "lengths": torch.tensor([len(rest) for rest in self._rests], dtype=torch.int64),
@@ -163,7 +140,7 @@ class DocumentStreams(TrainingStreams):
         }
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where `state` was taken.
+        """Go to where `state` was taken.
 
         Raises:
             UserError: it is of other shards or another number of streams.
@@ -179,8 +156,8 @@ class DocumentStreams(TrainingStreams):
         self._rests = np.split(state["rests"].numpy().copy(), np.cumsum(lengths)[:-1])
 
 
-def _inputs_and_targets(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    both = torch.from_numpy(rows.astype(np.int64, copy=False))
+def _inputs_and_targets(rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.from_numpy(np.stack(rows).astype(np.int64, copy=False))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
@@ -197,21 +174,16 @@ class EvalWindow:
 
 
 def evaluation_windows(tokens: np.ndarray, *, batch: int, context: int) -> Iterator[EvalWindow]:
-    """Windows in which each of the `n - 1` predictions of `n` tokens counts exactly once.
+    """Windows in which each of the `n - 1` predictions of tokens of shape `[n]` counts exactly once.
 
     The predictions are cut in `batch` contiguous chunks whose lengths differ by at most one (fewer chunks where there
     are fewer predictions than `batch`); the state of row `b` goes on from window to window. The last window may be
-    narrower.
-
-    Args:
-        tokens: the token numbers, shape `[n]`.
-        batch: number of chunks.
-        context: width of a window.
+    narrower than `context`.
 
     Raises:
         UserError: there are fewer than 2 tokens, or `batch` or `context` is not positive.
     """
-    _check_sizes(batch, context)
+    check_positive(batch=batch, context=context)
     n_predictions = len(tokens) - 1
     if n_predictions < 1:
         raise UserError(f"a split to evaluate must have at least 2 tokens; got {len(tokens)}; fix: use a larger corpus")
@@ -219,6 +191,16 @@ def evaluation_windows(tokens: np.ndarray, *, batch: int, context: int) -> Itera
     bounds = np.arange(rows + 1) * (n_predictions // rows) + np.minimum(np.arange(rows + 1), n_predictions % rows)
     # The arguments are checked at the call, not at the first step of the iteration.
     return _evaluation_windows(tokens, bounds, context)
+
+
+def _evaluation_windows(tokens: np.ndarray, bounds: np.ndarray, context: int) -> Iterator[EvalWindow]:
+    """`bounds[b] .. bounds[b + 1] - 1` are the inputs of row b."""
+    longest = int(np.diff(bounds).max())
+    for begin in range(0, longest, context):
+        at = bounds[:-1, None] + np.arange(begin, min(begin + context, longest))
+        mask = at < bounds[1:, None]
+        inputs, targets = (np.where(mask, tokens[at * mask + shift], 0).astype(np.int64) for shift in (0, 1))
+        yield EvalWindow(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(mask))
 
 
 def unpadded(tokens: np.ndarray, *, batch: int) -> np.ndarray:
@@ -229,26 +211,3 @@ def unpadded(tokens: np.ndarray, *, batch: int) -> np.ndarray:
     n_predictions = len(tokens) - 1
     rows = max(1, min(batch, n_predictions))
     return tokens[: n_predictions // rows * rows + 1]
-
-
-def _evaluation_windows(tokens: np.ndarray, bounds: np.ndarray, context: int) -> Iterator[EvalWindow]:
-    """`bounds[b] .. bounds[b + 1] - 1` are the inputs of row b."""
-    longest = int(np.diff(bounds).max())
-    for begin in range(0, longest, context):
-        width = min(context, longest - begin)
-        shape = (len(bounds) - 1, width)
-        inputs, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        mask = np.zeros(shape, np.bool_)
-        for row in range(shape[0]):
-            start = int(bounds[row]) + begin
-            count = max(0, min(width, int(bounds[row + 1]) - start))
-            inputs[row, :count] = tokens[start : start + count]
-            targets[row, :count] = tokens[start + 1 : start + 1 + count]
-            mask[row, :count] = True
-        yield EvalWindow(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(mask))
-
-
-def _check_sizes(batch: int, context: int) -> None:
-    for name, value in (("batch", batch), ("context", context)):
-        if value < 1:
-            raise UserError(f"`{name}` must be at least 1; got {value}; fix: pass a positive number")

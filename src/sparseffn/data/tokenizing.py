@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
+from typing import final
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from sparseffn.data.streamed import StreamedSource
 from sparseffn.data.tokenizer_base import Tokenizer, to_text
 from sparseffn.data.tokenizers import tokenizer_class
 from sparseffn.errors import UserError
+from sparseffn.storage import digest_of
 
 # What a corpus is made from: text whose tokens are all stored, or shards of which only a part is.
 AnySource = Source | StreamedSource
@@ -63,11 +66,12 @@ def prepared_tokens(
 
 def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, object]:
     """What, beside the text, the tokens depend on."""
-    default = None if isinstance(choice, Tokenizer) else tokenizer_class(choice).default_vocab_size
+    name, default = (
+        (choice.name, None) if isinstance(choice, Tokenizer) else (choice, tokenizer_class(choice).default_vocab_size)
+    )
     if vocab_size is not None and default is None:
-        named = choice if isinstance(choice, str) else choice.name
         raise UserError(
-            f"`vocab_size` must be left out for tokenizer {named!r}, whose vocabulary follows from the text; "
+            f"`vocab_size` must be left out for tokenizer {name!r}, whose vocabulary follows from the text; "
             f"got {vocab_size}; fix: leave it out, or use tokenizer=bpe"
         )
     if isinstance(choice, Tokenizer):
@@ -75,13 +79,27 @@ def _settings(choice: str | Tokenizer, vocab_size: int | None) -> dict[str, obje
     return {"tokenizer": choice, "vocab_size": default if vocab_size is None else vocab_size}
 
 
+@final
+class _ContentDigest:
+    """Running digest of the text that is stored, the same however it is cut in blocks, and of `source.digested`."""
+
+    def __init__(self, source: AnySource) -> None:
+        self._more = source.digested
+        self._digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
+
+    def update(self, split: Split, data: bytes) -> None:
+        self._digests[split].update(data)
+
+    def hexdigest(self) -> str:
+        return digest_of(*(digest.digest() for digest in self._digests.values()), *self._more)
+
+
 def content_digest(source: AnySource) -> str:
-    """Digest of the text that is stored; of a streamed corpus also of which shards are streamed, whose text is not read."""
-    digests = source.running_digest()
+    digest = _ContentDigest(source)
     for split in source.stored:
         for block in source.blocks(split):
-            digests.update(split, block.data)
-    return digests.hexdigest()
+            digest.update(split, block.data)
+    return digest.hexdigest()
 
 
 def _fit(source: AnySource, cls: type[Tokenizer], vocab_size: int | None, on_progress: OnProgress | None) -> Tokenizer:
@@ -93,7 +111,7 @@ def _fit(source: AnySource, cls: type[Tokenizer], vocab_size: int | None, on_pro
 
 def _encoded(source: AnySource, tokenizer: Tokenizer, content: str) -> Encoded:
     """The tokens of every split, checking that the text is what the folder is named after."""
-    digest = source.running_digest()
+    digest = _ContentDigest(source)
 
     def encoded(split: Split) -> Iterator[tuple[np.ndarray, int]]:
         n_tokens = 0
@@ -121,11 +139,6 @@ def _checked(block: Block, needs_text: bool) -> bytes:
 
 
 def check_size(corpus: str, split: Split, n_tokens: int) -> None:
-    """Refuse a split that is too short.
-
-    Raises:
-        UserError: it is.
-    """
     if n_tokens < MIN_TOKENS[split]:
         raise UserError(
             f"the {split} split of corpus {corpus!r} must have at least {MIN_TOKENS[split]} tokens; got {n_tokens}; "
