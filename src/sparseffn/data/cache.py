@@ -37,7 +37,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A corpus as stored: tokeniser, memory-mapped tokens and bytes of text by split, digest of the text."""
+    """A corpus as stored: memory-mapped tokens, bytes of text by split, and the digest `content` of the text."""
 
     tokenizer: Tokenizer
     tokens: Mapping[Split, np.ndarray]
@@ -88,9 +88,6 @@ class TokenCache:
         """Folder name for a content digest and JSON-able tokeniser settings."""
         return digest_of(str(FORMAT), content, json.dumps(settings, sort_keys=True))
 
-    def path(self, key: str) -> Path:
-        return self.folder / "tokens" / key
-
     def _note(self, fingerprint: str) -> Path:
         return self.folder / "sources" / f"{digest_of(str(FORMAT), fingerprint)}.json"
 
@@ -98,7 +95,7 @@ class TokenCache:
         """Content digest of the source with this fingerprint, if it was prepared before.
 
         Raises:
-            UserError: the entry is damaged.
+            UserError: its note is damaged.
         """
         path = self._note(fingerprint)
         if not path.exists():
@@ -108,11 +105,6 @@ class TokenCache:
         return note.content
 
     def remember(self, fingerprint: str, content: str) -> None:
-        """Note the content digest of a source.
-
-        Raises:
-            UserError: the note cannot be written.
-        """
         write_json(self._note(fingerprint), _Note(content=content, digest=digest_of(fingerprint, content)))
 
     def open(self, key: str) -> Prepared | None:
@@ -121,7 +113,7 @@ class TokenCache:
         Raises:
             UserError: a file is missing, truncated or changed.
         """
-        folder = self.path(key)
+        folder = self.folder / "tokens" / key
         if not folder.is_dir():
             return None
         files = ("meta.json", "tokenizer.json", *(f"{split}.bin" for split in SPLITS))
@@ -138,16 +130,9 @@ class TokenCache:
         return Prepared(tokenizer, tokens, {split: meta.splits[split].bytes for split in SPLITS}, meta.content)
 
     def store(self, key: str, tokenizer: Tokenizer, encoded: Encoded, content: str) -> Prepared:
-        """Store a corpus under a key, unless another process has by then.
-
-        Args:
-            key: the folder's name.
-            tokenizer: the tokeniser of the tokens.
-            encoded: the tokens of each split, in turn; whatever it raises leaves nothing behind.
-            content: digest of the corpus.
-        """
+        """Store a corpus under a key, unless another process has by then; whatever `encoded` raises leaves nothing behind."""
         dtype = token_dtype(tokenizer.vocab_size)
-        with write_folder(self.path(key), fix=ANOTHER_CACHE) as folder:
+        with write_folder(self.folder / "tokens" / key, fix=ANOTHER_CACHE) as folder:
             (folder / "tokenizer.json").write_bytes(tokenizer.to_json().encode())
             splits: dict[Split, _StoredSplit] = {}
             for split in SPLITS:
@@ -161,7 +146,7 @@ class TokenCache:
             meta = _Meta(format=FORMAT, content=content, tokenizer=tokenizer.digest, splits=splits)
             write_json(folder / "meta.json", msgspec.structs.replace(meta, digest=meta.own_digest()))
         prepared = self.open(key)
-        assert prepared is not None, f"{self.path(key)} was stored just now"
+        assert prepared is not None, f"{key} was stored just now"
         return prepared
 
 

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
 import numpy as np
 
@@ -18,15 +17,15 @@ from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.registry import CorpusEntry, corpus_entry
-from sparseffn.data.splits import SPLITS, Place, Source, Split, digest_of
+from sparseffn.data.splits import SPLITS, Place, Source, Split, StrPath
 from sparseffn.data.streamed import StreamedSource
 from sparseffn.data.streams import ContiguousStreams, TrainingStreams
 from sparseffn.data.tokenizer_base import Tokenizer, Unit
 from sparseffn.data.tokenizing import check_size, prepared_tokens
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.storage import default_cache_dir
+from sparseffn.storage import default_cache_dir, digest_of
 
-StrPath = str | os.PathLike[str]
+T = TypeVar("T")
 
 METRICS: Mapping[Unit, str] = {
     "byte": "bits per byte",
@@ -54,15 +53,12 @@ class CorpusOrigin:
     def load(
         self, *, data_dir: StrPath | None = None, cache_dir: StrPath | None = None, tokenizer: Tokenizer | None = None
     ) -> Corpus:
-        """Open the corpus.
+        """Open the corpus as `load_corpus` does.
 
         Args:
             data_dir: where the text is now, if it was moved.
             cache_dir: where token files are kept; None for the noted folder while it is there, then the default.
             tokenizer: the run's own, which is used whatever the text would give now.
-
-        Raises:
-            UserError: as `load_corpus`.
         """
         if cache_dir is None and self.cache_dir is not None and Path(self.cache_dir).is_dir():
             cache_dir = self.cache_dir
@@ -98,12 +94,7 @@ class Corpus:
     streamed: StreamedSource | None = None
 
     def training_streams(self, *, batch: int, context: int, seed: int = 0) -> TrainingStreams:
-        """Training windows.
-
-        Args:
-            batch: number of streams.
-            context: inputs of a window in each stream.
-            seed: order of the documents of a streamed corpus; text on disk is read as it stands.
+        """Training windows; the `seed` orders the documents of a streamed corpus, text on disk is read as it stands.
 
         Raises:
             UserError: there is too little text.
@@ -114,7 +105,6 @@ class Corpus:
 
     @property
     def unit(self) -> Unit:
-        """What one token is."""
         return self.tokenizer.unit
 
     def tokens(self, split: Split) -> np.ndarray:
@@ -123,7 +113,7 @@ class Corpus:
         Raises:
             UserError: there is no such split.
         """
-        return {"train": self.train, "valid": self.valid, "test": self.test}[_known(split)]
+        return _of_split({"train": self.train, "valid": self.valid, "test": self.test}, split)
 
     def n_bytes(self, split: Split) -> int:
         """Bytes of the text of a split.
@@ -131,24 +121,17 @@ class Corpus:
         Raises:
             UserError: there is no such split.
         """
-        return self.split_bytes[_known(split)]
+        return _of_split(self.split_bytes, split)
 
 
-def _known(split: Split) -> Split:
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
-    return split
+def _of_split(values: Mapping[Split, T], split: Split) -> T:
+    if split not in values:
+        raise unknown_name("split", split, values)
+    return values[split]
 
 
 def to_metric(nats_per_token: float, unit: Unit) -> tuple[str, float]:
-    """The customary metric of a mean loss: bits per byte or character, perplexity per word or sub-word.
-
-    Args:
-        nats_per_token: mean cross-entropy.
-        unit: what one token is.
-
-    Returns:
-        Name and value; a perplexity too large for a float is infinite.
+    """Name and value of the customary metric of a mean loss; a perplexity too large for a float is infinite.
 
     Raises:
         UserError: there is no such unit.
@@ -236,42 +219,41 @@ def open_corpus(
 
     With `network`, the tokeniser and the stored splits of a streamed corpus may be made from the network now.
     """
-    choice = entry.tokenizer if tokenizer is None else tokenizer
     source = entry.find(place)
     if isinstance(source, Source):
         for split in SPLITS:
             # No tokeniser makes more tokens than bytes, but for the end of a last line.
             check_size(source.corpus, split, source.n_bytes(split) + 1)
+    choice = entry.tokenizer if tokenizer is None else tokenizer
     cache = TokenCache(place.cache_dir)
     prepared = prepared_tokens(source, choice, vocab_size, cache, network=network, on_progress=on_progress)
-    origin = CorpusOrigin(
-        name=entry.name,
-        data_dir=None if place.data_dir is None else str(place.data_dir.absolute()),
-        cache_dir=None if place.cache_dir == default_cache_dir() else str(place.cache_dir.absolute()),
-        tokenizer=prepared.tokenizer.name,
-        vocab_size=vocab_size,
-    )
-    digest = digest_of(prepared.content, prepared.tokenizer.digest)
+    made_by = prepared.tokenizer
+    digest = digest_of(prepared.content, made_by.digest)
     splits = {
         split: {"files": source.n_files(split), "bytes": prepared.n_bytes[split], "tokens": len(prepared.tokens[split])}
         for split in SPLITS
     }
-    info: dict[str, object] = {
-        "corpus": source.corpus,
-        "tokenizer": prepared.tokenizer.name,
-        "unit": prepared.tokenizer.unit,
-        "vocab_size": prepared.tokenizer.vocab_size,
-        "digest": digest,
-        "splits": splits,
-        **source.info,
-    }
     return Corpus(
         name=source.corpus,
-        tokenizer=prepared.tokenizer,
+        tokenizer=made_by,
         **prepared.tokens,
         digest=digest,
-        info=info,
+        info={
+            "corpus": source.corpus,
+            "tokenizer": made_by.name,
+            "unit": made_by.unit,
+            "vocab_size": made_by.vocab_size,
+            "digest": digest,
+            "splits": splits,
+            **source.info,
+        },
         split_bytes=prepared.n_bytes,
-        origin=origin,
+        origin=CorpusOrigin(
+            name=entry.name,
+            data_dir=None if place.data_dir is None else str(place.data_dir.absolute()),
+            cache_dir=None if place.cache_dir == default_cache_dir() else str(place.cache_dir.absolute()),
+            tokenizer=made_by.name,
+            vocab_size=vocab_size,
+        ),
         streamed=source if isinstance(source, StreamedSource) else None,
     )

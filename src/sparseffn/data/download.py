@@ -75,9 +75,9 @@ class DownloadError(UserError):
 class _MirrorError(Exception):
     """This mirror does not give the file; another may."""
 
-    def __init__(self, what: str, fix: str | None = None) -> None:
+    def __init__(self, what: str, *fixes: str) -> None:
         super().__init__(what)
-        self.fix = fix
+        self.fixes = fixes
 
 
 class _WrongFile(_MirrorError):
@@ -109,12 +109,7 @@ def hashed(path: Path, algorithm: str = "sha256") -> str:
 
 
 def check_file(path: Path, published: PublishedFile, accepted: Collection[str] = ()) -> None:
-    """Check a file against what is published of it.
-
-    Args:
-        path: the file.
-        published: what it should be.
-        accepted: digests that the user accepts in place of an unverified one.
+    """Check a file against what is published of it, or the digests that the user accepts in place of an unverified one.
 
     Raises:
         UserError: it is another file.
@@ -123,7 +118,7 @@ def check_file(path: Path, published: PublishedFile, accepted: Collection[str] =
         _verify(path, published, accepted)
     except _WrongFile as error:
         raise UserError(
-            f"{published.name} must be the published file; got {str(path)!r} with {error}; fix: {error.fix}"
+            f"{published.name} must be the published file; got {str(path)!r} with {error}; fix: {'; '.join(error.fixes)}"
         ) from None
 
 
@@ -152,13 +147,7 @@ def fetch(
     accepted: Collection[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """The file in `folder`, downloaded unless it is there.
-
-    Args:
-        remote: what to get, and from where.
-        folder: where it goes.
-        accepted: digests that the user accepts in place of an unverified one.
-        on_progress: called as bytes arrive.
+    """The file in `folder`, downloaded unless it is there; `accepted` as for `check_file`.
 
     Raises:
         DownloadError: no mirror gave the file; the reason of each is in the message.
@@ -181,7 +170,7 @@ def fetch(
             return place
         except _MirrorError as error:
             failures.append(f"{url}: {error}")
-            fixes += [error.fix] if error.fix else []
+            fixes += error.fixes
         except UserError:
             # Half a file on a full disk is of no use.
             part.unlink(missing_ok=True)
@@ -216,7 +205,7 @@ def _fetch_from(url: str, file: PublishedFile, part: Path, accepted: Collection[
     except _WrongFile as error:
         part.unlink(missing_ok=True)
         if not resumed:
-            raise _MirrorError(f"a wrong file, which was removed: {error}", error.fix) from error
+            raise _MirrorError(f"a wrong file, which was removed: {error}", *error.fixes) from error
         # What lay there may have been the beginning of another file.
         _fetch_from(url, file, part, accepted, on_progress)
 

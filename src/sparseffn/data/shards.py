@@ -147,7 +147,7 @@ class ShuffledDocuments:
         self._read, self._n_shards, self._seed, self._buffer = read, n_shards, seed, buffer
         self._n_open = min(n_open, n_shards)
         self._begin(0)
-        self._mark, self._texts, self._index = self._state(), [], 0
+        self._mark = self._state()
 
     def __next__(self) -> str:
         if self._index == len(self._texts):
@@ -171,23 +171,25 @@ class ShuffledDocuments:
                 f"a position must have {expected} numbers for {self._n_shards} shards; got {len(position)}; "
                 "fix: go on with the shards that the run began with"
             )
-        epoch, block, next_lane, *places, index = (int(number) for number in position)
+        *mark, index = position
+        epoch, block, next_lane, *places = mark
         self._begin(epoch)
         self._block, self._next_lane = block, next_lane
         for lane, shard, line in zip(self._lanes, places[::2], places[1::2], strict=True):
             lane.move(shard, line)
-        self._mark, self._texts, self._index = self._state(), [], 0
+        self._mark = self._state()
         if index:
             self._fill()
-        if index > len(self._texts) or self._mark != [int(number) for number in position[:-1]]:
+        if index > len(self._texts) or self._mark != mark:
             raise UserError("the shards must be as they were; got fewer documents; fix: restore them, or begin a new run")
         self._index = index
 
     def _begin(self, epoch: int) -> None:
-        """Shuffle the shards and deal them out."""
+        """Shuffle the shards and deal them out; no document is read yet."""
         order = list(range(self._n_shards))
         random.Random(f"{self._seed} {epoch}").shuffle(order)
         self._epoch, self._block, self._next_lane = epoch, 0, 0
+        self._texts, self._index = [], 0
         self._lanes = [_Lane(self._read, order[lane :: self._n_open]) for lane in range(self._n_open)]
 
     def _state(self) -> list[int]:

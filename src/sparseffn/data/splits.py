@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self, get_args
@@ -24,7 +24,8 @@ StrPath = str | os.PathLike[str]
 
 # What to do where the cache cannot be written.
 ANOTHER_CACHE = "pass --cache-dir PATH or set SPARSEFFN_CACHE"
-# Share of all bytes that validation and test receive, each; training gets the rest.
+HELD_OUT: tuple[Split, ...] = ("valid", "test")
+# Share of all bytes that each of them receives; training gets the rest.
 HELD_OUT_SHARE = 0.05
 # How far a split's share may be from its aim.
 SHARE_TOLERANCE = 0.01
@@ -84,9 +85,19 @@ class SourceFile:
         return cls(path, label, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def files_under(root: Path, *, enters: Callable[[str], bool], takes: Callable[[Path], bool]) -> list[SourceFile]:
+    """Files of a folder and of those folders in it whose names are entered, sorted by label."""
+    found: list[SourceFile] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = filter(enters, folders)
+        paths = (Path(folder, name) for name in names)
+        found += [SourceFile.at(path, path.relative_to(root).as_posix()) for path in paths if path.is_file() and takes(path)]
+    return sorted(found, key=lambda file: file.label)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes `start` to `stop` of a file, preceded by `header`."""
+    """Bytes `start` to `stop` of a file, preceded by `header`, which `n_bytes` counts too."""
 
     file: SourceFile
     start: int
@@ -99,7 +110,6 @@ class Piece:
 
     @property
     def n_bytes(self) -> int:
-        """Length with the header."""
         return len(self.header) + self.stop - self.start
 
 
@@ -136,7 +146,6 @@ class Source:
         return digest_of(self.corpus, json.dumps([sorted(self.info.items()), rows]))
 
     def n_files(self, split: Split) -> int:
-        """Number of files with text in the split."""
         return len({piece.file.path for piece in self.pieces[split]})
 
     def n_bytes(self, split: Split) -> int:
@@ -160,33 +169,27 @@ def split_by_hash(pieces: Sequence[Piece]) -> dict[Split, list[Piece]]:
     Walking in the order of the labels' hashes, validation is filled up to 5% of all bytes, skipping pieces that would
     overshoot, then test likewise; the rest is training. Within a split, pieces are sorted by label.
     """
-    order = sorted(pieces, key=lambda piece: (digest_of(piece.file.label), piece.file.label))
     room = HELD_OUT_SHARE * sum(piece.n_bytes for piece in pieces)
-    split: dict[Split, list[Piece]] = {"train": [], "valid": [], "test": []}
-    for name in ("valid", "test"):
-        used, rest = 0, []
-        for piece in order:
-            if used + piece.n_bytes <= room:
-                split[name].append(piece)
-                used += piece.n_bytes
-            else:
-                rest.append(piece)
-        order = rest
-    split["train"] = order
+    split: dict[Split, list[Piece]] = {name: [] for name in SPLITS}
+    used = dict.fromkeys(SPLITS, 0)
+    for piece in sorted(pieces, key=lambda piece: (digest_of(piece.file.label), piece.file.label)):
+        fitting: list[Split] = [name for name in HELD_OUT if used[name] + piece.n_bytes <= room]
+        name = fitting[0] if fitting else "train"
+        split[name].append(piece)
+        used[name] += piece.n_bytes
     return {name: sorted(chosen, key=lambda piece: piece.file.label) for name, chosen in split.items()}
 
 
 def is_within_tolerance(split: Mapping[Split, Sequence[Piece]]) -> bool:
     """Whether every split's share of the bytes is within 1% of all bytes of its aim."""
     sizes = {name: sum(piece.n_bytes for piece in pieces) for name, pieces in split.items()}
-    allowed = SHARE_TOLERANCE * sum(sizes.values())
-    room = HELD_OUT_SHARE * sum(sizes.values())
-    return all(abs(sizes[name] - room) <= allowed for name in ("valid", "test"))
+    total = sum(sizes.values())
+    return all(abs(sizes[name] - HELD_OUT_SHARE * total) <= SHARE_TOLERANCE * total for name in HELD_OUT)
 
 
 def split_by_cutting(files: Sequence[SourceFile]) -> dict[Split, list[Piece]]:
     """Cut every file at 90% and 95%: at a line end where one is near, else between two UTF-8 characters."""
-    split: dict[Split, list[Piece]] = {"train": [], "valid": [], "test": []}
+    split: dict[Split, list[Piece]] = {name: [] for name in SPLITS}
     for file in files:
         cuts = [0, _cut_near(file, 1 - 2 * HELD_OUT_SHARE), _cut_near(file, 1 - HELD_OUT_SHARE), file.size]
         for name, start, stop in zip(SPLITS, cuts, cuts[1:], strict=False):

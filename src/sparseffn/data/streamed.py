@@ -19,11 +19,12 @@ from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.registry import CorpusEntry
 from sparseffn.data.shards import ShuffledDocuments, checksum, read_local, read_remote
-from sparseffn.data.splits import Block, Place, SourceFile, Split, digest_of
+from sparseffn.data.splits import Block, Place, SourceFile, Split
 from sparseffn.data.streams import DocumentStreams
 from sparseffn.data.tokenizer_base import Tokenizer
 from sparseffn.data.tokenizers import BytesTokenizer
 from sparseffn.errors import UserError
+from sparseffn.storage import digest_of
 
 
 @final

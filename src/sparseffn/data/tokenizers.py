@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -154,13 +155,8 @@ class WordsTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: np.ndarray) -> str:
-        parts: list[str] = []
-        for word in (self._words[number] for number in ids):
-            if word == END_OF_LINE:
-                parts.append("\n")
-            else:
-                parts.append(f" {word}" if parts and parts[-1] != "\n" else word)
-        return "".join(parts)
+        words = (self._words[number] for number in ids)
+        return re.sub(" ?\n ?", "\n", " ".join("\n" if word == END_OF_LINE else word for word in words))
 
 
 def _words_of(data: bytes) -> list[str]:

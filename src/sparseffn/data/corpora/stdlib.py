@@ -5,13 +5,12 @@ It differs between Python versions, so that every result names the version, the 
 
 from __future__ import annotations
 
-import os
 import platform
 import sysconfig
 from pathlib import Path
 
 from sparseffn.data.registry import register_corpus
-from sparseffn.data.splits import Piece, Source, SourceFile, split_by_hash
+from sparseffn.data.splits import Piece, Source, files_under, split_by_hash
 from sparseffn.errors import UserError
 
 # Installed packages are not the standard library; tests hold data tables and files that are broken on purpose.
@@ -31,7 +30,7 @@ def find_stdlib(data_dir: Path | None) -> Source:
             f"fix: leave it out, or use corpus 'text' for files of your own"
         )
     root = Path(sysconfig.get_path("stdlib"))
-    files = _python_files(root)
+    files = files_under(root, enters=lambda name: name not in EXCLUDED_FOLDERS, takes=lambda path: path.suffix == ".py")
     if not files:
         raise UserError(
             f"corpus 'stdlib' must have the standard library's .py files; got none in {str(root)!r}; "
@@ -40,12 +39,3 @@ def find_stdlib(data_dir: Path | None) -> Source:
     pieces = [Piece.whole(file, header=f"# {file.label}\n".encode()) for file in files]
     info = {"python_version": platform.python_version(), "split_rule": "whole files by hash of path"}
     return Source(corpus="stdlib", pieces=split_by_hash(pieces), info=info)
-
-
-def _python_files(root: Path) -> list[SourceFile]:
-    found: list[SourceFile] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
-        paths = [Path(folder, name) for name in names if name.endswith(".py")]
-        found += [SourceFile.at(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from sparseffn.data.registry import register_corpus
@@ -12,6 +11,7 @@ from sparseffn.data.splits import (
     Source,
     SourceFile,
     Split,
+    files_under,
     is_within_tolerance,
     split_by_cutting,
     split_by_hash,
@@ -44,7 +44,11 @@ def find_text(data_dir: Path | None) -> Source:
     if not data_dir.is_dir():
         pieces = split_by_cutting([SourceFile.at(data_dir.resolve(), data_dir.name)])
         return Source(corpus="text", pieces=pieces, info={"split_rule": "file cut at 90% and 95%"})
-    files = _regular_files(data_dir)
+    files = files_under(
+        data_dir,
+        enters=lambda name: not name.startswith("."),
+        takes=lambda path: not path.name.startswith(".") and not path.is_symlink(),
+    )
     if not files:
         raise UserError(
             f"corpus 'text' must have files in its `data_dir`; got {str(data_dir)!r}, which is empty (hidden files, links, "
@@ -57,16 +61,6 @@ def find_text(data_dir: Path | None) -> Source:
         if is_within_tolerance(whole):
             return Source(corpus="text", pieces=whole, info={"split_rule": "whole files by hash of path"})
     return Source(corpus="text", pieces=split_by_cutting(files), info={"split_rule": "every file cut at 90% and 95%"})
-
-
-def _regular_files(root: Path) -> list[SourceFile]:
-    found: list[SourceFile] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        regular = (path for path in paths if path.is_file() and not path.is_symlink())
-        found += [SourceFile.at(path, path.relative_to(root).as_posix()) for path in regular]
-    return sorted(found, key=lambda file: file.label)
 
 
 def _named_splits(root: Path, files: list[SourceFile]) -> dict[Split, list[Piece]] | None:
