@@ -38,7 +38,7 @@ from sparseffn.errors import UserError
 LEVEL = 0.95
 # The normal quantile that belongs to the 95% of Student's.
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-# Resamples drawn at once, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
+# Resamples drawn together, which bounds the memory: a chunk holds n_seeds x chunk x n_blocks numbers.
 _CHUNK = 1000
 
 Claimed = Literal["equal or better", "better", "worse", "different"]

@@ -18,12 +18,12 @@ from sparseffn.cli.process import printable, write_any_text
 from sparseffn.errors import UserError
 from sparseffn.training.loop import StepReport
 
-TEXT = "step 3/12  loss 2.500 nats  12,346 tokens/s  3:07 left"
+TEXT = "step 3/12  3.607 bits per byte  12,346 tokens/s  3:07 left"
 
 
 def report(step: int = 3) -> StepReport:
     """A step with numbers that all differ."""
-    return StepReport(step=step, n_steps=12, loss=2.5, balance_loss=-0.1, tokens_per_s=12345.6, seconds_left=187.4)
+    return StepReport(step=step, n_steps=12, loss=2.5, balance_loss=-0.1, unit="byte", tokens_per_s=12345.6, seconds_left=187.4)
 
 
 def progress(*, terminal: bool) -> tuple[Progress, io.StringIO]:

@@ -15,8 +15,9 @@ from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.storage import cpu_name, digest_of, json_digest, sources_digest, write_json
-from sparseffn.training import RunFolder, TrainConfig, load_run_corpus, train
+from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_corpus, train
 from sparseffn.training.checkpoint import list_checkpoints
+from sparseffn.training.loop import run_config
 
 
 def test_tokenizer_of_a_run_is_whole_or_absent(
@@ -130,6 +131,31 @@ def test_a_checkpoint_of_version_0_1_is_gone_on_from(
         write_json(path / "checkpoint.json", {**manifest, "manifest_digest": json_digest(manifest)})
     folder.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in folder.read_metrics()))
     assert train(model, config, corpus, folder.path).test == whole.test
+
+
+def test_a_folder_of_another_version_is_refused_by_its_name(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """Its settings may be the same words with other defaults; of this version, only settings can differ."""
+    train(model, config, corpus, tmp_path / "run")
+    other = dataclasses.replace(config, eval_tokens=config.eval_tokens + 1)
+    with pytest.raises(UserError, match=r"train.eval_tokens is .*; fix: choose another --out or the same settings"):
+        train(model, other, corpus, tmp_path / "run")
+    path = RunFolder(tmp_path / "run").environment_path
+    write_json(path, {**json.loads(path.read_text()), "sparseffn": "0.1.0"})
+    with pytest.raises(UserError, match=r"fix: the folder is of version 0\.1\.0.*: finish it with that version, or choose"):
+        train(model, other, corpus, tmp_path / "run")
+
+
+def test_damaged_settings_are_refused_with_their_path_and_one_remedy(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """The field by its whole path."""
+    folder = RunFolder(tmp_path)
+    write_json(tmp_path / "config.json", run_config(model, config, corpus) | {"train": {**config.to_json(), "seed": -1}})
+    with pytest.raises(UserError, match=r"damaged file: `train\.seed` must be at least 0; got -1; fix: restore") as caught:
+        RunSettings.read(folder)
+    assert str(caught.value).count("fix:") == 1
 
 
 def test_a_run_knows_its_corpus(tmp_path: Path, model: TransformerXLConfig, config: TrainConfig) -> None:

@@ -27,7 +27,7 @@ from sparseffn.cli.bench_settings import (
     BenchStep,
     Sized,
 )
-from sparseffn.cli.output import can_draw, check_out, log, parse_duration, print_json, print_rows, show, use_machine
+from sparseffn.cli.output import can_draw, check_out, log, parse_duration, print_json, print_records, show, use_machine
 from sparseffn.cli.process import freed_memory
 from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.devices import find_device
@@ -113,15 +113,15 @@ def step(settings: BenchStep) -> int:
     shape = StepShape(
         batch=settings.batch, context=preset.context, memory=preset.memory, precision=settings.precision, device=device
     )
-    contender = match_methods(parse_methods(settings.method), preset, settings.vocab_size)[0]
+    candidate = match_methods(parse_methods(settings.method), preset, settings.vocab_size)[0]
     labels = ["dense", *(word for word in settings.methods if word != "dense")]
     models = {c.label: c.model for c in match_methods(parse_methods(labels), preset, settings.vocab_size)}
     backend = settings.backend or requested_backend()
-    _check_step({contender.label: contender.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
+    _check_step({candidate.label: candidate.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
     shown = StepSettings(
         preset=preset.name,
-        method=contender.label,
-        params=contender.model.num_params(),
+        method=candidate.label,
+        params=candidate.model.num_params(),
         vocab_size=settings.vocab_size,
         rounds=settings.rounds,
         batch=shape.batch,
@@ -133,8 +133,8 @@ def step(settings: BenchStep) -> int:
     )
     with backend_restored():
         use_backend(backend)
-        log(f"timing {contender.label} with relative and with plain attention, then {', '.join(models)}")
-        return _deliver(bench_step(contender.model, models, shape, shown), settings)
+        log(f"timing {candidate.label} with relative and with plain attention, then {', '.join(models)}")
+        return _deliver(bench_step(candidate.model, models, shape, shown), settings)
 
 
 def _check_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:
@@ -207,7 +207,7 @@ def kernels(settings: BenchKernels) -> int:
         print_json(rows)
         return 0
     title = "Registers and spilled bytes of a thread, shared bytes of a block, in the default configurations"
-    print_rows(_KERNEL_COLUMNS, [tuple(str(row[column]) for column in _KERNEL_COLUMNS) for row in rows], title=title)
+    print_records([{column: str(row[column]) for column in _KERNEL_COLUMNS} for row in rows], title=title)
     return 0
 
 

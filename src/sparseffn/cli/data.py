@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from sparseffn.cli.output import console, print_json, print_rows
+from sparseffn.cli.output import console, print_json, print_records
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import DataCheck, DataList, DataPrepare, Printed
 from sparseffn.data import SPLITS, Corpus, CorpusEntry, Place, Split, corpus_entry, list_corpora, load_corpus, prepare_corpus
@@ -24,20 +24,21 @@ _SHOWN_TOKENS = 200
 
 
 def list_all(settings: DataList) -> int:
-    """`sparseffn data list`."""
     rows = [_listed(corpus_entry(name), _place(settings)) for name in list_corpora()]
     if settings.json:
         print_json(rows)
         return 0
-    columns = ("corpus", "here", "digest", "text", "tokenizer", "from", "what it is")
-    print_rows(
-        columns,
-        [
-            (r["corpus"], r["here"], r["digest"], _size(r["bytes"]), r["tokenizer"], _origin(r["addresses"]), r["summary"])
-            for r in rows
-        ],
-        n_words=len(columns),
-    )
+    shown = [
+        {
+            **{name: row[name] for name in ("corpus", "here", "digest")},
+            "text": _size(row["bytes"]),
+            "tokenizer": row["tokenizer"],
+            "from": _origin(row["addresses"]),
+            "what it is": row["summary"],
+        }
+        for row in rows
+    ]
+    print_records(shown, n_words=7)
     print("\nverified: the digests of the plain files were compared with a copy here; archives and addresses were not")
     print("unverified: never fetched here, so that published digests and addresses were not compared with anything")
     print("streamed corpora: no digest is published; the revision of the repository in the address stands for it")
@@ -89,7 +90,6 @@ def _size(n_bytes: int | None) -> str:
 
 
 def prepare(settings: DataPrepare) -> int:
-    """`sparseffn data prepare`."""
     shown_on = console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=shown_on, disable=not shown_on.is_terminal) as transfers:
@@ -106,7 +106,6 @@ def prepare(settings: DataPrepare) -> int:
 
 
 def check(settings: DataCheck) -> int:
-    """`sparseffn data check`."""
     if settings.corpus is not None:
         _print_corpus(load_corpus(settings.corpus, **settings.corpus_options()), settings)
         return 0
@@ -122,18 +121,25 @@ def check(settings: DataCheck) -> int:
     if settings.json:
         print_json({"corpora": [corpus.info for corpus in found], "failed": failed})
     else:
-        columns = ("corpus", "digest", "tokenizer", "from", "vocabulary", "text", *(f"{split} tokens" for split in SPLITS))
-        print_rows(columns, [_row(corpus) for corpus in found], n_words=4)
+        print_records([_row(corpus) for corpus in found], n_words=4)
         for name, message in failed.items():
             print(f"\n{name}: {message}")
     return 1 if failed else 0
 
 
-def _row(corpus: Corpus) -> tuple[str, ...]:
-    streamed = corpus.streamed is not None
-    counts = ("streamed" if streamed and split == "train" else f"{len(corpus.tokens(split)):,}" for split in SPLITS)
-    words = (corpus.name, corpus.digest, corpus.tokenizer.name, _origin(corpus_entry(corpus.name).addresses))
-    return (*words, f"{corpus.tokenizer.vocab_size:,}", _size(sum(corpus.split_bytes.values())), *counts)
+def _row(corpus: Corpus) -> dict[str, str]:
+    row = {
+        "corpus": corpus.name,
+        "digest": corpus.digest,
+        "tokenizer": corpus.tokenizer.name,
+        "from": _origin(corpus_entry(corpus.name).addresses),
+        "vocabulary": f"{corpus.tokenizer.vocab_size:,}",
+        "text": _size(sum(corpus.split_bytes.values())),
+    }
+    for split in SPLITS:
+        streamed = split == "train" and corpus.streamed is not None
+        row[f"{split} tokens"] = "streamed" if streamed else f"{len(corpus.tokens(split)):,}"
+    return row
 
 
 def _print_corpus(corpus: Corpus, settings: Printed) -> None:

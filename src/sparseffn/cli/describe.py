@@ -17,6 +17,7 @@ from sparseffn.cli.settings import Doctor, Matched, Methods
 from sparseffn.comparison import MethodChoice
 from sparseffn.errors import UserError
 from sparseffn.ffn import BlockShape, FFNConfig, describe, field_infos, list_methods, method_class, parse_options
+from sparseffn.ffn.options import FieldInfo
 from sparseffn.matching import Match
 from sparseffn.matching import match as match_config
 from sparseffn.models.presets import get_preset
@@ -27,17 +28,17 @@ from sparseffn.storage import default_cache_dir, environment
 # The paper's experts, where no preset says otherwise.
 _EXPERT_SIZE, _K = 128, 4
 
+# The module that tells whether an extra is installed.
 EXTRAS = {
-    "plot": ("matplotlib",),
-    "data": ("sentencepiece",),
-    "stream": ("datasets",),
-    "track": ("tensorboard",),
-    "hf": ("transformers",),
+    "plot": "matplotlib",
+    "data": "sentencepiece",
+    "stream": "datasets",
+    "track": "tensorboard",
+    "hf": "transformers",
 }
 
 
 def methods(settings: Methods) -> int:
-    """`sparseffn methods`."""
     if settings.method:
         return _one_method(settings.method, settings)
     rows = [_method_row(method_class(name)) for name in list_methods()]
@@ -66,21 +67,7 @@ def _method_row(config_class: type[FFNConfig]) -> dict[str, Any]:
 
 def _one_method(name: str, settings: Methods) -> int:
     config_class = method_class(name)
-    rows = []
-    for info in field_infos(config_class).values():
-        required = info.default is dataclasses.MISSING
-        values = " | ".join(info.choices) if info.choices else f"{info.kind.__name__}, {info.option.range_text()}"
-        if info.kind is bool:
-            values = "true | false"
-        rows.append(
-            {
-                "option": info.name,
-                "values": values + (" or none" if info.optional else ""),
-                "default": None if required else info.default,
-                "required": required,
-                "meaning": info.option.doc,
-            }
-        )
+    rows = [_option_row(info) for info in field_infos(config_class).values()]
     if settings.json:
         print_json({**_method_row(config_class), "options": rows})
         return 0
@@ -90,8 +77,21 @@ def _one_method(name: str, settings: Methods) -> int:
     return 0
 
 
+def _option_row(info: FieldInfo) -> dict[str, Any]:
+    values = " | ".join(info.choices) if info.choices else f"{info.kind.__name__}, {info.option.range_text()}"
+    if info.kind is bool:
+        values = "true | false"
+    required = info.default is dataclasses.MISSING
+    return {
+        "option": info.name,
+        "values": values + (" or none" if info.optional else ""),
+        "default": None if required else info.default,
+        "required": required,
+        "meaning": info.option.doc,
+    }
+
+
 def match(settings: Matched) -> int:
-    """`sparseffn match`."""
     found = _match(settings)
     config = found.config
     counts = count_block(config)
@@ -167,30 +167,31 @@ def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
 
 
 def doctor(settings: Doctor) -> int:
-    """`sparseffn doctor`."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    facts: dict[str, Any] = dict(environment())
-    facts["blas"] = blas()
-    for device in devices:
-        facts[f"backend on {device.type}"] = _first_backend(device)
-    for backend in list_backends():
-        facts[f"backend {backend.name}"] = "; ".join(_how_it_runs(backend, device) for device in devices)
-    facts["C++ compiler"] = cpp_compiler()
-    facts["compiled kernels"] = str(default_cache_dir() / "kernels")
-    facts["triton"] = version_of("triton") or "not installed"
-    facts["methods"] = ", ".join(list_methods())
-    for extra, modules in EXTRAS.items():
-        missing = [m for m in modules if importlib.util.find_spec(m) is None]
-        facts[f"extra {extra}"] = f"no: pip install 'sparseffn[{extra}]'" if missing else "installed"
     cache = default_cache_dir()
-    facts["cache"] = str(cache)
-    root = next(p for p in (cache, *cache.parents) if p.exists())
-    facts["free disk"] = f"{shutil.disk_usage(root).free / 2**30:.1f} GiB"
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    facts: dict[str, Any] = {
+        **environment(),
+        "blas": blas(),
+        **{f"backend on {device.type}": _first_backend(device) for device in devices},
+        **{f"backend {b.name}": "; ".join(_how_it_runs(b, device) for device in devices) for b in list_backends()},
+        "C++ compiler": cpp_compiler(),
+        "compiled kernels": str(cache / "kernels"),
+        "triton": version_of("triton") or "not installed",
+        "methods": ", ".join(list_methods()),
+        **{f"extra {extra}": _extra(extra, module) for extra, module in EXTRAS.items()},
+        "cache": str(cache),
+        "free disk": f"{shutil.disk_usage(disk).free / 2**30:.1f} GiB",
+    }
     if settings.json:
         print_json(facts)
     else:
         print_rows(("", ""), [(key, str(value)) for key, value in facts.items()], n_words=2)
     return 0
+
+
+def _extra(extra: str, module: str) -> str:
+    return "installed" if importlib.util.find_spec(module) else f"no: pip install 'sparseffn[{extra}]'"
 
 
 def _first_backend(device: torch.device) -> str:

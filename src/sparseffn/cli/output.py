@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Machine, Printed
+from sparseffn.data import to_metric
 from sparseffn.devices import device_name, find_device
 from sparseffn.errors import UserError
 from sparseffn.report import Table, print_table, print_tables
@@ -48,6 +49,12 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     """A plain table; all columns but the first `n_words` are right-aligned."""
     shown = [tuple(map(printable, row)) for row in rows]
     print_table(Table.of(columns, shown, n_words=n_words, title=title), console())
+
+
+def print_records(records: Sequence[Mapping[str, str]], *, title: str = "", n_words: int = 1) -> None:
+    """A plain table of texts by heading; nothing where there are none."""
+    if records:
+        print_rows(list(records[0]), [list(record.values()) for record in records], title=title, n_words=n_words)
 
 
 def show(result: object, settings: Printed, tables: Iterable[Table], facts: str = "", files: Iterable[Path] = ()) -> int:
@@ -117,9 +124,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Progress of training runs: a bar in a terminal, a line now and then elsewhere. Goes to standard error."""
 
-    def __init__(self, show: Callable[[float], str] = "loss {:.3f} nats".format) -> None:
+    def __init__(self) -> None:
         self.console = console(stderr=True)
-        self.show = show
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -138,18 +144,18 @@ class Progress:
         self.close()
         name, speed, last = f"[{position + 1}/{n_runs}] {label}, seed {seed}", Speed(), 0.0
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[text]}", markup=False),
-            )
-            self.bar = Bar(*columns, console=self.console)
+            before, after = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[text]}"))
+            self.bar = Bar(before, BarColumn(), after, console=self.console)
             self.bar.add_task(name, total=None, text="")
             self.bar.start()
 
         def on_step(report: StepReport) -> None:
             nonlocal last
-            text = self._text(report, speed.mean(report))
+            metric, value = to_metric(report.loss, report.unit)
+            text = (
+                f"step {report.step}/{report.n_steps}  {value:.3f} {metric}  "
+                f"{speed.mean(report):,.0f} tokens/s  {clock(report.seconds_left)} left"
+            )
             if self.bar is not None:
                 self.bar.update(self.bar.task_ids[0], total=report.n_steps, completed=report.step, text=text)
             elif time.monotonic() - last >= _LINE_EVERY or report.step == report.n_steps:
@@ -163,12 +169,6 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-
-    def _text(self, report: StepReport, tokens_per_s: float) -> str:
-        return (
-            f"step {report.step}/{report.n_steps}  {self.show(report.loss)}  "
-            f"{tokens_per_s:,.0f} tokens/s  {clock(report.seconds_left)} left"
-        )
 
 
 class Speed:

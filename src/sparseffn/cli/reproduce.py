@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from sparseffn.cli.output import (
     parse_duration,
     print_files,
     print_json,
-    print_rows,
+    print_records,
     use_machine,
 )
 from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceTable, Runs
@@ -46,7 +47,9 @@ TABLES = "runs/evidence"
 def tables(settings: ReproduceTable) -> int:
     """Run each table's missing runs, then print it as the pool knows it."""
     device = use_machine(settings)
-    reproduction = Reproduction.plan(settings.names, _request(settings), columns=settings.columns, rows=settings.rows)
+    seeds = parse_seeds(settings.seeds)
+    request = _request(settings, closed=settings.dry_run, settings=settings.settings, seeds=seeds)
+    reproduction = Reproduction.plan(settings.names, request, columns=settings.columns, rows=settings.rows)
     if settings.dry_run:
         costs = reproduction.dry_run(measure_speed(device))
         if settings.out is not None:
@@ -60,10 +63,11 @@ def tables(settings: ReproduceTable) -> int:
             run_all(reproduction.runs(), pool, jobs=settings.jobs, device=str(device), progress=progress)
     results = reproduction.results(pool)
     index = [] if settings.out is None else _write_tables(results, settings.out)
+    found = list(results.values())
     if settings.json:
-        print_json(list(results.values()) if len(results) > 1 else next(iter(results.values())))
+        print_json(found if len(found) > 1 else found[0])
         return 0
-    for result in results.values():
+    for result in found:
         print_paper_table(result, console())
     print_files(index)
     return 0
@@ -73,18 +77,10 @@ def _pool(settings: Runs) -> Pool:
     return Pool(settings.pool or default_cache_dir() / "pool")
 
 
-def _request(settings: ReproduceTable | ReproduceEvidence) -> Request:
+def _request(settings: ReproduceTable | ReproduceEvidence, /, *, closed: bool = False, **more: Any) -> Request:
     scale = get_scale(settings.scale)
     choice = CorpusChoice(name=settings.corpus, **settings.corpus_options())
-    if isinstance(settings, ReproduceEvidence):
-        return Request(scale=scale, corpora=Corpora(scale=scale, choice=choice), steps=settings.steps)
-    return Request(
-        scale=scale,
-        corpora=Corpora(scale=scale, choice=choice, closed=settings.dry_run),
-        settings=settings.settings,
-        seeds=parse_seeds(settings.seeds),
-        steps=settings.steps,
-    )
+    return Request(scale=scale, corpora=Corpora(scale=scale, choice=choice, closed=closed), steps=settings.steps, **more)
 
 
 def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
@@ -113,38 +109,24 @@ def _write_tables(results: Mapping[str, PaperTable], out: str) -> list[Path]:
 
 def _print_dry_run(result: DryRunResult) -> None:
     """Every run with its cost, and what the estimates rest on."""
-    header = (
-        "table",
-        "column",
-        "row",
-        "params",
-        "residual",
-        "FLOPs, K/N_E",
-        "FLOPs counted",
-        "training FLOPs",
-        "tokens",
-        "memory",
-        "time here",
-        "time GPU",
-    )
     rows = [
-        (
-            run.table,
-            run.column,
-            run.row + (" (shared)" if run.shared else ""),
-            formats.count(run.params),
-            formats.signed_percent(run.residual_percent) + ("*" if run.unequal else ""),
-            "-" if run.flops_percent is None else formats.percent(run.flops_percent / 100),
-            formats.percent(run.counted_flops_percent / 100),
-            f"{run.training_flops:.2e}",
-            formats.count(run.tokens),
-            f"{run.memory_bytes / 2**30:.1f} GiB",
-            _duration(run.seconds_here),
-            _duration(run.seconds_gpu),
-        )
+        {
+            "table": run.table,
+            "column": run.column,
+            "row": run.row + (" (shared)" if run.shared else ""),
+            "params": formats.count(run.params),
+            "residual": formats.signed_percent(run.residual_percent) + ("*" if run.unequal else ""),
+            "FLOPs, K/N_E": "-" if run.flops_percent is None else formats.percent(run.flops_percent / 100),
+            "FLOPs counted": formats.percent(run.counted_flops_percent / 100),
+            "training FLOPs": f"{run.training_flops:.2e}",
+            "tokens": formats.count(run.tokens),
+            "memory": f"{run.memory_bytes / 2**30:.1f} GiB",
+            "time here": _duration(run.seconds_here),
+            "time GPU": _duration(run.seconds_gpu),
+        }
         for run in result.runs
     ]
-    print_rows(header, rows, title=f"every run, scale {result.scale}", n_words=3)
+    print_records(rows, title=f"every run, scale {result.scale}", n_words=3)
     totals = result.totals
     print(
         f"\n{result.n_distinct} distinct runs, seeds counted: {totals.training_flops:.2e} FLOPs, "
@@ -187,18 +169,18 @@ def evidence(settings: ReproduceEvidence) -> int:
         print_json(result)
         return 0
     rows = [
-        (
-            str(run.position),
-            run.table,
-            run.label,
-            str(run.seed),
-            run.why,
-            run.reason or run.status,
-            "" if run.wall_s is None else clock(run.wall_s),
-        )
+        {
+            "": str(run.position),
+            "table": run.table,
+            "row": run.label,
+            "seed": str(run.seed),
+            "decides": run.why,
+            "status": run.reason or run.status,
+            "time": "" if run.wall_s is None else clock(run.wall_s),
+        }
         for run in result.runs
     ]
-    print_rows(("", "table", "row", "seed", "decides", "status", "time"), rows, n_words=6)
+    print_records(rows, n_words=6)
     done = [run.wall_s for run in result.runs if run.wall_s is not None]
     print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}")
     if settings.out is None:

@@ -63,7 +63,7 @@ class ReproduceTable(Runs):
 
 @settings_class
 class ReproduceEvidence(Runs):
-    """Spend a budget of time on the runs that decide the paper's claims, the most decisive first, one at a time.
+    """Train the runs that decide the paper's claims, the most decisive first, one at a time, within a budget.
 
     Each call goes on with what is missing, then prints how all runs stand.
 

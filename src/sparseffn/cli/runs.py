@@ -56,7 +56,7 @@ def train_run(settings: Train) -> int:
     config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
     corpus = load_corpus(settings.corpus, **settings.corpus_options())
     matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
-    with Progress(lambda nats: "{1:.3f} {0}".format(*to_metric(nats, corpus.unit))) as progress:
+    with Progress() as progress:
         progress.log(f"{matched.label}: {matched.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
         result = train(
             matched.model,

@@ -55,7 +55,7 @@ class ServedToken(Struct, frozen=True, kw_only=True):
 
     token: Count
     text: str
-    """Printable."""
+    """Spaces as ␣, control characters and bytes that are no text by their escape."""
     share: float
     """Of the expert's selections."""
     lift: float

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseffn.data import Corpus, TrainingStreams
+from sparseffn.data import Corpus, TrainingStreams, Unit
 from sparseffn.devices import device_name, find_device, generator_states, restore_generators
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
@@ -49,6 +49,8 @@ class StepReport:
     loss: float
     """Cross-entropy in nats a token, without the balancing loss."""
     balance_loss: float
+    unit: Unit
+    """What a token is, which sets the metric of the loss."""
     tokens_per_s: float
     seconds_left: float
 
@@ -273,6 +275,7 @@ class _Run:
                 n_steps=self.config.steps,
                 loss=numbers.loss,
                 balance_loss=numbers.balance_loss,
+                unit=self.corpus.unit,
                 tokens_per_s=self.config.tokens_per_step / seconds,
                 seconds_left=(self.config.steps - step) * self.seconds / step,
             )

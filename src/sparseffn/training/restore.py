@@ -56,10 +56,14 @@ class RunSettings:
         path = folder.path / "config.json"
         fix = "restore the file or train again; of a comparison, name a run: OUT/runs/METHOD/seed-0"
         found = read(path, _Config, fix=fix)
+        part = "model"
         try:
-            model, train_config = TransformerXLConfig.from_json(found.model), TrainConfig.from_json(found.train)
+            model, part = TransformerXLConfig.from_json(found.model), "train"
+            train_config = TrainConfig.from_json(found.train)
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {error}; fix: {fix}") from None
+            reason = str(error).partition("; fix:")[0]
+            reason = f"`{part}.{reason[1:]}" if reason.startswith("`") else f"`{part}`: {reason}"
+            raise UserError(f"`{path}` must hold a run's settings; got a damaged file: {reason}; fix: {fix}") from None
         digest, _, evaluated = found.corpus.digest.partition(SHORTENED)
         return cls(
             model=model,

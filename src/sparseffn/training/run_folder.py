@@ -13,9 +13,10 @@ from typing import Any, final
 
 import msgspec
 
+from sparseffn import __version__
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.storage import LOCK, Count, environment, read, write_json, write_text
+from sparseffn.storage import LOCK, Count, environment, read, read_json, write_json, write_text
 
 
 class _Line(msgspec.Struct):
@@ -29,7 +30,7 @@ class _Line(msgspec.Struct):
 
     def __post_init__(self) -> None:
         if self.valid is None and self.device is None and None in (self.loss, self.balance_loss):
-            raise ValueError("nothing is said of the step")
+            raise ValueError("a step must have its losses, a validation or a device")
 
 
 @final
@@ -80,7 +81,7 @@ class RunFolder:
             if differences:
                 raise UserError(
                     f"`out` must be a new folder or one of the same config; got {self.path}, where "
-                    f"{'; '.join(differences[:3])}; fix: choose another --out or the same settings"
+                    f"{'; '.join(differences[:3])}; fix: {self._other_config_fix()}"
                 )
         # What only says that somebody writes here is no file of something else.
         elif self.path.exists() and (not self.path.is_dir() or any(file.name != LOCK for file in self.path.iterdir())):
@@ -88,6 +89,15 @@ class RunFolder:
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
             )
+
+    def _other_config_fix(self) -> str:
+        made_by = read_json(self.environment_path).get("sparseffn") if self.environment_path.exists() else __version__
+        if made_by == __version__:
+            return "choose another --out or the same settings"
+        return (
+            f"the folder is of version {made_by}, where equal settings may have other defaults, as the warm-up and the length "
+            "of curves of `train` in 0.1: finish it with that version, or choose another --out"
+        )
 
     def note_corpus(self, corpus: Corpus) -> None:
         """Write what `load_run_corpus` needs to open the run's corpus again."""
