@@ -91,10 +91,11 @@ def test_a_model_is_counted_over_layers_and_calls() -> None:
     """Three layers of 4, 4 and 2 units with 1, 1 and 1 dead ones; the middle layer's pairs."""
     counter = UsageCounter()
     for indices, weights in (([[0, 1], [0, 2]], [[0.5, 0.25], [1.0, 0.25]]), ([[1, 0], [0, 2]], [[0.25, 0.75], [0.5, 0.5]])):
-        window = CollectedStats({name: [] for name in "abc"})
-        window.add("a", stats([2, 1, 1, 0], [1.0, 1.0, 1.0, 0.0], [2, 2]))
-        window.add("b", stats([2, 1, 1, 0], [1.0, 1.0, 1.0, 1.0], [2, 2], pairs(indices, weights)))
-        window.add("c", stats([2, 0], [1.0, 0.0], [1, 1]))
+        window = CollectedStats(
+            a=[stats([2, 1, 1, 0], [1.0, 1.0, 1.0, 0.0], [2, 2])],
+            b=[stats([2, 1, 1, 0], [1.0, 1.0, 1.0, 1.0], [2, 2], pairs(indices, weights))],
+            c=[stats([2, 0], [1.0, 0.0], [1, 1])],
+        )
         counter.observe(window)
     found = counter.result()
     assert found.dead_share == 0.3
