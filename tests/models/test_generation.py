@@ -181,7 +181,7 @@ class TestSampling:
         ([1], {"temperature": float("nan")}, "`temperature` must be at least 0; got nan"),
         ([1], {"top_k": 0}, "`top_k` must be at least 1; got 0"),
         ([1], {"memory_length": 0}, "`memory_length` must be at least 1; got 0"),
-        ([1], {"n_tokens": -1}, "`n_tokens` must not be negative; got -1"),
+        ([1], {"n_tokens": -1}, "`n_tokens` must be at least 0; got -1"),
     ],
     ids=["empty", "unknown-token", "negative-token", "temperature", "nan", "top-k", "memory", "negative-count"],
 )

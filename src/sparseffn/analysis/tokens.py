@@ -62,8 +62,8 @@ class ServedTokens:
 
     def result(self, tokenizer: Tokenizer) -> list[list[ServedByExpert]]:
         """For every layer and expert: its share of the selections, and its tokens, the most telling first."""
-        by_layer = [counts.cpu() for counts in self.layers.values()]
-        return [[self._expert(counts, expert, tokenizer) for expert in range(len(counts))] for counts in by_layer]
+        layers = [counts.cpu() for counts in self.layers.values()]
+        return [[self._expert(counts, expert, tokenizer) for expert in range(len(counts))] for counts in layers]
 
     def _expert(self, counts: Tensor, expert: int, tokenizer: Tokenizer) -> ServedByExpert:
         own = counts[expert].double()

@@ -16,6 +16,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from sparseffn.data import EvalWindow
@@ -96,12 +97,10 @@ class LayerUsage:
         return int((self.counts < DEAD_SHARE * mean).sum())
 
     def load(self, layer: int) -> LayerLoad:
-        found = load_of(self.counts)
         return LayerLoad(
             layer=layer,
             n_units=len(self.counts),
-            entropy=found.entropy,
-            largest_over_mean=found.largest_over_mean,
+            **structs.asdict(load_of(self.counts)),
             weight_entropy=_evenness(self.weights),
             n_dead=self.n_dead,
         )

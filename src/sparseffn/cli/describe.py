@@ -197,10 +197,9 @@ def _extra(extra: str, module: str) -> str:
 def _first_backend(device: torch.device) -> str:
     """What operations use there, or why what is asked for cannot be used: a report must not end at a wrong wish."""
     try:
-        name, reason = explain_backend(device)
+        return "{} ({})".format(*explain_backend(device))
     except UserError as error:
         return f"none: {error}"
-    return f"{name} ({reason})"
 
 
 def _how_it_runs(backend: Backend, device: torch.device) -> str:

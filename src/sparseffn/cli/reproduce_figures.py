@@ -12,7 +12,7 @@ from pathlib import Path
 from sparseffn.cli.analyze import analyzed
 from sparseffn.cli.bench import measure_figures
 from sparseffn.cli.bench_settings import BenchFigures
-from sparseffn.cli.output import can_draw, check_out, print_json, use_machine
+from sparseffn.cli.output import can_draw, check_out, print_files, print_json, use_machine
 from sparseffn.cli.reproduce_settings import ReproduceFigure
 from sparseffn.ops import requested_backend
 from sparseffn.paper.figure_runs import Reproduced, reproduce_figures
@@ -52,8 +52,18 @@ def figures(settings: ReproduceFigure) -> int:
     write_text(out / "figures.md", figures_markdown(result))
     if settings.json:
         print_json(result)
-    else:
-        _show(result, out)
+        return 0
+    for figure in result.figures:
+        print(f"{figure.name}\n  paper: {figure.statement}")
+        for words in figure.measured:
+            print(f"  here:  {words}")
+        for file in figure.files:
+            if file.endswith(".png"):
+                print(f"  png:   {(out / file).resolve().as_uri()}")
+        if figure.not_drawn:
+            print(f"  not drawn: {figure.not_drawn}")
+        print()
+    print_files([out / "figures.md"])
     return 0
 
 
@@ -95,17 +105,3 @@ def _named(name: str, plots: list[Plot]) -> list[Plot]:
         dataclasses.replace(plot, name=new, caption=f"{plot.title}. {plot.caption}")
         for new, plot in zip(names, plots, strict=True)
     ]
-
-
-def _show(result: FiguresOfPaper, out: Path) -> None:
-    for figure in result.figures:
-        print(f"{figure.name}\n  paper: {figure.statement}")
-        for words in figure.measured:
-            print(f"  here:  {words}")
-        for file in figure.files:
-            if file.endswith(".png"):
-                print(f"  png:   {(out / file).resolve().as_uri()}")
-        if figure.not_drawn:
-            print(f"  not drawn: {figure.not_drawn}")
-        print()
-    print(f"md: {(out / 'figures.md').resolve().as_uri()}")

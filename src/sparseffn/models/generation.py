@@ -83,7 +83,10 @@ def generate_tokens(
     Raises:
         UserError: the prompt is empty or holds an unknown token, or a setting is out of range.
     """
-    _check(model, prompt, n_tokens, memory_length, temperature, top_k)
+    _check(prompt, n_tokens, memory_length, temperature, top_k)
+    vocab_size = model.config.vocab_size
+    if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {unknown[0]}; fix: use the tokenizer")
     model.eval()
     caches = [_LayerCache(block, 1, memory_length) for block in model.layers if isinstance(block, Block)]
     given_1L = to_device(torch.tensor([list(prompt)], device="cpu"), model.embedding.weight.device)
@@ -119,25 +122,15 @@ def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     return to_device(drawn, logits.device).view(1, 1)
 
 
-def _check(
-    model: TransformerXL,
-    prompt: Sequence[int],
-    n_tokens: int,
-    memory_length: int,
-    temperature: float,
-    top_k: int | None,
-) -> None:
-    vocab_size = model.config.vocab_size
+def _check(prompt: Sequence[int], n_tokens: int, memory_length: int, temperature: float, top_k: int | None) -> None:
     if not prompt:
         raise UserError("`prompt` must hold at least one token; got none; fix: --prompt TEXT")
-    unknown = [token for token in prompt if not 0 <= token < vocab_size]
-    if unknown:
-        raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {unknown[0]}; fix: use the tokenizer")
-    if n_tokens < 0:
-        raise UserError(f"`n_tokens` must not be negative; got {n_tokens}; fix: pass 0 or more")
-    if memory_length < 1:
-        raise UserError(f"`memory_length` must be at least 1; got {memory_length}; fix: use the training memory or more")
-    if not temperature >= 0:
-        raise UserError(f"`temperature` must be at least 0; got {temperature}; fix: 0 is greedy, 1 the model's own")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"`top_k` must be at least 1; got {top_k}; fix: leave it out to sample among all")
+    limits: dict[str, tuple[float, int, str]] = {
+        "n_tokens": (n_tokens, 0, "pass 0 or more"),
+        "memory_length": (memory_length, 1, "use the training memory or more"),
+        "temperature": (temperature, 0, "0 is greedy, 1 the model's own"),
+        "top_k": (1 if top_k is None else top_k, 1, "leave it out to sample among all"),
+    }
+    for name, (value, least, fix) in limits.items():
+        if not value >= least:
+            raise UserError(f"`{name}` must be at least {least}; got {value}; fix: {fix}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,25 +146,25 @@ def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: C
     }
 
 
+@dataclass
 class _Run:
     """State of a run between steps."""
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        corpus: Corpus,
-        streams: TrainingStreams,
-        folder: RunFolder,
-        on_step: OnStep | None,
-        on_metrics: Callable[[dict[str, Any]], None] | None,
-    ) -> None:
-        self.stepper, self.model, self.config = stepper, stepper.model, stepper.config
-        self.corpus, self.streams, self.folder = corpus, streams, folder
-        self.on_step, self.on_metrics = on_step, on_metrics
-        self.step, self.seconds = 0, 0.0
-        # What the last steps did, still on the device, and when the first of them began.
-        self.unread: list[Tensor] = []
-        self.started = 0.0
+    stepper: Stepper
+    corpus: Corpus
+    streams: TrainingStreams
+    folder: RunFolder
+    on_step: OnStep | None
+    on_metrics: Callable[[dict[str, Any]], None] | None
+    step: int = 0
+    seconds: float = 0.0
+    unread: list[Tensor] = field(default_factory=list)
+    """What the last steps did, still on the device."""
+    started: float = 0.0
+    """When the first of them began."""
+
+    def __post_init__(self) -> None:
+        self.model, self.config = self.stepper.model, self.stepper.config
 
     def run(self) -> TrainResult:
         """Train to the last step, evaluate, write the result."""
