@@ -6,6 +6,7 @@ The two must agree: the contract suite holds every method's closed forms against
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,7 @@ class BlockCounts:
 
 
 def count_block(config: FFNConfig, *, n_tokens: int = 1024, itemsize: int = 4) -> BlockCounts:
-    """Closed-form counts of a block.
-
-    Args:
-        config: the block.
-        n_tokens: tokens of a batch, for the few bytes that do not depend on it.
-        itemsize: bytes of an element.
-    """
+    """Closed-form counts of a block; `n_tokens` of a batch share the few saved bytes that do not depend on their number."""
     return BlockCounts(
         total_params=config.num_params(),
         active_params=config.active_params(),
@@ -95,69 +90,37 @@ def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept_tensors(layer, x))
 
 
-def _product_flops(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:
+def _product(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:
     """Every row times one matrix of the stack."""
     return 2 * rows[0] * weight[1] * weight[2]
 
 
-@register_flop_formula(torch.ops.sparseffn.expert_up)
-def _expert_up(x: Any, weight: Any, tokens: Any, *args: Any, **kwargs: Any) -> int:
-    return _product_flops(tokens, weight)
-
-
-@register_flop_formula(torch.ops.sparseffn.expert_up_backward)
-def _expert_up_backward(grad: Any, x: Any, weight: Any, tokens: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _product_flops(tokens, weight)
-
-
-@register_flop_formula(torch.ops.sparseffn.expert_down)
-def _expert_down(a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return _product_flops(a, weight)
-
-
-@register_flop_formula(torch.ops.sparseffn.expert_down_backward)
-def _expert_down_backward(grad: Any, a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _product_flops(a, weight)
-
-
-@register_flop_formula(torch.ops.sparseffn.expert_mlp)
-def _expert_mlp(x: Any, keys: Any, values: Any, gates: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _product_flops((indices[0] * indices[1],), keys)
-
-
-@register_flop_formula(torch.ops.sparseffn.expert_mlp_backward)
-def _expert_mlp_backward(grad: Any, x: Any, keys: Any, values: Any, gates: Any, *args: Any, **kwargs: Any) -> int:
-    return 4 * _product_flops((gates[0] * gates[1],), keys)
-
-
-def _inner_flops(keys: Any, gates: Any, inner_k: int) -> int:
+def _inner(keys: tuple[int, ...], gates: tuple[int, ...], inner_k: int) -> int:
     """All units of the selected experts, the survivors' values."""
     return 2 * gates[0] * keys[1] * (gates[1] * keys[2] + inner_k)
 
 
-@register_flop_formula(torch.ops.sparseffn.expert_mlp_inner)
-def _expert_mlp_inner(x: Any, keys: Any, values: Any, gates: Any, *args: Any, **kwargs: Any) -> int:
-    inner_k = args[4]
-    return _inner_flops(keys, gates, inner_k)
+# FLOPs of each operation from the shapes of its first arguments; `_` are those that do not matter.
+_FLOPS: dict[str, Callable[..., int]] = {
+    "expert_up": lambda x, weight, tokens, *_: _product(tokens, weight),
+    "expert_up_backward": lambda grad, x, weight, tokens, *_: 2 * _product(tokens, weight),
+    "expert_down": lambda a, weight, *_: _product(a, weight),
+    "expert_down_backward": lambda grad, a, weight, *_: 2 * _product(a, weight),
+    "expert_mlp": lambda x, keys, values, gates, *_: 2 * gates[1] * _product(gates, keys),
+    "expert_mlp_backward": lambda grad, x, keys, values, gates, *_: 4 * gates[1] * _product(gates, keys),
+    "expert_mlp_inner": lambda x, keys, values, gates, *rest: _inner(keys, gates, rest[4]),
+    "expert_mlp_inner_backward": lambda grad, x, keys, values, gates, kept, *_: 2 * _inner(keys, gates, kept[1]),
+    "router_logits": lambda x, selector, *_: 2 * x[0] * x[1] * selector[0],
+    "weighted_rows": lambda values, indices, *_: 2 * indices[0] * indices[1] * values[1],
+    "weighted_rows_backward": lambda grad, values, indices, *_: 4 * indices[0] * indices[1] * values[1],
+}
 
 
-@register_flop_formula(torch.ops.sparseffn.expert_mlp_inner_backward)
-def _expert_mlp_inner_backward(
-    grad: Any, x: Any, keys: Any, values: Any, gates: Any, survivors: Any, *args: Any, **kwargs: Any
-) -> int:
-    return 2 * _inner_flops(keys, gates, survivors[1])
+def _register(operation: str, flops: Callable[..., int]) -> None:
+    @register_flop_formula(getattr(torch.ops.sparseffn, operation))
+    def count(*shapes: Any, **_: Any) -> int:
+        return flops(*shapes)
 
 
-@register_flop_formula(torch.ops.sparseffn.router_logits)
-def _router_logits(x: Any, selector: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * x[1] * selector[0]
-
-
-@register_flop_formula(torch.ops.sparseffn.weighted_rows)
-def _weighted_rows(values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * indices[0] * indices[1] * values[1]
-
-
-@register_flop_formula(torch.ops.sparseffn.weighted_rows_backward)
-def _weighted_rows_backward(grad: Any, values: Any, indices: Any, *args: Any, **kwargs: Any) -> int:
-    return 4 * indices[0] * indices[1] * values[1]
+for _operation, _formula in _FLOPS.items():
+    _register(_operation, _formula)

@@ -8,6 +8,7 @@ residuals are those of the whole model where one is given, else of the block.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,15 +23,14 @@ _SECOND_FIELD_RANGE = (0.5, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """A config sized for a budget, and how far it is off."""
+    """A config sized for a budget, and how far it is off. Residuals are negative where there are too few parameters."""
 
     config: FFNConfig
     target_params: int
-    """Parameters of the block to be matched."""
+    """Of the block to be matched."""
     block_params: int
-    """Parameters of the matched block."""
+    """Of the matched block."""
     n_blocks: int
-    """Blocks in the whole model."""
     other_params: int
     """Parameters of the model outside its feedforward blocks; 0 where blocks are matched by themselves."""
     tolerance: float
@@ -47,12 +47,11 @@ class Match:
 
     @property
     def residual(self) -> int:
-        """Parameters that the whole model has too many (negative: too few)."""
+        """Parameters that the whole model has too many."""
         return self.model_params - self.model_target
 
     @property
     def block_residual(self) -> int:
-        """Parameters that a block has too many (negative: too few)."""
         return self.block_params - self.target_params
 
     @property
@@ -62,7 +61,6 @@ class Match:
 
     @property
     def block_residual_percent(self) -> float:
-        """The block's residual in percent of the target block."""
         return 100.0 * self.block_residual / self.target_params
 
     @property
@@ -72,12 +70,7 @@ class Match:
 
 
 def match(
-    config: FFNConfig,
-    target_params: int,
-    *,
-    n_blocks: int = 1,
-    other_params: int = 0,
-    tolerance: float = TOLERANCE,
+    config: FFNConfig, target_params: int, *, n_blocks: int = 1, other_params: int = 0, tolerance: float = TOLERANCE
 ) -> Match:
     """The config with its size fields changed so that its block has `target_params` parameters, as nearly as they allow.
 
@@ -120,6 +113,10 @@ def match(
 
 def _solve(config: FFNConfig, field: str, target: int) -> FFNConfig:
     """The value of one size field whose count is nearest to the target, by bisection on a monotone count."""
+
+    def count(value: int) -> int:
+        return config.replace(**{field: value}).num_params()
+
     low = _smallest(config, field)
     base = config.replace(**{field: low})
     if base.num_params() > target and low > 1:
@@ -130,31 +127,23 @@ def _solve(config: FFNConfig, field: str, target: int) -> FFNConfig:
             f"options; got {target}; fix: raise the budget or shrink its other sizes"
         )
     high = low + 1
-    while config.replace(**{field: high}).num_params() < target:
+    while count(high) < target:
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if config.replace(**{field: middle}).num_params() < target:
-            low = middle
-        else:
-            high = middle
-    candidates = [config.replace(**{field: value}) for value in (low, high)]
-    return min(candidates, key=lambda c: abs(c.num_params() - target))
+    high = low + 1 + bisect.bisect_left(range(low + 1, high), target, key=count)
+    return config.replace(**{field: min((high - 1, high), key=lambda value: abs(count(value) - target))})
 
 
 def _smallest(config: FFNConfig, field: str) -> int:
     """The smallest value of a size field that the config accepts (k experts must exist, for example)."""
-    high = max(1, int(getattr(config, field) or 1))
-    low = 1
-    while low < high:
-        middle = (low + high) // 2
+
+    def accepted(value: int) -> bool:
         try:
-            config.replace(**{field: middle})
+            config.replace(**{field: value})
         except UserError:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+            return False
+        return True
+
+    return 1 + bisect.bisect_left(range(1, getattr(config, field) or 1), True, key=accepted)
 
 
 def _pairs(config: FFNConfig, target: int) -> Iterator[FFNConfig]:

@@ -16,6 +16,9 @@ from sparseffn.ops.activations import ActivationName
 if TYPE_CHECKING:
     from sparseffn.ffn.feedforward import FeedForward
 
+# Of an int64, as indices of what is selected are.
+INDEX_BYTES = 8
+
 # What size_fields and preset_fields were called in version 0.1.
 _FORMER_NAMES = {"knobs": "size_fields", "takes": "preset_fields"}
 

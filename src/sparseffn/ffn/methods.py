@@ -33,14 +33,15 @@ def register(config_class: type[Config]) -> type[Config]:
         UserError: another class has that name.
     """
     name = config_class.name
-    known = _METHODS.get(name)
-    if known is not None and (known.__module__, known.__qualname__) != (
-        config_class.__module__,
-        config_class.__qualname__,
-    ):
-        raise UserError(f"`name` must be new; got {name!r}, which is {known.__module__}.{known.__qualname__}; fix: rename")
+    known = _full_name(_METHODS.get(name, config_class))
+    if known != _full_name(config_class):
+        raise UserError(f"`name` must be new; got {name!r}, which is {known}; fix: rename")
     _METHODS[name] = config_class
     return config_class
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def unregister(name: str) -> None:

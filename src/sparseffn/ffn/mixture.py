@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
-from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.block_config import INDEX_BYTES, FFNConfig, require
 from sparseffn.ffn.feedforward import FeedForward, Ranking, equal_norm_rows_, largest, normal_, parameter_shapes, scaled_std
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
@@ -24,7 +24,6 @@ from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.backends import kernel
 from sparseffn.ops.routed_training import train_fused
 
-INDEX_BYTES = 8
 LOGIT_BYTES = 4
 
 # Switch's reduced initialisation, Fedus 2022 section 2.4: the usual variance times 0.1.

@@ -31,14 +31,8 @@ class Option:
     """Exclusive upper bound."""
 
     def range_text(self) -> str:
-        """The range in words."""
-        parts = []
-        if self.low > -math.inf:
-            parts.append(f"at least {self.low:g}")
-        if self.high < math.inf:
-            parts.append(f"at most {self.high:g}")
-        if self.below < math.inf:
-            parts.append(f"below {self.below:g}")
+        bounds = {"at least": self.low, "at most": self.high, "below": self.below}
+        parts = [f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound)]
         return " and ".join(parts) or "a number"
 
 
@@ -85,13 +79,7 @@ def field_infos(config_class: type) -> Mapping[str, FieldInfo]:
 
 
 def from_fields(config_class: type[Config], fields: Mapping[str, Any], *, owner: str, what: str) -> Config:
-    """A config from its fields.
-
-    Args:
-        config_class: whose fields are declared.
-        fields: by name.
-        owner: what needs the fields, for messages ("a training config").
-        what: a field, for messages ("training option").
+    """A config from its fields; messages call it `owner` ("a training config") and a field `what` ("training option").
 
     Raises:
         UserError: a field is unknown, a required one is missing, or a value is out of range.
@@ -149,12 +137,7 @@ def _wrong_type(info: FieldInfo, value: object) -> UserError:
 
 
 def parse_options(owner: str, config_class: type, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Typed values from `key=value` texts.
-
-    Args:
-        owner: the method's name, for messages.
-        config_class: whose fields are meant.
-        texts: key to text; hyphens and underscores are the same in keys.
+    """Typed values from `key=value` texts; hyphens and underscores are the same in keys. `owner` is the method's name.
 
     Raises:
         UserError: an unknown key, with the nearest ones, or a text that is not of the field's type.

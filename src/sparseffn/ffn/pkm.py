@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
+from sparseffn.ffn.block_config import INDEX_BYTES, BlockShape, FFNConfig, require
 from sparseffn.ffn.feedforward import FeedForward, Ranking, configured_by, largest, normal_, scaled_std
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import ACTIVATIONS
-
-INDEX_BYTES = 8
 
 
 @register

@@ -14,10 +14,10 @@ from typing import Annotated, ClassVar, final
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn.block_config import FFNConfig, require
+from sparseffn.ffn.block_config import INDEX_BYTES, FFNConfig, require
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
-from sparseffn.ffn.mixture import INDEX_BYTES, Mixture, TopKMixtureConfig
+from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, select_topk, sigmoid_scores
 

@@ -17,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ffn.block_config import BlockShape, FFNConfig, require
+from sparseffn.ffn.block_config import INDEX_BYTES, BlockShape, FFNConfig, require
 from sparseffn.ffn.dense import TwoMatrices, TwoMatricesConfig
 from sparseffn.ffn.feedforward import Ranking, configured_by, largest
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import ACTIVATIONS, saved_activations
-
-INDEX_BYTES = 8
 
 
 @register
