@@ -3,6 +3,7 @@
 Every part is a command in a process of its own, with a time limit, so that a lost device costs that part alone. It writes
 OUT/PART.json, typed as `GpuPart`; a part that is done is not run again, and one that failed or met its limit goes on from its
 folder in WORK. On a machine without network or installed metadata `PYTHONPATH=src` is enough, with `NEEDED` beside it.
+How to use a machine that is lent for half an hour: results/gpu/README.md.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def refusal(candidate: Candidate, setting: Setting) -> str | None:
             y.backward(draw_tokens(candidate.config, few, seed=2))
             synchronize(few.device)
         # What a library raises for what it cannot compute, or for an interface of another version.
-        except (RuntimeError, ValueError, TypeError, ImportError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
             first_line = next(iter(str(error).strip().splitlines()), "no message")
             return f"{type(error).__name__}: {first_line}"[:300]
     return None
