@@ -8,29 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparseffn.report import formats
-from sparseffn.report.plotting import (
-    FONT_SIZE,
-    GREY,
-    HAIRLINE,
-    HEIGHT,
-    PALETTE,
-    TEXT_WIDTH,
-    WIDTH,
-    Line,
-    Plot,
-    drawing,
-    finished,
-    label_ends,
-    layer_style,
-    reference,
-)
+from sparseffn.report import formats, plotting
+from sparseffn.report.plotting import Line, Plot
 from sparseffn.report.usage_plots import Shown, active_plot, cooccurrence_plot, usage_plot
-from sparseffn.results.analysis_result import (
-    AnalysisResult,
-    RoutingOverTraining,
-    ServedByExpert,
-)
+from sparseffn.results.analysis_result import AnalysisResult, RoutingOverTraining, ServedByExpert
 from sparseffn.results.comparison_result import Cooccurrence
 
 # Experts on such a picture, and tokens of each that fit on a line: bytes and characters, or words.
@@ -74,24 +55,24 @@ def _tokens_plot(analysis: AnalysisResult, layer: int) -> Plot:
     title = f"Tokens by expert: {analysis.run.method}, layer {layer}"
     top = max(expert.load for expert in experts) or 1.0
     n_cells = _cells(experts)
-    with drawing(TEXT_WIDTH, _ROW_HEIGHT * (len(experts) + 1.2)) as (figure, axes):
+    with plotting.drawing(plotting.TEXT_WIDTH, _ROW_HEIGHT * (len(experts) + 1.2)) as (figure, axes):
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(len(experts) - 0.4, -1.6))
-        small = FONT_SIZE - 1
-        head = {"color": GREY, "fontsize": small, "va": "center"}
+        small = plotting.FONT_SIZE - 1
+        head = {"color": plotting.GREY, "fontsize": small, "va": "center"}
         axes.text(0.045, -1.05, "expert", ha="right", **head)
         axes.text(0.06, -1.05, "share of selections", **head)
         axes.text(0.25, -1.05, "tokens, each with its lift", **head)
         for row, expert in enumerate(experts):
             if row % 2:
-                axes.axhspan(row - 0.5, row + 0.5, color=HAIRLINE, alpha=0.5, linewidth=0, zorder=0)
+                axes.axhspan(row - 0.5, row + 0.5, color=plotting.HAIRLINE, alpha=0.5, linewidth=0, zorder=0)
             axes.text(0.045, row, str(expert.expert), ha="right", va="center")
-            axes.barh(row, 0.095 * expert.load / top, left=0.06, height=0.55, color=PALETTE[1])
+            axes.barh(row, 0.095 * expert.load / top, left=0.06, height=0.55, color=plotting.PALETTE[1])
             axes.text(0.228, row, formats.percent(expert.load), ha="right", va="center", fontsize=small)
             for cell, token in enumerate(expert.tokens[:n_cells]):
                 text = axes.text(0.25 + cell * 0.75 / n_cells, row, _cut(token.text), va="center")
                 place = {"xy": (1, 0.5), "xycoords": text, "xytext": (4, 0), "textcoords": "offset points"}
-                axes.annotate(formats.lift(token.lift), **place, va="center", color=GREY, fontsize=small)
+                axes.annotate(formats.lift(token.lift), **place, va="center", color=plotting.GREY, fontsize=small)
         busiest = experts[0]
         first = f", first {busiest.tokens[0].text}" if busiest.tokens else ""
         description = f"Expert {busiest.expert} has the most selections, {formats.percent(busiest.load)}{first}"
@@ -101,7 +82,7 @@ def _tokens_plot(analysis: AnalysisResult, layer: int) -> Plot:
             "tokens that set what each sees apart from the text. Lift: how many times as frequent the token is among the "
             "expert's as in the text. ␣ is a space."
         )
-        return finished(figure, name=f"tokens-{layer}", title=title, caption=caption, description=description)
+        return plotting.finished(figure, name=f"tokens-{layer}", title=title, caption=caption, description=description)
 
 
 def _cells(experts: Sequence[ServedByExpert]) -> int:
@@ -125,7 +106,8 @@ def _training_plots(analysis: AnalysisResult, training: RoutingOverTraining) -> 
     label = analysis.run.method
     plots = [
         _over_steps(
-            _by_layer(steps, [[layer.entropy for layer in point.layers] for point in points]),
+            steps,
+            [[layer.entropy for layer in point.layers] for point in points],
             name="load-entropy",
             title=f"Entropy of the load over training: {label}",
             y_label="entropy of the load, even = 1",
@@ -134,7 +116,8 @@ def _training_plots(analysis: AnalysisResult, training: RoutingOverTraining) -> 
             f"alike, 0 when one takes all.{few}",
         ),
         _over_steps(
-            _by_layer(steps, [[layer.largest_over_mean for layer in point.layers] for point in points]),
+            steps,
+            [[layer.largest_over_mean for layer in point.layers] for point in points],
             name="largest-load",
             title=f"Largest load over training: {label}",
             y_label="largest over mean load",
@@ -146,7 +129,8 @@ def _training_plots(analysis: AnalysisResult, training: RoutingOverTraining) -> 
     if len(stability) > 1:
         plots.append(
             _over_steps(
-                _by_layer([o.to for o in stability], [[layer.jaccard for layer in o.layers] for o in stability]),
+                [interval.to for interval in stability],
+                [[layer.jaccard for layer in interval.layers] for interval in stability],
                 name="stability",
                 title=f"Routing stability over training: {label}",
                 y_label="overlap with the point before (Jaccard)",
@@ -159,29 +143,36 @@ def _training_plots(analysis: AnalysisResult, training: RoutingOverTraining) -> 
     return plots
 
 
-def _by_layer(steps: Sequence[int], values: Sequence[Sequence[float]]) -> list[Line]:
-    """A line for each layer; `values` by step and layer."""
-    n_layers = len(values[0])
-    x = [float(step) for step in steps]
-    return [
-        Line(f"layer {layer}", x, [at[layer] for at in values], layer_style(layer, n_layers, len(steps)))
-        for layer in range(n_layers)
-    ]
-
-
 def _over_steps(
-    lines: Sequence[Line], *, name: str, title: str, y_label: str, level: tuple[float, str, float], caption: str
+    steps: Sequence[int],
+    by_step: Sequence[Sequence[float]],
+    *,
+    name: str,
+    title: str,
+    y_label: str,
+    level: tuple[float, str, float],
+    caption: str,
 ) -> Plot:
-    values = [y for line in lines for y in line.y] + [level[0]]
-    margin = 0.08 * (max(values) - min(values)) or 0.1
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
-        for line in lines:
-            axes.plot(line.x, line.y, **line.style)
-        steps = [x for line in lines for x in line.x]
-        room = 0.02 * (max(steps) - min(steps)) or 1.0
-        axes.set(xlabel="training step", ylabel=y_label)
-        axes.set(xlim=(min(steps) - room, max(steps) + room), ylim=(min(values) - margin, max(values) + margin))
-        reference(axes, level[0], level[1], x=0.99, rise=level[2])
-        label_ends(axes, lines)
-        description = "; ".join(f"{line.label} ends at {line.y[-1]:.2f}" for line in lines)
-        return finished(figure, name=name, title=title, caption=caption, description=description)
+    """A line for each layer; `by_step` has the layers' values at each step, `level` a height, its name and its rise."""
+    layers = list(zip(*by_step, strict=True))
+    x = [float(step) for step in steps]
+    lines = [
+        Line(f"layer {layer}", x, list(values), plotting.layer_style(layer, len(layers), len(x)))
+        for layer, values in enumerate(layers)
+    ]
+    heights = [level[0], *(y for values in layers for y in values)]
+    room, margin = 0.02 * (max(x) - min(x)) or 1.0, 0.08 * (max(heights) - min(heights)) or 0.1
+
+    def adjust(axes: plotting.Axes) -> None:
+        axes.set(xlim=(min(x) - room, max(x) + room), ylim=(min(heights) - margin, max(heights) + margin))
+        plotting.reference(axes, level[0], level[1], x=0.99, rise=level[2])
+
+    return plotting.line_plot(
+        lines,
+        name=name,
+        title=title,
+        caption=caption,
+        axes_names=("training step", y_label),
+        adjust=adjust,
+        description="; ".join(f"{line.label} ends at {line.y[-1]:.2f}" for line in lines),
+    )

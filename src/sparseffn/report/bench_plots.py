@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
-from sparseffn.report.plotting import GREY, Line, Plot, line_plot, pointed_style
+from sparseffn.report.plotting import GREY, Line, Plot, line_plot, pointed_style, size_axis
 from sparseffn.results.bench_result import BenchResult, FigureLayer, FigurePoint, FiguresResult, LayerResult, LayerRow
 
 # Characters of a line below a frame.
 _LINE_LENGTH = 64
-_LOG_TICKS = (1, 2, 5)
 
 _MEASURES: dict[str, tuple[str, Callable[[FigureLayer], float]]] = {
     "time": ("forward + backward, ms", lambda layer: 1e3 * layer.training.median_s),
@@ -39,11 +39,10 @@ def _figure_plot(result: FiguresResult, number: int, points: Sequence[FigurePoin
     sweep, settings = result.sweeps[str(number)], result.settings
     what, value_of = _MEASURES[measure]
     missing = left_out_lines(result, number)
-    labels = list(points[0].layers)
     x = [float(point.value) for point in points]
     lines = [
-        Line(label=label, x=x, y=[value_of(point.layers[label]) for point in points], style=pointed_style(index))
-        for index, label in enumerate(labels)
+        Line(label, x, [value_of(point.layers[label]) for point in points], pointed_style(index))
+        for index, label in enumerate(points[0].layers)
     ]
     caption = (
         f"{what.capitalize()} of one layer over {sweep.variable}; {sweep.fixed}; {settings.tokens:,} tokens, "
@@ -55,8 +54,7 @@ def _figure_plot(result: FiguresResult, number: int, points: Sequence[FigurePoin
         title=f"Figure {number} of the paper, {measure}",
         caption=" ".join([caption, *missing]),
         axes_names=(sweep.variable, what),
-        sizes=sweep.values,
-        log_ticks=_LOG_TICKS,
+        adjust=lambda axes: size_axis(axes, sweep.values),
         below=missing,
     )
 
@@ -86,8 +84,7 @@ def _layer_plots(shape: str, rows: list[LayerRow]) -> list[Plot]:
             title=f"{shape}, {what}",
             caption=f"Median time of one call over the tokens in it. The limit is that of {_limited(rows)}.",
             axes_names=("tokens", f"{what}, ms"),
-            sizes=tokens,
-            log_ticks=_LOG_TICKS,
+            adjust=lambda axes: size_axis(axes, tokens),
         )
         for key, what in passes.items()
     ]
@@ -99,12 +96,12 @@ def _limited(rows: list[LayerRow]) -> str:
 
 
 def _layer_lines(rows: list[LayerRow], key: str) -> list[Line]:
-    lines = []
-    for index, label in enumerate(dict.fromkeys(row.label for row in rows)):
+    def line(name: str, label: str, quantity: str, style: dict[str, Any]) -> Line:
         own = [row for row in rows if row.label == label]
-        x, y = [float(row.tokens) for row in own], [1e3 * getattr(row, key).median_s for row in own]
-        lines.append(Line(label=label, x=x, y=y, style=pointed_style(index)))
-    limited = [row for row in rows if row.label == _limited(rows)]
+        y = [1e3 * getattr(getattr(row, key), quantity) for row in own]
+        return Line(name, [float(row.tokens) for row in own], y, style)
+
+    labels = dict.fromkeys(row.label for row in rows)
+    lines = [line(label, label, "median_s", pointed_style(index)) for index, label in enumerate(labels)]
     style = {"color": GREY, "linestyle": (0, (1, 2)), "marker": ""}
-    x, y = [float(row.tokens) for row in limited], [1e3 * getattr(row, key).limit_s for row in limited]
-    return [*lines, Line(label="limit", x=x, y=y, style=style)]
+    return [*lines, line("limit", _limited(rows), "limit_s", style)]

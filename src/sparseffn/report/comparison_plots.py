@@ -5,66 +5,66 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from sparseffn.report import formats
-from sparseffn.report.plotting import GREY, HEIGHT, WIDTH, Line, Plot, drawing, finished, label_ends, method_style
+from sparseffn.report import formats, plotting
+from sparseffn.report.plotting import Line, Plot
 from sparseffn.report.usage_plots import Shown, active_plot, cooccurrence_plot, usage_limits, usage_plot
 from sparseffn.results.comparison_result import ComparisonResult, MethodResult
 
 
 def curve_plots(result: ComparisonResult) -> list[Plot]:
     """Validation loss over steps and over training time; empty when no method has a curve."""
-    methods = [(method, method_style(index)) for index, method in enumerate(result.methods)]
-    curves = [(method.label, _mean_curve(method), style) for method, style in methods]
-    curves = [curve for curve in curves if curve[1]]
-    if not curves:
+    over_steps, over_time = _curves(result, "step"), _curves(result, "time_s")
+    if not over_steps:
         return []
-    metric = result.metric
-    many = any(len(method.curves) > 1 for method, _ in methods)
-    seeds = " Each line is the mean over seeds, its band their range." if many else ""
-    tokens = result.curve_tokens
-    part = f" on the first {formats.integer(tokens)} tokens of the validation split" if tokens else " on validation"
-    equal_time = result.equal_time_s
     mark = ""
-    if equal_time is not None:
-        unbroken = formats.seconds(equal_time).replace(" ", "\u00a0")
+    if result.equal_time_s is not None:
+        unbroken = formats.seconds(result.equal_time_s).replace(" ", "\u00a0")
         mark = (
             f" The dashed vertical line marks {unbroken}, when the fastest method had finished: "
             "compare the heights there for quality at equal time."
         )
-    plots = []
-    for key, name, axis, reading in (
-        (
-            "step",
-            "curves-steps",
-            "training step",
-            "Every method has seen the same tokens at the same step; a lower line learns more from each of them.",
+    return [
+        _curve_plot(
+            result,
+            over_steps,
+            name="curves-steps",
+            over=("steps", "training step"),
+            reading="Every method has seen the same tokens at the same step; a lower line learns more from each of them.",
         ),
-        (
-            "time_s",
-            "curves-time",
-            "training time in seconds",
-            f"The same points over the seconds spent in training; a line that ends further right took longer.{mark}",
+        _curve_plot(
+            result,
+            over_time,
+            name="curves-time",
+            over=("training time", "training time in seconds"),
+            reading=f"The same points over the seconds spent in training; a line that ends further right took longer.{mark}",
+            mark=result.equal_time_s,
         ),
-    ):
-        title = f"{metric.capitalize()} over {'steps' if key == 'step' else 'training time'}"
-        with drawing(WIDTH, HEIGHT) as (figure, axes):
-            lines = []
-            for label, points, style in curves:
-                xs, ys = [p[key] for p in points], [p["mean"] for p in points]
-                axes.plot(xs, ys, **style)
-                if many:
-                    lows, highs = [p["low"] for p in points], [p["high"] for p in points]
-                    axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
-                lines.append(Line(label, xs, ys, style))
-            low, high = _loss_range(lines)
-            axes.set(xlabel=axis, ylabel=metric, ylim=(low, high), xlim=(0, max(line.x[-1] for line in lines) or 1))
-            if key == "time_s" and equal_time is not None:
-                axes.axvline(equal_time, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-            label_ends(axes, lines)
-            caption = f"{metric.capitalize()}{part} (lower is better). {reading}{seeds} The steep beginning is cut off."
-            description = "; ".join(f"{line.label} ends at {formats.loss(line.y[-1], metric)}" for line in lines)
-            plots.append(finished(figure, name=name, title=title, caption=caption, description=description, pixels=False))
-    return plots
+    ]
+
+
+def _curve_plot(
+    result: ComparisonResult, lines: list[Line], *, name: str, over: tuple[str, str], reading: str, mark: float | None = None
+) -> Plot:
+    """Curves `over` what the title and the axis name, with a vertical line at a `mark`."""
+    metric, tokens = result.metric, result.curve_tokens
+    part = f" on the first {formats.integer(tokens)} tokens of the validation split" if tokens else " on validation"
+    seeds = " Each line is the mean over seeds, its band their range." if any(line.band for line in lines) else ""
+
+    def adjust(axes: plotting.Axes) -> None:
+        axes.set(ylim=_loss_range(lines), xlim=(0, max(line.x[-1] for line in lines) or 1))
+        if mark is not None:
+            axes.axvline(mark, color=plotting.GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+
+    return plotting.line_plot(
+        lines,
+        name=name,
+        title=f"{metric.capitalize()} over {over[0]}",
+        caption=f"{metric.capitalize()}{part} (lower is better). {reading}{seeds} The steep beginning is cut off.",
+        axes_names=(over[1], metric),
+        adjust=adjust,
+        description="; ".join(f"{line.label} ends at {formats.loss(line.y[-1], metric)}" for line in lines),
+        pixels=False,
+    )
 
 
 def usage_plots(result: ComparisonResult) -> list[Plot]:
@@ -107,28 +107,30 @@ def _shown(method: MethodResult, name: str) -> Shown:
     return Shown(method.label, method.unit or "units", name)
 
 
+def _curves(result: ComparisonResult, key: str) -> list[Line]:
+    """The mean over seeds of each method that has curves, and their range where a method has several."""
+    many, lines = any(len(method.curves) > 1 for method in result.methods), []
+    for index, method in enumerate(result.methods):
+        if points := _mean_curve(method):
+            x, mean, low, high = ([point[name] for point in points] for name in (key, "mean", "low", "high"))
+            lines.append(Line(method.label, x, mean, plotting.method_style(index), band=(low, high) if many else None))
+    return lines
+
+
 def _mean_curve(method: MethodResult) -> list[dict[str, float]]:
     """The points that all seeds share: step, mean time, and mean, least and greatest loss."""
-    by_step = [{point.step: point for point in curve.points if point.valid is not None} for curve in method.curves]
-    by_step = [points for points in by_step if points]
-    if not by_step:
-        return []
+    by_seed = [{p.step: (p.time_s, p.valid) for p in curve.points if p.valid is not None} for curve in method.curves]
+    by_seed = [points for points in by_seed if points]
     curve = []
-    for step in sorted(set.intersection(*(set(points) for points in by_step))):
-        points = [points[step] for points in by_step]
-        losses = [point.valid for point in points if point.valid is not None]
-        time = fmean(point.time_s for point in points)
-        curve.append({"step": step, "time_s": time, "mean": fmean(losses), "low": min(losses), "high": max(losses)})
+    for step in sorted(set.intersection(*map(set, by_seed)) if by_seed else ()):
+        times, losses = zip(*(points[step] for points in by_seed), strict=True)
+        curve.append({"step": step, "time_s": fmean(times), "mean": fmean(losses), "low": min(losses), "high": max(losses)})
     return curve
 
 
 def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits that spend the height on the part where methods differ: from a quarter of the training on."""
     low = min(min(line.y) for line in lines)
-    highs = []
-    for line in lines:
-        late = [y for x, y in zip(line.x, line.y, strict=True) if x >= 0.25 * line.x[-1]]
-        highs.append(max(late))
-    high = max(highs)
+    high = max(y for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= 0.25 * line.x[-1])
     margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     return low - margin, high + margin

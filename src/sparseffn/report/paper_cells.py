@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 from sparseffn.report import formats
@@ -20,11 +21,17 @@ DIFFERENCES = {"against_dense": "against dense", "against_sigma_moe": "against s
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A column of a table, how its cells are written, and the footnote that a cell needs, if any."""
+    """A column's headings, how its cells are written, and the footnote that a cell needs, if any."""
 
-    column: Column
+    group: str
+    name: str
+    standalone: str
     write: Callable[[Cell], str]
     note: Callable[[Cell], str | None] = lambda cell: None
+
+    @property
+    def column(self) -> Column:
+        return Column(group=self.group, name=self.name, standalone=self.standalone)
 
 
 def cell_counts(result: TableResult) -> dict[str, int]:
@@ -63,11 +70,10 @@ def measured_text(cell: Cell, metric: str) -> str:
     return formats.loss(cell.mean, metric) + ("" if cell.spread is None else f" ± {formats.loss(cell.spread, metric)}")
 
 
-def published_text(value: float | None, metric: str | None) -> str:
+def _published(cell: Cell, column: table_result.Column) -> str:
     """As the paper prints it: two decimals, one for a percentage."""
-    if value is None:
-        return formats.NOT_MEASURED
-    return percent_text(value) if metric and ("percent" in metric or "%" in metric) else f"{value:.2f}"
+    metric = column.published_metric or column.metric
+    return percent_text(cell.published) if "percent" in metric or "%" in metric else formats.fixed(cell.published)
 
 
 def percent_text(percentage: float | None) -> str:
@@ -108,17 +114,16 @@ def has_published(result: TableResult, column: int) -> bool:
 
 def quantities(result: TableResult, index: int) -> list[Quantity]:
     """What the block of a column shows; but for the published values the same for all columns of a table."""
-    trained, measured = trained_and_measured(result)
-    shown = _losses(result.columns[index], trained=trained, published=has_published(result, index))
+    column, (trained, measured) = result.columns[index], trained_and_measured(result)
+    shown = _losses(column, trained=trained, published=has_published(result, index))
     if measured:
         # The difference stands beside the loss that it is of; in a terminal of 100 columns they share a part.
-        shown += [
-            quantity
-            for key, group in DIFFERENCES.items()
-            if key == "against_dense" or any(getattr(cell, key) is not None for cell in result.cells)
-            for quantity in [_difference_quantity(key, group, difference_unit(result, result.columns[index]))]
-        ]
-        shown += _validation(result.columns[index])
+        name = f"{difference_unit(result, column)}, 95% interval"
+        for key, group in DIFFERENCES.items():
+            if key == "against_dense" or any(getattr(cell, key) is not None for cell in result.cells):
+                write, note = partial(_difference, key=key), partial(_difference_note, key=key)
+                shown.append(Quantity(group, name, f"{group}, {name}", write, note))
+        shown += _validation(column)
     return [*shown, *_COSTS]
 
 
@@ -131,57 +136,41 @@ def overview_quantities(result: TableResult, index: int) -> list[Quantity]:
         decided = cell.status == "measured" and cell.against_dense is not None and cell.against_dense.decided
         return f"{text} {DECIDED}" if decided else text
 
-    def headed(name: str) -> Column:
-        return Column(group=column.name, name=name, standalone=f"{column.name} {name}")
-
-    shown = [Quantity(headed("test"), ours, reason) if trained else Quantity(headed("K/N_E"), ours)]
+    name = "test" if trained else "K/N_E"
+    shown = [Quantity(column.name, name, f"{column.name} {name}", ours, reason if trained else lambda c: None)]
     if has_published(result, index):
-        shown.append(Quantity(headed("published"), lambda c: published_text(c.published, column.published_metric)))
+        shown.append(Quantity(column.name, "published", f"{column.name} published", partial(_published, column=column)))
     return shown
 
 
 def _losses(column: table_result.Column, *, trained: bool, published: bool) -> list[Quantity]:
-    metric, published_metric = column.metric, column.published_metric or column.metric
-    loss, paper = f"test, {metric}", f"published, {published_metric}"
+    published_metric = column.published_metric or column.metric
+    loss, paper = f"test, {column.metric}", f"published, {published_metric}"
     shown: list[Quantity] = []
     if trained:
-        mean = Column(group=loss, name="mean ± std", standalone=loss)
-        shown.append(Quantity(mean, lambda c: measured_text(c, metric), reason))
-        shown.append(Quantity(Column(group=loss, name="n"), lambda c: str(c.n) if c.status == "measured" else ""))
+        shown += [
+            Quantity(loss, "mean ± std", loss, lambda c: measured_text(c, column.metric), reason),
+            Quantity(loss, "n", "", lambda c: str(c.n) if c.status == "measured" else ""),
+        ]
     if published:
         group, name = (loss, paper) if trained else ("in the paper", published_metric)
-        there = Column(group=group, name=name, standalone=paper)
-        shown.append(Quantity(there, lambda c: published_text(c.published, published_metric)))
+        shown.append(Quantity(group, name, paper, partial(_published, column=column)))
     return shown
-
-
-def _difference_quantity(key: str, group: str, unit: str) -> Quantity:
-    name = f"{unit}, 95% interval"
-    column = Column(group=group, name=name, standalone=f"{group}, {name}")
-    return Quantity(column, lambda c: _difference(c, key), lambda c: _difference_note(c, key))
 
 
 def _validation(column: table_result.Column) -> list[Quantity]:
     metric, seconds, group = column.metric, column.equal_time_s, "validation"
     # The space between a number and its unit does not break.
     after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
-    end = Column(group=group, name="at the end", standalone=group)
-    equal = Column(group=group, name=after, standalone=f"{group} {after}")
     return [
-        Quantity(end, lambda c: formats.loss(c.valid_mean, metric)),
-        Quantity(equal, lambda c: formats.loss(c.equal_time, metric)),
+        Quantity(group, "at the end", group, lambda c: formats.loss(c.valid_mean, metric)),
+        Quantity(group, after, f"{group} {after}", lambda c: formats.loss(c.equal_time, metric)),
     ]
 
 
-def _params(cell: Cell) -> str:
-    return formats.count(None if cell.params is None else round(cell.params))
-
-
 _COSTS = (
-    Quantity(Column(group="parameters", name="total", standalone="parameters"), _params),
-    Quantity(Column(group="parameters", name="residual"), lambda c: formats.signed_percent(c.residual_percent)),
-    Quantity(Column(group="FLOPs", name="K/N_E", standalone="FLOPs, K/N_E"), lambda c: percent_text(c.flops_percent)),
-    Quantity(
-        Column(group="FLOPs", name="counted", standalone="FLOPs counted"), lambda c: percent_text(c.counted_flops_percent)
-    ),
+    Quantity("parameters", "total", "parameters", lambda c: formats.count(None if c.params is None else round(c.params))),
+    Quantity("parameters", "residual", "", lambda c: formats.signed_percent(c.residual_percent)),
+    Quantity("FLOPs", "K/N_E", "FLOPs, K/N_E", lambda c: percent_text(c.flops_percent)),
+    Quantity("FLOPs", "counted", "FLOPs counted", lambda c: percent_text(c.counted_flops_percent)),
 )

@@ -4,53 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparseffn.report import formats
-from sparseffn.report.plotting import (
-    FONT_SIZE,
-    GREY,
-    HEIGHT,
-    PALETTE,
-    TEXT_WIDTH,
-    WIDTH,
-    Line,
-    Plot,
-    drawing,
-    finished,
-    label_ends,
-    log_heights,
-    method_style,
-    panels,
-    reference,
-)
+from sparseffn.report import formats, plotting
+from sparseffn.report.plotting import Line, Plot
 from sparseffn.results.analysis_result import AnalysisResult
 from sparseffn.results.table_result import Cell, Column, TableResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Panels beside each other in the figure of all layers, and the height in inches of a row of many and of the only one.
 _COLUMNS, _ROW_HEIGHT, _ONE_ROW_HEIGHT = 4, 1.55, 2.4
 # Of the logarithmic axis: what is used less is drawn at the bottom.
 _LOWEST = 1e-3
+_SHARE_LABEL = "selection weight, uniform = 1"
+_CAPTION = (
+    "Share of the selection weight over the uniform share, experts sorted within each {where}. A flat line is an even use, "
+    f"a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
+)
 
 
 def shares_plot(runs: Mapping[str, AnalysisResult], layer: int, *, name: str) -> Plot:
     """Sorted shares of one layer, a line for each run, which are analyses by label; a run with fewer layers shows its last."""
-    title = f"Use of experts, sorted, layer {layer}"
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
-        lines = _lines(runs, layer)
-        _draw(axes, lines)
-        axes.set(xlabel=_rank_label(runs), ylabel="selection weight, uniform = 1")
-        reference(axes, 1.0, "uniform", x=0.99, rise=3)
-        label_ends(axes, lines)
-        description = "; ".join(f"the most used of {line.label} has {line.y[0]:.1f} times the uniform share" for line in lines)
-        caption = (
-            f"Share of the selection weight over the uniform share, experts sorted within each run, layer {layer}. A flat line "
-            f"is an even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
-        )
-        return finished(figure, name=name, title=title, caption=caption, description=description)
+    lines = _lines(runs, layer)
+
+    def adjust(axes: plotting.Axes) -> None:
+        _set_heights(axes, lines)
+        plotting.reference(axes, 1.0, "uniform", x=0.99, rise=3)
+
+    return plotting.line_plot(
+        lines,
+        name=name,
+        title=f"Use of experts, sorted, layer {layer}",
+        caption=_CAPTION.format(where=f"run, layer {layer}"),
+        axes_names=(_rank_label(runs), _SHARE_LABEL),
+        adjust=adjust,
+        description="; ".join(f"the most used of {line.label} has {line.y[0]:.1f} times the uniform share" for line in lines),
+    )
 
 
 def shares_panels(runs: Mapping[str, AnalysisResult], *, name: str) -> Plot:
@@ -61,26 +49,25 @@ def shares_panels(runs: Mapping[str, AnalysisResult], *, name: str) -> Plot:
     columns = min(_COLUMNS, n_layers)
     n_rows = -(-n_layers // columns)
     title = "Use of experts, sorted, all layers"
-    width = TEXT_WIDTH if columns > 2 else WIDTH
+    width = plotting.TEXT_WIDTH if columns > 2 else plotting.WIDTH
     height = (_ROW_HEIGHT if n_rows > 1 else _ONE_ROW_HEIGHT) * n_rows + 0.8
-    with panels(width, height, n_rows, columns) as (figure, frames):
+    with plotting.panels(width, height, n_rows, columns) as (figure, frames):
         for layer, axes in enumerate(frames):
             if layer >= n_layers:
                 axes.set_visible(False)
                 continue
-            _draw(axes, _lines(runs, layer, large=False))
-            axes.axhline(1.0, color=GREY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
-            axes.set_title(f"layer {layer}", fontsize=FONT_SIZE - 0.5, pad=3)
-        figure.supxlabel(_rank_label(runs), fontsize=FONT_SIZE)
-        figure.supylabel("selection weight, uniform = 1", fontsize=FONT_SIZE)
+            lines = _lines(runs, layer, large=False)
+            for line in lines:
+                plotting.draw_line(axes, line)
+            _set_heights(axes, lines)
+            axes.axhline(1.0, color=plotting.GREY, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
+            axes.set_title(f"layer {layer}", fontsize=plotting.FONT_SIZE - 0.5, pad=3)
+        figure.supxlabel(_rank_label(runs), fontsize=plotting.FONT_SIZE)
+        figure.supylabel(_SHARE_LABEL, fontsize=plotting.FONT_SIZE)
         samples = [Line2D([], [], label=label, **_style(i, large=False)) for i, label in enumerate(runs)]
         figure.legend(handles=samples, loc="outside upper center", ncols=min(len(runs), 3), frameon=False, handlelength=3.5)
-        description = f"{n_layers} layers of {', '.join(runs)}"
-        caption = (
-            "Share of the selection weight over the uniform share, experts sorted within each run and layer. A flat line is an "
-            f"even use, a cliff a collapse; what lies below {_LOWEST:g} is drawn there."
-        )
-        return finished(figure, name=name, title=title, caption=caption, description=description)
+        caption, description = _CAPTION.format(where="run and layer"), f"{n_layers} layers of {', '.join(runs)}"
+        return plotting.finished(figure, name=name, title=title, caption=caption, description=description)
 
 
 def _lines(runs: Mapping[str, AnalysisResult], layer: int, *, large: bool = True) -> list[Line]:
@@ -112,16 +99,13 @@ def _rank_label(runs: Mapping[str, AnalysisResult]) -> str:
 
 def _style(index: int, *, large: bool) -> dict[str, Any]:
     """A run's look; in small panels markers are small and few."""
-    return method_style(index) | ({} if large else {"markersize": 2.8, "markeredgewidth": 0.0, "markevery": 0.2})
+    return plotting.method_style(index) | ({} if large else {"markersize": 2.8, "markeredgewidth": 0.0, "markevery": 0.2})
 
 
-def _draw(axes: Axes, lines: Sequence[Line]) -> None:
-    for line in lines:
-        axes.plot(line.x, line.y, **line.style)
-    log_heights(axes)
-    lowest = min((y for line in lines for y in line.y), default=1.0)
-    highest = max((y for line in lines for y in line.y), default=1.0)
-    axes.set_ylim(0.7 * max(min(lowest, 0.1), _LOWEST), 1.6 * max(highest, 2.0))
+def _set_heights(axes: plotting.Axes, lines: Sequence[Line]) -> None:
+    plotting.log_heights(axes)
+    heights = [y for line in lines for y in line.y]
+    axes.set_ylim(0.7 * max(min([0.1, *heights]), _LOWEST), 1.6 * max([2.0, *heights]))
 
 
 # Points a curve needs: fewer show no course.
@@ -152,17 +136,17 @@ def _sweep_plot(result: TableResult, column: Column, points: list[tuple[float, C
     best = min(points, key=lambda point: point[1].mean or math.inf)
     description = f"Of {len(points)} values of {axis} between {x[0]:g} and {x[-1]:g}, {best[0]:g} has the lowest mean"
     name = f"{result.table}-{_file_name(column.name)}"
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
+    with plotting.drawing() as (figure, axes):
         spreads = [cell.spread or 0.0 for _, cell in points]
-        axes.errorbar(x, means, yerr=spreads, color=PALETTE[1], marker="o", capsize=4, elinewidth=1.2)
+        axes.errorbar(x, means, yerr=spreads, color=plotting.PALETTE[1], marker="o", capsize=4, elinewidth=1.2)
         # Every sweep doubles.
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.set(xlabel=axis, ylabel=f"test {column.metric}")
         if level is not None:
-            reference(axes, level, "dense", x=0.99, rise=3)
+            plotting.reference(axes, level, "dense", x=0.99, rise=3)
         caption = f"Test {column.metric}, mean over {seeds}; bars are the standard deviation over seeds. {description}."
-        return finished(figure, name=name, title=title, caption=caption, description=description)
+        return plotting.finished(figure, name=name, title=title, caption=caption, description=description)
 
 
 def _file_name(column: str) -> str:

@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -76,15 +76,7 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """A figure for the page.
-
-    Attributes:
-        name: unique on the page.
-        title: what is shown, in a few words.
-        caption: what is drawn and what to read from it.
-        svg: the drawing.
-        png: the same as pixels, where it is also to be a file.
-    """
+    """A figure for the page, where its name is unique; with pixels where it is also to be a file."""
 
     name: str
     title: str
@@ -95,8 +87,11 @@ class Plot:
 
 def finished(figure: Figure, *, name: str, title: str, caption: str, description: str = "", pixels: bool = True) -> Plot:
     """A complete drawing, still inside its context; `description` is for people who hear the page, by default the caption."""
-    svg = _svg_text(figure, name=name, title=title, description=description or caption)
-    return Plot(name=name, title=title, caption=caption, svg=svg, png=_png_bytes(figure) if pixels else b"")
+    svg, png = _svg_text(figure, name=name, title=title, description=description or caption), io.BytesIO()
+    if pixels:
+        # On white, for slides and papers.
+        figure.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return Plot(name=name, title=title, caption=caption, svg=svg, png=png.getvalue())
 
 
 def standalone_svg(plot: Plot) -> str:
@@ -122,7 +117,7 @@ def write_plots(plots: Iterable[Plot], folder: Path) -> list[Path]:
 
 
 @contextmanager
-def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: float = WIDTH, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
     """A figure of one frame in the style of the page, `width` x `height` inches on paper."""
     try:
         import matplotlib
@@ -169,16 +164,9 @@ def _svg_text(figure: Figure, *, name: str, title: str, description: str) -> str
     return opening + text[text.index(">") + 1 :].rstrip()
 
 
-def _png_bytes(figure: Figure) -> bytes:
-    """A figure, still inside its context, as pixels on white, for slides and papers."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve with its look and label, and what was measured beside it where it is a prediction."""
+    """A curve with its label and look, and the range around it; of a prediction what was measured beside it."""
 
     label: str
     x: list[float]
@@ -186,6 +174,7 @@ class Line:
     style: dict[str, Any]
     points: Sequence[tuple[float, float, float, float]] = ()
     """x, median, least and greatest."""
+    band: tuple[list[float], list[float]] | None = None
 
 
 def method_style(index: int) -> dict[str, Any]:
@@ -222,38 +211,35 @@ def line_plot(
     title: str,
     caption: str,
     axes_names: tuple[str, str],
-    sizes: Sequence[int] | None = None,
-    log_ticks: Sequence[int] | None = None,
+    adjust: Callable[[Axes], object] = lambda axes: None,
     below: Sequence[str] = (),
+    description: str = "",
+    pixels: bool = True,
 ) -> Plot:
-    """Lines in one frame: on logarithmic axes a power law is straight, and what does not grow is flat.
+    """Lines in one frame, with their labels at its right, as `finished` hands them out.
 
     Args:
-        lines: with their labels at the right.
-        name: as `title` and `caption`, see `Plot`.
         axes_names: below the frame and to its left.
-        sizes: ticks of a logarithmic axis below the frame; None for an even one.
-        log_ticks: multiples of a power of ten that a logarithmic axis of heights labels; None for an even one.
+        adjust: sets scales and limits, and draws levels.
         below: lines of text below the frame.
     """
-    with drawing(WIDTH, HEIGHT + _LINE_HEIGHT * len(below)) as (figure, axes):
+    with drawing(height=HEIGHT + _LINE_HEIGHT * len(below)) as (figure, axes):
         for line in lines:
-            _draw(axes, line)
-        if sizes is not None:
-            _size_axis(axes, sizes)
-        if log_ticks is not None:
-            log_heights(axes, form=",.10g", ticks=log_ticks)
+            draw_line(axes, line)
         axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
+        adjust(axes)
         label_ends(axes, lines)
         if below:
             figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=FONT_SIZE - 1, color=GREY)
-        return finished(figure, name=name, title=title, caption=caption)
+        return finished(figure, name=name, title=title, caption=caption, description=description, pixels=pixels)
 
 
-def _draw(axes: Axes, line: Line) -> None:
+def draw_line(axes: Axes, line: Line) -> None:
     """A line alone has markers; a prediction leaves them to the measurements."""
     if not line.points:
         axes.plot(line.x, line.y, **line.style)
+        if line.band:
+            axes.fill_between(line.x, *line.band, color=line.style["color"], alpha=0.15, linewidth=0)
         return
     color = line.style["color"]
     axes.plot(line.x, line.y, color=color, linestyle=line.style["linestyle"], linewidth=1.0)
@@ -262,17 +248,22 @@ def _draw(axes: Axes, line: Line) -> None:
     axes.errorbar(x, middle, yerr=spread, color=color, marker=line.style["marker"], linestyle="none", elinewidth=1.0)
 
 
-def _size_axis(axes: Axes, ticks: Sequence[int]) -> None:
-    """A logarithmic axis of sizes below the frame, with a tick at each of them and nowhere else."""
+def size_axis(axes: Axes, sizes: Sequence[int], *, log_ticks: Sequence[int] | None = (1, 2, 5)) -> None:
+    """A logarithmic axis below the frame, with a tick at each size and nowhere else; with `log_ticks` heights are so, too.
+
+    On two logarithmic axes a power law is straight, and what does not grow is flat.
+    """
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")
-    axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
+    if log_ticks:
+        log_heights(axes, form=",.10g", ticks=log_ticks)
 
 
 def log_heights(axes: Axes, *, form: str = "g", ticks: Sequence[int] | None = None) -> None:
-    """A logarithmic axis of heights; `ticks` are the multiples of a power of ten with a label, None as matplotlib likes."""
+    """A logarithmic axis of heights; `ticks`: the multiples of a power of ten with a label, None as matplotlib likes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -305,21 +296,19 @@ def label_ends(axes: Axes, lines: Sequence[Line]) -> None:
     low, high = axes.get_ylim()
     ends, heights = [], []
     for line in lines:
-        end = next((i for i in reversed(range(len(line.y))) if math.isfinite(line.y[i])), None)
-        if end is None:
-            continue
-        # In the frame's own height, whatever the axis's scale.
-        inside = axes.transData.transform((line.x[end], min(max(line.y[end], low), high)))
-        ends.append((line, end))
-        heights.append(float(axes.transAxes.inverted().transform(inside)[1]))
+        finite = [(x, min(max(y, low), high)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        if finite:
+            ends.append((line, finite[-1]))
+            # In the frame's own height, whatever the axis's scale.
+            heights.append(float(axes.transAxes.inverted().transform(axes.transData.transform(finite[-1]))[1]))
     # The frame is about four fifths of the figure's height.
     gap = 1.35 * FONT_SIZE / (0.8 * HEIGHT * 72)
     for (line, end), place in zip(ends, places_apart(heights, gap), strict=True):
         # A leader from the middle of the frame would cross other lines; there the sample of the line has to do.
-        if line.x[end] >= 0.97 * axes.get_xlim()[1]:
+        if end[0] >= 0.97 * axes.get_xlim()[1]:
             axes.annotate(
                 "",
-                xy=(line.x[end], min(max(line.y[end], low), high)),
+                xy=end,
                 xytext=(1.035, place),
                 textcoords="axes fraction",
                 arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style
+from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style, size_axis
 from sparseffn.results.study_result import StartRow, StudyResult
 
 AXES = {"n_experts": "N_E", "n_layers": "layers", "expert_size": "G", "k": "K"}
@@ -117,6 +117,9 @@ def _start_plot(result: StudyResult, drawn: _Drawing) -> list[Plot]:
     ]
     if not any(line.x or line.points for line in lines):
         return []
+    sizes, heights = sorted({getattr(row, drawn.axis) for row in rows}), [y for line in lines for y in line.y if y > 0]
+    # Labels at 1, 2 and 5 where the values span less than two decades, else at powers of ten.
+    ticks = (1, 2, 5) if heights and max(heights) < 100 * min(heights) else (1,)
     return [
         line_plot(
             lines,
@@ -124,8 +127,7 @@ def _start_plot(result: StudyResult, drawn: _Drawing) -> list[Plot]:
             title=drawn.title,
             caption=f"{drawn.caption} Lines: predicted; markers: median and range over seeds. Only {AXES[drawn.axis]} varies.",
             axes_names=(AXES[drawn.axis], drawn.height),
-            sizes=sorted({getattr(row, drawn.axis) for row in rows}),
-            log_ticks=_log_ticks([y for line in lines for y in line.y]) if drawn.is_log else None,
+            adjust=lambda axes: size_axis(axes, sizes, log_ticks=ticks if drawn.is_log else None),
         )
     ]
 
@@ -136,12 +138,6 @@ def _line(rows: Sequence[StartRow], drawn: _Drawing, label: str, index: int) -> 
     predicted = [(x, y) for x, row in zip(x, rows, strict=True) if (y := row.predicted.get(drawn.quantity)) is not None]
     points = [(x, *found) for x, row in zip(x, rows, strict=True) if (found := row.measured.get(drawn.quantity)) is not None]
     return Line(label, [x for x, _ in predicted], [y for _, y in predicted], pointed_style(index), points)
-
-
-def _log_ticks(values: Sequence[float]) -> tuple[int, ...]:
-    """At 1, 2 and 5 where the values span less than two decades, else at powers of ten."""
-    positive = [y for y in values if y > 0]
-    return (1, 2, 5) if positive and max(positive) < 100 * min(positive) else (1,)
 
 
 def _probe_plot(result: StudyResult, key: str) -> list[Plot]:

@@ -6,22 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from sparseffn.report import formats
-from sparseffn.report.plotting import (
-    FONT_SIZE,
-    HEIGHT,
-    PALETTE,
-    WIDTH,
-    Line,
-    Plot,
-    drawing,
-    finished,
-    label_ends,
-    layer_style,
-    log_heights,
-    reference,
-)
+from sparseffn.report import formats, plotting
+from sparseffn.report.plotting import Line, Plot
 from sparseffn.results.comparison_result import ActiveChannels, Cooccurrence, LayerShares
 
 DEAD = 0.01
@@ -47,42 +35,39 @@ def usage_limits(methods: Iterable[Sequence[LayerShares]]) -> tuple[float, float
 def usage_plot(
     layers: Sequence[LayerShares], shown: Shown, *, limits: tuple[float, float] | None = None, pixels: bool = True
 ) -> Plot:
-    """The use of units sorted in each layer, a line a layer.
+    """The use of units sorted in each layer, a line a layer; `limits` of heights, by default those of these layers alone."""
+    unit, n_units = shown.unit, max(round(1 / layer.uniform) for layer in layers)
+    peak = max(layers, key=lambda layer: layer.share[0] / layer.uniform)
+    description = (
+        f"The most used of the {unit} has {peak.share[0] / peak.uniform:.1f} times the uniform share, in layer {peak.layer}"
+    )
 
-    Args:
-        layers: shares of the selection weight.
-        shown: of what.
-        limits: of the logarithmic heights, uniform being 1; None for those of these layers, see `usage_limits`.
-        pixels: whether it is also to be a file.
-    """
-    unit = shown.unit
-    title = f"Use of {unit}, sorted: {shown.label}"
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
-        n_units = max(round(1 / layer.uniform) for layer in layers)
-        lines = []
-        for index, layer in enumerate(layers):
-            n, n_points = round(1 / layer.uniform), len(layer.share)
-            # Down-sampled shares still span the ranks from the first unit to the last.
-            ranks = [1 + (n - 1) * i / max(n_points - 1, 1) for i in range(n_points)]
-            # A logarithmic axis has no zero: the line stops there.
-            heights = [share / layer.uniform if share > 0 else math.nan for share in layer.share]
-            style = layer_style(index, len(layers), n_points)
-            axes.plot(ranks, heights, **style)
-            lines.append(Line(f"layer {layer.layer}", ranks, heights, style))
-        log_heights(axes)
+    def adjust(axes: plotting.Axes) -> None:
+        plotting.log_heights(axes)
         margin = 0.02 * n_units
         axes.set(xlim=(1 - margin, n_units + margin), ylim=limits or usage_limits([layers]))
-        axes.set(xlabel=f"{unit} by rank, most used first ({n_units:,})", ylabel="use, uniform = 1")
         # Sorted shares end below 1 and begin above it, so these two corners are always free.
-        reference(axes, 1.0, "uniform", x=0.99, rise=3)
-        reference(axes, DEAD, "dead below", x=0.01, rise=-3)
-        label_ends(axes, lines)
-        peak = max(layers, key=lambda layer: layer.share[0] / layer.uniform)
-        description = (
-            f"The most used of the {unit} has {peak.share[0] / peak.uniform:.1f} times the uniform share, in layer {peak.layer}"
-        )
-        caption = f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}."
-        return finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
+        plotting.reference(axes, 1.0, "uniform", x=0.99, rise=3)
+        plotting.reference(axes, DEAD, "dead below", x=0.01, rise=-3)
+
+    return plotting.line_plot(
+        [_usage_line(layer, plotting.layer_style(index, len(layers), len(layer.share))) for index, layer in enumerate(layers)],
+        name=shown.name,
+        title=f"Use of {unit}, sorted: {shown.label}",
+        caption=f"Share of the selection weight over the uniform share, {unit} sorted within each layer. {description}.",
+        axes_names=(f"{unit} by rank, most used first ({n_units:,})", "use, uniform = 1"),
+        adjust=adjust,
+        description=description,
+        pixels=pixels,
+    )
+
+
+def _usage_line(layer: LayerShares, style: dict[str, Any]) -> Line:
+    # Down-sampled shares still span the ranks from the first unit to the last.
+    step = (round(1 / layer.uniform) - 1) / max(len(layer.share) - 1, 1)
+    # A logarithmic axis has no zero: the line stops there.
+    heights = [share / layer.uniform if share > 0 else math.nan for share in layer.share]
+    return Line(f"layer {layer.layer}", [1 + step * i for i in range(len(heights))], heights, style)
 
 
 def active_plot(layers: Sequence[ActiveChannels], shown: Shown, *, pixels: bool = True) -> Plot:
@@ -91,44 +76,26 @@ def active_plot(layers: Sequence[ActiveChannels], shown: Shown, *, pixels: bool 
 
     unit = shown.unit
     title = f"Active {unit} per layer: {shown.label}"
-    x, means = [layer.layer for layer in layers], [layer.mean for layer in layers]
-    with drawing(WIDTH, HEIGHT) as (figure, axes):
-        axes.errorbar(
-            x,
-            means,
-            yerr=[layer.std or 0.0 for layer in layers],
-            color=PALETTE[1],
-            linestyle="none",
-            marker="o",
-            markersize=5,
-            capsize=4,
-            elinewidth=1.2,
-        )
-        for layer in layers:
-            axes.annotate(
-                formats.integer(layer.mean),
-                (layer.layer, layer.mean),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=FONT_SIZE - 0.5,
-            )
-        top = max(layer.mean + (layer.std or 0.0) for layer in layers)
+    x, means, stds = zip(*((layer.layer, layer.mean, layer.std or 0.0) for layer in layers), strict=True)
+    points = {"linestyle": "none", "marker": "o", "markersize": 5, "capsize": 4, "elinewidth": 1.2}
+    with plotting.drawing() as (figure, axes):
+        axes.errorbar(x, means, yerr=stds, color=plotting.PALETTE[1], **points)
+        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": plotting.FONT_SIZE - 0.5}
+        for place in zip(x, means, strict=True):
+            axes.annotate(formats.integer(place[1]), place, **beside)
+        top = max(mean + std for mean, std in zip(means, stds, strict=True))
         axes.set(xlabel="layer", ylabel=f"active {unit} per token", ylim=(0, 1.08 * top or 1))
         axes.set_xlim(min(x) - 0.5, max(x) + 0.7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=False, axis="x")
-        totals = sorted({layer.total for layer in layers})
+        totals = " or ".join(map(formats.integer, sorted({layer.total for layer in layers})))
         share = fmean(layer.mean / layer.total for layer in layers)
-        description = (
-            f"On average over the layers {formats.percent(share)} of the "
-            f"{' or '.join(map(formats.integer, totals))} {unit} are active"
-        )
+        description = f"On average over the layers {formats.percent(share)} of the {totals} {unit} are active"
         caption = (
             f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
             f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
         )
-        return finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
+        return plotting.finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
 
 
 def cooccurrence_plot(found: Cooccurrence, shown: Shown, *, pixels: bool = True) -> Plot:
@@ -141,7 +108,7 @@ def cooccurrence_plot(found: Cooccurrence, shown: Shown, *, pixels: bool = True)
     # A unit is always selected with itself; without the diagonal the rest keeps its contrast.
     rows = [[math.nan if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
     top = max((value for row in matrix for value in row), default=0.0) or 1.0
-    with drawing(WIDTH, 0.86 * WIDTH) as (figure, axes):
+    with plotting.drawing(plotting.WIDTH, 0.86 * plotting.WIDTH) as (figure, axes):
         axes.set_facecolor("#d9d9d9")
         # Square cells would take the room of the axis labels: the layout does not reckon with a fixed aspect.
         image = axes.imshow(rows, cmap="Blues", norm=Normalize(0, top), interpolation="none", aspect="auto")
@@ -159,4 +126,4 @@ def cooccurrence_plot(found: Cooccurrence, shown: Shown, *, pixels: bool = True)
             f"even pairing would give each {formats.percent(even)}"
         )
         caption = f"How often the column's unit is selected for the same token as the row's; each row sums to 1. {description}."
-        return finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
+        return plotting.finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
