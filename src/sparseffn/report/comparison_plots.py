@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 
 from sparseffn.report import formats, plotting
@@ -69,42 +70,29 @@ def _curve_plot(
 
 def usage_plots(result: ComparisonResult) -> list[Plot]:
     """The use of units sorted per layer, a figure for every method that has it measured."""
-    used = [(f"usage-{i}", method, method.usage) for i, method in enumerate(result.methods) if method.usage]
-    if not any(share > 0 for _, _, layers in used for layer in layers for share in layer.share):
+    used = [method.usage for method in result.methods if method.usage]
+    if not any(share > 0 for layers in used for layer in layers for share in layer.share):
         return []
-    limits = usage_limits(layers for _, _, layers in used)
-    return [usage_plot(layers, _shown(method, name), limits=limits, pixels=False) for name, method, layers in used]
+    return _plots(result, "usage", partial(usage_plot, limits=usage_limits(used)))
 
 
 def active_plots(result: ComparisonResult) -> list[Plot]:
     """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule)."""
-    return [
-        active_plot(method.active, _shown(method, f"active-{i}"), pixels=False)
-        for i, method in enumerate(result.methods)
-        if method.active
-    ]
+    return _plots(result, "active", active_plot)
 
 
 def cooccurrence_plots(result: ComparisonResult) -> list[Plot]:
     """Heat maps of experts selected together, a figure for every method that has them measured."""
+    return _plots(result, "cooccurrence", cooccurrence_plot)
+
+
+def _plots(result: ComparisonResult, field: str, draw: Callable[..., Plot]) -> list[Plot]:
+    """A figure for every method that has a field measured."""
     return [
-        cooccurrence_plot(method.cooccurrence, _shown(method, f"cooccurrence-{i}"), pixels=False)
-        for i, method in enumerate(result.methods)
-        if method.cooccurrence
+        draw(getattr(method, field), Shown(method.label, method.unit or "units", f"{field}-{index}"), pixels=False)
+        for index, method in enumerate(result.methods)
+        if getattr(method, field)
     ]
-
-
-PLOTS: Mapping[str, Callable[[ComparisonResult], list[Plot]]] = {
-    "curves": curve_plots,
-    "usage": usage_plots,
-    "active": active_plots,
-    "cooccurrence": cooccurrence_plots,
-}
-"""By what is measured of a method."""
-
-
-def _shown(method: MethodResult, name: str) -> Shown:
-    return Shown(method.label, method.unit or "units", name)
 
 
 def _curves(result: ComparisonResult, key: str) -> list[Line]:

@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparseffn.report import comparison_plots, formats
+from sparseffn.report import formats
+from sparseffn.report.comparison_plots import active_plots, cooccurrence_plots, curve_plots, usage_plots
 from sparseffn.report.markdown import markdown_table
-from sparseffn.report.page import Page, Section, page_html
+from sparseffn.report.page import Page, Section, page_html, write_texts
+from sparseffn.report.plotting import Plot
 from sparseffn.report.table import Cell, Column, Footnotes, Row, Table
 from sparseffn.report.usage_plots import DEAD
 from sparseffn.results.comparison_result import ComparisonResult, MethodResult
-from sparseffn.storage import write_text
 
 # A column, and what writes a method's cell.
 Quantity = tuple[Column, Callable[[MethodResult], str]]
@@ -27,11 +28,8 @@ def write_comparison(result: ComparisonResult, folder: str | Path, *, drawn: boo
     Raises:
         UserError: something is to be drawn and matplotlib is not installed, or a file cannot be written.
     """
-    table, page = Path(folder) / "table.md", Path(folder) / "page.html"
-    texts = {table: markdown_table(comparison_table(result)), page: comparison_page(result, drawn=drawn)}
-    for path, text in texts.items():
-        write_text(path, text)
-    return list(texts)
+    table, page = markdown_table(comparison_table(result)), comparison_page(result, drawn=drawn)
+    return write_texts({Path(folder) / "table.md": table, Path(folder) / "page.html": page})
 
 
 def comparison_table(result: ComparisonResult) -> Table:
@@ -61,8 +59,7 @@ def comparison_table(result: ComparisonResult) -> Table:
 def _missing_runs(result: ComparisonResult) -> Iterator[tuple[str, str]]:
     """The runs that gave no number, as pairs of label and words: ("switch", "seed 1 missing: out of memory")."""
     for run in result.missing:
-        seed = run.seed
-        where = "" if seed is None else f"seed {seed} "
+        where = "" if run.seed is None else f"seed {run.seed} "
         yield run.label, f"{where}missing: {run.reason or 'no reason was recorded'}"
 
 
@@ -79,14 +76,11 @@ def _seed_numbers(result: ComparisonResult) -> set[int]:
 
 
 def _seeds_words(result: ComparisonResult) -> str:
-    """How losses were taken over seeds: "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n.
-
-    Its spaces do not break, except the one after the comma.
-    """
+    """ "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n; only the space after the comma may break."""
     numbers = _seed_numbers(result)
-    n = f"n = {min(numbers)}" if len(numbers) == 1 else ""
-    words = n if numbers == {1} else ", ".join(filter(None, ("mean ± std", n)))
-    return words.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+    words = [] if numbers == {1} else ["mean ± std"]
+    words += [f"n = {n}" for n in numbers if len(numbers) == 1]
+    return ", ".join(text.replace(" ", "\u00a0") for text in words)
 
 
 def _quantities(result: ComparisonResult) -> list[Quantity]:
@@ -96,6 +90,7 @@ def _quantities(result: ComparisonResult) -> list[Quantity]:
     counts, cost, training = "parameters", "cost relative to dense", "training"
     losses = f"{metric}, {_seeds_words(result)}"
     equal = f"validation at equal time{after}"
+    both = "layer time, forward + backward"
     rows: tuple[tuple[str, str, str, Callable[[MethodResult], str]], ...] = (
         (counts, "total", "total parameters", lambda m: formats.count(m.total_params)),
         (counts, "residual", "parameter residual", lambda m: formats.signed_percent(m.residual_percent)),
@@ -104,12 +99,7 @@ def _quantities(result: ComparisonResult) -> list[Quantity]:
         (cost, "K/N_E", "K/N_E", lambda m: formats.percent(m.ffn_flops_convention)),
         (cost, "saved bytes", "saved bytes vs dense", lambda m: formats.percent(m.saved_bytes_vs_dense)),
         (cost, "layer time, forward", "layer forward vs dense", lambda m: formats.times(m.layer_time_forward_vs_dense)),
-        (
-            cost,
-            "layer time, forward + backward",
-            "layer forward + backward vs dense",
-            lambda m: formats.times(m.layer_time_training_vs_dense),
-        ),
+        (cost, both, "layer forward + backward vs dense", lambda m: formats.times(m.layer_time_training_vs_dense)),
         (losses, "validation", f"validation, {losses}", lambda m: formats.spread(m.valid, metric, say_n=say_n)),
         (losses, "test", f"test, {losses}", lambda m: formats.spread(m.test, metric, say_n=say_n)),
         (losses, equal, equal, lambda m: formats.loss(m.valid_at_equal_time, metric)),
@@ -142,7 +132,7 @@ _UNSAID = ("steps", "seed", "eval_every", "eval_tokens", "checkpoint_every")
 
 def _settings_line(result: ComparisonResult) -> str:
     """The hyperparameters that all methods share."""
-    settings = {key: value for key, value in (result.settings).items() if key not in _UNSAID}
+    settings = {key: value for key, value in result.settings.items() if key not in _UNSAID}
     length = f"{formats.integer(result.steps)} steps of {formats.integer(result.tokens_per_step)} tokens"
     return f"Settings: {length}, {_seeds(result)}" + (f"; {formats.setting(settings)}" if settings else "")
 
@@ -205,22 +195,21 @@ def _summary(result: ComparisonResult) -> str:
     """What was trained on what, for how long."""
     corpus, model, tokens = result.corpus, result.model, result.tokens_per_step
     size = f" with {model['n_layers']} layers of width {model['d_model']}" if "n_layers" in model else ""
-    facts = [
-        f"tokenizer {corpus['tokenizer']}" if "tokenizer" in corpus else "",
-        f"vocabulary {corpus['vocab_size']:,}" if "vocab_size" in corpus else "",
-    ]
+    facts = [f"tokenizer {corpus['tokenizer']}"] if "tokenizer" in corpus else []
+    facts += [f"vocabulary {corpus['vocab_size']:,}"] if "vocab_size" in corpus else []
     length = f" of {tokens:,} tokens, {formats.count(result.steps * tokens)} in all" if tokens else ""
     preset = f"; preset {result.preset}" if result.preset else ""
     return (
-        f"Language models{size}, trained on {corpus.get('name', 'a text')} ({', '.join(filter(None, facts))}) for "
+        f"Language models{size}, trained on {corpus.get('name', 'a text')} ({', '.join(facts)}) for "
         f"{result.steps:,} steps{length}; {_seeds(result)}{preset}."
     )
 
 
-# Field of a method, title, who is expected to have it, what it is called where it is absent, and how figures are read.
-_FIGURES: tuple[tuple[str, str, Callable[[MethodResult], bool], str, str], ...] = (
-    ("curves", "Learning curves", lambda m: True, "Learning curves", ""),
+# Figures, field of a method, title, who is expected to have it, what it is called where it is absent, how figures are read.
+_FIGURES: tuple[tuple[Callable[[ComparisonResult], list[Plot]], str, str, Callable[[MethodResult], bool], str, str], ...] = (
+    (curve_plots, "curves", "Learning curves", lambda m: True, "Learning curves", ""),
     (
+        usage_plots,
         "usage",
         "Use of experts, values and channels",
         lambda m: m.method != "dense",
@@ -228,8 +217,9 @@ _FIGURES: tuple[tuple[str, str, Callable[[MethodResult], bool], str, str], ...] 
         f"Each line is a layer. A flat line at 1 is even use; a line that falls below {DEAD:g} or stops early shows units that "
         "are hardly ever selected, parameters that do no work. All frames have the same vertical scale.",
     ),
-    ("active", "Active channels", lambda m: m.method == "dense", "Active channels", ""),
+    (active_plots, "active", "Active channels", lambda m: m.method == "dense", "Active channels", ""),
     (
+        cooccurrence_plots,
         "cooccurrence",
         "Experts selected together",
         lambda m: m.unit == "experts",
@@ -243,12 +233,12 @@ _FIGURES: tuple[tuple[str, str, Callable[[MethodResult], bool], str, str], ...] 
 def _figure_sections(result: ComparisonResult) -> list[Section]:
     """The figures by subject; a subject that no method of this comparison has is left out."""
     sections = []
-    for name, title, expected, subject, text in _FIGURES:
-        plots = comparison_plots.PLOTS[name](result)
+    for draw, name, title, expected, subject, reading in _FIGURES:
+        plots = draw(result)
         labels = [method.label for method in result.methods if expected(method) and not getattr(method, name)]
         absent = f"{subject} not measured for {', '.join(labels)}; no figure is drawn for it." if labels else ""
         if plots or absent:
-            text = text if plots else ""
+            text = reading if plots else ""
             sections.append(Section(name=name, title=title, plots=tuple(plots), text=text, absent=absent))
     return sections
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sparseffn.report.table import Cell, Table
+from sparseffn.report.table import Row, Table
 
+_SYMBOLS = {
+    "\u00b1": "pm",
+    "\u00b7": "cdot",
+    "\u00d7": "times",
+    "\u2264": "leq",
+    "\u2265": "geq",
+    "\u03b3": "gamma",
+    "\u03b4": "delta",
+    "\u03bb": "lambda",
+    "\u03c3": "sigma",
+}
 # What the text may hold beside letters and digits. Brackets and stars are braced: at a row's start LaTeX takes them for
 # arguments of the row before.
 _SIGNS = {
+    **{sign: f"\\{sign}" for sign in "{}$&#%_"},
+    **{sign: f"{{{sign}}}" for sign in "[]*"},
     "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
     "<": r"\textless{}",
@@ -25,24 +31,13 @@ _SIGNS = {
     "|": r"\textbar{}",
     "`": r"\textasciigrave{}",
     '"': r"\textquotedbl{}",
-    "[": "{[}",
-    "]": "{]}",
-    "*": "{*}",
     "\u00a0": "~",
-    "\u00b1": r"$\pm$",
-    "\u00b7": r"$\cdot$",
-    "\u00d7": r"$\times$",
     "\u2013": "--",
     "\u2014": "---",
     "\u2019": "'",
     "\u2026": r"\ldots{}",
     "\u2212": "$-$",
-    "\u2264": r"$\leq$",
-    "\u2265": r"$\geq$",
-    "\u03b3": r"$\gamma$",
-    "\u03b4": r"$\delta$",
-    "\u03bb": r"$\lambda$",
-    "\u03c3": r"$\sigma$",
+    **{sign: rf"$\{name}$" for sign, name in _SYMBOLS.items()},
 }
 # Letters beyond these are in no font that LaTeX loads by default.
 _LAST_LATIN = 0x17F
@@ -63,13 +58,9 @@ def latex_head(name: str) -> str:
 
 
 def latex_table(table: Table, *, caption: str, label: str, footnotes: Mapping[str, str]) -> str:
-    """A float.
+    """A float of columns, rows and these footnotes; what else belongs to the table stands in the caption or in the text.
 
-    Args:
-        table: its columns and rows; what else belongs to it stands in the caption or in the text.
-        caption: text above it.
-        label: what `\\ref` takes, after `tab:`; signs other than letters and digits become dashes.
-        footnotes: letter to text.
+    `\\ref` takes the label after `tab:`, where signs other than letters and digits are dashes.
     """
     width = len(table.columns) - 1
     place = "table" if width <= _UPRIGHT else "sidewaystable"
@@ -83,7 +74,7 @@ def latex_table(table: Table, *, caption: str, label: str, footnotes: Mapping[st
         r"\toprule",
         *_head(table),
         r"\midrule",
-        *(_row(list(row.cells), row.missing, width) for row in table.rows),
+        *(_row(row, width) for row in table.rows),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{adjustbox}",
@@ -134,19 +125,19 @@ def _stacked(name: str) -> str:
     return r"\begin{tabular}[b]{@{}r@{}}" + r" \\ ".join(parts) + r"\end{tabular}"
 
 
-def _row(cells: list[Cell], missing: str, width: int) -> str:
-    texts = [_cell(cell) for cell in cells]
-    if missing:
-        texts.append(rf"\multicolumn{{{width + 1 - len(cells)}}}{{l}}{{{latex_text(missing)}}}")
+def _row(row: Row, width: int) -> str:
+    texts = [latex_text(cell.text) + (_raised(",".join(cell.marks)) if cell.marks else "") for cell in row.cells]
+    if row.missing:
+        texts.append(rf"\multicolumn{{{width + 1 - len(texts)}}}{{l}}{{{latex_text(row.missing)}}}")
     return " & ".join(texts) + r" \\"
 
 
-def _cell(cell: Cell) -> str:
-    return latex_text(cell.text) + (rf"\textsuperscript{{{','.join(cell.marks)}}}" if cell.marks else "")
+def _raised(letters: str) -> str:
+    return rf"\textsuperscript{{{letters}}}"
 
 
 def _footnotes(footnotes: Mapping[str, str]) -> list[str]:
     if not footnotes:
         return []
-    texts = [rf"\textsuperscript{{{letter}}}~{latex_text(text)}" for letter, text in footnotes.items()]
+    texts = [f"{_raised(letter)}~{latex_text(text)}" for letter, text in footnotes.items()]
     return [r"\par\smallskip", r"\begin{minipage}{\linewidth}\raggedright", "\\par\n".join(texts), r"\end{minipage}"]

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from sparseffn.report.table import Cell, Row, Table
 
 
 def markdown_table(table: Table) -> str:
     """A table with everything that belongs to it, ending in a newline."""
-    lines = [f"**{markdown_text(table.title)}**", ""] if table.title else []
-    for text in filter(None, (table.incomplete, table.lead)):
-        lines += [markdown_text(text), ""]
-    lines += table_lines(table)
-    lines += footnote_lines(table.footnotes.items())
-    for text in (*table.notes, *table.facts):
-        lines += ["", markdown_text(text)]
-    return "\n".join(lines) + "\n"
+    title = f"**{markdown_text(table.title)}**" if table.title else ""
+    above = filter(None, (title, markdown_text(table.incomplete), markdown_text(table.lead)))
+    below = (*footnote_texts(table.footnotes), *map(markdown_text, (*table.notes, *table.facts)))
+    return paragraphs(*above, table_rows(table), *below)
 
 
-def table_lines(table: Table) -> list[str]:
-    """The rows alone."""
-    head = (markdown_text(column.heading) for column in table.columns)
-    sides = (":--" if column.is_words or i == 0 else "--:" for i, column in enumerate(table.columns))
-    return [_line(head), _line(sides), *(_line(_cells(row, table)) for row in table.rows)]
+def paragraphs(*texts: str) -> str:
+    """Texts with an empty line between them, ending in a newline."""
+    return "\n\n".join(texts) + "\n"
 
 
-def footnote_lines(footnotes: Iterable[tuple[str, str]]) -> list[str]:
+def table_rows(table: Table) -> str:
+    """Head and rows alone."""
+    head = [markdown_text(column.heading) for column in table.columns]
+    sides = [":--" if column.is_words or i == 0 else "--:" for i, column in enumerate(table.columns)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, sides, *(_cells(row, table) for row in table.rows)))
+
+
+def footnote_texts(footnotes: Mapping[str, str]) -> list[str]:
     """Letters and texts, a paragraph each."""
-    return [line for letter, text in footnotes for line in ("", f"<sup>{letter}</sup> {markdown_text(text)}")]
+    return [f"<sup>{letter}</sup> {markdown_text(text)}" for letter, text in footnotes.items()]
 
 
 def markdown_text(text: str) -> str:
@@ -55,7 +56,3 @@ def _cell(cell: Cell) -> str:
         label = re.sub(r"\\?([\[\]])", r"\\\1", text)
         text = f"[{label}]({cell.link})"
     return text + (f" <sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -16,71 +17,63 @@ from markupsafe import Markup
 from sparseffn.report import formats
 from sparseffn.report.plotting import Plot
 from sparseffn.report.table import Table
+from sparseffn.storage import write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a page under its heading, in this order: text, drawings, tables, lists of values, notes.
-
-    Attributes:
-        name: unique on the page.
-        title: the heading.
-        link: address of the heading and of the footnotes that the tables refer to, where these stand on another page.
-        text: how to read what follows.
-        absent: what cannot be shown.
-        plots: drawings, two beside each other where the window allows.
-        tables: with what belongs to them.
-        facts: heading to names and values.
-        notes: letter to text, where the footnotes of several tables stand together.
-        remarks: notes without a letter.
-        folds: whether a reader can fold it away.
-    """
+    """A part of a page under its heading, in this order: text, drawings, tables, lists of values, notes."""
 
     name: str
+    """Unique on the page."""
     title: str
     link: str = ""
+    """Address of the heading and of the footnotes that the tables refer to, where these stand on another page."""
     text: str = ""
+    """How to read what follows."""
     absent: str = ""
+    """What cannot be shown."""
     plots: tuple[Plot, ...] = ()
     tables: tuple[Table, ...] = ()
     facts: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Heading to names and values."""
     notes: Mapping[str, str] = field(default_factory=dict)
+    """Letter to text, where the footnotes of several tables stand together."""
     remarks: tuple[str, ...] = ()
+    """Notes without a letter."""
     folds: bool = False
+    """Whether a reader can fold it away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What a page shows.
-
-    Attributes:
-        kicker: a line above the title.
-        title: of the page.
-        summary: below the title.
-        warnings: sentences in frames of their own: what is incomplete.
-        sections: in their order.
-        made_by: the command.
-        source: the file that all of it is from.
-        cites_paper: whether the footer names the paper.
-    """
-
     kicker: str = "Feedforward blocks at equal parameter count"
+    """The line above the title."""
     title: str
     summary: str
     warnings: tuple[str, ...] = ()
+    """What is incomplete, a frame for each sentence."""
     sections: tuple[Section, ...]
     made_by: str = ""
+    """The command."""
     source: str
+    """The file that all of it is from."""
     cites_paper: bool = True
+
+
+def write_texts(texts: Mapping[Path, str]) -> list[Path]:
+    """Write files, all of which are made before the first is written; returns their paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
 
 
 def page_html(page: Page) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("sparseffn.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, blocks = PackageLoader("sparseffn.report"), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
     return environment.get_template("page.html.j2").render(page=page, setting=formats.setting, markup=Markup)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,15 +16,15 @@ from rich.text import Text
 
 from sparseffn.errors import UserError
 from sparseffn.report.latex import latex_head, latex_paragraph, latex_table
-from sparseffn.report.markdown import footnote_lines, markdown_text, table_lines
-from sparseffn.report.page import Page, Section, page_html
+from sparseffn.report.markdown import footnote_texts, markdown_text, paragraphs, table_rows
+from sparseffn.report.page import Page, Section, page_html, write_texts
 from sparseffn.report.paper_cells import cell_counts
 from sparseffn.report.paper_view import PaperReport, paper_report
 from sparseffn.report.table import Cell, Table
 from sparseffn.report.terminal import print_table
 from sparseffn.results.figures_result import FiguresOfPaper
 from sparseffn.results.table_result import PaperTable, SettingsResult, TableResult
-from sparseffn.storage import read, read_json, write_text
+from sparseffn.storage import read, read_json
 
 # Not `index`, which a folder may have for something else.
 INDEX = "tables"
@@ -50,11 +49,8 @@ def write_paper_table(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     report = paper_report(read_paper_table(path))
-    # All texts are made before the first is written.
     texts = {".md": paper_markdown(report), ".tex": paper_latex(report), ".html": paper_page(report, source=path.name)}
-    for suffix, text in texts.items():
-        write_text(path.with_suffix(suffix), text)
-    return [path.with_suffix(suffix) for suffix in texts]
+    return write_texts({path.with_suffix(suffix): text for suffix, text in texts.items()})
 
 
 def print_paper_table(result: PaperTable, console: Console | None = None) -> None:
@@ -72,17 +68,10 @@ def print_paper_table(result: PaperTable, console: Console | None = None) -> Non
 
 def paper_markdown(report: PaperReport) -> str:
     """A table as Markdown, ending in a newline."""
-    lines = [f"# {markdown_text(report.title)}", "", markdown_text(report.summary)]
-    if report.incomplete:
-        lines += ["", markdown_text(report.incomplete)]
+    texts = [f"# {markdown_text(report.title)}", markdown_text(report.summary), markdown_text(report.incomplete)]
     for table in report.tables:
-        lines += ["", f"## {markdown_text(table.title)}", ""]
-        lines += [markdown_text(table.lead), ""] if table.lead else []
-        lines += table_lines(table)
-    lines += footnote_lines(report.footnotes.items())
-    for note in report.notes:
-        lines += ["", markdown_text(note)]
-    return "\n".join(lines) + "\n"
+        texts += [f"## {markdown_text(table.title)}", markdown_text(table.lead), table_rows(table)]
+    return paragraphs(*filter(None, texts), *footnote_texts(report.footnotes), *map(markdown_text, report.notes))
 
 
 def paper_latex(report: PaperReport) -> str:
@@ -156,10 +145,8 @@ def write_index(folder: str | Path) -> list[Path]:
         raise UserError(
             f"`folder` must hold tables of the paper; got {str(folder)!r}, where there is none; fix: run `sparseffn reproduce`"
         )
-    texts = {".html": _index_page(entries, faults), ".md": _index_markdown(entries, faults)}
-    for suffix, text in texts.items():
-        write_text(folder / f"{INDEX}{suffix}", text)
-    return [folder / f"{INDEX}{suffix}" for suffix in texts]
+    page, text = _index_page(entries, faults), _index_markdown(entries, faults)
+    return write_texts({folder / f"{INDEX}.html": page, folder / f"{INDEX}.md": text})
 
 
 def _read(folder: Path) -> tuple[list[_Entry], list[str]]:
@@ -207,16 +194,15 @@ def _facts(result: PaperTable) -> tuple[str, ...]:
     return (result.scale, result.settings, *map(str, numbers))
 
 
-def _list(entries: Iterable[_Entry]) -> Table:
+def _list(entries: list[_Entry]) -> Table:
     rows = ([Cell(entry.report.title, link=entry.link), *entry.facts] for entry in entries)
     return dataclasses.replace(Table.of(_HEAD, rows, n_words=3), name="Tables")
 
 
 def _index_page(entries: list[_Entry], faults: list[str]) -> str:
-    tables = [
-        Section(name=f"table-{n}", title=entry.report.title, link=entry.link, tables=(entry.table,))
-        for n, entry in enumerate(entries, start=1)
-    ]
+    sections = [Section(name="list", title="All tables", tables=(_list(entries),))] if entries else []
+    for n, entry in enumerate(entries, start=1):
+        sections.append(Section(name=f"table-{n}", title=entry.report.title, link=entry.link, tables=(entry.table,)))
     return page_html(
         Page(
             kicker=_KICKER,
@@ -225,29 +211,28 @@ def _index_page(entries: list[_Entry], faults: list[str]) -> str:
             "where the 95% interval excludes zero, which a star marks, else undecided. A dash without a letter: the paper has "
             "no such value, or it has no meaning for the row.",
             warnings=tuple(f"cannot be shown: {fault}" for fault in faults),
-            sections=(*([Section(name="list", title="All tables", tables=(_list(entries),))] if entries else []), *tables),
+            sections=tuple(sections),
             source="*.json",
         )
     )
 
 
 def _index_markdown(entries: list[_Entry], faults: list[str]) -> str:
-    lines = ["# Tables, measured beside published", ""]
-    lines += [f"Cannot be shown: {markdown_text(fault)}\n" for fault in faults]
-    lines += table_lines(_list(entries))
+    texts = ["# Tables, measured beside published", *(f"Cannot be shown: {markdown_text(fault)}" for fault in faults)]
+    texts.append(table_rows(_list(entries)))
     for entry in entries:
-        lines += ["", f"## {markdown_text(entry.report.title)}", "", markdown_text(entry.table.lead), ""]
-        lines += [*table_lines(entry.table), *footnote_lines(entry.table.footnotes.items())]
-    return "\n".join(lines) + "\n"
+        table = entry.table
+        texts += [f"## {markdown_text(entry.report.title)}", markdown_text(table.lead), table_rows(table)]
+        texts += footnote_texts(table.footnotes)
+    return paragraphs(*texts)
 
 
 def figures_markdown(result: FiguresOfPaper) -> str:
     """Every figure with the paper's statement and what was measured beside it."""
     lines = ["# The paper's figures, measured here", "", f"Source of the statements: {result.source}.", ""]
     for figure in result.figures:
-        lines += [f"## {figure.name}", ""]
-        pictures = [name for name in figure.files if name.endswith(".png")]
-        lines += [f"![{figure.name}]({name})" for name in pictures] or [f"Not drawn: {figure.not_drawn}."]
+        pictures = [f"![{figure.name}]({name})" for name in figure.files if name.endswith(".png")]
+        lines += [f"## {figure.name}", "", *(pictures or [f"Not drawn: {figure.not_drawn}."])]
         lines += ["", f"**Paper:** {figure.statement}", ""]
         if figure.measured:
             lines += ["**Here:**", "", *(f"- {words}" for words in figure.measured)]

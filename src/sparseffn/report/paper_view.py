@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparseffn.report import formats
@@ -29,28 +29,22 @@ from sparseffn.results.table_result import PaperTable, SettingsResult, SettingsR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperReport:
-    """One of the paper's tables, as it is reported.
-
-    Attributes:
-        name: as the file says, "table3".
-        title: of the table.
-        summary: scale, settings, and how many cells were measured.
-        incomplete: what is lacking, or empty.
-        overview: None where the table has one column, which says it all.
-        blocks: one for each column of the paper.
-        footnotes: letter to text, in the order of the letters; of all blocks.
-        notes: to the whole table, the last of them the machine and the libraries.
-        environment: the same as values.
-    """
+    """One of the paper's tables, as it is reported."""
 
     name: str
+    """As the file says, "table3"."""
     title: str
     summary: str
-    incomplete: str
-    overview: Table | None
+    """Scale, settings, and how many cells were measured."""
+    incomplete: str = ""
+    """What is lacking."""
+    overview: Table | None = None
+    """None where the table has one column, which says it all."""
     blocks: tuple[Table, ...]
-    footnotes: Mapping[str, str]
+    footnotes: Mapping[str, str] = field(default_factory=dict)
+    """Letter to text, of all blocks."""
     notes: tuple[str, ...]
+    """To the whole table, the last of them the machine and the libraries."""
     environment: Mapping[str, Any]
 
     @property
@@ -69,14 +63,16 @@ def paper_report(result: PaperTable) -> PaperReport:
         return _settings_report(result)
     footnotes = Footnotes()
     labels = [Cell(row.label, footnotes.mark(*_row_notes(row, result))) for row in result.rows]
-    columns = range(len(result.columns))
-    overview = _overview(result, labels, footnotes) if len(columns) > 1 else None
-    blocks = tuple(_block(result, column, labels, footnotes) for column in columns)
+    overview = _overview(result, labels, footnotes) if len(result.columns) > 1 else None
+    blocks = tuple(_block(result, index, labels, footnotes) for index in range(len(result.columns)))
+    counts = cell_counts(result)
+    cells = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
+    lacks = " and ".join(f"{counts[status]} {status}" for status in ("missing", "failed") if counts[status])
     return PaperReport(
         name=result.table,
         title=_numbered_title(result),
-        summary=_summary(result),
-        incomplete=_incomplete(result),
+        summary=f"Scale {result.scale}, {result.settings} settings; cells: {cells}.",
+        incomplete=f"incomplete: of {sum(counts.values())} cells {lacks}; the footnotes say why" if lacks else "",
         overview=overview,
         blocks=blocks,
         footnotes=footnotes.texts(),
@@ -113,53 +109,30 @@ def _block(result: TableResult, index: int, labels: list[Cell], footnotes: Footn
     column = result.columns[index]
     shown = [(index, quantity) for quantity in quantities(result, index)]
     other = f" (the paper's {column.published_name})" if column.published_name not in (None, column.name) else ""
-    facts = (
-        column.sizes,
-        f"{formats.integer(column.steps)} steps" if column.steps else None,
-        f"digest {column.digest[:12]}" if column.digest else None,
-    )
-    return _table(
-        result,
-        shown,
-        labels,
-        footnotes,
-        name=column.name,
-        title=f"{column.name}{other}: {column.corpus}, {column.metric}",
-        lead="; ".join(filter(None, facts)),
-    )
+    title = f"{column.name}{other}: {column.corpus}, {column.metric}"
+    steps = f"{formats.integer(column.steps)} steps" if column.steps else ""
+    digest = f"digest {column.digest[:12]}" if column.digest else ""
+    lead = "; ".join(filter(None, (column.sizes, steps, digest)))
+    return replace(_table(result, shown, labels, footnotes), name=column.name, title=title, lead=lead)
 
 
 def _overview(result: TableResult, labels: list[Cell], footnotes: Footnotes) -> Table:
     """All columns side by side."""
     shown = [(index, q) for index in range(len(result.columns)) for q in overview_quantities(result, index)]
     published = [column for index, column in enumerate(result.columns) if has_published(result, index)]
-    leads = [_metrics(result.columns, "metric", shown[0][1].column.name)]
-    leads += [_metrics(published, "published_metric", "published")] if published else []
-    return _table(result, shown, labels, footnotes, name="overview", title="All columns", lead="; ".join(leads))
+    lead = _metrics(result.columns, "metric", shown[0][1].name)
+    if published:
+        lead += f"; {_metrics(published, 'published_metric', 'published')}"
+    return replace(_table(result, shown, labels, footnotes), name="overview", title="All columns", lead=lead)
 
 
-def _table(
-    result: TableResult,
-    shown: list[tuple[int, Quantity]],
-    labels: list[Cell],
-    footnotes: Footnotes,
-    *,
-    name: str,
-    title: str,
-    lead: str,
-) -> Table:
+def _table(result: TableResult, shown: list[tuple[int, Quantity]], labels: list[Cell], footnotes: Footnotes) -> Table:
     """Quantities, each of a column of the paper, for every row."""
     rows = []
     for row, label in enumerate(labels):
         found = [(q, cell_of(result, row, index)) for index, q in shown]
         rows.append(Row(cells=(label, *(Cell(q.write(cell), footnotes.mark(q.note(cell))) for q, cell in found))))
-    return Table(
-        columns=(Column(name="", is_words=True), *(q.column for _, q in shown)),
-        rows=tuple(rows),
-        name=name,
-        title=title,
-        lead=lead,
-    )
+    return Table(columns=(Column(name="", is_words=True), *(q.column for _, q in shown)), rows=tuple(rows))
 
 
 def _metrics(shown: Sequence[table_result.Column], key: str, name: str) -> str:
@@ -172,31 +145,16 @@ def _metrics(shown: Sequence[table_result.Column], key: str, name: str) -> str:
     return f"{name} in " + ", ".join(f"{metric} ({', '.join(names)})" for metric, names in columns.items())
 
 
-def _summary(result: TableResult) -> str:
-    counts = {status: number for status, number in cell_counts(result).items() if number}
-    cells = ", ".join(f"{number} {status}" for status, number in counts.items())
-    return f"Scale {result.scale}, {result.settings} settings; cells: {cells}."
-
-
-def _incomplete(result: TableResult) -> str:
-    counts = cell_counts(result)
-    lacks = [f"{counts[status]} {status}" for status in ("missing", "failed") if counts[status]]
-    return f"incomplete: of {sum(counts.values())} cells {' and '.join(lacks)}; the footnotes say why" if lacks else ""
-
-
 def _general_notes(result: TableResult, blocks: tuple[Table, ...]) -> list[str]:
     trained, measured = trained_and_measured(result)
-    texts = {cell.text for block in blocks for row in block.rows for cell in row.cells[1:] if not cell.marks}
-    notes = []
-    if formats.NOT_MEASURED in texts:
-        notes.append(
-            f"{formats.NOT_MEASURED} without a letter: not in the paper, not measured, or without meaning for the row."
-        )
+    dash, notes = formats.NOT_MEASURED, []
+    if any(cell.text == dash and not cell.marks for block in blocks for row in block.rows for cell in row.cells[1:]):
+        notes.append(f"{dash} without a letter: not in the paper, not measured, or without meaning for the row.")
     if measured:
         notes += _measured_notes(result)
     if trained and any(has_published(result, index) for index in range(len(result.columns))):
-        same = result.scale == "paper"
-        compare = "" if same else " It is of other sizes and corpora: only the order of the rows can be compared."
+        other = " It is of other sizes and corpora: only the order of the rows can be compared."
+        compare = "" if result.scale == "paper" else other
         notes.append(f"Published: what arXiv 2310.10837 prints, in the metric that the heading names.{compare}")
     notes.append(
         "FLOPs are those of the feedforward blocks in percent of the dense model's: K/N_E is the paper's convention, shown for "
@@ -237,10 +195,7 @@ def _settings_report(result: SettingsResult) -> PaperReport:
         name=result.table,
         title=_numbered_title(result),
         summary=f"Scale {result.scale}, {result.settings} settings.",
-        incomplete="",
-        overview=None,
         blocks=(block,),
-        footnotes={},
         notes=(
             "A value in brackets is the published one, where it differs from the one here.",
             f"Made with: {formats.setting(result.environment)}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from string import ascii_lowercase
 from typing import Any, TypeVar, final
 
 T = TypeVar("T")
@@ -19,18 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column's headings.
-
-    Attributes:
-        name: below the group's heading, or alone where there is no group.
-        group: heading that the column shares with its neighbours; they are kept together.
-        standalone: heading that says everything without the group; empty where `name` does.
-        is_words: holds words, which are set left and may be broken, not numbers.
-    """
+    """A column's headings, and whether it holds words, which are set left and may be broken, not numbers."""
 
     name: str
+    """Below the group's heading, or alone where there is no group."""
     group: str = ""
+    """Heading that the column shares with its neighbours; they are kept together."""
     standalone: str = ""
+    """Heading that says everything without the group; empty where `name` does."""
     is_words: bool = False
 
     @property
@@ -58,31 +55,25 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Everything that a table says.
-
-    Attributes:
-        title: what it shows; empty where a heading above says so.
-        columns: labels first.
-        rows: in the order of the columns.
-        n_labels: leading columns that name a row; each part of a table that is too wide repeats them.
-        name: unique among the tables of a document, for references to it.
-        lead: what all numbers depend on, above the table.
-        incomplete: what is lacking, a sentence, or empty.
-        footnotes: letter to text.
-        notes: to the whole table, below it.
-        facts: settings and data, below the notes.
-    """
+    """Everything that a table says."""
 
     title: str = ""
+    """Empty where a heading above says it."""
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     n_labels: int = 1
+    """Leading columns that name a row; each part of a table that is too wide repeats them."""
     name: str = ""
+    """Unique among the tables of a document, for references to it."""
     lead: str = ""
+    """What all numbers depend on, above the table."""
     incomplete: str = ""
+    """What is lacking, a sentence."""
     footnotes: Mapping[str, str] = field(default_factory=dict)
+    """Letter to text."""
     notes: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    """Settings and data, below the notes."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -100,14 +91,7 @@ class Table:
         title: str = "",
         notes: Sequence[str] = (),
     ) -> Table:
-        """A table without groups: a heading, and in each row a text or a cell, for each column.
-
-        Args:
-            head: the headings.
-            rows: in the order of the columns.
-            n_words: leading columns that hold words instead of numbers.
-            n_labels: this and all others as in the class.
-        """
+        """A table without groups: a heading, and in each row a text or a cell, for each column, `n_words` of them words."""
         return cls(
             title=title,
             columns=tuple(Column(name=name, is_words=i < n_words) for i, name in enumerate(head)),
@@ -146,7 +130,7 @@ class Footnotes:
 
     def mark(self, *texts: str | None) -> tuple[str, ...]:
         """The letters of texts in their order, None left out."""
-        found = {self._letters.setdefault(text, letters(len(self._letters))) for text in texts if text}
+        found = {self._letters.setdefault(text, _letter(len(self._letters))) for text in texts if text}
         return tuple(sorted(found, key=lambda letter: (len(letter), letter)))
 
     def texts(self) -> dict[str, str]:
@@ -154,11 +138,7 @@ class Footnotes:
         return {letter: text for text, letter in self._letters.items()}
 
 
-def letters(index: int) -> str:
-    """The footnote letter of an index: a, b, ..., z, aa, ab, ..."""
-    text = ""
-    index += 1
-    while index:
-        index, digit = divmod(index - 1, 26)
-        text = chr(ord("a") + digit) + text
-    return text
+def _letter(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    tens, digit = divmod(index, 26)
+    return (_letter(tens - 1) if tens else "") + ascii_lowercase[digit]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
@@ -48,20 +50,14 @@ def table_parts(table: Table, console: Console) -> list[RichTable]:
         if parts and _width(_part(table, joined, _WORDS_WIDTH), console) <= console.width:
             parts[-1] = joined
         else:
-            parts.append(list(group))
+            parts.append(group)
     return [_part(table, part, None, label_width=_LABEL_WIDTH) for part in parts]
 
 
 def _groups(table: Table) -> list[list[int]]:
     """Columns that are not parted: those of a group."""
-    groups: list[list[int]] = []
-    for index in range(table.n_labels, len(table.columns)):
-        group = table.columns[index].group
-        if groups and group and group == table.columns[groups[-1][-1]].group:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    indices = range(table.n_labels, len(table.columns))
+    return [list(group) for _, group in groupby(indices, key=lambda index: table.columns[index].group or index)]
 
 
 def _width(part: RichTable, console: Console) -> int:
@@ -83,7 +79,9 @@ def _part(table: Table, indices: Sequence[int], words_width: int | None, *, labe
             part.add_column(Text(column.heading), overflow="fold", max_width=words_width)
         else:
             widest = max((len(_marked(row.cells[index])) for row in table.rows if not row.missing), default=0)
-            part.add_column(Text(_wrapped(column.heading, max(9, widest))), justify="right", overflow="fold")
+            # No wider than the numbers below, where its words allow.
+            heading = textwrap.fill(column.heading, max(9, widest), break_long_words=False, break_on_hyphens=False)
+            part.add_column(Text(heading), justify="right", overflow="fold")
     for row in table.rows:
         if row.missing:
             texts = [*(_marked(cell) for cell in row.cells), "missing", *("" for _ in indices[1:])]
@@ -96,14 +94,3 @@ def _part(table: Table, indices: Sequence[int], words_width: int | None, *, labe
 def _marked(cell: Cell) -> str:
     """Text with the letters of its footnotes behind it."""
     return cell.text + (f" ({','.join(cell.marks)})" if cell.marks else "")
-
-
-def _wrapped(words: str, width: int) -> str:
-    """Break a heading at its spaces so that it is no wider than the numbers below, where its words allow."""
-    lines: list[str] = []
-    for word in words.split(" "):
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return "\n".join(lines)
