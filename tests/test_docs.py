@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`(sparseffn [^`]+)`")
+# In code, in a block of commands, or in the mark of a generated block.
+TARGET = re.compile(r"(?:`|^)make ([\w-]+)", re.MULTILINE)
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -37,6 +39,13 @@ def test_commands_on_a_page_are_understood(page: Path) -> None:
 def test_pages_name_commands() -> None:
     """Otherwise the test above would hold of nothing."""
     assert len(commands(ROOT / "README.md")) > 10 and len(commands(ROOT / "docs" / "reproduce.md")) > 10
+
+
+def test_targets_named_on_pages_are_in_the_makefile() -> None:
+    """Each `make X`; and the pages do name some."""
+    named = {name for page in [*PAGES, ROOT / "CHANGELOG.md"] for name in TARGET.findall(page.read_text(encoding="utf-8"))}
+    there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test", "readme"} <= named <= there
 
 
 def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-import msgspec
+from msgspec import to_builtins
 
 from sparseffn.report.bench_plots import bench_plots
 from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, milliseconds
@@ -54,23 +54,19 @@ def write_bench(result: BenchResult, folder: str | Path, *, drawn: bool = True) 
 
 def bench_page(result: BenchResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
-    kind = result.kind
-    tables = bench_tables(result)
-    return measured_page(result, title=TITLES[kind], command=f"bench {kind}", text=_READING[kind], tables=tables, plots=plots)
+    title, reading = TITLES[result.kind], _READING[result.kind]
+    return measured_page(result, title, f"bench {result.kind}", reading, bench_tables(result), plots)
 
 
 def measured_page(
-    result: BenchResult | StudyResult, *, title: str, command: str, text: str, tables: Sequence[Table], plots: Sequence[Plot]
+    result: BenchResult | StudyResult, title: str, command: str, text: str, tables: Sequence[Table], plots: Sequence[Plot]
 ) -> str:
     """The page of a result with a machine and settings; `command` made it, `text` says how the tables are read."""
     sections = [Section(name="reading", title="How to read this", text=text)]
     if plots:
         sections.append(Section(name="figures", title="Figures", plots=tuple(plots)))
     sections.append(Section(name="tables", title="Tables", tables=tuple(tables)))
-    facts = {
-        "Settings": msgspec.to_builtins(result.settings),
-        "Machine and software": msgspec.to_builtins(result.environment),
-    }
+    facts = {"Settings": to_builtins(result.settings), "Machine and software": to_builtins(result.environment)}
     sections.append(Section(name="details", title="Settings and machine", facts=facts, folds=True))
     return page_html(
         Page(
@@ -105,18 +101,15 @@ def machine_line(environment: found.Environment, *, timed: bool = True) -> str:
     cache = f"last-level cache {e.last_level_cache_bytes / 2**20:.0f} MiB"
     packages = [f"{name} {version}" for name, version in e.packages.items()]
     software = "".join(f"{part}, " for part in (*packages, e.compiler) if part)
+    busy = ""
+    # The measurement itself keeps at most all processors at work; more load is somebody else's.
+    if timed and e.load_average > e.cpus + _OWN_LOAD_MARGIN:
+        load = f"load average {e.load_average:.1f} on {e.cpus} processors"
+        busy = f". The machine was busy ({load}): measure again when it is quiet"
     return (
         f"{e.cpu}, {e.device}, {e.threads} threads, {e.cpu_capability}, {cache}; torch {e.torch}, "
-        f"BLAS {e.blas}, {software}sparseffn {e.sparseffn}; {e.date}{_busy(e) if timed else ''}"
+        f"BLAS {e.blas}, {software}sparseffn {e.sparseffn}; {e.date}{busy}"
     )
-
-
-def _busy(environment: found.Environment) -> str:
-    """The measurement itself keeps at most all processors at work; more load is somebody else's."""
-    load, cpus = environment.load_average, environment.cpus
-    if load <= cpus + _OWN_LOAD_MARGIN:
-        return ""
-    return f". The machine was busy (load average {load:.1f} on {cpus} processors): measure again when it is quiet"
 
 
 _READING = {
@@ -152,17 +145,26 @@ _READING = {
 
 
 def _layer_tables(result: found.LayerResult) -> list[Table]:
-    tables = [
-        _layer_table(result, shape, list(rows), key)
-        for shape, group in groupby(result.rows, key=lambda row: row.shape)
-        for rows in [list(group)]
-        for key in PASSES
-    ]
+    tables = []
+    for shape, group in groupby(result.rows, key=lambda row: row.shape):
+        rows = list(group)
+        tables += [_layer_table(result, shape, rows, key) for key in PASSES]
     return [*tables, _expert_counts_table(result.expert_counts)] if result.expert_counts else tables
 
 
 def _layer_table(result: found.LayerResult, shape: str, rows: list[found.LayerRow], key: str) -> Table:
-    settings, time = result.settings, attrgetter(key)
+    settings, roof, time = result.settings, result.roof, attrgetter(key)
+    limits = (
+        f"limits: {roof.flops_per_s / 1e9:,.0f} GFLOP/s, reading {roof.bytes_per_s / 1e9:,.0f} GB/s in one long pass; a few "
+        f"blocks of an expert's size, as one token reads, come at {roof.scattered_bytes_per_s / 1e9:,.0f} GB/s"
+    )
+    # The limit is then not one.
+    beaten = [
+        f"{row.label} at {integer(row.tokens)} tokens is faster than its limit ({fixed(time(row).over_limit)}): the speed of "
+        "products or of memory was measured too low; measure again when the machine is quiet"
+        for row in rows
+        if time(row).over_limit < 1
+    ]
     left = [f"not timed: {x.label} at {x.tokens} tokens: {x.reason}" for x in result.left_out if x.shape == shape]
     return Table.by_column(
         [
@@ -183,7 +185,7 @@ def _layer_table(result: found.LayerResult, shape: str, rows: list[found.LayerRo
         n_words=2,
         n_labels=3,
         title=f"{PASSES[key]}, {shape}, {settings.dtype}, {settings.device}",
-        notes=(*_roof_notes(result), *_beaten_notes(rows, time), *dict.fromkeys(left)),
+        notes=(limits, *beaten, *dict.fromkeys(left)),
     )
 
 
@@ -192,7 +194,7 @@ def _quartiles(timing: found.Spread) -> str:
 
 
 def _over_share(row: found.LayerRow | found.MemoryRow, ratio: float) -> str:
-    """A ratio over the share of channels that a token uses; it says nothing where it uses all."""
+    """A ratio over the share of channels that a token uses says nothing where it uses all."""
     return fixed(ratio) if row.share < 1 else NOT_MEASURED
 
 
@@ -200,40 +202,21 @@ def _over_peer(peer: found.OverPeer | None) -> str:
     return f"{peer.times_faster:.2f} ({peer.fastest.removeprefix('hf ')})" if peer else NOT_MEASURED
 
 
-def _roof_notes(result: found.LayerResult) -> list[str]:
-    """The speeds that limits were computed from."""
-    roof = result.roof
-    return [
-        f"limits: {roof.flops_per_s / 1e9:,.0f} GFLOP/s, reading {roof.bytes_per_s / 1e9:,.0f} GB/s in one long pass; a few "
-        f"blocks of an expert's size, as one token reads, come at {roof.scattered_bytes_per_s / 1e9:,.0f} GB/s"
-    ]
-
-
-def _beaten_notes(rows: list[found.LayerRow], time: Callable[[found.LayerRow], found.LayerTime]) -> list[str]:
-    """Rows below their limit: the limit is then not one."""
-    return [
-        f"{row.label} at {integer(row.tokens)} tokens is faster than its limit ({fixed(time(row).over_limit)}): the speed of "
-        "products or of memory was measured too low; measure again when the machine is quiet"
-        for row in rows
-        if time(row).over_limit < 1
-    ]
-
-
 def _expert_counts_table(counts: found.ExpertCounts) -> Table:
-    over = dict(zip(counts.layers, ((1.0, 1.0), (counts.forward_over_few, counts.training_over_few)), strict=True))
-    return Table.by_column(
+    over = ((1.0, 1.0), (counts.forward_over_few, counts.training_over_few))
+    rows = zip(counts.layers.items(), over, strict=True)
+    return Table.of(
+        ("experts", "backend", "forward ms", "/ few", "/ limit", "forward + backward ms", "/ few", "/ limit", "gradients MiB"),
         [
-            ("experts", lambda label: label),
-            ("backend", lambda label: counts.backend),
-            ("forward ms", lambda label: milliseconds(counts.layers[label].forward.median_s)),
-            ("/ few", lambda label: fixed(over[label][0])),
-            ("/ limit", lambda label: fixed(counts.layers[label].forward.over_limit)),
-            ("forward + backward ms", lambda label: milliseconds(counts.layers[label].training.median_s)),
-            ("/ few", lambda label: fixed(over[label][1])),
-            ("/ limit", lambda label: fixed(counts.layers[label].training.over_limit)),
-            ("gradients MiB", lambda label: mebibytes(counts.layers[label].gradient_bytes)),
+            (
+                label,
+                counts.backend,
+                *(milliseconds(layer.forward.median_s), fixed(forward), fixed(layer.forward.over_limit)),
+                *(milliseconds(layer.training.median_s), fixed(training), fixed(layer.training.over_limit)),
+                mebibytes(layer.gradient_bytes),
+            )
+            for (label, layer), (forward, training) in rows
         ],
-        counts.layers,
         n_words=2,
         title=f"Idle experts: {counts.fixed}; {counts.tokens:,} tokens",
     )
@@ -295,30 +278,20 @@ def _roofline_tables(result: found.RooflineResult) -> list[Table]:
     ]
     for key, name in (("forward", "fwd"), ("training", "fwd+bwd")):
         for part, bound in (("arithmetic", "arithmetic_s"), ("reading", "bytes_s"), ("limit", "limit_s")):
-            columns.append(
-                (f"{name} {part}", lambda row, key=key, bound=bound: milliseconds(getattr(getattr(row, key), bound)))
-            )
-    limits = [
-        Table.by_column(
-            columns,
-            rows,
-            n_labels=2,
-            title=f"Limits in ms, {shape}, {result.settings.dtype}, tokens that choose evenly",
-        )
-        for shape, rows in groupby(result.rows, key=lambda row: row.shape)
-    ]
-    return [speeds, *limits]
+            value = attrgetter(f"{key}.{bound}")
+            columns.append((f"{name} {part}", lambda row, value=value: milliseconds(value(row))))
+    title = f"Limits in ms, {{}}, {result.settings.dtype}, tokens that choose evenly"
+    shapes = groupby(result.rows, key=lambda row: row.shape)
+    return [speeds, *(Table.by_column(columns, rows, n_labels=2, title=title.format(shape)) for shape, rows in shapes)]
 
 
 def _step_tables(result: found.StepResult) -> list[Table]:
     s, methods = result.settings, result.methods
     shape = f"{s.batch} x {s.context} tokens, memory {s.memory}, {s.precision}, backend {s.backend}"
+    ratios = {"relative": result.ratio}
     attention = Table.of(
         ("attention", "step s", "against plain"),
-        [
-            (name, f"{seconds:.3f}", f"{result.ratio if name == 'relative' else 1:.3f}")
-            for name, seconds in result.seconds.items()
-        ],
+        [(name, f"{seconds:.3f}", f"{ratios.get(name, 1):.3f}") for name, seconds in result.seconds.items()],
         title=f"Training step, {s.method} {s.params:,} parameters, {shape}",
     )
     base = next(iter(methods))

@@ -117,7 +117,7 @@ def _mean_curve(method: MethodResult) -> list[dict[str, float]]:
 
 
 def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """Limits that spend the height on the part where methods differ: from a quarter of the training on."""
+    """Limits that leave the height to the part where methods differ: from a quarter of the training on."""
     low = min(min(line.y) for line in lines)
     high = max(y for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= 0.25 * line.x[-1])
     margin = 0.06 * (high - low) or 0.05 * abs(low) or 1.0

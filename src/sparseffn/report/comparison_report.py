@@ -76,7 +76,7 @@ def _seed_numbers(result: ComparisonResult) -> set[int]:
 
 
 def _seeds_words(result: ComparisonResult) -> str:
-    """ "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n; only the space after the comma may break."""
+    """As "n = 1", "mean ± std, n = 3", or "mean ± std" where rows differ in n; only the space after the comma may break."""
     numbers = _seed_numbers(result)
     words = [] if numbers == {1} else ["mean ± std"]
     words += [f"n = {n}" for n in numbers if len(numbers) == 1]

@@ -6,8 +6,7 @@ What is concluded from a result stands in a block too, as more runs may change i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from sparseffn.report import formats
@@ -24,71 +23,49 @@ _THROUGH = "through dense"
 _FIX = "run `make evidence` again"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What the folder of the evidence holds."""
-
-    runs: EvidenceResult
-    claims: ClaimsResult
-    tables: Mapping[str, TableResult]
-    cells: Mapping[tuple[str, str], Cell]
-    """By label and settings of the row."""
-
-    @classmethod
-    def read(cls, folder: Path) -> Evidence:
-        """From the files that `make evidence` writes.
-
-        Raises:
-            UserError: one is not there or is damaged.
-        """
-        tables = {name: read(folder / f"{name}.json", TableResult, fix=_FIX) for name in TABLES}
-        cells: dict[tuple[str, str], Cell] = {}
-        for table in tables.values():
-            for cell in table.cells:
-                row = table.rows[cell.row]
-                cells.setdefault((row.label, row.settings or ""), cell)
-        return cls(
-            runs=read(folder / "evidence.json", EvidenceResult, fix=_FIX),
-            claims=read(folder / "claims.json", ClaimsResult, fix=_FIX),
-            tables=tables,
-            cells=cells,
-        )
+Cells = Mapping[tuple[str, str], Cell]
+"""By label and settings of the row."""
 
 
 def evidence_blocks(folder: Path) -> dict[str, str]:
-    """Text of every block by name."""
-    evidence = Evidence.read(folder)
-    blocks: Mapping[str, Callable[[Evidence], str]] = {
-        "setup": _setup,
-        "stated": _stated,
-        "claims": _claims,
-        "compute": _compute,
-        "rows": _rows,
+    """Text of every block by name, from the files that `make evidence` writes.
+
+    Raises:
+        UserError: one is not there or is damaged.
+    """
+    runs = read(folder / "evidence.json", EvidenceResult, fix=_FIX)
+    claims = read(folder / "claims.json", ClaimsResult, fix=_FIX)
+    tables = {name: read(folder / f"{name}.json", TableResult, fix=_FIX) for name in TABLES}
+    cells: dict[tuple[str, str], Cell] = {}
+    for table in tables.values():
+        for cell in table.cells:
+            row = table.rows[cell.row]
+            cells.setdefault((row.label, row.settings or ""), cell)
+    return {
+        "setup": _setup(runs, tables["table3"], cells),
+        "stated": _stated(claims),
+        "claims": _claims(claims),
+        "compute": _compute(tables["table3"]),
+        "rows": _rows(cells),
     }
-    return {name: write(evidence) for name, write in blocks.items()}
 
 
-def _setup(evidence: Evidence) -> str:
-    table = evidence.tables["table3"]
-    column, runs = table.columns[0], evidence.runs.runs
-    done, failed = (sum(run.status == status for run in runs) for status in ("finished", "failed"))
+def _setup(evidence: EvidenceResult, table: TableResult, cells: Cells) -> str:
+    column, params = table.columns[0], cells["dense", "paper"].params
+    done, failed = (sum(run.status == status for run in evidence.runs) for status in ("finished", "failed"))
     lines = (
         f"- corpus: {column.corpus}, digest {(column.digest or '')[:12]}; the figures are {column.metric} of the test split",
-        f"- models: {formats.count(_whole(evidence.cells['dense', 'paper'].params))} parameters; {column.sizes}",
+        f"- models: {formats.count(None if params is None else round(params))} parameters; {column.sizes}",
         f"- training: {table.notes[0].partition(': ')[2]}",
-        f"- runs: {done} of {len(runs)} finished" + (f", {failed} failed" if failed else ""),
+        f"- runs: {done} of {len(evidence.runs)} finished" + (f", {failed} failed" if failed else ""),
     )
     return "\n".join(lines) + "\n"
 
 
-def _whole(number: float | None) -> int | None:
-    return None if number is None else round(number)
-
-
-def _rows(evidence: Evidence) -> str:
+def _rows(cells: Cells) -> str:
     """By the difference from sigma-MoE over common seeds, then, in tables without it, from dense: means do not rank."""
-    measured = [(label, cell) for (label, _), cell in evidence.cells.items() if cell.status == "measured"]
-    lacking = [label for (label, _), cell in evidence.cells.items() if cell.status != "measured"]
+    measured = [(label, cell) for (label, _), cell in cells.items() if cell.status == "measured"]
+    lacking = [label for (label, _), cell in cells.items() if cell.status != "measured"]
     rows = [
         (
             label,
@@ -120,16 +97,9 @@ def _interval(found: Difference | None, n: int) -> str:
     return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{seeds}"
 
 
-def _claims(evidence: Evidence) -> str:
-    found = evidence.claims
+def _claims(found: ClaimsResult) -> str:
     rows = [
-        (
-            claim.numbers,
-            claim.words,
-            _verdict(claim),
-            _figure(claim),
-            ", ".join(map(str, claim.seeds)) or "-",
-        )
+        (claim.numbers, claim.words, _verdict(claim), _figure(claim), ", ".join(map(str, claim.seeds)) or "-")
         for claim in found.claims
     ]
     notes = (
@@ -170,8 +140,7 @@ def _figure(claim: DecidedClaim) -> str:
     return "-"
 
 
-def _compute(evidence: Evidence) -> str:
-    table = evidence.tables["table3"]
+def _compute(table: TableResult) -> str:
     seconds, (dense, sigma) = table.columns[0].equal_time_s, table.cells[:2]
     share = (
         f"sigma-MoE computes {sigma.flops_percent:.1f}% of the dense blocks' FLOPs (K/N_E; "
@@ -186,7 +155,7 @@ def _compute(evidence: Evidence) -> str:
     )
 
 
-def _stated(evidence: Evidence) -> str:
+def _stated(found: ClaimsResult) -> str:
     """The paper's claims, decided here or not."""
-    rows = [(claim.numbers, claim.claim, claim.decided_by) for claim in evidence.claims.stated]
+    rows = [(claim.numbers, claim.claim, claim.decided_by) for claim in found.stated]
     return markdown_table(Table.of(("claims", "in our words", "decided by"), rows, n_words=3))

@@ -28,39 +28,28 @@ BLOCK = re.compile(
 
 def with_blocks(text: str, results: Path) -> str:
     """A page with every block made anew from the files of a folder of results."""
-
-    @cache
-    def evidence() -> dict[str, str]:
-        return evidence_blocks(results / "evidence")
-
-    @cache
-    def tables(study: str) -> dict[str, str]:
-        found = study_tables(read_study(results / f"study-{study}.json"))
-        return {name: markdown_table(table) for name, table in found.items()}
+    evidence = cache(lambda: evidence_blocks(results / "evidence"))
+    tables = cache(lambda study: study_tables(read_study(results / f"study-{study}.json")))
 
     def block(found: re.Match[str]) -> str:
-        _, kind, name, table, _ = found.groups()
+        start, kind, name, table, end = found.groups()
         match kind:
             case "evidence":
-                return evidence()[name]
+                made = evidence()[name]
             case "study":
-                return tables(name)[table]
+                made = markdown_table(tables(name)[table])
             case _:
-                return _speed(results)
+                made = _speed(results)
+        return f"{start}\n{made}\n{end}"
 
-    return BLOCK.sub(lambda found: f"{found[1]}\n{block(found)}\n{found[5]}", text)
+    return BLOCK.sub(block, text)
 
 
 def _speed(results: Path) -> str:
-    """The CPU's result of `bench layer`, then what `make gpu` found."""
+    """sigma-MoE's time over dense and over Hugging Face's fastest, by tokens and shape; then what `make gpu` found."""
     path = results / "bench-layer-paper-2-cores.json"
-    table = _layer_table(f"all of it: {path.relative_to(results.parent)}", read(path, LayerResult, fix="measure again"))
-    return "\n".join((markdown_table(table), gpu_markdown(results / "gpu")))
-
-
-def _layer_table(note: str, result: LayerResult) -> Table:
-    """sigma-MoE's time over dense and over Hugging Face's fastest, by tokens and shape."""
-    machine = result.environment
+    result = read(path, LayerResult, fix="measure again")
+    machine, note = result.environment, f"all of it: {path.relative_to(results.parent)}"
     device = f"{machine.threads} cores of {machine.cpu}" if machine.device == "cpu" else machine.device
     ours = {(row.shape, row.tokens): row for row in result.rows if row.label == "sigma-moe" and not row.peer}
     configs = {shape.name: shape.methods["sigma-moe"] for shape in result.shapes if "sigma-moe" in shape.methods}
@@ -73,7 +62,8 @@ def _layer_table(note: str, result: LayerResult) -> Table:
         cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_shapes) else ""
         rows.append([f"{tokens:,}{cold}", "forward", *_ratios([row and row.forward for row in of_shapes])])
         rows.append(["", "forward + backward", *_ratios([row and row.training for row in of_shapes])])
-    return Table.of(head, rows, n_words=2, title=f"{device}, {result.settings.dtype}", notes=(note,))
+    table = Table.of(head, rows, n_words=2, title=f"{device}, {result.settings.dtype}", notes=(note,))
+    return "\n".join((markdown_table(table), gpu_markdown(results / "gpu")))
 
 
 def _ratios(times: list[LayerTime | None]) -> list[str]:

@@ -74,6 +74,6 @@ def write_texts(texts: Mapping[Path, str]) -> list[Path]:
 
 def page_html(page: Page) -> str:
     """The page as text."""
-    loader, blocks = PackageLoader("sparseffn.report"), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    loader = PackageLoader("sparseffn.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html.j2").render(page=page, setting=formats.setting, markup=Markup)

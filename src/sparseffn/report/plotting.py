@@ -1,4 +1,4 @@
-"""What all figures share: their look, how lines are told apart and labelled, and how a drawing becomes SVG and PNG.
+"""What all figures share: their look, how lines differ and are labelled, and how a drawing becomes SVG and PNG.
 
 Lines differ in colour (Okabe and Ito's palette, https://jfly.uni-koeln.de/color/), in line style and in marker, and are
 labelled beside the frame at the height where they end, so that nothing rests on colour. Figures are legible in print at the

@@ -9,12 +9,13 @@ from sparseffn.errors import UserError
 from sparseffn.report.bench_report import measured_page
 from sparseffn.report.formats import NOT_MEASURED, ranged, significant
 from sparseffn.report.markdown import markdown_table
+from sparseffn.report.page import write_texts
 from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.study_plots import AXES, along, base_sizes, pick, study_plots
 from sparseffn.report.table import Table
 from sparseffn.results.study_result import StartRow, StudyResult, Variant
 from sparseffn.stats import MeanStd
-from sparseffn.storage import read, write_text
+from sparseffn.storage import read
 
 _FIX = "run `sparseffn study` again: finished runs are kept"
 TITLES = {
@@ -38,11 +39,10 @@ def read_study(path: str | Path) -> StudyResult:
 
 def write_study(result: StudyResult, folder: Path, *, drawn: bool = True) -> list[Path]:
     """Write tables as Markdown, the page and, where matplotlib is there, each drawing as SVG and PNG; returns the files."""
-    text, page = folder / f"{result.kind}.md", folder / f"{result.kind}.html"
     plots = study_plots(result) if drawn else []
-    write_text(text, study_markdown(result))
-    write_text(page, study_page(result, plots))
-    return [text, page, *write_plots(plots, folder)]
+    text, page = study_markdown(result), study_page(result, plots)
+    written = write_texts({folder / f"{result.kind}.md": text, folder / f"{result.kind}.html": page})
+    return written + write_plots(plots, folder)
 
 
 def study_markdown(result: StudyResult) -> str:
@@ -52,20 +52,17 @@ def study_markdown(result: StudyResult) -> str:
 
 def study_page(result: StudyResult, plots: Sequence[Plot] = ()) -> str:
     """The page as text, with these drawings."""
-    kind = result.kind
-    tables, command = list(study_tables(result).values()), f"study {result.settings.study}"
-    return measured_page(result, title=TITLES[kind], command=command, text=_READING[kind], tables=tables, plots=plots)
+    title, reading, tables = TITLES[result.kind], _READING[result.kind], list(study_tables(result).values())
+    return measured_page(result, title, f"study {result.settings.study}", reading, tables, plots)
 
 
 def study_tables(result: StudyResult) -> dict[str, Table]:
     """Every table of a study by name."""
     tables: dict[str, Table] = {}
-    if result.start:
-        for axis in AXES:
-            rows = along(result, axis)
-            if rows:
-                tables[f"scale {axis}"] = _scale_table(result, axis, rows)
-                tables[f"load {axis}"] = _load_table(result, axis, rows)
+    for axis in AXES:
+        if rows := along(result, axis):
+            tables[f"scale {axis}"] = _scale_table(result, axis, rows)
+            tables[f"load {axis}"] = _load_table(result, axis, rows)
     tables["loss"] = _loss_table(result)
     tables["selectors"] = _selector_table(result)
     tables["selector differences"] = _selector_differences_table(result)
@@ -86,13 +83,12 @@ def _scale_table(result: StudyResult, axis: str, rows: Sequence[StartRow]) -> Ta
         cells = [str(getattr(row, axis)), row.init]
         for key in ("output", "keys", "values", "input"):
             cells += [significant(row.predicted[key]), ranged(row.measured.get(key)), ranged(text.measured[key])]
-        table.append(tuple(cells))
+        table.append(cells)
     names = ("output", "d keys", "d values", "d x")
-    head = [AXES[axis], "init"] + [f"{name}: {what}" for name in names for what in ("predicted", "Gaussian", "text")]
     return Table.of(
+        (AXES[axis], "init", *(f"{name}: {what}" for name in names for what in ("predicted", "Gaussian", "text"))),
+        table,
         title=f"At initialisation, mean square over the dense block's, over {AXES[axis]}; {_fixed(result, axis)}",
-        head=tuple(head),
-        rows=table,
         n_words=2,
         n_labels=2,
         notes=(_seeds_note(result), "Selector rows of equal norm; free rows are alike here."),
@@ -108,14 +104,13 @@ def _load_table(result: StudyResult, axis: str, rows: Sequence[StartRow]) -> Tab
         for source in (row, text):
             for key in ("variation", "norm_correlation", "largest_over_mean"):
                 cells += [significant(source.predicted[key]), ranged(source.measured[key])]
-        table.append((*cells, ranged(text.measured.get("dead"))))
+        table.append([*cells, ranged(text.measured.get("dead"))])
     quantities = ("std / mean", "correlation with norm", "largest / mean")
-    head = [AXES[axis], "rows"]
-    head += [f"{source} {name}{what}" for source in ("", "text") for name in quantities for what in (", predicted", "")]
+    head = [f"{source}{name}{what}" for source in ("", "text ") for name in quantities for what in (", predicted", "")]
     return Table.of(
+        (AXES[axis], "rows", *head, "text dead"),
+        table,
         title=f"Load of the experts at initialisation over {AXES[axis]}; {_fixed(result, axis)}",
-        head=tuple(name.strip() for name in (*head, "text dead")),
-        rows=table,
         n_words=2,
         n_labels=2,
         notes=(_seeds_note(result), "Gaussian tokens where not said otherwise; shared initialisation."),
@@ -123,11 +118,10 @@ def _load_table(result: StudyResult, axis: str, rows: Sequence[StartRow]) -> Tab
 
 
 def _seeds_note(result: StudyResult) -> str:
-    settings = result.settings
-    n, grid = settings.start_seeds, settings.grid
+    grid = result.settings.grid
     return (
-        f"Median [least, greatest] of {n} seeds; d_model {grid.d_model}; {grid.n_tokens:,} tokens for the load, the "
-        f"first {grid.n_gradients:,} of them for output and gradients."
+        f"Median [least, greatest] of {result.settings.start_seeds} seeds; d_model {grid.d_model}; {grid.n_tokens:,} tokens "
+        f"for the load, the first {grid.n_gradients:,} of them for output and gradients."
     )
 
 
@@ -180,12 +174,9 @@ _QUANTITIES = {
 
 def _selector_table(result: StudyResult) -> Table:
     """What the selectors do at the start and at the end."""
-    return Table.by_column(
-        [
-            ("variant", lambda variant: variant.name),
-            *((name, lambda variant, key=key: _start_to_end(variant, key)) for key, name in _QUANTITIES.items()),
-        ],
-        result.variants,
+    return Table.of(
+        ("variant", *_QUANTITIES.values()),
+        [(variant.name, *(_start_to_end(variant, key) for key in _QUANTITIES)) for variant in result.variants],
         title="Selectors before and after the short training (start → end), means over layers and seeds",
         notes=("Load over 8,192 tokens of validation; an expert is dead with under 1% of the mean load.",),
     )
@@ -194,12 +185,9 @@ def _selector_table(result: StudyResult) -> Table:
 def _selector_differences_table(result: StudyResult) -> Table:
     """How the selectors differ at the end from those of the first variant."""
     first, *others = result.variants
-    return Table.by_column(
-        [
-            ("variant", lambda variant: variant.name),
-            *((name, lambda variant, key=key: _difference(variant, key)) for key, name in _QUANTITIES.items()),
-        ],
-        others,
+    return Table.of(
+        ("variant", *_QUANTITIES.values()),
+        [(variant.name, *(_difference(variant, key) for key in _QUANTITIES)) for variant in others],
         title=f"Selectors at the end, differences from {first.name}",
         notes=("Paired by seed, with the 95% interval of Student's t over seeds. Not corrected for their number.",),
     )
