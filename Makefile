@@ -47,7 +47,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 fuzz: setup
-	$(BIN)/python tools/fuzz_kernels.py --minutes 10 --poison
+	$(BIN)/python tests/ops/cpu_backend/fuzz_kernels.py --minutes 10 --poison
 
 lint: setup
 	$(BIN)/ruff format --check .

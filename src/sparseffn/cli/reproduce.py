@@ -139,7 +139,7 @@ def _print_dry_run(result: DryRunResult) -> None:
     if any(run.unequal for run in result.runs):
         print("- *: more than 0.5% off the dense model's parameters, as published")
     for reason in dict.fromkeys(run.corpus_missing for run in result.runs if run.corpus_missing):
-        print(f"- {reason}")
+        print(f"- sizes without the corpus are of the vocabulary that it should have: {reason}")
 
 
 def _duration(seconds: float) -> str:
@@ -147,7 +147,7 @@ def _duration(seconds: float) -> str:
     for unit, size in (("y", 365.25 * 86400), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
 
 
 def evidence(settings: ReproduceEvidence) -> int:

@@ -130,6 +130,8 @@ class WordsTokenizer(Tokenizer):
     fits_on: ClassVar[tuple[Split, ...]] = ("train",)
 
     def __init__(self, words: Sequence[str]) -> None:
+        if not (isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)):
+            raise TypeError("`words` must be a list of strings")
         self._words = tuple(words)
         self._numbers = {word: number for number, word in enumerate(self._words)}
         self.vocab_size = len(self._words)

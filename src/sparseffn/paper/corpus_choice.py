@@ -7,11 +7,15 @@ from typing import final
 
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
+from sparseffn.paper.published import vocabulary
 from sparseffn.paper.scales import Column, CorpusKey, Scale
 
 # What the small scales run on where the user names nothing; each with the tokeniser that it is meant with here.
 DEFAULT_CORPUS = "ptb"
 _TOKENIZERS = {"ptb": "chars"}
+
+# Types of the default corpus under that tokeniser, where a dry run plans without it.
+DEFAULT_VOCABULARY = 50
 
 CLOSED = "a dry run opens no published corpus, as they are large: the sizes are those of the published vocabularies"
 """Why a column of a dry run at scale paper has no corpus."""
@@ -53,6 +57,14 @@ class Corpora:
             return column.corpus
         name = self.choice.name or DEFAULT_CORPUS
         return name, self.choice.tokenizer or _TOKENIZERS.get(name), self.choice.vocab_size
+
+    def expected_vocabulary(self, column: Column) -> int:
+        """Types of the column's corpus, as far as they are known without it: else those of the published model."""
+        name, tokenizer, vocab_size = self.wanted(column)
+        small = not self.scale.is_published and not column.has_its_corpus
+        if small and (name, tokenizer) == (DEFAULT_CORPUS, _TOKENIZERS[DEFAULT_CORPUS]):
+            return DEFAULT_VOCABULARY
+        return vocab_size or (256 if small and tokenizer == "bytes" else vocabulary(column.name))
 
     def of(self, column: Column) -> Corpus:
         """The column's corpus.

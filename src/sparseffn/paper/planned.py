@@ -11,7 +11,6 @@ from sparseffn.matching import TOLERANCE
 from sparseffn.models import TransformerXLConfig
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.pool import RunSpec
-from sparseffn.paper.published import vocabulary
 from sparseffn.paper.scales import Column, Scale, Settings, released_clip
 from sparseffn.paper.table_rows import Sized, sized
 from sparseffn.paper.tables import DENSE, Table
@@ -106,7 +105,7 @@ def _column(name: str, request: Request) -> PlannedColumn:
         corpus = request.corpora.of(column)
     except UserError as error:
         reason = str(error)
-    vocab_size = vocabulary(name) if corpus is None else corpus.tokenizer.vocab_size
+    vocab_size = request.corpora.expected_vocabulary(column) if corpus is None else corpus.tokenizer.vocab_size
     dense = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
     steps = column.preset.steps if request.steps is None else request.steps
     return PlannedColumn(column=column, corpus=corpus, reason=reason, vocab_size=vocab_size, dense=dense, steps=steps)

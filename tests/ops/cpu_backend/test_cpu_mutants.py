@@ -84,14 +84,14 @@ def gradients_of_few(backend: str) -> torch.Tensor:
 
 
 def router_logits(backend: str) -> torch.Tensor:
-    """Enough tokens for the turned selector."""
+    """Enough tokens for the transposed selector."""
     torch.manual_seed(0)
     return ops.router_logits(torch.randn(130, 7), torch.randn(3, 7), backend=backend)
 
 
 # The same for the other operations, with what is compared.
 OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
-    "weight-of-another-row": ("rows.cpp", "y[c] += weights[q] * widen", "y[c] += weights[0] * widen", weighted_rows),
+    "weight-of-another-row": ("rows.cpp", "y[c] += weights[q] * upcast", "y[c] += weights[0] * upcast", weighted_rows),
     "ties-to-the-highest": (
         "select.h",
         "keys[i] <= keys[chosen[k - 1]]) return",
@@ -112,7 +112,7 @@ OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
         gradients_of_few,
     ),
     "open-unit-taken-for-closed": ("experts.h", "any |= ws.rows[i][g]", "any = ws.rows[i][g]", gradients_of_few),
-    "first-column-for-all": ("turn.h", "= a[i * columns + c];", "= a[i * columns];", router_logits),
+    "first-column-for-all": ("transpose.h", "= a[i * columns + c];", "= a[i * columns];", router_logits),
 }
 
 

@@ -14,7 +14,7 @@ from sparseffn.ops.cpu import build
 # Scratch memory that is handed out unwritten holds NaN, which the comparison then finds.
 FLAGS = ("-std=c++17", "-O1", "-g", "-march=native", "-fopenmp", "-fPIC", "-fno-omit-frame-pointer", "-DSPARSEFFN_POISON")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-FUZZ = Path(__file__).parents[3] / "tools" / "fuzz_kernels.py"
+FUZZ = Path(__file__).with_name("fuzz_kernels.py")
 
 SCRIPT = """
 import ctypes, runpy, sys

@@ -101,11 +101,11 @@ def test_outputs_and_gradients_are_near_the_truth(case: str, gate: ops.GateName,
 def test_fewer_numbers_than_a_register_holds(gate: ops.GateName) -> None:
     """And none of the inputs or directions in the order of its memory."""
     inputs, directions = drawn(5, 4, 2, 3, 2)
-    turned = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
+    transposed = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
     expanded = [t[:1].expand_as(t) for t in directions]
-    assert not any(t.is_contiguous() for t in (*turned, *expanded))
+    assert not any(t.is_contiguous() for t in (*transposed, *expanded))
     for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        got = results([t.to(dtype) for t in turned], [t.to(dtype) for t in expanded], gate, 2, fused=True)
+        got = results([t.to(dtype) for t in transposed], [t.to(dtype) for t in expanded], gate, 2, fused=True)
         for one, wanted in zip(got, results(inputs, expanded, gate, 2, fused=False), strict=True):
             torch.testing.assert_close(one.double(), wanted, atol=near, rtol=near)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import interpreted_checks
-import mended_interpreter
+import patched_interpreter
 import torch
 from torch import Tensor
 from triton import knobs
@@ -177,7 +177,7 @@ def main() -> None:
     """Run what the first argument names and write {case: message} to the second."""
     what, out = sys.argv[1:]
     if knobs.runtime.interpret:
-        mended_interpreter.mend()
+        patched_interpreter.mend()
     else:
         torch.set_default_device("cuda")
     poison_new_tensors()

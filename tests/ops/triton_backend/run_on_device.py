@@ -44,7 +44,7 @@ def work(out: Path, worker: int, n_workers: int, only: str) -> None:
 
     interpreted = knobs.runtime.interpret
     if interpreted:
-        run_interpreted.mended_interpreter.mend()
+        run_interpreted.patched_interpreter.mend()
     else:
         torch.set_default_device("cuda")
         # cuBLAS starts in autograd's thread, before new tensors are filled with NaN.

@@ -12,7 +12,7 @@
 
 #include "experts_types.h"
 #include "product.h"
-#include "widened.h"
+#include "upcast.h"
 
 namespace sparseffn {
 
@@ -210,7 +210,7 @@ template <class S> bool are_even(const Problem<S>& p, const Shares& shares) {
 template <class S> void forward(const Problem<S>& p, S* y) {
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
-    const Widened<S> x(p.x, n, p.threads);
+    const Upcast<S> x(p.x, n, p.threads);
     // Partial sums of many threads must not outweigh the experts that they save reading twice.
     const bool small = n * (p.threads - 1) <= 2 * p.routing.experts * p.width * p.size;
     const auto run = [&](C* to) {

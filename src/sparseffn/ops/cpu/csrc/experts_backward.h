@@ -6,7 +6,7 @@
 
 #include "experts.h"
 #include "outer.h"
-#include "turn.h"
+#include "transpose.h"
 
 namespace sparseffn {
 
@@ -21,12 +21,12 @@ constexpr int64_t kRowsAhead = 12;
 
 // to[e] = from[e]^T for the experts in use, by all threads.
 template <class S>
-void turn_experts(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {
+void transpose_experts(const Problem<S>& p, const S* from, int64_t rows, int64_t columns, S* to) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t e = 0; e < p.routing.experts; ++e)
         for (int64_t strip = 0; strip < (rows + kStrip - 1) / kStrip; ++strip)
             if (p.routing.offsets[e] < p.routing.offsets[e + 1])
-                turn_rows(from + e * rows * columns, rows, columns, strip * kStrip, to + e * rows * columns);
+                transpose_rows(from + e * rows * columns, rows, columns, strip * kStrip, to + e * rows * columns);
 }
 
 // For a row of hidden units: da (in place) becomes dh, `scaled` gets s * drop * act(h); returns the gate's gradient.
@@ -41,7 +41,7 @@ compute_t<S> through_activation(const Problem<S>& p, int64_t row, compute_t<S>* 
     const auto pass = [&](auto activation) {
         constexpr Activation a = decltype(activation)::value;
         const auto unit = [&](int64_t g, C& sum) {
-            const Slope<C> s = slope_of(a, C(widen(kept[g])));
+            const Slope<C> s = slope_of(a, C(upcast(kept[g])));
             const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
             sum += d[g] * s.value * drop;
             scaled[g] = gate * drop * s.value;
@@ -108,7 +108,7 @@ void outer(const std::vector<const compute_t<S>*>& a, const std::vector<const co
             for (int c = 0; c < width; ++c) to[i * ld + columns.begin + c] = narrow<S>(sums[i * lds + c]);
 }
 
-// Up to this many rows of an expert its weights are read as they lie, in dot products; for more it pays to turn them.
+// Up to this many rows of an expert its weights are read as they lie, in dot products; for more it pays to transpose them.
 constexpr int64_t kDotRows = 6;
 
 // Experts in use, in one run for each thread.
@@ -147,7 +147,7 @@ void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Divis
         C* mine = thread == 0 ? gx : partial.data() + (thread - 1) * n;
         std::fill(mine, mine + n, C(0));
         Buffer<C> d(most * p.size), scaled(most * p.size), padded(most * kVectors * kLanes<C>);
-        Buffer<S> turned(most > kDotRows ? matrix : 0), ragged(padded_size<C>(std::max(p.width, p.size)));
+        Buffer<S> transposed(most > kDotRows ? matrix : 0), ragged(padded_size<C>(std::max(p.width, p.size)));
         std::vector<const C*> inputs(most), sent(most), d_rows(most), scaled_rows(most), padded_rows(most);
         const Range own = division.runs.of(thread, threads);
         for (int64_t u = own.begin; u < own.end; ++u) {
@@ -163,8 +163,8 @@ void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Divis
                 product_dots<C, S>(sent.data(), rows, p.values + e * matrix, p.width, p.width, p.size,
                                    [&](int64_t i, int64_t j, C sum) { d[i * p.size + j] = sum; });
             } else {
-                turn(p.values + e * matrix, p.size, p.width, turned.data());
-                product<C, S>(sent.data(), rows, turned.data(), p.size, p.width, p.size, ragged.data(), Fetch{},
+                transpose(p.values + e * matrix, p.size, p.width, transposed.data());
+                product<C, S>(sent.data(), rows, transposed.data(), p.size, p.width, p.size, ragged.data(), Fetch{},
                               [&](int64_t i, int64_t first, int columns, const auto& acc) {
                                   put(d.data() + i * p.size + first, acc, columns);
                               });
@@ -176,8 +176,8 @@ void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Divis
                 product_dots<C, S>(d_rows.data(), rows, p.keys + e * matrix, p.size, p.size, p.width,
                                    [&](int64_t i, int64_t j, C sum) { mine[routing.token(first + i) * p.width + j] += sum; });
             } else {
-                turn(p.keys + e * matrix, p.width, p.size, turned.data());
-                product<C, S>(d_rows.data(), rows, turned.data(), p.width, p.size, p.width, ragged.data(), Fetch{},
+                transpose(p.keys + e * matrix, p.width, p.size, transposed.data());
+                product<C, S>(d_rows.data(), rows, transposed.data(), p.width, p.size, p.width, ragged.data(), Fetch{},
                               [&](int64_t i, int64_t column, int columns, const auto& acc) {
                                   add(mine + routing.token(first + i) * p.width + column, acc, columns);
                               });
@@ -201,14 +201,14 @@ void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Divis
     }
 }
 
-// Many tokens: weights are turned once for all, each thread adds to the inputs of its own tokens.
+// Many tokens: weights are transposed once for all, each thread adds to the inputs of its own tokens.
 template <class S>
 void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const compute_t<S>* x, const compute_t<S>* gy,
                         compute_t<S>* gx) {
     using C = compute_t<S>;
     const Routing& routing = p.routing;
     const int64_t line = kVectors * kLanes<C>;
-    Buffer<S> turned(routing.experts * p.width * p.size);
+    Buffer<S> transposed(routing.experts * p.width * p.size);
     Buffer<C> d(routing.rows() * p.size), scaled(routing.rows() * p.size);
 
     std::vector<std::pair<int64_t, Range>> chunks;
@@ -222,27 +222,27 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
 #pragma omp parallel num_threads(p.threads)
     {
         Workspace<S> ws(p);
-        turn_experts(p, p.values, p.size, p.width, turned.data());
+        transpose_experts(p, p.values, p.size, p.width, transposed.data());
 #pragma omp for schedule(dynamic, 1)
         for (size_t c = 0; c < chunks.size(); ++c) {
             const auto [e, rows] = chunks[c];
             const int64_t count = rows.end - rows.begin;
             for (int64_t i = 0; i < count; ++i) ws.inputs[i] = gy + routing.token(rows.begin + i) * p.width;
             C* da = d.data() + rows.begin * p.size;
-            product<C, S>(ws.inputs.data(), count, turned.data() + e * p.width * p.size, p.size, p.width, p.size,
+            product<C, S>(ws.inputs.data(), count, transposed.data() + e * p.width * p.size, p.size, p.width, p.size,
                           ws.padded.data(), Fetch{}, [&](int64_t i, int64_t first, int columns, const auto& acc) {
                               put(da + i * p.size + first, acc, columns);
                           });
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 g.gates[routing.order[r]] = through_activation(p, r, d.data() + r * p.size, scaled.data() + r * p.size);
         }
-        turn_experts(p, p.keys, p.width, p.size, turned.data());
+        transpose_experts(p, p.keys, p.width, p.size, transposed.data());
         const Range tokens = part_of(routing.tokens, omp_get_thread_num(), omp_get_num_threads());
         std::fill(gx + tokens.begin * p.width, gx + tokens.end * p.width, C(0));
         for (int64_t e = 0; e < routing.experts; ++e)
             in_chunks<S>(routing.rows_of(e, tokens), [&](Range rows) {
                 for (int64_t i = 0; i < rows.end - rows.begin; ++i) ws.rows[i] = d.data() + (rows.begin + i) * p.size;
-                product<C, S>(ws.rows.data(), rows.end - rows.begin, turned.data() + e * p.width * p.size, p.width, p.size,
+                product<C, S>(ws.rows.data(), rows.end - rows.begin, transposed.data() + e * p.width * p.size, p.width, p.size,
                               p.width, ws.padded.data(), Fetch{}, [&](int64_t i, int64_t first, int columns, const auto& acc) {
                                   add(gx + routing.token(rows.begin + i) * p.width + first, acc, columns);
                               });
@@ -295,7 +295,7 @@ template <class S> bool divides_experts(const Problem<S>& p, const Division& div
 template <class S> void backward(const Problem<S>& p, const Gradients<S>& g) {
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
-    const Widened<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
+    const Upcast<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
     const Division division = divide(p.routing, p.threads);
     const auto run = [&](C* gx) {
         if (divides_experts(p, division)) backward_by_experts(p, g, division, x.data(), gy.data(), gx);

@@ -42,7 +42,7 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
     using C = compute_t<S>;
     const Routing& routing = p.routing;
     const int64_t n = routing.tokens * p.width;
-    const Widened<S> x(p.x, n, p.threads);
+    const Upcast<S> x(p.x, n, p.threads);
     Buffer<S> hidden(routing.rows() * p.size);
     Buffer<C> alpha(routing.rows() * p.size), sums(n);
     Buffer<int64_t> place(routing.rows());
@@ -97,7 +97,7 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
                         if (const C a = alpha[r * p.size + g]; a != C(0)) {
                             const S* value = p.values + (e * p.size + g) * p.width;
                             C* to = sums.data() + routing.token(r) * p.width;
-                            for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * widen(value[c]);
+                            for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c]);
                         }
 #pragma omp barrier
         }

@@ -1,11 +1,11 @@
-// y = x W^T for the selector: W [outputs, width] is turned once, then every thread takes a block of tokens.
+// y = x W^T for the selector: W [outputs, width] is transposed once, then every thread takes a block of tokens.
 #pragma once
 
 #include <vector>
 
 #include "parallel.h"
 #include "product.h"
-#include "turn.h"
+#include "transpose.h"
 
 namespace sparseffn {
 // Rows that a thread takes at a time.
@@ -22,18 +22,18 @@ inline void linear(const C* x, const C* w, int64_t tokens, int64_t width, int64_
                            [&](int64_t i, int64_t o, C sum) { y[i * outputs + o] = sum; });
         return;
     }
-    Buffer<C> turned(width * outputs);
+    Buffer<C> transposed(width * outputs);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < outputs; first += kStrip) turn_rows(w, outputs, width, first, turned.data());
+        for (int64_t first = 0; first < outputs; first += kStrip) transpose_rows(w, outputs, width, first, transposed.data());
         Buffer<C> padded(padded_size<C>(width));
         std::vector<const C*> rows(kLinearRows);
         const Range own = part_of(tokens, omp_get_thread_num(), omp_get_num_threads());
         for (int64_t first = own.begin; first < own.end; first += kLinearRows) {
             const int64_t n = std::min(kLinearRows, own.end - first);
             for (int64_t i = 0; i < n; ++i) rows[i] = x + (first + i) * width;
-            product<C, C>(rows.data(), n, turned.data(), outputs, width, outputs, padded.data(), Fetch{},
+            product<C, C>(rows.data(), n, transposed.data(), outputs, width, outputs, padded.data(), Fetch{},
                           [&](int64_t i, int64_t column, int columns, const auto& acc) {
                               put(y + (first + i) * outputs + column, acc, columns);
                           });

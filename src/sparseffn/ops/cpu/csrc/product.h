@@ -205,7 +205,7 @@ template <class C> inline C sum_of_lanes(Vec<C> v) {
 }
 
 // sums[i][j] = a[i] . B[j]: rows of A and rows of B contiguous along the sum. B is read once where it lies; for many rows it
-// pays to turn it instead.
+// pays to transpose it instead.
 template <class C, class S, int R, int N>
 SPARSEFFN_INLINE void tile_dots(const C* const* a, const S* b, int64_t ldb, int64_t depth, C (&sums)[R][N]) {
     Vec<C> acc[R][N] = {};
@@ -224,7 +224,7 @@ SPARSEFFN_INLINE void tile_dots(const C* const* a, const S* b, int64_t ldb, int6
         for (int j = 0; j < N; ++j) {
             // Added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
             C rest = 0;
-            for (int64_t t = k; t < depth; ++t) rest += a[i][t] * widen(b[j * ldb + t]);
+            for (int64_t t = k; t < depth; ++t) rest += a[i][t] * upcast(b[j * ldb + t]);
             sums[i][j] = sum_of_lanes<C>(acc[i][j]) + rest;
         }
 }

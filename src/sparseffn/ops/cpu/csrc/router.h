@@ -7,7 +7,7 @@
 #include "outer.h"
 #include "routing.h"
 #include "select.h"
-#include "widened.h"
+#include "upcast.h"
 
 namespace sparseffn {
 
@@ -41,7 +41,7 @@ template <class C> inline void gates_of(Gate kind, const C* logits, int64_t expe
     for (int64_t j = 0; j < k; ++j) gates[j] = std::exp(logits[chosen[j]] - top) / static_cast<C>(sum);
 }
 
-// From here on turning the selector pays; below, each logit is a dot product.
+// From here on transposing the selector pays; below, each logit is a dot product.
 constexpr int64_t kManyTokens = 128;
 
 // Scores each token against every row of the selector, chooses and gates.
@@ -49,7 +49,7 @@ template <class S>
 inline void route(const S* x, const S* selector, Gate kind, int64_t tokens, int64_t width, int64_t experts, int64_t k,
                   int threads, compute_t<S>* logits, int64_t* indices, compute_t<S>* gates) {
     using C = compute_t<S>;
-    const Widened<S> inputs(x, tokens * width, threads), rows(selector, experts * width, threads);
+    const Upcast<S> inputs(x, tokens * width, threads), rows(selector, experts * width, threads);
     const bool many = tokens >= kManyTokens;
     if (many) linear(inputs.data(), rows.data(), tokens, width, experts, threads, logits);
 #pragma omp parallel num_threads(threads) if (tokens * experts * width > 1 << 17)

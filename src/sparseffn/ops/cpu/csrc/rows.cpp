@@ -33,7 +33,7 @@ void add_rows(const S* const* rows, const compute_t<S>* weights, int n, Range co
         store(y + c, sum);
     }
     for (; c < columns.end; ++c)
-        for (int q = 0; q < n; ++q) y[c] += weights[q] * widen(rows[q][c]);
+        for (int q = 0; q < n; ++q) y[c] += weights[q] * upcast(rows[q][c]);
 }
 
 template <class S> void sum_token(const Table<S>& t, int64_t token, Range columns, compute_t<S>* y) {
@@ -119,13 +119,13 @@ template <class S> void gradients(const Table<S>& t, const S* grad, S* grad_valu
     {
         if constexpr (!std::is_same_v<S, C>) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < t.tokens * t.width; ++i) wide[i] = widen(grad[i]);
+            for (int64_t i = 0; i < t.tokens * t.width; ++i) wide[i] = upcast(grad[i]);
         }
         Buffer<C> sum(t.width), value(t.width);
 #pragma omp for schedule(dynamic, 16)
         for (int64_t v = 0; v < t.rows; ++v) {
             std::fill(sum.data(), sum.data() + t.width, C(0));
-            for (int64_t c = 0; c < t.width; ++c) value[c] = widen(t.values[v * t.width + c]);
+            for (int64_t c = 0; c < t.width; ++c) value[c] = upcast(t.values[v * t.width + c]);
             for (int64_t p = offsets[v]; p < offsets[v + 1]; ++p) {
                 const C* row = gy + order[p] / t.k * t.width;
                 const C weight = t.weights[order[p]];

@@ -57,9 +57,9 @@ template <class C> inline void store(C* p, Vec<C> v) { __builtin_memcpy(p, &v, s
 
 template <class C> inline Vec<C> splat(C x) { return x - Vec<C>{}; }
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bf16 x) {
+inline float upcast(float x) { return x; }
+inline double upcast(double x) { return x; }
+inline float upcast(bf16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float f;
     std::memcpy(&f, &bits, sizeof f);

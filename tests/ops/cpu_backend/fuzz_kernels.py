@@ -1,6 +1,6 @@
 """Draw shapes, routings, dtypes and options without end and hold every compiled kernel against the truth.
 
-    python tools/fuzz_kernels.py --minutes 10
+    python tests/ops/cpu_backend/fuzz_kernels.py --minutes 10
 
 Truth is the reference in float64, for large draws PyTorch's operations in float64, which the tests hold against it. In float64
 a kernel must agree to rounding, in float32 and bfloat16 come as near as `ops/spec.py` says. Stops at the first disagreement and
@@ -267,7 +267,10 @@ def main() -> int:
             try:
                 check(random.Random(seed))
             except Exception:
-                sys.stderr.write(f"{check.__name__} fails: python tools/fuzz_kernels.py --seed {seed} --rounds 1\n")
+                command = "tests/ops/cpu_backend/fuzz_kernels.py --rounds 1 --seed"
+                sys.stderr.write(f"{check.__name__} fails: python {command} {seed}\n")
+                    f"{check.__name__} fails: python tests/ops/cpu_backend/fuzz_kernels.py --seed {seed} --rounds 1\n"
+                )
                 raise
         seed += 1
     sys.stdout.write(f"{seed - options.seed:,} rounds of {len(KERNELS)} kernels from seed {options.seed}: nothing found\n")

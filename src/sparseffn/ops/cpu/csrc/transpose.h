@@ -1,4 +1,4 @@
-// Transposes: squares of one register's lanes are turned in registers.
+// Transposes: squares of one register's lanes are transposed in registers.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace sparseffn {
 
-// Rows that one call of turn_rows takes: whole squares of every type.
+// Rows that one call of transpose_rows takes: whole squares of every type.
 constexpr int64_t kStrip = 16;
 
 // Lanes of a square: as many numbers as one register computes with.
@@ -41,18 +41,18 @@ template <int H, class V, int... Q> SPARSEFFN_INLINE void swap_squares(V& a, V& 
     a = first;
 }
 
-// Turns squares of side 2 H: in each, the two of side H off the diagonal change places, then all four are turned.
-template <int H, class V, int N> SPARSEFFN_INLINE void turn_square(V (&lines)[N]) {
+// Transposes squares of side 2 H: in each, the two of side H off the diagonal change places, then all four are transposed.
+template <int H, class V, int N> SPARSEFFN_INLINE void transpose_square(V (&lines)[N]) {
     if constexpr (H > 0) {
 #pragma GCC unroll 16
         for (int i = 0; i < N; ++i)
             if (!(i & H)) swap_squares<H>(lines[i], lines[i + H], std::make_integer_sequence<int, N>{});
-        turn_square<H / 2>(lines);
+        transpose_square<H / 2>(lines);
     }
 }
 
 // Rows first..first + kStrip of a [rows, columns] matrix as columns of its transpose.
-template <class S> void turn_rows(const S* a, int64_t rows, int64_t columns, int64_t first, S* b) {
+template <class S> void transpose_rows(const S* a, int64_t rows, int64_t columns, int64_t first, S* b) {
     constexpr int N = kSquare<S>;
     const int64_t last = std::min(first + kStrip, rows);
     for (int64_t r = first; r < last; r += N) {
@@ -63,7 +63,7 @@ template <class S> void turn_rows(const S* a, int64_t rows, int64_t columns, int
                 std::memcpy(&lines[i], a + (r + i) * columns + c, sizeof lines[i]);
                 __builtin_prefetch(a + (r + i + N) * columns + c);
             }
-            turn_square<N / 2>(lines);
+            transpose_square<N / 2>(lines);
             for (int j = 0; j < N; ++j) std::memcpy(b + (c + j) * rows + r, &lines[j], sizeof lines[j]);
         }
         for (; c < columns; ++c)
@@ -72,8 +72,8 @@ template <class S> void turn_rows(const S* a, int64_t rows, int64_t columns, int
 }
 
 // b = a^T by one thread.
-template <class S> void turn(const S* a, int64_t rows, int64_t columns, S* b) {
-    for (int64_t first = 0; first < rows; first += kStrip) turn_rows(a, rows, columns, first, b);
+template <class S> void transpose(const S* a, int64_t rows, int64_t columns, S* b) {
+    for (int64_t first = 0; first < rows; first += kStrip) transpose_rows(a, rows, columns, first, b);
 }
 
 }  // namespace sparseffn

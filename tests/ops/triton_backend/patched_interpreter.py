@@ -25,14 +25,14 @@ def _convert(values: NDArray[Any], source: tl.dtype, target: tl.dtype, rounding:
     return _PLAIN_CONVERT(values, source, target, rounding)
 
 
-def _widen(block: Any) -> Any:
+def _upcast(block: Any) -> Any:
     if block.dtype.scalar != tl.bfloat16:
         return block
     return interpreter.TensorHandle(_convert(block.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
 
 
 def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    return _PLAIN_DOT(self, _widen(a), _widen(b), *rest)
+    return _PLAIN_DOT(self, _upcast(a), _upcast(b), *rest)
 
 
 def mend() -> None:
