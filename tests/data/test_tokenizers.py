@@ -191,7 +191,17 @@ class TestNames:
         with pytest.raises(UserError, match="unknown tokenizer 'byte'; fix: did you mean 'bytes'"):
             tokenizer_class("byte")
 
-    @pytest.mark.parametrize("text", ["", "{}", "[]", '{"tokenizer": "words"}', '{"tokenizer": "words", "words": 1}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "{}",
+            "[]",
+            '{"tokenizer": "words"}',
+            '{"tokenizer": "words", "words": 1}',
+            '{"tokenizer": "words", "words": "a"}',
+        ],
+    )
     def test_stored_rubbish_is_refused(self, text: str) -> None:
         """Whatever is wrong with it."""
         with pytest.raises(UserError, match=r"a stored tokenizer must be what `Tokenizer\.to_json` wrote"):

@@ -269,8 +269,6 @@ def main() -> int:
             except Exception:
                 command = "tests/ops/cpu_backend/fuzz_kernels.py --rounds 1 --seed"
                 sys.stderr.write(f"{check.__name__} fails: python {command} {seed}\n")
-                    f"{check.__name__} fails: python tests/ops/cpu_backend/fuzz_kernels.py --seed {seed} --rounds 1\n"
-                )
                 raise
         seed += 1
     sys.stdout.write(f"{seed - options.seed:,} rounds of {len(KERNELS)} kernels from seed {options.seed}: nothing found\n")
