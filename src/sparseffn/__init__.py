@@ -10,6 +10,7 @@ Names are imported when they are first used: importing the package is cheap and 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,9 +72,24 @@ _MODULES = {name: f"sparseffn.{module}" for module, names in _NAMES.items() for 
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    found = _of_a_method(name) if name[:1].isupper() else None
+    if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    return found
+
+
+def _of_a_method(name: str) -> type | None:
+    """The layer or config of that name of any registered method, so that a new one need not be listed here."""
+    from sparseffn.ffn import FeedForward, FFNConfig, list_methods, method_class
+
+    for method in list_methods():
+        module = sys.modules[method_class(method).__module__]
+        found = getattr(module, name, None)
+        if isinstance(found, type) and found.__module__ == module.__name__ and issubclass(found, FeedForward | FFNConfig):
+            return found
+    return None
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparseffn
 from sparseffn.cli import main
 from sparseffn.contract import check_method, list_checks
 from sparseffn.ffn import FeedForward, FFNConfig, Routed, list_methods, option, register, unregister
@@ -102,6 +103,7 @@ def test_toy_is_listed_and_documented(toy: str, capsys: pytest.CaptureFixture[st
     assert "| `toy-square` | Squared scores" in capsys.readouterr().out
     assert main(["methods", toy]) == 0
     assert "d_ff" in capsys.readouterr().out
+    assert sparseffn.Square is Square and sparseffn.SquareConfig is SquareConfig
 
 
 def test_toy_is_matched(toy: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +136,13 @@ def test_toy_is_compared(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_installed_package_joins_by_entry_point(tmp_path: Path) -> None:
     """A distribution with an entry point is found without being imported by anybody."""
-    source = Path(__file__).read_text().split("@pytest.fixture")[0].replace("from sparseffn.cli import main\n", "")
+    source = (
+        Path(__file__)
+        .read_text()
+        .split("@pytest.fixture")[0]
+        .replace("from sparseffn.cli import main\n", "")
+        .replace("import sparseffn\n", "")
+    )
     (tmp_path / "third_party_ffn.py").write_text(source)
     info = tmp_path / "third_party-1.0.dist-info"
     info.mkdir()
