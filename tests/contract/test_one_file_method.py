@@ -149,6 +149,7 @@ def test_installed_package_joins_by_entry_point(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[sparseffn.methods]\ntoy-square = third_party_ffn:SquareConfig\n")
     code = "from sparseffn.ffn import list_methods; print(list_methods())"
-    path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    package = Path(sparseffn.__file__).parents[1]
+    path = {"PYTHONPATH": f"{tmp_path}:{package}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert "toy-square" in done.stdout

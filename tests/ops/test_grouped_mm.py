@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ops.grouped_mm import grouped_mm_backend
 from sparseffn.ops.spec import check_against_truth
+
+pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10 has no grouped_mm")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 ROUTINGS = pytest.mark.parametrize(

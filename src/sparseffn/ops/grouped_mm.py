@@ -34,6 +34,8 @@ def grouped_mm_backend() -> Backend:
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return f"torch.nn.functional.grouped_mm came with PyTorch 2.10, this is {torch.__version__}"
     if device.type not in _DTYPES:
         return f"torch.nn.functional.grouped_mm has no kernel for {device.type}"
     if dtype not in _DTYPES[device.type]:

@@ -138,7 +138,9 @@ CONFIG = SigmaMoEConfig(d_model=32, n_experts=6, expert_size=16, k=2)
 
 def is_fused(layer: SigmaMoE, x: Tensor) -> bool:
     """Whether the layer's output came from the one call."""
-    names, todo = set(), [layer(x).grad_fn]
+    # The output is kept: before PyTorch 2.13 a node of Python is no longer there without it.
+    y = layer(x)
+    names, todo = set(), [y.grad_fn]
     while todo:
         node = todo.pop()
         names.add(type(node).__name__)
