@@ -118,6 +118,7 @@ def test_peer_module_is_called_not_the_layer() -> None:
     assert isinstance(Rotation(candidate, setting(1), 1).modules[0], nn.Sequential) and candidate.is_peer
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="PyTorch before 2.10 has no grouped_mm")
 def test_grouped_mm_stands_beside_the_mixtures_of_a_gpu(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a candidate where it runs, else with the reason; no GPU is needed to say which."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -130,6 +131,7 @@ def test_grouped_mm_stands_beside_the_mixtures_of_a_gpu(shape: Shape, monkeypatc
     assert {c.backend for c in candidates_of(shape, LayerSettings(tokens=(4,), peers=False), setting(4))[0]} == {"auto"}
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="PyTorch before 2.10 has no grouped_mm")
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_compute_a_width_is_left_out_with_the_reason() -> None:
     """PyTorch's product of groups takes no rows of 20 numbers in bfloat16; it ends no benchmark."""
