@@ -95,8 +95,9 @@ def test_generation_names_every_device(ffn: FFNConfig) -> None:
     """Greedy and sampled, past the length of the cache."""
     net = model(ffn)
     with refusing():
-        generate(net, [1, 2, 3], 6, memory_length=4)
-        generate(net, [1, 2, 3], 2, temperature=1.0, top_k=3, generator=torch.Generator().manual_seed(0))
+        greedy = generate(net, [1, 2, 3], 6, memory_length=4)
+        sampled = generate(net, [1, 2, 3], 2, temperature=1.0, top_k=3, generator=torch.Generator().manual_seed(0))
+    assert len(greedy) == 6 and len(sampled) == 2
 
 
 @pytest.mark.parametrize("ffn", CASES)

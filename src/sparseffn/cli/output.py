@@ -135,7 +135,7 @@ class Progress:
         self.close()
 
     def log(self, text: str) -> None:
-        """One line."""
+        """End the last run's bar, and print a line."""
         self.close()
         self.console.print(text)
 
