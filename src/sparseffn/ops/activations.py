@@ -1,4 +1,4 @@
-"""Activations of hidden units by name, their derivatives, and which of input and output determines these."""
+"""Hidden units from their products: activations by name, gated units, their derivatives, and what autograd keeps of them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ActivationName = Literal["relu", "gelu", "silu", "identity"]
+ActivationName = Literal["relu", "gelu", "silu", "identity", "relu2", "gelu_tanh"]
+"""Functions of one number, see `ACTIVATIONS`; relu2 is ReLU squared, gelu is exact, gelu_tanh its approximation."""
+
+GatedActivationName = Literal["relu", "gelu", "silu", "identity", "relu2", "gelu_tanh", "clamped_swiglu"]
+"""With the one that has no form without a gate: gpt-oss's clamped SwiGLU."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "identity": lambda x: x,
+    "relu2": lambda x: torch.relu(x).square(),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+CLAMPED_SWIGLU = "clamped_swiglu"
+
+# Of gpt-oss (`swiglu_alpha`, `swiglu_limit`).
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 # These are determined by their output as far as the derivative is concerned; of the others the input is kept.
 KEEPS_OUTPUT = ("relu", "identity")
 
 
+def hidden_units(
+    name: str, h: Tensor, up: Tensor | None = None, *, alpha: float = SWIGLU_ALPHA, limit: float = SWIGLU_LIMIT
+) -> Tensor:
+    """Units from the keys' product h and, of a gated block, the gate keys' product `up`.
+
+    `act(h)`, gated `act(h) up`, and for clamped_swiglu `(u + 1) g sigmoid(alpha g)` with `g = min(h, limit)` and
+    `u = clamp(up, -limit, limit)`.
+    """
+    if name == CLAMPED_SWIGLU:
+        assert up is not None, "the public functions refuse clamped_swiglu without a gate"
+        g = h.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * g * torch.sigmoid(alpha * g)
+    a = ACTIVATIONS[name](h)
+    return a if up is None else a * up
+
+
+def hidden_units_backward(
+    name: str, grad: Tensor, h: Tensor, up: Tensor, *, alpha: float = SWIGLU_ALPHA, limit: float = SWIGLU_LIMIT
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both products of gated units."""
+    if name != CLAMPED_SWIGLU:
+        return activation_backward(name, grad * up, h), grad * ACTIVATIONS[name](h)
+    g, u = h.clamp(max=limit), up.clamp(-limit, limit)
+    s = torch.sigmoid(alpha * g)
+    grad_h = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).masked_fill(h > limit, 0.0)
+    return grad_h, (grad * g * s).masked_fill(up.abs() > limit, 0.0)
+
+
 def from_kept(name: str, kept: Tensor) -> Tensor:
-    """The activation from what was kept of it."""
+    """The activation from what was kept of it: its output, its input, or of relu2 either ReLU's output or the input."""
     return kept if name in KEEPS_OUTPUT else ACTIVATIONS[name](kept)
 
 
@@ -32,20 +71,30 @@ def activation_backward(name: str, grad: Tensor, kept: Tensor) -> Tensor:
     match name:
         case "relu":
             return grad.masked_fill(kept <= 0, 0.0)
+        case "relu2":
+            return grad * 2 * torch.relu(kept)
         case "gelu":
             return torch.ops.aten.gelu_backward(grad, kept)
+        case "gelu_tanh":
+            return torch.ops.aten.gelu_backward(grad, kept, approximate="tanh")
         case "silu":
             return torch.ops.aten.silu_backward(grad, kept)
         case _:
             return grad
 
 
-def saved_activations(activation: str, dropout: float = 0.0) -> int:
-    """Tensors of u's size that PyTorch's activation, dropout and the product after them keep for backward.
+def saved_activations(activation: str, dropout: float = 0.0, *, gated: bool = False) -> int:
+    """Tensors of u's size that PyTorch's activation, gate, dropout and the product after them keep for backward.
 
-    ReLU needs no more than its output, which the product keeps too; GELU and SiLU need their input. Dropout keeps its
-    scales and makes the product keep a tensor of its own.
+    ReLU needs no more than its output, which the product keeps too; the others need their input. A gate keeps both of its
+    factors. Dropout keeps its scales and makes the product keep a tensor of its own.
     """
+    if activation == CLAMPED_SWIGLU:
+        # Both products, both clamped, the sigmoid, and two products of these three.
+        return 7 + (dropout > 0)
+    inputs = activation not in KEEPS_OUTPUT
+    if gated:
+        return inputs + 3 + (dropout > 0)
     if dropout > 0:
         return 2 if activation == "identity" else 3
-    return 1 if activation in KEEPS_OUTPUT else 2
+    return 1 + inputs

@@ -10,7 +10,73 @@ import itertools
 import torch
 from torch import Tensor
 
-from sparseffn.ops.activations import ACTIVATIONS
+from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+
+
+def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `W3 x`, the K largest of them, ties to the lowest index, and their gates (equations 11, 15, 23-25)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = router_logits(x.to(wide), selector.to(wide))
+    indices = logits.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = logits.gather(1, indices)
+    match gate:
+        case "sigmoid":
+            gates = torch.sigmoid(chosen)
+        case "softmax":
+            gates = logits.softmax(dim=1).gather(1, indices)
+        case _:
+            gates = chosen.softmax(dim=1)
+    return logits, indices, gates
+
+
+def experts(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    indices: Tensor,
+    gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+    activation: str = "relu",
+    alpha: float = SWIGLU_ALPHA,
+    limit: float = SWIGLU_LIMIT,
+    inner_k: int | None = None,
+) -> Tensor:
+    """`y[t] = sum_k gates[t, k] (a_k @ values[e] + value_bias[e])` with `e = indices[t, k]` (equation 12).
+
+    `a_k = act(x[t] @ keys[e] + key_bias[e])`, gated times `x[t] @ gate_keys[e] + gate_bias[e]`; units that `keep` leaves are
+    scaled. With `inner_k` only the largest coefficients `gate a` of a token, over all of its selections, take part.
+    """
+    weights = [w for w in (keys, values, gate_keys, key_bias, gate_bias, value_bias) if w is not None]
+    # Nothing, with a gradient of zeros for whatever no token selects.
+    nothing = sum((w[:0].sum() for w in weights), gates[:0].sum().to(x.dtype))
+    y = []
+    for t in range(x.shape[0]):
+        chosen, coefficients = indices[t].tolist(), []
+        for slot, e in enumerate(chosen):
+            h = _affine(x[t], keys[e], None if key_bias is None else key_bias[e])
+            up = None if gate_keys is None else _affine(x[t], gate_keys[e], None if gate_bias is None else gate_bias[e])
+            a = hidden_units(activation, h, up, alpha=alpha, limit=limit)
+            if keep is not None:
+                a = torch.where(keep[t, slot], a * keep_scale, 0.0)
+            coefficients.append(gates[t, slot].to(x.dtype) * a)
+        coefficient = torch.cat(coefficients)
+        if inner_k is not None:
+            best = coefficient.detach().sort(descending=True, stable=True).indices[:inner_k]
+            coefficient = torch.zeros_like(coefficient).index_copy(0, best, coefficient[best])
+        y_t = coefficient @ torch.cat([values[e] for e in chosen])
+        if value_bias is not None:
+            y_t = y_t + sum(gates[t, slot].to(x.dtype) * value_bias[e] for slot, e in enumerate(chosen))
+        y.append(nothing + y_t)
+    return torch.stack(y) if y else x + nothing
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else x @ weight + bias
 
 
 def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:

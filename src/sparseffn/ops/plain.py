@@ -1,0 +1,74 @@
+"""`route` and `experts` as PyTorch's transforms differentiate and batch them: plain operations that read no values on the host.
+
+Every expert computes every token, those that did not select it as zeros, so that neither an overflow nor a token that is not
+finite reaches a result or a gradient that does not depend on it. Memory grows with T K G and not with weights gathered by
+token. Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+
+
+def route_plain(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[T, E]`, the K largest of each token, ties to the lowest index, and their gates."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits_TE = x.to(wide) @ selector.to(wide).t()
+    # A sort is stable, top-K is not.
+    indices_TK = logits_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen_TK = logits_TE.gather(1, indices_TK)
+    match gate:
+        case "sigmoid":
+            gates_TK = chosen_TK.sigmoid()
+        case "softmax":
+            gates_TK = logits_TE.softmax(dim=1).gather(1, indices_TK)
+        case _:
+            gates_TK = chosen_TK.softmax(dim=1)
+    return logits_TE, indices_TK, gates_TK
+
+
+def experts_plain(
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
+    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", alpha: float = SWIGLU_ALPHA,
+    limit: float = SWIGLU_LIMIT, inner_k: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`y[t] = sum_k gates[t, k] (a_k @ values[e] + value_bias[e])` with `e = indices[t, k]`; arguments as the operation's."""
+    n_experts = keys.shape[0]
+    chosen = [indices == e for e in range(n_experts)]
+    # Of a token that did not select the expert nothing is computed but zeros.
+    rows = [torch.where(mask_TK.any(dim=1, keepdim=True), x, 0.0) for mask_TK in chosen]
+    a_TKG = x.new_zeros(*indices.shape, keys.shape[2])
+    for e, (mask_TK, x_TD) in enumerate(zip(chosen, rows, strict=True)):
+        h_TG = _product(x_TD, keys, key_bias, e)
+        up_TG = None if gate_keys is None else _product(x_TD, gate_keys, gate_bias, e)
+        a_TG = hidden_units(activation, h_TG, up_TG, alpha=alpha, limit=limit)
+        a_TKG = torch.where(mask_TK[:, :, None], a_TG[:, None, :], a_TKG)
+    if keep is not None:
+        a_TKG = torch.where(keep, a_TKG * keep_scale, 0.0)
+    coefficients_TKG = gates[:, :, None] * a_TKG
+    if inner_k is not None:
+        coefficients_TKG = _largest(coefficients_TKG, inner_k)
+    y_TD = torch.zeros_like(x, dtype=gates.dtype)
+    for e, mask_TK in enumerate(chosen):
+        u_TG = torch.where(mask_TK[:, :, None], coefficients_TKG, 0.0).sum(dim=1)
+        y_e = (u_TG.to(x.dtype) @ values[e]).to(y_TD.dtype)
+        if value_bias is not None:
+            y_e = y_e + torch.where(mask_TK, gates, 0.0).sum(dim=1, keepdim=True) * value_bias[e]
+        y_TD = y_TD + torch.where(mask_TK.any(dim=1, keepdim=True), y_e, 0.0)
+    return y_TD.to(x.dtype)
+
+
+def _product(x_TD: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
+    return x_TD @ weight[e] if bias is None else x_TD @ weight[e] + bias[e]
+
+
+def _largest(coefficients_TKG: Tensor, inner_k: int) -> Tensor:
+    """A token's inner_k largest coefficients, zero elsewhere; ties to the lowest position."""
+    flat_TU = coefficients_TKG.flatten(1)
+    best = flat_TU.detach().sort(dim=1, descending=True, stable=True).indices[:, :inner_k]
+    survives_TU = torch.zeros_like(flat_TU, dtype=torch.bool).scatter(1, best, True)
+    return torch.where(survives_TU, flat_TU, 0.0).view_as(coefficients_TKG)
