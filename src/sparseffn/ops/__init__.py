@@ -4,9 +4,11 @@ from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns, topk
+from sparseffn.ops.cvmm import cvmm, expert_down, expert_up
 from sparseffn.ops.expert_mlp import expert_mlp
-from sparseffn.ops.experts import cvmm, expert_down, expert_up
-from sparseffn.ops.routed_mlp import GateName, routed_mlp
+from sparseffn.ops.experts import experts
+from sparseffn.ops.route import GateName, route
+from sparseffn.ops.routed_mlp import routed_mlp
 from sparseffn.ops.routed_training import routed_training, runs_fused
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
@@ -22,11 +24,13 @@ __all__ = [
     "expert_down",
     "expert_mlp",
     "expert_up",
+    "experts",
     "explain_backend",
     "list_backends",
     "product_key_topk",
     "register_backend",
     "requested_backend",
+    "route",
     "routed_mlp",
     "routed_training",
     "router_logits",

@@ -10,8 +10,12 @@ from sparseffn.ops import _torch_kernels, reference
 from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, kernels_of, register_backend
 from sparseffn.ops.cpu import cpu_backend
+from sparseffn.ops.experts import experts_eager
 from sparseffn.ops.grouped_mm import grouped_mm_backend
+from sparseffn.ops.route import route_checked
 from sparseffn.ops.triton import triton_backend
+
+PLAIN = {"experts": experts_eager, "route": route_checked}
 
 
 def register_builtin_backends() -> None:
@@ -20,7 +24,7 @@ def register_builtin_backends() -> None:
     plain |= compose_expert_mlp(plain)
     register_backend(triton_backend())
     register_backend(cpu_backend())
-    register_backend(Backend(name="torch", kernels=plain, unavailable=_always))
+    register_backend(Backend(name="torch", kernels=plain, functions=PLAIN, unavailable=_always))
     register_backend(grouped_mm_backend())
     register_backend(Backend(name="reference", kernels=slow, unavailable=_always, automatic=False, direct=True))
 

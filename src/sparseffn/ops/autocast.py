@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ def has_autocast(device_type: str) -> bool:
     """Whether PyTorch knows autocast on a kind of device; it does not on `meta`."""
     # Before torch 2.13 its compiler cannot trace the question; what it compiles for has autocast.
     return device_type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device_type)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Where products are computed in the dtypes of their inputs."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

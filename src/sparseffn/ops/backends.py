@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -42,6 +42,10 @@ class Backend:
     """Operation name to function."""
     unavailable: Callable[[torch.device, torch.dtype], str | None]
     """Why it cannot run on a device in a dtype, or None when it can."""
+    functions: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    """Operation name to a function that differentiates itself, called as it is."""
+    dispatched: frozenset[str] = frozenset()
+    """Operations whose kernels PyTorch's dispatcher finds for the tensors' device."""
     automatic: bool = True
     """Whether `auto` may take it; the reference is only for comparison."""
     direct: bool = False
@@ -130,6 +134,31 @@ def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
     """The kernel of a backend that is asked for and whose kernels differentiate themselves, else None."""
     chosen = _BACKENDS.get(requested_backend(backend))
     return chosen.kernels.get(operation) if chosen is not None and chosen.direct else None
+
+
+def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel | None:
+    """The function of a backend that is asked for, or None: PyTorch's dispatcher finds the kernel.
+
+    Raises:
+        UserError: the backend asked for is unknown, cannot run here, or (asked for by argument) lacks the operation.
+    """
+    name = requested_backend(backend)
+    if name == "auto":
+        return None
+    chosen = _runnable(name, tensor.device, tensor.dtype)
+    if operation in chosen.dispatched:
+        return None
+    if operation in chosen.functions:
+        return chosen.functions[operation]
+    if backend != "auto":
+        raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
+    _say_once(name, operation)
+    return None
+
+
+@functools.cache
+def _say_once(name: str, operation: str) -> None:
+    logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)
 
 
 def is_traced(*tensors: Tensor) -> bool:

@@ -1,219 +1,245 @@
-"""Expert matrix products (CVMM, equation 26): each row is multiplied with the matrix of its expert.
+"""The experts of a mixture in one operation (equation 12 of arXiv 2310.10837), plain or gated, with or without biases:
 
-`expert_up` gathers its input rows and `expert_down` scales rows by the router's scores and sums them per token, so that a
-mixture-of-experts layer is sort, up, activation, down. Shapes: see ops/README.md.
+    y[t] = sum over the selections (e, s) of token t:  s (a values[e] + value_bias[e])
+    a = drop * act(x[t] keys[e] + key_bias[e])                                           plain
+    a = drop * act(x[t] keys[e] + key_bias[e]) (x[t] gate_keys[e] + gate_bias[e])        gated (Shazeer 2020, arXiv 2002.05202)
+
+Shapes: see ops/README.md.
 """
-# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_expert_rows, check_finite, check_indices, require_one_device
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops._checks import check_indices, require_one_device
+from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import direct_kernel, is_traced, kernel
-from sparseffn.ops.selection import ExpertRows
+from sparseffn.ops.backends import implementation
+from sparseffn.ops.library import Kept, define
+from sparseffn.ops.plain import experts_plain
 
 
-@torch.library.custom_op("sparseffn::expert_up", mutates_args=())
-def _expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    check_expert_rows(tokens, offsets, x.shape[0])
-    return kernel("expert_up", x, backend)(x, weight, tokens, offsets)
+def _plain(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    """The composition for transforms, of what autocast makes of its arguments."""
+    return experts_plain(*_prepared(x, keys, values, gates, indices, *rest))
 
 
-@_expert_up.register_fake
-def _(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> Tensor:
-    return x.new_empty(tokens.shape[0], weight.shape[2])
+def experts_eager(
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
+    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", alpha: float = SWIGLU_ALPHA,
+    limit: float = SWIGLU_LIMIT, inner_k: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`experts` by PyTorch's operations, one product an expert over its rows; reads on the host which these are."""
+    x, keys, values, _, _, gate_keys, key_bias, gate_bias, value_bias, *_ = _prepared(
+        x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, keep_scale, activation, alpha, limit,
+        inner_k,
+    )  # fmt: skip
+    check_indices(indices, "an expert", keys.shape[0])
+    k, wide = indices.shape[1], gates.dtype
+    sorted_experts, order = indices.flatten().sort(stable=True)
+    edges = torch.arange(keys.shape[0] + 1, device=order.device)
+    bounds = list(itertools.pairwise(torch.searchsorted(sorted_experts, edges).tolist()))
+    rows_RD = x.index_select(0, order // k)
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parts = [rows[a:b] @ weight[e] if bias is None else rows[a:b] @ weight[e] + bias[e] for e, (a, b) in enumerate(bounds)]
+        return torch.cat(parts)
+
+    gate_scores = None if gate_keys is None else product(rows_RD, gate_keys, gate_bias)
+    u_RG = hidden_units(activation, product(rows_RD, keys, key_bias), gate_scores, alpha=alpha, limit=limit)
+    if keep is not None:
+        u_RG = torch.where(keep.flatten(0, 1)[order], u_RG * keep_scale, 0.0)
+    gates_R = gates.flatten()[order]
+    alpha_RG = (u_RG * gates_R[:, None]).to(x.dtype)
+    if inner_k is not None:
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        alpha_TU = (u_RG * gates_R[:, None])[back].view(x.shape[0], -1)
+        best = alpha_TU.detach().sort(dim=1, descending=True, stable=True).indices[:, :inner_k]
+        chosen = torch.zeros_like(alpha_TU, dtype=torch.bool).scatter_(1, best, True)
+        alpha_RG = torch.where(chosen, alpha_TU, 0.0).view(len(order), -1)[order].to(x.dtype)
+    out_RD = product(alpha_RG, values, None).to(wide)
+    if value_bias is not None:
+        out_RD = out_RD + gates_R[:, None] * value_bias[sorted_experts].to(wide)
+    return x.new_zeros(x.shape[0], values.shape[2], dtype=wide).index_add(0, order // k, out_RD).to(x.dtype)
 
 
-@torch.library.custom_op("sparseffn::expert_up_backward", mutates_args=())
-def _expert_up_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return kernel("expert_up_backward", x, backend)(grad, x, weight, tokens, offsets)
+def _prepared(
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
+    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", *numbers: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments, cast as autocast wants and checked."""
+    named = (x, keys, values, gate_keys, key_bias, gate_bias, value_bias)
+    given = iter(to_autocast(*(t for t in named if t is not None)))
+    x, keys, values, *rest = (None if t is None else next(given) for t in named)  # pyright: ignore[reportAssignmentType]
+    inner_k = numbers[2] if len(numbers) > 2 else None
+    check_experts(x, keys, values, gates, indices, *rest, keep, activation, inner_k)
+    return x, keys, values, gates, indices, *rest, keep, keep_scale, activation, *numbers
 
 
-@_expert_up_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    dense = torch.contiguous_format
-    return torch.empty_like(x, memory_format=dense), torch.empty_like(weight, memory_format=dense)
+_ARGUMENTS = (
+    "Tensor x, Tensor keys, Tensor values, Tensor gates, Tensor indices, Tensor? gate_keys=None, Tensor? key_bias=None, "
+    "Tensor? gate_bias=None, Tensor? value_bias=None, Tensor? keep=None, float keep_scale=1.0, str activation='relu', "
+    f"float alpha={SWIGLU_ALPHA}, float limit={SWIGLU_LIMIT}, int? inner_k=None"
+)
 
 
-def _save_up(ctx, inputs, output) -> None:
-    x, weight, tokens, offsets, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, tokens, offsets)
+def _fake(x, keys, values, *rest):
+    return x.new_empty(x.shape[0], values.shape[2])
 
 
-def _differentiate_up(ctx, grad):
-    grad_x, grad_weight = torch.ops.sparseffn.expert_up_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return grad_x, grad_weight, None, None, None
+def _fake_kept(x, keys, values, gates, indices, gate_keys=None, *rest):
+    inner_k = rest[8] if len(rest) > 8 else None
+    n_tokens, k = indices.shape
+    n_parts = 1 if gate_keys is None else 2
+    if inner_k is None:
+        hidden, positions = x.new_empty(n_tokens * k, n_parts * keys.shape[2]), indices.new_empty(0, dtype=torch.int32)
+    else:
+        hidden = x.new_empty(n_tokens, n_parts * inner_k)
+        positions = indices.new_empty(n_tokens, inner_k, dtype=torch.int32)
+    return _fake(x, keys, values), hidden, positions, indices.new_empty(n_tokens * k), indices.new_empty(keys.shape[0] + 1)
 
 
-_expert_up.register_autograd(_differentiate_up, setup_context=_save_up)
+_experts = define(
+    "experts",
+    _ARGUMENTS,
+    "Tensor y",
+    plain=_plain,
+    eager=experts_eager,
+    fake=_fake,
+    kept=Kept(
+        returns="Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
+        fake=_fake_kept,
+        backward=f"Tensor grad_y, {_ARGUMENTS.replace('=None', '').replace('=1.0', '').split(' str activation')[0]} "
+        "str activation, float alpha, float limit, int? inner_k, Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
+        gradients=("x", "keys", "values", "gates", "gate_keys", "key_bias", "gate_bias", "value_bias"),
+    ),
+)
 
 
-@torch.library.custom_op("sparseffn::expert_down", mutates_args=())
-def _expert_down(
-    a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str
+def experts(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    indices: Tensor,
+    *,
+    gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    activation: str = "relu",
+    alpha: float = SWIGLU_ALPHA,
+    limit: float = SWIGLU_LIMIT,
+    dropout: float = 0.0,
+    inner_k: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    check_expert_rows(tokens, offsets, n_tokens)
-    check_finite(gates, "gates")
-    return kernel("expert_down", a, backend)(a, weight, gates, tokens, offsets, n_tokens)
+    """`y[t] = sum_k gates[t, k] (a values[e] + value_bias[e])` with `e = indices[t, k]`, summed in float32 or wider.
 
-
-@_expert_down.register_fake
-def _(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int, backend: str) -> Tensor:
-    return a.new_empty(n_tokens, weight.shape[2])
-
-
-@torch.library.custom_op("sparseffn::expert_down_backward", mutates_args=())
-def _expert_down_backward(
-    grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel("expert_down_backward", a, backend)(grad, a, weight, gates, tokens, offsets)
-
-
-@_expert_down_backward.register_fake
-def _(
-    grad: Tensor, a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dense = torch.contiguous_format
-    return torch.empty_like(a, memory_format=dense), torch.empty_like(weight, memory_format=dense), torch.empty_like(gates)
-
-
-def _save_down(ctx, inputs, output) -> None:
-    a, weight, gates, tokens, offsets, _, ctx.backend = inputs
-    ctx.save_for_backward(a, weight, gates, tokens, offsets)
-
-
-def _differentiate_down(ctx, grad):
-    grads = torch.ops.sparseffn.expert_down_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return *grads, None, None, None, None
-
-
-_expert_down.register_autograd(_differentiate_down, setup_context=_save_down)
-
-
-def expert_up(x: Tensor, weight: Tensor, rows: ExpertRows, *, backend: str = "auto") -> Tensor:
-    """`u[r] = x[token of r] @ weight[expert of r]`, rows sorted by expert.
+    `a = drop(act(x keys[e] + key_bias[e]))`, times `x gate_keys[e] + gate_bias[e]` where there are gate keys. Weights may have
+    any strides: `[E, out, in]` as a transposed view, keys and gate keys as two tensors, halves of one, or interleaved.
 
     Args:
-        x: `[T, D]`; under autocast it and `weight` are cast as `nn.Linear` casts.
-        weight: `[E, D, G]`.
-        rows: the routing, from `sort_by_expert`.
+        x: `[T, D]`; under autocast it, the weights and the biases are cast as `nn.Linear` casts.
+        keys: `[E, D, G]`; the activation acts on their product.
+        values: `[E, G, D]`.
+        gates: `[T, K]`, float32 (float64 for float64 x). A gate of exactly 0 selects nothing.
+        indices: int64 `[T, K]`, 0 to E - 1.
+        gate_keys: `[E, D, G]`.
+        key_bias: `[E, G]`.
+        gate_bias: `[E, G]`.
+        value_bias: `[E, D]`.
+        activation: relu, relu2 (its square), gelu (exact), gelu_tanh, silu, identity; clamped_swiglu, which needs gate keys:
+            `(clamp(x gate_keys, -limit, limit) + 1) h sigmoid(alpha h)` with `h = min(x keys, limit)`, as gpt_oss has it.
+        alpha: of clamped_swiglu.
+        limit: of clamped_swiglu.
+        dropout: rate at which hidden units are removed; the others are scaled by 1 / (1 - rate).
+        inner_k: of a token's K G coefficients `gate x unit` only so many, the largest, take part; None: all.
         backend: see `ops.backends`.
 
     Returns:
-        `[R, G]` in the dtype of `x`.
+        `[T, D]` in the dtype of `x`. NaN and infinity of a token reach its own row alone.
 
     Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, or a row has no expert or token.
+        UserError: ranks, widths, dtypes or devices do not fit together, `K` is 0, `inner_k` is not in 1..K G, an index is
+            that of no expert (on a GPU such a selection adds nothing), or the activation is unknown.
     """
-    x, weight = to_autocast(x, weight)
-    _check_product("x", x, weight, rows, rows.n_tokens)
-    require_one_device(x, weight, rows.tokens, rows.offsets)
-    direct = direct_kernel("expert_up", backend)
-    if direct is not None:
-        check_expert_rows(rows.tokens, rows.offsets, rows.n_tokens)
-        return direct(x, weight, rows.tokens, rows.offsets)
-    return torch.ops.sparseffn.expert_up(x, weight, rows.tokens, rows.offsets, backend)
-
-
-def expert_down(a: Tensor, weight: Tensor, gates: Tensor, rows: ExpertRows, *, backend: str = "auto") -> Tensor:
-    """`y[t] = sum over the rows r of token t of gates[r] a[r] @ weight[expert of r]`, summed in float32 or wider.
-
-    Args:
-        a: `[R, G]`, rows sorted by expert.
-        weight: `[E, G, D]`.
-        gates: `[R]`, float32 or wider, finite, sorted like `a`.
-        rows: the routing, from `sort_by_expert`.
-        backend: see `ops.backends`.
-
-    Returns:
-        `[T, D]` in the dtype of `a`; zero for a token without rows.
-
-    Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, or a row has no expert or token.
-        NonFiniteError: a gate is NaN or infinite.
-    """
-    a, weight = to_autocast(a, weight)
-    n_rows = rows.tokens.shape[0]
-    _check_product("a", a, weight, rows, n_rows)
-    if gates.dim() != 1 or gates.shape[0] != n_rows or gates.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"`gates` must be [{n_rows}] in float32 or float64; got {tuple(gates.shape)} in {gates.dtype}; "
-            "fix: one score a row, sorted like `a`"
+    keep, keep_scale = None, 1.0
+    if dropout != 0.0:
+        keep, keep_scale = _draw_keep(indices, keys, dropout)
+    run = implementation("experts", x, backend)
+    options = (keep, keep_scale, activation, alpha, limit, inner_k)
+    try:
+        return (_experts if run is None else run)(
+            x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options
         )
-    require_one_device(a, weight, gates, rows.tokens, rows.offsets)
-    direct = direct_kernel("expert_down", backend)
-    if direct is not None:
-        check_expert_rows(rows.tokens, rows.offsets, rows.n_tokens)
-        check_finite(gates, "gates")
-        return direct(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens)
-    return torch.ops.sparseffn.expert_down(a, weight, gates, rows.tokens, rows.offsets, rows.n_tokens, backend)
+    except (RuntimeError, IndexError, KeyError, TypeError):
+        check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
+        raise
 
 
-def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """Conditional vector-matrix multiplication (equation 26): `y[n] = x[n] @ weight[sel[n]]`.
+def _draw_keep(indices: Tensor, keys: Tensor, dropout: float) -> tuple[Tensor, float]:
+    """Which hidden units dropout leaves, `[T, K, G]`, and what scales them."""
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"`dropout` must be at least 0 and below 1; got {dropout}; fix: a rate such as 0.1")
+    shape = (*indices.shape, keys.shape[2])
+    return torch.rand(shape, device=indices.device) >= dropout, 1.0 / (1.0 - dropout)
 
-    Args:
-        x: `[N, M]`.
-        sel: int64 `[N]`, the matrix of each row, 0 to E - 1.
-        weight: `[E, M, L]`.
-        backend: see `ops.backends`.
 
-    Returns:
-        `[N, L]`.
-
-    Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, or `sel` has another length or dtype or names a
-            matrix that is not there.
-    """
-    if x.dim() != 2 or weight.dim() != 3:
-        raise _misfit("x", x, weight)
-    if sel.shape != x.shape[:1] or sel.dtype != torch.int64:
+def check_experts(
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None,
+    key_bias: Tensor | None, gate_bias: Tensor | None, value_bias: Tensor | None, keep: Tensor | None, activation: str,
+    inner_k: int | None,
+) -> None:  # fmt: skip
+    """That they fit together; raises as `experts` documents."""
+    fits = x.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and keys.shape[1] == x.shape[1]
+    if not fits or values.shape[:2] != (keys.shape[0], keys.shape[2]):
         raise UserError(
-            f"`sel` must hold one index a row of x, int64 in shape {tuple(x.shape[:1])}; "
-            f"got {sel.dtype} in shape {tuple(sel.shape)}; fix: flatten and cast it"
+            "`x`, `keys` and `values` must be [T, D], [E, D, G] and [E, G, D]; "
+            f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
         )
-    require_one_device(x, sel, weight)
-    # In a compiled graph the product looks at the sorted rows.
-    if not is_traced(sel):
-        check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
-    sorted_sel, order = sel.sort(stable=True)
-    offsets = torch.searchsorted(sorted_sel, torch.arange(weight.shape[0] + 1, device=sel.device))
-    rows = ExpertRows(order, order, offsets, x.shape[0])
-    sorted_y = expert_up(x, weight, rows, backend=backend)
-    return torch.empty_like(sorted_y).index_copy(0, order, sorted_y)
+    if indices.dim() != 2 or gates.shape != indices.shape or indices.shape[0] != x.shape[0] or indices.shape[1] == 0:
+        raise UserError(
+            f"`gates` and `indices` must both be [T, K] with T = {x.shape[0]} and K >= 1; "
+            f"got {tuple(gates.shape)} and {tuple(indices.shape)}"
+        )
+    n_experts, size = keys.shape[0], keys.shape[2]
+    shapes = {
+        "gate_keys": (gate_keys, tuple(keys.shape)),
+        "key_bias": (key_bias, (n_experts, size)),
+        "gate_bias": (gate_bias, (n_experts, size)),
+        "value_bias": (value_bias, (n_experts, values.shape[2])),
+        "keep": (keep, (*indices.shape, size)),
+    }
+    for name, (given, shape) in shapes.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise UserError(f"`{name}` must be {shape}; got {tuple(given.shape)}; fix: check its layout")
+    floating = [x, keys, values, *(t for t in (gate_keys, key_bias, gate_bias, value_bias) if t is not None)]
+    if len({t.dtype for t in floating}) > 1 or not x.is_floating_point() or indices.dtype != torch.int64:
+        raise UserError(
+            "`x`, the weights and the biases must share a floating dtype and `indices` be int64; "
+            f"got {', '.join(str(t.dtype) for t in floating)} and {indices.dtype}; fix: cast them"
+        )
+    if gates.dtype != torch.promote_types(x.dtype, torch.float32):
+        raise UserError(f"`gates` must be {torch.promote_types(x.dtype, torch.float32)}; got {gates.dtype}; fix: cast them")
+    require_one_device(*floating, gates, indices)
+    _check_options(activation, gate_keys, gate_bias, inner_k, indices.shape[1] * size)
 
 
-def _check_product(name: str, left: Tensor, weight: Tensor, rows: ExpertRows, n_left: int) -> None:
-    """`left` has `n_left` rows as wide as the matrices are high, and `rows` fit the matrices."""
-    if left.dim() != 2 or weight.dim() != 3 or left.shape[1] != weight.shape[1]:
-        raise _misfit(name, left, weight)
-    if left.dtype != weight.dtype or not left.is_floating_point():
-        raise UserError(
-            f"`{name}` and `weight` must share a floating dtype; got {left.dtype} and {weight.dtype}; fix: cast one"
-        )
-    tokens, offsets = rows.tokens, rows.offsets
-    if tokens.dim() != 1 or tokens.dtype != torch.int64 or offsets.dtype != torch.int64:
-        raise UserError(
-            f"`rows` must hold int64 vectors; got {tokens.dtype} and {offsets.dtype}; fix: make them with ops.sort_by_expert"
-        )
-    if offsets.dim() != 1 or offsets.shape[0] != weight.shape[0] + 1:
-        raise UserError(
-            f"`rows` must be sorted over the {weight.shape[0]} experts of `weight`, with offsets [{weight.shape[0] + 1}]; "
-            f"got offsets {tuple(offsets.shape)}; fix: n_units = {weight.shape[0]} in the selection"
-        )
-    if left.shape[0] != n_left:
-        raise UserError(
-            f"`{name}` must have the {n_left} rows that `rows` speak of; got {left.shape[0]}; "
-            "fix: sort the selection of this input"
-        )
-
-
-def _misfit(name: str, left: Tensor, weight: Tensor) -> UserError:
-    return UserError(
-        f"`{name}` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
-        f"got {tuple(left.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
-    )
+def _check_options(
+    activation: str, gate_keys: Tensor | None, gate_bias: Tensor | None, inner_k: int | None, n_units: int
+) -> None:
+    if activation not in ACTIVATIONS and activation != CLAMPED_SWIGLU:
+        raise unknown_name("activation", activation, (*ACTIVATIONS, CLAMPED_SWIGLU))
+    if gate_keys is None and (activation == CLAMPED_SWIGLU or gate_bias is not None):
+        what = "gate_bias" if gate_bias is not None else "activation='clamped_swiglu'"
+        raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
+    if inner_k is not None and not 1 <= inner_k <= n_units:
+        raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")

@@ -4,8 +4,6 @@ For a few tokens the calls between these steps would cost more than the work. Sh
 """
 # Annotations stay real objects here: torch.library reads them to infer the schema.
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,7 @@ from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.activations import ACTIVATIONS
 from sparseffn.ops.backends import is_traced, kernel, needs_gradient
-
-GateName = Literal["sigmoid", "softmax", "renormalised"]
-GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
+from sparseffn.ops.route import GATES, GateName
 
 
 @torch.library.custom_op("sparseffn::routed_mlp", mutates_args=())

@@ -6,12 +6,14 @@ import torch
 
 from sparseffn.ops.backends import Backend, kernels_of
 
+DISPATCHED = frozenset({"experts", "route"})
+
 
 def cpu_backend() -> Backend:
     """The backend; nothing is compiled until one of its kernels is asked for."""
     from sparseffn.ops.cpu import kernels
 
-    return Backend(name="cpu", kernels=kernels_of(kernels), unavailable=_unavailable)
+    return Backend(name="cpu", kernels=kernels_of(kernels), dispatched=DISPATCHED, unavailable=_unavailable)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

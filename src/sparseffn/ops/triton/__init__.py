@@ -53,7 +53,13 @@ def triton_backend() -> Backend:
 
     kernels = {name: _lazily(name) for name in OPERATIONS}
     kernels |= compose_expert_mlp(kernels)
-    return Backend(name="triton", kernels=kernels, unavailable=unavailable, automatic=not interpreted)
+    return Backend(
+        name="triton",
+        kernels=kernels,
+        dispatched=frozenset({"experts", "route"}),
+        unavailable=unavailable,
+        automatic=not interpreted,
+    )
 
 
 def _lazily(name: str) -> Kernel:

@@ -1,0 +1,149 @@
+"""The operations behind PyTorch's dispatcher: schemas, compositions of PyTorch's own operations, and what takes their place.
+
+An operation NAME is up to four schemas of the library `sparseffn`:
+
+    NAME(arguments) -> outputs
+    NAME_plain(arguments) -> outputs                  the composition that transforms look into: it reads no values on the host
+    NAME_kept(arguments) -> (outputs..., kept...)     what a step of training runs forward
+    NAME_backward(grad_OUTPUT..., arguments, outputs and kept, by name) -> gradients, named as the arguments are
+
+The C++ of `cpu/csrc` brings autograd, autocast and the CPU's kernels; `dispatch.h` says how. It is compiled and loaded when the
+first operation is called, which reaches what is registered here for every device. Where it cannot be compiled, the composition
+is the operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+
+LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
+
+# Devices whose autograd is that of the compiled library.
+_DEVICES = ("cpu", "cuda", "meta")
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What an operation keeps for its backward."""
+
+    returns: str
+    """Further results of NAME_kept: "Tensor hidden, Tensor order"; may be none."""
+    fake: Function
+    """All results of NAME_kept for fake tensors."""
+    backward: str
+    """Arguments of NAME_backward."""
+    gradients: tuple[str, ...]
+    """Arguments that have one, in the order of NAME_backward's results; an empty tensor stands for one that is left out."""
+    kernels: tuple[Function, Function] | None = None
+    """NAME_kept and NAME_backward for every device that has none of its own; None: they are the library's."""
+
+
+def define(
+    name: str,
+    arguments: str,
+    returns: str,
+    *,
+    plain: Function,
+    fake: Function,
+    eager: Function | None = None,
+    kernel: Function | None = None,
+    vmap: Function | None = None,
+    kept: Kept | None = None,
+) -> Any:
+    """Define an operation's schemas and what they do before and without kernels.
+
+    Args:
+        name: in the library `sparseffn`.
+        arguments: of its schema, in PyTorch's language.
+        returns: its results, named: "Tensor logits, Tensor gates".
+        plain: the composition that transforms look into. Defaults of its arguments are those of the schema.
+        fake: the results for fake tensors.
+        eager: another composition, which may read values on the host; what runs where there are no kernels.
+        kernel: the operation below autograd, on every device that has no kernel of its own; None: it is the library's.
+        vmap: its rule, as `torch.library.register_vmap` takes it; None: `plain` is batched.
+        kept: what it keeps for backward; None: it has no gradient.
+
+    Returns:
+        The operation, to be called.
+    """
+    LIBRARY.define(f"{name}({arguments}) -> ({returns})")
+    LIBRARY.define(f"{name}_plain({arguments}) -> ({returns})")
+    LIBRARY.impl(f"{name}_plain", plain, "CompositeImplicitAutograd")
+    _register_fake(name, fake)
+    operation = getattr(torch.ops.sparseffn, name).default
+    first = _until_kernels(operation, plain, eager or plain)
+    if kept is None:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        gradients = ", ".join(f"Tensor {gradient}" for gradient in kept.gradients)
+        LIBRARY.define(f"{name}_kept({arguments}) -> ({', '.join(filter(None, (returns, kept.returns)))})")
+        LIBRARY.define(f"{name}_backward({kept.backward}) -> ({gradients})")
+        _register_fake(f"{name}_kept", kept.fake)
+        _register_fake(f"{name}_backward", _gradients_like(kept))
+        LIBRARY.impl(name, first, "Autograd")
+        if kept.kernels is not None:
+            for suffix, function in zip(("kept", "backward"), kept.kernels, strict=True):
+                LIBRARY.impl(f"{name}_{suffix}", function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel or first, "CompositeExplicitAutograd")
+    if vmap is None:
+        LIBRARY.impl(name, plain, "FuncTorchBatched")
+    else:
+        torch.library.register_vmap(f"sparseffn::{name}", vmap, lib=LIBRARY)
+    return operation
+
+
+def _register_fake(name: str, fake: Function) -> None:
+    torch.library.register_fake(f"sparseffn::{name}", fake, lib=LIBRARY)
+
+
+def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function:
+    """What is called where no kernel is registered yet, or at all."""
+
+    def first(*arguments: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if tensors[0].device.type in _DEVICES and kernels_missing() is None:
+            return operation(*arguments)
+        return (plain if is_watched(tensors) else eager)(*arguments)
+
+    return first
+
+
+@functools.cache
+def kernels_missing() -> str | None:
+    """Why the compiled library is not there, logged once; None once it is loaded. Compiles it at the first call."""
+    return "the compiled operations are being built in"
+
+
+def is_watched(tensors: Iterable[Tensor]) -> bool:
+    """Whether values cannot be read on the host: a compiler, a transform of `torch.func` or a mode is at work, or the tensors
+    are none.
+    """
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+
+
+def _gradients_like(kept: Kept) -> Function:
+    """NAME_backward for fake tensors: gradients in the memory order of their arguments."""
+    names = [re.split(r"[ =]+", argument.strip())[1] for argument in kept.backward.split(",")]
+    places = [names.index(gradient) for gradient in kept.gradients]
+    optional = next(i for i, name in enumerate(names) if not name.startswith("grad_"))
+
+    def fake(*arguments: Any) -> Any:
+        given = [arguments[place] if place < len(arguments) else None for place in places]
+        some = arguments[optional]
+        found = tuple(some.new_empty(0) if t is None else torch.empty_like(t) for t in given)
+        return found if len(found) > 1 else found[0]
+
+    return fake

@@ -1,0 +1,97 @@
+"""A router's scores, choice and weights in one operation (equation 11 of arXiv 2310.10837): logits, top-K, gates.
+
+Logits are float32 or wider whatever the dtype of the layer, under autocast too: routing must not depend on it.
+Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops._checks import require_one_device
+from sparseffn.ops.autocast import no_autocast
+from sparseffn.ops.backends import implementation
+from sparseffn.ops.library import Kept, define
+from sparseffn.ops.plain import route_plain
+
+GateName = Literal["sigmoid", "softmax", "renormalised"]
+GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
+
+
+def route_checked(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The composition for transforms, whatever autocast says."""
+    check_route(x, selector, k, gate)
+    with no_autocast(x.device.type):
+        return route_plain(x, selector, k, gate)
+
+
+def _fake(x, selector, k, gate):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = x.new_empty(x.shape[0], selector.shape[0], dtype=wide)
+    return logits, x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=wide)
+
+
+def _fake_kept(x, selector, k, gate):
+    logits, indices, gates = _fake(x, selector, k, gate)
+    return logits, indices, gates, torch.empty_like(logits) if gate == "softmax" else logits.new_empty(0)
+
+
+_route = define(
+    "route",
+    "Tensor x, Tensor selector, int k, str gate",
+    "Tensor logits, Tensor indices, Tensor gates",
+    plain=route_checked,
+    fake=_fake,
+    kept=Kept(
+        returns="Tensor shares",
+        fake=_fake_kept,
+        backward="Tensor? grad_logits, Tensor? grad_gates, Tensor x, Tensor selector, int k, str gate, Tensor indices, "
+        "Tensor gates, Tensor shares",
+        gradients=("x", "selector"),
+    ),
+)
+
+
+def route(x: Tensor, selector: Tensor, *, k: int, gate: GateName, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `s = selector x`, the k largest of each token, and their weights.
+
+    Args:
+        x: `[T, D]`, any floating dtype.
+        selector: `[E, D]`, any floating dtype.
+        k: experts of a token, 1 to E; ties go to the lowest index.
+        gate: sigmoid of each chosen logit, its share of a softmax over all of them, or over the k chosen (renormalised).
+        backend: see `ops.backends`.
+
+    Returns:
+        logits `[T, E]`, float32 or wider; indices int64 `[T, K]`, largest logit first; gates `[T, K]` in the logits' dtype. A
+        logit that is NaN is chosen first, so that its token's output shows it.
+
+    Raises:
+        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the gate is unknown.
+    """
+    run = implementation("route", x, backend)
+    try:
+        return (_route if run is None else run)(x, selector, k, gate)
+    except RuntimeError:
+        check_route(x, selector, k, gate)
+        raise
+
+
+def check_route(x: Tensor, selector: Tensor, k: int, gate: str) -> None:
+    """That they fit together; raises as `route` documents."""
+    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
+        raise UserError(
+            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
+            "fix: flatten leading dimensions first"
+        )
+    if not x.is_floating_point() or not selector.is_floating_point():
+        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
+    require_one_device(x, selector)
+    if not 1 <= k <= selector.shape[0]:
+        raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
+    if gate not in GATES:
+        raise unknown_name("gate", gate, GATES)
