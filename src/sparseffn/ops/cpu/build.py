@@ -1,8 +1,10 @@
 """The C++ kernels: compiled at first use with the system's compiler, kept in the user's cache.
 
-    CACHE/kernels/KEY.so    KEY: sources, flags, compiler, processor, PyTorch
+    CACHE/kernels/KEY.so        KEY: sources, flags, compiler, processor, PyTorch
+    CACHE/kernels/KEY.digest    of the whole library: one that lost its end ends the process that loads it
 
-One process compiles while others wait for its lock; the library appears whole or not at all.
+One process compiles while others wait for its lock; the library appears whole or not at all. `torch.ops.load_library` loads it,
+which registers its operations with PyTorch's dispatcher; so it is compiled with PyTorch's headers and for its version alone.
 """
 
 from __future__ import annotations
@@ -30,18 +32,23 @@ from sparseffn.errors import UserError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
+# Apple's compiler has OpenMP, but neither its header, which `csrc/apple` replaces, nor its library, which is PyTorch's; and it
+# refuses "native" for its own processors, which are all alike to it.
+_MACOS = sys.platform == "darwin"
+_MACHINE = ("-Xclang", "-fopenmp", f"-I{SOURCES / 'apple'}") if _MACOS else ("-march=native", "-fopenmp")
 # Neither errno nor floating-point traps are used; multiply-adds may fuse. NaN and infinities keep their meaning.
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
-    "-fopenmp",
+    *_MACHINE,
     "-fPIC",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
 _COMPILERS = ("c++", "g++", "clang++")
+# What includes PyTorch's headers, which cost ten seconds a file: the other files do without.
+_WITH_TORCH = ("dispatch.cpp", "operations.cpp")
 
 
 class CompilerError(RuntimeError):
@@ -69,7 +76,8 @@ def build_key(compiler: Sequence[str], sources: Sequence[Path], flags: Sequence[
     """What a library depends on, as a name."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    for part in (version, " ".join([*compiler[1:], *flags]), torch.__version__, platform.machine(), _processor()):
+    abi = f"cxx11={torch.compiled_with_cxx11_abi()}"
+    for part in (version, " ".join([*compiler[1:], *flags]), torch.__version__, abi, platform.machine(), _processor()):
         digest.update(part.encode() + b"\0")
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -97,34 +105,70 @@ def compile_library(folder: Path, *, sources: Path = SOURCES, flags: Sequence[st
         CompilerError: there is no compiler, it refuses, or `folder` cannot be written.
     """
     compiler = find_compiler()
-    key = build_key(compiler, sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]), flags)
+    key = build_key(compiler, sorted([*sources.rglob("*.h"), *sources.glob("*.cpp")]), flags)
     target = folder / f"{key}.so"
-    if target.exists():
-        return target
     # Reads result files too, which an import of the layers should not wait for.
     from sparseffn.storage import lock, writing
 
     fix = "set SPARSEFFN_CACHE"
     try:
-        with writing(folder, fix=fix), lock(folder / f"{key}.lock", fix=fix):
-            if not target.exists():
-                _compile(compiler, sorted(sources.glob("*.cpp")), flags, target)
+        with writing(folder, fix=fix):
+            if _is_whole(target):
+                return target
+            with lock(folder / f"{key}.lock", fix=fix):
+                if not _is_whole(target):
+                    _compile(compiler, sorted(sources.glob("*.cpp")), flags, target)
     except UserError as error:
         raise CompilerError(str(error)) from error
     return target
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether a library is what was compiled; without its last pages it raises SIGBUS where it is loaded."""
+    from sparseffn.storage import file_digest
+
+    digest = library.with_suffix(".digest")
+    return library.exists() and digest.exists() and digest.read_text() == file_digest(library)
+
+
+def _flags_of(file: Path, flags: Sequence[str]) -> list[str]:
+    """The flags of one file: PyTorch's choice among two kinds of strings, and what its headers need where they are included."""
+    found = [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    if file.name in _WITH_TORCH:
+        include = _torch_folder() / "include"
+        found += ["-std=c++20", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
+    return found
+
+
+def _link_flags(files: Sequence[Path]) -> list[str]:
+    """What files that name PyTorch's functions are linked with; all of it is loaded already."""
+    library = _torch_folder() / "lib"
+    named = ["-ltorch", "-ltorch_cpu", "-lc10"] if any(file.name in _WITH_TORCH for file in files) else []
+    return [f"-L{library}", *named, *(["-lomp", f"-Wl,-rpath,{library}"] if _MACOS else [])]
+
+
+def _torch_folder() -> Path:
+    return Path(torch.__path__[0])
+
+
 def _compile(compiler: Sequence[str], files: Sequence[Path], flags: Sequence[str], target: Path) -> None:
     """Compile the files side by side, link them, and put the library in its place in one step."""
+    from sparseffn.storage import file_digest, sync
+
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{file.stem}.o" for file in files]
+        commands = [
+            [*compiler, *_flags_of(file, flags), "-c", str(file), "-o", str(made)]
+            for file, made in zip(files, objects, strict=True)
+        ]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            pairs = zip(files, objects, strict=True)
-            list(pool.map(lambda pair: _call([*compiler, *flags, "-c", str(pair[0]), "-o", str(pair[1])]), pairs))
+            list(pool.map(_call, commands))
         whole = Path(scratch) / target.name
-        _call([*compiler, *flags, "-shared", "-o", str(whole), *map(str, objects)])
+        _call([*compiler, *flags, "-shared", "-o", str(whole), *map(str, objects), *_link_flags(files)])
+        sync(whole)
         whole.replace(target)
+        target.with_suffix(".digest").write_text(file_digest(target))
     logger.warning(
         "compiled the CPU kernels with %s in %.0f s, once, into %s", shlex.join(compiler), time.monotonic() - start, target
     )
@@ -139,7 +183,7 @@ def _call(command: Sequence[str]) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels of this process.
+    """The kernels of this process, registered with PyTorch's dispatcher.
 
     Raises:
         CompilerError: they cannot be compiled or loaded.
@@ -147,7 +191,11 @@ def library() -> ctypes.CDLL:
     from sparseffn.storage import default_cache_dir
 
     try:
-        return ctypes.CDLL(str(compile_library(default_cache_dir() / "kernels")))
+        path = str(compile_library(default_cache_dir() / "kernels"))
+        torch.ops.load_library(path)
+        return ctypes.CDLL(path)
+    except UserError as error:
+        raise CompilerError(str(error)) from error
     except OSError as error:
         raise CompilerError(f"the compiled kernels cannot be loaded: {error}") from error
 
@@ -156,8 +204,8 @@ def library() -> ctypes.CDLL:
 def unavailable() -> str | None:
     """Why there are no compiled kernels, logged once; None where there are. Compiles at the first call."""
     try:
-        if not sys.platform.startswith("linux"):
-            raise CompilerError(f"they are written for Linux, this is {sys.platform}")
+        if not (_MACOS or sys.platform.startswith("linux")):
+            raise CompilerError(f"they are written for Linux and macOS, this is {sys.platform}")
         library()
     except CompilerError as error:
         logger.warning("no compiled CPU kernels, PyTorch's operations are used: %s", error)
