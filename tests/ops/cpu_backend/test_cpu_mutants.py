@@ -31,15 +31,15 @@ MUTANTS = {
         "for (int c = 0; c < left; ++c) at[c]",
         "for (int c = 0; c + 1 < left; ++c) at[c]",
     ),
-    "missing-dropout-mask": ("experts.h", "keep[g] ? row[g] * scale : C(0)", "row[g] * scale"),
-    "missing-mask-in-backward": ("experts_backward.h", "(keep[g] ? p.keep_scale : C(0))", "p.keep_scale"),
+    "missing-dropout-mask": ("hidden.h", "keep[g] ? row[g] * scale : C(0)", "row[g] * scale"),
+    "missing-mask-in-backward": ("hidden_backward.h", "(keep[g] ? p.keep_scale : C(0))", "p.keep_scale"),
     "swapped-index": (
-        "experts.h",
+        "hidden.h",
         "ws.inputs[i] = x + p.routing.token(rows.begin + i)",
         "ws.inputs[i] = x + p.routing.token(rows.end - 1 - i)",
     ),
-    "score-applied-twice": ("experts.h", "row[g] *= gate;", "row[g] *= gate * gate;"),
-    "score-twice-in-backward": ("experts_backward.h", "scaled[g] = gate * drop", "scaled[g] = gate * gate * drop"),
+    "score-applied-twice": ("hidden.h", "row[g] *= gate;", "row[g] *= gate * gate;"),
+    "score-twice-in-backward": ("hidden_backward.h", "scaled[g] = gate * drop", "scaled[g] = gate * gate * drop"),
     "part-of-a-sum-lost": (
         "product.h",
         "acc[i][j] += part[i][j];\n    }\n    next.at",
@@ -112,7 +112,7 @@ OTHERS: dict[str, tuple[str, str, str, Callable[[str], torch.Tensor]]] = {
         gradients_of_few,
     ),
     "open-unit-taken-for-closed": ("experts.h", "any |= ws.rows[i][g]", "any = ws.rows[i][g]", gradients_of_few),
-    "first-column-for-all": ("transpose.h", "= a[i * columns + c];", "= a[i * columns];", router_logits),
+    "first-column-for-all": ("transpose.h", "= a[i * lda + c];", "= a[i * lda];", router_logits),
 }
 
 

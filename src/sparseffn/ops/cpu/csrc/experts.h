@@ -1,6 +1,7 @@
 // The whole expert computation of a mixture and its backward:
 //
-//     y[t] = sum over selections (e, s) of token t:  s * (drop * act(x[t] keys[e])) values[e]
+//     y[t] = sum over selections (e, s) of token t:  s * (a values[e] + value_bias[e]),
+//     a = drop * act(x[t] keys[e] + key_bias[e]),  gated times x[t] gate_keys[e] + gate_bias[e]
 //
 // Many tokens: each thread owns a block of tokens and goes through all experts, so that it alone adds to its tokens' outputs.
 // Few tokens: each thread owns some experts and reads their weights once; its outputs are added up afterwards. Either way the
@@ -10,14 +11,11 @@
 
 #include <vector>
 
-#include "experts_types.h"
-#include "product.h"
+#include "hidden.h"
 #include "upcast.h"
 
 namespace sparseffn {
 
-// Rows of one expert that are taken at a time: their hidden units stay in the second-level cache.
-constexpr int64_t kChunk = 192;
 // Up to this many rows an expert, on average, threads divide experts instead of tokens. Up to kSomeRows they do where that
 // leaves none of them waiting long: measured cold on two cores, 16 and 32 rows an expert take 11% to 46% less so, 64 as long,
 // 128 up to 4% more.
@@ -26,65 +24,6 @@ constexpr int64_t kFewRows = 12, kSomeRows = 40;
 constexpr double kImbalance = 1.25;
 // An expert's weights cost as much as a few rows, once.
 constexpr int64_t kWeightsAsRows = 8;
-
-// What one thread needs for a chunk of rows.
-template <class S> struct Workspace {
-    using C = compute_t<S>;
-    Buffer<C> units;
-    Buffer<S> padded;
-    std::vector<const C*> inputs, rows;
-    std::vector<int64_t> active;
-
-    // No larger than the rows need: for one token, taking memory would else cost as much as the routing.
-    explicit Workspace(const Problem<S>& p)
-        : units(most_rows(p) * p.size),
-          padded(std::max(padded_size<C>(p.width, p.size), padded_size<C>(p.size, p.width))),
-          inputs(most_rows(p)),
-          rows(most_rows(p)) {
-        active.reserve(p.size);
-    }
-
-    static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
-};
-
-// Hidden units `first..first+size` of rows of one expert, activated, dropped and scaled by their gates, into ws.units.
-template <class S>
-void up(const Problem<S>& p, const compute_t<S>* x, int64_t expert, Range rows, Range units, Workspace<S>& ws) {
-    using C = compute_t<S>;
-    const int64_t n = rows.end - rows.begin, size = units.end - units.begin;
-    for (int64_t i = 0; i < n; ++i) {
-        ws.inputs[i] = x + p.routing.token(rows.begin + i) * p.width;
-        ws.rows[i] = ws.units.data() + i * size;
-    }
-    C* u = ws.units.data();
-    product<C, S>(ws.inputs.data(), n, p.keys + expert * p.width * p.size + units.begin, p.size, p.width, size,
-                  ws.padded.data(), Fetch::of(p.values + expert * p.width * p.size, p.width * p.size),
-                  [&](int64_t i, int64_t first, int columns, const auto& acc) { put(u + i * size + first, acc, columns); });
-    const bool output = keeps_output(p.activation);
-    for (int64_t i = 0; i < n; ++i) {
-        C* row = u + i * size;
-        S* kept = p.hidden ? p.hidden + (rows.begin + i) * p.size + units.begin : nullptr;
-        const int64_t selection = p.routing.order[rows.begin + i];
-        if (kept && !output)
-            for (int64_t g = 0; g < size; ++g) kept[g] = narrow<S>(row[g]);
-        switch (p.activation) {  // outside the loops, so that each of them is vectorised
-            case kRelu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kRelu, row[g]); break;
-            case kGelu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kGelu, row[g]); break;
-            case kSilu: for (int64_t g = 0; g < size; ++g) row[g] = activate(kSilu, row[g]); break;
-            default: break;
-        }
-        if (kept && output)
-            for (int64_t g = 0; g < size; ++g) kept[g] = narrow<S>(row[g]);
-        const C gate = p.gates[selection];
-        if (p.keep) {
-            const uint8_t* keep = p.keep + selection * p.size + units.begin;
-            const C scale = gate * p.keep_scale;
-            for (int64_t g = 0; g < size; ++g) row[g] = keep[g] ? row[g] * scale : C(0);
-        } else {
-            for (int64_t g = 0; g < size; ++g) row[g] *= gate;
-        }
-    }
-}
 
 // Up to this many rows that a thread has of an expert, only the values of units that are not zero for all of them are read:
 // after ReLU half of a row's are. Measured cold with ReLU, 16 experts of 128 units: one token 17% less, 8 tokens 4%.
@@ -103,37 +42,46 @@ void down_active(const Problem<S>& p, int64_t expert, Range rows, Range units, W
     C* to[kSparseRows];
     for (int64_t i = 0; i < n; ++i) to[i] = y + p.routing.token(rows.begin + i) * p.width;
     with_constant<kSparseRows>(static_cast<int>(n), [&](auto r) {
-        add_listed<C, S, decltype(r)::value>(ws.rows.data(), p.values + (expert * p.size + units.begin) * p.width, p.width,
+        add_listed<C, S, decltype(r)::value>(ws.rows.data(), p.values.of(expert).at(units.begin, 0), p.values.row, p.width,
                                              ws.active, to);
     });
 }
 
-// y[token] += ws.units values[expert], for rows of one expert; another expert follows.
+template <class S>
+void add_value_bias(const Problem<S>& p, int64_t expert, Range rows, compute_t<S>* y) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+        const compute_t<S> gate = p.gates[p.routing.order[r]];
+        compute_t<S>* to = y + p.routing.token(r) * p.width;
+        for (int64_t c = 0; c < p.width; ++c) to[c] += gate * upcast(p.value_bias[expert * p.width + c]);
+    }
+}
+
+// y[token] += ws.rows values[expert], for rows of one expert and some of its units; another expert follows.
 template <class S>
 void down(const Problem<S>& p, int64_t expert, Range rows, Range units, Workspace<S>& ws, compute_t<S>* y) {
     using C = compute_t<S>;
-    if (rows.end - rows.begin <= kSparseRows && p.width >= kLanes<C>) return down_active(p, expert, rows, units, ws, y);
-    product<C, S>(ws.rows.data(), rows.end - rows.begin, p.values + (expert * p.size + units.begin) * p.width, p.width,
-                  units.end - units.begin, p.width, ws.padded.data(),
-                  expert + 1 < p.routing.experts ? Fetch::of(p.keys + (expert + 1) * p.width * p.size, p.width * p.size)
-                                                 : Fetch{},
-                  [&](int64_t i, int64_t first, int columns, const auto& acc) {
-                      add(y + p.routing.token(rows.begin + i) * p.width + first, acc, columns);
-                  });
+    const int64_t n = rows.end - rows.begin;
+    if (p.value_bias && units.begin == 0) add_value_bias(p, expert, rows, y);
+    if (n <= kSparseRows && p.width >= kLanes<C> && p.values.column == 1) return down_active(p, expert, rows, units, ws, y);
+    for (int64_t i = 0; i < n; ++i) ws.to[i] = y + p.routing.token(rows.begin + i) * p.width;
+    const Fetch next = expert + 1 < p.routing.experts ? fetch(p.keys.of(expert + 1), p.width, p.size) : Fetch{};
+    multiply<To::kAdd, S>(ws.rows.data(), n, p.values.of(expert).from(units.begin, 0), units.end - units.begin, p.width,
+                          ws.to.data(), ws.scratch, next, n);
 }
 
-template <class S, class F> void in_chunks(Range rows, F&& f) {
+template <class F> void in_chunks(Range rows, F&& f) {
     for (int64_t r = rows.begin; r < rows.end; r += kChunk) f(Range{r, std::min(r + kChunk, rows.end)});
 }
 
 template <class S> void forward_by_tokens(const Problem<S>& p, const compute_t<S>* x, compute_t<S>* y) {
+    std::vector<Workspace<S>> all = workspaces(p);
 #pragma omp parallel num_threads(p.threads)
     {
-        Workspace<S> ws(p);
+        Workspace<S>& ws = all[omp_get_thread_num()];
         const Range tokens = part_of(p.routing.tokens, omp_get_thread_num(), omp_get_num_threads());
         std::fill(y + tokens.begin * p.width, y + tokens.end * p.width, compute_t<S>(0));
         for (int64_t e = 0; e < p.routing.experts; ++e)
-            in_chunks<S>(p.routing.rows_of(e, tokens), [&](Range rows) {
+            in_chunks(p.routing.rows_of(e, tokens), [&](Range rows) {
                 up(p, x, e, rows, Range{0, p.size}, ws);
                 down(p, e, rows, Range{0, p.size}, ws, y);
             });
@@ -178,16 +126,17 @@ void forward_by_experts(const Problem<S>& p, const Shares& shares, const compute
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
     Buffer<C> partial(n * (p.threads - 1));
+    std::vector<Workspace<S>> all = workspaces(p);
 #pragma omp parallel num_threads(p.threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        Workspace<S> ws(p);
+        Workspace<S>& ws = all[thread];
         C* mine = thread == 0 ? y : partial.data() + (thread - 1) * n;
         std::fill(mine, mine + n, C(0));
         const Range own = shares.runs.of(thread, threads);
         for (int64_t i = own.begin; i < own.end; ++i) {
             const Share& share = shares.all[i];
-            in_chunks<S>({p.routing.offsets[share.expert], p.routing.offsets[share.expert + 1]}, [&](Range rows) {
+            in_chunks({p.routing.offsets[share.expert], p.routing.offsets[share.expert + 1]}, [&](Range rows) {
                 up(p, x, share.expert, rows, share.units, ws);
                 down(p, share.expert, rows, share.units, ws, mine);
             });
@@ -207,8 +156,19 @@ template <class S> bool are_even(const Problem<S>& p, const Shares& shares) {
     return p.routing.rows() <= kFewRows * p.routing.experts || shares.runs.imbalance <= kImbalance;
 }
 
-template <class S> void forward(const Problem<S>& p, S* y) {
+// Products of two numbers for which a thread more is worth waking: some microseconds' work.
+constexpr int64_t kThreadsWork = 1 << 15;
+
+// No more threads than find work.
+template <class S> Problem<S> with_useful_threads(Problem<S> p) {
+    const int64_t work = p.routing.rows() * p.width * p.size;
+    p.threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(p.threads, work / kThreadsWork)));
+    return p;
+}
+
+template <class S> void forward(const Problem<S>& problem, S* y) {
     using C = compute_t<S>;
+    const Problem<S> p = with_useful_threads(problem);
     const int64_t n = p.routing.tokens * p.width;
     const Upcast<S> x(p.x, n, p.threads);
     // Partial sums of many threads must not outweigh the experts that they save reading twice.

@@ -8,28 +8,45 @@
 
 namespace sparseffn {
 
+// Where each selection's row is, by selection: token * k + slot.
+inline Buffer<int64_t> places(const Routing& routing) {
+    Buffer<int64_t> place(routing.rows());
+    for (int64_t r = 0; r < routing.rows(); ++r) place[routing.order[r]] = r;
+    return place;
+}
+
+// What one thread needs to choose a token's survivors.
+template <class C> struct Choice {
+    Buffer<Key<C>> keys;
+    Buffer<int64_t> chosen;
+
+    Choice(int64_t units, int64_t count) : keys(units), chosen(count) {}
+};
+
 // Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
 template <class S>
 void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int64_t* place, const S* hidden,
-            compute_t<S>* alpha, Buffer<Key<compute_t<S>>>& keys, Buffer<int64_t>& chosen) {
+            compute_t<S>* alpha, Choice<compute_t<S>>& choice) {
     using C = compute_t<S>;
     const int64_t k = p.routing.k;
     for (int64_t slot = 0; slot < k; ++slot) {
         const C* row = alpha + place[token * k + slot] * p.size;
-        for (int64_t g = 0; g < p.size; ++g) keys[slot * p.size + g] = sortable(row[g]);
+        for (int64_t g = 0; g < p.size; ++g) choice.keys[slot * p.size + g] = sortable(row[g]);
     }
-    select(keys.data(), k * p.size, inner.count, chosen.data());
+    select(choice.keys.data(), k * p.size, inner.count, choice.chosen.data());
+    const Buffer<int64_t>& chosen = choice.chosen;
     int64_t next = 0;
     for (int64_t slot = 0; slot < k; ++slot) {
         C* row = alpha + place[token * k + slot] * p.size;
-        const S* kept = hidden + place[token * k + slot] * p.size;
+        const S* kept = hidden + place[token * k + slot] * p.kept() * p.size;
         const uint8_t* keep = p.keep ? p.keep + (token * k + slot) * p.size : nullptr;
         int64_t from = 0;
         for (; next < inner.count && chosen[next] < (slot + 1) * p.size; ++next) {
             const int64_t unit = chosen[next] - slot * p.size;
             std::fill(row + from, row + unit, C(0));
             from = unit + 1;
-            inner.kept[token * inner.count + next] = kept[unit];
+            for (int64_t part = 0; part < p.kept(); ++part)
+                inner.kept[(token * p.kept() + part) * inner.count + next] = kept[part * p.size + unit];
             inner.positions[token * inner.count + next] =
                 keep && !keep[unit] ? -1 : static_cast<int32_t>(chosen[next]);
         }
@@ -37,27 +54,50 @@ void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int
     }
 }
 
-// Forward with an inner top-K: all hidden units, the choice token by token, then the values of the survivors.
-template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y) {
+// sums[token] += the survivors' values, of some columns.
+template <class S>
+void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns, compute_t<S>* sums) {
     using C = compute_t<S>;
+    for (int64_t e = 0; e < p.routing.experts; ++e)
+        for (int64_t r = p.routing.offsets[e]; r < p.routing.offsets[e + 1]; ++r) {
+            C* to = sums + p.routing.token(r) * p.width;
+            const C gate = p.gates[p.routing.order[r]];
+            if (p.value_bias)
+                for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += gate * upcast(p.value_bias[e * p.width + c]);
+            for (int64_t g = 0; g < p.size; ++g)
+                if (const C a = alpha[r * p.size + g]; a != C(0)) {
+                    const S* value = p.values.of(e).at(g, 0);
+                    if (p.values.column == 1)
+                        for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c]);
+                    else
+                        for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c * p.values.column]);
+                }
+        }
+}
+
+// Forward with an inner top-K: all hidden units, the choice token by token, then the values of the survivors.
+template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner, S* y) {
+    using C = compute_t<S>;
+    Problem<S> p = with_useful_threads(problem);
     const Routing& routing = p.routing;
     const int64_t n = routing.tokens * p.width;
     const Upcast<S> x(p.x, n, p.threads);
-    Buffer<S> hidden(routing.rows() * p.size);
+    Buffer<S> hidden(routing.rows() * p.kept() * p.size);
     Buffer<C> alpha(routing.rows() * p.size), sums(n);
-    Buffer<int64_t> place(routing.rows());
-    for (int64_t r = 0; r < routing.rows(); ++r) place[routing.order[r]] = r;
+    const Buffer<int64_t> place = places(routing);
     p.hidden = hidden.data();
     const Shares shares = shares_of(p);
     const bool few = routing.rows() <= kFewRows * routing.experts;
+    std::vector<Workspace<S>> all = workspaces(p);
+    std::vector<Choice<C>> choices;
+    choices.reserve(p.threads);
+    for (int t = 0; t < p.threads; ++t) choices.emplace_back(routing.k * p.size, inner.count);
 #pragma omp parallel num_threads(p.threads)
     {
-        Workspace<S> ws(p);
-        Buffer<Key<C>> keys(routing.k * p.size);
-        Buffer<int64_t> chosen(inner.count);
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const auto fill = [&](int64_t e, Range all, Range units) {
-            in_chunks<S>(all, [&](Range rows) {
+        Workspace<S>& ws = all[thread];
+        const auto fill = [&](int64_t e, Range all_rows, Range units) {
+            in_chunks(all_rows, [&](Range rows) {
                 up(p, x.data(), e, rows, units, ws);
                 const int64_t size = units.end - units.begin;
                 for (int64_t r = rows.begin; r < rows.end; ++r)
@@ -76,11 +116,11 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
         }
 #pragma omp barrier
         for (int64_t t = tokens.begin; t < tokens.end; ++t)
-            choose(p, inner, t, place.data(), hidden.data(), alpha.data(), keys, chosen);
+            choose(p, inner, t, place.data(), hidden.data(), alpha.data(), choices[thread]);
         std::fill(sums.data() + tokens.begin * p.width, sums.data() + tokens.end * p.width, C(0));
         if (!few)
             for (int64_t e = 0; e < routing.experts; ++e)
-                in_chunks<S>(routing.rows_of(e, tokens), [&](Range rows) {
+                in_chunks(routing.rows_of(e, tokens), [&](Range rows) {
                     for (int64_t i = 0; i < rows.end - rows.begin; ++i)
                         ws.rows[i] = alpha.data() + (rows.begin + i) * p.size;
                     down(p, e, rows, Range{0, p.size}, ws, sums.data());
@@ -90,15 +130,7 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
             // Columns are divided, and only the survivors' values are read.
             const int64_t lines = (p.width + kLanes<C> - 1) / kLanes<C>;
             const Range part = part_of(lines, thread, threads);
-            const Range columns{part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)};
-            for (int64_t e = 0; e < routing.experts; ++e)
-                for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; ++r)
-                    for (int64_t g = 0; g < p.size; ++g)
-                        if (const C a = alpha[r * p.size + g]; a != C(0)) {
-                            const S* value = p.values + (e * p.size + g) * p.width;
-                            C* to = sums.data() + routing.token(r) * p.width;
-                            for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c]);
-                        }
+            add_survivors(p, alpha.data(), {part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)}, sums.data());
 #pragma omp barrier
         }
         for (int64_t i = tokens.begin * p.width; i < tokens.end * p.width; ++i) y[i] = narrow<S>(sums[i]);
@@ -107,19 +139,20 @@ template <class S> void forward_inner(Problem<S> p, const Inner<S>& inner, S* y)
 
 // Backward with an inner top-K: that of all units, of which only the survivors were kept.
 template <class S> void backward_inner(Problem<S> p, const Inner<S>& inner, const Gradients<S>& g) {
-    const int64_t k = p.routing.k, n = p.routing.rows() * p.size;
-    Buffer<S> hidden(n);
+    const int64_t k = p.routing.k, n = p.routing.rows() * p.size, kept = p.kept();
+    Buffer<S> hidden(n * kept);
     Buffer<uint8_t> alive(n);
-    std::memset(static_cast<void*>(hidden.data()), 0, n * sizeof(S));
+    std::memset(static_cast<void*>(hidden.data()), 0, n * kept * sizeof(S));
     std::fill(alive.data(), alive.data() + n, uint8_t(0));
-    Buffer<int64_t> place(p.routing.rows());
-    for (int64_t r = 0; r < p.routing.rows(); ++r) place[p.routing.order[r]] = r;
+    const Buffer<int64_t> place = places(p.routing);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
     for (int64_t t = 0; t < p.routing.tokens; ++t)
-        for (int64_t j = t * inner.count; j < (t + 1) * inner.count; ++j) {
-            if (inner.positions[j] < 0) continue;
-            const int64_t selection = t * k + inner.positions[j] / p.size, unit = inner.positions[j] % p.size;
-            hidden[place[selection] * p.size + unit] = inner.kept[j];
+        for (int64_t j = 0; j < inner.count; ++j) {
+            const int32_t position = inner.positions[t * inner.count + j];
+            if (position < 0) continue;
+            const int64_t selection = t * k + position / p.size, unit = position % p.size;
+            for (int64_t part = 0; part < kept; ++part)
+                hidden[(place[selection] * kept + part) * p.size + unit] = inner.kept[(t * kept + part) * inner.count + j];
             alive[selection * p.size + unit] = 1;
         }
     p.hidden = hidden.data();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "matrix.h"
 #include "routing.h"
 #include "vectors.h"
 
@@ -9,25 +10,56 @@ namespace sparseffn {
 
 template <class S> struct Problem {
     using C = compute_t<S>;
-    const S* x;       // [tokens, width]
-    const S* keys;    // [experts, width, size]
-    const S* values;  // [experts, size, width]
-    const C* gates;   // [tokens * k]
-    S* hidden;        // [rows, size], sorted; null where nothing is kept
+    const S* x;                           // [tokens, width]
+    Matrices<S> keys, gate_keys, values;  // [experts, width, size] twice, [experts, size, width]; gate_keys of gated experts
+    const S *key_bias, *gate_bias, *value_bias;  // [experts, size] twice, [experts, width]; each may be null
+    const C* gates;                              // [tokens * k]
+    S* hidden;  // [rows, size], sorted, or [rows, 2 size]: products of keys, then of gate_keys; null where nothing is kept
     const uint8_t* keep;  // [tokens * k, size], 0 where dropout removed a unit; null without dropout
     C keep_scale;
     Activation activation;
+    C alpha, limit;  // of the clamped SwiGLU
     int64_t width, size;
     Routing routing;
     int threads;
+
+    // Numbers kept for each hidden unit.
+    int64_t kept() const { return gate_keys ? 2 : 1; }
+    // Keys and gate keys are columns in turns of one matrix.
+    bool interleaved() const {
+        return gate_keys.data == keys.data + 1 && keys.column == 2 && gate_keys.column == 2 && gate_keys.row == keys.row &&
+               gate_keys.expert == keys.expert && gate_keys;
+    }
+    bool all_in_lines() const {
+        return values.in_lines() && (interleaved() || (keys.in_lines() && (!gate_keys || gate_keys.in_lines())));
+    }
 };
+
+// Experts without gate keys and biases, whose weights lie one after the other.
+template <class S>
+Problem<S> plain_problem(const S* x, const S* keys, const S* values, const compute_t<S>* gates, S* hidden, Activation activation,
+                         int64_t width, int64_t size, const Routing& routing, int threads) {
+    Problem<S> p{};
+    p.x = x;
+    p.keys = in_order(keys, width, size);
+    p.values = in_order(values, size, width);
+    p.gates = gates;
+    p.hidden = hidden;
+    p.keep_scale = 1;
+    p.activation = activation;
+    p.width = width;
+    p.size = size;
+    p.routing = routing;
+    p.threads = threads;
+    return p;
+}
 
 template <class S> struct Gradients {
     using C = compute_t<S>;
     const S* y;  // in
     S* x;
-    S* keys;
-    S* values;
+    OutMatrices<S> keys, gate_keys, values;  // each with lines of rows or of columns
+    S *key_bias, *gate_bias, *value_bias;    // where there are biases
     C* gates;
 };
 
@@ -35,7 +67,7 @@ template <class S> struct Gradients {
 template <class S> struct Inner {
     int64_t count;
     int32_t* positions;  // [tokens, count]: slot * size + unit, ascending; -1 for one that dropout removed
-    S* kept;             // [tokens, count], what the activation keeps of each
+    S* kept;             // [tokens, count], what the activation keeps of each; gated [tokens, 2 count], keys' products first
 };
 
 template <class S> void forward(const Problem<S>& p, S* y);

@@ -26,7 +26,8 @@ inline void linear(const C* x, const C* w, int64_t tokens, int64_t width, int64_
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < outputs; first += kStrip) transpose_rows(w, outputs, width, first, transposed.data());
+        for (int64_t first = 0; first < outputs; first += kStrip) 
+            transpose_rows(w, outputs, width, width, first, transposed.data(), outputs);
         Buffer<C> padded(padded_size<C>(width));
         std::vector<const C*> rows(kLinearRows);
         const Range own = part_of(tokens, omp_get_thread_num(), omp_get_num_threads());

@@ -167,7 +167,8 @@ constexpr int kListed = 8;
 // read once, from its first element to its last. With 4,096 of them one after the other, the largest error was 0.2 to 0.7 of
 // PyTorch's.
 template <class C, class S, int R>
-inline void add_listed(const C* const* a, const S* b, int64_t columns, const std::vector<int64_t>& list, C* const* y) {
+inline void add_listed(const C* const* a, const S* b, int64_t ldb, int64_t columns, const std::vector<int64_t>& list,
+                       C* const* y) {
     const int64_t count = static_cast<int64_t>(list.size());
     for (int64_t first = 0; first < count; first += kListed)
         with_constant<kListed>(static_cast<int>(count - first < kListed ? count - first : kListed), [&](auto n) {
@@ -176,7 +177,7 @@ inline void add_listed(const C* const* a, const S* b, int64_t columns, const std
             const auto sum = [&](int64_t j, Vec<C> (&acc)[R]) {
                 for (int i = 0; i < R; ++i) acc[i] = Vec<C>{};
                 for (int q = 0; q < N; ++q) {
-                    const Vec<C> line = load(b + ks[q] * columns + j);
+                    const Vec<C> line = load(b + ks[q] * ldb + j);
                     for (int i = 0; i < R; ++i) acc[i] += splat<C>(a[i][ks[q]]) * line;
                 }
             };

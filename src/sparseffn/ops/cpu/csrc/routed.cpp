@@ -29,9 +29,9 @@ extern "C" int sparseffn_routed_experts(int dtype, const void* x, const void* se
         }
         Buffer<int64_t> order(tokens * k), offsets(experts + 1);
         sort_by_expert(indices, tokens * k, experts, order.data(), offsets.data());
-        forward(Problem<S>{static_cast<const S*>(x), static_cast<const S*>(keys), static_cast<const S*>(values), gates,
-                           nullptr, nullptr, C(1), static_cast<Activation>(activation), width, size,
-                           Routing{order.data(), offsets.data(), tokens, experts, k}, threads},
+        forward(plain_problem(static_cast<const S*>(x), static_cast<const S*>(keys), static_cast<const S*>(values), gates,
+                              static_cast<S*>(nullptr), static_cast<Activation>(activation), width, size,
+                              Routing{order.data(), offsets.data(), tokens, experts, k}, threads),
                 static_cast<S*>(y));
     });
     return problem;

@@ -31,10 +31,9 @@ int sparseffn_routed_training(int dtype, const void* x, const void* selector, co
             return;
         }
         sort_by_expert(indices, tokens * k, experts, order, offsets);
-        forward(Problem<C>{static_cast<const C*>(x), static_cast<const C*>(keys), static_cast<const C*>(values),
-                           static_cast<const C*>(gates), static_cast<C*>(hidden), nullptr, C(1),
-                           static_cast<Activation>(activation), width, size, Routing{order, offsets, tokens, experts, k},
-                           threads},
+        forward(plain_problem(static_cast<const C*>(x), static_cast<const C*>(keys), static_cast<const C*>(values),
+                              static_cast<const C*>(gates), static_cast<C*>(hidden), static_cast<Activation>(activation),
+                              width, size, Routing{order, offsets, tokens, experts, k}, threads),
                 static_cast<C*>(y));
     });
     return problem;
@@ -51,12 +50,16 @@ void sparseffn_routed_training_backward(int dtype, const void* x, const void* se
     in_full_precision(dtype, [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
         Buffer<C> d_gates(tokens * k), d_logits(tokens * experts);
-        backward(Problem<C>{static_cast<const C*>(x), static_cast<const C*>(keys), static_cast<const C*>(values),
-                            static_cast<const C*>(gates), static_cast<C*>(hidden), nullptr, C(1),
-                            static_cast<Activation>(activation), width, size, Routing{order, offsets, tokens, experts, k},
-                            threads},
-                 Gradients<C>{static_cast<const C*>(grad_y), static_cast<C*>(grad_x), static_cast<C*>(grad_keys),
-                              static_cast<C*>(grad_values), d_gates.data()});
+        Gradients<C> to{};
+        to.y = static_cast<const C*>(grad_y);
+        to.x = static_cast<C*>(grad_x);
+        to.keys = in_order(static_cast<C*>(grad_keys), width, size);
+        to.values = in_order(static_cast<C*>(grad_values), size, width);
+        to.gates = d_gates.data();
+        backward(plain_problem(static_cast<const C*>(x), static_cast<const C*>(keys), static_cast<const C*>(values),
+                               static_cast<const C*>(gates), static_cast<C*>(hidden), static_cast<Activation>(activation),
+                               width, size, Routing{order, offsets, tokens, experts, k}, threads),
+                 to);
         for (int64_t i = 0; i < tokens * k && grad_gates; ++i) d_gates[i] += static_cast<const C*>(grad_gates)[i];
         if (grad_logits) std::copy_n(static_cast<const C*>(grad_logits), tokens * experts, d_logits.data());
         else std::fill_n(d_logits.data(), tokens * experts, C(0));

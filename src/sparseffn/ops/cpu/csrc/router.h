@@ -99,7 +99,7 @@ inline void selector_gradients(const C* d, const C* x, const C* selector, int64_
                       });
         for (int64_t t = 0; t < tokens; ++t) d_rows[t] += rows.begin;
         outer_of_few(d_rows.data(), x_rows.data(), tokens, rows.end - rows.begin, width, gselector + rows.begin * width,
-                     padded, padded_rows);
+                     width, padded, padded_rows);
     }
 }
 

@@ -51,8 +51,9 @@ template <int H, class V, int N> SPARSEFFN_INLINE void transpose_square(V (&line
     }
 }
 
-// Rows first..first + kStrip of a [rows, columns] matrix as columns of its transpose.
-template <class S> void transpose_rows(const S* a, int64_t rows, int64_t columns, int64_t first, S* b) {
+// Rows first..first + kStrip of a, [rows, columns] at lda, as columns of its transpose at ldb.
+template <class S>
+void transpose_rows(const S* a, int64_t rows, int64_t columns, int64_t lda, int64_t first, S* b, int64_t ldb) {
     constexpr int N = kSquare<S>;
     const int64_t last = std::min(first + kStrip, rows);
     for (int64_t r = first; r < last; r += N) {
@@ -60,20 +61,20 @@ template <class S> void transpose_rows(const S* a, int64_t rows, int64_t columns
         for (; r + N <= rows && c + N <= columns; c += N) {
             typename line_of<S>::type lines[N];
             for (int i = 0; i < N; ++i) {
-                std::memcpy(&lines[i], a + (r + i) * columns + c, sizeof lines[i]);
-                __builtin_prefetch(a + (r + i + N) * columns + c);
+                std::memcpy(&lines[i], a + (r + i) * lda + c, sizeof lines[i]);
+                __builtin_prefetch(a + (r + i + N) * lda + c);
             }
             transpose_square<N / 2>(lines);
-            for (int j = 0; j < N; ++j) std::memcpy(b + (c + j) * rows + r, &lines[j], sizeof lines[j]);
+            for (int j = 0; j < N; ++j) std::memcpy(b + (c + j) * ldb + r, &lines[j], sizeof lines[j]);
         }
         for (; c < columns; ++c)
-            for (int64_t i = r; i < std::min(r + N, last); ++i) b[c * rows + i] = a[i * columns + c];
+            for (int64_t i = r; i < std::min(r + N, last); ++i) b[c * ldb + i] = a[i * lda + c];
     }
 }
 
 // b = a^T by one thread.
-template <class S> void transpose(const S* a, int64_t rows, int64_t columns, S* b) {
-    for (int64_t first = 0; first < rows; first += kStrip) transpose_rows(a, rows, columns, first, b);
+template <class S> void transpose(const S* a, int64_t rows, int64_t columns, int64_t lda, S* b, int64_t ldb) {
+    for (int64_t first = 0; first < rows; first += kStrip) transpose_rows(a, rows, columns, lda, first, b, ldb);
 }
 
 }  // namespace sparseffn

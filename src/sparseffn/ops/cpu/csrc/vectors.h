@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace sparseffn {
 
 // Shape of a product tile: kRows x (kVectors registers) accumulators, a row of B and one broadcast must fit the register
@@ -24,10 +28,15 @@ constexpr int kBytes = 16, kRows = 6, kVectors = 2;
 struct bf16 {
     uint16_t bits;
 };
+// IEEE's binary16.
+struct half {
+    uint16_t bits;
+};
 
-// Values are computed in C: float for float and bfloat16 storage, double for double.
+// Values are computed in C: float for float, bfloat16 and float16 storage, double for double.
 template <class S> struct compute { using type = S; };
 template <> struct compute<bf16> { using type = float; };
+template <> struct compute<half> { using type = float; };
 template <class S> using compute_t = typename compute<S>::type;
 
 template <class C> struct vector_of;
@@ -42,15 +51,42 @@ template <class C> inline Vec<C> load(const C* p) {
     return v;
 }
 
+typedef uint16_t Bits16 __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
+
 inline Vec<float> load(const bf16* p) {
-    typedef uint16_t half __attribute__((vector_size(kBytes / 2)));
-    typedef uint32_t wide __attribute__((vector_size(kBytes)));
-    half h;
+    Bits16 h;
     __builtin_memcpy(&h, p, sizeof h);
-    const wide w = __builtin_convertvector(h, wide) << 16;
+    const Bits32 w = __builtin_convertvector(h, Bits32) << 16;
     Vec<float> v;
     __builtin_memcpy(&v, &w, sizeof v);
     return v;
+}
+
+// The bits of a float16 as a float: moved to its place the exponent is 112 too small, and a product sets that right for
+// subnormal numbers too; infinity and NaN get the highest exponent.
+inline float upcast(half x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    f *= 0x1p112f;
+    uint32_t wide;
+    std::memcpy(&wide, &f, sizeof wide);
+    wide |= (bits >= 0x0f800000u ? 0x7f800000u : 0u) | static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    std::memcpy(&f, &wide, sizeof f);
+    return f;
+}
+
+inline Vec<float> load(const half* p) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    float lanes[kLanes<float>];
+    for (int q = 0; q < kLanes<float>; ++q) lanes[q] = upcast(p[q]);
+    return load(lanes);
+#endif
 }
 
 template <class C> inline void store(C* p, Vec<C> v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -74,12 +110,28 @@ template <> inline bf16 narrow<bf16>(float x) {
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return bf16{static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u)};
 }
+template <> inline half narrow<half>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+    // A subnormal number: 0.5 in front of it leaves the bits that remain at the end of the sum.
+    float low;
+    std::memcpy(&low, &size, sizeof low);
+    low += 0.5f;
+    uint32_t subnormal;
+    std::memcpy(&subnormal, &low, sizeof subnormal);
+    const uint32_t normal = (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
+    const uint32_t infinite = size > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t found = size >= 0x47800000u ? infinite : size < 0x38800000u ? subnormal - 0x3f000000u : normal;
+    return half{static_cast<uint16_t>(found | sign)};
+}
 
-// Calls f with a null pointer of the storage type that a code stands for: 0 float, 1 double, 2 bfloat16.
+// Calls f with a null pointer of the storage type that a code stands for: 0 float, 1 double, 2 bfloat16, 3 float16.
 template <class F> void with_type(int code, F&& f) {
     if (code == 0) f(static_cast<float*>(nullptr));
     else if (code == 1) f(static_cast<double*>(nullptr));
-    else f(static_cast<bf16*>(nullptr));
+    else if (code == 2) f(static_cast<bf16*>(nullptr));
+    else f(static_cast<half*>(nullptr));
 }
 
 }  // namespace sparseffn

@@ -1,0 +1,77 @@
+// From the gradient of a row of hidden units, weighted sums of values, to those of the products behind it and of its gate.
+#pragma once
+
+#include "hidden.h"
+
+namespace sparseffn {
+
+// In: `d`, the gradient of a row by the values. Out: those of the keys' product (in place), and in `d_gate` of the gate keys';
+// `scaled` gets s * drop * a. Returns the gate's gradient.
+template <class S>
+compute_t<S> through_activation(const Problem<S>& p, int64_t row, compute_t<S>* d, compute_t<S>* d_gate,
+                                compute_t<S>* scaled) {
+    using C = compute_t<S>;
+    const int64_t selection = p.routing.order[row];
+    const S* kept = p.hidden + row * p.kept() * p.size;
+    const S* kept_gate = kept + p.size;
+    const uint8_t* keep = p.keep ? p.keep + selection * p.size : nullptr;
+    const C gate = p.gates[selection];
+    const Clamp<C> clamp{p.alpha, p.limit};
+    C sums[kLanes<C>] = {};
+    const auto pass = [&](auto unit) {
+        const int64_t whole = p.size / kLanes<C> * kLanes<C>;
+        for (int64_t first = 0; first < whole; first += kLanes<C>)
+#pragma omp simd
+            for (int q = 0; q < kLanes<C>; ++q) unit(first + q, sums[q]);
+        for (int64_t g = whole; g < p.size; ++g) unit(g, sums[g - whole]);
+    };
+    with_activation(p.activation, [&](auto activation) {
+        constexpr Activation a = decltype(activation)::value;
+        if (!d_gate)
+            pass([&](int64_t g, C& sum) {
+                const Slope<C> s = slope_of(a, C(upcast(kept[g])));
+                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
+                sum += d[g] * s.value * drop;
+                scaled[g] = gate * drop * s.value;
+                d[g] = d[g] * gate * drop * s.slope;
+            });
+        else
+            pass([&](int64_t g, C& sum) {
+                const GatedSlope<C> s = gated_slope(a, C(upcast(kept[g])), C(upcast(kept_gate[g])), clamp);
+                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
+                sum += d[g] * s.value * drop;
+                scaled[g] = gate * drop * s.value;
+                const C sent = d[g] * gate * drop;
+                d[g] = sent * s.by_key;
+                d_gate[g] = sent * s.by_gate;
+            });
+    });
+    return sum_of_lanes<C>(load(sums));
+}
+
+// What the gate's gradient gets through the bias of the values.
+template <class S> compute_t<S> through_value_bias(const Problem<S>& p, int64_t expert, const compute_t<S>* gy) {
+    using C = compute_t<S>;
+    if (!p.value_bias) return 0;
+    const S* bias = p.value_bias + expert * p.width;
+    Vec<C> sum{};
+    C rest = 0;
+    int64_t c = 0;
+    for (; c + kLanes<C> <= p.width; c += kLanes<C>) sum += load(gy + c) * load(bias + c);
+    for (; c < p.width; ++c) rest += gy[c] * upcast(bias[c]);
+    return sum_of_lanes<C>(sum) + rest;
+}
+
+// to[c] = sum over an expert's rows of weight(row) * row_at(row)[c].
+template <class S, class Weight, class RowAt>
+void bias_gradient(Range rows, int64_t columns, std::vector<double>& sums, S* to, Weight&& weight, RowAt&& row_at) {
+    std::fill_n(sums.begin(), columns, 0.0);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+        const auto* row = row_at(r);
+        const double w = weight(r);
+        for (int64_t c = 0; c < columns; ++c) sums[c] += w * row[c];
+    }
+    for (int64_t c = 0; c < columns; ++c) to[c] = narrow<S>(static_cast<compute_t<S>>(sums[c]));
+}
+
+}  // namespace sparseffn

@@ -1,0 +1,112 @@
+// Matrices with any strides, one for each expert, and products with them: none is copied whole, an unusual one is brought
+// together expert by expert.
+#pragma once
+
+#include "parallel.h"
+#include "product.h"
+#include "transpose.h"
+
+namespace sparseffn {
+
+// Element (r, c) is data[r * row + c * column].
+template <class S> struct Matrix {
+    const S* data;
+    int64_t row, column;
+
+    const S* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
+    Matrix from(int64_t r, int64_t c) const { return {at(r, c), row, column}; }
+    Matrix transposed() const { return {data, column, row}; }
+};
+
+// Element (e, r, c) is data[e * expert + r * row + c * column]; without data there are none.
+template <class S> struct Matrices {
+    const S* data = nullptr;
+    int64_t expert = 0, row = 0, column = 0;
+
+    explicit operator bool() const { return data != nullptr; }
+    Matrix<S> of(int64_t e) const { return {data + e * expert, row, column}; }
+    Matrices transposed() const { return {data, expert, column, row}; }
+    bool in_lines() const { return row == 1 || column == 1; }
+};
+
+template <class S> struct OutMatrices {
+    S* data = nullptr;
+    int64_t expert = 0, row = 0, column = 0;
+
+    S* of(int64_t e) const { return data + e * expert; }
+    explicit operator bool() const { return data != nullptr; }
+    // Whether a row is a line of memory, not a column; and from line to line.
+    bool by_rows() const { return column == 1; }
+    int64_t ld() const { return by_rows() ? row : column; }
+};
+
+// One after the other in memory, rows first.
+template <class T> Matrices<T> in_order(const T* data, int64_t rows, int64_t columns) {
+    return {data, rows * columns, columns, 1};
+}
+template <class T> OutMatrices<T> in_order(T* data, int64_t rows, int64_t columns) {
+    return {data, rows * columns, columns, 1};
+}
+
+// Matrix e, [rows, columns], set to zero.
+template <class S> void set_to_zero(const OutMatrices<S>& m, int64_t e, int64_t rows, int64_t columns) {
+    if (!m.by_rows()) std::swap(rows, columns);
+    for (int64_t r = 0; r < rows; ++r) std::memset(static_cast<void*>(m.of(e) + r * m.ld()), 0, columns * sizeof(S));
+}
+
+// The whole of a matrix, if it lies in one piece.
+template <class S> Fetch fetch(const Matrix<S>& m, int64_t rows, int64_t columns) {
+    const bool dense = (m.column == 1 && m.row == columns) || (m.row == 1 && m.column == rows);
+    return dense ? Fetch::of(m.data, rows * columns) : Fetch{};
+}
+
+// to [rows, columns] = a, by one thread.
+template <class S> void pack(const Matrix<S>& a, int64_t rows, int64_t columns, S* to) {
+    if (a.row == 1) return transpose(a.data, columns, rows, a.column, to, columns);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) to[r * columns + c] = *a.at(r, c);
+}
+
+// Up to this many rows a matrix whose columns are lines is read as it lies, in dot products; for more it pays to transpose it,
+// where there is memory for that.
+constexpr int64_t kDotRows = 6;
+
+// What products with matrices of so many rows and columns need, by one thread.
+template <class S> struct Scratch {
+    Buffer<S> padded;
+    Buffer<S> packed;
+    Matrix<S> held{nullptr, 0, 0};  // what `packed` is a copy of
+
+    Scratch(int64_t padded_elements, int64_t packed_elements) : padded(padded_elements), packed(packed_elements) {}
+
+    // B [depth, columns] with its rows as lines; a matrix that was brought together last is not again.
+    Matrix<S> packed_of(const Matrix<S>& b, int64_t depth, int64_t columns) {
+        if (held.data != b.data || held.row != b.row || held.column != b.column) pack(b, depth, columns, packed.data());
+        held = b;
+        return {packed.data(), columns, 1};
+    }
+};
+
+// Whether products write or add.
+enum class To { kPut, kAdd };
+
+// to[i] = or += a[i] B for n rows and B [depth, columns]. `next` is fetched meanwhile, where B's rows are lines.
+template <To Mode, class S, class C = compute_t<S>>
+void multiply(const C* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t columns, C* const* to, Scratch<S>& scratch,
+              Fetch next = {}, int64_t dot_rows = kDotRows) {
+    if (b.column != 1 && b.row == 1 && n <= dot_rows) {
+        product_dots<C, S>(a, n, b.data, b.column, depth, columns, [&](int64_t i, int64_t j, C sum) {
+            if constexpr (Mode == To::kAdd) to[i][j] += sum;
+            else to[i][j] = sum;
+        });
+        return;
+    }
+    if (b.column != 1) b = scratch.packed_of(b, depth, columns);
+    product<C, S>(a, n, b.data, b.row, depth, columns, scratch.padded.data(), next,
+                  [&](int64_t i, int64_t first, int width, const auto& acc) {
+                      if constexpr (Mode == To::kAdd) add(to[i] + first, acc, width);
+                      else put(to[i] + first, acc, width);
+                  });
+}
+
+}  // namespace sparseffn
