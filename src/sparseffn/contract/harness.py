@@ -17,7 +17,7 @@ Check = Callable[[FFNConfig], None]
 CHECKS: dict[str, Check] = {}
 
 # In the order in which they run.
-_MODULES = ("check_function", "check_routing", "check_config", "check_modes")
+_MODULES = ("check_function", "check_routing", "check_transforms", "check_graphs", "check_config", "check_modes")
 
 # Largest difference in float64 between two ways to compute one thing.
 ATOL = 1e-9
@@ -127,6 +127,12 @@ def seeded(function: Callable[[], Any], seed: int = 7) -> Any:
 def without_dropout(config: FFNConfig) -> FFNConfig:
     """The config with its dropout on units off; routing noise and expert dropout stay."""
     return config.replace(dropout=0.0) if "dropout" in field_infos(type(config)) else config
+
+
+def without_random_numbers(config: FFNConfig) -> FFNConfig:
+    """The config with all dropout off; noise that is not an option stays."""
+    has = [name for name in ("dropout", "expert_dropout") if name in field_infos(type(config))]
+    return config.replace(**dict.fromkeys(has, 0.0))
 
 
 def differ(a: Tensor, b: Tensor) -> float:

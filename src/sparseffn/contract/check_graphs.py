@@ -1,0 +1,139 @@
+"""Checks of a layer as others run it: compiled, exported, sharded, and fed with numbers that are not finite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from sparseffn.contract.harness import ATOL, contract, differ, make_layer, require, seeded, tokens, without_dropout
+from sparseffn.errors import UserError
+from sparseffn.ffn import FeedForward, FFNConfig
+
+
+@contract
+def compiles(config: FFNConfig) -> None:
+    """`torch.compile(fullgraph=True, dynamic=True)` gives the eager output and gradients, for several token counts."""
+    layer = make_layer(without_dropout(config))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n_tokens in (6, 9):
+        x = tokens(config, n_tokens)
+        results = [_step(layer, function, x) for function in (layer, compiled)]
+        gap = max(differ(a, b) for a, b in zip(*results, strict=True))
+        require(gap <= ATOL, f"compiled results differ by {gap:.2g} for {n_tokens} tokens")
+
+
+def _step(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Output and all gradients."""
+    leaf = x.clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    y = function(leaf)
+    y.square().sum().backward()
+    return [y.detach(), *(t.grad for t in (leaf, *layer.parameters()) if t.grad is not None)]
+
+
+@contract
+def exports(config: FFNConfig) -> None:
+    """`torch.export` with a number of tokens that it leaves open gives the eager output."""
+    layer = make_layer(config)
+    shape = {0: torch.export.Dim("n_tokens", min=2, max=1 << 20)}
+    program = torch.export.export(layer, (tokens(config, 6),), dynamic_shapes={"x": shape}).module()
+    for n_tokens in (6, 9):
+        x = tokens(config, n_tokens)
+        gap = differ(program(x), layer(x))
+        require(gap <= ATOL, f"the exported program differs by {gap:.2g} for {n_tokens} tokens")
+
+
+@contract
+def sharding(config: FFNConfig) -> None:
+    """FSDP2 over the layer, its parts as units of their own or not, trains like the layer; a distributed x is refused."""
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,)) if dist.get_world_size() == 1 else None
+        if mesh is not None:
+            _check_sharding(without_dropout(config), mesh)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _check_sharding(config: FFNConfig, mesh: DeviceMesh) -> None:
+    layer, x = make_layer(config, training=True), tokens(config)
+    wanted = seeded(lambda: _step(layer, layer, x))
+    parts = [name for name, part in layer.named_children() if any(True for _ in part.parameters())]
+    for units in dict.fromkeys(((), tuple(parts))):
+        sharded = copy.deepcopy(layer)
+        for module in (*(sharded.get_submodule(name) for name in units), sharded):
+            fully_shard(module, mesh=mesh)
+        try:
+            got = seeded(lambda: _step(sharded, sharded, x))  # noqa: B023
+        except RuntimeError as error:
+            require(False, f"with the units {units} it raises {error}")
+            return
+        whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in got]  # pyright: ignore
+        gap = max(differ(a, b) for a, b in zip(whole, wanted, strict=True))
+        require(gap <= ATOL, f"sharded with the units {units} it differs by {gap:.2g}")
+    try:
+        layer(distribute_tensor(x, mesh, [Replicate()]))
+    except (UserError, RuntimeError) as error:
+        require("DTensor" in str(error), f"the error for a distributed x does not say so: {error}")
+    else:
+        require(False, "a distributed x goes into a layer of plain weights")
+
+
+@contract
+def hooks(config: FFNConfig) -> None:
+    """Hooks on every part of the layer run."""
+    layer = make_layer(config)
+    for name, part in layer.named_modules():
+        ran: list[str] = []
+        handles = [
+            part.register_forward_pre_hook(lambda *_: ran.append("before")),  # noqa: B023
+            part.register_forward_hook(lambda *_: ran.append("after")),  # noqa: B023
+        ]
+        for context in (torch.enable_grad, torch.inference_mode):
+            ran.clear()
+            with context():
+                layer(tokens(config, 1))
+            require(ran == ["before", "after"], f"hooks on {name or 'the layer'} ran as {ran}")
+        for handle in handles:
+            handle.remove()
+
+
+@contract
+def non_finite(config: FFNConfig) -> None:
+    """NaN or infinity in a token costs its own row, as in `nn.Linear`, and raises nothing."""
+    config = without_dropout(config)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for training in (False, True):
+            layer, x = make_layer(config, training=training), tokens(config)
+            x[3], x[7, 0] = value, value
+            what = f"{value} in {'training' if training else 'evaluation'}"
+            # Routing over the batch meets all tokens: there it is enough that nothing raises.
+            _check_rows(layer, x, what, alone=not training or "training_independence" not in config.xfail)
+
+
+def _check_rows(layer: FeedForward, x: Tensor, what: str, *, alone: bool) -> None:
+    clean = torch.tensor([t for t in range(len(x)) if t not in (3, 7)])
+    x = x.requires_grad_()
+    with torch.no_grad():
+        inferred = seeded(lambda: layer(x))
+    y, _ = seeded(lambda: layer(x, return_stats=True))
+    y[clean].square().sum().backward()
+    if not alone:
+        return
+    others = seeded(lambda: layer(torch.where(x.isfinite(), x, 0.5).detach()))
+    for name, found in (("output", y), ("output without gradients", inferred)):
+        require(differ(found[clean], others[clean]) <= ATOL, f"{what} reaches other rows of the {name}")
+        require(not bool(found[3].isfinite().all()), f"{what} gives an {name} that looks right")
+    assert x.grad is not None, "backward reached x"
+    require(bool(x.grad[clean].isfinite().all()), f"{what} reaches the gradients of other rows")
