@@ -19,8 +19,8 @@ from sparseffn.contract.harness import (
     without_dropout,
 )
 from sparseffn.errors import UserError
-from sparseffn.ffn import FeedForward, FFNConfig
-from sparseffn.ops.activations import ACTIVATIONS
+from sparseffn.ffn import FeedForward, FFNConfig, field_infos
+from sparseffn.ops.activations import hidden_units
 
 _MODES = ((False, "evaluation"), (True, "training"))
 
@@ -98,6 +98,12 @@ def identity(config: FFNConfig) -> None:
     example = config.identity_example()
     if example is None:
         return
+    _check_identity(example)
+    if "gated" in field_infos(type(example)):
+        _check_identity(example.replace(gated=True))
+
+
+def _check_identity(example: FFNConfig) -> None:
     layer, x = make_layer(example), tokens(example)
     x[:, 0] = 1.0
     with torch.no_grad():
@@ -109,7 +115,9 @@ def identity(config: FFNConfig) -> None:
     if keys is None:
         require(False, "identity_example is given but keys_matrix() returns None")
         return
-    u = ACTIVATIONS[example.activation](F.linear(x, keys, layer.key_bias_vector()))
+    gate_keys = layer.gate_keys_matrix()
+    up = None if gate_keys is None else F.linear(x, gate_keys, layer.gate_bias_vector())
+    u = hidden_units(example.activation, F.linear(x, keys, layer.key_bias_vector()), up)
     bias = layer.output_bias()
     dense = u @ layer.values_matrix() + (0.0 if bias is None else bias)
     gap = differ(layer(x), dense)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from sparseffn.errors import UserError
 from sparseffn.ffn.options import check_fields, field_infos, option
 from sparseffn.ops import GateName
-from sparseffn.ops.activations import ActivationName
+from sparseffn.ops.activations import CLAMPED_SWIGLU, ActivationName, GatedActivationName
 
 if TYPE_CHECKING:
     from sparseffn.ffn.feedforward import FeedForward
@@ -153,12 +153,41 @@ class FFNConfig(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `config_from_json` reads back."""
-        return {"method": self.name, **dataclasses.asdict(self)}
+        infos = field_infos(type(self))
+        later = {key: info.default for key, info in infos.items() if info.option.added_later}
+        given = {key: value for key, value in dataclasses.asdict(self).items() if key not in later or value != later[key]}
+        return {"method": self.name, **given}
 
     @property
     def summary(self) -> str:
         """One line on the method: the first of its docstring."""
         return describe(type(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedConfig(FFNConfig):
+    """Fields of blocks whose units may be gated: `alpha = act(k . x) (g . x)` in place of `act(k . x)` (Shazeer 2020,
+    arXiv 2002.05202), with a gate key g beside each key k.
+    """
+
+    activation: Annotated[
+        GatedActivationName, option("Non-linearity applied to the key scores; clamped_swiglu is gpt-oss's and needs gated.")
+    ] = "relu"
+    gated: Annotated[
+        bool, option("Multiply each activation by a second product with x (SwiGLU and its kin).", added_later=True)
+    ] = False
+
+    def __post_init__(self) -> None:
+        FFNConfig.__post_init__(self)
+        ungated = self.activation == CLAMPED_SWIGLU and not self.gated
+        require(
+            not ungated, "activation", "silu or another function of one number without gated", self.activation, "gated=true"
+        )
+
+    @property
+    def n_products(self) -> int:
+        """Matrices of d_model x d_ff that the block holds: keys and values, and gate keys where it is gated."""
+        return 2 + self.gated
 
 
 def describe(config_class: type[FFNConfig]) -> str:

@@ -133,6 +133,14 @@ class FeedForward(nn.Module, ABC):
         """Biases of the keys, `[d_ff]`, where there are any."""
         return None
 
+    def gate_keys_matrix(self) -> Tensor | None:
+        """The gate keys `g_i`, `[d_ff, d_model]`, where that dense block is gated."""
+        return None
+
+    def gate_bias_vector(self) -> Tensor | None:
+        """Biases of the gate keys, `[d_ff]`, where there are any."""
+        return None
+
     def output_bias(self) -> Tensor | None:
         """The bias added to the sum of values, `[d_model]`, where there is one."""
         return None
@@ -151,6 +159,13 @@ class FeedForward(nn.Module, ABC):
         """The score of every pair before the activation, `[T, ..., d_ff]`, for methods with a formula."""
         keys, bias = self.keys_matrix(), self.key_bias_vector()
         assert keys is not None, "blocks with a formula name their keys"
+        return x_TD @ keys.t() if bias is None else x_TD @ keys.t() + bias
+
+    def pair_gates(self, x_TD: Tensor) -> Tensor | None:
+        """`g_i . x` of every pair, `[T, d_ff]`; None without gates."""
+        keys, bias = self.gate_keys_matrix(), self.gate_bias_vector()
+        if keys is None:
+            return None
         return x_TD @ keys.t() if bias is None else x_TD @ keys.t() + bias
 
     def near_kink(self, x_TD: Tensor, margin: float) -> Tensor:
@@ -245,6 +260,17 @@ def largest(scores: Tensor, k: int) -> Tensor:
 def scaled_std(fan: int, n_layers: int) -> float:
     """`sqrt(2 / (fan n_layers))`, the dense pre-layernorm block's standard deviation."""
     return math.sqrt(2.0 / (fan * n_layers))
+
+
+def gate_std(d_model: int) -> float:
+    """`sqrt(1 / d_model)`, the gate keys' standard deviation: `g . x` then has unit variance for the x that layer norm leaves.
+
+    The two products are independent, so `E[alpha^2] = E[act(k . x)^2] E[(g . x)^2]`: a gated block starts with coefficients of
+    the second moment of one that is not gated, and so do its output and the gradients of keys and values. Drawn like the keys,
+    with `2 / (d_model n_layers)`, the product would lose a factor n_layers / 2 more of the variance, 8 at 16 layers, which the
+    keys' depth scaling has already taken out of the residual stream once.
+    """
+    return math.sqrt(1.0 / d_model)
 
 
 @torch.no_grad()

@@ -15,13 +15,23 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
-from sparseffn.ffn.block_config import INDEX_BYTES, FFNConfig, require
-from sparseffn.ffn.feedforward import FeedForward, Ranking, equal_norm_rows_, largest, normal_, parameter_shapes, scaled_std
+from sparseffn.ffn.block_config import INDEX_BYTES, GatedConfig, require
+from sparseffn.ffn.feedforward import (
+    FeedForward,
+    Ranking,
+    equal_norm_rows_,
+    gate_std,
+    largest,
+    normal_,
+    parameter_shapes,
+    scaled_std,
+)
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.routing_stats import Routed
-from sparseffn.ops.activations import ACTIVATIONS
+from sparseffn.ops.activations import hidden_units
 from sparseffn.ops.backends import kernel
+from sparseffn.ops.plain import experts_plain
 from sparseffn.ops.routed_training import train_fused
 
 LOGIT_BYTES = 4
@@ -31,7 +41,7 @@ _SWITCH_VARIANCE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixtureConfig(FFNConfig):
+class MixtureConfig(GatedConfig):
     """Fields of every mixture of experts."""
 
     unit: ClassVar[str] = "experts"
@@ -67,23 +77,28 @@ class MixtureConfig(FFNConfig):
         return self.n_experts * self.d_model
 
     def num_params(self) -> int:
-        """Keys and values of all experts, and the selector."""
-        return 2 * self.n_channels * self.d_model + self._router_params()
+        """Keys, gate keys and values of all experts, and the selector."""
+        return self.n_products * self.n_channels * self.d_model + self._router_params()
 
     def active_params(self) -> int:
-        """Keys and values of K experts, and the selector."""
-        return 2 * self.active_channels * self.d_model + self._router_params()
+        """Keys, gate keys and values of K experts, and the selector."""
+        return self.n_products * self.active_channels * self.d_model + self._router_params()
 
     def forward_flops(self, *, training: bool = False) -> int:
-        """Selector, and both products of K experts."""
-        return 2 * self._router_params() + 4 * self.active_channels * self.d_model
+        """Selector, and the products of K experts."""
+        return 2 * self._router_params() + 2 * self.n_products * self.active_channels * self.d_model
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
         """Hidden units of the selected experts, and what routing keeps of each selection."""
-        # The operation keeps one hidden tensor, which units dropout left, and the order of the rows.
-        hidden = self.active_channels * (itemsize + (self.dropout > 0))
+        # The operation keeps one hidden tensor, gated both products, which units dropout left, and the order of the rows.
+        hidden = self.active_channels * (self._kept_products * itemsize + (self.dropout > 0))
         rows = self.n_selected * INDEX_BYTES
         return n_tokens * (hidden + rows + self._router_bytes(itemsize)) + self._batch_bytes(itemsize)
+
+    @property
+    def _kept_products(self) -> int:
+        """Numbers that the operation keeps of a hidden unit."""
+        return 1 + self.gated
 
     def _batch_bytes(self, itemsize: int) -> int:
         """Bytes that do not grow with the tokens: where each expert's rows begin; in half precision the wide selector."""
@@ -134,12 +149,17 @@ class TopKMixtureConfig(MixtureConfig):
 
 
 class Experts(nn.Module):
-    """`keys [E, d_model, G]` and `values [E, G, d_model]`, no biases: the layout of the authors' released layer."""
+    """`keys [E, d_model, G]` and `values [E, G, d_model]`, no biases: the layout of the authors' released layer; gated also
+    `gate_keys [E, d_model, G]`.
+    """
 
-    def __init__(self, d_model: int, n_experts: int, expert_size: int) -> None:
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.empty(n_experts, d_model, expert_size))
-        self.values = nn.Parameter(torch.empty(n_experts, expert_size, d_model))
+        self.config = config
+        self.keys = nn.Parameter(torch.empty(config.n_experts, config.d_model, config.expert_size))
+        self.values = nn.Parameter(torch.empty(config.n_experts, config.expert_size, config.d_model))
+        self.gate_keys: nn.Parameter | None
+        self.register_parameter("gate_keys", nn.Parameter(torch.empty_like(self.keys)) if config.gated else None)
 
     def extra_repr(self) -> str:
         return parameter_shapes(self)
@@ -148,7 +168,8 @@ class Experts(nn.Module):
 class Mixture(FeedForward):
     """Router x experts: `y = sum_{e in E_x} s[e] W2^e act(W1^e x)` (equations 11, 12). Methods are its final subclasses.
 
-    `router.selector [E, d_model]`, `experts.keys [E, d_model, G]`, `experts.values [E, G, d_model]`.
+    Gated experts compute `W2^e (act(W1^e x) (V^e x))`. `router.selector [E, d_model]`, `experts.keys [E, d_model, G]`,
+    `experts.values [E, G, d_model]`, gated `experts.gate_keys [E, d_model, G]`.
     """
 
     config: MixtureConfig
@@ -158,11 +179,15 @@ class Mixture(FeedForward):
         self.router = router
         # Another router, put in this one's place, is called: it may do otherwise.
         router.gate, router.trains_as_it_evaluates = config.gate, config.trains_as_it_evaluates
-        self.experts = Experts(config.d_model, config.n_experts, config.expert_size)
+        self.experts = Experts(config)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Experts like the dense block of all pairs ("shared") or of one expert; selector with the keys' spread."""
+        """Experts like the dense block of all pairs ("shared") or of one expert; selector with the keys' spread.
+
+        Gate keys have the spread that `gate_std` gives reasons for, whatever `init` is: a gate of unit variance leaves to keys
+        and values what each initialisation means for them.
+        """
         c = self.config
         variance = _SWITCH_VARIANCE if c.init == "switch" else 1.0
         key_std = scaled_std(c.d_model, c.n_layers) * math.sqrt(variance)
@@ -171,6 +196,8 @@ class Mixture(FeedForward):
         normal_(self.experts.values, scaled_std(fan, c.n_layers) * math.sqrt(variance), generator)
         draw = equal_norm_rows_ if c.selector_init == "equal-norm" else normal_
         draw(self.router.selector, key_std, generator)
+        if self.experts.gate_keys is not None:
+            normal_(self.experts.gate_keys, gate_std(c.d_model), generator)
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> tuple[Tensor, Routed]:
         """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation.
@@ -219,6 +246,20 @@ class Mixture(FeedForward):
         routing = router(x_TD, mask_T, length)
         dropout = c.dropout if self.training else 0.0
         gates_TK, indices_TK, experts = routing.weights_TK, routing.indices_TK, self.experts
+        if c.gated:
+            assert dropout == 0
+            gate_keys = experts.gate_keys
+            y_TD = experts_plain(
+                x_TD,
+                experts.keys,
+                experts.values,
+                gates_TK,
+                indices_TK,
+                gate_keys,
+                activation=c.activation,
+                inner_k=c.survivors,
+            )
+            return y_TD, routing
         y_TD = ops.expert_mlp(
             x_TD, experts.keys, experts.values, gates_TK, indices_TK,
             activation=c.activation, dropout=dropout, inner_k=c.survivors,
@@ -235,7 +276,7 @@ class Mixture(FeedForward):
         # In PyTorch's dictionaries: as attributes, modules and parameters are found by a search in Python.
         router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
         experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
-        if router.gate is None or self.config.survivors is not None or _is_any_autocast_enabled():
+        if router.gate is None or self.config.survivors is not None or self.config.gated or _is_any_autocast_enabled():
             return None
         if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
             return None
@@ -266,16 +307,18 @@ class Mixture(FeedForward):
         """`s[e] act(k_i . x)` for the pairs of selected experts, or the largest of these; zero elsewhere."""
         c = self.config
         selection = self.router(x_TD, None, length).selection()
-        rows = ops.sort_by_expert(selection)
-        u_RG = ACTIVATIONS[c.activation](ops.expert_up(x_TD, self.experts.keys, rows))
+        tokens_R, experts_R, gate_keys = selection.tokens(), selection.indices, self.experts.gate_keys
+        x_RD = x_TD[tokens_R]
+        h_RG = ops.cvmm(x_RD, experts_R, self.experts.keys)
+        u_RG = hidden_units(c.activation, h_RG, None if gate_keys is None else ops.cvmm(x_RD, experts_R, gate_keys))
         if self.training and c.dropout > 0:
             u_RG = F.dropout(u_RG, c.dropout)
-        alpha_RG = u_RG * selection.weights[rows.order][:, None].to(u_RG.dtype)
-        slots = rows.tokens * c.n_experts + selection.indices[rows.order]
+        alpha_RG = u_RG * selection.weights[:, None].to(u_RG.dtype)
+        slots = tokens_R * c.n_experts + experts_R
 
         def spread(units_RG: Tensor) -> Tensor:
-            units = units_RG.new_zeros(rows.n_tokens * c.n_experts, c.expert_size).index_add(0, slots, units_RG)
-            return units.view(rows.n_tokens, c.n_channels)
+            units = units_RG.new_zeros(len(x_TD) * c.n_experts, c.expert_size).index_add(0, slots, units_RG)
+            return units.view(len(x_TD), c.n_channels)
 
         alpha_TF = spread(alpha_RG)
         if c.survivors is None:
@@ -288,18 +331,21 @@ class Mixture(FeedForward):
     def reference_TD(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """Equation 12, token by token and expert by expert."""
         scores_TE = self.router.reference(x_TD, length)
-        act = ACTIVATIONS[self.config.activation]
+        keys, values, gate_keys = self.experts.keys, self.experts.values, self.experts.gate_keys
+        zero = sum((0 * p.sum() for p in self.experts.parameters()), x_TD.new_zeros(()))
         outputs = []
         for x, s in zip(x_TD, scores_TE, strict=True):
-            alpha = {e: s[e].to(x.dtype) * act(x @ self.experts.keys[e]) for e in torch.nonzero(s).flatten().tolist()}
+            alpha: dict[int, Tensor] = {}
+            for e in torch.nonzero(s).flatten().tolist():
+                u = hidden_units(self.config.activation, x @ keys[e], None if gate_keys is None else x @ gate_keys[e])
+                alpha[e] = s[e].to(x.dtype) * u
             if self.config.survivors is not None:
                 alpha = _keep_largest(alpha, self.config.survivors)
-            zero = 0 * (self.experts.keys.sum() + self.experts.values.sum() + s.sum().to(x.dtype))
-            outputs.append(sum((a @ self.experts.values[e] for e, a in alpha.items()), x * 0 + zero))
+            outputs.append(sum((a @ values[e] for e, a in alpha.items()), x * 0 + zero + 0 * s.sum().to(x.dtype)))
         return torch.stack(outputs) if outputs else x_TD * scores_TE.sum()
 
     def formula_flops(self) -> int:
-        return 4 * self.config.d_model * self.config.n_channels
+        return 2 * self.config.n_products * self.config.d_model * self.config.n_channels
 
     def formula_TD(self, x_TD: Tensor) -> Tensor:
         """Equation 12 over all experts."""
@@ -311,7 +357,7 @@ class Mixture(FeedForward):
 
     def _pairs(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Score times activation of every pair, `[T, d_ff]`, and which pairs are of selected experts."""
-        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
+        u_TF = hidden_units(self.config.activation, self.pair_scores(x_TD), self.pair_gates(x_TD))
         scores_TF = self.router.reference(x_TD).repeat_interleave(self.config.expert_size, dim=1)
         return scores_TF * u_TF, scores_TF != 0
 
@@ -327,6 +373,10 @@ class Mixture(FeedForward):
 
     def keys_matrix(self) -> Tensor:
         return self.experts.keys.transpose(1, 2).flatten(0, 1)
+
+    def gate_keys_matrix(self) -> Tensor | None:
+        gate_keys = self.experts.gate_keys
+        return None if gate_keys is None else gate_keys.transpose(1, 2).flatten(0, 1)
 
     def values_matrix(self) -> Tensor:
         """Values of all experts, `[N_E G, d_model]`."""

@@ -52,8 +52,8 @@ class NoisyMoEConfig(TopKMixtureConfig):
 
     def forward_flops(self, *, training: bool = False) -> int:
         """The noise's product is done in training alone."""
-        selectors = 2 if training else 1
-        return 2 * selectors * self.n_experts * self.d_model + 4 * self.active_channels * self.d_model
+        unused = 0 if training else self.n_experts * self.d_model
+        return TopKMixtureConfig.forward_flops(self) - 2 * unused
 
     def _router_bytes(self, itemsize: int) -> int:
         """Also the noise and the input of softplus; in half precision x is upcast for each of the two selectors."""

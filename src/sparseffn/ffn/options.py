@@ -29,6 +29,8 @@ class Option:
     high: float = math.inf
     below: float = math.inf
     """Exclusive upper bound."""
+    added_later: bool = False
+    """Left out of a config's JSON at its default: runs that are older than the option keep their identity."""
 
     def range_text(self) -> str:
         bounds = {"at least": self.low, "at most": self.high, "below": self.below}
@@ -36,9 +38,11 @@ class Option:
         return " and ".join(parts) or "a number"
 
 
-def option(doc: str, *, low: float = -math.inf, high: float = math.inf, below: float = math.inf) -> Option:
+def option(
+    doc: str, *, low: float = -math.inf, high: float = math.inf, below: float = math.inf, added_later: bool = False
+) -> Option:
     """Shorthand for `Option` with the meaning first."""
-    return Option(doc=doc, low=low, high=high, below=below)
+    return Option(doc=doc, low=low, high=high, below=below, added_later=added_later)
 
 
 @dataclass(frozen=True)

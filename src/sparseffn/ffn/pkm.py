@@ -41,9 +41,9 @@ class PKMConfig(FFNConfig):
     n_subkeys_b: Annotated[int | None, option("Sub-keys of the second half; none: as many as the first.", low=1)] = None
     n_heads: Annotated[int, option("Heads, each with its own sub-keys; their outputs are summed.", low=1)] = 4
     # The original memory normalises each head's scores by a softmax, which no other method does.
-    activation: Annotated[Literal["relu", "softmax", "gelu", "silu", "identity"], option("Applied to the selected scores.")] = (
-        "relu"
-    )
+    activation: Annotated[
+        Literal["relu", "softmax", "gelu", "silu", "identity", "relu2", "gelu_tanh"], option("Applied to the selected scores.")
+    ] = "relu"
     values_init: Annotated[
         Literal["d_model", "n_values"], option("Fan of the values' initialisation; n_values is the paper's '+ init'.")
     ] = "d_model"

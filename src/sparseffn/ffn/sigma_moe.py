@@ -54,20 +54,20 @@ class SigmaMoEConfig(TopKMixtureConfig):
         return SigmaMoE(self)
 
     def active_params(self) -> int:
-        """Selector, keys of K experts, values of the surviving units."""
+        """Selector, keys and gate keys of K experts, values of the surviving units."""
         survivors = self.active_channels if self.inner_k is None else self.inner_k
-        return self._router_params() + (self.active_channels + survivors) * self.d_model
+        return self._router_params() + ((self.n_products - 1) * self.active_channels + survivors) * self.d_model
 
     def forward_flops(self, *, training: bool = False) -> int:
-        """Selector, keys of K experts, values of the surviving units."""
+        """Two for each active parameter."""
         return 2 * self.active_params()
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
         """As any mixture; with inner_k only the survivors' units are kept."""
         if self.inner_k is None:
             return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize)
-        # A survivor is what the activation keeps of it, and its position.
-        survivors = self.inner_k * (itemsize + POSITION_BYTES)
+        # A survivor is what the activation keeps of it, gated both products, and its position.
+        survivors = self.inner_k * (self._kept_products * itemsize + POSITION_BYTES)
         per_token = self.k * INDEX_BYTES + self._router_bytes(itemsize) + survivors
         return n_tokens * per_token + self._batch_bytes(itemsize)
 

@@ -3,7 +3,7 @@
     E_x = argtopk(u, K),  y = sum_{i in E_x} u[i] v_i + b2
 
 All of u is computed; the work and the memory of the second product shrink to K / d_ff. Exactly K entries survive, ties going
-to the lowest index. Dropout acts on u before the selection, as in the dense block.
+to the lowest index. Dropout acts on u before the selection, as in the dense block. Gated, u has either sign and |u| is ranked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparseffn.ffn.feedforward import Ranking, configured_by, largest
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
-from sparseffn.ops.activations import ACTIVATIONS, saved_activations
+from sparseffn.ops.activations import saved_activations
 
 
 @register
@@ -35,7 +35,7 @@ class TopKConfig(TwoMatricesConfig):
     paper: ClassVar[str] = "Csordás 2023, arXiv 2310.10837, eq. 6-7"
 
     k: Annotated[int, option("Entries of u that survive.", low=1)]
-    use_norm: Annotated[bool, option("Rank by u[i] |v_i|, the error bound's terms, instead of u[i].")] = False
+    use_norm: Annotated[bool, option("Rank by u[i] |v_i|, the error bound's terms, instead of u[i]; gated by |u[i]|.")] = False
     dropout: Annotated[float, option("Dropout rate on u, before the selection.", low=0.0, below=1.0)] = 0.0
 
     def validate(self) -> None:
@@ -45,15 +45,15 @@ class TopKConfig(TwoMatricesConfig):
         return TopK(self)
 
     def active_params(self) -> int:
-        """All keys, K values."""
-        return self.d_model * (self.d_ff + self.k) + self.d_ff + self.d_model
+        """All keys and gate keys, K values."""
+        return self.num_params() - self.d_model * (self.d_ff - self.k)
 
     def forward_flops(self, *, training: bool = False) -> int:
-        return 2 * self.d_model * (self.d_ff + self.k)
+        return 2 * self.d_model * ((self.n_products - 1) * self.d_ff + self.k)
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
-        """K indices, the K selected entries, with dropout their scales and the product."""
-        tensors = saved_activations(self.activation, self.dropout)
+        """K indices, the K selected entries, gated both of their factors, with dropout their scales and the product."""
+        tensors = saved_activations(self.activation, self.dropout, gated=self.gated)
         return n_tokens * self.k * (INDEX_BYTES + tensors * itemsize)
 
     @property
@@ -75,6 +75,7 @@ class TopKConfig(TwoMatricesConfig):
             cls(d_model=8, d_ff=24, k=5, n_layers=2),
             cls(d_model=6, d_ff=10, k=3, use_norm=True, activation="silu"),
             cls(d_model=6, d_ff=10, k=10, dropout=0.25),
+            cls(d_model=6, d_ff=10, k=4, gated=True, activation="gelu_tanh", use_norm=True),
         ]
 
 
@@ -88,18 +89,21 @@ class TopK(TwoMatrices):
     def __init__(self, config: TopKConfig) -> None:
         super().__init__(config)
 
+    def rank(self, u_TF: Tensor) -> Tensor:
+        """What the K largest are chosen by: u, of gated units its size, times the values' norms where those count."""
+        size_TF = u_TF.abs() if self.config.gated else u_TF
+        return size_TF * self.values.norm(dim=1) if self.config.use_norm else size_TF
+
     def select(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and coefficients `[T, K]` of the survivors; the rest of u is not kept for backward."""
-        c, act = self.config, ACTIVATIONS[self.config.activation]
-        scores_TF = F.linear(x_TD, self.keys, self.key_bias)
+        c, products_TF = self.config, self.products_TF(x_TD)
         with torch.no_grad():
-            u_TF = act(scores_TF)
+            u_TF = self.units(*products_TF)
             scale_TF = F.dropout(torch.ones_like(u_TF), c.dropout) if self.training and c.dropout > 0 else None
-            rank_TF = u_TF if scale_TF is None else u_TF * scale_TF
-            if c.use_norm:
-                rank_TF = rank_TF * self.values.norm(dim=1)
-            indices_TK = ops.topk(rank_TF, c.k, ordered=False)
-        alpha_TK = act(ops.select_columns(scores_TF, indices_TK))
+            indices_TK = ops.topk(self.rank(u_TF if scale_TF is None else u_TF * scale_TF), c.k, ordered=False)
+        scores_TK, gates_TK = (None if p is None else ops.select_columns(p, indices_TK) for p in products_TF)
+        assert scores_TK is not None, "only the gate may be missing"
+        alpha_TK = self.units(scores_TK, gates_TK)
         return indices_TK, alpha_TK if scale_TF is None else alpha_TK * scale_TF.gather(1, indices_TK)
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
@@ -116,24 +120,24 @@ class TopK(TwoMatrices):
 
     def reference_TD(self, x_TD: Tensor) -> Tensor:
         """Equations 6 and 7, token by token."""
-        act, outputs = ACTIVATIONS[self.config.activation], []
+        c, outputs = self.config, []
         norms = self.values.norm(dim=1).tolist()
         for x in x_TD:
-            u = act(self.keys @ x + self.key_bias)
-            rank = [u_i * (norm if self.config.use_norm else 1.0) for u_i, norm in zip(u.tolist(), norms, strict=True)]
-            best = sorted(range(len(rank)), key=lambda i: (-rank[i], i))[: self.config.k]
+            u = self.units(self.keys @ x + self.key_bias, self.gate_keys @ x + self.gate_bias if c.gated else None)
+            sizes = [abs(u_i) if c.gated else u_i for u_i in u.tolist()]
+            rank = [size * (norm if c.use_norm else 1.0) for size, norm in zip(sizes, norms, strict=True)]
+            best = sorted(range(len(rank)), key=lambda i: (-rank[i], i))[: c.k]
             outputs.append(sum((u[i] * self.values[i] for i in best), self.bias))
         return torch.stack(outputs) if outputs else x_TD * self.values.sum() + self.bias
 
     def formula_TD(self, x_TD: Tensor) -> Tensor:
-        """Equations 6 and 7 by two products."""
-        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
+        """Equations 6 and 7 by products over all pairs."""
+        u_TF = self.units(self.pair_scores(x_TD), self.pair_gates(x_TD))
         (ranking,) = self.rankings(x_TD)
         return (u_TF * largest(ranking.scores, ranking.k)) @ self.values + self.bias
 
     @torch.no_grad()
     def rankings(self, x_TD: Tensor) -> list[Ranking]:
-        """u, times the norms of the values where those count."""
-        u_TF = ACTIVATIONS[self.config.activation](self.pair_scores(x_TD))
-        scores_TF = u_TF * self.values.norm(dim=1) if self.config.use_norm else u_TF
-        return [Ranking(scores_TF, self.config.k, of_pairs=True)]
+        """As `rank` says."""
+        u_TF = self.units(self.pair_scores(x_TD), self.pair_gates(x_TD))
+        return [Ranking(self.rank(u_TF), self.config.k, of_pairs=True)]
