@@ -70,7 +70,7 @@ class AssignmentRouter(Router):
         else:
             indices_TK = ops.topk(logits_TE, 1)
             indices_TK[batch.mask_T] = assign(logits_TE[batch.mask_T])[:, None]
-        return Routing(logits_TE, indices_TK, ops.select_columns(logits_TE, indices_TK).sigmoid())
+        return Routing(logits_TE, indices_TK, logits_TE.gather(1, indices_TK).sigmoid())
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""

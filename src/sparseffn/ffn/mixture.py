@@ -10,9 +10,6 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _is_any_autocast_enabled
-from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook
 
 from sparseffn import ops
 from sparseffn.ffn.block_config import INDEX_BYTES, GatedConfig, require
@@ -30,9 +27,6 @@ from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import hidden_units
-from sparseffn.ops.backends import kernel
-from sparseffn.ops.plain import experts_plain
-from sparseffn.ops.routed_training import train_fused
 
 LOGIT_BYTES = 4
 
@@ -161,6 +155,14 @@ class Experts(nn.Module):
         self.gate_keys: nn.Parameter | None
         self.register_parameter("gate_keys", nn.Parameter(torch.empty_like(self.keys)) if config.gated else None)
 
+    def forward(self, x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """`sum_k gates[t, k] values[e] (act(keys[e] x_t) ...)` with `e = indices[t, k]`; see `ops.experts`."""
+        c = self.config
+        return ops.experts(
+            x_TD, self.keys, self.values, gates_TK, indices_TK, gate_keys=self.gate_keys, activation=c.activation,
+            dropout=c.dropout if self.training else 0.0, inner_k=c.survivors,
+        )  # fmt: skip
+
     def extra_repr(self) -> str:
         return parameter_shapes(self)
 
@@ -177,7 +179,7 @@ class Mixture(FeedForward):
     def __init__(self, config: MixtureConfig, router: Router) -> None:
         super().__init__(config)
         self.router = router
-        # Another router, put in this one's place, is called: it may do otherwise.
+        # Another router, put in this one's place, selects by itself: it may do otherwise.
         router.gate, router.trains_as_it_evaluates = config.gate, config.trains_as_it_evaluates
         self.experts = Experts(config)
         self.reset_parameters()
@@ -200,97 +202,15 @@ class Mixture(FeedForward):
             normal_(self.experts.gate_keys, gate_std(c.d_model), generator)
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> tuple[Tensor, Routed]:
-        """Route, sort once, and run both products over the sorted rows; evaluation does it in one operation.
-
-        `length` is that of a sequence, for layers that know it (`knows_sequences`).
-        """
-        evaluated = self.evaluate(x_TD) if mask_T is None else None
-        if evaluated is not None:
-            y_TD, indices_TK, gates_TK = evaluated
-            selection = ops.Selection.fixed(indices_TK, gates_TK, self.config.n_experts)
-            # Nobody minimises a loss here; who asks for its value pays for the router once more.
-            return y_TD, Routed(selection, balance=lambda: self._balance_of(self.router(x_TD, None), None))
-        y_TD, routing = self._trained(x_TD, mask_T, length)
+        """Route, then run the selected experts. `length` is that of a sequence, for layers that know it (`knows_sequences`)."""
+        routing = self.router(x_TD, mask_T, length)
+        y_TD = self.experts(x_TD, routing.weights_TK, routing.indices_TK)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
     def output_TD(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Tensor:
-        """The output alone: for a token or a few, what describes the selection costs as much as some of the experts."""
-        evaluated = self.evaluate(x_TD, selection=False) if mask_T is None else None
-        return self._trained(x_TD, mask_T, length)[0] if evaluated is None else evaluated[0]
-
-    def evaluate(self, x_TD: Tensor, *, selection: bool = True) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Output, experts and gates in one operation, as `ops.routed_mlp` gives them; without `selection` the output and Nones.
-
-        None where that is not possible: in training, under autocast, with gradients, in a trace, or where the router is
-        more than top-K and a gate. Shapes were fixed when the layer was made, so that the kernel is called as it is.
-        """
-        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
-        if self.training or router.training:
-            return None
-        weights = self._weights_of_one_kind(x_TD)
-        if weights is None or not ops.runs_eagerly(x_TD, *weights):
-            return None
-        return kernel("routed_mlp", x_TD)(x_TD, *weights, router.k, router.gate, self.config.activation, selection=selection)
-
-    def _trained(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routing]:
-        """Output and routing with gradients: of a few tokens in one operation, else step by step."""
-        router, c = self.router, self.config
-        training = self.training or router.training
-        gate = router.gate if router.trains_as_it_evaluates or not training else None
-        if gate is not None and mask_T is None:
-            drops = training and (c.dropout > 0 or router.expert_dropout > 0)
-            weights = None if drops else self._weights_of_one_kind(x_TD)
-            if weights is not None and ops.runs_fused(gate, x_TD, *weights):
-                y_TD, *routed = train_fused(x_TD, *weights, router.k, gate, c.activation)
-                return y_TD, Routing(*routed)
-        routing = router(x_TD, mask_T, length)
-        dropout = c.dropout if self.training else 0.0
-        gates_TK, indices_TK, experts = routing.weights_TK, routing.indices_TK, self.experts
-        if c.gated:
-            assert dropout == 0
-            gate_keys = experts.gate_keys
-            y_TD = experts_plain(
-                x_TD,
-                experts.keys,
-                experts.values,
-                gates_TK,
-                indices_TK,
-                gate_keys,
-                activation=c.activation,
-                inner_k=c.survivors,
-            )
-            return y_TD, routing
-        y_TD = ops.expert_mlp(
-            x_TD, experts.keys, experts.values, gates_TK, indices_TK,
-            activation=c.activation, dropout=dropout, inner_k=c.survivors,
-        )  # fmt: skip
-        return y_TD, routing
-
-    def _weights_of_one_kind(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Selector, keys and values for an operation that routes by top-K and a gate; None where the layer does more, or
-        where something must be cast, moved or computed (a parametrisation) first, or where hooks or another `forward` wait for
-        the router to be called.
-        """
-        if is_compiling():
-            return None
-        # In PyTorch's dictionaries: as attributes, modules and parameters are found by a search in Python.
-        router: Router = self._modules["router"]  # pyright: ignore[reportAssignmentType]
-        experts: Experts = self._modules["experts"]  # pyright: ignore[reportAssignmentType]
-        if router.gate is None or self.config.survivors is not None or self.config.gated or _is_any_autocast_enabled():
-            return None
-        if router._forward_hooks or router._forward_pre_hooks or router._backward_hooks or router._backward_pre_hooks:
-            return None
-        if _has_any_global_hook() or "forward" in router.__dict__:
-            return None
-        selector = router._parameters.get("selector")
-        keys, values = experts._parameters.get("keys"), experts._parameters.get("values")
-        if selector is None or keys is None or values is None:
-            return None
-        if not x_TD.dtype == selector.dtype == keys.dtype == values.dtype:
-            return None
-        if not x_TD.get_device() == selector.get_device() == keys.get_device() == values.get_device():
-            return None
-        return selector, keys, values
+        """The same two steps; for one token what describes the selection costs as much as the router."""
+        routing = self.router(x_TD, mask_T, length)
+        return self.experts(x_TD, routing.weights_TK, routing.indices_TK)
 
     def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
         """The balancing losses times their weights, summed."""

@@ -97,7 +97,7 @@ class NoisyRouter(TopKRouter):
         """Selection and gates both see the noise."""
         noisy_TE = self.noisy(logits_TE, batch.x_TD)
         indices_TK, alive_TK = select_topk(noisy_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(noisy_TE, indices_TK), alive_TK))
+        return Routing(logits_TE, indices_TK, renormalise(noisy_TE.gather(1, indices_TK), alive_TK))
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         noisy_TE = self.noisy(logits_TE, batch.x_TD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 _NEVER = -1e30
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What a router decided for a batch."""
+class Routing(NamedTuple):
+    """What a router decided for a batch; a tuple, so that PyTorch's hooks on a router (FSDP's) find its tensors."""
 
     logits_TE: Tensor
     """Raw logits, before expert dropout and without noise."""
@@ -75,13 +74,19 @@ class Router(nn.Module, ABC):
         """s `[T, E]` by the method's equations, slowly; exactly 0 for experts not used."""
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
-        """Route a batch; padding gets weights of 0."""
-        logits_TE = ops.router_logits(x_TD, self.selector)
-        routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
+        """Route a batch; padding gets weights of 0.
+
+        In one operation where the K largest logits and a gate are all there is to it.
+        """
+        own = self.gate is None or (self.training and (self.expert_dropout > 0 or not self.trains_as_it_evaluates))
+        if own or self.gate is None:
+            logits_TE = ops.router_logits(x_TD, self.selector)
+            routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
+        else:
+            routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate))
         if mask_T is None:
             return routing
-        weights_TK = routing.weights_TK.masked_fill(~mask_T[:, None], 0.0)
-        return Routing(routing.logits_TE, routing.indices_TK, weights_TK, routing.dropped)
+        return routing._replace(weights_TK=routing.weights_TK.masked_fill(~mask_T[:, None], 0.0))
 
     def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """s `[T, E]`, slowly; draws the same random numbers as `forward`."""

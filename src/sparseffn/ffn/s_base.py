@@ -75,7 +75,7 @@ class SinkhornRouter(TopKRouter):
         """Balanced selection in training; the weights are of the raw logits always."""
         ranked_TE = self.balance(logits_TE.detach(), batch) if self.training else logits_TE.detach()
         indices_TK, alive_TK = select_topk(ranked_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, drop(ops.select_columns(logits_TE, indices_TK).sigmoid(), alive_TK))
+        return Routing(logits_TE, indices_TK, drop(logits_TE.gather(1, indices_TK).sigmoid(), alive_TK))
 
     def balance(self, logits_TE: Tensor, batch: Batch, backend: str = "auto") -> Tensor:
         """Sinkhorn over the whole batch, or as released over each sequence by itself."""

@@ -94,7 +94,7 @@ class SigmoidRouter(TopKRouter):
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Top-K of the logits, which sigmoid does not reorder."""
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        weights_TK = ops.select_columns(logits_TE, indices_TK).sigmoid()
+        weights_TK = logits_TE.gather(1, indices_TK).sigmoid()
         return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
 
 

@@ -61,7 +61,7 @@ class SoftmaxRouter(TopKRouter):
         """Top-K of the logits, which softmax does not reorder; dropped experts keep their share of the softmax."""
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         # The selected entries of the softmax, without keeping all of it for backward.
-        weights_TK = (ops.select_columns(logits_TE, indices_TK) - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
+        weights_TK = (logits_TE.gather(1, indices_TK) - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
         return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
 
 

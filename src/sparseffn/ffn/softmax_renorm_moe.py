@@ -67,7 +67,7 @@ class RenormRouter(TopKRouter):
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Dropped experts are masked before the softmax."""
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, renormalise(ops.select_columns(logits_TE, indices_TK), alive_TK))
+        return Routing(logits_TE, indices_TK, renormalise(logits_TE.gather(1, indices_TK), alive_TK))
 
 
 @final

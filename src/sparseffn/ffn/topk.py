@@ -101,7 +101,7 @@ class TopK(TwoMatrices):
             u_TF = self.units(*products_TF)
             scale_TF = F.dropout(torch.ones_like(u_TF), c.dropout) if self.training and c.dropout > 0 else None
             indices_TK = ops.topk(self.rank(u_TF if scale_TF is None else u_TF * scale_TF), c.k, ordered=False)
-        scores_TK, gates_TK = (None if p is None else ops.select_columns(p, indices_TK) for p in products_TF)
+        scores_TK, gates_TK = (None if p is None else p.gather(1, indices_TK) for p in products_TF)
         assert scores_TK is not None, "only the gate may be missing"
         alpha_TK = self.units(scores_TK, gates_TK)
         return indices_TK, alpha_TK if scale_TF is None else alpha_TK * scale_TF.gather(1, indices_TK)

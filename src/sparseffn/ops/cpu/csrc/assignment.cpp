@@ -1,5 +1,6 @@
 // Balanced assignment of tokens to experts, exact, in O(T E) memory; the method is told in ops/assignment.py.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -18,8 +19,12 @@ class Assignment {
         : scores_(tokens * experts), tokens_(tokens), experts_(experts), capacity_((tokens + experts - 1) / experts),
           assigned_(assigned), prices_(experts, 0.0), dummy_(experts, 0), loads_(experts, 0),
           members_(experts), cost_(experts * experts, kInfinity), mover_(experts * experts, -1) {
+        const double factor = shrink(scores, tokens * experts);
         for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t e = 0; e < experts; ++e) scores_[e * tokens + t] = scores[t * experts + e];
+            for (int64_t e = 0; e < experts; ++e) {
+                const double score = scores[t * experts + e] * factor;
+                scores_[e * tokens + t] = std::isnan(score) ? 0.0 : std::clamp(score, -kLargest, kLargest);
+            }
     }
 
     void run() {
@@ -43,6 +48,14 @@ class Assignment {
     }
 
   private:
+    // Makes scores small enough that sums of them round to less than kTiny: another scale is the same problem.
+    static double shrink(const double* scores, int64_t n) {
+        double largest = 0.0;
+        for (int64_t i = 0; i < n; ++i)
+            if (std::isfinite(scores[i])) largest = std::max(largest, std::fabs(scores[i]));
+        return largest > kLargest ? kLargest / largest : 1.0;
+    }
+
     double score(int64_t t, int64_t e) const { return scores_[e * tokens_ + t]; }
     double net(int64_t t, int64_t e) const { return score(t, e) - prices_[e]; }
 
@@ -138,6 +151,7 @@ class Assignment {
 
     // Rounding must not make a cycle look cheaper than nothing.
     static constexpr double kTiny = 1e-12;
+    static constexpr double kLargest = 100.0;
 
     std::vector<double> scores_;  // [experts, tokens], so that loops over tokens are vectorised
     int64_t tokens_, experts_, capacity_;
