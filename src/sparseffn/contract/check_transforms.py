@@ -68,8 +68,7 @@ class _Function:
     def gradients(self, inputs: Inputs) -> Inputs:
         """Of the loss, eagerly."""
         leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-        found = torch.autograd.grad(self.loss(*leaves), leaves, allow_unused=True)
-        return tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True))
+        return _gradients(self.loss(*leaves), leaves)
 
     def moved(self, direction: Inputs, step: float) -> Inputs:
         return tuple(i + step * d for i, d in zip(self.inputs, direction, strict=True))
@@ -81,6 +80,11 @@ class _Function:
             scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
             gap = differ(a, b) / scale
             require(gap <= _TOLERANCE, f"{what} is off by {gap:.2g} (result {i}) in {self.mode}")
+
+
+def _gradients(loss: Tensor, leaves: Inputs, *, again: bool = False) -> Inputs:
+    """Zeros for what the loss does not depend on: evaluation may leave a parameter alone."""
+    return torch.autograd.grad(loss, leaves, create_graph=again, allow_unused=True, materialize_grads=True)
 
 
 def _functions(config: FFNConfig) -> Iterator[_Function]:
@@ -118,9 +122,9 @@ def second_derivatives(config: FFNConfig) -> None:
         wanted = tuple((a - b) / (2 * _STEP) for a, b in zip(ahead, behind, strict=True))
         f.expect("autograd.functional.hvp", hvp(f.loss, f.inputs, v)[1], wanted)
         leaves = tuple(tensor.requires_grad_() for tensor in f.inputs)
-        first = torch.autograd.grad(f.loss(*leaves), leaves, create_graph=True)
-        along = sum((g * d).sum() for g, d in zip(first, v, strict=True))
-        f.expect("the gradient of a gradient", torch.autograd.grad(along, leaves), wanted)
+        along = sum((g * d).sum() for g, d in zip(_gradients(f.loss(*leaves), leaves, again=True), v, strict=True))
+        assert isinstance(along, Tensor), "a layer has inputs"
+        f.expect("the gradient of a gradient", _gradients(along, leaves), wanted)
         gradient = grad(f.loss, argnums=tuple(range(len(v))))
         f.expect("torch.func.jvp of torch.func.grad", jvp(gradient, f.inputs, v)[1], wanted)
         rest = f.inputs[1:]
@@ -180,12 +184,15 @@ def _check_batched_gradients(f: _Function) -> None:
     y = f(*leaves)
     weights = torch.stack([f.tokens(seed) for seed in range(_N_BATCH)])
 
-    def gradients(weight: Tensor, *, batched: bool) -> Inputs:
-        return torch.autograd.grad(y, leaves, weight, is_grads_batched=batched, retain_graph=True)
+    def gradients(weight: Tensor, *, batched: bool) -> list[Tensor | None]:
+        return list(torch.autograd.grad(y, leaves, weight, is_grads_batched=batched, retain_graph=True, allow_unused=True))
 
     each = [gradients(weight, batched=False) for weight in weights]
-    wanted = tuple(torch.stack(rows) for rows in zip(*each, strict=True))
-    f.expect("is_grads_batched", gradients(weights, batched=True), wanted)
+    for got, *rows in zip(gradients(weights, batched=True), *each, strict=True):
+        used = [row for row in rows if row is not None]
+        require((got is None) == (not used), "is_grads_batched finds another tensor unused")
+        if got is not None:
+            f.expect("is_grads_batched", got, torch.stack(used))
 
 
 @contract

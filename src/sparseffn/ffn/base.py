@@ -51,7 +51,7 @@ class BASEConfig(MixtureConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, n_experts=5, expert_size=6, n_layers=2),
-            cls(d_model=6, n_experts=3, expert_size=4, dropout=0.25, init="standard", activation="gelu"),
+            cls(d_model=6, n_experts=3, expert_size=4, dropout=0.25, init="standard", activation="gelu", gated=True),
         ]
 
 

@@ -70,6 +70,7 @@ class NoisyMoEConfig(TopKMixtureConfig):
                 expert_size=3,
                 k=3,
                 activation="identity",
+                gated=True,
                 selector_init="free",
                 cv_weight=0.0,
                 expert_dropout=0.25,

@@ -57,7 +57,16 @@ class SBASEConfig(TopKMixtureConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
-            cls(d_model=6, n_experts=4, expert_size=3, k=3, sinkhorn="released", expert_dropout=0.25, activation="silu"),
+            cls(
+                d_model=6,
+                n_experts=4,
+                expert_size=3,
+                k=3,
+                sinkhorn="released",
+                expert_dropout=0.25,
+                activation="silu",
+                gated=True,
+            ),
         ]
 
 

@@ -79,8 +79,20 @@ class SigmaMoEConfig(TopKMixtureConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
-            cls(d_model=6, n_experts=4, expert_size=3, k=4, init="standard", selector_init="free", activation="gelu"),
-            cls(d_model=8, n_experts=4, expert_size=4, k=3, expert_dropout=0.5, dropout=0.25, entropy_weight=0.0),
+            cls(
+                d_model=6, n_experts=4, expert_size=3, k=4, init="standard", selector_init="free", activation="gelu", gated=True
+            ),
+            cls(
+                d_model=8,
+                n_experts=4,
+                expert_size=4,
+                k=3,
+                expert_dropout=0.5,
+                dropout=0.25,
+                entropy_weight=0.0,
+                activation="clamped_swiglu",
+                gated=True,
+            ),
             cls(d_model=8, n_experts=4, expert_size=4, k=2, inner_k=3, init="switch", cv_weight=0.1, switch_weight=0.01),
         ]
 

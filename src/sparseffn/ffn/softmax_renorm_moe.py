@@ -54,7 +54,7 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, n_experts=5, expert_size=4, k=2, n_layers=2),
-            cls(d_model=6, n_experts=4, expert_size=3, k=3, expert_dropout=0.5, slot_entropy_weight=0.01),
+            cls(d_model=6, n_experts=4, expert_size=3, k=3, expert_dropout=0.5, slot_entropy_weight=0.01, gated=True),
         ]
 
 

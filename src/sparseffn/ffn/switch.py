@@ -64,7 +64,7 @@ class SwitchConfig(TopKMixtureConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, n_experts=5, expert_size=8, n_layers=2, init="switch", selector_init="free"),
-            cls(d_model=6, n_experts=3, expert_size=6, dropout=0.25),
+            cls(d_model=6, n_experts=3, expert_size=6, dropout=0.25, activation="relu2", gated=True),
             cls(d_model=6, n_experts=3, expert_size=4, k=2, capacity_factor=0.75),
         ]
 
