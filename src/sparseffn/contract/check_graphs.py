@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from sparseffn.contract.harness import ATOL, contract, differ, make_layer, require, seeded, tokens, without_dropout
 from sparseffn.errors import UserError
@@ -54,19 +51,27 @@ def exports(config: FFNConfig) -> None:
 @contract
 def sharding(config: FFNConfig) -> None:
     """FSDP2 over the layer, its parts as units of their own or not, trains like the layer; a distributed x is refused."""
+    # Some builds of PyTorch have none; in a program that is distributed already, the group is not ours to use.
+    if not dist.is_available() or (dist.is_initialized() and dist.get_world_size() > 1):
+        return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (1,)) if dist.get_world_size() == 1 else None
-        if mesh is not None:
-            _check_sharding(without_dropout(config), mesh)
+        _check_sharding(without_dropout(config))
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def _check_sharding(config: FFNConfig, mesh: DeviceMesh) -> None:
+def _check_sharding(config: FFNConfig) -> None:
+    # Seconds of imports, for this check alone.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
     layer, x = make_layer(config, training=True), tokens(config)
     wanted = seeded(lambda: _step(layer, layer, x))
     parts = [name for name, part in layer.named_children() if any(True for _ in part.parameters())]
@@ -79,7 +84,7 @@ def _check_sharding(config: FFNConfig, mesh: DeviceMesh) -> None:
         except RuntimeError as error:
             require(False, f"with the units {units} it raises {error}")
             return
-        whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in got]  # pyright: ignore
+        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in got]
         gap = max(differ(a, b) for a, b in zip(whole, wanted, strict=True))
         require(gap <= ATOL, f"sharded with the units {units} it differs by {gap:.2g}")
     try:
