@@ -59,10 +59,10 @@ def experts_eager(
     alpha_RG = (u_RG * gates_R[:, None]).to(x.dtype)
     if inner_k is not None:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        alpha_TU = (u_RG * gates_R[:, None])[back].view(x.shape[0], -1)
+        alpha_TU = (u_RG * gates_R[:, None])[back].view(x.shape[0], k * keys.shape[2])
         best = alpha_TU.detach().sort(dim=1, descending=True, stable=True).indices[:, :inner_k]
         chosen = torch.zeros_like(alpha_TU, dtype=torch.bool).scatter_(1, best, True)
-        alpha_RG = torch.where(chosen, alpha_TU, 0.0).view(len(order), -1)[order].to(x.dtype)
+        alpha_RG = torch.where(chosen, alpha_TU, 0.0).view(len(order), keys.shape[2])[order].to(x.dtype)
     out_RD = product(alpha_RG, values, None).to(wide)
     if value_bias is not None:
         out_RD = out_RD + gates_R[:, None] * value_bias[sorted_experts].to(wide)
