@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from sparseffn.ffn import FeedForward, FFNConfig
+from sparseffn.ops.library import register_flops
 
 # Backward of a matrix product is one product for each factor.
 BACKWARD_OVER_FORWARD = 2
@@ -90,27 +91,8 @@ def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept_tensors(layer, x))
 
 
-def _product(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:
-    """Every row times one matrix of the stack."""
-    return 2 * rows[0] * weight[1] * weight[2]
-
-
-def _inner(keys: tuple[int, ...], gates: tuple[int, ...], inner_k: int) -> int:
-    """All units of the selected experts, the survivors' values."""
-    return 2 * gates[0] * keys[1] * (gates[1] * keys[2] + inner_k)
-
-
-# FLOPs of each operation from the shapes of its first arguments; `_` are those that do not matter.
+# FLOPs of each operation from the shapes of its first arguments.
 _FLOPS: dict[str, Callable[..., int]] = {
-    "expert_up": lambda x, weight, tokens, *_: _product(tokens, weight),
-    "expert_up_backward": lambda grad, x, weight, tokens, *_: 2 * _product(tokens, weight),
-    "expert_down": lambda a, weight, *_: _product(a, weight),
-    "expert_down_backward": lambda grad, a, weight, *_: 2 * _product(a, weight),
-    "expert_mlp": lambda x, keys, values, gates, *_: 2 * gates[1] * _product(gates, keys),
-    "expert_mlp_backward": lambda grad, x, keys, values, gates, *_: 4 * gates[1] * _product(gates, keys),
-    "expert_mlp_inner": lambda x, keys, values, gates, *rest: _inner(keys, gates, rest[4]),
-    "expert_mlp_inner_backward": lambda grad, x, keys, values, gates, kept, *_: 2 * _inner(keys, gates, kept[1]),
-    "router_logits": lambda x, selector, *_: 2 * x[0] * x[1] * selector[0],
     "weighted_rows": lambda values, indices, *_: 2 * indices[0] * indices[1] * values[1],
     "weighted_rows_backward": lambda grad, values, indices, *_: 4 * indices[0] * indices[1] * values[1],
 }
@@ -124,3 +106,5 @@ def _register(operation: str, flops: Callable[..., int]) -> None:
 
 for _operation, _formula in _FLOPS.items():
     _register(_operation, _formula)
+
+register_flops()

@@ -134,7 +134,7 @@ def _layer(shape: str, dtype: torch.dtype, device: torch.device) -> None:
     x, keys, values = (torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes)
     gates = torch.rand(t, k, device=device, requires_grad=True)
     indices = torch.rand(t, e, device=device).topk(k, dim=1).indices
-    y = ops.expert_mlp(x, keys, values, gates, indices, backend="triton")
+    y = ops.experts(x, keys, values, gates, indices, backend="triton")
     y.backward(torch.randn_like(y))
 
 

@@ -92,7 +92,7 @@ def product_speed(dtype: torch.dtype, device: torch.device) -> ProductSpeed:
     with torch.inference_mode():
         for n_tokens, d_model, size in _EXPERTS[device.type]:
             call = _expert_product(n_tokens, d_model, size, dtype, device)
-            time_product(f"{n_tokens:,} x {d_model:,} x {size}", "expert_mlp", 4 * n_tokens * d_model * size, call)
+            time_product(f"{n_tokens:,} x {d_model:,} x {size}", "experts", 4 * n_tokens * d_model * size, call)
         for size in _SIZES[device.type]:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             shape, flops = f"{size:,} x {size:,}", 2 * size**3
@@ -113,7 +113,7 @@ def _expert_product(n_tokens: int, d_model: int, size: int, dtype: torch.dtype, 
     )
     gates = torch.ones(n_tokens, 1, device=device)
     chosen = torch.zeros(n_tokens, 1, dtype=torch.int64, device=device)
-    return lambda: ops.expert_mlp(x, keys, values, gates, chosen, activation="identity")
+    return lambda: ops.experts(x, keys, values, gates, chosen, activation="identity")
 
 
 def bandwidth(device: torch.device) -> ReadingSpeed:

@@ -4,12 +4,9 @@ from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns, topk
-from sparseffn.ops.cvmm import cvmm, expert_down, expert_up
-from sparseffn.ops.expert_mlp import expert_mlp
+from sparseffn.ops.cvmm import cvmm
 from sparseffn.ops.experts import experts
 from sparseffn.ops.route import GateName, route
-from sparseffn.ops.routed_mlp import routed_mlp
-from sparseffn.ops.routed_training import routed_training, runs_fused
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
@@ -21,9 +18,6 @@ __all__ = [
     "Selection",
     "balanced_assignment",
     "cvmm",
-    "expert_down",
-    "expert_mlp",
-    "expert_up",
     "experts",
     "explain_backend",
     "list_backends",
@@ -31,11 +25,8 @@ __all__ = [
     "register_backend",
     "requested_backend",
     "route",
-    "routed_mlp",
-    "routed_training",
     "router_logits",
     "runs_eagerly",
-    "runs_fused",
     "select_columns",
     "sinkhorn",
     "sort_by_expert",

@@ -7,26 +7,35 @@ from __future__ import annotations
 import torch
 
 from sparseffn.ops import _torch_kernels, reference
-from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, kernels_of, register_backend
+from sparseffn.ops.balance import assign_on_host, sinkhorn_plain
 from sparseffn.ops.cpu import cpu_backend
+from sparseffn.ops.cvmm import cvmm_plain
 from sparseffn.ops.experts import experts_eager
 from sparseffn.ops.grouped_mm import grouped_mm_backend
 from sparseffn.ops.route import route_checked
+from sparseffn.ops.router_logits import router_logits_plain
 from sparseffn.ops.triton import triton_backend
 
-PLAIN = {"experts": experts_eager, "route": route_checked}
+# Differentiable compositions, for those who ask for them by name.
+PLAIN = {
+    "balanced_assignment": assign_on_host,
+    "cvmm": cvmm_plain,
+    "experts": experts_eager,
+    "route": route_checked,
+    "router_logits": router_logits_plain,
+    "sinkhorn": sinkhorn_plain,
+}
 
 
 def register_builtin_backends() -> None:
     """Register them in the order in which `auto` tries them; only an explicit request takes the last two."""
     plain, slow = kernels_of(_torch_kernels), kernels_of(reference)
-    plain |= compose_expert_mlp(plain)
     register_backend(triton_backend())
     register_backend(cpu_backend())
     register_backend(Backend(name="torch", kernels=plain, functions=PLAIN, unavailable=_always))
     register_backend(grouped_mm_backend())
-    register_backend(Backend(name="reference", kernels=slow, unavailable=_always, automatic=False, direct=True))
+    register_backend(Backend(name="reference", kernels=slow, functions=slow, unavailable=_always, automatic=False, direct=True))
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> None:

@@ -1,47 +1,85 @@
 """Sinkhorn-balanced scores (S-BASE) and the balanced assignment (BASE, equation 19). Shapes: see ops/README.md."""
-# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_finite, require_one_device
-from sparseffn.ops.backends import direct_kernel, kernel
+from sparseffn.ops._checks import require_one_device
+from sparseffn.ops.assignment import assign_balanced
+from sparseffn.ops.backends import implementation
+from sparseffn.ops.library import Kept, define, kernels_missing
+
+# Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
+_NEVER = -1e30
 
 
-@torch.library.custom_op("sparseffn::sinkhorn", mutates_args=())
-def _sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
-    check_finite(scores, "scores")
-    return kernel("sinkhorn", scores, backend)(scores, mask, n_rounds, sign)
+def _rounds(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """a, and the terms of each round's log-sum-exps over experts and over tokens."""
+    left_out = ~mask[:, None]
+    log_share = torch.log(mask.sum().clamp_min(1).to(scores.dtype) / scores.shape[1])
+    rows, columns, a_E = [], [], scores.new_zeros(scores.shape[1])
+    for _ in range(n_rounds):
+        rows.append(scores + sign * a_E)
+        b_T1 = -torch.logsumexp(rows[-1], dim=1, keepdim=True)
+        columns.append(torch.where(left_out, _NEVER, scores + sign * b_T1))
+        a_E = log_share - torch.logsumexp(columns[-1], dim=0)
+    return a_E, rows, columns
 
 
-@_sinkhorn.register_fake
-def _(scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
+def _taking_part(scores: Tensor, mask: Tensor) -> Tensor:
+    """A token that is not finite is left out, or no other would be finite."""
+    return mask & scores.detach().isfinite().all(dim=1)
+
+
+def sinkhorn_plain(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+    """See `sinkhorn`; masked tokens take no part and get the experts' terms added all the same."""
+    if scores.shape[0] == 0:
+        return scores.clone()
+    mask = _taking_part(scores, mask)
+    a_E, _, _ = _rounds(scores, mask, n_rounds, sign)
+    return scores + torch.where(mask.any(), a_E, 0.0)
+
+
+def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+    """Gradient of the scores; the few rounds are computed again, which is cheaper than keeping their tensors."""
+    if scores.shape[0] == 0:
+        return grad.clone()
+    mask = _taking_part(scores, mask)
+    _, rows, columns = _rounds(scores, mask, n_rounds, sign)
+    grad_scores, grad_a = grad.clone(), torch.where(mask.any(), grad.sum(dim=0), 0.0)
+    for row_TE, column_TE in zip(reversed(rows), reversed(columns), strict=True):
+        by_column = torch.where(mask[:, None], column_TE.softmax(dim=0) * -grad_a, 0.0)
+        by_row = torch.where(mask[:, None], row_TE.softmax(dim=1) * (-sign * by_column.sum(dim=1, keepdim=True)), 0.0)
+        grad_scores = grad_scores + by_column + by_row
+        grad_a = sign * by_row.sum(dim=0)
+    return grad_scores
+
+
+def _like_scores(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
     return torch.empty_like(scores)
 
 
-@torch.library.custom_op("sparseffn::sinkhorn_backward", mutates_args=())
-def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
-    return kernel("sinkhorn_backward", scores, backend)(grad, scores, mask, n_rounds, sign)
+_ARGUMENTS = "Tensor scores, Tensor mask, int n_rounds, float sign"
 
-
-@_sinkhorn_backward.register_fake
-def _(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float, backend: str) -> Tensor:
-    return torch.empty_like(scores)
-
-
-def _save_sinkhorn(ctx, inputs, output) -> None:
-    scores, mask, ctx.n_rounds, ctx.sign, ctx.backend = inputs
-    ctx.save_for_backward(scores, mask)
-
-
-def _differentiate_sinkhorn(ctx, grad):
-    scores, mask = ctx.saved_tensors
-    grad_scores = torch.ops.sparseffn.sinkhorn_backward(grad, scores, mask, ctx.n_rounds, ctx.sign, ctx.backend)
-    return grad_scores, None, None, None, None
-
-
-_sinkhorn.register_autograd(_differentiate_sinkhorn, setup_context=_save_sinkhorn)
+_sinkhorn = define(
+    "sinkhorn",
+    _ARGUMENTS,
+    "Tensor balanced",
+    plain=sinkhorn_plain,
+    fake=_like_scores,
+    kernel=sinkhorn_plain,
+    kept=Kept(
+        returns="",
+        fake=_like_scores,
+        backward=f"Tensor grad_balanced, {_ARGUMENTS}",
+        gradients=("scores",),
+        kernels=(sinkhorn_plain, _sinkhorn_backward),
+    ),
+)
 
 
 def sinkhorn(
@@ -54,10 +92,10 @@ def sinkhorn(
 ) -> Tensor:
     """Scores `x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)`, from a = 0.
 
-    Selecting by them balances the load over the whole batch (Clark 2022).
+    Selecting by them balances the load over the whole batch (Clark 2022). One that is not finite reaches the whole batch.
 
     Args:
-        scores: `[T, E]` logits x, finite.
+        scores: `[T, E]` logits x.
         mask: bool `[T]`, True for tokens that take part; None means all.
         n_rounds: rounds, the paper's code uses 3.
         released: subtract a and b inside the log-sum-exps, as the released code does; that does not balance.
@@ -68,7 +106,6 @@ def sinkhorn(
 
     Raises:
         UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
-        NonFiniteError: a score is NaN or infinite.
     """
     if scores.dim() != 2 or n_rounds < 0:
         raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
@@ -82,32 +119,43 @@ def sinkhorn(
             f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
         )
     require_one_device(scores, mask)
-    sign = -1.0 if released else 1.0
-    direct = direct_kernel("sinkhorn", backend)
-    if direct is not None:
-        check_finite(scores, "scores")
-        return direct(scores, mask, n_rounds, sign)
-    return torch.ops.sparseffn.sinkhorn(scores, mask, n_rounds, sign, backend)
+    run = implementation("sinkhorn", scores, backend)
+    return (_sinkhorn if run is None else run)(scores, mask, n_rounds, -1.0 if released else 1.0)
 
 
-@torch.library.custom_op("sparseffn::balanced_assignment", mutates_args=())
-def _balanced_assignment(scores: Tensor, backend: str) -> Tensor:
-    return kernel("balanced_assignment", scores, backend)(scores)
+def _assign(scores: Tensor) -> Tensor:
+    """Where there is no kernel: by that of the CPU, or by NumPy."""
+    if scores.device.type != "cpu" or kernels_missing() is None:
+        return _balanced_assignment(scores.cpu()).to(scores.device)
+    return assign_on_host(scores)
 
 
-@_balanced_assignment.register_fake
-def _(scores: Tensor, backend: str) -> Tensor:
-    return scores.new_empty(scores.shape[0], dtype=torch.int64)
+def assign_on_host(scores: Tensor) -> Tensor:
+    """See `balanced_assignment`; by NumPy."""
+    return torch.from_numpy(assign_balanced(scores.detach().double().numpy()))
 
 
-_balanced_assignment.register_autograd(lambda ctx, grad: (None, None))
+def _batches(info: Any, in_dims: tuple[int], scores: Tensor) -> tuple[Tensor, int]:
+    """One batch after the other: an assignment is no sum over anything."""
+    return torch.stack([_balanced_assignment(s) for s in scores.unbind(in_dims[0])]), 0
+
+
+_balanced_assignment = define(
+    "balanced_assignment",
+    "Tensor scores",
+    "Tensor assigned",
+    plain=_assign,
+    fake=lambda scores: scores.new_empty(scores.shape[0], dtype=torch.int64),
+    kernel=_assign,
+    vmap=_batches,
+)
 
 
 def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
     """The expert of each token so that every expert gets floor(T/E) or ceil(T/E) and the total score is maximal.
 
     Args:
-        scores: `[T, E]`, finite.
+        scores: `[T, E]`; NaN and infinity count as zero and as the largest numbers.
         backend: see `ops.backends`.
 
     Returns:
@@ -115,10 +163,11 @@ def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         UserError: `scores` is not a floating matrix with at least one expert.
-        NonFiniteError: a score is NaN or infinite.
     """
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")
     if not scores.is_floating_point():
         raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
-    return torch.ops.sparseffn.balanced_assignment(scores.detach(), backend)
+    scores = scores.detach().nan_to_num()
+    run = implementation("balanced_assignment", scores, backend)
+    return (_balanced_assignment if run is None else run)(scores)

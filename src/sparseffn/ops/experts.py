@@ -9,7 +9,9 @@ Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,44 +31,49 @@ def _plain(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tens
     return experts_plain(*_prepared(x, keys, values, gates, indices, *rest))
 
 
-def experts_eager(
-    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
-    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
-    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", alpha: float = SWIGLU_ALPHA,
-    limit: float = SWIGLU_LIMIT, inner_k: int | None = None,
-) -> Tensor:  # fmt: skip
-    """`experts` by PyTorch's operations, one product an expert over its rows; reads on the host which these are."""
-    x, keys, values, _, _, gate_keys, key_bias, gate_bias, value_bias, *_ = _prepared(
-        x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, keep_scale, activation, alpha, limit,
-        inner_k,
-    )  # fmt: skip
+# Rows sorted by expert [R, M], matrices [E, M, L], where each expert's rows begin [E + 1]: their products [R, L].
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def experts_sorted(multiply: Product, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, *rest: Any) -> Tensor:
+    """`experts` by PyTorch's operations over rows sorted by expert, as `multiply` does their products."""
+    x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options = _prepared(
+        x, keys, values, gates, *rest
+    )
+    keep, keep_scale, activation, alpha, limit, inner_k = (*options, *_DEFAULTS[len(options) :])
     check_indices(indices, "an expert", keys.shape[0])
-    k, wide = indices.shape[1], gates.dtype
-    sorted_experts, order = indices.flatten().sort(stable=True)
-    edges = torch.arange(keys.shape[0] + 1, device=order.device)
-    bounds = list(itertools.pairwise(torch.searchsorted(sorted_experts, edges).tolist()))
-    rows_RD = x.index_select(0, order // k)
+    (n_tokens, k), wide = indices.shape, gates.dtype
+    experts_R, order = indices.flatten().sort(stable=True)
+    offsets = torch.searchsorted(experts_R, torch.arange(keys.shape[0] + 1, device=order.device))
+    x_RD, gates_R = x.index_select(0, order // k), gates.flatten()[order]
 
-    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        parts = [rows[a:b] @ weight[e] if bias is None else rows[a:b] @ weight[e] + bias[e] for e, (a, b) in enumerate(bounds)]
-        return torch.cat(parts)
+    def product(weight: Tensor, bias: Tensor | None) -> Tensor:
+        scores_RG = multiply(x_RD, weight, offsets)
+        return scores_RG if bias is None else scores_RG + bias[experts_R]
 
-    gate_scores = None if gate_keys is None else product(rows_RD, gate_keys, gate_bias)
-    u_RG = hidden_units(activation, product(rows_RD, keys, key_bias), gate_scores, alpha=alpha, limit=limit)
+    gate_scores = None if gate_keys is None else product(gate_keys, gate_bias)
+    u_RG = hidden_units(activation, product(keys, key_bias), gate_scores, alpha=alpha, limit=limit)
     if keep is not None:
         u_RG = torch.where(keep.flatten(0, 1)[order], u_RG * keep_scale, 0.0)
-    gates_R = gates.flatten()[order]
-    alpha_RG = (u_RG * gates_R[:, None]).to(x.dtype)
+    alpha_RG = u_RG * gates_R[:, None]
     if inner_k is not None:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        alpha_TU = (u_RG * gates_R[:, None])[back].view(x.shape[0], k * keys.shape[2])
+        alpha_TU = alpha_RG[back].view(n_tokens, k * keys.shape[2])
         best = alpha_TU.detach().sort(dim=1, descending=True, stable=True).indices[:, :inner_k]
         chosen = torch.zeros_like(alpha_TU, dtype=torch.bool).scatter_(1, best, True)
-        alpha_RG = torch.where(chosen, alpha_TU, 0.0).view(len(order), keys.shape[2])[order].to(x.dtype)
-    out_RD = product(alpha_RG, values, None).to(wide)
+        alpha_RG = torch.where(chosen, alpha_TU, 0.0).view(len(order), keys.shape[2])[order]
+    out_RD = multiply(alpha_RG.to(x.dtype), values, offsets).to(wide)
     if value_bias is not None:
-        out_RD = out_RD + gates_R[:, None] * value_bias[sorted_experts].to(wide)
-    return x.new_zeros(x.shape[0], values.shape[2], dtype=wide).index_add(0, order // k, out_RD).to(x.dtype)
+        out_RD = out_RD + gates_R[:, None] * value_bias[experts_R].to(wide)
+    return x.new_zeros(n_tokens, values.shape[2], dtype=wide).index_add(0, order // k, out_RD).to(x.dtype)
+
+
+def _one_by_one(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    bounds = itertools.pairwise(offsets.tolist())
+    return torch.cat([rows[start:stop] @ weight[e] for e, (start, stop) in enumerate(bounds)])
+
+
+experts_eager = functools.partial(experts_sorted, _one_by_one)
 
 
 def _prepared(
@@ -82,6 +89,9 @@ def _prepared(
     check_experts(x, keys, values, gates, indices, *rest, keep, activation, inner_k)
     return x, keys, values, gates, indices, *rest, keep, keep_scale, activation, *numbers
 
+
+# Of the schema's arguments from `keep` on.
+_DEFAULTS = (None, 1.0, "relu", SWIGLU_ALPHA, SWIGLU_LIMIT, None)
 
 _ARGUMENTS = (
     "Tensor x, Tensor keys, Tensor values, Tensor gates, Tensor indices, Tensor? gate_keys=None, Tensor? key_bias=None, "
@@ -106,6 +116,13 @@ def _fake_kept(x, keys, values, gates, indices, gate_keys=None, *rest):
     return _fake(x, keys, values), hidden, positions, indices.new_empty(n_tokens * k), indices.new_empty(keys.shape[0] + 1)
 
 
+def _flops(x, keys, values, gates, indices, gate_keys=None, *rest):
+    """Both products of the keys and that of the values, of K experts; with an inner top-K the values of the survivors."""
+    n_units = gates[1] * keys[2]
+    inner_k = rest[8] if len(rest) > 8 and rest[8] else n_units
+    return 2 * x[0] * keys[1] * (n_units * (1 if gate_keys is None else 2) + inner_k)
+
+
 _experts = define(
     "experts",
     _ARGUMENTS,
@@ -113,6 +130,7 @@ _experts = define(
     plain=_plain,
     eager=experts_eager,
     fake=_fake,
+    flops=_flops,
     kept=Kept(
         returns="Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
         fake=_fake_kept,

@@ -4,6 +4,7 @@ An operation NAME is up to four schemas of the library `sparseffn`:
 
     NAME(arguments) -> outputs
     NAME_plain(arguments) -> outputs                  the composition that transforms look into: it reads no values on the host
+    NAME_eager(arguments) -> outputs                  another one, which may; what runs where there are no kernels
     NAME_kept(arguments) -> (outputs..., kept...)     what a step of training runs forward
     NAME_backward(grad_OUTPUT..., arguments, outputs and kept, by name) -> gradients, named as the arguments are
 
@@ -31,6 +32,10 @@ LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
 _DEVICES = ("cpu", "cuda", "meta")
 
 Function = Callable[..., Any]
+# From shapes, and values of arguments that are no tensors, in the order of the schema.
+Flops = Callable[..., int]
+
+_FLOPS: dict[str, Callable[[], None]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,8 @@ class Kept:
     """Arguments of NAME_backward."""
     gradients: tuple[str, ...]
     """Arguments that have one, in the order of NAME_backward's results; an empty tensor stands for one that is left out."""
+    flops_of_backward: int = 2
+    """FLOPs of NAME_backward over those of NAME: a product for each factor."""
     kernels: tuple[Function, Function] | None = None
     """NAME_kept and NAME_backward for every device that has none of its own; None: they are the library's."""
 
@@ -60,6 +67,7 @@ def define(
     kernel: Function | None = None,
     vmap: Function | None = None,
     kept: Kept | None = None,
+    flops: Flops | None = None,
 ) -> Any:
     """Define an operation's schemas and what they do before and without kernels.
 
@@ -73,13 +81,15 @@ def define(
         kernel: the operation below autograd, on every device that has no kernel of its own; None: it is the library's.
         vmap: its rule, as `torch.library.register_vmap` takes it; None: `plain` is batched.
         kept: what it keeps for backward; None: it has no gradient.
+        flops: of a call, from the shapes of its arguments; a backward costs `kept.flops_of_backward` times as much.
 
     Returns:
         The operation, to be called.
     """
     LIBRARY.define(f"{name}({arguments}) -> ({returns})")
-    LIBRARY.define(f"{name}_plain({arguments}) -> ({returns})")
-    LIBRARY.impl(f"{name}_plain", plain, "CompositeImplicitAutograd")
+    for suffix, composition in (("plain", plain), ("eager", eager or plain)):
+        LIBRARY.define(f"{name}_{suffix}({arguments}) -> ({returns})")
+        LIBRARY.impl(f"{name}_{suffix}", composition, "CompositeImplicitAutograd")
     _register_fake(name, fake)
     operation = getattr(torch.ops.sparseffn, name).default
     first = _until_kernels(operation, plain, eager or plain)
@@ -95,6 +105,8 @@ def define(
         if kept.kernels is not None:
             for suffix, function in zip(("kept", "backward"), kept.kernels, strict=True):
                 LIBRARY.impl(f"{name}_{suffix}", function, "CompositeExplicitAutograd")
+    if flops is not None:
+        _FLOPS[name] = functools.partial(_register_flops, name, flops, _names(arguments), kept)
     LIBRARY.impl(name, kernel or first, "CompositeExplicitAutograd")
     if vmap is None:
         LIBRARY.impl(name, plain, "FuncTorchBatched")
@@ -108,11 +120,12 @@ def _register_fake(name: str, fake: Function) -> None:
 
 
 def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function:
-    """What is called where no kernel is registered yet, or at all."""
+    """What is called before the library is loaded, and afterwards where it has nothing."""
 
     def first(*arguments: Any) -> Any:
+        is_first = kernels_missing.cache_info().currsize == 0
         tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if tensors[0].device.type in _DEVICES and kernels_missing() is None:
+        if kernels_missing() is None and is_first and tensors[0].device.type in _DEVICES:
             return operation(*arguments)
         return (plain if is_watched(tensors) else eager)(*arguments)
 
@@ -122,7 +135,37 @@ def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function
 @functools.cache
 def kernels_missing() -> str | None:
     """Why the compiled library is not there, logged once; None once it is loaded. Compiles it at the first call."""
-    return "the compiled operations are being built in"
+    from sparseffn.ops.cpu import build
+
+    return build.unavailable()
+
+
+@functools.cache
+def register_flops() -> None:
+    """Tell `torch.utils.flop_counter` what the operations cost, so that a `FlopCounterMode` made afterwards counts them.
+
+    Not done at import, as PyTorch's module imports Triton where it is installed.
+    """
+    for register in _FLOPS.values():
+        register()
+
+
+def _register_flops(name: str, flops: Flops, arguments: list[str], kept: Kept | None) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def forward(*shapes: Any, **_: Any) -> int:
+        return flops(*shapes)
+
+    def backward(*shapes: Any, **_: Any) -> int:
+        assert kept is not None, "an operation without gradient has no backward"
+        given = dict(zip(_names(kept.backward), shapes, strict=False))
+        return kept.flops_of_backward * flops(*map(given.get, arguments))
+
+    library = torch.ops.sparseffn
+    register_flop_formula(getattr(library, name))(forward)
+    if kept is not None:
+        register_flop_formula(getattr(library, f"{name}_kept"))(forward)
+        register_flop_formula(getattr(library, f"{name}_backward"))(backward)
 
 
 def is_watched(tensors: Iterable[Tensor]) -> bool:
@@ -136,14 +179,25 @@ def is_watched(tensors: Iterable[Tensor]) -> bool:
 
 def _gradients_like(kept: Kept) -> Function:
     """NAME_backward for fake tensors: gradients in the memory order of their arguments."""
-    names = [re.split(r"[ =]+", argument.strip())[1] for argument in kept.backward.split(",")]
+    names = _names(kept.backward)
     places = [names.index(gradient) for gradient in kept.gradients]
     optional = next(i for i, name in enumerate(names) if not name.startswith("grad_"))
 
     def fake(*arguments: Any) -> Any:
         given = [arguments[place] if place < len(arguments) else None for place in places]
         some = arguments[optional]
-        found = tuple(some.new_empty(0) if t is None else torch.empty_like(t) for t in given)
+        found = tuple(some.new_empty(0) if t is None else _gradient_like(t) for t in given)
         return found if len(found) > 1 else found[0]
 
     return fake
+
+
+def _gradient_like(tensor: Tensor) -> Tensor:
+    """In the memory order of a weight if that has lines of rows or of columns."""
+    same = torch.empty_like(tensor)
+    return same if tensor.dim() < 3 or 1 in same.stride()[1:] else same.new_empty(same.shape)
+
+
+def _names(arguments: str) -> list[str]:
+    """Names of a schema's arguments."""
+    return [re.split(r"[ =]+", argument.strip())[1] for argument in arguments.split(",")]

@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
 
 
 def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,71 +79,10 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else x @ weight + bias
 
 
-def expert_up(x: Tensor, weight: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-    """`u[r] = x[tokens[r]] @ weight[e(r)]`, rows of expert e at offsets[e]..offsets[e+1] (equation 26, gathered)."""
-    bounds = offsets.tolist()
-    rows = [x[tokens[r]] @ weight[e] for e, (start, stop) in enumerate(itertools.pairwise(bounds)) for r in range(start, stop)]
+def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
+    """`y[n] = x[n] @ weight[sel[n]]` (equation 26)."""
+    rows = [row @ weight[e] for row, e in zip(x, sel.tolist(), strict=True)]
     return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[2]) + 0 * (x.sum() + weight.sum())
-
-
-def expert_down(a: Tensor, weight: Tensor, gates: Tensor, tokens: Tensor, offsets: Tensor, n_tokens: int) -> Tensor:
-    """`y[t] = sum over rows r of token t of gates[r] a[r] @ weight[e(r)]` (equations 12 and 26)."""
-    bounds = offsets.tolist()
-    y = [0 * (a.sum() + gates.sum() + weight.sum()).to(a.dtype) + a.new_zeros(weight.shape[2]) for _ in range(n_tokens)]
-    for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        for r in range(start, stop):
-            t = int(tokens[r])
-            y[t] = y[t] + gates[r].to(a.dtype) * (a[r] @ weight[e])
-    return torch.stack(y) if y else a.new_zeros(0, weight.shape[2]) + 0 * (a.sum() + gates.sum().to(a.dtype) + weight.sum())
-
-
-def expert_mlp(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    indices: Tensor,
-    keep: Tensor | None,
-    keep_scale: float,
-    activation: str,
-    inner_k: int | None = None,
-) -> Tensor:
-    """`y[t] = sum over selections (e, s) of s drop * act(x[t] @ keys[e]) @ values[e]` (equation 12).
-
-    With `inner_k` only the largest coefficients of a token, over all of its selections, take part.
-    """
-    y = []
-    zero = 0 * (x.sum() + keys.sum() + values.sum() + gates.sum().to(x.dtype))
-    for t in range(x.shape[0]):
-        alphas = []
-        for slot, e in enumerate(indices[t].tolist()):
-            u = ACTIVATIONS[activation](x[t] @ keys[e])
-            if keep is not None:
-                u = u * keep[t, slot].to(u.dtype) * keep_scale
-            alphas.append(gates[t, slot].to(x.dtype) * u)
-        alpha = torch.cat(alphas)
-        if inner_k is not None:
-            best = alpha.detach().sort(descending=True, stable=True).indices[:inner_k]
-            alpha = alpha * torch.zeros_like(alpha).index_fill(0, best, 1.0)
-        y.append(zero + alpha @ torch.cat([values[e] for e in indices[t].tolist()]))
-    return torch.stack(y) if y else x * (keys.sum() + values.sum() + gates.sum().to(x.dtype))
-
-
-@torch.no_grad()
-def routed_mlp(
-    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`expert_mlp` of the K largest of `selector x` (equation 11), weighted as the variant does (table of section 1.3)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    logits = router_logits(x.to(wide), selector.to(wide))
-    indices = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    chosen = logits.gather(1, indices)
-    if gate == "sigmoid":
-        gates = 1 / (1 + torch.exp(-chosen))
-    else:
-        over = logits if gate == "softmax" else chosen
-        gates = torch.exp(chosen) / torch.exp(over).sum(dim=1, keepdim=True)
-    return expert_mlp(x, keys, values, gates, indices, None, 1.0, activation), indices, gates
 
 
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:

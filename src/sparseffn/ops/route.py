@@ -46,6 +46,7 @@ _route = define(
     "Tensor logits, Tensor indices, Tensor gates",
     plain=route_checked,
     fake=_fake,
+    flops=lambda x, selector, *_: 2 * x[0] * x[1] * selector[0],
     kept=Kept(
         returns="Tensor shares",
         fake=_fake_kept,

@@ -6,7 +6,7 @@ import torch
 
 from sparseffn.ops.backends import Backend, kernels_of
 
-DISPATCHED = frozenset({"experts", "route"})
+DISPATCHED = frozenset({"balanced_assignment", "cvmm", "experts", "route", "router_logits", "sinkhorn"})
 
 
 def cpu_backend() -> Backend:
@@ -21,6 +21,6 @@ def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
     if device.type != "cpu":
         return "it is the CPU's"
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return f"it computes in float32, float64 and bfloat16, not in {dtype}"
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"it computes in float32, float64, bfloat16 and float16, not in {dtype}"
     return build.unavailable()

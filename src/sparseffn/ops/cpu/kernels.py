@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparseffn.ops._checks import bad_index, non_finite_gates, non_finite_scores
+from sparseffn.ops._checks import bad_index, non_finite_gates
 from sparseffn.ops.cpu.build import library
 
 # As in csrc: vectors.h and activations.h.
@@ -39,11 +39,6 @@ _SIGNATURES = {
     "experts_inner_backward": "ipppnppp",
     "weighted_rows": "ippppp",
     "weighted_rows_backward": "ippppppp",
-    "assign": "pnnp",
-    "routed_experts": "ippppnnnnniiippp",
-    "routed_training": "ippppnnnnniii" + "p" * 7,
-    "routed_training_backward": "ippppnnnnniii" + "p" * 12,
-    "linear": "ipppp",
     "topk": "ippp",
     "product_key_topk": "ippppp",
 }
@@ -239,96 +234,6 @@ def expert_mlp_inner_backward(
     return grads[0], grads[1], grads[3], grads[7]
 
 
-def _routed_inputs(
-    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
-) -> tuple[int, ...]:
-    """What every operation that routes is called with first."""
-    (n_tokens, width), (n_experts, _, size) = x.shape, keys.shape
-    addresses = x.data_ptr(), selector.data_ptr(), keys.data_ptr(), values.data_ptr()
-    codes = _ACTIVATIONS[activation], _GATES[gate], torch.get_num_threads()
-    return _DTYPES[x.dtype], *addresses, n_tokens, width, n_experts, size, k, *codes
-
-
-def routed_mlp(
-    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str, *, selection: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `ops.routed_mlp`; without `selection` the output alone."""
-    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
-    y = torch.empty_like(x)
-    indices = x.new_empty(x.shape[0], k, dtype=torch.int64) if selection else None
-    gates = x.new_empty(x.shape[0], k, dtype=_WIDE[x.dtype]) if selection else None
-    problem = _functions()["routed_experts"](
-        *_routed_inputs(x, selector, keys, values, k, gate, activation),
-        y.data_ptr(),
-        _address(indices),
-        _address(gates),
-    )
-    if problem:
-        raise non_finite_gates()
-    return y, indices, gates
-
-
-def routed_training(
-    x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, k: int, gate: str, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """See `ops.routed_training`; last what backward needs beside the inputs, indices and gates."""
-    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
-    n_tokens, n_experts, size = x.shape[0], keys.shape[0], keys.shape[2]
-    y, logits, gates = torch.empty_like(x), x.new_empty(n_tokens, n_experts), x.new_empty(n_tokens, k)
-    indices, hidden = x.new_empty(n_tokens, k, dtype=torch.int64), x.new_empty(n_tokens * k, size)
-    order, offsets = indices.new_empty(n_tokens * k), indices.new_empty(n_experts + 1)
-    problem = _functions()["routed_training"](
-        *_routed_inputs(x, selector, keys, values, k, gate, activation),
-        y.data_ptr(),
-        logits.data_ptr(),
-        indices.data_ptr(),
-        gates.data_ptr(),
-        hidden.data_ptr(),
-        order.data_ptr(),
-        offsets.data_ptr(),
-    )
-    if problem:
-        raise non_finite_gates()
-    return y, logits, indices, gates, (hidden, order, offsets)
-
-
-def routed_training_backward(
-    grad: Tensor, grad_gates: Tensor | None, grad_logits: Tensor | None, x: Tensor, selector: Tensor, keys: Tensor,
-    values: Tensor, indices: Tensor, gates: Tensor, hidden: Tensor, order: Tensor, offsets: Tensor, gate: str,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, selector, keys and values."""
-    x, selector, keys, values = x.contiguous(), selector.contiguous(), keys.contiguous(), values.contiguous()
-    grad, grad_gates, grad_logits = grad.contiguous(), _in_memory_order(grad_gates), _in_memory_order(grad_logits)
-    grad_x, grad_selector = torch.empty_like(x), torch.empty_like(selector)
-    grad_keys, grad_values = torch.empty_like(keys), torch.empty_like(values)
-    _functions()["routed_training_backward"](
-        *_routed_inputs(x, selector, keys, values, indices.shape[1], gate, activation),
-        indices.data_ptr(),
-        gates.data_ptr(),
-        hidden.data_ptr(),
-        order.data_ptr(),
-        offsets.data_ptr(),
-        grad.data_ptr(),
-        _address(grad_gates),
-        _address(grad_logits),
-        grad_x.data_ptr(),
-        grad_selector.data_ptr(),
-        grad_keys.data_ptr(),
-        grad_values.data_ptr(),
-    )
-    return grad_x, grad_selector, grad_keys, grad_values
-
-
-def router_logits(x: Tensor, selector: Tensor) -> Tensor:
-    """See `ops.router_logits`."""
-    x, selector = x.contiguous(), selector.contiguous()
-    logits = x.new_empty(x.shape[0], selector.shape[0])
-    sizes = _sizes(*x.shape, selector.shape[0])
-    _functions()["linear"](_DTYPES[x.dtype], x.data_ptr(), selector.data_ptr(), sizes, logits.data_ptr())
-    return logits
-
-
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`."""
     values, indices = values.contiguous(), indices.contiguous()
@@ -389,14 +294,3 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor
         indices.data_ptr(),
     )
     return sums.to(scores_a.dtype), indices
-
-
-def balanced_assignment(scores: Tensor) -> Tensor:
-    """See `ops.balanced_assignment`."""
-    wide = scores.double().contiguous()
-    if not bool(wide.isfinite().all()):
-        raise non_finite_scores()
-    assigned = wide.new_empty(scores.shape[0], dtype=torch.int64)
-    if scores.shape[0]:
-        _functions()["assign"](wide.data_ptr(), *scores.shape, assigned.data_ptr())
-    return assigned

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from sparseffn.ops._compose import compose_expert_mlp
 from sparseffn.ops.backends import Backend, Kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Functions of `operations.py`; `expert_mlp` is composed of these.
+# Functions of `operations.py`.
 OPERATIONS = (
     "expert_up",
     "expert_up_backward",
@@ -52,11 +51,10 @@ def triton_backend() -> Backend:
         return None
 
     kernels = {name: _lazily(name) for name in OPERATIONS}
-    kernels |= compose_expert_mlp(kernels)
     return Backend(
         name="triton",
         kernels=kernels,
-        dispatched=frozenset({"experts", "route"}),
+        dispatched=frozenset({"balanced_assignment", "cvmm", "experts", "route", "router_logits", "sinkhorn"}),
         unavailable=unavailable,
         automatic=not interpreted,
     )

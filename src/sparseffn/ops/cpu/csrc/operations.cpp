@@ -1,0 +1,338 @@
+// The operations' kernels on the CPU: tensors become what the headers compute with.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <c10/util/irange.h>
+
+#include <map>
+
+#include "dispatch.h"
+#include "experts_types.h"
+#include "route.h"
+
+
+extern "C" void sparseffn_assign(const double* scores, int64_t tokens, int64_t experts, int64_t* assigned);
+
+namespace sparseffn {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+int type_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case at::kFloat: return 0;
+        case at::kDouble: return 1;
+        case at::kBFloat16: return 2;
+        case at::kHalf: return 3;
+        default: TORCH_CHECK(false, "sparseffn: no kernel for ", t.scalar_type(), "; fix: cast to float32, float64, bfloat16 or float16");
+    }
+}
+
+at::ScalarType wide_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+template <class T> int code_of(const std::map<std::string_view, T>& names, std::string_view name, const char* what) {
+    const auto found = names.find(name);
+    TORCH_CHECK(found != names.end(), "sparseffn: unknown ", what, " ", name);
+    return static_cast<int>(found->second);
+}
+
+Activation activation_of(std::string_view name) {
+    static const std::map<std::string_view, Activation> names{
+        {"relu", kRelu},   {"relu2", kRelu2},       {"gelu", kGelu}, {"gelu_tanh", kGeluTanh},
+        {"silu", kSilu},   {"identity", kIdentity}, {"clamped_swiglu", kClampedSwiglu}};
+    return static_cast<Activation>(code_of(names, name, "activation"));
+}
+
+Gate gate_of(std::string_view name) {
+    static const std::map<std::string_view, Gate> names{
+        {"sigmoid", kSigmoid}, {"softmax", kSoftmax}, {"renormalised", kRenormalised}};
+    return static_cast<Gate>(code_of(names, name, "gate"));
+}
+
+const void* data_of(const Tensor& t) { return t.defined() && t.numel() ? t.const_data_ptr() : nullptr; }
+void* data_of_mutable(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_ptr() : nullptr; }
+Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); }
+// As a weight lies in memory, so that its gradient has lines of rows or of columns; as ops/library.py says of fake tensors.
+Tensor like(const MaybeTensor& t, const Tensor& x) {
+    if (!t) return at::empty({0}, x.options());
+    const Tensor same = at::empty_like(*t);
+    return same.stride(1) == 1 || same.stride(2) == 1 ? same : at::empty(t->sizes(), t->options());
+}
+
+// ---- route
+
+struct RouteInputs {
+    Tensor x, selector;
+    Routes routes;
+
+    RouteInputs(const Tensor& x_in, const Tensor& selector_in, int64_t k, std::string_view gate)
+        : x(x_in.contiguous()), selector(selector_in.contiguous()) {
+        TORCH_CHECK(x.dim() == 2 && selector.dim() == 2 && x.size(1) == selector.size(1) && k >= 1 && k <= selector.size(0) &&
+                        selector.is_cpu(),
+                    "sparseffn::route: x [T, D], selector [E, D] and 1 <= k <= E do not fit together");
+        routes = {{data_of(x), type_of(x)}, {data_of(selector), type_of(selector)}, gate_of(gate), x.size(0), x.size(1),
+                  selector.size(0), k, wide_type(x) == at::kDouble, threads()};
+    }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_with(const Tensor& x, const Tensor& selector, int64_t k, std::string_view gate,
+                                                      bool keep) {
+    const RouteInputs in(x, selector, k, gate);
+    const auto options = x.options().dtype(wide_type(x));
+    const int64_t tokens = in.routes.tokens, experts = in.routes.experts;
+    Tensor logits = at::empty({tokens, experts}, options), gates = at::empty({tokens, k}, options);
+    Tensor indices = at::empty({tokens, k}, options.dtype(at::kLong)), shares;
+    if (keep) shares = in.routes.gate == kSoftmax ? at::empty({tokens, experts}, options) : at::empty({0}, options);
+    if (tokens)
+        route(in.routes, logits.mutable_data_ptr(), indices.mutable_data_ptr<int64_t>(), gates.mutable_data_ptr(),
+              data_of_mutable(shares));
+    return {logits, indices, gates, shares};
+}
+
+std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& x, const Tensor& selector, int64_t k, std::string_view gate) {
+    auto [logits, indices, gates, shares] = route_with(x, selector, k, gate, false);
+    return {logits, indices, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_kept_cpu(const Tensor& x, const Tensor& selector, int64_t k,
+                                                          std::string_view gate) {
+    return route_with(x, selector, k, gate, true);
+}
+
+// From here on PyTorch's products take no longer.
+constexpr int64_t kFewTokens = 128;
+
+// Gradients of x and the selector from that of the logits.
+std::tuple<Tensor, Tensor> selector_product_backward(const RouteInputs& in, const Tensor& d_logits) {
+    const auto x_type = in.x.scalar_type(), selector_type = in.selector.scalar_type(), wide = d_logits.scalar_type();
+    if (in.routes.tokens >= kFewTokens || in.routes.tokens == 0)
+        return {at::mm(d_logits, in.selector.to(wide)).to(x_type), at::mm(d_logits.t(), in.x.to(wide)).to(selector_type)};
+    Tensor grad_x = at::empty(in.x.sizes(), d_logits.options()), grad_selector = at::empty(in.selector.sizes(), d_logits.options());
+    selector_gradients(in.routes, d_logits.const_data_ptr(), grad_x.mutable_data_ptr(), grad_selector.mutable_data_ptr());
+    return {grad_x.to(x_type), grad_selector.to(selector_type)};
+}
+
+std::tuple<Tensor, Tensor> route_backward_cpu(const MaybeTensor& grad_logits, const MaybeTensor& grad_gates, const Tensor& x,
+                                              const Tensor& selector, int64_t k, std::string_view gate, const Tensor& indices,
+                                              const Tensor& gates, const Tensor& shares) {
+    const RouteInputs in(x, selector, k, gate);
+    const int64_t tokens = in.routes.tokens, experts = in.routes.experts;
+    const Tensor through_logits = in_order(grad_logits), through_gates = in_order(grad_gates);
+    const Tensor chosen = indices.contiguous(), weights = gates.contiguous();
+    Tensor d_logits = at::empty({tokens, experts}, gates.options());
+    logits_gradient(in.routes, chosen.const_data_ptr<int64_t>(), data_of(weights), data_of(shares), data_of(through_logits),
+                    data_of(through_gates), d_logits.mutable_data_ptr());
+    return selector_product_backward(in, d_logits);
+}
+
+Tensor router_logits_cpu(const Tensor& x, const Tensor& selector) {
+    const RouteInputs in(x, selector, 1, "sigmoid");
+    Tensor logits = at::empty({in.routes.tokens, in.routes.experts}, x.options().dtype(wide_type(x)));
+    if (in.routes.tokens) scores(in.routes, logits.mutable_data_ptr());
+    return logits;
+}
+
+std::tuple<Tensor, Tensor> router_logits_backward_cpu(const Tensor& grad_logits, const Tensor& x, const Tensor& selector) {
+    return selector_product_backward(RouteInputs(x, selector, 1, "sigmoid"), grad_logits.contiguous());
+}
+
+// ---- assignment
+
+Tensor balanced_assignment_cpu(const Tensor& scores) {
+    TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "sparseffn::balanced_assignment: scores must be [T, E] with an expert");
+    const Tensor wide = scores.to(at::kDouble).contiguous();
+    Tensor assigned = at::empty({scores.size(0)}, wide.options().dtype(at::kLong));
+    if (scores.size(0))
+        sparseffn_assign(wide.const_data_ptr<double>(), scores.size(0), scores.size(1), assigned.mutable_data_ptr<int64_t>());
+    return assigned;
+}
+
+// ---- experts
+
+template <class S> Matrices<S> matrices(const MaybeTensor& t) {
+    if (!t) return {nullptr, 0, 0, 0};
+    return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
+}
+template <class S> OutMatrices<S> out_matrices(const Tensor& t) {
+    if (t.dim() != 3) return {nullptr, 0, 0, 0};
+    return {static_cast<S*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The arguments of `experts`, as its schema has them.
+struct ExpertsInputs {
+    Tensor x, gates, indices, keep, key_bias, gate_bias, value_bias;
+    MaybeTensor keys, values, gate_keys;
+    double keep_scale, alpha, limit;
+    Activation activation;
+    std::optional<int64_t> inner_k;
+
+    void check() const {
+        const auto& k = *keys;
+        const auto& v = *values;
+        const bool fits = x.dim() == 2 && k.dim() == 3 && v.dim() == 3 && k.size(1) == x.size(1) && v.size(0) == k.size(0) &&
+                          v.size(1) == k.size(2);
+        TORCH_CHECK(fits, "sparseffn::experts: x [T, D], keys [E, D, G] and values [E, G, D] do not fit together");
+        TORCH_CHECK(indices.dim() == 2 && gates.sizes() == indices.sizes() && indices.size(0) == x.size(0) && indices.size(1) > 0 &&
+                        indices.scalar_type() == at::kLong && gates.scalar_type() == wide_type(x),
+                    "sparseffn::experts: gates and int64 indices must be [T, K]");
+        const auto like_x = [&](const Tensor& t, at::IntArrayRef sizes, const char* name) {
+            TORCH_CHECK(!t.defined() || (t.sizes() == sizes && t.scalar_type() == x.scalar_type() && t.is_cpu()),
+                        "sparseffn::experts: ", name, " does not fit x and the keys");
+        };
+        like_x(k, k.sizes(), "keys");
+        like_x(v, v.sizes(), "values");
+        like_x(gate_keys.value_or(Tensor()), k.sizes(), "gate_keys");
+        like_x(key_bias, {k.size(0), k.size(2)}, "key_bias");
+        like_x(gate_bias, {k.size(0), k.size(2)}, "gate_bias");
+        like_x(value_bias, {k.size(0), v.size(2)}, "value_bias");
+        TORCH_CHECK(!keep.defined() || (keep.numel() == indices.numel() * k.size(2) && keep.scalar_type() == at::kBool),
+                    "sparseffn::experts: keep must be bool [T, K, G]");
+        TORCH_CHECK(v.size(2) == x.size(1), "sparseffn::experts: values must be as wide as x");
+        TORCH_CHECK(gate_keys || (activation != kClampedSwiglu && !gate_bias.defined()),
+                    "sparseffn::experts: clamped_swiglu and gate_bias need gate_keys");
+        TORCH_CHECK(!inner_k || (*inner_k >= 1 && *inner_k <= indices.size(1) * k.size(2)),
+                    "sparseffn::experts: inner_k must be between 1 and K G");
+        TORCH_CHECK(gates.is_cpu() && indices.is_cpu() && x.is_cpu(), "sparseffn::experts: all tensors must be on one device");
+    }
+
+    template <class S> Problem<S> problem(const Tensor& hidden, const Tensor& order, const Tensor& offsets) const {
+        using C = compute_t<S>;
+        Problem<S> p{};
+        p.x = static_cast<const S*>(data_of(x));
+        p.keys = matrices<S>(keys);
+        p.gate_keys = matrices<S>(gate_keys);
+        p.values = matrices<S>(values);
+        p.key_bias = static_cast<const S*>(data_of(key_bias));
+        p.gate_bias = static_cast<const S*>(data_of(gate_bias));
+        p.value_bias = static_cast<const S*>(data_of(value_bias));
+        p.gates = static_cast<const C*>(data_of(gates));
+        p.hidden = static_cast<S*>(data_of_mutable(hidden));
+        p.keep = static_cast<const uint8_t*>(data_of(keep));
+        p.keep_scale = static_cast<C>(keep_scale);
+        p.activation = activation;
+        p.alpha = static_cast<C>(alpha);
+        p.limit = static_cast<C>(limit);
+        p.width = x.size(1);
+        p.size = keys->size(2);
+        p.routing = Routing{order.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(), x.size(0), keys->size(0),
+                            indices.size(1)};
+        p.threads = threads();
+        return p;
+    }
+};
+
+#define SPARSEFFN_EXPERTS_ARGUMENTS                                                                                            \
+    const Tensor &x, const Tensor &keys, const Tensor &values, const Tensor &gates, const Tensor &indices,                     \
+        const MaybeTensor &gate_keys, const MaybeTensor &key_bias, const MaybeTensor &gate_bias, const MaybeTensor &value_bias, \
+        const MaybeTensor &keep, double keep_scale, std::string_view activation, double alpha, double limit,                   \
+        std::optional<int64_t> inner_k
+#define SPARSEFFN_EXPERTS_INPUTS                                                                                               \
+    ExpertsInputs {                                                                                                            \
+        x.contiguous(), gates.contiguous(), indices.contiguous(), in_order(keep), in_order(key_bias), in_order(gate_bias),     \
+            in_order(value_bias), keys, values, gate_keys, keep_scale, alpha, limit, activation_of(activation), inner_k        \
+    }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInputs& in, bool keep_hidden) {
+    in.check();
+    const int64_t tokens = in.x.size(0), k = in.indices.size(1), experts = in.keys->size(0), size = in.keys->size(2);
+    const int64_t parts = in.gate_keys ? 2 : 1;
+    const auto whole = in.indices.options();
+    Tensor y = at::empty(in.x.sizes(), in.x.options());
+    Tensor order = at::empty({tokens * k}, whole), offsets = at::empty({experts + 1}, whole), hidden, positions;
+    TORCH_CHECK(sort_by_expert(in.indices.const_data_ptr<int64_t>(), tokens * k, experts, order.mutable_data_ptr<int64_t>(),
+                               offsets.mutable_data_ptr<int64_t>()),
+                "`indices` must be between 0 and ", experts - 1, ", an expert each; got one outside; fix: check what selects them");
+    if (in.inner_k) {
+        hidden = at::empty({tokens, parts * *in.inner_k}, in.x.options());
+        positions = at::empty({tokens, *in.inner_k}, whole.dtype(at::kInt));
+    } else if (keep_hidden) {
+        hidden = at::empty({tokens * k, parts * size}, in.x.options());
+        positions = at::empty({0}, whole.dtype(at::kInt));
+    }
+    if (tokens)
+        with_type(type_of(in.x), [&](auto* tag) {
+            using S = std::remove_pointer_t<decltype(tag)>;
+            const Problem<S> p = in.problem<S>(hidden, order, offsets);
+            S* to = static_cast<S*>(y.mutable_data_ptr());
+            if (in.inner_k) forward_inner(p, Inner<S>{*in.inner_k, positions.mutable_data_ptr<int32_t>(), p.hidden}, to);
+            else forward(p, to);
+        });
+    return {y, hidden, positions, order, offsets};
+}
+
+Tensor experts_cpu(SPARSEFFN_EXPERTS_ARGUMENTS) { return std::get<0>(experts_with(SPARSEFFN_EXPERTS_INPUTS, false)); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_kept_cpu(SPARSEFFN_EXPERTS_ARGUMENTS) {
+    return experts_with(SPARSEFFN_EXPERTS_INPUTS, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
+    const Tensor& grad_y, SPARSEFFN_EXPERTS_ARGUMENTS, const Tensor& hidden, const Tensor& positions, const Tensor& order,
+    const Tensor& offsets) {
+    const ExpertsInputs in = SPARSEFFN_EXPERTS_INPUTS;
+    in.check();
+    TORCH_CHECK(grad_y.sizes() == in.x.sizes() && grad_y.scalar_type() == in.x.scalar_type(),
+                "sparseffn::experts_backward: grad_y must be like x");
+    const Tensor grad = grad_y.contiguous(), kept = hidden.contiguous();
+    Tensor d_x = at::empty(in.x.sizes(), in.x.options()), d_gates = at::empty(in.gates.sizes(), in.gates.options());
+    Tensor d_keys = like(keys, in.x), d_values = like(values, in.x), d_gate_keys = like(gate_keys, in.x);
+    const auto bias = [&](const Tensor& of) { return at::empty(of.defined() ? of.sizes() : at::IntArrayRef{0}, in.x.options()); };
+    Tensor d_key_bias = bias(in.key_bias), d_gate_bias = bias(in.gate_bias), d_value_bias = bias(in.value_bias);
+    with_type(type_of(in.x), [&](auto* tag) {
+        using S = std::remove_pointer_t<decltype(tag)>;
+        using C = compute_t<S>;
+        const Problem<S> p = in.problem<S>(kept, order, offsets);
+        const auto to = [](const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); };
+        const Gradients<S> g{static_cast<const S*>(data_of(grad)), to(d_x), out_matrices<S>(d_keys), out_matrices<S>(d_gate_keys),
+                             out_matrices<S>(d_values), to(d_key_bias), to(d_gate_bias), to(d_value_bias),
+                             static_cast<C*>(data_of_mutable(d_gates))};
+        if (in.inner_k) backward_inner(p, Inner<S>{*in.inner_k, positions.mutable_data_ptr<int32_t>(), p.hidden}, g);
+        else backward(p, g);
+    });
+    return {d_x, d_keys, d_values, d_gates, d_gate_keys, d_key_bias, d_gate_bias, d_value_bias};
+}
+
+}  // namespace
+}  // namespace sparseffn
+
+using namespace sparseffn;
+
+TORCH_LIBRARY_IMPL(sparseffn, CPU, m) {
+    m.impl("route", route_cpu);
+    m.impl("route_kept", route_kept_cpu);
+    m.impl("route_backward", route_backward_cpu);
+    m.impl("router_logits", router_logits_cpu);
+    m.impl("router_logits_kept", router_logits_cpu);
+    m.impl("router_logits_backward", router_logits_backward_cpu);
+    m.impl("balanced_assignment", balanced_assignment_cpu);
+    m.impl("experts", experts_cpu);
+    m.impl("experts_kept", experts_kept_cpu);
+    m.impl("experts_backward", experts_backward_cpu);
+}
+
+// What is differentiated, and which arguments autocast casts.
+namespace {
+const std::map<std::string, std::vector<std::string>> kOperations{
+    {"route", {}},
+    {"router_logits", {}},
+    {"sinkhorn", {}},
+    {"cvmm", {"x", "weight"}},
+    {"experts", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
+};
+void differentiate(torch::Library& m) {
+    for (const auto& [name, cast] : kOperations) m.impl(name.c_str(), differentiated(name));
+}
+void cast_on(torch::Library& m, at::DeviceType device) {
+    for (const auto& [name, cast] : kOperations) m.impl(name.c_str(), autocast(name, device, cast));
+}
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sparseffn, AutogradCPU, m) { differentiate(m); }
+TORCH_LIBRARY_IMPL(sparseffn, AutogradCUDA, m) { differentiate(m); }
+TORCH_LIBRARY_IMPL(sparseffn, AutogradMeta, m) { differentiate(m); }
+TORCH_LIBRARY_IMPL(sparseffn, AutocastCPU, m) { cast_on(m, at::kCPU); }
+TORCH_LIBRARY_IMPL(sparseffn, AutocastCUDA, m) { cast_on(m, at::kCUDA); }
