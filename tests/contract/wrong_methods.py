@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from sparseffn.errors import UserError
@@ -111,6 +112,95 @@ class IgnoresMask(Dense):
         return y_TD, Routed(routed.units, balance=lambda: balance)
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """u v by a gradient in which no gradient of a gradient passes."""
+
+    @staticmethod
+    def forward(u: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return u @ v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        u, v = (tensor.detach() for tensor in ctx.saved_tensors)
+        return grad @ v.t(), u.t() @ grad
+
+
+class WrongSecondDerivative(Dense):
+    """Its backward forgets what it depends on."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        u_TF = self.coefficients_TF(x_TD)
+        return _OnceDifferentiable.apply(u_TF, self.values) + self.bias, Routed(u_TF)
+
+
+class LostTangent(Dense):
+    """Takes its bias as a constant in forward mode."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        bias = forward_ad.unpack_dual(self.bias).primal if forward_ad._current_level >= 0 else self.bias
+        return y_TD - self.bias + bias, routed
+
+
+class LoopOverValues(Dense):
+    """Looks at a number on the host, which batches of functions have none of."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return (y_TD if float(y_TD.detach().sum()) < 1e30 else y_TD * 2), routed
+
+
+class SpreadsNaN(Dense):
+    """Adds nothing, taken from all tokens."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD + 0.0 * x_TD.sum(), routed
+
+
+class _Product(nn.Module):
+    """A part of a layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class UncalledPart(Dense):
+    """Uses a part's parameter and not the part."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.part = _Product(config.d_model)
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD @ self.part.weight, routed
+
+
+class GraphBreak(Dense):
+    """Goes where a compiler cannot follow."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * float(y_TD.detach().numpy().max() < 1e30), routed
+
+
+class FixedTokens(Dense):
+    """Computes another number where there are more than eight tokens."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * (1.0 if len(y_TD) <= 8 else 1.0 + 1e-6), routed
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeadOptionConfig(DenseConfig):
     """A dense block with an option that does nothing."""
@@ -198,6 +288,14 @@ WRONG = {
     "saved_bytes": wrong("keeps-everything", KeepsEverything),
     "mask": wrong("ignores-mask", IgnoresMask),
     "no_dead_option": DeadOptionConfig,
+    "second_derivatives": wrong("wrong-second-derivative", WrongSecondDerivative),
+    "forward_mode": wrong("lost-tangent", LostTangent),
+    "functional": wrong("loop-over-values", LoopOverValues),
+    "non_finite": wrong("spreads-nan", SpreadsNaN),
+    "hooks": wrong("uncalled-part-hooks", UncalledPart),
+    "sharding": wrong("uncalled-part", UncalledPart),
+    "compiles": wrong("graph-break", GraphBreak),
+    "exports": wrong("fixed-tokens", FixedTokens),
     "stats": DetachedLossConfig,
     "bad_values": LooseRangeConfig,
     "permutation": FalseXfailConfig,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparseffn.contract.harness import ATOL, contract, differ, make_layer, require, seeded, tokens, without_dropout
+from sparseffn.contract.harness import ATOL, Broken, contract, differ, make_layer, require, seeded, tokens, without_dropout
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
+
+Result = TypeVar("Result")
 
 
 @contract
@@ -22,9 +25,18 @@ def compiles(config: FFNConfig) -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for n_tokens in (6, 9):
         x = tokens(config, n_tokens)
-        results = [_step(layer, function, x) for function in (layer, compiled)]
+        results = [_step(layer, layer, x), _or_broken("torch.compile", lambda: _step(layer, compiled, x))]  # noqa: B023
         gap = max(differ(a, b) for a, b in zip(*results, strict=True))
         require(gap <= ATOL, f"compiled results differ by {gap:.2g} for {n_tokens} tokens")
+
+
+def _or_broken(what: str, compute: Callable[[], Result]) -> Result:
+    """Whatever a compiler raises is the method's failure."""
+    try:
+        return compute()
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise Broken(f"{what} raises {type(error).__name__}: {first}") from error
 
 
 def _step(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -41,7 +53,8 @@ def exports(config: FFNConfig) -> None:
     """`torch.export` with a number of tokens that it leaves open gives the eager output."""
     layer = make_layer(config)
     shape = {0: torch.export.Dim("n_tokens", min=2, max=1 << 20)}
-    program = torch.export.export(layer, (tokens(config, 6),), dynamic_shapes={"x": shape}).module()
+    exported = _or_broken("torch.export", lambda: torch.export.export(layer, (tokens(config, 6),), dynamic_shapes={"x": shape}))
+    program = exported.module()
     for n_tokens in (6, 9):
         x = tokens(config, n_tokens)
         gap = differ(program(x), layer(x))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseffn.contract.harness import contract, make_layer, require, seeded, tokens
 from sparseffn.ffn import FeedForward, FFNConfig
@@ -89,12 +89,12 @@ def stateless(config: FFNConfig) -> None:
 
 def _state(layer: FeedForward) -> dict[str, Any]:
     """Everything a module tree holds by attribute, tensors copied."""
-    found: dict[str, Any] = {}
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    found: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    everyones = vars(nn.Module())
     for prefix, module in layer.named_modules():
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                found |= {f"{prefix}.{k}": None if v is None else v.detach().clone() for k, v in value.items()}
-            elif key != "_modules":
+            if key not in everyones:
                 found[f"{prefix}.{key}"] = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
     return found
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparseffn.errors import UserError
 from sparseffn.ffn.feedforward import FeedForward
-from sparseffn.ffn.routing_stats import RoutingStats, recomputing
+from sparseffn.ffn.routing_stats import RoutingStats
+from sparseffn.ops.library import runs_in_backward
 
 
 class CollectedStats(dict[str, list[RoutingStats]]):
@@ -80,7 +81,8 @@ def _hooks(name: str, collected: CollectedStats) -> tuple[Any, Any]:
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         y, stats = output
-        if not recomputing():
+        # That is how non-re-entrant checkpointing recomputes.
+        if not runs_in_backward():
             collected[name].append(stats)
         return y if ours["asked"] else output
 

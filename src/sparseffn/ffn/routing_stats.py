@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,10 @@ def routing_stats(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> Routi
     if torch.compiler.is_compiling():
         return _measure(routed, mask_T, n_tokens)
     _refuse_reentrant_checkpoint()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+    with ExitStack() as stack:
+        # Transforms of torch.func take no hooks; there is no checkpointing in them.
+        with suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         return _measure(routed, mask_T, n_tokens)
 
 
@@ -106,8 +110,3 @@ def _refuse_reentrant_checkpoint() -> None:
                 "checkpointing, under which the balancing loss has no gradient; fix: checkpoint(..., use_reentrant=False)"
             )
         frame = frame.f_back
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, which is how non-re-entrant checkpointing recomputes."""
-    return torch._C._current_graph_task_id() != -1

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _current_graph_task_id, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
@@ -175,6 +175,11 @@ def is_watched(tensors: Iterable[Tensor]) -> bool:
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
         return True
     return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
+
+
+def runs_in_backward() -> bool:
+    """Whether autograd runs this code inside a backward pass."""
+    return _current_graph_task_id() != -1
 
 
 def _gradients_like(kept: Kept) -> Function:
