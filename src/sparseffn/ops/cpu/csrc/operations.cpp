@@ -199,7 +199,7 @@ struct ExpertsInputs {
         TORCH_CHECK(gates.is_cpu() && indices.is_cpu() && x.is_cpu(), "sparseffn::experts: all tensors must be on one device");
     }
 
-    template <class S> Problem<S> problem(const Tensor& hidden, const Tensor& order, const Tensor& offsets) const {
+    template <class S> Problem<S> problem(const Tensor& hidden, const int64_t* order, const int64_t* offsets) const {
         using C = compute_t<S>;
         Problem<S> p{};
         p.x = static_cast<const S*>(data_of(x));
@@ -218,8 +218,7 @@ struct ExpertsInputs {
         p.limit = static_cast<C>(limit);
         p.width = x.size(1);
         p.size = keys->size(2);
-        p.routing = Routing{order.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(), x.size(0), keys->size(0),
-                            indices.size(1)};
+        p.routing = Routing{order, offsets, x.size(0), keys->size(0), indices.size(1)};
         p.threads = threads();
         return p;
     }
@@ -242,9 +241,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInp
     const int64_t parts = in.gate_keys ? 2 : 1;
     const auto whole = in.indices.options();
     Tensor y = at::empty(in.x.sizes(), in.x.options());
-    Tensor order = at::empty({tokens * k}, whole), offsets = at::empty({experts + 1}, whole), hidden, positions;
-    TORCH_CHECK(sort_by_expert(in.indices.const_data_ptr<int64_t>(), tokens * k, experts, order.mutable_data_ptr<int64_t>(),
-                               offsets.mutable_data_ptr<int64_t>()),
+    Tensor order, offsets, hidden, positions;
+    // For one token, making tensors would take as long as the sort.
+    Buffer<int64_t> own(keep_hidden ? 0 : tokens * k + experts + 1);
+    int64_t *order_data = own.data(), *offsets_data = own.data() + tokens * k;
+    if (keep_hidden) {
+        order = at::empty({tokens * k}, whole);
+        offsets = at::empty({experts + 1}, whole);
+        order_data = order.mutable_data_ptr<int64_t>();
+        offsets_data = offsets.mutable_data_ptr<int64_t>();
+    }
+    TORCH_CHECK(sort_by_expert(in.indices.const_data_ptr<int64_t>(), tokens * k, experts, order_data, offsets_data),
                 "`indices` must be between 0 and ", experts - 1, ", an expert each; got one outside; fix: check what selects them");
     if (in.inner_k) {
         hidden = at::empty({tokens, parts * *in.inner_k}, in.x.options());
@@ -256,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInp
     if (tokens)
         with_type(type_of(in.x), [&](auto* tag) {
             using S = std::remove_pointer_t<decltype(tag)>;
-            const Problem<S> p = in.problem<S>(hidden, order, offsets);
+            const Problem<S> p = in.problem<S>(hidden, order_data, offsets_data);
             S* to = static_cast<S*>(y.mutable_data_ptr());
             if (in.inner_k) forward_inner(p, Inner<S>{*in.inner_k, positions.mutable_data_ptr<int32_t>(), p.hidden}, to);
             else forward(p, to);
@@ -285,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     with_type(type_of(in.x), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         using C = compute_t<S>;
-        const Problem<S> p = in.problem<S>(kept, order, offsets);
+        const Problem<S> p = in.problem<S>(kept, order.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>());
         const auto to = [](const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); };
         const Gradients<S> g{static_cast<const S*>(data_of(grad)), to(d_x), out_matrices<S>(d_keys), out_matrices<S>(d_gate_keys),
                              out_matrices<S>(d_values), to(d_key_bias), to(d_gate_bias), to(d_value_bias),
