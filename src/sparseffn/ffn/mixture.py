@@ -87,22 +87,26 @@ class MixtureConfig(GatedConfig):
         # The operation keeps one hidden tensor, gated both products, which units dropout left, and the order of the rows.
         hidden = self.active_channels * (self._kept_products * itemsize + (self.dropout > 0))
         rows = self.n_selected * INDEX_BYTES
-        return n_tokens * (hidden + rows + self._router_bytes(itemsize)) + self._batch_bytes(itemsize)
+        return n_tokens * (hidden + rows + self._router_bytes()) + self._batch_bytes()
 
     @property
     def _kept_products(self) -> int:
         """Numbers that the operation keeps of a hidden unit."""
         return 1 + self.gated
 
-    def _batch_bytes(self, itemsize: int) -> int:
-        """Bytes that do not grow with the tokens: where each expert's rows begin; in half precision the wide selector."""
-        wide_selector = self._router_params() * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
-        return (self.n_experts + 1) * INDEX_BYTES + wide_selector
+    def _batch_bytes(self) -> int:
+        """Bytes that do not grow with the tokens: where each expert's rows begin."""
+        return (self.n_experts + 1) * INDEX_BYTES
 
-    def _router_bytes(self, itemsize: int) -> int:
-        """Bytes a token that the router keeps: selected indices and their gates, and in half precision the wide x."""
-        wide_input = self.d_model * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
-        return wide_input + self.n_selected * (INDEX_BYTES + LOGIT_BYTES)
+    @property
+    def _routes_by_itself(self) -> bool:
+        """Whether training does more than take the K largest logits and their gates, which is one operation."""
+        return not self.trains_as_it_evaluates
+
+    def _router_bytes(self) -> int:
+        """Bytes a token that the router keeps: selected indices and their gates, and where they are gathered the logits."""
+        logits = self.n_experts * LOGIT_BYTES if self._routes_by_itself else 0
+        return logits + self.n_selected * (INDEX_BYTES + LOGIT_BYTES)
 
     @property
     def n_channels(self) -> int:
@@ -133,10 +137,14 @@ class TopKMixtureConfig(MixtureConfig):
     def n_selected(self) -> int:
         return self.k
 
-    def _router_bytes(self, itemsize: int) -> int:
+    @property
+    def _routes_by_itself(self) -> bool:
+        return not self.trains_as_it_evaluates or self.expert_dropout > 0
+
+    def _router_bytes(self) -> int:
         """With expert dropout also which selections it left, and their gates once more."""
         left = self.k * (1 + LOGIT_BYTES) if self.expert_dropout > 0 else 0
-        return MixtureConfig._router_bytes(self, itemsize) + left
+        return MixtureConfig._router_bytes(self) + left
 
     def balancing(self) -> dict[str, float]:
         return {"entropy": self.entropy_weight, "switch": self.switch_weight, "cv": self.cv_weight}

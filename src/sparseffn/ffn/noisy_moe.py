@@ -55,10 +55,9 @@ class NoisyMoEConfig(TopKMixtureConfig):
         unused = 0 if training else self.n_experts * self.d_model
         return TopKMixtureConfig.forward_flops(self) - 2 * unused
 
-    def _router_bytes(self, itemsize: int) -> int:
-        """Also the noise and the input of softplus; in half precision x is upcast for each of the two selectors."""
-        wide_input = self.d_model * LOGIT_BYTES if itemsize < LOGIT_BYTES else 0
-        return TopKMixtureConfig._router_bytes(self, itemsize) + 2 * self.n_experts * LOGIT_BYTES + wide_input
+    def _router_bytes(self) -> int:
+        """Also the noise and the input of softplus."""
+        return TopKMixtureConfig._router_bytes(self) + 2 * self.n_experts * LOGIT_BYTES
 
     @classmethod
     def examples(cls) -> list[FFNConfig]:

@@ -68,8 +68,8 @@ class SigmaMoEConfig(TopKMixtureConfig):
             return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize)
         # A survivor is what the activation keeps of it, gated both products, and its position.
         survivors = self.inner_k * (self._kept_products * itemsize + POSITION_BYTES)
-        per_token = self.k * INDEX_BYTES + self._router_bytes(itemsize) + survivors
-        return n_tokens * per_token + self._batch_bytes(itemsize)
+        per_token = self.k * INDEX_BYTES + self._router_bytes() + survivors
+        return n_tokens * per_token + self._batch_bytes()
 
     @classmethod
     def identity_example(cls) -> SigmaMoEConfig:

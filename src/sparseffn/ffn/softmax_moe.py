@@ -36,9 +36,9 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
     def build(self) -> SoftmaxMoE:
         return SoftmaxMoE(self)
 
-    def _router_bytes(self, itemsize: int) -> int:
-        """Also the logits and the logarithm of their softmax's denominator."""
-        return TopKMixtureConfig._router_bytes(self, itemsize) + (self.n_experts + 1) * LOGIT_BYTES
+    def _router_bytes(self) -> int:
+        """Also the logarithm of the softmax's denominator."""
+        return TopKMixtureConfig._router_bytes(self) + LOGIT_BYTES
 
     @classmethod
     def identity_example(cls) -> SoftmaxMoEConfig:

@@ -47,10 +47,10 @@ class SwitchConfig(TopKMixtureConfig):
     def build(self) -> Switch:
         return Switch(self)
 
-    def _router_bytes(self, itemsize: int) -> int:
-        """Also the logits, their softmax's denominator, which selections found a place, and their gates once more."""
+    def _router_bytes(self) -> int:
+        """Also the softmax's denominator, which selections found a place, and their gates once more."""
         places = 0 if self.capacity_factor is None else self.k * (1 + LOGIT_BYTES)
-        return TopKMixtureConfig._router_bytes(self, itemsize) + (self.n_experts + 1) * LOGIT_BYTES + places
+        return TopKMixtureConfig._router_bytes(self) + LOGIT_BYTES + places
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> SwitchConfig:
