@@ -1,9 +1,10 @@
-"""`bench layer`, `step`, `memory`, `roofline`, `figures`, `kernels` and `gpu`."""
+"""`bench layer`, `experts`, `step`, `memory`, `roofline`, `figures`, `kernels` and `gpu`."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 
 from sparseffn.bench.benchmark import check_blocks
 from sparseffn.bench.candidates import DTYPES, Setting, Shape, backend_restored, check_backends, resolved, use_backend
+from sparseffn.bench.expert_speed import bench_experts
 from sparseffn.bench.gpu import run_gpu, went_well
 from sparseffn.bench.layer import EXPERT_COUNT_TOKENS, bench_expert_counts, bench_layers
 from sparseffn.bench.memory import bench_memory
@@ -18,6 +20,7 @@ from sparseffn.bench.roofline import bench_roofline
 from sparseffn.bench.step import StepShape, bench_step
 from sparseffn.cli.bench_settings import (
     Bench,
+    BenchExperts,
     BenchFigures,
     BenchGpu,
     BenchKernels,
@@ -38,7 +41,14 @@ from sparseffn.ops import requested_backend
 from sparseffn.paper.figure_points import bench_figures
 from sparseffn.report.bench_report import bench_tables, machine_line, read_bench, write_bench
 from sparseffn.report.gpu_report import parts_table, write_gpu_page
-from sparseffn.results.bench_result import BenchResult, FiguresResult, LayerSettings, StepSettings
+from sparseffn.results.bench_result import (
+    BenchResult,
+    ExpertShape,
+    ExpertsSettings,
+    FiguresResult,
+    LayerSettings,
+    StepSettings,
+)
 from sparseffn.storage import write_json
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
@@ -60,6 +70,28 @@ def layer(settings: BenchLayer) -> int:
     if settings.preset == "paper" and EXPERT_COUNT_TOKENS in measured.tokens:
         result = msgspec.structs.replace(result, expert_counts=bench_expert_counts(measured, progress=log))
     return _deliver(result, settings)
+
+
+def experts(settings: BenchExperts) -> int:
+    """Time gated experts against transformers' implementations."""
+    device = use_machine(settings)
+    check_out(settings.out)
+    measured = ExpertsSettings(
+        shapes=tuple(map(_expert_shape, settings.shapes)),
+        tokens=settings.tokens,
+        dtypes=settings.dtype,
+        rounds=settings.rounds,
+        backend=settings.backend or requested_backend(),
+        device=str(device),
+    )
+    return _deliver(bench_experts(measured, progress=log), settings)
+
+
+def _expert_shape(word: str) -> ExpertShape:
+    """`1024x512x32x8` as sizes."""
+    if not re.fullmatch(r"\d+(x\d+){3}", word):
+        raise UserError(f"`--shapes` must be width x units x experts x experts of a token; got {word!r}; fix: 1024x512x32x8")
+    return ExpertShape(**dict(zip(ExpertShape.__struct_fields__, map(int, word.split("x")), strict=True)))
 
 
 def memory(settings: BenchMemory) -> int:

@@ -63,6 +63,32 @@ class BenchLayer(Layers):
 
 
 @settings_class
+class BenchExperts(Bench):
+    """Time of gated experts as Hugging Face stores them, against each of transformers' implementations, on the same weights.
+
+    The experts alone, silu(G x) * U x, without a router. Up to 64 tokens forward alone is timed, in inference mode, and
+    nothing is in the caches; beyond, forward and backward too. What disagrees with float64 is refused, ours with exit code 2.
+    Beside each time stands its limit: FLOPs at the measured speed of matrix products, or one reading of the chosen experts.
+    transformers is an extra: pip install 'sparseffn[hf]'.
+
+    Examples:
+      sparseffn bench experts --out runs/experts
+      sparseffn bench experts --shapes 2048x768x128x8 --tokens 1 --dtype bfloat16
+    """
+
+    shapes: Annotated[tuple[str, ...], arg(metavar="DxIxExK ...")] = ("1024x512x32x8", "2048x1024x64x8")
+    """width, units of an expert, experts, experts of a token"""
+    tokens: Annotated[tuple[int, ...], arg(metavar="N ...")] = (1, 8, 64, 512)
+    """tokens of a call"""
+    dtype: Annotated[tuple[Precision, ...], arg(metavar="NAME ...")] = ("float32", "bfloat16")
+    """of weights and tokens: float32, bfloat16, float16"""
+    backend: MaybeText = None
+    """as doctor lists them (default: SPARSEFFN_BACKEND, else auto)"""
+    rounds: int = 7
+    """timed calls of each, at least; short calls get more"""
+
+
+@settings_class
 class BenchMemory(Layers):
     """Bytes that one layer of each method keeps for backward, against the dense block.
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "generate": (settings.Generate, "runs:generate"),
     "analyze": (settings.Analyze, "analyze:analyze"),
     "bench layer": (bench.BenchLayer, "bench:layer"),
+    "bench experts": (bench.BenchExperts, "bench:experts"),
     "bench step": (bench.BenchStep, "bench:step"),
     "bench memory": (bench.BenchMemory, "bench:memory"),
     "bench roofline": (bench.BenchRoofline, "bench:roofline"),

@@ -47,6 +47,8 @@ class Environment(Record, frozen=True, kw_only=True):
     cuda: str | None = None
     driver: str | None = None
     freed_memory: str | None = None
+    instruction_sets: str | None = None
+    """What the CPU kernels were compiled for; None where they could not be."""
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind"):
@@ -61,7 +63,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fi
 
     @property
     def kind(self) -> str:
-        """`layer`, `memory`, `roofline`, `step`, `figures` or `gpu`."""
+        """`layer`, `experts`, `memory`, `roofline`, `step`, `figures` or `gpu`."""
         return str(self.__struct_config__.tag)
 
 
@@ -402,4 +404,89 @@ class FiguresResult(Head, frozen=True, kw_only=True, tag="figures"):
     left_out: tuple[AbsentPoint, ...]
 
 
-BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult
+class ExpertShape(Record, frozen=True, kw_only=True):
+    """Sizes of a layer of gated experts."""
+
+    d_model: int
+    expert_size: int
+    n_experts: int
+    k: int
+    """Experts of a token."""
+
+    def __post_init__(self) -> None:
+        if min(self.d_model, self.expert_size, self.k) < 1 or self.k > self.n_experts:
+            raise UserError(f"`shapes` must have sizes of at least 1 and K at most E; got {self.label}; fix: 1024x512x32x8")
+
+    @property
+    def label(self) -> str:
+        """`1024x512x32x8`: width, units of an expert, experts, experts of a token."""
+        return f"{self.d_model}x{self.expert_size}x{self.n_experts}x{self.k}"
+
+    @property
+    def num_params(self) -> int:
+        """Of all experts' three matrices."""
+        return 3 * self.d_model * self.expert_size * self.n_experts
+
+
+class ExpertsSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
+    """How gated experts are measured.
+
+    Raises:
+        UserError: a list is empty or names something twice; a number below 1; an unknown dtype.
+    """
+
+    shapes: tuple[ExpertShape, ...]
+    tokens: tuple[int, ...]
+    """Tokens of a call."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    rounds: int = 7
+    """Timed calls of each candidate, at least."""
+    backend: str = "auto"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("shapes", "tokens", "dtypes"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"`{name}` must name at least one, each once; got {list(values)}; fix: name each once")
+        if min(self.tokens) < 1 or self.rounds < 1:
+            raise UserError(
+                f"`--tokens` and `--rounds` must be at least 1; got {list(self.tokens)}, {self.rounds}; fix: --tokens 64"
+            )
+        if unknown := set(self.dtypes) - set(DTYPE_NAMES):
+            raise UserError(f"`dtypes` must be among {', '.join(DTYPE_NAMES)}; got {min(unknown)!r}; fix: --dtype float32")
+
+
+class ExpertsTime(LimitedTime, frozen=True, kw_only=True):
+    over_fastest_hf: OverPeer | None = None
+    """None for peers, and where none was timed."""
+
+
+class ExpertsRow(Record, frozen=True, kw_only=True):
+    shape: str
+    dtype: str
+    tokens: int
+    label: str
+    peer: bool
+    backend: str | None
+    """None for a peer, which has its own."""
+    cache: Literal["cold", "repeated"]
+    n_layers: int
+    touched_bytes: float
+    check: Deviation
+    forward: ExpertsTime
+    training: ExpertsTime | None = None
+    """None for few tokens, which are decoded."""
+
+
+class ExpertsResult(Head, frozen=True, kw_only=True, tag="experts"):
+    """Experts as Hugging Face stores them, against each of its implementations."""
+
+    settings: ExpertsSettings
+    roofs: dict[str, Roof]
+    """By dtype."""
+    rows: tuple[ExpertsRow, ...]
+    left_out: tuple[AbsentCandidate, ...]
+
+
+BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult | ExpertsResult
