@@ -17,6 +17,7 @@ LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds
 
 COMMANDS = {
     "layer": LAYER,
+    "experts": ["bench", "experts", "--shapes", "16x8x4x2", "--tokens", "3", "70", "--rounds", "1"],
     "memory": ["bench", "memory", "--methods", "sigma-moe", "--tokens", "9", "--no-peers"],
     "roofline": ["bench", "roofline", "--preset", "tiny", "--tokens", "9"],
     "step": ["bench", "step", "--preset", "tiny", "--batch", "1", "--rounds", "1"],
@@ -89,6 +90,10 @@ BAD = {
     "tokens": (["bench", "layer", "--tokens", "0"], "`--tokens` and `--rounds` must be at least 1"),
     "backend": ([*LAYER, "--backends", "trch"], "did you mean 'torch'"),
     "preset": ([*LAYER, "--preset", "papr"], "unknown preset 'papr'"),
+    "expert-shape": (["bench", "experts", "--shapes", "1024x512"], "width x units x experts x experts of a token"),
+    "expert-k": (["bench", "experts", "--shapes", "8x8x2x3"], "K at most E"),
+    "expert-tokens": (["bench", "experts", "--tokens", "0"], "`--tokens` and `--rounds` must be at least 1"),
+    "expert-dtype": (["bench", "experts", "--dtype", "float32", "float32"], "each once"),
     "device": ([*LAYER, "--device", "cuda"], "`--device` must be one that this machine has"),
     "method": (["bench", "memory", "--methods", "sigma-mo"], "did you mean 'sigma-moe'"),
     "batch": (["bench", "step", "--batch", "0"], "`batch` and `context` must be at least 1"),

@@ -92,6 +92,7 @@ def measured_on(device: torch.device) -> Environment:
         "memory_bytes": memory_bytes(device),
         "packages": {name: version for name in PACKAGES if (version := version_of(name)) is not None},
         "compiler": cpp_compiler(),
+        "instruction_sets": build.instruction_sets(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -23,6 +23,7 @@ from sparseffn.matching import match as match_config
 from sparseffn.models.presets import get_preset
 from sparseffn.ops import explain_backend, list_backends
 from sparseffn.ops.backends import Backend
+from sparseffn.ops.cpu import build
 from sparseffn.storage import default_cache_dir, environment
 
 # The paper's experts, where no preset says otherwise.
@@ -168,26 +169,33 @@ def _configured(choice: MethodChoice, shape: BlockShape) -> FFNConfig:
 
 def doctor(settings: Doctor) -> int:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    cache = default_cache_dir()
-    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     facts: dict[str, Any] = {
         **environment(),
         "blas": blas(),
         **{f"backend on {device.type}": _first_backend(device) for device in devices},
         **{f"backend {b.name}": "; ".join(_how_it_runs(b, device) for device in devices) for b in list_backends()},
         "C++ compiler": cpp_compiler(),
-        "compiled kernels": str(cache / "kernels"),
+        "compiled kernels": build.instruction_sets() or f"none: {build.unavailable()}",
         "triton": version_of("triton") or "not installed",
         "methods": ", ".join(list_methods()),
         **{f"extra {extra}": _extra(extra, module) for extra, module in EXTRAS.items()},
-        "cache": str(cache),
-        "free disk": f"{shutil.disk_usage(disk).free / 2**30:.1f} GiB",
+        **_cache(),
     }
     if settings.json:
         print_json(facts)
     else:
         print_rows(("", ""), [(key, str(value)) for key, value in facts.items()], n_words=2)
     return 0
+
+
+def _cache() -> dict[str, str]:
+    """The cache folder and the room on its disk, or why there is none."""
+    try:
+        cache = default_cache_dir()
+    except UserError as error:
+        return {"cache": f"none: {error}"}
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return {"cache": str(cache), "free disk": f"{shutil.disk_usage(disk).free / 2**30:.1f} GiB"}
 
 
 def _extra(extra: str, module: str) -> str:

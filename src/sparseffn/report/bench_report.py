@@ -109,8 +109,9 @@ def machine_line(environment: found.Environment, *, timed: bool = True) -> str:
     if timed and e.load_average > e.cpus + _OWN_LOAD_MARGIN:
         load = f"load average {e.load_average:.1f} on {e.cpus} processors"
         busy = f". The machine was busy ({load}): measure again when it is quiet"
+    compiled = f", kernels for {e.instruction_sets}" if e.instruction_sets else ""
     return (
-        f"{e.cpu}, {e.device}, {e.threads} threads, {e.cpu_capability}, {cache}; torch {e.torch}, "
+        f"{e.cpu}, {e.device}, {e.threads} threads, {e.cpu_capability}{compiled}, {cache}; torch {e.torch}, "
         f"BLAS {e.blas}, {software}sparseffn {e.sparseffn}; {e.date}{busy}"
     )
 

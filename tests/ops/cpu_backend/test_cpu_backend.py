@@ -282,3 +282,81 @@ def test_operations_refuse_what_an_address_cannot_tell(call: Callable[[], object
     """Before a kernel reads memory as what it is not."""
     with pytest.raises(UserError, match=words):
         call()
+
+
+SERVES = """
+import os, torch
+from sparseffn import ops
+from sparseffn.ops.cpu import build
+x, weights = torch.ones(3, 4), torch.ones(2, 4, 5)
+for _ in range(2):
+    y = ops.experts(x, weights, weights.mT.contiguous(), torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64))
+assert torch.equal(y, torch.full((3, 4), 20.0))
+print(build.unavailable() is None)
+"""
+
+
+# What Python does for a user without an account and without HOME, as in a container.
+HOMELESS = """
+import os, pathlib
+for name in ("SPARSEFFN_CACHE", "XDG_CACHE_HOME", "HOME"):
+    os.environ.pop(name, None)
+def expanduser(self):
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.expanduser = expanduser
+"""
+
+
+@needs_compiler
+def test_without_a_home_folder_pytorch_serves() -> None:
+    """Logged once, with the reason; `doctor` says it too."""
+    done = python(HOMELESS + SERVES)
+    assert done.stdout == "False\n" and done.stderr.count("no compiled CPU kernels") == 1
+    assert "must begin with a home folder that exists" in done.stderr
+    told = python(HOMELESS + "from sparseffn.cli import main; raise SystemExit(main(['doctor', '--json']))")
+    assert '"cache": "none: a path must begin with a home folder' in told.stdout
+
+
+@needs_compiler
+def test_with_an_unwritable_cache_pytorch_serves(tmp_path: Path) -> None:
+    """Logged once, with the folder and a remedy; here a folder inside a file, which root cannot write to either."""
+    (tmp_path / "file").touch()
+    done = python(SERVES, SPARSEFFN_CACHE=str(tmp_path / "file" / "cache"))
+    assert done.stdout == "False\n" and done.stderr.count("no compiled CPU kernels") == 1
+    assert f"cannot write '{tmp_path / 'file'}" in done.stderr and "set SPARSEFFN_CACHE" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [0, 4096, 0.5, 0.99], ids=["nothing", "page", "half", "most"])
+def test_library_that_lost_its_end_is_compiled_again(left: float, tmp_path: Path) -> None:
+    """Loaded, one that was cut in the middle would end the process by SIGBUS."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    path = build.compile_library(tmp_path, sources=tmp_path / "csrc")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(left if left > 1 else left * len(whole))])
+    assert build.compile_library(tmp_path, sources=tmp_path / "csrc") == path
+    assert path.read_bytes() == whole
+    # What is whole stays.
+    before = path.stat().st_mtime_ns
+    build.compile_library(tmp_path, sources=tmp_path / "csrc")
+    assert path.stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_a_library_that_does_not_load_leaves_pytorch_to_serve(tmp_path: Path) -> None:
+    """Whole, but with a function that nothing has: logged once with the loader's reason; Triton is then refused with it too."""
+    code = (
+        "import pathlib\nfrom sparseffn.ops.cpu import build\n"
+        f"build.compile_library = lambda folder: pathlib.Path({str(tmp_path / 'lib.so')!r})\n{SERVES}"
+        "from sparseffn.ops.backends import list_backends\n"
+        "backend = {b.name: b for b in list_backends()}.get('triton')\n"
+        "print(backend.unavailable(torch.device('cuda'), torch.float32) if backend else 'no triton')\n"
+    )
+    (tmp_path / "lib.cpp").write_text("void nowhere(); struct Now { Now() { nowhere(); } } now;\n")
+    compiler = build.find_compiler()
+    subprocess.run([*compiler, "-shared", "-fPIC", str(tmp_path / "lib.cpp"), "-o", str(tmp_path / "lib.so")], check=True)
+    done = python(code)
+    assert done.stdout.startswith("False\n") and done.stderr.count("no compiled CPU kernels") == 1
+    assert "undefined symbol" in done.stderr
+    assert "no triton" in done.stdout or "undefined symbol" in done.stdout

@@ -197,7 +197,8 @@ def library() -> ctypes.CDLL:
     except UserError as error:
         raise CompilerError(str(error)) from error
     except OSError as error:
-        raise CompilerError(f"the compiled kernels cannot be loaded: {error}") from error
+        # PyTorch names the file alone, the loader the reason.
+        raise CompilerError(f"the compiled kernels cannot be loaded: {error.__cause__ or error}") from error
 
 
 @functools.cache
@@ -211,3 +212,12 @@ def unavailable() -> str | None:
         logger.warning("no compiled CPU kernels, PyTorch's operations are used: %s", error)
         return str(error)
     return None
+
+
+def instruction_sets() -> str | None:
+    """What the kernels were compiled for, as "AVX512, AVX2"; None where there are none. Compiles at the first call."""
+    if unavailable() is not None:
+        return None
+    function = library().sparseffn_instruction_sets
+    function.restype = ctypes.c_char_p
+    return function().decode()

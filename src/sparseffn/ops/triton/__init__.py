@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sparseffn.ops.backends import Backend, Kernel
+from sparseffn.ops.library import kernels_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +49,9 @@ def triton_backend() -> Backend:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed; `pip install triton` brings it"
-        return None
+        # Autograd and autocast of the operations are compiled, whatever computes them.
+        reason = kernels_missing()
+        return None if reason is None else f"it needs the compiled library: {reason}"
 
     kernels = {name: _lazily(name) for name in OPERATIONS}
     return Backend(
