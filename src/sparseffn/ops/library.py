@@ -36,6 +36,7 @@ Function = Callable[..., Any]
 Flops = Callable[..., int]
 
 _FLOPS: dict[str, Callable[[], None]] = {}
+_EAGER: dict[str, Function] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def define(
         LIBRARY.define(f"{name}_{suffix}({arguments}) -> ({returns})")
         LIBRARY.impl(f"{name}_{suffix}", composition, "CompositeImplicitAutograd")
     _register_fake(name, fake)
+    _EAGER[name] = eager or plain
     operation = getattr(torch.ops.sparseffn, name).default
     first = _until_kernels(operation, plain, eager or plain)
     if kept is None:
@@ -135,9 +137,25 @@ def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function
 @functools.cache
 def kernels_missing() -> str | None:
     """Why the compiled library is not there, logged once; None once it is loaded. Compiles it at the first call."""
+    from sparseffn.ops import triton
     from sparseffn.ops.cpu import build
 
-    return build.unavailable()
+    reason = build.unavailable()
+    if reason is None and triton.is_installed():
+        for name in triton.REGISTERED:
+            LIBRARY.impl(name, _on_gpu(name, triton.lazily(name)), "CUDA")
+    return reason
+
+
+def _on_gpu(name: str, function: Function) -> Function:
+    """A Triton kernel; of a dtype that Triton has none for the composition, as C++ decides for calls with gradients."""
+
+    def call(*arguments: Any) -> Any:
+        if arguments[0].dtype == torch.float64 and name in _EAGER:
+            return _EAGER[name](*arguments)
+        return function(*arguments)
+
+    return call
 
 
 @functools.cache

@@ -34,6 +34,14 @@ OPERATIONS = (
 )
 
 
+# Those of them that PyTorch's dispatcher finds for tensors on a GPU.
+REGISTERED: tuple[str, ...] = ()
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def triton_backend() -> Backend:
     """The backend `triton`: automatic on GPUs.
 
@@ -47,13 +55,13 @@ def triton_backend() -> Backend:
             return "it needs a CUDA or ROCm device"
         if dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
-        if importlib.util.find_spec("triton") is None:
+        if not is_installed():
             return "the package triton is not installed; `pip install triton` brings it"
         # Autograd and autocast of the operations are compiled, whatever computes them.
         reason = kernels_missing()
         return None if reason is None else f"it needs the compiled library: {reason}"
 
-    kernels = {name: _lazily(name) for name in OPERATIONS}
+    kernels = {name: lazily(name) for name in OPERATIONS}
     return Backend(
         name="triton",
         kernels=kernels,
@@ -63,7 +71,7 @@ def triton_backend() -> Backend:
     )
 
 
-def _lazily(name: str) -> Kernel:
+def lazily(name: str) -> Kernel:
     def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"{__name__}.operations"), name)(*arguments)
 
