@@ -81,7 +81,7 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
     Problem<S> p = with_useful_threads(problem);
     const Routing& routing = p.routing;
     const int64_t n = routing.tokens * p.width;
-    const Upcast<S> x(p.x, n, p.threads);
+    const Upcast<S, operand_t<S>> x(p.x, n, p.threads);
     Buffer<S> hidden(routing.rows() * p.kept() * p.size);
     Buffer<C> alpha(routing.rows() * p.size), sums(n);
     const Buffer<int64_t> place = places(routing);
@@ -121,9 +121,9 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
         if (!few)
             for (int64_t e = 0; e < routing.experts; ++e)
                 in_chunks(routing.rows_of(e, tokens), [&](Range rows) {
-                    for (int64_t i = 0; i < rows.end - rows.begin; ++i)
-                        ws.rows[i] = alpha.data() + (rows.begin + i) * p.size;
-                    down(p, e, rows, Range{0, p.size}, ws, sums.data());
+                    const C* units = alpha.data() + rows.begin * p.size;
+                    for (int64_t i = 0; i < rows.end - rows.begin; ++i) ws.wide[i] = units + i * p.size;
+                    down(p, e, rows, Range{0, p.size}, ws.wide.data(), units, ws, sums.data());
                 });
 #pragma omp barrier
         if (few) {

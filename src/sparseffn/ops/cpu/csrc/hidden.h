@@ -10,12 +10,19 @@ namespace sparseffn {
 // Rows of one expert that are taken at a time: their hidden units stay in the second-level cache.
 constexpr int64_t kChunk = 192;
 
+// Up to this many rows of an expert the lines of a matrix are read once, in their order, if rows are multiplied in pairs.
+constexpr int64_t kOnceRows = 24;
+
 // What one thread needs for a chunk of rows. Made before threads start: what they cannot get must not end the process.
 template <class S> struct Workspace {
     using C = compute_t<S>;
+    using O = operand_t<S>;
+    static constexpr bool kNarrows = !std::is_same_v<O, C>;
     Buffer<C> units, gate_units, joint;
+    Buffer<O> operands;  // the units as they are multiplied, where that is another type
     Scratch<S> scratch;
-    std::vector<const C*> inputs, rows;
+    std::vector<const O*> inputs, rows;
+    std::vector<const C*> wide;
     std::vector<C*> to;
     std::vector<int64_t> active;
 
@@ -24,11 +31,13 @@ template <class S> struct Workspace {
         : units(most_rows(p) * p.size),
           gate_units(p.gate_keys ? most_rows(p) * p.size : 0),
           joint(p.interleaved() ? most_rows(p) * 2 * p.size : 0),
+          operands(kNarrows ? most_rows(p) * p.size : 0),
           scratch(std::max({padded_size<C>(p.width, p.size), padded_size<C>(p.size, p.width),
                             p.interleaved() ? padded_size<C>(p.width, 2 * p.size) : 0}),
-                  p.all_in_lines() ? 0 : p.width * p.size),
+                  p.all_in_lines() ? 0 : p.width * p.size, kNarrows ? most_rows(p) : 0, std::max(p.width, p.size)),
           inputs(most_rows(p)),
           rows(most_rows(p)),
+          wide(most_rows(p)),
           to(most_rows(p)) {
         active.reserve(p.size);
     }
@@ -52,19 +61,37 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
     for (int64_t g = 0; g < n; ++g) kept[g] = narrow<S>(row[g]);
 }
 
+// Whether n rows read a matrix's lines once and in their order.
+template <class S> bool reads_once(const Matrix<S>& m, int64_t n) {
+    return m.column == 1 ? !std::is_same_v<operand_t<S>, compute_t<S>> && n <= kOnceRows : m.row == 1;
+}
+
+// How n rows are multiplied by a matrix, with a stream where its thread reads each matrix once.
+template <class S> Way way_of(const Matrix<S>& m, int64_t n, Fetch next, Stream* stream) {
+    const bool once = stream && reads_once(m, n);
+    return {next, once ? stream : nullptr, n, once};
+}
+
+// Keys as they are multiplied: those of an expert, or with its gate keys in turns.
+template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
+    const Matrix<S> keys = p.keys.of(expert).from(0, unit);
+    return p.interleaved() ? Matrix<S>{keys.data, keys.row, 1} : keys;
+}
+
 // Products of the gathered rows with units `first..first + size` of the keys and gate keys, biases included.
-template <class S> void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Workspace<S>& ws) {
+template <class S>
+void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Workspace<S>& ws, Stream* stream) {
     using C = compute_t<S>;
     const int64_t size = units.end - units.begin;
     const auto multiply_by = [&](const Matrix<S>& m, int64_t columns, C* u, Fetch next) {
         for (int64_t i = 0; i < n; ++i) ws.to[i] = u + i * columns;
-        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, next, n);
+        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(m, n, next, stream));
     };
-    const Matrix<S> keys = p.keys.of(expert).from(0, units.begin), values = p.values.of(expert);
+    const Matrix<S> keys = keys_of(p, expert, units.begin), values = p.values.of(expert);
     if (!p.gate_keys) {
         multiply_by(keys, size, ws.units.data(), fetch(values, p.size, p.width));
     } else if (p.interleaved()) {
-        multiply_by({keys.data, keys.row, 1}, 2 * size, ws.joint.data(), fetch(values, p.size, p.width));
+        multiply_by(keys, 2 * size, ws.joint.data(), fetch(values, p.size, p.width));
         for (int64_t i = 0; i < n * size; ++i) {
             ws.units[i] = ws.joint[2 * i];
             ws.gate_units[i] = ws.joint[2 * i + 1];
@@ -108,16 +135,19 @@ void activate_row(const Problem<S>& p, int64_t size, compute_t<S>* row, const co
         for (int64_t g = 0; g < size; ++g) row[g] *= row[g];
 }
 
-// Hidden units `first..first+size` of rows of one expert, activated, dropped and scaled by their gates, into ws.units.
+// Hidden units `first..first+size` of rows of one expert, activated, dropped and scaled by their gates, into ws.units and
+// ws.rows.
 template <class S>
-void up(const Problem<S>& p, const compute_t<S>* x, int64_t expert, Range rows, Range units, Workspace<S>& ws) {
+void up(const Problem<S>& p, const operand_t<S>* x, int64_t expert, Range rows, Range units, Workspace<S>& ws,
+        Stream* stream = nullptr) {
     using C = compute_t<S>;
     const int64_t n = rows.end - rows.begin, size = units.end - units.begin;
     for (int64_t i = 0; i < n; ++i) {
         ws.inputs[i] = x + p.routing.token(rows.begin + i) * p.width;
-        ws.rows[i] = ws.units.data() + i * size;
+        if constexpr (Workspace<S>::kNarrows) ws.rows[i] = ws.operands.data() + i * size;
+        else ws.rows[i] = ws.units.data() + i * size;
     }
-    up_products(p, expert, n, units, ws);
+    up_products(p, expert, n, units, ws, stream);
     for (int64_t i = 0; i < n; ++i) {
         C* row = ws.units.data() + i * size;
         activate_row(p, size, row, p.gate_keys ? ws.gate_units.data() + i * size : nullptr,
@@ -132,6 +162,8 @@ void up(const Problem<S>& p, const compute_t<S>* x, int64_t expert, Range rows, 
             for (int64_t g = 0; g < size; ++g) row[g] *= gate;
         }
     }
+    if constexpr (Workspace<S>::kNarrows)
+        for (int64_t i = 0; i < n * size; ++i) ws.operands[i] = narrow<S>(ws.units[i]);
 }
 
 }  // namespace sparseffn

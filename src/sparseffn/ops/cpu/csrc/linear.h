@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "dots.h"
 #include "parallel.h"
 #include "product.h"
 #include "transpose.h"
@@ -18,15 +19,15 @@ inline void linear(const C* x, const C* w, int64_t tokens, int64_t width, int64_
     if (tokens <= kLinearDots) {
         std::vector<const C*> rows(tokens);
         for (int64_t i = 0; i < tokens; ++i) rows[i] = x + i * width;
-        product_dots<C, C>(rows.data(), tokens, w, width, width, outputs,
-                           [&](int64_t i, int64_t o, C sum) { y[i * outputs + o] = sum; });
+        product_dots<C, C>(rows.data(), tokens, w, width, width, outputs, nullptr,
+                           [&](int64_t i, int64_t o, int n, const C* sums) { std::copy_n(sums, n, y + i * outputs + o); });
         return;
     }
     Buffer<C> transposed(width * outputs);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < outputs; first += kStrip) 
+        for (int64_t first = 0; first < outputs; first += kStrip)
             transpose_rows(w, outputs, width, width, first, transposed.data(), outputs);
         Buffer<C> padded(padded_size<C>(width));
         std::vector<const C*> rows(kLinearRows);

@@ -2,6 +2,8 @@
 // together expert by expert.
 #pragma once
 
+#include "dots.h"
+#include "lines.h"
 #include "parallel.h"
 #include "product.h"
 #include "transpose.h"
@@ -73,11 +75,14 @@ constexpr int64_t kDotRows = 6;
 
 // What products with matrices of so many rows and columns need, by one thread.
 template <class S> struct Scratch {
-    Buffer<S> padded;
-    Buffer<S> packed;
+    using C = compute_t<S>;
+    Buffer<S> padded, packed;
     Matrix<S> held{nullptr, 0, 0};  // what `packed` is a copy of
+    Buffer<C> wide;                 // rows of another type than that of computation
+    std::vector<const C*> wide_rows;
 
-    Scratch(int64_t padded_elements, int64_t packed_elements) : padded(padded_elements), packed(packed_elements) {}
+    Scratch(int64_t padded_elements, int64_t packed_elements, int64_t wide_rows_most = 0, int64_t depth = 0)
+        : padded(padded_elements), packed(packed_elements), wide(wide_rows_most * depth), wide_rows(wide_rows_most) {}
 
     // B [depth, columns] with its rows as lines; a matrix that was brought together last is not again.
     Matrix<S> packed_of(const Matrix<S>& b, int64_t depth, int64_t columns) {
@@ -85,24 +90,50 @@ template <class S> struct Scratch {
         held = b;
         return {packed.data(), columns, 1};
     }
+
+    const C* const* widened(const C* const* a, int64_t, int64_t) { return a; }
+    template <class A> const C* const* widened(const A* const* a, int64_t n, int64_t depth) {
+        for (int64_t i = 0; i < n; ++i) {
+            C* row = wide.data() + i * depth;
+            for (int64_t k = 0; k < depth; ++k) row[k] = upcast(a[i][k]);
+            wide_rows[i] = row;
+        }
+        return wide_rows.data();
+    }
 };
 
 // Whether products write or add.
 enum class To { kPut, kAdd };
 
-// to[i] = or += a[i] B for n rows and B [depth, columns]. `next` is fetched meanwhile, where B's rows are lines.
-template <To Mode, class S, class C = compute_t<S>>
-void multiply(const C* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t columns, C* const* to, Scratch<S>& scratch,
-              Fetch next = {}, int64_t dot_rows = kDotRows) {
-    if (b.column != 1 && b.row == 1 && n <= dot_rows) {
-        product_dots<C, S>(a, n, b.data, b.column, depth, columns, [&](int64_t i, int64_t j, C sum) {
-            if constexpr (Mode == To::kAdd) to[i][j] += sum;
-            else to[i][j] = sum;
+// How a product goes about its matrix.
+struct Way {
+    Fetch next{};                    // what comes next, fetched where B's rows are lines
+    Stream* stream = nullptr;        // memory in the order of reading, fetched where B is read once
+    int64_t dot_rows = kDotRows;     // up to so many rows, columns that are lines are read in dot products
+    bool once = false;               // whether B's lines are read once in their order, whatever their direction
+};
+
+// to[i] = or += a[i] B for n rows and B [depth, columns].
+template <To Mode, class S, class A, class C = compute_t<S>>
+void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t columns, C* const* to, Scratch<S>& scratch,
+              const Way& way = {}) {
+    if (b.column != 1 && b.row == 1 && n <= way.dot_rows) {
+        product_dots<A, S>(a, n, b.data, b.column, depth, columns, way.stream, [&](int64_t i, int64_t j, int m, const C* sums) {
+            for (int q = 0; q < m; ++q)
+                if constexpr (Mode == To::kAdd) to[i][j + q] += sums[q];
+                else to[i][j + q] = sums[q];
         });
         return;
     }
+#if defined(SPARSEFFN_PAIRS)
+    if constexpr (std::is_same_v<A, bf16>)
+        if (way.once && b.column == 1) {
+            for (int64_t i = 0; i < n && Mode == To::kPut; ++i) std::fill_n(to[i], columns, C(0));
+            return product_lines(a, n, depth, columns, way.stream, to, [&](int64_t k) { return b.at(k, 0); });
+        }
+#endif
     if (b.column != 1) b = scratch.packed_of(b, depth, columns);
-    product<C, S>(a, n, b.data, b.row, depth, columns, scratch.padded.data(), next,
+    product<C, S>(scratch.widened(a, n, depth), n, b.data, b.row, depth, columns, scratch.padded.data(), way.next,
                   [&](int64_t i, int64_t first, int width, const auto& acc) {
                       if constexpr (Mode == To::kAdd) add(to[i] + first, acc, width);
                       else put(to[i] + first, acc, width);

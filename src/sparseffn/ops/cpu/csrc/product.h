@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "stream.h"
 #include "vectors.h"
 
 // A tile's accumulators live in registers only where the tile is compiled into its caller.
@@ -23,7 +24,6 @@ struct Fetch {
         return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + n)};
     }
 };
-constexpr int64_t kLine = 64;
 // Terms that are added up one after the other; sums of such sums err less than one long sum. Measured at 1,024 and 4,096
 // tokens: 64 instead are 0 to 2% faster, and their largest error can be more than twice PyTorch's.
 constexpr int64_t kTerms = 32;
@@ -203,49 +203,6 @@ template <class C> inline C sum_of_lanes(Vec<C> v) {
     for (int half = kLanes<C> / 2; half > 0; half /= 2)
         for (int q = 0; q < half; ++q) lanes[q] += lanes[q + half];
     return lanes[0];
-}
-
-// sums[i][j] = a[i] . B[j]: rows of A and rows of B contiguous along the sum. B is read once where it lies; for many rows it
-// pays to transpose it instead.
-template <class C, class S, int R, int N>
-SPARSEFFN_INLINE void tile_dots(const C* const* a, const S* b, int64_t ldb, int64_t depth, C (&sums)[R][N]) {
-    Vec<C> acc[R][N] = {};
-    int64_t k = 0;
-    for (; k + kLanes<C> <= depth; k += kLanes<C>) {
-        Vec<C> line[N];
-        for (int j = 0; j < N; ++j) line[j] = load(b + j * ldb + k);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const Vec<C> x = load(a[i] + k);
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) acc[i][j] += x * line[j];
-        }
-    }
-    for (int i = 0; i < R; ++i)
-        for (int j = 0; j < N; ++j) {
-            // Added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
-            C rest = 0;
-            for (int64_t t = k; t < depth; ++t) rest += a[i][t] * upcast(b[j * ldb + t]);
-            sums[i][j] = sum_of_lanes<C>(acc[i][j]) + rest;
-        }
-}
-
-// Calls out(i, j, sum) for every row i of A and row j of B.
-template <class C, class S, class Out>
-inline void product_dots(const C* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
-    constexpr int kSide = 4;
-    for (int64_t j = 0; j < columns; j += kSide)
-        with_constant<kSide>(static_cast<int>(columns - j < kSide ? columns - j : kSide), [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            for (int64_t i = 0; i < rows; i += kSide)
-                with_constant<kSide>(static_cast<int>(rows - i < kSide ? rows - i : kSide), [&](auto r) {
-                    constexpr int R = decltype(r)::value;
-                    C sums[R][N];
-                    tile_dots<C, S, R, N>(a + i, b + j * ldb, ldb, depth, sums);
-                    for (int q = 0; q < R; ++q)
-                        for (int c = 0; c < N; ++c) out(i + q, j + c, sums[q][c]);
-                });
-        });
 }
 
 template <class C, int N> inline void put(C* to, const Vec<C> (&values)[N], int columns) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "product.h"
+#include "shuffle.h"
 
 namespace sparseffn {
 
@@ -22,16 +23,6 @@ template <> struct bits_of<8> { using type = uint64_t; };
 template <class S> struct line_of {
     typedef typename bits_of<sizeof(S)>::type type __attribute__((vector_size(kSquare<S> * sizeof(S))));
 };
-
-// Lanes of a, then of b, by their numbers; GCC has the first form from version 12 on. A test compiles the second.
-#if defined(__has_builtin) && !defined(SPARSEFFN_OLD_SHUFFLE)
-#if __has_builtin(__builtin_shufflevector)
-#define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef SPARSEFFN_SHUFFLE
-#define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, V{__VA_ARGS__})
-#endif
 
 // Of the squares of side H that a and b hold in turns, swaps a's every second one for b's every first.
 template <int H, class V, int... Q> SPARSEFFN_INLINE void swap_squares(V& a, V& b, std::integer_sequence<int, Q...>) {

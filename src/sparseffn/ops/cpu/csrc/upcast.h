@@ -1,4 +1,4 @@
-// Tensors in the type of computation.
+// Tensors in the type that is computed with.
 #pragma once
 
 #include <type_traits>
@@ -8,26 +8,24 @@
 
 namespace sparseffn {
 
-// x in the type of computation: itself, or a copy.
-template <class S> class Upcast {
-    using C = compute_t<S>;
-
+// x as To: itself, or a copy.
+template <class S, class To = compute_t<S>> class Upcast {
   public:
-    Upcast(const S* x, int64_t n, int threads) : copy_(std::is_same_v<S, C> ? 0 : n) {
-        if constexpr (std::is_same_v<S, C>) {
+    Upcast(const S* x, int64_t n, int threads) : copy_(std::is_same_v<S, To> ? 0 : n) {
+        if constexpr (std::is_same_v<S, To>) {
             data_ = x;
         } else {
-            C* to = copy_.data();
+            To* to = copy_.data();
 #pragma omp parallel for num_threads(threads) schedule(static)
             for (int64_t i = 0; i < n; ++i) to[i] = upcast(x[i]);
             data_ = to;
         }
     }
-    const C* data() const { return data_; }
+    const To* data() const { return data_; }
 
   private:
-    Buffer<C> copy_;
-    const C* data_;
+    Buffer<To> copy_;
+    const To* data_;
 };
 
 }  // namespace sparseffn

@@ -39,6 +39,14 @@ template <> struct compute<bf16> { using type = float; };
 template <> struct compute<half> { using type = float; };
 template <class S> using compute_t = typename compute<S>::type;
 
+// What rows are multiplied as: bfloat16 where the processor adds products of pairs of it to float sums.
+template <class S> struct operand { using type = compute_t<S>; };
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define SPARSEFFN_PAIRS 1
+template <> struct operand<bf16> { using type = bf16; };
+#endif
+template <class S> using operand_t = typename operand<S>::type;
+
 template <class C> struct vector_of;
 template <> struct vector_of<float> { typedef float type __attribute__((vector_size(kBytes))); };
 template <> struct vector_of<double> { typedef double type __attribute__((vector_size(kBytes))); };

@@ -1,0 +1,144 @@
+// Products with a matrix whose columns are lines of memory, as dot products: nothing is copied, and the matrix is read once.
+#pragma once
+
+#include <utility>
+
+#include "product.h"
+#include "shuffle.h"
+#include "stream.h"
+
+namespace sparseffn {
+
+// The first n of a register's numbers, then zeros.
+template <class C, class S> inline Vec<C> load_part(const S* p, int64_t n) {
+    S lanes[kLanes<C>] = {};
+    std::memcpy(lanes, p, n * sizeof(S));
+    return load(lanes);
+}
+
+// How lines of S meet rows of A: the numbers in one register, and what is added to a sum of lanes.
+template <class A, class S> struct Meeting {
+    using C = compute_t<S>;
+    using Register = Vec<C>;
+    static constexpr int kStep = kLanes<C>;
+
+    template <class T> static Register get(const T* p) { return load(p); }
+    template <class T> static Register get_part(const T* p, int64_t n) { return load_part<C>(p, n); }
+    static Vec<C> sum(Vec<C> acc, Register a, Register b) { return acc + a * b; }
+};
+
+#if defined(SPARSEFFN_PAIRS)
+template <> struct Meeting<bf16, bf16> {
+    using Register = __m512i;
+    static constexpr int kStep = 32;
+
+    static Register get(const bf16* p) { return _mm512_loadu_si512(p); }
+    static Register get_part(const bf16* p, int64_t n) {
+        return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t(1) << n) - 1), p);
+    }
+    static Vec<float> sum(Vec<float> acc, Register a, Register b) {
+        return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
+
+// Sums over the lanes of four registers, by halves as sum_of_lanes.
+template <int Half, class V, int... Q> SPARSEFFN_INLINE V fold(const V& a, const V& b, std::integer_sequence<int, Q...>) {
+    constexpr int n = sizeof...(Q);
+    // Of each register, `2 Half` lanes lie together for each of its rows: their first halves, then their second.
+    const V first = SPARSEFFN_SHUFFLE(V, a, b, ((Q * 2 / n) * n + (Q % (n / 2)) / Half * 2 * Half + Q % Half)...);
+    const V second = SPARSEFFN_SHUFFLE(V, a, b, ((Q * 2 / n) * n + (Q % (n / 2)) / Half * 2 * Half + Half + Q % Half)...);
+    return first + second;
+}
+
+template <class C> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C> (&v)[4], C* sums) {
+    constexpr int n = kLanes<C>;
+    if constexpr (n < 4) {
+        for (int j = 0; j < 4; ++j) sums[j] = sum_of_lanes<C>(v[j]);
+    } else {
+        using Lanes = std::make_integer_sequence<int, n>;
+        const Vec<C> two = fold<n / 2>(v[0], v[1], Lanes{}), other = fold<n / 2>(v[2], v[3], Lanes{});
+        Vec<C> four = fold<n / 4>(two, other, Lanes{});
+        C lanes[n];
+        store(lanes, four);
+        for (int j = 0; j < 4; ++j) {
+            C* own = lanes + j * (n / 4);
+            for (int half = n / 8; half > 0; half /= 2)
+                for (int q = 0; q < half; ++q) own[q] += own[q + half];
+            sums[j] = own[0];
+        }
+    }
+}
+
+// Lines that are read side by side, and rows that meet them in registers.
+constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVectors == 4 ? 5 : 2;
+
+// sums[i][j] = a[i] . B[j], B's lines at ldb. `fetches` lines of the stream are fetched at each step.
+template <class A, class S, int R, int N>
+SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int64_t depth, Stream* stream, int fetches,
+                                compute_t<S> (&sums)[R][N]) {
+    using C = compute_t<S>;
+    using M = Meeting<A, S>;
+    Vec<C> acc[R][N] = {};
+    const auto step = [&](int64_t k, auto get_a, auto get_b) {
+        typename M::Register line[N];
+        for (int j = 0; j < N; ++j) line[j] = get_b(b + j * ldb + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            const typename M::Register x = get_a(a[i] + k);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) acc[i][j] = M::sum(acc[i][j], x, line[j]);
+        }
+    };
+    if (!stream || !stream->may_fetch()) fetches = 0;
+    const char* ahead = fetches ? stream->claim(depth / M::kStep * fetches) : nullptr;
+    int64_t k = 0;
+    for (; k + M::kStep <= depth; k += M::kStep) {
+        if (ahead) {
+            for (int q = 0; q < fetches; ++q) __builtin_prefetch(ahead + q * kLine, 0, 2);
+            ahead += fetches * kLine;
+        } else {
+            for (int q = 0; q < fetches; ++q) stream->next();
+        }
+        step(k, [](const A* p) { return M::get(p); }, [](const S* p) { return M::get(p); });
+    }
+    // In lanes of their own: added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
+    if (const int64_t n = depth - k)
+        step(k, [n](const A* p) { return M::get_part(p, n); }, [n](const S* p) { return M::get_part(p, n); });
+    for (int i = 0; i < R; ++i) {
+        if constexpr (N == 4) sums_of_lanes<C>(acc[i], sums[i]);
+        else
+            for (int j = 0; j < N; ++j) sums[i][j] = sum_of_lanes<C>(acc[i][j]);
+    }
+}
+
+// Calls out(i, first column, columns, sums) for every row i of A and some lines of B at a time.
+template <class A, class S, class Out>
+inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Stream* stream,
+                         Out&& out) {
+    using C = compute_t<S>;
+    const auto block = [&](int64_t j, auto n) {
+        constexpr int N = decltype(n)::value;
+        int fetches = 0;
+        if (stream) {
+            stream->take(N * depth * sizeof(S));
+            // As many at each step of a tile as spread a block's lines over all of its tiles.
+            const int64_t tiles = (rows + kDotTile - 1) / kDotTile, lines = N * Meeting<A, S>::kStep * sizeof(S) / kLine;
+            fetches = static_cast<int>((std::max<int64_t>(lines, 1) + tiles - 1) / tiles);
+        }
+        const auto tile = [&](int64_t i, auto r) {
+            constexpr int R = decltype(r)::value;
+            C sums[R][N];
+            tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, stream, fetches, sums);
+            for (int q = 0; q < R; ++q) out(i + q, j, N, sums[q]);
+        };
+        int64_t i = 0;
+        for (; i + kDotTile <= rows; i += kDotTile) tile(i, std::integral_constant<int, kDotTile>{});
+        with_constant<kDotTile - 1>(static_cast<int>(rows - i), [&](auto r) { tile(i, r); });
+    };
+    int64_t j = 0;
+    for (; j + kDotLines <= columns; j += kDotLines) block(j, std::integral_constant<int, kDotLines>{});
+    for (; j < columns; ++j) block(j, std::integral_constant<int, 1>{});
+}
+
+}  // namespace sparseffn
