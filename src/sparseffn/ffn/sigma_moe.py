@@ -66,9 +66,10 @@ class SigmaMoEConfig(TopKMixtureConfig):
         """As any mixture; with inner_k only the survivors' units are kept."""
         if self.inner_k is None:
             return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize)
-        # A survivor is what the activation keeps of it, gated both products, and its position.
+        # A survivor is what the activation keeps of it, gated both products, and its position; dropout's mask is of all units.
         survivors = self.inner_k * (self._kept_products * itemsize + POSITION_BYTES)
-        per_token = self.k * INDEX_BYTES + self._router_bytes() + survivors
+        dropped = self.active_channels if self.dropout > 0 else 0
+        per_token = self.k * INDEX_BYTES + self._router_bytes() + survivors + dropped
         return n_tokens * per_token + self._batch_bytes()
 
     @classmethod
@@ -93,7 +94,17 @@ class SigmaMoEConfig(TopKMixtureConfig):
                 activation="clamped_swiglu",
                 gated=True,
             ),
-            cls(d_model=8, n_experts=4, expert_size=4, k=2, inner_k=3, init="switch", cv_weight=0.1, switch_weight=0.01),
+            cls(
+                d_model=8,
+                n_experts=4,
+                expert_size=4,
+                k=2,
+                inner_k=3,
+                dropout=0.25,
+                init="switch",
+                cv_weight=0.1,
+                switch_weight=0.01,
+            ),
         ]
 
 
