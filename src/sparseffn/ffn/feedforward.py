@@ -200,11 +200,11 @@ class FeedForward(nn.Module, ABC):
             UserError: x or mask has another shape than the layer needs, or x is not floating-point.
         """
         x_TD, mask_T = self._flatten(x, mask)
-        known = self._known(x)
+        known = self._known(x) if self.knows_sequences else {}
         y_TD, routed = self.compute(x_TD, mask_T, **known) if return_stats else (self.output_TD(x_TD, mask_T, **known), None)
         if mask_T is not None:
             y_TD = y_TD.masked_fill(~mask_T[:, None], 0.0)
-        y = y_TD if x.dim() == 2 else y_TD.reshape(x.shape)
+        y = y_TD if x_TD is x else y_TD.reshape(x.shape)
         return y if routed is None else (y, routing_stats(routed, mask_T, x_TD.shape[0]))
 
     def coefficients(self, x: Tensor) -> Tensor:
@@ -221,13 +221,13 @@ class FeedForward(nn.Module, ABC):
         return {"length": x.shape[-2]} if self.knows_sequences and x.dim() > 2 else {}
 
     def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        d_model = self.config.d_model
-        if x.dim() == 0 or x.shape[-1] != d_model or not x.is_floating_point():
+        d_model, shape = self.config.d_model, x.shape
+        if not shape or shape[-1] != d_model or not x.is_floating_point():
             raise UserError(
                 f"`x` must be floating-point with last dimension d_model = {d_model}; "
                 f"got {tuple(x.shape)} of {x.dtype}; fix: check the layer's d_model"
             )
-        x_TD = x if x.dim() == 2 else x.reshape(-1, d_model)
+        x_TD = x if len(shape) == 2 else x.reshape(-1, d_model)
         if mask is None:
             return x_TD, None
         if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:

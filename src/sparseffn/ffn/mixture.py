@@ -166,8 +166,10 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor) -> Tensor:
         """`sum_k gates[t, k] values[e] (act(keys[e] x_t) ...)` with `e = indices[t, k]`; see `ops.experts`."""
         c = self.config
+        # For one token the search for a parameter that is not there is a percent of the layer.
+        gate_keys = self.gate_keys if c.gated else None
         return ops.experts(
-            x_TD, self.keys, self.values, gates_TK, indices_TK, gate_keys=self.gate_keys, activation=c.activation,
+            x_TD, self.keys, self.values, gates_TK, indices_TK, gate_keys=gate_keys, activation=c.activation,
             dropout=c.dropout if self.training else 0.0, inner_k=c.survivors,
         )  # fmt: skip
 

@@ -192,12 +192,13 @@ def experts(
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
         keep, keep_scale = _draw_keep(indices, keys, dropout)
-    run = implementation("experts", x, backend)
-    options = (keep, keep_scale, activation, alpha, limit, inner_k)
+    run = implementation("experts", x, backend) or _experts
     try:
-        return (_experts if run is None else run)(
-            x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options
-        )
+        # Ten arguments more take a microsecond to pass, a tenth of one token's experts.
+        if gate_keys is key_bias is value_bias is keep is inner_k is None and activation == "relu" and gate_bias is None:
+            return run(x, keys, values, gates, indices)
+        options = (keep, keep_scale, activation, alpha, limit, inner_k)
+        return run(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options)
     except (RuntimeError, IndexError, KeyError, TypeError):
         check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
         raise
