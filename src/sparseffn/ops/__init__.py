@@ -1,5 +1,7 @@
 """Tensor functions behind the layers; shapes and the list of operations stand in ops/README.md."""
 
+import warnings
+
 from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
@@ -35,3 +37,11 @@ __all__ = [
 ]
 
 register_builtin_backends()
+
+
+def __getattr__(name: str) -> object:
+    """Version 0.1's name of `experts`."""
+    if name == "expert_mlp":
+        warnings.warn("`expert_mlp` is called `experts` now", DeprecationWarning, stacklevel=2)
+        return experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
