@@ -103,7 +103,8 @@ def _check_sharding(config: FFNConfig) -> None:
     try:
         layer(distribute_tensor(x, mesh, [Replicate()]))
     except (UserError, RuntimeError) as error:
-        require("DTensor" in str(error), f"the error for a distributed x does not say so: {error}")
+        kind = UserError if config.has_backends else RuntimeError
+        require(isinstance(error, kind) and "DTensor" in str(error), f"the error for a distributed x does not say so: {error}")
     else:
         require(False, "a distributed x goes into a layer of plain weights")
 

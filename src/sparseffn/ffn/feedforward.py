@@ -197,7 +197,7 @@ class FeedForward(nn.Module, ABC):
             y of x's shape; under autocast in autocast's dtype, as `nn.Linear`. With `return_stats`, `(y, stats)`.
 
         Raises:
-            UserError: x or mask has another shape than the layer needs, or x is not floating-point.
+            UserError: x or mask has another shape than the layer needs, or x is not floating-point or distributed.
         """
         x_TD, mask_T = self._flatten(x, mask)
         known = self._known(x) if self.knows_sequences else {}
@@ -226,6 +226,11 @@ class FeedForward(nn.Module, ABC):
             raise UserError(
                 f"`x` must be floating-point with last dimension d_model = {d_model}; "
                 f"got {tuple(x.shape)} of {x.dtype}; fix: check the layer's d_model"
+            )
+        if type(x) is not Tensor and self.config.has_backends and type(x).__name__ == "DTensor":
+            raise UserError(
+                "`x` must be a tensor of this process; got a DTensor, whose parts the layer's kernels do not know; "
+                "fix: pass x.to_local() or x.full_tensor(), and shard the parameters with FSDP2"
             )
         x_TD = x if len(shape) == 2 else x.reshape(-1, d_model)
         if mask is None:

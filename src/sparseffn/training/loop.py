@@ -199,12 +199,7 @@ class _Run:
         window = self.step % self.streams.n_windows
         if window == 0:
             self.stepper.forget()
-        try:
-            done = self.stepper.take(*self.streams.window(window), lr=self.config.lr_at(self.step))
-        except NonFiniteError as error:
-            self._read_steps()
-            raise self._not_finite(self.step + 1, f"an operation that reports: {error}") from None
-        self.unread.append(done)
+        self.unread.append(self.stepper.take(*self.streams.window(window), lr=self.config.lr_at(self.step)))
         self.step += 1
 
     def _read_steps(self) -> None:

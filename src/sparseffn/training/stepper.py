@@ -67,7 +67,6 @@ class Stepper:
 
         Raises:
             UserError: a method has a balancing weight but its loss reaches no parameter.
-            NonFiniteError: an operation met what is not finite, on a CPU.
         """
         config, n = self.config, self.config.accumulation
         for group in self.optimizer.param_groups:
