@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.errors import UserError
@@ -19,41 +16,30 @@ pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch be
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 ROUTINGS = pytest.mark.parametrize(
     ("n_tokens", "n_experts", "k"),
-    [(1, 1, 1), (63, 5, 2), (20, 4, 4), (3, 12, 1), (0, 3, 2)],
-    ids=["one", "odd", "all-experts", "empty-experts", "no-tokens"],
+    [(1, 8, 8), (63, 5, 2), (20, 4, 4), (3, 12, 1), (0, 3, 2)],
+    ids=["one-token", "odd", "all-experts", "empty-experts", "no-tokens"],
 )
-
-
-def routed(n_tokens: int, n_experts: int, k: int) -> ops.ExpertRows:
-    """A random selection, sorted by expert."""
-    indices = torch.rand(n_tokens, n_experts).topk(k, dim=1).indices
-    return ops.sort_by_expert(ops.Selection.fixed(indices, torch.ones(n_tokens, k), n_experts))
-
-
-def check(name: str, function: Callable[..., Tensor], inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Output and gradients against plain PyTorch and the truth."""
-    found = []
-    for backend in ("grouped_mm", "torch", "reference"):
-        wide = torch.float64 if backend == "reference" else None
-        leaves = [x.detach().to(wide or x.dtype).requires_grad_() for x in inputs.values()]
-        y = function(*leaves, backend=backend)
-        direction = torch.sin(torch.arange(y.numel())).to(dtype).to(y.dtype).view(y.shape)
-        found.append([y.detach(), *torch.autograd.grad(y, leaves, direction)])
-    for what, *tensors in zip([name, *(f"{name}.{x}" for x in inputs)], *found, strict=True):
-        check_against_truth(what, *tensors, dtype)
 
 
 @DTYPES
 @ROUTINGS
-def test_products_are_near_the_truth(n_tokens: int, n_experts: int, k: int, dtype: torch.dtype) -> None:
-    """Up with a transposed input, down with scores."""
-    rows = routed(n_tokens, n_experts, k)
-    up = {"x": torch.randn(16, n_tokens).t().to(dtype), "weight": torch.randn(n_experts, 16, 24).to(dtype)}
-    check("expert_up", lambda x, w, backend: ops.expert_up(x, w, rows, backend=backend), up, dtype)
-    n_rows = len(rows.order)
-    down = {"a": torch.randn(n_rows, 24).to(dtype), "weight": torch.randn(n_experts, 24, 16).to(dtype)}
-    down["gates"] = torch.rand(n_rows) + 0.5
-    check("expert_down", lambda a, w, g, backend: ops.expert_down(a, w, g, rows, backend=backend), down, dtype)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_experts_are_near_the_truth(n_tokens: int, n_experts: int, k: int, gated: bool, dtype: torch.dtype) -> None:
+    """Output and every gradient against plain PyTorch and the truth."""
+    indices = torch.rand(n_tokens, n_experts).topk(k, dim=1).indices
+    inputs = {"x": torch.randn(16, n_tokens).t(), "keys": torch.randn(n_experts, 16, 24) / 4}
+    inputs |= {"values": torch.randn(n_experts, 24, 16) / (24 * k) ** 0.5}
+    inputs |= {"gate_keys": torch.randn(n_experts, 16, 24) / 4} if gated else {}
+    inputs, gates, found = {n: t.to(dtype) for n, t in inputs.items()}, torch.rand(n_tokens, k) + 0.5, []
+    for backend in ("grouped_mm", "torch", "reference"):
+        wide = torch.float64 if backend == "reference" else None
+        leaves = {n: t.detach().to(wide or dtype).requires_grad_() for n, t in inputs.items()}
+        leaves["gates"] = gates.detach().to(wide or torch.float32).requires_grad_()
+        y = ops.experts(**leaves, indices=indices, activation="silu", backend=backend)
+        direction = torch.sin(torch.arange(y.numel())).to(dtype).to(y.dtype).view(y.shape)
+        found.append([y.detach(), *torch.autograd.grad(y, list(leaves.values()), direction)])
+    for what, *tensors in zip(["experts", *(f"experts.{name}" for name in leaves)], *found, strict=True):
+        check_against_truth(what, *tensors, dtype)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +53,10 @@ def test_products_are_near_the_truth(n_tokens: int, n_experts: int, k: int, dtyp
 )
 def test_what_pytorch_cannot_compute_is_refused(dtype: torch.dtype, width: int, words: str) -> None:
     """With the remedy."""
-    x, weight = torch.randn(5, width, dtype=dtype), torch.randn(3, width, 8, dtype=dtype)
+    x, keys = torch.randn(5, width, dtype=dtype), torch.randn(3, width, 8, dtype=dtype)
+    gates, indices = torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.int64)
     with pytest.raises(UserError, match=words):
-        ops.expert_up(x, weight, routed(5, 3, 1), backend="grouped_mm")
+        ops.experts(x, keys, keys.mT, gates, indices, backend="grouped_mm")
 
 
 def test_it_is_never_automatic() -> None:

@@ -27,13 +27,13 @@ def test_rounded_truth_passes(name: str) -> None:
 
 def test_empty_results_pass() -> None:
     """No tokens, nothing to compare."""
-    check_against_truth("expert_up", torch.ones(0, 3), torch.ones(0, 3), torch.ones(0, 3).double(), F32)
+    check_against_truth("experts", torch.ones(0, 3), torch.ones(0, 3), torch.ones(0, 3).double(), F32)
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda x: x.index_put_((torch.tensor(3), torch.tensor(4)), x[3, 4] + 1e-5), r"expert_up: error 1e-05 at \[3, 4\]"),
+        (lambda x: x.index_put_((torch.tensor(3), torch.tensor(4)), x[3, 4] + 1e-5), r"experts: error 1e-05 at \[3, 4\]"),
         (lambda x: x.mul_(1 + 8e-7), "relative RMS error"),
         (lambda x: x.index_fill_(0, torch.tensor(1), torch.nan), "30 of 1200 entries are not finite"),
         (lambda x: x[1:], r"got \(39, 30\)"),
@@ -47,4 +47,4 @@ def test_wrong_result_is_named(spoil: object, words: str) -> None:
     # A generous plain error, which only the second criterion then catches.
     plain = plain + 1e-5 * (words == "relative RMS error")
     with pytest.raises(AssertionError, match=words):
-        check_against_truth("expert_up", spoil(got), plain, truth, F32)  # type: ignore[operator]
+        check_against_truth("experts", spoil(got), plain, truth, F32)  # type: ignore[operator]

@@ -22,7 +22,7 @@ from sparseffn.ops._checks import check_indices, require_one_device
 from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
 from sparseffn.ops.autocast import to_autocast
 from sparseffn.ops.backends import implementation
-from sparseffn.ops.library import Kept, define
+from sparseffn.ops.library import Kept, define, is_watched
 from sparseffn.ops.plain import experts_plain
 
 
@@ -201,6 +201,8 @@ def experts(
         return run(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options)
     except (RuntimeError, IndexError, KeyError, TypeError):
         check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
+        if not is_watched((x, indices)):
+            check_indices(indices, "an expert", keys.shape[0])
         raise
 
 

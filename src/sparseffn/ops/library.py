@@ -26,6 +26,8 @@ from torch import Tensor
 from torch._C import _current_graph_task_id, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
+from sparseffn.ops._checks import require_one_device
+
 LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
 
 # Devices whose autograd is that of the compiled library.
@@ -118,7 +120,14 @@ def define(
 
 
 def _register_fake(name: str, fake: Function) -> None:
-    torch.library.register_fake(f"sparseffn::{name}", fake, lib=LIBRARY)
+    """Also what runs where one tensor of several is on the meta device."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        require_one_device(*(a for a in arguments if isinstance(a, Tensor)))
+        return fake(*arguments)
+
+    torch.library.register_fake(f"sparseffn::{name}", checked, lib=LIBRARY)
 
 
 def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function:

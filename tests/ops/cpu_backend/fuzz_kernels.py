@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 
 import torch
+from sparseffn.ops.routed_mlp import gates_of
 from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.ops.backends import direct_kernel, kernel
 from sparseffn.ops.cpu import build, kernels
-from sparseffn.ops.routed_mlp import gates_of
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.storage import default_cache_dir
 

@@ -1,0 +1,167 @@
+"""The compiled router against the reference: logits, choice, gates, their gradients; and whole layers against PyTorch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparseffn import ops
+from sparseffn.ffn import method_class
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.ops import reference
+from sparseffn.ops.cpu import build
+from sparseffn.ops.library import register_flops
+from sparseffn.ops.route import GATES, route_checked
+from sparseffn.ops.spec import check_against_truth
+
+pytestmark = [
+    pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here"),
+    pytest.mark.usefixtures("poison"),
+]
+
+RUN = {"cpu": torch.ops.sparseffn.route, "torch": route_checked, "reference": reference.route}
+EVERY_GATE = pytest.mark.parametrize("gate", GATES)
+NAMES = ("route", "route.gates", "route.x", "route.selector")
+
+
+def drawn(n_tokens: int, n_experts: int, width: int, *, hot: bool = False) -> list[Tensor]:
+    """x and selector in float64. Logits have few bits: rounding must not select another expert, and ties are common."""
+    x, selector = (torch.randn(n, width).mul(4).round() / 4 for n in (n_tokens, n_experts))
+    if hot:
+        # The first expert is everybody's first, the last nobody's.
+        x[:, 0], selector[:, 0] = 1.0, torch.tensor([64.0, *[0.0] * (n_experts - 2), -64.0])
+    return [x.t().contiguous().t().double(), (selector / 4).double()]
+
+
+def results(backend: str, inputs: list[Tensor], k: int, gate: str, through: tuple[int, ...] = (0, 2)) -> list[Tensor]:
+    """Logits and gates, and gradients of x and selector through both or one; indices last."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    logits, indices, gates = RUN[backend](*leaves, k, gate)
+    outputs = [(logits, indices, gates)[i] for i in through]
+    directions = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape) for y in outputs]
+    grads = torch.autograd.grad(outputs, leaves, directions, materialize_grads=True)
+    return [logits.detach(), gates.detach(), *grads, indices]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "no-tokens": {"n_tokens": 0, "n_experts": 5, "k": 3, "width": 24},
+    "one-token": {"n_tokens": 1, "n_experts": 5, "k": 3, "width": 24},
+    "one-expert-each": {"n_tokens": 7, "n_experts": 6, "k": 1, "width": 33},
+    "two-tokens": {"n_tokens": 2, "n_experts": 16, "k": 2, "width": 100},
+    "every-expert": {"n_tokens": 9, "n_experts": 5, "k": 5, "width": 21},
+    "one-expert": {"n_tokens": 9, "n_experts": 1, "k": 1, "width": 21},
+    "hot-and-empty": {"n_tokens": 60, "n_experts": 8, "k": 2, "width": 40, "hot": True},
+    "few-tokens": {"n_tokens": 127, "n_experts": 40, "k": 7, "width": 36},
+    "many-tokens": {"n_tokens": 300, "n_experts": 130, "k": 20, "width": 45},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@EVERY_GATE
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_near_the_truth(case: str, gate: str, dtype: torch.dtype) -> None:
+    """Every output and gradient, those of a balancing loss on logits included; float64 to rounding; ties to the lowest."""
+    sizes = dict(CASES[case])
+    k = sizes.pop("k")
+    inputs = drawn(**sizes)
+    *truth, chosen = results("reference", inputs, k, gate)
+    cast = [t.to(dtype) for t in inputs]
+    (*got, indices), (*plain, _) = results("cpu", cast, k, gate), results("torch", cast, k, gate)
+    assert torch.equal(indices, chosen)
+    for i, (name, *three) in enumerate(zip(NAMES, got, plain, truth, strict=True)):
+        # Logits and gates are float32 where the layer is not.
+        wide = torch.promote_types(dtype, torch.float32) if i < 2 else dtype
+        assert three[0].dtype == wide
+        if dtype == torch.float64:
+            torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
+        else:
+            check_against_truth(name, *three, wide)
+
+
+@EVERY_GATE
+def test_fewer_numbers_than_a_register_holds(gate: str) -> None:
+    """And none of the inputs in the order of its memory."""
+    inputs = [t.t().contiguous().t() for t in drawn(5, 4, 3)]
+    for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        pairs = zip(results("cpu", [t.to(dtype) for t in inputs], 2, gate), results("reference", inputs, 2, gate), strict=True)
+        for one, wanted in pairs:
+            torch.testing.assert_close(one.to(wanted.dtype), wanted, atol=near, rtol=near)
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("through", [(0,), (2,)], ids=["logits", "gates"])
+def test_gradient_through_one_output_alone(gate: str, through: tuple[int, ...]) -> None:
+    """That of the other is not there, and counts as zero."""
+    inputs = drawn(5, 4, 8)
+    for got, wanted in zip(*(results(b, inputs, 2, gate, through) for b in ("cpu", "reference")), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("n_tokens", [4, 200], ids=["few", "many"])
+def test_non_finite_token_costs_its_own_row(gate: str, n_tokens: int) -> None:
+    """Its NaN is chosen first, so that its output shows it; all other rows keep their bits."""
+    inputs = [t.float() for t in drawn(n_tokens, 7, 33)]
+    before = results("cpu", inputs, 3, gate)
+    others = torch.arange(n_tokens) != 1
+    for value in (torch.nan, -torch.nan, torch.inf):
+        inputs[0][1] = value
+        after = results("cpu", inputs, 3, gate)
+        for i in (0, 1, 2, 4):
+            assert torch.equal(after[i][others], before[i][others])
+        assert not after[0][1].isfinite().all() and not after[1][1].isfinite().all()
+        assert int(after[4].min()) >= 0 and int(after[4].max()) < 7
+
+
+@pytest.mark.parametrize("method", ["sigma-moe", "softmax-moe", "softmax-renorm-moe", "noisy-moe"])
+@pytest.mark.parametrize("with_output", [True, False], ids=["with-output", "balance-alone"])
+def test_layer_trains_the_same_by_pytorch(method: str, with_output: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, balancing loss and gradients, which are there or not alike."""
+    config = method_class(method).examples()[0]
+    weights = {name: 0.1 for name in ("entropy_weight", "cv_weight", "switch_weight") if hasattr(config, name)}
+    layer, x = config.replace(**weights).build().double().train(), torch.randn(40, config.d_model, dtype=torch.float64)
+    found = []
+    for backend in ("auto", "torch"):
+        monkeypatch.setenv("SPARSEFFN_BACKEND", backend)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        torch.manual_seed(1)
+        y, stats = layer(leaf, return_stats=True)
+        (stats.balance_loss + (y.square().sum() if with_output else 0.0)).backward()
+        found.append([y.detach(), stats.counts, stats.balance_loss.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-10)
+    # Without the output, experts have no gradient at all: an optimiser must not see one of zeros.
+    if not with_output:
+        assert layer.experts.keys.grad is None and layer.experts.values.grad is None
+
+
+def test_checkpoint_computes_the_same_bits_again() -> None:
+    """A re-entrant checkpoint runs forward without gradients: the logits of a near tie must not differ from those of later."""
+    layer = SigmaMoEConfig(d_model=32, n_experts=6, expert_size=16, k=2).build()
+    x = torch.randn(50, 32, requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    assert torch.equal(checkpoint(layer, x, use_reentrant=True), y)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x.detach()), y.detach())
+
+
+def test_products_are_counted() -> None:
+    """By `FlopCounterMode`: 2 d E of the router, 2 K G d of the keys and of the values, three times for training."""
+    register_flops()
+    x, selector = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    keys, values = torch.randn(4, 8, 6, requires_grad=True), torch.randn(4, 6, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        _, indices, gates = ops.route(x, selector, k=2, gate="sigmoid")
+        y = ops.experts(x, keys, values, gates, indices)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 5 * (2 * 8 * 4 + 2 * (2 * 2 * 6 * 8))
+    assert counter.get_total_flops() == 3 * forward
