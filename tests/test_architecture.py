@@ -25,6 +25,7 @@ ORDER = [
     "contract",
     "evaluation",
     "training",
+    "hf",
     "analysis",
     "bench",
     "comparison",
@@ -51,8 +52,9 @@ def files() -> list[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("room", "path"), files(), ids=[str(p.relative_to(ROOT)) for _, p in files()])
 def test_imports_point_one_way(room: str, path: Path) -> None:
-    """A module imports only what stands before it; `report` reads typed results, nobody imports `cli`."""
+    """A module imports only what stands before it; `report` reads typed results; nobody imports `cli`, few `hf`."""
     found = imported_rooms(path) - {room}
+    assert "hf" not in found or room in ("bench", "cli"), f"{path.name} imports hf, which needs transformers"
     if room in ORDER:
         allowed = set(ORDER[: ORDER.index(room)])
     elif room == "report":
