@@ -8,7 +8,7 @@ from sparseffn.contract import list_checks, run_check
 from sparseffn.ffn import list_methods, method_class
 
 # Training a language model and compiling take seconds a method: the quick run has one of each kind.
-HEAVY = ("learns", "compiles", "exports")
+HEAVY = ("learns", "compiles")
 REPRESENTATIVES = ("dense", "topk", "pkm", "sigma-moe", "base")
 
 CASES = [

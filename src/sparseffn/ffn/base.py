@@ -66,10 +66,10 @@ class AssignmentRouter(Router):
         if not self.training:
             indices_TK = ops.topk(logits_TE, 1)
         elif batch.mask_T is None:
-            indices_TK = assign(logits_TE)[:, None]
+            indices_TK = ops.balanced_assignment(logits_TE)[:, None]
         else:
             indices_TK = ops.topk(logits_TE, 1)
-            indices_TK[batch.mask_T] = assign(logits_TE[batch.mask_T])[:, None]
+            indices_TK[batch.mask_T] = ops.balanced_assignment(logits_TE[batch.mask_T])[:, None]
         return Routing(logits_TE, indices_TK, logits_TE.gather(1, indices_TK).sigmoid())
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
@@ -77,15 +77,6 @@ class AssignmentRouter(Router):
         chosen_T = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
         ranks_TE = torch.zeros_like(logits_TE).scatter(1, chosen_T[:, None], 1.0)
         return scores_by_token(logits_TE, ranks_TE, batch, 1, sigmoid_scores)
-
-
-def assign(logits_TE: Tensor) -> Tensor:
-    """The expert of each token; logits that are not finite are assigned by a finite stand-in.
-
-    The assignment itself has no meaning for them. The gates still come from the logits as they are, so that the loss is not
-    finite either and the trainer, which knows the step and the last checkpoint, can report what happened.
-    """
-    return ops.balanced_assignment(logits_TE.detach().nan_to_num())
 
 
 @final

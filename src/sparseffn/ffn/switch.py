@@ -94,13 +94,11 @@ class CapacityRouter(SoftmaxRouter):
         n_experts = self.selector.shape[0]
         n_tokens = indices_TK.shape[0] if mask_T is None else mask_T.sum()
         capacity = self.capacity_factor * self.k * n_tokens / n_experts
-        # A missing selection takes no place: it goes to a queue of its own behind the experts'.
+        # A missing selection takes no place: it is in no expert's queue.
         queue_R = indices_TK.masked_fill(~valid_TK, n_experts).flatten()
-        sorted_queue, order = queue_R.sort(stable=True)
-        starts = torch.searchsorted(sorted_queue, torch.arange(n_experts + 1, device=queue_R.device))
-        place_sorted = torch.arange(len(order), device=queue_R.device) - starts[sorted_queue]
-        place_R = torch.empty_like(place_sorted).scatter_(0, order, place_sorted)
-        return ((place_R + 1) <= capacity).view_as(indices_TK) & valid_TK
+        waits_RE = queue_R[:, None] == torch.arange(n_experts, device=queue_R.device)
+        place_R = (waits_RE.cumsum(dim=0) * waits_RE).sum(dim=1)
+        return (place_R <= capacity).view_as(indices_TK) & valid_TK
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Softmax over all experts, the K best, and in training places handed out one by one."""
