@@ -1,0 +1,195 @@
+// The expert computation of many bfloat16 rows, by panels of columns that are packed once each:
+//
+//     hidden units:  for each expert and panel of units, all of the expert's rows
+//     outputs:       for each panel of columns, the tokens' sums over all experts, in float, rounded once
+//
+// Each panel belongs to one thread, whose sums nobody else adds to: results do not depend on the number of threads. Hidden units
+// are rounded once between the two products, as in plain PyTorch.
+#pragma once
+
+#include "hidden_backward.h"
+#include "product_pairs.h"
+
+namespace sparseffn {
+
+#if defined(SPARSEFFN_PAIR_PRODUCTS)
+
+constexpr int64_t kPanelColumns = kPanelVectors * kPairLanes;
+// Rows whose products wait in float for their activation.
+constexpr int64_t kWaiting = 96;
+// Rows of an expert, and tokens, that one panel serves before another thread may pack it again.
+constexpr int64_t kPanelRows = 1024, kPanelTokens = 4096;
+
+// Columns as panels of whole registers, nearly equal.
+struct Panels {
+    int64_t columns, n;
+
+    // As a multiple of `parts` where there are enough registers.
+    Panels(int64_t of, int64_t parts) : columns(of) {
+        const int64_t vectors = vectors_in(of), needed = (vectors + kPanelVectors - 1) / kPanelVectors;
+        n = std::min(vectors, (needed + parts - 1) / parts * parts);
+    }
+    Range at(int64_t i) const {
+        const int64_t vectors = vectors_in(columns);
+        return {vectors * i / n * kPairLanes, std::min(vectors * (i + 1) / n * kPairLanes, columns)};
+    }
+};
+
+// What one thread needs. Made before threads start: what they cannot get must not end the process.
+struct PairWorkspace {
+    Buffer<uint32_t> panel, gate_panel;
+    Buffer<float> units, gate_units, sums;
+    std::vector<const bf16*> rows;
+
+    PairWorkspace(const Problem<bf16>& p, int64_t tokens)
+        : panel(pairs_in(std::max(p.width, p.size)) * kPanelColumns),
+          gate_panel(p.gate_keys ? pairs_in(std::max(p.width, p.size)) * kPanelColumns : 0),
+          units(kWaiting * kPanelColumns),
+          gate_units(p.gate_keys ? kWaiting * kPanelColumns : 0),
+          sums(tokens * kPanelColumns),
+          rows(std::max(tokens, kPanelRows)) {}
+};
+
+template <class W, class... A> std::vector<W> one_for_each_thread(int threads, const A&... arguments) {
+    std::vector<W> all;
+    all.reserve(threads);
+    for (int t = 0; t < threads; ++t) all.emplace_back(arguments...);
+    return all;
+}
+
+// A panel of an expert's hidden units, for some of its rows.
+struct UnitsPart {
+    int64_t expert;
+    Range rows;
+    int64_t panel;
+};
+
+inline std::vector<UnitsPart> units_parts(const Routing& routing, const Panels& panels) {
+    std::vector<UnitsPart> parts;
+    for (int64_t e = 0; e < routing.experts; ++e)
+        for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; r += kPanelRows)
+            for (int64_t i = 0; i < panels.n; ++i)
+                parts.push_back({e, {r, std::min(r + kPanelRows, routing.offsets[e + 1])}, i});
+    return parts;
+}
+
+// to[i] = rows[i] panel, at kPanelColumns from row to row.
+inline void put_products(const bf16* const* rows, int64_t n, const uint32_t* panel, int64_t depth, int64_t columns, float* to) {
+    product_pairs(rows, n, panel, depth, columns, [&](int64_t i, const auto& acc) {
+        std::memcpy(to + i * kPanelColumns, acc, sizeof acc);
+    });
+}
+
+// Row r's hidden units with its gate and dropout, rounded.
+inline void weigh_row(const Problem<bf16>& p, int64_t r, Range units, const float* row, bf16* to) {
+    const int64_t selection = p.routing.order[r], n = units.end - units.begin;
+    const float gate = p.gates[selection];
+    if (!p.keep) {
+        for (int64_t g = 0; g < n; ++g) to[g] = narrow<bf16>(row[g] * gate);
+        return;
+    }
+    const uint8_t* keep = p.keep + selection * p.size + units.begin;
+    const float scale = gate * p.keep_scale;
+    for (int64_t g = 0; g < n; ++g) to[g] = narrow<bf16>(keep[g] ? row[g] * scale : 0.0f);
+}
+
+// a [rows, size] gets what goes to the values.
+inline void units_of(const Problem<bf16>& p, const UnitsPart& part, Range units, PairWorkspace& ws, bf16* a) {
+    const int64_t n_units = units.end - units.begin;
+    pack_panel(p.keys.of(part.expert).from(0, units.begin), p.width, n_units, ws.panel.data());
+    if (p.gate_keys) pack_panel(p.gate_keys.of(part.expert).from(0, units.begin), p.width, n_units, ws.gate_panel.data());
+    const auto bias = [&](const bf16* of, float* row) {
+        if (of) add_bias(of + part.expert * p.size + units.begin, n_units, row);
+    };
+    for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
+        const int64_t n = std::min(kWaiting, part.rows.end - first);
+        for (int64_t i = 0; i < n; ++i) ws.rows[i] = p.x + p.routing.token(first + i) * p.width;
+        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, ws.units.data());
+        if (p.gate_keys) put_products(ws.rows.data(), n, ws.gate_panel.data(), p.width, n_units, ws.gate_units.data());
+        for (int64_t i = 0; i < n; ++i) {
+            float* row = ws.units.data() + i * kPanelColumns;
+            float* gate_row = p.gate_keys ? ws.gate_units.data() + i * kPanelColumns : nullptr;
+            bias(p.key_bias, row);
+            if (gate_row) bias(p.gate_bias, gate_row);
+            activate_row(p, n_units, row, gate_row,
+                         p.hidden ? p.hidden + (first + i) * p.kept() * p.size + units.begin : nullptr);
+            weigh_row(p, first + i, units, row, a + (first + i) * p.size + units.begin);
+        }
+    }
+}
+
+// Rows [rows, depth], sorted, times their expert's matrix [depth, width].
+struct RowsTimes {
+    const bf16* rows;
+    Matrices<bf16> by;
+    int64_t depth;
+};
+
+// Tokens that one thread sums at a time, and panels of their columns.
+struct TokenParts {
+    int64_t tokens, blocks;
+    Panels panels;
+
+    explicit TokenParts(const Problem<bf16>& p) : tokens(p.routing.tokens), blocks(0), panels(p.width, p.threads) {
+        blocks = std::max((tokens + kPanelTokens - 1) / kPanelTokens, (p.threads + panels.n - 1) / panels.n);
+    }
+    int64_t n() const { return blocks * panels.n; }
+    int64_t most() const { return (tokens + blocks - 1) / blocks; }
+    Range tokens_of(int64_t i) const { return part_of(tokens, static_cast<int>(i / panels.n), static_cast<int>(blocks)); }
+    Range columns_of(int64_t i) const { return panels.at(i % panels.n); }
+};
+
+// y[token][columns] = sum over the token's rows of all products, and of their expert's bias of values times the gate.
+template <int M>
+void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const bf16* bias, Range tokens, Range columns,
+                 PairWorkspace& ws, bf16* y) {
+    const int64_t n = columns.end - columns.begin;
+    const auto sums_of = [&](int64_t row) { return ws.sums.data() + (p.routing.token(row) - tokens.begin) * kPanelColumns; };
+    std::fill_n(ws.sums.data(), (tokens.end - tokens.begin) * kPanelColumns, 0.0f);
+    for (int64_t e = 0; e < p.routing.experts; ++e) {
+        const Range rows = p.routing.rows_of(e, tokens);
+        if (rows.begin == rows.end) continue;
+        for (int64_t r = rows.begin; r < rows.end && bias; ++r) {
+            const float gate = p.gates[p.routing.order[r]];
+            for (int64_t c = 0; c < n; ++c) sums_of(r)[c] += gate * upcast(bias[e * p.width + columns.begin + c]);
+        }
+        for (const RowsTimes& product : products) {
+            if (!product.rows) continue;
+            pack_panel(product.by.of(e).from(0, columns.begin), product.depth, n, ws.panel.data());
+            for (int64_t r = rows.begin; r < rows.end; ++r) ws.rows[r - rows.begin] = product.rows + r * product.depth;
+            product_pairs(ws.rows.data(), rows.end - rows.begin, ws.panel.data(), product.depth, n,
+                          [&](int64_t i, const auto& acc) {
+                              float* to = sums_of(rows.begin + i);
+                              for (const __m512& v : acc) {
+                                  _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
+                                  to += kPairLanes;
+                              }
+                          });
+        }
+    }
+    for (int64_t t = tokens.begin; t < tokens.end; ++t)
+        keep_row(ws.sums.data() + (t - tokens.begin) * kPanelColumns, n, y + t * p.width + columns.begin);
+}
+
+inline void forward_by_pairs(const Problem<bf16>& p, bf16* y) {
+    const Panels panels(p.size, 1);
+    const std::vector<UnitsPart> parts = units_parts(p.routing, panels);
+    const TokenParts outputs(p);
+    Buffer<bf16> a(p.routing.rows() * p.size);
+    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, outputs.most());
+    const RowsTimes products[] = {{a.data(), p.values, p.size}};
+    const int64_t n_parts = static_cast<int64_t>(parts.size());
+#pragma omp parallel num_threads(p.threads)
+    {
+        PairWorkspace& ws = all[omp_get_thread_num()];
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < n_parts; ++i) units_of(p, parts[i], panels.at(parts[i].panel), ws, a.data());
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < outputs.n(); ++i)
+            sum_of_rows(p, products, p.value_bias, outputs.tokens_of(i), outputs.columns_of(i), ws, y);
+    }
+}
+
+#endif
+
+}  // namespace sparseffn
