@@ -16,8 +16,9 @@ import sparseffn.hf
 from hf.tiny import CONFIGS, build, largest_deviation, results, tokens
 from sparseffn.hf import experts
 
-# bfloat16 rounds to 2^-9; transformers rounds gate, activation and their product, ours the product alone.
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# bfloat16 rounds by 2^-9 at each step, transformers' experts more often than ours; most tensors deviate by 1%, biases of keys,
+# whose gradients nearly cancel, by 2.2%. Another activation changes them by more than 15%, see below.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -38,7 +39,7 @@ def test_another_implementation_deviates_more_than_the_tolerance() -> None:
     model = build("olmoe")
     wanted = results(model, "eager")
     model.model.layers[0].mlp.experts.act_fn = torch.nn.ReLU()
-    assert largest_deviation(results(model, "sparseffn"), wanted) > 10 * TOLERANCES[torch.bfloat16]
+    assert largest_deviation(results(model, "sparseffn"), wanted) > 5 * TOLERANCES[torch.bfloat16]
 
 
 def test_an_unknown_gate_is_computed_by_transformers_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,10 +98,12 @@ def test_trainer_trains(tmp_path: Path) -> None:
     for name in ("eager", "sparseffn"):
         model = build("olmoe").train()
         model.set_experts_implementation(name)
+        # All of the data in each batch: its order does not matter.
+        options = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / name), max_steps=3, learning_rate=1e-2, report_to=[], logging_steps=1, use_cpu=True
+            output_dir=str(tmp_path / name), report_to=[], save_strategy="no", use_cpu=True, **options
         )
-        data = [{"input_ids": row, "labels": row} for row in tokens().repeat(8, 1)]
+        data = [{"input_ids": row, "labels": row} for row in tokens()]
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

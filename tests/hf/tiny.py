@@ -72,12 +72,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def build(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model with weights of unit scale, in evaluation mode."""
     config = CONFIGS[family]()
+    torch.manual_seed(0)
     model = AriaTextForCausalLM(config) if family == "aria" else AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         with torch.no_grad():
             std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+            parameter.add_(torch.randn(parameter.shape), alpha=std)
     return model.to(dtype).eval()
 
 
@@ -96,7 +96,11 @@ def results(model: PreTrainedModel, implementation: str) -> dict[str, Tensor]:
 
 
 def largest_deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Of all tensors: root mean square of the difference over that of the wanted one."""
+    """Of all tensors: norm of the difference over that of the wanted one.
+
+    A gradient below a fiftieth of the largest is a sum that cancels (gpt-oss's two attention sinks): it has the rounding of
+    its terms, not its own.
+    """
     assert found.keys() == wanted.keys()
-    pairs = [(found[name].double(), wanted[name].double()) for name in wanted]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.any())
+    smallest = max(float(t.norm()) for name, t in wanted.items() if name != "logits") / 50
+    return max(float((found[n].double() - t.double()).norm()) / max(float(t.norm()), smallest) for n, t in wanted.items())
