@@ -56,9 +56,6 @@ _COLUMNS = 2048
 _BLOCK_ROWS = 64
 # Blocks that a call reads: the K of the paper's models. Rows are summed sixteen by sixteen, so that all threads have some.
 _BLOCKS, _BAG = 4, 16
-# Tables of pairs that hold one row for each unit: a mixture's expert has keys and values of its own, every other method goes
-# through all keys and then through the values it selected.
-_TABLES_PER_UNIT = {"experts": 2, "values": 1, "channels": 1}
 
 
 def measure_roof(dtype: torch.dtype, device: torch.device) -> Roof:
@@ -218,7 +215,7 @@ def expected_bytes(config: FFNConfig, *, n_tokens: int, itemsize: int) -> float:
 
 def _bytes_without(config: FFNConfig, pairs: float, itemsize: int) -> float:
     """Bytes of the parameters without those of some pairs."""
-    return (config.num_params() - pairs * _TABLES_PER_UNIT[config.unit] * config.d_model) * itemsize
+    return (config.num_params() - pairs * config.rows_per_pair * config.d_model) * itemsize
 
 
 def bench_roofline(shapes: Sequence[Shape], settings: LayerSettings, *, progress: Progress = no_progress) -> RooflineResult:

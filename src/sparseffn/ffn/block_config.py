@@ -133,6 +133,11 @@ class FFNConfig(ABC):
     def active_channels(self) -> int:
         """Pairs that contribute to one token's output: K x G for mixtures."""
 
+    @property
+    def rows_per_pair(self) -> int:
+        """Rows of d_model parameters that are read for a pair only if it is selected: its value; in mixtures its keys too."""
+        return 1
+
     @classmethod
     @abstractmethod
     def examples(cls) -> list[FFNConfig]:

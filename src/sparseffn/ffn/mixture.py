@@ -109,6 +109,10 @@ class MixtureConfig(GatedConfig):
         return logits + self.n_selected * (INDEX_BYTES + LOGIT_BYTES)
 
     @property
+    def rows_per_pair(self) -> int:
+        return self.n_products
+
+    @property
     def n_channels(self) -> int:
         return self.n_experts * self.expert_size
 
