@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "experts_pairs_backward.h"
 #include "hidden_backward.h"
 #include "outer.h"
 
@@ -95,20 +96,6 @@ void weights_of_few(const Problem<S>& p, int64_t rows, const compute_t<S>* const
     else outer_of_few(hidden, tokens, rows, p.size, p.width, to, ld, ws.padded, ws.padded_rows);
 }
 
-// Gradients of an expert's biases from its rows of d, of d of the gate keys, and of y's gradient.
-template <class S, class D, class DGate>
-void bias_gradients(const Problem<S>& p, const Gradients<S>& g, int64_t e, const compute_t<S>* gy, std::vector<double>& sums,
-                    D&& d, DGate&& d_gate) {
-    const Range rows{p.routing.offsets[e], p.routing.offsets[e + 1]};
-    const auto one = [](int64_t) { return 1.0; };
-    if (g.key_bias) bias_gradient(rows, p.size, sums, g.key_bias + e * p.size, one, d);
-    if (g.gate_bias) bias_gradient(rows, p.size, sums, g.gate_bias + e * p.size, one, d_gate);
-    if (g.value_bias)
-        bias_gradient(rows, p.width, sums, g.value_bias + e * p.width,
-                      [&](int64_t r) { return static_cast<double>(p.gates[p.routing.order[r]]); },
-                      [&](int64_t r) { return gy + p.routing.token(r) * p.width; });
-}
-
 // All gradients of one expert in use, all of whose rows are taken at once.
 template <class S>
 void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, const compute_t<S>* x, const compute_t<S>* gy,
@@ -125,7 +112,8 @@ void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, cons
     multiply<To::kPut, S>(ws.sent.data(), rows, p.values.of(e).transposed(), p.width, p.size, ws.to.data(), ws.scratch);
     for (int64_t i = 0; i < rows; ++i) {
         g.gates[p.routing.order[first + i]] =
-            through_activation(p, first + i, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr, scaled + i * p.size) +
+            through_activation(p, first + i, {0, p.size}, d + i * p.size, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr,
+                               scaled + i * p.size) +
             through_value_bias(p, e, ws.sent[i]);
         ws.to[i] = gx + p.routing.token(first + i) * p.width;
     }
@@ -280,8 +268,8 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                                   ws.to.data(), ws.scratch, Way{{}, nullptr, 0});
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 g.gates[routing.order[r]] =
-                    through_activation(p, r, d.data() + r * p.size, p.gate_keys ? d_gate.data() + r * p.size : nullptr,
-                                       scaled.data() + r * p.size) +
+                    through_activation(p, r, {0, p.size}, d.data() + r * p.size, d.data() + r * p.size,
+                                       p.gate_keys ? d_gate.data() + r * p.size : nullptr, scaled.data() + r * p.size) +
                     through_value_bias(p, e, ws.sent[r - rows.begin]);
         }
 #pragma omp barrier
@@ -322,9 +310,14 @@ template <class S> bool divides_experts(const Problem<S>& p, const Division& div
     return division.runs.imbalance <= kImbalance || p.routing.tokens <= kFewTokens;
 }
 
+// From this many rows an expert, on average, bfloat16 panels are worth packing.
+constexpr int64_t kPairedRowsBackward = 1;
+
 template <class S> void backward(const Problem<S>& problem, const Gradients<S>& g) {
     using C = compute_t<S>;
     const Problem<S> p = with_useful_threads(problem);
+    if constexpr (kByPairs<S>)
+        if (p.routing.rows() >= kPairedRowsBackward * p.routing.experts) return backward_by_pairs(p, g);
     const int64_t n = p.routing.tokens * p.width;
     const Upcast<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
     const Division division = divide(p.routing, p.threads);

@@ -15,7 +15,7 @@ namespace sparseffn {
 #if defined(SPARSEFFN_PAIR_PRODUCTS)
 
 constexpr int64_t kPanelColumns = kPanelVectors * kPairLanes;
-// Rows whose products wait in float for their activation.
+// Rows that are taken at a time; their products wait in float for their activation.
 constexpr int64_t kWaiting = 96;
 // Rows of an expert, and tokens, that one panel serves before another thread may pack it again.
 constexpr int64_t kPanelRows = 1024, kPanelTokens = 4096;
@@ -47,7 +47,7 @@ struct PairWorkspace {
           units(kWaiting * kPanelColumns),
           gate_units(p.gate_keys ? kWaiting * kPanelColumns : 0),
           sums(tokens * kPanelColumns),
-          rows(std::max(tokens, kPanelRows)) {}
+          rows(kWaiting) {}
 };
 
 template <class W, class... A> std::vector<W> one_for_each_thread(int threads, const A&... arguments) {
@@ -156,15 +156,17 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
         for (const RowsTimes& product : products) {
             if (!product.rows) continue;
             pack_panel(product.by.of(e).from(0, columns.begin), product.depth, n, ws.panel.data());
-            for (int64_t r = rows.begin; r < rows.end; ++r) ws.rows[r - rows.begin] = product.rows + r * product.depth;
-            product_pairs(ws.rows.data(), rows.end - rows.begin, ws.panel.data(), product.depth, n,
-                          [&](int64_t i, const auto& acc) {
-                              float* to = sums_of(rows.begin + i);
-                              for (const __m512& v : acc) {
-                                  _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
-                                  to += kPairLanes;
-                              }
-                          });
+            for (int64_t first = rows.begin; first < rows.end; first += kWaiting) {
+                const int64_t some = std::min(kWaiting, rows.end - first);
+                for (int64_t i = 0; i < some; ++i) ws.rows[i] = product.rows + (first + i) * product.depth;
+                product_pairs(ws.rows.data(), some, ws.panel.data(), product.depth, n, [&](int64_t i, const auto& acc) {
+                    float* to = sums_of(first + i);
+                    for (const __m512& v : acc) {
+                        _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
+                        to += kPairLanes;
+                    }
+                });
+            }
         }
     }
     for (int64_t t = tokens.begin; t < tokens.end; ++t)

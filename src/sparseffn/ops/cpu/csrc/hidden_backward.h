@@ -5,52 +5,52 @@
 
 namespace sparseffn {
 
-// In: `d`, the gradient of a row by the values. Out: those of the keys' product (in place), and in `d_gate` of the gate keys';
-// `scaled` gets s * drop * a. Returns the gate's gradient.
-template <class S>
-compute_t<S> through_activation(const Problem<S>& p, int64_t row, compute_t<S>* d, compute_t<S>* d_gate,
-                                compute_t<S>* scaled) {
+// In: `by_values`, the gradient of some units of a row by the values. Out: in `d` those of the keys' product (it may be the same
+// memory), in `d_gate` those of the gate keys'; in `scaled` s * drop * a. Returns what the gate's gradient gets from these units.
+template <class S, class T>
+compute_t<S> through_activation(const Problem<S>& p, int64_t row, Range units, const compute_t<S>* by_values, T* d, T* d_gate,
+                                T* scaled) {
     using C = compute_t<S>;
-    const int64_t selection = p.routing.order[row];
-    const S* kept = p.hidden + row * p.kept() * p.size;
+    const int64_t selection = p.routing.order[row], size = units.end - units.begin;
+    const S* kept = p.hidden + row * p.kept() * p.size + units.begin;
     const S* kept_gate = kept + p.size;
-    const uint8_t* keep = p.keep ? p.keep + selection * p.size : nullptr;
+    const uint8_t* keep = p.keep ? p.keep + selection * p.size + units.begin : nullptr;
     const C gate = p.gates[selection];
     const Clamp<C> clamp{p.alpha, p.limit};
     C sums[kLanes<C>] = {};
     const auto pass = [&](auto unit) {
-        const int64_t whole = p.size / kLanes<C> * kLanes<C>;
+        const int64_t whole = size / kLanes<C> * kLanes<C>;
         for (int64_t first = 0; first < whole; first += kLanes<C>)
 #pragma omp simd
             for (int q = 0; q < kLanes<C>; ++q) unit(first + q, sums[q]);
-        for (int64_t g = whole; g < p.size; ++g) unit(g, sums[g - whole]);
+        for (int64_t g = whole; g < size; ++g) unit(g, sums[g - whole]);
     };
     with_activation(p.activation, [&](auto activation) {
         constexpr Activation a = decltype(activation)::value;
         if (!d_gate)
             pass([&](int64_t g, C& sum) {
                 const Slope<C> s = slope_of(a, C(upcast(kept[g])));
-                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
-                sum += d[g] * s.value * drop;
-                scaled[g] = gate * drop * s.value;
-                d[g] = d[g] * gate * drop * s.slope;
+                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1), sent = by_values[g];
+                sum += sent * s.value * drop;
+                scaled[g] = narrow<T>(gate * drop * s.value);
+                d[g] = narrow<T>(sent * gate * drop * s.slope);
             });
         else
             pass([&](int64_t g, C& sum) {
                 const GatedSlope<C> s = gated_slope(a, C(upcast(kept[g])), C(upcast(kept_gate[g])), clamp);
                 const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
-                sum += d[g] * s.value * drop;
-                scaled[g] = gate * drop * s.value;
-                const C sent = d[g] * gate * drop;
-                d[g] = sent * s.by_key;
-                d_gate[g] = sent * s.by_gate;
+                sum += by_values[g] * s.value * drop;
+                scaled[g] = narrow<T>(gate * drop * s.value);
+                const C sent = by_values[g] * gate * drop;
+                d[g] = narrow<T>(sent * s.by_key);
+                d_gate[g] = narrow<T>(sent * s.by_gate);
             });
     });
     return sum_of_lanes<C>(load(sums));
 }
 
 // What the gate's gradient gets through the bias of the values.
-template <class S> compute_t<S> through_value_bias(const Problem<S>& p, int64_t expert, const compute_t<S>* gy) {
+template <class S, class T> compute_t<S> through_value_bias(const Problem<S>& p, int64_t expert, const T* gy) {
     using C = compute_t<S>;
     if (!p.value_bias) return 0;
     const S* bias = p.value_bias + expert * p.width;
@@ -58,7 +58,7 @@ template <class S> compute_t<S> through_value_bias(const Problem<S>& p, int64_t 
     C rest = 0;
     int64_t c = 0;
     for (; c + kLanes<C> <= p.width; c += kLanes<C>) sum += load(gy + c) * load(bias + c);
-    for (; c < p.width; ++c) rest += gy[c] * upcast(bias[c]);
+    for (; c < p.width; ++c) rest += upcast(gy[c]) * upcast(bias[c]);
     return sum_of_lanes<C>(sum) + rest;
 }
 
@@ -69,9 +69,23 @@ void bias_gradient(Range rows, int64_t columns, std::vector<double>& sums, S* to
     for (int64_t r = rows.begin; r < rows.end; ++r) {
         const auto* row = row_at(r);
         const double w = weight(r);
-        for (int64_t c = 0; c < columns; ++c) sums[c] += w * row[c];
+        for (int64_t c = 0; c < columns; ++c) sums[c] += w * upcast(row[c]);
     }
     for (int64_t c = 0; c < columns; ++c) to[c] = narrow<S>(static_cast<compute_t<S>>(sums[c]));
+}
+
+// Gradients of an expert's biases from its rows of d, of d of the gate keys, and of y's gradient.
+template <class S, class T, class D, class DGate>
+void bias_gradients(const Problem<S>& p, const Gradients<S>& g, int64_t e, const T* gy, std::vector<double>& sums,
+                    D&& d, DGate&& d_gate) {
+    const Range rows{p.routing.offsets[e], p.routing.offsets[e + 1]};
+    const auto one = [](int64_t) { return 1.0; };
+    if (g.key_bias) bias_gradient(rows, p.size, sums, g.key_bias + e * p.size, one, d);
+    if (g.gate_bias) bias_gradient(rows, p.size, sums, g.gate_bias + e * p.size, one, d_gate);
+    if (g.value_bias)
+        bias_gradient(rows, p.width, sums, g.value_bias + e * p.width,
+                      [&](int64_t r) { return static_cast<double>(p.gates[p.routing.order[r]]); },
+                      [&](int64_t r) { return gy + p.routing.token(r) * p.width; });
 }
 
 }  // namespace sparseffn
