@@ -154,6 +154,17 @@ class LoopOverValues(Dense):
         return (y_TD if float(y_TD.detach().sum()) < 1e30 else y_TD * 2), routed
 
 
+class Alternating(Dense):
+    """Every other call computes a little more."""
+
+    n_calls = 0
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        self.n_calls += 1
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * (1.0 + 1e-3 * (self.n_calls % 3)), routed
+
+
 class SpreadsNaN(Dense):
     """Adds nothing, taken from all tokens."""
 
@@ -291,6 +302,7 @@ WRONG = {
     "second_derivatives": wrong("wrong-second-derivative", WrongSecondDerivative),
     "forward_mode": wrong("lost-tangent", LostTangent),
     "functional": wrong("loop-over-values", LoopOverValues),
+    "recomputation": wrong("alternating", Alternating),
     "non_finite": wrong("spreads-nan", SpreadsNaN),
     "hooks": wrong("uncalled-part-hooks", UncalledPart),
     "sharding": wrong("uncalled-part", UncalledPart),

@@ -4,7 +4,7 @@ What a method is made of stands beside them: `block_config` and `feedforward` (i
 and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, the registry.
 """
 
-from sparseffn.ffn.block_config import BlockShape, FFNConfig, describe
+from sparseffn.ffn.block_config import BlockShape, FFNConfig, GatedConfig, describe
 from sparseffn.ffn.collect import CollectedStats, collect_stats
 from sparseffn.ffn.feedforward import FeedForward, configured_by
 from sparseffn.ffn.methods import (
@@ -30,6 +30,7 @@ __all__ = [
     "FFNConfig",
     "FeedForward",
     "FieldInfo",
+    "GatedConfig",
     "Routed",
     "RoutingStats",
     "build",
