@@ -23,6 +23,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops.library import load
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
     """
     name = requested_backend(backend)
     if name == "auto":
+        load()
         return None
     chosen = _runnable(name, tensor.device, tensor.dtype)
     if operation in chosen.dispatched:

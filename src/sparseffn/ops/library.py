@@ -156,6 +156,16 @@ def kernels_missing() -> str | None:
     return reason
 
 
+@torch.compiler.assume_constant_result
+def load() -> bool:
+    """Load the library unless it is there, before a compiler traces an operation: it keeps what it found the first time.
+
+    Returns:
+        Whether it is loaded.
+    """
+    return kernels_missing() is None
+
+
 def _on_gpu(name: str, function: Function) -> Function:
     """A Triton kernel; of a dtype that Triton has none for the composition, as C++ decides for calls with gradients."""
 
