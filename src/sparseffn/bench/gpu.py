@@ -139,7 +139,7 @@ PARTS = {
             _read_cases,
             "{root}/tests/ops/triton_backend/run_on_device.py {work}/cases.json --limit 440",
             measure="--workers 12",
-            rehearse="--workers 1 --only expert_up-one-float32-small",
+            rehearse="--workers 1 --only experts-relu-one-float32-small",
         ),
         *(
             Part(

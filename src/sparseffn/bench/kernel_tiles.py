@@ -55,8 +55,9 @@ class Sweep:
 
     def pick(self, situation: Situation, run: Callable[[Tile], object]) -> Tile:
         """The fastest tile that compiles; the shipped one once the time is over."""
-        shipped = tuning.default_tile(situation.family, situation.kind, situation.bucket, situation.aligned)
-        grid = _GRIDS["ieee" if situation.kind == "ieee" else situation.family][: self.most]
+        shipped = tuning.default_tile(situation.family, situation.kind, situation.bucket, situation.aligned, tuning.vendor())
+        kind = "ieee" if situation.kind == "ieee" else "outer" if situation.family == "outer" else "product"
+        grid = _GRIDS[kind][: self.most]
         us: dict[str, float | None] = {}
         best = (float("inf"), shipped)
         for tile in dict.fromkeys((shipped, *(Tile(*sizes) for sizes in grid))):

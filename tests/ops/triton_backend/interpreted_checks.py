@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
+from differentiable import experts, route
+from launch_count import LaunchCount
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseffn import ops
 from sparseffn.errors import UserError
-from sparseffn.ffn.pkm import PKMConfig
-from sparseffn.ffn.sigma_moe import SigmaMoEConfig
-from sparseffn.ops import _checks
-from sparseffn.ops.backends import unregister_backend
+from sparseffn.ops.triton import launch, operations, products, router_operations, tuning
 
 CPU = torch.device("cpu")
+T, D, G, E, K = 20, 12, 40, 4, 2
 
 
-def routing(n_tokens: int = 20) -> ops.ExpertRows:
-    """Two of four experts for every token."""
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.rand(n_tokens, 4, generator=generator).topk(2, dim=1).indices
-    return ops.sort_by_expert(ops.Selection.fixed(indices, torch.ones(n_tokens, 2), 4))
-
-
-def layer(x: Tensor, up: Tensor, down: Tensor, gates: Tensor, rows: ops.ExpertRows) -> Tensor:
-    """A small mixture of experts and a weighted sum of rows."""
-    a = ops.expert_up(x, up, rows, backend="triton").relu()
-    y = ops.expert_down(a, down, gates, rows, backend="triton")
-    return ops.weighted_rows(y, rows.order.remainder(5).view(-1, 2), gates.view(-1, 2), backend="triton")
-
-
-def inputs() -> list[Tensor]:
-    """x, both expert tensors and the gates."""
+def leaves(*, gated: bool = False) -> dict[str, Tensor]:
+    """x, selector and weights of a small layer."""
     generator = torch.Generator().manual_seed(1)
-    sizes = ((20, 12), (4, 12, 9), (4, 9, 12), (40,))
-    return [torch.randn(*size, generator=generator).requires_grad_() for size in sizes]
+    sizes = {"x": (T, D), "selector": (E, D), "keys": (E, D, G), "values": (E, G, D)}
+    sizes |= {"gate_keys": (E, D, G)} if gated else {}
+    return {name: torch.randn(*size, generator=generator).requires_grad_() for name, size in sizes.items()}
 
 
-def expect(words: str, call: Any) -> None:
+def layer(x: Tensor, selector: Tensor, keys: Tensor, values: Tensor, gate_keys: Tensor | None = None, k: int = K) -> Tensor:
+    """A mixture's forward: route, then experts."""
+    _, indices, gates = route(x, selector, k, "sigmoid")
+    return experts(x, keys, values, gates, indices, gate_keys)
+
+
+def expect(words: str, call: Callable[[], object]) -> None:
     """The call must raise a UserError that says so."""
     try:
         call()
@@ -53,15 +45,15 @@ def expect(words: str, call: Any) -> None:
 
 
 def float64_is_refused() -> None:
-    """In the rows, by the backend; in the gates, by the launcher. Both name the remedy."""
-    x, up, down, gates = inputs()
-    words = "computes in float32, bfloat16 and float16, not in torch.float64; fix: use backend 'auto'"
-    expect(words, lambda: ops.expert_up(x.double(), up.double(), routing(), backend="triton"))
-    a, words = (
-        torch.ones(40, 9),
-        "`gates` must be float32, bfloat16 or float16 for backend 'triton'; got torch.float64; fix: cast",
-    )
-    expect(words, lambda: ops.expert_down(a, down, gates.double(), routing(), backend="triton"))
+    """By the launcher, with the remedy."""
+    words = "must be float32, bfloat16 or float16 for backend 'triton'; got torch.float64; fix: cast it, or use backend 'torch'"
+    given = {name: leaf.detach().double() for name, leaf in leaves().items()}
+    with torch.no_grad():
+        expect(f"`x` {words}", lambda: operations.route(given["x"], given["selector"], K, "sigmoid"))
+        indices, gates = torch.zeros(T, K, dtype=torch.int64), torch.ones(T, K, dtype=torch.float64)
+        expect(f"`x` {words}", lambda: operations.experts(given["x"], given["keys"], given["values"], gates, indices))
+    zeros = torch.zeros(2, 3, dtype=torch.int64)
+    expect(f"`weights` {words}", lambda: operations.weighted_rows(torch.ones(7, 5), zeros, torch.ones(2, 3).double()))
 
 
 def cpu_is_never_automatic() -> None:
@@ -71,113 +63,176 @@ def cpu_is_never_automatic() -> None:
     assert triton.unavailable(CPU, torch.float32) is None and not triton.automatic
 
 
-def missing_operation_is_refused() -> None:
-    """By name, where the backend itself can run."""
-    expect("backend 'triton' has no 'sinkhorn'", lambda: ops.sinkhorn(torch.randn(4, 2), backend="triton"))
+def sort_is_stable() -> None:
+    """Over several blocks of selections, experts and sums; what is of no expert comes last, in order."""
+    generator = torch.Generator().manual_seed(3)
+    for n_tokens, k, n_experts in ((0, 2, 3), (1, 1, 1), (100, 4, 5), (700, 2, 70), (300, 1, 31), (257, 3, 1)):
+        indices = torch.randint(-1, n_experts + 1, (n_tokens, k), generator=generator)
+        key = torch.where((indices < 0) | (indices >= n_experts), n_experts, indices).flatten()
+        ordered, order = key.sort(stable=True)
+        with mock.patch.object(launch, "SORT_BLOCKS", 2):
+            rows = launch.sort_rows(indices, n_experts)
+        assert torch.equal(rows.order, order), (n_tokens, k, n_experts)
+        assert torch.equal(rows.offsets, torch.searchsorted(ordered, torch.arange(n_experts + 1))), (n_tokens, k, n_experts)
 
 
-def bad_rows_are_refused() -> None:
-    """Before a kernel reads beyond a table: an index that is too high, negative, of no expert; a gate that is NaN."""
-    values, words = torch.ones(7, 5), "`indices` must be between 0 and 6, a row of `values` each"
-    for index in (7, -1):
-        expect(words, lambda i=index: ops.weighted_rows(values, torch.full((2, 3), i), torch.ones(2, 3), backend="triton"))
-    x, up, down, gates = inputs()
-    rows = routing()
-    short = ops.ExpertRows(rows.order, rows.tokens, rows.offsets - 1, rows.n_tokens)
-    expect("`rows` must be sorted by expert", lambda: ops.expert_up(x, up, short, backend="triton"))
-    expect("`gates` must be finite", lambda: ops.expert_down(torch.ones(40, 9), down, gates / 0, rows, backend="triton"))
+def bad_experts_add_nothing() -> None:
+    """Nor do they reach a weight's gradient; the other selections of their tokens are as without them."""
+    given = {name: leaf for name, leaf in leaves(gated=True).items() if name != "selector"}
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.rand(T, E, generator=generator).topk(K, dim=1).indices
+    gates = torch.rand(T, K, generator=generator)
+    bad = torch.zeros(T, K, dtype=torch.bool)
+    bad[::3, 0] = bad[1, 1] = bad[4] = True
+    found = []
+    for wrong in (torch.tensor([-1, E, 2**40])[torch.arange(T * K).view(T, K) % 3], indices):
+        weights = torch.where(bad, 0.0, gates).requires_grad_() if wrong is indices else gates.clone().requires_grad_()
+        x, keys, values, gate_keys = given.values()
+        y = experts(x, keys, values, weights, torch.where(bad, wrong, indices), gate_keys, None, None, None, None, 1.0, "silu")
+        grads = torch.autograd.grad(y.square().mean(), [*given.values(), weights])
+        found.append([y, *grads[:-1], torch.where(bad, 0.0, grads[-1])])
+        if wrong is not indices:
+            assert bool((grads[-1][bad] == 0).all()), "a selection of no expert has a gate's gradient"
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def layers_agree_with_torch() -> None:
-    """Whole layers, the backend chosen by environment variable; operations that it lacks are computed by another."""
-    configs = (SigmaMoEConfig(d_model=12, n_experts=4, expert_size=9, k=2), PKMConfig(d_model=12, n_subkeys=5, k=3, n_heads=2))
-    for config in configs:
-        torch.manual_seed(0)
-        block, found = config.build(), []
-        x = torch.randn(2, 11, 12)
-        for backend in ("torch", "triton"):
-            with mock.patch.dict(os.environ, {"SPARSEFFN_BACKEND": backend}):
-                leaf = x.clone().requires_grad_()
-                y = block(leaf)
-                found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()])])
-        for got, wanted in zip(*found, strict=True):
-            torch.testing.assert_close(got, wanted)
+def bad_rows_add_nothing() -> None:
+    """An index too high or negative is never read through."""
+    values, weights = torch.randn(7, 5), torch.randn(2, 3)
+    indices = torch.tensor([[7, 1, -1], [2**40, 3, 4]])
+    good = (indices >= 0) & (indices < 7)
+    y = operations.weighted_rows(values, indices, weights)
+    torch.testing.assert_close(y, torch.einsum("tk,tkd->td", weights * good, values[torch.where(good, indices, 0)]))
+    grad_values, grad_weights = operations.weighted_rows_backward(torch.ones(2, 5), values, indices, weights)
+    assert bool((grad_weights[~good] == 0).all()) and bool(grad_values.isfinite().all())
 
 
-class _RefuseWaiting(TorchDispatchMode):
-    """Also inside the registered operations, whose bodies a mode does not see by itself."""
-
-    seen = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "_to_copy.cpu")
-        assert not func.__name__.startswith(waits), f"{func} makes the host wait for the device"
-        if func.namespace != "sparseffn":
-            return func(*args, **(kwargs or {}))
-        self.seen += 1
-        with self:
-            return OPDEFS[func._name.partition(".")[0]]._init_fn(*args, **(kwargs or {}))
+def nan_stays_in_its_row() -> None:
+    """A token that is not finite spoils its own output alone, in training and evaluation, whatever the activation."""
+    for activation in ("relu", "silu", "gelu_tanh", "relu2"):
+        given = leaves(gated=True)
+        x = given["x"].detach().clone()
+        x[3, 2], x[7, 0] = torch.nan, torch.inf
+        _, indices, gates = route(x, given["selector"], K, "softmax")
+        rest = (given["gate_keys"], None, None, None, None, 1.0, activation)
+        y = experts(x, given["keys"], given["values"], gates, indices, *rest)
+        finite = y.isfinite().all(dim=1)
+        assert not bool(finite[3]) and not bool(finite[7]) and int(finite.sum()) == T - 2, f"{activation}: {finite}"
 
 
-def refusal_of_waiting_sees_inside_operations() -> None:
-    """The torch backend's expert products read the offsets back, which must not go unseen."""
-    x, up, *_ = inputs()
-    try:
-        with _RefuseWaiting(), torch.no_grad():
-            ops.expert_up(x, up, routing(), backend="torch")
-    except AssertionError as error:
-        assert "makes the host wait" in str(error)
-    else:
-        raise AssertionError("a read of the offsets was not seen")
+def nan_is_chosen_first() -> None:
+    """And of equal logits the lowest index; zero and minus zero are equal."""
+    x = torch.eye(4)
+    selector = torch.tensor([[0.0, 1.0, 2.0, -torch.inf], [1.0, 1.0, torch.nan, 3.0], [-0.0, 1.0, 2.0, torch.inf]]).t()
+    with torch.no_grad():
+        logits, indices, _ = operations.route(torch.eye(4)[:3], torch.zeros(4, 4), 4, "sigmoid")
+        assert indices.tolist() == [[0, 1, 2, 3]] * 3 and not logits.any()
+    logits = torch.tensor([[1.0, torch.nan, 3.0, 1.0], [-torch.inf, -0.0, 0.0, -1.0], [torch.inf, 1.0, torch.nan, torch.nan]])
+    with mock.patch.object(router_operations, "router_logits", lambda x, selector: logits):
+        _, indices, _ = operations.route(x[:3], selector[:1].expand(4, 3).new_zeros(4, 4), 4, "sigmoid")
+    assert indices.tolist() == [[1, 2, 0, 3], [1, 2, 3, 0], [2, 3, 0, 1]]
+
+
+def launches_are_few() -> str:
+    """A routed layer launches at most 12 kernels forward and 14 backward, plain or gated, in training and evaluation."""
+    said = []
+    for gated in (False, True):
+        given = leaves(gated=gated)
+        with LaunchCount() as evaluated, torch.no_grad():
+            layer(**given)
+        with LaunchCount() as forward:
+            y = layer(**given)
+        grad = torch.ones_like(y)
+        with LaunchCount() as backward, mock.patch.object(launch, "PART_ROWS", 4):
+            torch.autograd.grad(y, list(given.values()), grad)
+        counts = [len(evaluated.found), len(forward.found), len(backward.found)]
+        if counts[0] > 12 or counts[1] > 12 or counts[2] > 14:
+            said.append(f"{counts}: {forward.found} {backward.found}")
+        assert backward.found.count("sum_parts_kernel") == (3 if gated else 2) + 1, "sums were to be split"
+    return "; ".join(said)
+
+
+def counting_sees_launches() -> None:
+    """PyTorch's operations, but no views and allocations, and kernels of Triton."""
+    x = torch.ones(4, 3)
+    with LaunchCount() as count:
+        y = x.t().reshape(12)[3:].view(3, 3)
+        torch.empty_like(y)
+        y.add(1).cumsum(0)
+        operations.router_logits(x, x)
+    # `reshape` of what is transposed copies.
+    assert count.found == ["clone", "add", "cumsum", "route_logits_kernel"], count.found
 
 
 def device_is_not_waited_for() -> None:
-    """No operation that reads a value back, forward and backward; looks at indices and gates are left to the device."""
-    rows, leaves = routing(), inputs()
-    with mock.patch.object(_checks, "_is_on_host", lambda tensor: False), _RefuseWaiting() as mode:
-        y = layer(*leaves, rows)
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
-    assert mode.seen == 6
-
-
-def layers_do_not_wait() -> None:
-    """Whole sigma-MoE and PKM layers, forward and backward; PyTorch computes what the backend lacks, as on a GPU."""
-    configs = (SigmaMoEConfig(d_model=12, n_experts=4, expert_size=9, k=2), PKMConfig(d_model=12, n_subkeys=5, k=3, n_heads=2))
-    cpu = next(backend for backend in ops.list_backends() if backend.name == "cpu")
-    unregister_backend("cpu")
-    try:
-        for config in configs:
-            block, leaf = config.build(), torch.randn(2, 11, 12).requires_grad_()
-            with mock.patch.dict(os.environ, {"SPARSEFFN_BACKEND": "triton"}):
-                # What is counted on the host once, such as the pairs of ranks of PKM, is kept from here on.
-                block(leaf)
-                with mock.patch.object(_checks, "_is_on_host", lambda tensor: False), _RefuseWaiting() as mode:
-                    y = block(leaf)
-                    torch.autograd.grad(y, [leaf, *block.parameters()], torch.ones_like(y))
-            assert mode.seen >= 3
-    finally:
-        ops.register_backend(cpu, first=True)
+    """No operation reads a value back or has a shape that depends on values: the calls can be captured in a CUDA graph."""
+    waits = (
+        "_local_scalar_dense",
+        "nonzero",
+        "unique",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "item",
+        "_to_copy",
+        "_assert_async",
+    )
+    for inner_k in (None, 7):
+        given = leaves(gated=True)
+        x, selector, keys, values, gate_keys = given.values()
+        with LaunchCount() as count:
+            _, indices, gates = route(x, selector, K, "renormalised")
+            y = experts(x, keys, values, gates, indices, gate_keys, None, None, None, None, 1.0, "relu", 1.0, 1.0, inner_k)
+            torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
+        waiting = [name for name in count.found if name.startswith(waits) and not name.startswith("_to_copy")]
+        assert not waiting and "experts_up_fwd_kernel" in count.found, waiting
 
 
 def results_have_equal_bits() -> None:
-    """Output and gradients of two runs."""
-    rows, runs = routing(), []
+    """Output and gradients of two runs, sums split over rows."""
+    runs = []
     for _ in range(2):
-        leaves = inputs()
-        y = layer(*leaves, rows)
-        runs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        given = leaves(gated=True)
+        with mock.patch.object(launch, "PART_ROWS", 4):
+            y = layer(**given)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), list(given.values()))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def whole_graph_compiles() -> None:
-    """fullgraph, with gradients, for two token counts."""
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    _, up, down, _ = inputs()
-    for n_tokens in (20, 7):
-        rows, x, gates = routing(n_tokens), torch.ones(n_tokens, 12).cumsum(0).sin(), torch.ones(2 * n_tokens)
-        grads = []
-        for function in (layer, compiled):
-            leaves = [leaf.detach().requires_grad_() for leaf in (x, up, down, gates)]
-            grads.append(torch.autograd.grad(function(*leaves, rows).square().sum(), leaves))
-        for got, wanted in zip(*grads, strict=True):
-            torch.testing.assert_close(got, wanted)
+def logits_are_never_tf32() -> None:
+    """Whatever precision PyTorch is set to; the experts' products follow it."""
+    before = torch.get_float32_matmul_precision()
+    given, seen = leaves(), {}
+
+    def spy(kernel: Any, *arguments: object, **options: Any) -> None:
+        seen[kernel.fn.__name__] = options.get("PRECISION")
+        real(kernel, *arguments, **options)
+
+    real = launch.start
+    try:
+        torch.set_float32_matmul_precision("high")
+        with mock.patch.multiple("sparseffn.ops.triton.expert_operations", start=spy), torch.no_grad():
+            layer(**given)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen["experts_up_fwd_kernel"] == "tf32", seen
+    from pathlib import Path
+
+    source = Path(router_operations.router.__file__ or "").read_text()
+    assert source.count("tl.dot(") == source.count('input_precision="ieee"') == 3
+
+
+def float32_precision_is_passed_on() -> None:
+    """SPARSEFFN_TRITON_FLOAT32 reaches the kernels."""
+    given, seen = leaves(), []
+
+    def spy(kernel: Any, *arguments: object, **options: Any) -> None:
+        seen.append((kernel is products.experts_up_fwd_kernel, options.get("PRECISION")))
+
+    for asked in ("tf32x3", "tf32", "ieee"):
+        seen.clear()
+        patched = mock.patch.multiple("sparseffn.ops.triton.expert_operations", start=spy)
+        with mock.patch.dict(os.environ, {tuning.FLOAT32_VARIABLE: asked}), patched, torch.no_grad():
+            layer(**given)
+        assert (True, asked) in seen, seen

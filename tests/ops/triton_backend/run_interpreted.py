@@ -1,8 +1,8 @@
 """Computes cases through Triton's interpreter and writes what went wrong with each; a process of its own.
 
-    TRITON_INTERPRET=1 python run_interpreted.py quick|full OUT.json
+    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json
 
-Without the variable the same cases run as compiled kernels on the GPU.
+Without the variable the same cases run as compiled kernels on the GPU. OUT.json is written after every case.
 Inputs stand in front of guard rows, NaN and index 0, so that reading past the end shows; outputs start as NaN.
 """
 
@@ -12,29 +12,50 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import interpreted_checks
+import numpy as np
 import patched_interpreter
 import torch
+from differentiable import experts, route
+from launch_count import LaunchCount
 from torch import Tensor
 from triton import knobs
-from triton_cases import CHECKS, FULL, MUTANTS, QUICK, SHAPES, Case, Mutant, Shape
+from triton_cases import CHECKS, EXPERTS, FULL, MUTANTS, QUICK, SHAPES, Case, Mutant
 
-from sparseffn import ops
+from sparseffn.ops import _torch_kernels, reference
+from sparseffn.ops.route import route_checked
 from sparseffn.ops.spec import check_against_truth
-from sparseffn.ops.triton import launch, operations, outer, products, sums, tuning
+from sparseffn.ops.triton import (
+    expert_operations,
+    launch,
+    operations,
+    outer,
+    products,
+    router,
+    router_operations,
+    sorting,
+    sums,
+    tuning,
+    units,
+)
 from sparseffn.ops.triton.tuning import Tile
 
 SMALL = Tile(16, 32, 32, 1, 1)
-SMALL_SUM = Tile(1, 64, 4, 1, 1)
+SMALL_SUM = Tile(2, 64, 4, 1, 1)
 
 # Rows behind every input.
 GUARD = 512
 
-DEFAULT_TILE = tuning.default_tile
+DEFAULT_TILE, PART_ROWS = tuning.default_tile, launch.PART_ROWS
+USERS = (launch, operations, expert_operations, router_operations)
+FILES = {module.__name__.rpartition(".")[2]: module for module in (outer, products, router, sorting, sums, units)}
 
 
 def poison_new_tensors() -> None:
@@ -43,7 +64,8 @@ def poison_new_tensors() -> None:
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: object, **kwargs: object) -> Tensor:
             made = allocate(*args, **kwargs)
-            return made if made.device.type == "meta" else made.fill_(torch.nan if made.is_floating_point() else -1)
+            with LaunchCount.paused():
+                return made if made.device.type == "meta" else made.fill_(torch.nan if made.is_floating_point() else -1)
 
         return call
 
@@ -57,83 +79,77 @@ def guarded(x: Tensor) -> Tensor:
     return torch.cat((x, tail))[: x.shape[0]]
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same values with the last two dimensions swapped in memory."""
-    return guarded(x.transpose(-1, -2).contiguous()).transpose(-1, -2)
-
-
-def route(shape: Shape) -> ops.ExpertRows:
-    """The selection of a shape, sorted by expert."""
-    n, e, k = shape.n_tokens, shape.n_experts, shape.k
-    if shape.routing == "ragged":
-        lengths = torch.arange(n) % 3
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-        units = torch.arange(int(offsets[-1])) * 2 % e
-        selection = ops.Selection(units, torch.ones(len(units)), offsets, e, None)
-    else:
-        indices = torch.rand(n, e).topk(k, dim=1).indices
-        indices = torch.arange(k).expand(n, k) if shape.routing == "hot" else indices
-        indices = torch.randint(e, (n, k)) if shape.routing == "repeats" else indices
-        selection = ops.Selection.fixed(indices, torch.ones(n, k), e)
-    routed = ops.sort_by_expert(selection)
-    return ops.ExpertRows(routed.order, guarded(routed.tokens), routed.offsets, routed.n_tokens)
-
-
-def problem(case: Case) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
-    """The operation as a function of its differentiable inputs, and those inputs."""
-    shape, dtype = SHAPES[case.shape], getattr(torch, case.dtype)
-    routed = route(shape)
-    n_rows, d, g = len(routed.order), shape.d_model, shape.expert_size
-    place = strided if shape.strided else guarded
-
-    def normal(*sizes: int) -> Tensor:
-        return place(torch.randn(*sizes).to(dtype))
-
-    if case.operation == "expert_up":
-        inputs = {"x": normal(shape.n_tokens, d), "weight": normal(shape.n_experts, d, g)}
-        return lambda x, weight, backend: ops.expert_up(x, weight, routed, backend=backend), inputs
-    if case.operation == "expert_down":
-        gates = guarded(torch.rand(n_rows) + 0.5)
-        inputs = {"a": normal(n_rows, g), "weight": normal(shape.n_experts, g, d), "gates": gates}
-        return lambda a, weight, gates, backend: ops.expert_down(a, weight, gates, routed, backend=backend), inputs
-    n_values, k = 3 * shape.n_experts, 3 * shape.k
-    indices = torch.randint(1 if shape.routing == "hot" else n_values, (shape.n_tokens, k))
-    inputs = {"values": normal(n_values, d), "weights": place(torch.randn(shape.n_tokens, k))}
-    return lambda values, weights, backend: ops.weighted_rows(values, guarded(indices), weights, backend=backend), inputs
-
-
-def results(function: Callable[..., Tensor], inputs: dict[str, Tensor], direction: Tensor | None, backend: str) -> list[Tensor]:
-    """Output and gradients; an all-ones direction that takes no memory where none is given."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    y = function(**leaves, backend=backend)
-    grad = y.new_ones(()).expand_as(y) if direction is None else direction.to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad)]
-
-
 def use_tiles(small: bool) -> None:
     """Tiles so small that every side has several, or the shipped ones."""
     tuning.default_tile = (lambda *_: SMALL) if small else DEFAULT_TILE
     launch.SUM_TILE = SMALL_SUM if small else tuning.SUM_TILE
+    # Sums over rows are split where there are few.
+    launch.PART_ROWS = 16 if small else PART_ROWS
 
 
 def check(case: Case) -> str:
     """What is wrong with a case, empty if nothing."""
     torch.manual_seed(0)
     use_tiles(case.small_tiles)
-    function, inputs = problem(case)
-    y_shape = function(**inputs, backend="torch").shape
-    dtype = getattr(torch, case.dtype)
-    # Expanded gradients, as of a sum, have strides of zero.
-    direction = None if SHAPES[case.shape].strided else guarded(torch.randn(y_shape).to(dtype))
-    truth = results(function, {name: x.double() for name, x in inputs.items()}, direction, "reference")
-    plain, got = (results(function, inputs, direction, backend) for backend in ("torch", "triton"))
-    names = [case.operation, *(f"{case.operation}.{name}" for name in inputs)]
+    operation, _, option = case.variant.partition("-")
+    kind = {"experts": _experts_results, "route": _route_results, "weighted_rows": _rows_results}[operation]
     try:
-        for name, *tensors in zip(names, got, plain, truth, strict=True):
-            check_against_truth(name, *tensors, dtype)
+        for name, got, plain, truth in kind(case, option, getattr(torch, case.dtype)):
+            check_against_truth(name, got, plain, truth, getattr(torch, case.dtype))
     except AssertionError as error:
         return str(error)
     return ""
+
+
+# Name of the result in `RMS_BOUNDS`, then it by Triton, by PyTorch in the same dtype, and by the reference in float64.
+Compared = Iterator[tuple[str, Tensor, Tensor, Tensor]]
+
+
+def _experts_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
+    import expert_cases
+
+    expert_cases.RUN["triton"] = experts
+    s = SHAPES[case.shape]
+    sizes = expert_cases.Case(s.n_tokens, s.d_model, s.n_experts, s.expert_size, s.k, s.routing)
+    problem = sizes.draw(expert_cases.Options(**EXPERTS[option]), dtype)
+    got, plain = problem.results("triton"), problem.results("torch")
+    for name, truth in problem.results("reference", torch.float64).items():
+        yield f"experts.{name}" if name not in ("", "evaluated") else "experts", got[name], plain[name], truth
+
+
+def _route_results(case: Case, gate: str, dtype: torch.dtype) -> Compared:
+    s = SHAPES[case.shape]
+    # Few bits: sums are exact, so that rounding selects no other expert; neighbours tie.
+    x, selector = ((torch.randn(n, s.d_model) * 2).round() / 4 for n in (s.n_tokens, s.n_experts))
+    selector[1::2] = selector[: len(selector) // 2 * 2 : 2]
+    runs: dict[str, Any] = {"triton": route, "torch": route_checked, "reference": reference.route}
+    found = []
+    for name, run in runs.items():
+        leaves = [guarded(t.to(torch.float64 if name == "reference" else dtype)).requires_grad_() for t in (x, selector)]
+        logits, indices, gates = run(*leaves, s.k, gate)
+        directions = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape) for y in (logits, gates)]
+        grads = torch.autograd.grad([logits, gates], leaves, directions)
+        found.append([logits.detach(), gates.detach(), *grads, indices])
+    (*got, chosen), (*plain, _), (*truth, wanted) = found
+    assert torch.equal(chosen, wanted), "route: other experts are chosen"
+    yield from zip(("route", "route.gates", "route.x", "route.selector"), got, plain, truth, strict=True)
+
+
+def _rows_results(case: Case, _: str, dtype: torch.dtype) -> Compared:
+    s = SHAPES[case.shape]
+    n_values, k = 3 * s.n_experts, 3 * s.k
+    indices = guarded(torch.randint(1 if s.routing == "hot" else n_values, (s.n_tokens, k)))
+    values, weights = guarded(torch.randn(n_values, s.d_model).to(dtype)), guarded(torch.randn(s.n_tokens, k).to(dtype))
+    # Expanded gradients, as of a sum, have strides of zero.
+    grad = torch.randn(s.n_tokens, s.d_model).to(dtype) if s.n_tokens % 2 else values.new_ones(()).expand(s.n_tokens, s.d_model)
+    leaves = [t.double().requires_grad_() for t in (values, weights)]
+    y = reference.weighted_rows(leaves[0], indices, leaves[1])
+    truth = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+    got, plain = (
+        [run.weighted_rows(values, indices, weights), *run.weighted_rows_backward(grad, values, indices, weights)]
+        for run in (operations, _torch_kernels)
+    )
+    yield from zip(("weighted_rows", "weighted_rows.values", "weighted_rows.weights"), got, plain, truth, strict=True)
 
 
 def load(path: Path) -> ModuleType:
@@ -145,32 +161,42 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def check_mutant(mutant: Mutant) -> str:
-    """What the check says about a kernel with a mistake; empty would mean that it went unnoticed."""
-    right = {"products": products, "outer": outer, "sums": sums}[mutant.file]
-    source = Path(right.__file__).read_text()
-    assert mutant.old in source, f"{mutant.old!r} is not in {right.__file__}"
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    """The kernels of a file with a mistake in them, where they are launched from."""
+    source = Path(FILES[mutant.file].__file__ or "").read_text()
+    assert mutant.old in source, f"{mutant.old!r} is not in {mutant.file}.py"
     # Triton reads the text of a kernel from its file, so the mistake needs one.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{mutant.file}.py"
         path.write_text(source.replace(mutant.old, mutant.new))
         wrong = load(path)
-        users = [module for module in (launch, operations) if mutant.file in vars(module)]
-        for module in users:
-            setattr(module, mutant.file, wrong)
-        said = check(Case(mutant.operation, mutant.shape, "float32", True))
-        for module in users:
-            setattr(module, mutant.file, right)
-    return said
+        # Kernels name the functions of another file by themselves.
+        places = [(vars(module), mutant.file, wrong) for module in USERS if mutant.file in vars(module)]
+        if mutant.file == "units":
+            places += [(vars(products), name, getattr(wrong, name)) for name in ("units", "units_backward")]
+        right = [(names, name, names[name]) for names, name, _ in places]
+        for names, name, value in places:
+            names[name] = value
+        try:
+            yield
+        finally:
+            for names, name, value in right:
+                names[name] = value
 
 
-def said_by(function: Callable[[], None]) -> str:
+def check_mutant(mutant: Mutant) -> str:
+    """What the check says about a kernel with a mistake; empty would mean that it went unnoticed."""
+    with mutated(mutant):
+        return check(Case(mutant.variant, mutant.shape, mutant.dtype, True))
+
+
+def said_by(function: Callable[[], object]) -> str:
     """The message of a failed check, empty where it passes."""
     try:
-        function()
+        return str(function() or "")
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return f"{type(error).__name__}: {error}"[:2000]
 
 
 def main() -> None:
@@ -178,15 +204,23 @@ def main() -> None:
     what, out = sys.argv[1:]
     if knobs.runtime.interpret:
         patched_interpreter.mend()
+        # As on a GPU: exp runs into infinity, whose reciprocal is the sigmoid's zero.
+        np.seterr(over="ignore", invalid="ignore")
+        warnings.filterwarnings("ignore", "All-NaN slice encountered")
     else:
         torch.set_default_device("cuda")
     poison_new_tensors()
-    found = {case.name: check(case) for case in {"quick": QUICK, "full": FULL}[what]}
-    if what == "quick":
-        found |= {mutant.name: check_mutant(mutant) for mutant in MUTANTS}
-        use_tiles(small=True)
-        found |= {name: said_by(getattr(interpreted_checks, name)) for name in CHECKS}
-    Path(out).write_text(json.dumps(found))
+    cases = {"quick": QUICK, "full": FULL, "mistakes": []}[what]
+    work: dict[str, Callable[[], object]] = {case.name: lambda case=case: check(case) for case in cases}
+    if what == "mistakes":
+        work = {mutant.name: lambda mutant=mutant: check_mutant(mutant) for mutant in MUTANTS}
+        work |= {name: getattr(interpreted_checks, name) for name in CHECKS}
+    found: dict[str, str] = {}
+    for name, function in work.items():
+        if name in CHECKS:
+            use_tiles(small=True)
+        found[name] = said_by(function)
+        Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

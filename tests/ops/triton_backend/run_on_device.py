@@ -1,7 +1,7 @@
 """Runs every case of `triton_cases.FULL` on a GPU, in many processes that survive a lost device, and writes what went wrong.
 
     python run_on_device.py OUT.json [--workers 12] [--limit 400] [--only WORD]
-    TRITON_INTERPRET=1 python run_on_device.py OUT.json --only expert_up-one      (a rehearsal on the CPU)
+    TRITON_INTERPRET=1 python run_on_device.py OUT.json --only experts-relu-one      (a rehearsal on the CPU)
 
 Each worker writes OUT.json.N after every case, so that nothing is run again when the same command goes on; OUT.json is what
 `sparseffn.bench.gpu` reads. A case that kills its process counts as wrong and its worker is started again after it. Compilation

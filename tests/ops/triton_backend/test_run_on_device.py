@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import run_on_device
 
-ONLY = "expert_up-one-float32"
+ONLY = "experts-relu-one-float32"
 # A worker that dies in its first case, then goes on as the real one does.
 WORKER = """
 import json, os, pathlib, sys

@@ -14,7 +14,7 @@ import torch
 import sparseffn
 from sparseffn import ops
 from sparseffn.errors import UserError
-from sparseffn.ops.triton import OPERATIONS, triton_backend, tuning
+from sparseffn.ops.triton import OPERATIONS, REGISTERED, triton_backend, tuning
 from sparseffn.ops.triton.tuning import Situation, Tile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -77,6 +77,20 @@ def test_kernels_have_the_signatures_of_the_torch_backend() -> None:
         assert list(signature(ours).parameters) == list(signature(plain).parameters)
 
 
+def test_registered_operations_take_the_arguments_of_their_schemas() -> None:
+    """Every one exists, with the schema's arguments where it names them, and takes as many."""
+    pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64")
+    from inspect import Parameter, signature
+
+    from sparseffn.ops.triton import operations
+
+    for name in REGISTERED:
+        ours = signature(getattr(operations, name)).parameters
+        wanted = [argument.name for argument in getattr(torch.ops.sparseffn, name).default._schema.arguments]
+        named = [n for n, parameter in ours.items() if parameter.kind is not Parameter.VAR_POSITIONAL]
+        assert named == wanted[: len(named)] and (named == wanted or len(named) < len(ours)), name
+
+
 def test_token_count_alone_does_not_change_the_situation() -> None:
     """Sizes are bucketed: 1,001 and 1,023 rows tune and compile as one, and every count has a tile."""
     assert situation(1001) == situation(1023) == situation(1024)
@@ -113,18 +127,46 @@ def test_tf32_is_taken_only_on_request() -> None:
     assert kinds == [["ieee", "half", "half"], ["tf32", "half", "half"]]
 
 
+def test_float32_is_multiplied_as_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before PyTorch's setting; a word that is none of the three is refused."""
+    for asked in ("tf32x3", "tf32", "ieee"):
+        monkeypatch.setenv("SPARSEFFN_TRITON_FLOAT32", asked)
+        assert tuning.arithmetic(torch.float32) == asked and tuning.arithmetic(torch.bfloat16) == "half"
+    monkeypatch.setenv("SPARSEFFN_TRITON_FLOAT32", "tf32x2")
+    with pytest.raises(UserError, match="did you mean 'tf32"):
+        tuning.arithmetic(torch.float32)
+
+
+def test_every_arithmetic_and_bucket_has_a_tile() -> None:
+    """Of both vendors; in rising order of rows, the last one for any number."""
+    for vendor, kinds in (("cuda", ("half", "tf32", "tf32x3", "ieee")), ("hip", ("half", "ieee"))):
+        for family in ("product", "gated", "hidden", "outer"):
+            for kind in kinds:
+                rows = [rows for rows, _ in tuning.default_tiles(family, kind, True, vendor)]
+                assert rows == sorted(rows) and rows[-1] == tuning.MAX_BUCKET
+
+
+def test_stages_fit_into_shared_memory() -> None:
+    """One at least, and no more than asked for."""
+    assert Tile(128, 128, 64, 8, 5).within(163 * 1024, 2).n_stages == 5
+    assert Tile(128, 128, 64, 8, 5).within(99 * 1024, 2).n_stages == 3
+    assert Tile(128, 128, 64, 8, 5).within(1024, 2).n_stages == 1
+
+
 @pytest.mark.parametrize(
     ("x", "aligned"),
     [
         (torch.ones(4, 64), True),
-        (torch.ones(4, 40), False),
-        (torch.ones(48, 64).t(), True),
+        (torch.ones(4, 412).bfloat16(), True),
+        (torch.ones(4, 41).bfloat16(), False),
+        (torch.ones(2, 48, 64).mT, True),
         (torch.ones(4, 80)[:, 1:65], False),
+        (torch.ones(2, 4, 80)[..., ::2], False),
     ],
-    ids=["multiple", "width", "transposed", "start"],
+    ids=["multiple", "paper", "width", "transposed", "start", "interleaved"],
 )
 def test_alignment(x: torch.Tensor, aligned: bool) -> None:
-    """Widths, strides and the address count."""
+    """Lines, what lies between them and the address count."""
     assert tuning.is_aligned(x) == aligned
 
 

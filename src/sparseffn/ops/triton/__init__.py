@@ -1,11 +1,13 @@
-"""The operations as Triton kernels, for CUDA and ROCm devices: expert products and weighted value rows.
+"""The operations as Triton kernels, for CUDA and ROCm devices: routers, experts and weighted value rows.
 
 Nothing here imports `triton` before the first call, so that `import sparseffn` stays light and works without it:
 
-    ops.expert_up(x, weight, rows, backend="triton")
+    ops.experts(x.cuda(), keys.cuda(), values.cuda(), gates.cuda(), indices.cuda())
 
-Kernels: `products.py` (rows times the matrix of their expert), `outer.py` (gradients of the matrices), `sums.py` (sums of
-rows). What calls them: `operations.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and spills: `resources.py`.
+Kernels: `router.py` (logits, top-K, gates), `sorting.py` (selections by expert), `products.py` (rows times the matrix of their
+expert) with `units.py` (activations), `outer.py` (gradients of the matrices), `sums.py` (sums of rows). What calls them:
+`router_operations.py`, `expert_operations.py` and `operations.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and
+spills: `resources.py`.
 Shapes: see ops/README.md.
 """
 
@@ -23,19 +25,21 @@ from sparseffn.ops.library import kernels_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Functions of `operations.py`.
-OPERATIONS = (
-    "expert_up",
-    "expert_up_backward",
-    "expert_down",
-    "expert_down_backward",
-    "weighted_rows",
-    "weighted_rows_backward",
+# Functions of `operations.py` that a caller names the backend for.
+OPERATIONS = ("weighted_rows", "weighted_rows_backward")
+
+# Those that PyTorch's dispatcher finds for tensors on a GPU.
+REGISTERED = (
+    "experts",
+    "experts_kept",
+    "experts_backward",
+    "route",
+    "route_kept",
+    "route_backward",
+    "router_logits",
+    "router_logits_kept",
+    "router_logits_backward",
 )
-
-
-# Those of them that PyTorch's dispatcher finds for tensors on a GPU.
-REGISTERED: tuple[str, ...] = ()
 
 
 def is_installed() -> bool:

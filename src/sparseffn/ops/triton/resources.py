@@ -1,9 +1,10 @@
 """What each kernel uses of a GPU: registers, spills and shared memory, from compiling it ahead of time; no GPU needed.
 
     from sparseffn.ops.triton.resources import resource_report
-    rows = resource_report(targets=["sm_90"], kernels=["expert_up_fwd_kernel"])
+    rows = resource_report(targets=["sm_90"], kernels=["experts_up_fwd_kernel"])
 
 Types of the arguments follow from their names, as everywhere in these kernels: p_ is a pointer, n_ and stride_ are integers.
+Sizes are those of the paper's layers: 412 wide, 16 experts of 128 pairs, 4 to a token.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops.triton import outer, products, sums, tuning
-from sparseffn.ops.triton.launch import FUSION, MAP_BLOCK, sum_options, tile_options
+from sparseffn.ops.triton import launch, outer, products, router, router_operations, sorting, sums, tuning
+from sparseffn.ops.triton.launch import FUSION, sum_options, tile_options
+from sparseffn.ops.triton.tuning import Tile, Vendor, next_power_of_2
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,35 +33,57 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# Shared memory of a block. gfx942 counts what a kernel needs of the 64 KB of a compute unit.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-# Strides that are 1 where tensors are contiguous; gradients of rows read the matrices transposed.
-_BY_OUTER = ("stride_row_inner", "stride_weight_outer")
-_BY_INNER = ("stride_row_inner", "stride_weight_inner", "stride_a_inner")
-_BY_COLUMN = ("stride_x_inner", "stride_a_inner", "stride_grad_inner", "stride_inner")
+_EXPERTS, _K = 16, 4
+# d_model and expert_size of a build: lines that are copied in pieces of 8 bytes, and any.
+_WIDTHS = {True: (412, 128), False: (413, 65)}
 
-# Kernel, family of its tiles, its unit strides.
-_KERNELS = {
-    kernel.__name__: (kernel, family, units)
-    for kernel, family, units in (
-        (products.tile_map_kernel, "map", ()),
-        (products.expert_up_fwd_kernel, "product", _BY_OUTER),
-        (products.expert_up_bwd_x_kernel, "product", _BY_INNER),
-        (products.expert_down_fwd_kernel, "product", _BY_OUTER),
-        (products.expert_down_bwd_a_gates_kernel, "product", _BY_INNER),
-        (outer.expert_up_bwd_weight_kernel, "outer", _BY_COLUMN),
-        (outer.expert_down_bwd_weight_kernel, "outer", _BY_COLUMN),
-        (sums.token_sum_fwd_kernel, "sum", _BY_COLUMN),
-        (sums.weighted_rows_fwd_kernel, "sum", _BY_COLUMN),
-        (sums.weighted_rows_bwd_values_kernel, "sum", _BY_COLUMN),
-        (sums.weighted_rows_bwd_weights_kernel, "sum", _BY_COLUMN),
+# Kernel, family of its tiles, and which sides of the layer are its inner and its outer one.
+_FAMILIES: dict[str, tuple[Any, str]] = {
+    kernel.__name__: (kernel, family)
+    for kernel, family in (
+        (router.route_logits_kernel, "router"),
+        (router.route_fwd_kernel, "router"),
+        (router.route_bwd_logits_kernel, "router"),
+        (router.route_bwd_x_kernel, "router"),
+        (router.route_bwd_selector_kernel, "router"),
+        (sorting.count_kernel, "sort"),
+        (sorting.scan_kernel, "sort"),
+        (sorting.place_kernel, "sort"),
+        (products.experts_up_fwd_kernel, "product"),
+        (products.experts_down_fwd_kernel, "product"),
+        (products.experts_bwd_hidden_kernel, "hidden"),
+        (products.experts_bwd_x_kernel, "product"),
+        (outer.experts_bwd_keys_kernel, "outer"),
+        (outer.experts_bwd_values_kernel, "outer"),
+        (outer.experts_bwd_bias_kernel, "bias"),
+        (outer.sum_parts_kernel, "parts"),
+        (sums.token_sum_kernel, "tokens"),
+        (sums.weighted_rows_fwd_kernel, "sum"),
+        (sums.weighted_rows_bwd_values_kernel, "sum"),
+        (sums.weighted_rows_bwd_weights_kernel, "sum"),
     )
 }
 
-KERNELS = tuple(_KERNELS)
+KERNELS = tuple(_FAMILIES)
 
-_INDEX_POINTERS = ("p_tokens", "p_offsets", "p_tiles", "p_order", "p_starts", "p_indices")
-_FLOAT32_POINTERS = ("p_gates", "p_dots", "p_weights")
+# Kernels that take gated experts and biases; the most that they can have is what is compiled as `gated`.
+_GATED = ("experts_up_fwd_kernel", "experts_bwd_hidden_kernel", "experts_bwd_x_kernel", "experts_bwd_keys_kernel")
+# Their inner side is the model's width.
+_FROM_WIDTH = ("experts_up_fwd_kernel", "experts_bwd_hidden_kernel", "experts_bwd_keys_kernel")
+_OPTIONAL = ("p_gate_keys", "p_key_bias", "p_gate_bias", "p_value_bias", "p_keep")
+
+_POINTERS = {
+    **dict.fromkeys(("p_order", "p_offsets", "p_indices", "p_starts"), "*i64"),
+    **dict.fromkeys(("p_counts", "p_totals"), "*i32"),
+    **dict.fromkeys(("p_gates", "p_dots", "p_weights", "p_logits", "p_shares", "p_grad_logits"), "*fp32"),
+    **dict.fromkeys(("p_grad_gates", "p_grad_scores", "p_parts"), "*fp32"),
+    "p_keep": "*i1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,38 +94,92 @@ class Build:
     dtype: str
     """`float32`, `bfloat16` or `float16`."""
     arithmetic: str
-    """`ieee`, `tf32` or `half`; empty where nothing is multiplied."""
+    """`ieee`, `tf32`, `tf32x3` or `half`; empty where the tile does not follow from it."""
     rows: int
     """The configuration serves up to so many rows an expert; 0 where that has no influence."""
     aligned: bool
-    """Whether widths and strides are multiples of 16, which widens loads, or may be anything."""
+    """Whether lines of the matrices are copied in pieces of 8 bytes, or may be of any length."""
+    gated: bool
+    """With gate keys, biases, dropout and the dearest activation, else plain ReLU experts."""
     options: dict[str, Any]
-    """Constants of the kernel, warps and stages."""
+    """Constants of the kernel, absent pointers among them, warps and stages."""
 
 
 def default_builds(
-    kernels: Iterable[str] = KERNELS, dtypes: Iterable[str] = tuple(DTYPES), aligned: Iterable[bool] = (True, False)
+    kernels: Iterable[str] = KERNELS,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    aligned: Iterable[bool] = (True, False),
+    vendor: Vendor = "cuda",
 ) -> Iterator[Build]:
-    """Every default configuration of these kernels."""
+    """Every default configuration of these kernels on a vendor's devices."""
     for kernel in kernels:
-        if kernel not in _KERNELS:
+        if kernel not in _FAMILIES:
             raise unknown_name("kernel", kernel, KERNELS)
         for dtype in dtypes:
             for wide in aligned:
-                for arithmetic, rows, options in _configurations(_KERNELS[kernel][1], dtype, wide):
-                    yield Build(kernel, dtype, arithmetic, rows, wide, options)
+                for gated in (False, True) if kernel in _GATED else (False,):
+                    for arithmetic, rows, options in _configurations(kernel, dtype, wide, gated, vendor):
+                        yield Build(kernel, dtype, arithmetic, rows, wide, gated, options)
 
 
-def _configurations(family: str, dtype: str, aligned: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    if family == "map":
-        if dtype == "float32":
-            yield "", 0, {"BLOCK_M": tuning.MIN_BLOCK, "BLOCK_E": MAP_BLOCK, "num_warps": 4, "num_stages": 3, **FUSION}
-    elif family == "sum":
-        yield "", 0, sum_options(tuning.SUM_TILE.n)
-    else:
-        for kind in ("ieee", "tf32") if dtype == "float32" else ("half",):
-            for rows, tile in tuning.default_tiles(family, kind, aligned):
-                yield kind, rows, tile_options(tile, kind)
+def _configurations(
+    kernel: str, dtype: str, aligned: bool, gated: bool, vendor: Vendor
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    family, (width, size) = _FAMILIES[kernel][1], _WIDTHS[aligned]
+    if family in ("product", "hidden", "outer"):
+        tiles = "gated" if gated and kernel == "experts_up_fwd_kernel" else family
+        kinds = ("half",) if dtype != "float32" else ("ieee",) if vendor == "hip" else ("ieee", "tf32", "tf32x3")
+        for kind in kinds:
+            for rows, tile in tuning.default_tiles(tiles, kind, aligned, vendor):
+                yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
+    elif family != "sort" or (dtype == "float32" and aligned):
+        yield "", 0, _small_options(kernel, family, dtype, width)
+
+
+def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, gated: bool) -> dict[str, Any]:
+    """Constants of an expert's product or outer product, whose matrices are contiguous."""
+    inner, outward = (width, size) if kernel in _FROM_WIDTH else (size, width)
+    sides = {"M": inner, "N": outward} if kernel in ("experts_bwd_keys_kernel", "experts_bwd_values_kernel") else {}
+    tile = tile.fitted(m=inner, n=outward) if sides else tile.fitted(n=outward, k=inner)
+    back = kernel in ("experts_bwd_hidden_kernel", "experts_bwd_x_kernel")
+    found: dict[str, Any] = {"N_IN": inner, "N_OUT": outward, **sides, "N_EXPERTS": _EXPERTS, "K": _K, "GATED": gated}
+    found |= {"X_ROW": width, "GRAD_ROW": width, "BLOCK_E": next_power_of_2(_EXPERTS + 1), **tile_options(tile, kind)}
+    for name in ("KEYS", "GATES", "VALUES"):
+        # Gradients of rows read the matrices transposed.
+        lines = {"IN": 1, "OUT": inner} if back else {"IN": outward, "OUT": 1}
+        lines |= {"EXPERT": width * size, "ROW": outward, "COLUMN": 1}
+        found |= {f"{name}_{side}": stride for side, stride in lines.items()}
+    found |= {"ACTIVATION": "gelu_tanh" if gated else "relu", "ALPHA": 1.702, "LIMIT": 7.0, "KEEP_SCALE": 1.25}
+    return found if gated else found | dict.fromkeys(_OPTIONAL)
+
+
+def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str, Any]:
+    """Constants of the kernels around the products."""
+    match family:
+        case "router":
+            wide = dtype == "float32"
+            sizes = {"D": width, "X_ROW": width, "SELECTOR_ROW": width, "WIDE": wide, "GATE": "softmax"}
+            blocks = {
+                "BLOCK_T": router_operations.TOKENS,
+                "BLOCK_E": _EXPERTS,
+                "BLOCK_D": router_operations.WIDTH,
+                "BLOCK_K": _K,
+            }
+            return {**sizes, **blocks, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "sort":
+            blocks = {"BLOCK_R": launch.SORT_ROWS, "BLOCK_E": launch.SORT_EXPERTS, "BLOCK_J": launch.SORT_OTHERS}
+            return {**blocks, "BLOCK_B": launch.SORT_BLOCKS, "N_EXPERTS": _EXPERTS, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "bias":
+            blocks = {"BLOCK_K": launch.BIAS_ROWS, "BLOCK_N": launch.BIAS_COLUMNS}
+            return {**blocks, "N": width, "K": _K, "ROW": width, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "parts":
+            return {"BLOCK": launch.PART_BLOCK, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "tokens":
+            tile = tuning.SUM_TILE
+            blocks = {"BLOCK_T": tile.m, "BLOCK_D": tile.n, "num_warps": tile.n_warps, "num_stages": tile.n_stages}
+            return {"K": _K, "D": width, **blocks, **FUSION}
+        case _:
+            return {"stride_inner": 1, "stride_grad_inner": 1, **sum_options(tuning.SUM_TILE.n)}
 
 
 def resource_report(
@@ -114,31 +192,42 @@ def resource_report(
     """Compile default configurations and report what they use; one second each.
 
     Args:
-        targets: of `TARGETS`.
-        kernels: of `KERNELS`.
-        dtypes: of `DTYPES`.
-        aligned: True for sizes that are multiples of 16, False for any size.
+        targets: names from `TARGETS`.
+        kernels: names from `KERNELS`.
+        dtypes: names from `DTYPES`.
+        aligned: True for lines that are copied in pieces of 8 bytes, False for any size.
 
     Returns:
         A dict for each compilation: `kernel`, `target`, `dtype`, `arithmetic`, `rows` (an expert, at most), `aligned`,
-        `tile`, `warps`, `stages`, `registers` (of a thread), `spills` (bytes of a thread; registers on gfx942), `shared`
-        (bytes of a block).
+        `gated`, `tile`, `warps`, `stages`, `registers` (of a thread), `spills` (bytes of a thread; registers on gfx942),
+        `shared` (bytes of a block), `copies` (asynchronous copies into shared memory; 0 on gfx942).
 
     Raises:
         UserError: a name is unknown, or the process interprets Triton's kernels instead of compiling them.
     """
     if knobs.runtime.interpret:
         raise UserError("kernels that are interpreted cannot be compiled; fix: unset TRITON_INTERPRET")
-    return [report_build(build, target) for target in targets for build in default_builds(kernels, dtypes, aligned)]
+    found = []
+    for target in targets:
+        vendor = vendor_of(target)
+        found += [report_build(build, target) for build in default_builds(kernels, dtypes, aligned, vendor)]
+    return found
+
+
+def vendor_of(target: str) -> Vendor:
+    """Whose table of tiles a target takes."""
+    if target not in TARGETS:
+        raise unknown_name("target", target, TARGETS)
+    return "hip" if target.startswith("gfx") else "cuda"
 
 
 def report_build(build: Build, target: str) -> dict[str, str | int | bool]:
     """One row of `resource_report`."""
-    if target not in TARGETS:
-        raise unknown_name("target", target, TARGETS)
+    is_hip = vendor_of(target) == "hip"
     compiled = compile_build(build, target)
-    blocks = [str(value) for name, value in build.options.items() if name.startswith("BLOCK_")]
-    used = _from_amdgcn(compiled.asm["amdgcn"]) if target.startswith("gfx") else _from_cubin(compiled.asm["cubin"])
+    arguments = _FAMILIES[build.kernel][0].arg_names
+    blocks = [str(value) for name, value in build.options.items() if name.startswith("BLOCK") and name in arguments]
+    used = _from_amdgcn(compiled.asm["amdgcn"]) if is_hip else _from_cubin(compiled.asm["cubin"])
     return {
         "kernel": build.kernel,
         "target": target,
@@ -146,36 +235,36 @@ def report_build(build: Build, target: str) -> dict[str, str | int | bool]:
         "arithmetic": build.arithmetic,
         "rows": build.rows,
         "aligned": build.aligned,
+        "gated": build.gated,
         "tile": "x".join(blocks),
         "warps": build.options["num_warps"],
         "stages": build.options["num_stages"],
         **used,
         "shared": compiled.metadata.shared,
+        "copies": 0 if is_hip else compiled.asm["ptx"].count("cp.async.c"),
     }
 
 
 # A CompiledKernel, whose fields Triton sets when it runs.
 def compile_build(build: Build, target: str) -> Any:
     """The compiled kernel, with the types and the alignment that a launch would give it."""
-    kernel, _, units = _KERNELS[build.kernel]
+    kernel, _ = _FAMILIES[build.kernel]
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for position, name in enumerate(kernel.arg_names):
-        if name in build.options or name in units:
-            signature[name], constants[name] = "constexpr", build.options.get(name, 1)
+        if name in build.options:
+            signature[name], constants[name] = "constexpr", build.options[name]
             continue
         signature[name] = _argument_type(name, DTYPES[build.dtype])
-        if name.startswith("p_") or (build.aligned and name not in products.BATCH_SIZES):
+        if name.startswith("p_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {name: value for name, value in build.options.items() if name not in kernel.arg_names}
+    options = {name: value for name, value in build.options.items() if name in ("num_warps", "num_stages", *FUSION)}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGETS[target], options=options)
 
 
 def _argument_type(name: str, element: str) -> str:
-    if not name.startswith("p_"):
-        return "i32"
-    return "*i64" if name in _INDEX_POINTERS else "*fp32" if name in _FLOAT32_POINTERS else f"*{element}"
+    return _POINTERS.get(name, f"*{element}") if name.startswith("p_") else "i32"
 
 
 def _from_cubin(cubin: bytes) -> dict[str, int]:

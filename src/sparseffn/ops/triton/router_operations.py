@@ -1,0 +1,112 @@
+"""`route` and `router_logits` on Triton kernels; arguments as in the schemas of ops/route.py and ops/router_logits.py.
+
+Two launches forward: the logits, then top-K and gates. Four backward. Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseffn.ops.route import check_route
+from sparseffn.ops.router_logits import check_router
+from sparseffn.ops.triton import router
+from sparseffn.ops.triton.launch import FUSION, check_tensors, device_of, parts_of, start, sum_parts, with_lines
+from sparseffn.ops.triton.tuning import MIN_BLOCK, cdiv, next_power_of_2
+
+# Sides of the tiles of the three small products, and the elements that one program ranks.
+TOKENS, _EXPERTS, WIDTH = 32, 32, 64
+_RANKED = 2048
+
+
+def router_logits(x: Tensor, selector: Tensor) -> Tensor:
+    """See `ops.router_logits`."""
+    check_router(x, selector)
+    check_tensors(x=x, selector=selector)
+    x, selector = with_lines(x), with_lines(selector)
+    (n_tokens, n_width), n_experts = x.shape, selector.shape[0]
+    logits = x.new_empty(n_tokens, n_experts, dtype=torch.float32)
+    block_e = min(_EXPERTS, max(MIN_BLOCK, next_power_of_2(n_experts)))
+    strides = {"X_ROW": x.stride(0), "SELECTOR_ROW": selector.stride(0)}
+    sizes = {"D": n_width, "N_EXPERTS": n_experts, "BLOCK_T": TOKENS, "BLOCK_E": block_e, "BLOCK_D": WIDTH}
+    wide = x.dtype != selector.dtype or x.dtype == torch.float32
+    n_programs = cdiv(n_tokens, TOKENS) * cdiv(n_experts, block_e)
+    with device_of(x):
+        arguments = (x, selector, logits, n_tokens)
+        start(router.route_logits_kernel, n_programs, *arguments, WIDE=wide, **sizes, **strides, **FUSION)
+    return logits
+
+
+# It keeps nothing but its arguments.
+router_logits_kept = router_logits
+
+
+def router_logits_backward(grad_logits: Tensor, x: Tensor, selector: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the selector."""
+    grad, x, selector = grad_logits.contiguous(), with_lines(x), with_lines(selector)
+    (n_tokens, n_width), n_experts = x.shape, selector.shape[0]
+    grad_x, grad_selector = x.new_empty(x.shape), selector.new_empty(selector.shape)
+    block_e = min(_EXPERTS, max(MIN_BLOCK, next_power_of_2(n_experts)))
+    sizes = {"D": n_width, "N_EXPERTS": n_experts, "BLOCK_T": TOKENS, "BLOCK_E": block_e, "BLOCK_D": WIDTH, **FUSION}
+    n_stretches = cdiv(n_width, WIDTH)
+    with device_of(x):
+        arguments = (grad, selector, grad_x, n_tokens)
+        n_programs = cdiv(n_tokens, TOKENS) * n_stretches
+        start(router.route_bwd_x_kernel, n_programs, *arguments, SELECTOR_ROW=selector.stride(0), **sizes)
+        n_programs = n_stretches * cdiv(n_experts, block_e)
+        n_parts = parts_of(n_tokens, 1, n_programs)
+        parts = grad.new_empty(n_parts * selector.numel()) if n_parts > 1 else grad_selector
+        arguments = (grad, x, parts, n_tokens, n_parts)
+        start(router.route_bwd_selector_kernel, n_parts * n_programs, *arguments, X_ROW=x.stride(0), **sizes)
+        if n_parts > 1:
+            sum_parts(parts, grad_selector, n_parts)
+    return grad_x, grad_selector
+
+
+def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.route`."""
+    return _route(x, selector, k, gate, keep_shares=False)[:3]
+
+
+def route_kept(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and of a softmax over all logits the shares, which its backward needs; else an empty tensor."""
+    return _route(x, selector, k, gate, keep_shares=gate == "softmax")
+
+
+def _route(x: Tensor, selector: Tensor, k: int, gate: str, *, keep_shares: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_route(x, selector, k, gate)
+    logits = router_logits(x, selector)
+    n_tokens = x.shape[0]
+    indices = logits.new_empty(n_tokens, k, dtype=torch.int64)
+    gates, shares = logits.new_empty(n_tokens, k), logits.new_empty(logits.shape if keep_shares else 0)
+    with device_of(x):
+        n_programs, sizes = _ranks(logits, k, gate)
+        arguments = (logits, indices, gates, shares if keep_shares else None, n_tokens)
+        start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
+    return logits, indices, gates, shares
+
+
+def _ranks(logits: Tensor, k: int, gate: str) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of kernels that see all logits of a few tokens."""
+    n_tokens, n_experts = logits.shape
+    block_e = next_power_of_2(n_experts)
+    block_t = max(1, min(TOKENS, _RANKED // block_e))
+    blocks = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": next_power_of_2(k), **FUSION}
+    return cdiv(n_tokens, block_t), {"N_EXPERTS": n_experts, "K": k, "GATE": gate, **blocks}
+
+
+def route_backward(
+    grad_logits: Tensor | None, grad_gates: Tensor | None, x: Tensor, selector: Tensor, k: int, gate: str, indices: Tensor,
+    gates: Tensor, shares: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and of the selector."""
+    whole = gates.new_empty(x.shape[0], selector.shape[0])
+    through_logits, through_gates = (None if g is None else g.contiguous() for g in (grad_logits, grad_gates))
+    with device_of(x):
+        n_programs, sizes = _ranks(whole, k, gate)
+        kept = (indices.contiguous(), gates.contiguous(), shares.contiguous())
+        arguments = (through_logits, through_gates, *kept, whole, x.shape[0])
+        start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
+    return router_logits_backward(whole, x, selector)
