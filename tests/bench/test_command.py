@@ -18,6 +18,7 @@ LAYER = ["bench", "layer", "--methods", "sigma-moe", "--tokens", "70", "--rounds
 COMMANDS = {
     "layer": LAYER,
     "experts": ["bench", "experts", "--shapes", "16x8x4x2", "--tokens", "3", "70", "--rounds", "1"],
+    "hf": ["bench", "hf", "--models", "tiny", "--prompt", "5", "--decoded", "2", "--rounds", "2"],
     "memory": ["bench", "memory", "--methods", "sigma-moe", "--tokens", "9", "--no-peers"],
     "roofline": ["bench", "roofline", "--preset", "tiny", "--tokens", "9"],
     "step": ["bench", "step", "--preset", "tiny", "--batch", "1", "--rounds", "1"],
@@ -94,6 +95,9 @@ BAD = {
     "expert-k": (["bench", "experts", "--shapes", "8x8x2x3"], "K at most E"),
     "expert-tokens": (["bench", "experts", "--tokens", "0"], "`--tokens` and `--rounds` must be at least 1"),
     "expert-dtype": (["bench", "experts", "--dtype", "float32", "float32"], "each once"),
+    "hf-model": (["bench", "hf", "--models", "olmo"], "did you mean 'olmoe'"),
+    "hf-prompt": (["bench", "hf", "--prompt", "1"], "`prompt` must be at least 2"),
+    "hf-layers": (["bench", "hf", "--layers", "0"], "`layers` must be at least 1"),
     "device": ([*LAYER, "--device", "cuda"], "`--device` must be one that this machine has"),
     "method": (["bench", "memory", "--methods", "sigma-mo"], "did you mean 'sigma-moe'"),
     "batch": (["bench", "step", "--batch", "0"], "`batch` and `context` must be at least 1"),

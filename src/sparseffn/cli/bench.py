@@ -1,4 +1,4 @@
-"""`bench layer`, `experts`, `step`, `memory`, `roofline`, `figures`, `kernels` and `gpu`."""
+"""`bench layer`, `experts`, `hf`, `step`, `memory`, `roofline`, `figures`, `kernels` and `gpu`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from sparseffn.bench.layer import EXPERT_COUNT_TOKENS, bench_expert_counts, benc
 from sparseffn.bench.memory import bench_memory
 from sparseffn.bench.roofline import bench_roofline
 from sparseffn.bench.step import StepShape, bench_step
+from sparseffn.bench.whole_models import find_shape
 from sparseffn.cli.bench_settings import (
     Bench,
     BenchExperts,
     BenchFigures,
     BenchGpu,
+    BenchHf,
     BenchKernels,
     BenchLayer,
     BenchMemory,
@@ -48,6 +50,7 @@ from sparseffn.results.bench_result import (
     FiguresResult,
     LayerSettings,
     StepSettings,
+    WholeSettings,
 )
 from sparseffn.storage import write_json
 
@@ -85,6 +88,28 @@ def experts(settings: BenchExperts) -> int:
         device=str(device),
     )
     return _deliver(bench_experts(measured, progress=log), settings)
+
+
+def hf(settings: BenchHf) -> int:
+    """Time whole models of transformers by its own implementations of the experts and by ours."""
+    device = use_machine(settings)
+    check_out(settings.out)
+    for model in settings.models:
+        find_shape(model)
+    # Imports transformers, which takes seconds and may not be there.
+    from sparseffn.bench.whole_speed import bench_whole_models
+
+    measured = WholeSettings(
+        models=settings.models,
+        prompt=settings.prompt,
+        decoded=settings.decoded,
+        layers=settings.layers,
+        dtypes=settings.dtype,
+        rounds=settings.rounds,
+        backend=settings.backend or requested_backend(),
+        device=str(device),
+    )
+    return _deliver(bench_whole_models(measured, progress=log), settings)
 
 
 def _expert_shape(word: str) -> ExpertShape:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from sparseffn.cli.settings import Flag, Ints, Machine, MaybeText, Precision, Printed, Words, settings_class
+from sparseffn.cli.settings import Flag, Ints, Machine, MaybeInt, MaybeText, Precision, Printed, Words, settings_class
 
 
 @settings_class
@@ -86,6 +86,35 @@ class BenchExperts(Bench):
     """as doctor lists them (default: SPARSEFFN_BACKEND, else auto)"""
     rounds: int = 7
     """timed calls of each, at least; short calls get more"""
+
+
+@settings_class
+class BenchHf(Bench):
+    """Tokens per second of whole models of transformers by its own implementations of the experts and by ours.
+
+    Random weights in the layer shapes of OLMoE-1B-7B, Qwen3-30B-A3B and Granite-3.0-1B-A400M, as many layers as fit into half
+    of the memory; nothing is downloaded. Decoding of one sequence with a cache, and a prompt in one pass; calls are taken in
+    turn. Ours is held against float64 before (exit code 2). transformers is an extra: pip install 'sparseffn[hf]'.
+
+    Examples:
+      sparseffn bench hf --out runs/hf
+      sparseffn bench hf --models granite-1b --layers 4 --dtype bfloat16
+    """
+
+    models: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("olmoe", "qwen3-moe", "granite-1b")
+    """olmoe, qwen3-moe, granite-1b, tiny"""
+    prompt: int = 512
+    """tokens of a prompt"""
+    decoded: int = 16
+    """tokens that are decoded in a timed call"""
+    layers: MaybeInt = None
+    """at most so many (default: as many as fit)"""
+    dtype: Annotated[tuple[Precision, ...], arg(metavar="NAME ...")] = ("float32", "bfloat16")
+    """of the weights: float32, bfloat16, float16"""
+    backend: MaybeText = None
+    """as doctor lists them (default: SPARSEFFN_BACKEND, else auto)"""
+    rounds: int = 5
+    """timed calls of each"""
 
 
 @settings_class

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "analyze": (settings.Analyze, "analyze:analyze"),
     "bench layer": (bench.BenchLayer, "bench:layer"),
     "bench experts": (bench.BenchExperts, "bench:experts"),
+    "bench hf": (bench.BenchHf, "bench:hf"),
     "bench step": (bench.BenchStep, "bench:step"),
     "bench memory": (bench.BenchMemory, "bench:memory"),
     "bench roofline": (bench.BenchRoofline, "bench:roofline"),

@@ -25,6 +25,7 @@ _OWN_LOAD_MARGIN = 0.5
 TITLES = {
     "layer": "Time of one layer",
     "experts": "Time of gated experts",
+    "hf": "Tokens per second of whole models",
     "step": "Time of a training step",
     "memory": "Bytes kept for backward",
     "roofline": "What this machine allows",
@@ -88,6 +89,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
             return _layer_tables(result)
         case found.ExpertsResult():
             return _experts_tables(result)
+        case found.WholeResult():
+            return _whole_tables(result)
         case found.MemoryResult():
             return _memory_tables(result)
         case found.RooflineResult():
@@ -117,6 +120,13 @@ def machine_line(environment: found.Environment, *, timed: bool = True) -> str:
 
 
 _READING = {
+    "hf": (
+        "Models of transformers with random weights, of the layer shapes of published ones, cut to the layers that fit into "
+        "half of the memory. Every implementation of the experts computes on the same weights; calls were taken in turn; a "
+        "ratio is the median of the ratios within a round. Decoding is one sequence, a token at a time with a cache; the "
+        "prompt is one pass, whose last logits alone are computed. The layers are timed within the same calls: a model that "
+        "is cut has the whole output matrix. The first layer's experts were held against float64 before."
+    ),
     "layer": (
         "Every layer was first held against float64 at its very size, output and all gradients; what disagreed was refused."
         " Candidates were then called in turn, the order rotating from round to round; a ratio is the median of the ratios "
@@ -195,6 +205,42 @@ def _experts_table(result: found.ExpertsResult, shape: str, dtype: str, rows: li
             _limits_note(roof),
             *dict.fromkeys(left),
         ),
+    )
+
+
+def _whole_tables(result: found.WholeResult) -> list[Table]:
+    tables = []
+    for (model, dtype), group in groupby(result.rows, key=attrgetter("model", "dtype")):
+        rows = list(group)
+        for key, what in (("decoding", "Decoding"), ("prompt", f"Prompt of {integer(result.settings.prompt)} tokens")):
+            timed = [row for row in rows if getattr(row, key) is not None]
+            size = f"{rows[0].n_layers} of {rows[0].n_published} layers, {rows[0].num_params / 1e9:.2f}e9 parameters"
+            title = f"{what}, {model}, {dtype}, {size}, {result.settings.device}"
+            decodes = key == "decoding"
+            left = [x for x in result.left_out if x.shape == f"{model}, {dtype}" and (x.tokens == 1) == decodes]
+            notes = dict.fromkeys(f"not timed: {x.label}: {x.reason}" for x in left)
+            tables.append(_whole_table(title, timed, attrgetter(key), tuple(notes)))
+    return tables
+
+
+def _whole_table(
+    title: str, rows: list[found.WholeRow], time: Callable[[found.WholeRow], found.WholeTime], notes: tuple[str, ...]
+) -> Table:
+    return Table.by_column(
+        [
+            ("experts", lambda row: row.label),
+            ("backend", lambda row: row.backend or "its own"),
+            ("tokens / s", lambda row: fixed(time(row).tokens_per_s, 1)),
+            ("ms", lambda row: milliseconds(time(row).median_s)),
+            ("quartiles", lambda row: _quartiles(time(row))),
+            ("x fastest HF", lambda row: _over_peer(time(row).over_fastest_hf)),
+            ("layers ms", lambda row: milliseconds(time(row).layers.median_s)),
+            ("layers x fastest HF", lambda row: _over_peer(time(row).layers_over_fastest_hf)),
+        ],
+        rows,
+        n_words=2,
+        title=title,
+        notes=notes,
     )
 
 

@@ -63,7 +63,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_fi
 
     @property
     def kind(self) -> str:
-        """`layer`, `experts`, `memory`, `roofline`, `step`, `figures` or `gpu`."""
+        """`layer`, `experts`, `hf`, `memory`, `roofline`, `step`, `figures` or `gpu`."""
         return str(self.__struct_config__.tag)
 
 
@@ -489,4 +489,76 @@ class ExpertsResult(Head, frozen=True, kw_only=True, tag="experts"):
     left_out: tuple[AbsentCandidate, ...]
 
 
-BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult | ExpertsResult
+class WholeSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
+    """How whole models of transformers are measured.
+
+    Raises:
+        UserError: a list is empty or names something twice; a number below 1; an unknown dtype.
+    """
+
+    models: tuple[str, ...]
+    prompt: int = 512
+    """Tokens of a prompt."""
+    decoded: int = 16
+    """Tokens that are decoded in a timed call."""
+    layers: int | None = None
+    """At most so many, as far as they fit into memory; None: the published model's."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    rounds: int = 5
+    """Timed calls of each candidate."""
+    backend: str = "auto"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("models", "dtypes"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"`{name}` must name at least one, each once; got {list(values)}; fix: name each once")
+        for name in ("prompt", "decoded", "rounds", "layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"`{name}` must be at least 1; got {value}; fix: --{name} 16")
+        if self.prompt == 1:
+            raise UserError("`prompt` must be at least 2, one token is decoding; got 1; fix: --prompt 512")
+        if unknown := set(self.dtypes) - set(DTYPE_NAMES):
+            raise UserError(f"`dtypes` must be among {', '.join(DTYPE_NAMES)}; got {min(unknown)!r}; fix: --dtype float32")
+
+
+class WholeTime(Spread, frozen=True, kw_only=True):
+    """One pass of a model: a token that is decoded, or a prompt."""
+
+    layers: Spread
+    """Of it in the decoder layers."""
+    tokens_per_s: float
+    over_fastest_hf: OverPeer | None = None
+    """None for peers, and where none was timed."""
+    layers_over_fastest_hf: OverPeer | None = None
+
+
+class WholeRow(Record, frozen=True, kw_only=True):
+    model: str
+    dtype: str
+    label: str
+    peer: bool
+    backend: str | None
+    """None for a peer, which has its own."""
+    n_layers: int
+    n_published: int
+    """Layers of the model whose shape it is."""
+    num_params: int
+    deviation: float
+    """Largest from float64, of the first layer's experts."""
+    decoding: WholeTime
+    prompt: WholeTime | None = None
+    """None where the candidate was left out."""
+
+
+class WholeResult(Head, frozen=True, kw_only=True, tag="hf"):
+    """Whole models of transformers by its own implementations of the experts and by ours."""
+
+    settings: WholeSettings
+    rows: tuple[WholeRow, ...]
+    left_out: tuple[AbsentCandidate, ...]
+
+
+BenchResult = LayerResult | MemoryResult | RooflineResult | StepResult | FiguresResult | ExpertsResult | WholeResult

@@ -1,0 +1,202 @@
+"""Tokens per second of whole models under each implementation of the experts: `sparseffn bench hf`.
+
+Decoding is what `generate` does for one sequence: a token at a time after a prompt, with transformers' cache of keys and
+values. The prompt is one pass whose last logits alone are computed. The decoder layers are timed within the same calls, from
+the first one's begin to the last one's end: a model that is cut to a few layers still reads its whole output matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import msgspec
+import torch
+from torch import Tensor
+
+import sparseffn.hf
+from sparseffn.bench.candidates import DTYPES, Progress, backend_restored, check_backends, no_progress, resolved, use_backend
+from sparseffn.bench.machine import clock_of, head
+from sparseffn.bench.peers import HF_IMPLEMENTATIONS, MOST_GATHERED_BYTES
+from sparseffn.bench.timing import Clock, Times, Turn, ratio, spread, take_turns
+from sparseffn.bench.whole_models import WholeModel, build_whole, check_implementations, find_shape, gathered_bytes
+from sparseffn.devices import find_device
+from sparseffn.errors import UserError
+from sparseffn.hf.formulas import Formula, formula_of
+from sparseffn.results.bench_result import AbsentCandidate, OverPeer, WholeResult, WholeRow, WholeSettings, WholeTime
+
+OURS = sparseffn.hf.IMPLEMENTATION
+"""Label of our own implementation."""
+
+# Tokens before those that are decoded.
+_CONTEXT = 32
+
+
+def bench_whole_models(settings: WholeSettings, *, progress: Progress = no_progress) -> WholeResult:
+    """Check, then time, every model in every dtype.
+
+    Raises:
+        UserError: our implementation is wrong, so that no speed is reported; a model, a backend or the device is not there; or
+            a model does not fit into memory.
+    """
+    device = find_device(settings.device)
+    for model in settings.models:
+        find_shape(model)
+    for name in settings.dtypes:
+        check_backends((settings.backend,), device, DTYPES[name])
+    rows: list[WholeRow] = []
+    absent: list[AbsentCandidate] = []
+    with backend_restored():
+        use_backend(settings.backend)
+        for model in settings.models:
+            for name in settings.dtypes:
+                progress(f"building and checking {model} in {name}")
+                whole = build_whole(model, DTYPES[name], device, settings.layers)
+                found, left = _measure(whole, settings, progress)
+                rows += found
+                absent += left
+                # The next one needs its memory.
+                del whole
+    settings = msgspec.structs.replace(settings, device=device.type)
+    return WholeResult(**head(device), settings=settings, rows=tuple(rows), left_out=tuple(absent))
+
+
+def _measure(whole: WholeModel, settings: WholeSettings, progress: Progress) -> tuple[list[WholeRow], list[AbsentCandidate]]:
+    """A model in both passes, by every implementation that computes it there."""
+    dtype = str(whole.dtype).removeprefix("torch.")
+    formula = formula_of(whole.experts)
+    if not isinstance(formula, Formula):
+        raise UserError(f"`backend` must have kernels for {whole.name}; got none: {formula}; fix: see `sparseffn doctor`")
+    errors, absent = check_implementations(whole, (*HF_IMPLEMENTATIONS, OURS), OURS)
+    times: dict[str, dict[str, Times]] = {}
+    left = []
+    for name, n_tokens in (("decoding", 1), ("prompt", settings.prompt)):
+        reasons = dict(absent)
+        gathered = gathered_bytes(whole, n_tokens)
+        if gathered > MOST_GATHERED_BYTES:
+            reasons["batched_mm"] = f"it would copy {gathered / 2**30:.1f} GiB of expert matrices a layer"
+        labels = [label for label in errors if label not in reasons]
+        progress(f"timing {', '.join(labels)}, {name} of {whole.name}, {whole.n_layers} layers in {dtype}")
+        times[name] = _times(whole, labels, n_tokens, settings)
+        left += [
+            AbsentCandidate(shape=f"{whole.name}, {dtype}", tokens=n_tokens, label=label, reason=reason)
+            for label, reason in reasons.items()
+        ]
+    backend = resolved(settings.backend, whole.device, whole.dtype)
+    return [
+        WholeRow(
+            model=whole.name,
+            dtype=dtype,
+            label=label,
+            peer=label != OURS,
+            backend=backend if label == OURS else None,
+            n_layers=whole.n_layers,
+            n_published=whole.n_published,
+            num_params=whole.num_params,
+            deviation=error,
+            decoding=_time(label, times["decoding"], settings.decoded, settings.decoded),
+            prompt=_time(label, times["prompt"], settings.prompt, 1) if label in times["prompt"]["whole"] else None,
+        )
+        for label, error in errors.items()
+    ], left
+
+
+def _times(whole: WholeModel, labels: list[str], n_tokens: int, settings: WholeSettings) -> dict[str, Times]:
+    """Seconds of the calls of every implementation: of the whole model, and of its layers."""
+    clock = clock_of(whole.device)
+    turns: dict[str, _Turn] = {}
+    for label in labels:
+        turns[label] = _Decoding(whole, label, settings.decoded) if n_tokens == 1 else _Prompt(whole, label, n_tokens)
+    with _layer_clock(whole, clock) as taken:
+        for turn in turns.values():
+            turn.taken = taken
+        found = take_turns(turns, rounds=settings.rounds, warmup=1, clock=clock)
+    return {"whole": found, "layers": {label: turn.in_layers[-len(found[label]) :] for label, turn in turns.items()}}
+
+
+@contextmanager
+def _layer_clock(whole: WholeModel, clock: Clock) -> Iterator[list[float]]:
+    """Seconds of each pass through the decoder layers, appended as they end."""
+    taken: list[float] = []
+    began = [0.0]
+
+    def begin(*_: Any) -> None:
+        began[0] = clock()
+
+    def end(*_: Any) -> None:
+        taken.append(clock() - began[0])
+
+    with whole.layers[0].register_forward_pre_hook(begin), whole.layers[-1].register_forward_hook(end):
+        yield taken
+
+
+class _Turn(Turn):
+    """A call of the model with one implementation, and the seconds of its calls that went by in the layers."""
+
+    def __init__(self, whole: WholeModel, label: str) -> None:
+        self.whole, self.label = whole, label
+        self.taken: list[float] = []
+        self.in_layers: list[float] = []
+
+    def finish(self) -> None:
+        self.in_layers.append(sum(self.taken))
+
+
+@final
+class _Prompt(_Turn):
+    """One pass over a sequence, other tokens in every round."""
+
+    def __init__(self, whole: WholeModel, label: str, n_tokens: int) -> None:
+        super().__init__(whole, label)
+        self.n_tokens = n_tokens
+
+    def prepare(self, index: int) -> Callable[[], object]:
+        self.whole.model.set_experts_implementation(self.label)
+        ids = self.whole.draw(self.n_tokens, index)
+        self.taken.clear()
+        return torch.inference_mode()(lambda: self.whole.model(ids, use_cache=True, logits_to_keep=1))
+
+
+@final
+class _Decoding(_Turn):
+    """Some tokens after a prompt, one by one; their ids are drawn, so that all implementations decode the same."""
+
+    def __init__(self, whole: WholeModel, label: str, n_tokens: int) -> None:
+        super().__init__(whole, label)
+        self.n_tokens = n_tokens
+
+    def prepare(self, index: int) -> Callable[[], object]:
+        self.whole.model.set_experts_implementation(self.label)
+        ids = self.whole.draw(_CONTEXT + self.n_tokens, index)
+        with torch.inference_mode():
+            cache = self.whole.model(ids[:, :_CONTEXT], use_cache=True, logits_to_keep=1).past_key_values
+        self.taken.clear()
+        return torch.inference_mode()(lambda: self._decode(ids[:, _CONTEXT:], cache))
+
+    def _decode(self, ids: Tensor, cache: Any) -> None:
+        for one in ids.split(1, dim=1):
+            cache = self.whole.model(one, past_key_values=cache, use_cache=True).past_key_values
+
+
+def _time(label: str, times: dict[str, Times], n_tokens: int, n_passes: int) -> WholeTime:
+    """Seconds of one pass of an implementation, and ours over the fastest of transformers'."""
+    per_pass = {name: [t / n_passes for t in of[label]] for name, of in times.items()}
+    whole = spread(per_pass["whole"])
+    return WholeTime(
+        **msgspec.structs.asdict(whole),
+        layers=spread(per_pass["layers"]),
+        tokens_per_s=n_tokens / n_passes / whole.median_s,
+        over_fastest_hf=_over(label, times["whole"]),
+        layers_over_fastest_hf=_over(label, times["layers"]),
+    )
+
+
+def _over(label: str, times: Times) -> OverPeer | None:
+    """Ours over the fastest of transformers' implementations, None for those."""
+    peers = [name for name in times if name != OURS]
+    if label != OURS or not peers:
+        return None
+    fastest = min(peers, key=lambda name: spread(times[name]).median_s)
+    slowness = ratio(times, label, fastest)
+    return OverPeer(fastest=fastest, over=slowness, times_faster=1 / slowness)
