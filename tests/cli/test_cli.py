@@ -16,7 +16,8 @@ from sparseffn.cli import describe, main, output
 from sparseffn.cli.settings import Eval
 from sparseffn.matching import Match
 
-BENCH = ("bench", *(f"bench {kind}" for kind in ("layer", "step", "memory", "roofline", "figures", "kernels", "gpu")))
+BENCHES = ("layer", "experts", "hf", "step", "memory", "roofline", "figures", "kernels", "gpu")
+BENCH = ("bench", *(f"bench {kind}" for kind in BENCHES))
 REPRODUCE = ("reproduce", *(f"reproduce {kind}" for kind in ("table", "figure", "evidence")))
 DATA = ("data", *(f"data {kind}" for kind in ("list", "prepare", "check")))
 COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "analyze", *BENCH, *REPRODUCE, "study", *DATA, "doctor")

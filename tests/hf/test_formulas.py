@@ -23,6 +23,10 @@ from sparseffn.hf.formulas import Formula, activation_name, formula_of, known_ga
 from sparseffn.ops.activations import ACTIVATIONS
 
 
+class Quantised(Tensor):
+    """Says that it is float32."""
+
+
 def olmoe() -> Any:
     return OlmoeExperts(CONFIGS["olmoe"]())
 
@@ -75,8 +79,9 @@ def spoilt(change: Callable[[Any], None]) -> Any:
         (lambda: spoilt(lambda m: setattr(m, "has_post_expert_norm", True)), "a norm follows every expert"),
         (lambda: spoilt(lambda m: setattr(m, "_is_expert_parallel", True)), "spread over processes"),
         (lambda: spoilt(lambda m: m.to(torch.float8_e4m3fn)), "its weights are torch.float8_e4m3fn"),
+        (lambda: spoilt(lambda m: setattr(m, "gate_up_proj", nn.Parameter(Quantised(2, 4, 4)))), "of type Quantised"),
     ],
-    ids=["subclass", "instance", "activation", "hook", "norm", "parallel", "dtype"],
+    ids=["gate-subclass", "instance", "activation", "hook", "norm", "parallel", "dtype", "tensor-subclass"],
 )
 def test_what_is_not_known_is_refused_with_its_reason(module: Callable[[], Any], reason: str) -> None:
     """Of the very module that runs on our kernels without the change."""

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from transformers import activations as hf
 
 from sparseffn.ops import explain_backend, requested_backend
@@ -105,7 +104,8 @@ def formula_of(module: nn.Module) -> Formula | str:
 
 def _refused_weights(weight: Tensor) -> str | None:
     """Why weights of this kind, dtype and device are not computed."""
-    if is_traceable_wrapper_subclass(weight):
+    # Quantised or spread over devices, whatever dtype they say they have.
+    if type(weight) not in (Tensor, nn.Parameter):
         return f"its weights are of type {type(weight).__name__}"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weights are {weight.dtype}"
@@ -150,8 +150,7 @@ def _computes(function: Callable[..., Tensor], gate: Gate) -> bool:
     alpha, limit = 1.3, 2.0
     numbers = {name: value for name, value in ((gate.alpha, alpha), (gate.limit, limit)) if name is not None}
     stand_in = SimpleNamespace(act_fn=ACTIVATIONS["silu"], **numbers)
-    # Also within a trace: the answer is a constant there.
-    with _disable_current_modes(), torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
         products = torch.linspace(-3, 3, 7).unsqueeze(1) + torch.tensor([[0.0, 0.5, -0.3, 0.2, 1.1, -1.3]])
         h, up = halves(products, gate.interleaved, dim=-1)
         wanted = hidden_units(gate.formula(stand_in, "silu").activation, h, up, alpha=alpha, limit=limit)
