@@ -10,24 +10,25 @@ prints the seed that repeats it: `--seed N --rounds 1`.
 from __future__ import annotations
 
 import argparse
-import ctypes
+import math
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from sparseffn.ops.routed_mlp import gates_of
+from expert_cases import DTYPES, LAYOUTS, NAMES, UNITS, Case, Options, Problem
 from torch import Tensor
+from variants import compile_variant, kernel_files, run_with
 
 from sparseffn import ops
-from sparseffn.ops.backends import direct_kernel, kernel
-from sparseffn.ops.cpu import build, kernels
+from sparseffn.ops.cpu import build
+from sparseffn.ops.route import GATES
 from sparseffn.ops.spec import check_against_truth
-from sparseffn.storage import default_cache_dir
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-INPUTS = ("x", "keys", "values", "gates")
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # The reference takes some tenths of a second for so many selections, or products.
 MOST_SELECTIONS, MOST_PRODUCTS = 150, 1_000_000
 # A relative error says nothing of a few sums, all of which may happen to cancel: those are drawn in float64 alone.
@@ -62,12 +63,12 @@ def numbers(*shape: int, coarse: bool = False, terms: int = 1) -> Tensor:
     if not coarse:
         return values / terms**0.5
     # A factor of a power of two costs no bits.
-    return (values * 4).round() / 4 / 2 ** round(torch.tensor(terms).log2().item() / 2)
+    return (values * 4).round() / 4 / 2 ** round(math.log2(terms) / 2)
 
 
 def draw_dtype(draw: random.Random, sums: int, width: int) -> torch.dtype:
     """Float64 half of the time, and where there are few sums."""
-    return draw.choice([F64, F64, F32, BF16]) if sums >= FEWEST_SUMS and width >= FEWEST_SUMS else F64
+    return draw.choice([F64, F64, F32, F32, BF16, BF16, F16]) if sums >= FEWEST_SUMS and width >= FEWEST_SUMS else F64
 
 
 def truth_backend(selections: int, products: int) -> str:
@@ -75,112 +76,73 @@ def truth_backend(selections: int, products: int) -> str:
     return "reference" if selections <= MOST_SELECTIONS and products <= MOST_PRODUCTS else "torch"
 
 
-def expert_results(
-    backend: str,
-    inputs: list[Tensor],
-    indices: Tensor,
-    direction: Tensor,
-    keep: Tensor | None,
-    activation: str,
-    inner_k: int | None,
-) -> list[Tensor]:
-    """Output and gradients of x, keys, values and gates."""
-    scale = 1.0 if keep is None else 1.5
-    if backend == "reference":
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        run = direct_kernel("expert_mlp", backend)
-        assert run is not None, "the reference differentiates itself"
-        y = run(*leaves, indices, keep, scale, activation, inner_k)
-        return [y.detach(), *torch.autograd.grad(y, leaves, direction)]
-    name = "expert_mlp" if inner_k is None else "expert_mlp_inner"
-    forward, backward = kernel(name, inputs[0], backend), kernel(f"{name}_backward", inputs[0], backend)
-    if inner_k is None:
-        y, *kept = forward(*inputs, indices, keep, scale, activation, save=True)
-        return [y, *backward(direction, *inputs, *kept, keep, scale, activation)]
-    y, *kept = forward(*inputs, indices, keep, scale, activation, inner_k)
-    return [y, *backward(direction, *inputs, *kept, scale, activation)]
+def coarse(problem: Problem) -> None:
+    """See `numbers`; the products of the keys stay exact, so that rounding opens no unit and chooses no other."""
+    given = problem.inputs
+    for name in given.keys() & {"x", "keys", "gate_keys", "key_bias", "gate_bias"}:
+        terms = given[name].shape[1] if "keys" in name else 1
+        given[name].copy_((given[name].double() * 4 * terms**0.5).round() / 4 / 2 ** round(math.log2(terms) / 2))
+    given["gates"].copy_((given["gates"] * 8).round() / 8)
 
 
 def experts(draw: random.Random) -> None:
-    """The whole expert computation, forward and backward."""
+    """The whole expert computation, forward and backward: any sizes, layout, units, routing, dtype."""
     n_experts = draw.choice([1, 2, 5, 16, 40])
     k, size, width = draw.randint(1, n_experts), draw.randint(1, 150), draw.randint(1, 300)
     n_tokens = draw.choice([0, 1, 2, 7, 64, draw.randint(1, 900)])
     inner_k = draw.randint(1, k * size) if draw.random() < 0.4 else None
     sums = n_tokens * min(k, inner_k or k)
     dtype = draw_dtype(draw, sums, min(width, 2 * size)) if (inner_k or 0) <= MOST_TERMS else F64
-    low = dtype != F64
-    # Coarse coefficients stay exact through these alone.
-    activation = draw.choice(["relu", "identity"] if low and inner_k else ["relu", "gelu", "silu", "identity"])
-    coarse = low and (activation == "relu" or inner_k is not None)
-    scores = torch.randn(n_tokens, n_experts) + draw.choice([0.0, 4.0]) * torch.randn(n_experts)
-    indices = scores.topk(k, dim=1).indices
-    gates = torch.rand(n_tokens, k, dtype=F64)
-    inputs = [
-        numbers(n_tokens, width, coarse=coarse).to(dtype),
-        numbers(n_experts, width, size, coarse=coarse, terms=width).to(dtype),
-        numbers(n_experts, size, width, terms=k * size).to(dtype),
-        ((gates * 8).round() / 8 if coarse else gates).to(torch.promote_types(dtype, F32)),
-    ]
-    direction = numbers(n_tokens, width).to(dtype)
-    keep = torch.rand(n_tokens, k, size) >= 0.3 if draw.random() < 0.3 else None
+    activation, gated = draw.choice(UNITS)
+    biased, dropout = draw.random() < 0.4, draw.random() < 0.3
+    if dtype != F64 and (inner_k or activation == "clamped_swiglu"):
+        # Coarse coefficients stay exact through these alone; and a clamp has an edge.
+        activation, gated = draw.choice(["relu", "identity"]), False
+    # A sum over an expert's rows is one long sum, and what a bias adds hides how its terms cancel.
+    biased = biased and (dtype == F64 or n_tokens * k <= MOST_TERMS)
+    routing = draw.choice(["random", "hot", "few", "twice"])
+    case = Case(n_tokens, width, n_experts, size, k, routing)
+    problem = case.draw(Options(draw.choice(list(LAYOUTS)), activation, gated, biased, dropout, inner_k), dtype)
+    if dtype != F64 and (activation in ("relu", "relu2") or inner_k):
+        coarse(problem)
     judge = truth_backend(n_tokens * k, n_tokens * k * size * width)
-    double = [t.double() for t in inputs]
-    truth = expert_results(judge, double, indices, direction.double(), keep, activation, inner_k)
-    plain = expert_results("torch", inputs, indices, direction, keep, activation, inner_k) if low else truth
-    got = expert_results("cpu", inputs, indices, direction, keep, activation, inner_k)
-    for name, *three in zip(("", *(f".{n}" for n in INPUTS)), got, plain, truth, strict=True):
-        hold(f"expert_mlp{name}", three, dtype)
+    truth, got = problem.results(judge, F64), problem.results("cpu")
+    plain = truth if dtype == F64 else problem.results("torch")
+    for name, wanted in truth.items():
+        hold("experts" if name not in NAMES else f"experts.{name}", [got[name], plain[name], wanted], dtype)
 
 
-def routed(draw: random.Random) -> None:
-    """Scores, selection, gates and experts in one call; equal scores are common."""
-    n_experts = draw.choice([1, 2, 5, 16, 40, 130])
-    k, size, width = draw.randint(1, n_experts), draw.randint(1, 60), draw.randint(1, 300)
-    n_tokens = draw.choice([0, 1, 2, 7, 64, draw.randint(1, 500)])
-    dtype = draw_dtype(draw, n_tokens * k, min(width, 2 * size))
-    gate: ops.GateName = draw.choice(["sigmoid", "softmax", "renormalised"])
-    activation = draw.choice(["relu", "gelu", "silu", "identity"])
+def routes(draw: random.Random) -> None:
+    """Scores, selection and gates, with gradients through logits and gates; equal scores are common."""
+    n_experts, width = draw.choice([1, 2, 5, 16, 40, 130]), draw.randint(1, 300)
+    k, n_tokens = draw.randint(1, n_experts), draw.choice([0, 1, 2, 7, 64, draw.randint(1, 500)])
+    dtype = draw_dtype(draw, n_tokens * k, min(width, 2 * n_experts))
+    gate: ops.GateName = draw.choice(GATES)
     x, selector = numbers(n_tokens, width, coarse=True), numbers(n_experts, width, coarse=True, terms=width)
-    keys = numbers(n_experts, width, size, coarse=activation == "relu", terms=width)
-    inputs = [t.to(dtype) for t in (x, selector, keys, numbers(n_experts, size, width, terms=k * size))]
-    judge = truth_backend(n_tokens * k, n_tokens * k * size * width)
+    directions = [numbers(n_tokens, n) for n in (n_experts, k)]
     found = []
-    for backend, cast in (("cpu", dtype), ("torch", dtype), (judge, F64)):
-        found.append(ops.routed_mlp(*(t.to(cast) for t in inputs), k=k, gate=gate, activation=activation, backend=backend))
-    got, plain, truth = found
-    near(got[1], truth[1])
-    hold("routed_mlp", [got[0], plain[0], truth[0]], dtype)
-    hold("routed_mlp.gates", [got[2], plain[2], truth[2]], torch.promote_types(dtype, F32))
+    for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
+        leaves = [t.to(cast).requires_grad_() for t in (x, selector)]
+        logits, indices, gates = ops.route(*leaves, k=k, gate=gate, backend=backend)
+        grads = torch.autograd.grad([logits, gates], leaves, [d.to(logits.dtype) for d in directions])
+        found.append([indices, logits.detach(), gates.detach(), *grads])
+    near(found[0][0], found[2][0])
+    for i, name in enumerate(("route", "route.gates", "route.x", "route.selector"), start=1):
+        wide = torch.promote_types(dtype, F32) if i < 3 else dtype
+        hold(name, [results[i] for results in found], wide)
 
 
-def training(draw: random.Random) -> None:
-    """Router and experts of few tokens in one differentiable call, with gradients of logits and gates from elsewhere."""
-    n_experts = draw.choice([2, 5, 16, 40, 130])
-    k, size, width = draw.randint(2, n_experts), draw.randint(1, 60), draw.randint(1, 300)
-    n_tokens = draw.choice([1, 2, 7, 64, draw.randint(1, 127)])
-    dtype = F32 if draw.random() < 0.5 and n_tokens * k >= FEWEST_SUMS and width >= FEWEST_SUMS and size >= 8 else F64
-    gate: ops.GateName = draw.choice(["sigmoid", "renormalised"])
-    activation = draw.choice(["relu", "gelu", "silu", "identity"])
-    shapes = ((n_tokens, width, 1), (n_experts, width, width))
-    x, selector = (numbers(rows, columns, coarse=True, terms=terms) for rows, columns, terms in shapes)
-    keys = numbers(n_experts, width, size, coarse=activation == "relu", terms=width)
-    inputs = [x, selector, keys, numbers(n_experts, size, width, terms=k * size)]
-    directions = [numbers(n_tokens, n) for n in (width, n_experts, k)]
-    found = []
-    for fused, cast in ((True, dtype), (False, dtype), (False, F64)):
+def matrices(draw: random.Random) -> None:
+    """Each row times the matrix of its choice."""
+    n, m, columns, n_matrices = (draw.randint(0, 300), *(draw.randint(1, 90) for _ in range(2)), draw.randint(1, 9))
+    dtype = draw_dtype(draw, n, min(m, columns))
+    inputs, sel = [numbers(n, m), numbers(n_matrices, m, columns, terms=m)], torch.randint(n_matrices, (n,))
+    grad, found = numbers(n, columns), []
+    for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
         leaves = [t.to(cast).requires_grad_() for t in inputs]
-        if fused:
-            y, logits_TE, _, gates_TK = ops.routed_training(*leaves, k=k, gate=gate, activation=activation)
-        else:
-            logits_TE = leaves[0] @ leaves[1].T
-            indices_TK = ops.topk(logits_TE, k, backend="torch")
-            gates_TK = gates_of(gate, logits_TE, indices_TK)
-            y = ops.expert_mlp(leaves[0], leaves[2], leaves[3], gates_TK, indices_TK, activation=activation, backend="torch")
-        grads = torch.autograd.grad([y, logits_TE, gates_TK], leaves, [d.to(cast) for d in directions])
-        found.append([y.detach(), *grads])
-    names = ("routed_mlp", *(f"routed_training.{name}" for name in ("x", "selector", "keys", "values")))
-    for name, *three in zip(names, *found, strict=True):
+        y = ops.cvmm(leaves[0], sel, leaves[1], backend=backend)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(cast))])
+    for name, *three in zip(("cvmm", "cvmm.x", "cvmm.weight"), *found, strict=True):
         hold(name, three, dtype)
 
 
@@ -202,14 +164,12 @@ def rows(draw: random.Random) -> None:
     sums = n_tokens * min(k, n_values)
     dtype = draw_dtype(draw, sums, width) if n_tokens * k <= MOST_TERMS * n_values else F64
     values, weights = numbers(n_values, width).to(dtype), numbers(n_tokens, k).to(dtype)
-    indices, grad = torch.randint(n_values, (n_tokens, k)), numbers(n_tokens, width).to(dtype)
-    leaves = [values.double().requires_grad_(), weights.double().requires_grad_()]
-    y = ops.weighted_rows(leaves[0], indices, leaves[1], backend="reference")
-    truth, found = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())], []
-    for backend in ("cpu", "torch"):
-        y = kernel("weighted_rows", values, backend)(values, indices, weights)
-        found.append([y, *kernel("weighted_rows_backward", values, backend)(grad, values, indices, weights)])
-    for name, *three in zip(("", ".values", ".weights"), *found, truth, strict=True):
+    indices, grad, found = torch.randint(n_values, (n_tokens, k)), numbers(n_tokens, width).to(dtype), []
+    for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
+        leaves = [t.detach().to(cast).requires_grad_() for t in (values, weights)]
+        y = ops.weighted_rows(leaves[0], indices, leaves[1], backend=backend)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(cast))])
+    for name, *three in zip(("", ".values", ".weights"), *found, strict=True):
         hold(f"weighted_rows{name}", three, dtype)
 
 
@@ -218,7 +178,7 @@ def selection(draw: random.Random) -> None:
     n, n_b, n_rows = draw.randint(1, 700), draw.randint(1, 90), draw.randint(0, 40)
     scores = torch.randn(n_rows, n)
     scores = (scores * draw.choice([1, 3])).round() if draw.random() < 0.5 else scores
-    scores, k = scores.to(draw.choice([F32, F64, BF16])), draw.randint(1, n)
+    scores, k = scores.to(draw.choice(DTYPES)), draw.randint(1, n)
     near(ops.topk(scores, k, backend="cpu"), (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k])
     a, b = torch.randn(n_rows, min(n, 90)), torch.randn(n_rows, n_b)
     k = draw.randint(1, min(a.shape[1] * n_b, 300))
@@ -240,14 +200,17 @@ def assignment(draw: random.Random) -> None:
     near(*totals)
 
 
-KERNELS = (experts, routed, training, logits, rows, selection, assignment)
+KERNELS = (experts, routes, matrices, logits, rows, selection, assignment)
 
 
-def poison() -> None:
-    """From here on the kernels' scratch memory holds NaN where nothing was written."""
-    path = build.compile_library(default_cache_dir() / "kernels", flags=[*build.FLAGS, "-DSPARSEFFN_POISON"])
-    library = ctypes.CDLL(str(path))
-    kernels.library = lambda: library
+def poisoned(arguments: list[str]) -> int:
+    """The same in a process whose kernels find NaN in scratch memory where nothing was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = compile_variant(Path(folder) / "poisoned", kernel_files(), [*build.FLAGS, "-DSPARSEFFN_POISON"])
+        done = run_with(library, __file__, *arguments, timeout=None)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    return done.returncode
 
 
 def main() -> int:
@@ -259,7 +222,7 @@ def main() -> int:
     parser.add_argument("--poison", action="store_true", help="fill scratch memory with NaN first")
     options = parser.parse_args()
     if options.poison:
-        poison()
+        return poisoned([argument for argument in sys.argv[1:] if argument != "--poison"])
     end, seed = time.monotonic() + 60 * options.minutes, options.seed
     while seed - options.seed < options.rounds if options.rounds is not None else time.monotonic() < end:
         for check in KERNELS:

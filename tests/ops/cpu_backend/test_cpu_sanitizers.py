@@ -4,46 +4,55 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from variants import compile_variant, kernel_files, run_with
 
 from sparseffn.ops.cpu import build
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here"),
+]
 
 # Scratch memory that is handed out unwritten holds NaN, which the comparison then finds.
 FLAGS = ("-std=c++17", "-O1", "-g", "-march=native", "-fopenmp", "-fPIC", "-fno-omit-frame-pointer", "-DSPARSEFFN_POISON")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-FUZZ = Path(__file__).with_name("fuzz_kernels.py")
-
-SCRIPT = """
-import ctypes, runpy, sys
-from sparseffn.ops.cpu import kernels
-library = ctypes.CDLL(sys.argv[1])
-kernels.library = lambda: library
-sys.argv = ["fuzz_kernels.py", "--rounds", "25", "--seed", "1"]
-runpy.run_path({fuzz!r}, run_name="__main__")
-"""
+FUZZ = str(Path(__file__).with_name("fuzz_kernels.py"))
 
 
-def runtime(name: str) -> str:
-    """Path of a sanitizer's runtime; a test without it skips at home and fails in CI."""
-    asked = [*build.find_compiler(), f"-print-file-name={name}"]
-    path = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(path).is_absolute():
-        reason = f"the compiler brings no {name}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return path
+def runtimes() -> list[str]:
+    """Paths of the sanitizers' runtimes; a test without them skips at home and fails in CI."""
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        asked = [*build.find_compiler(), f"-print-file-name={name}"]
+        found.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+        if not Path(found[-1]).is_absolute():
+            reason = f"the compiler brings no {name}"
+            pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
+def fuzzed(
+    folder: Path, files: Sequence[str], *arguments: str, change: tuple[str, str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Drawn computations, with some files of the kernels under the sanitizers' eyes."""
+    first = runtimes()
+    library = compile_variant(folder, files, [*FLAGS, *SANITIZERS], change)
+    return run_with(library, FUZZ, *arguments, preload=first, ASAN_OPTIONS="detect_leaks=0")
+
+
 def test_sanitizers_are_silent(tmp_path: Path) -> None:
-    """25 drawn computations of each kernel, in float64, float32 or bfloat16; an error would end the process."""
-    preload = f"{runtime('libasan.so')}:{runtime('libubsan.so')}"
-    library = build.compile_library(tmp_path, flags=[*FLAGS, *SANITIZERS])
-    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-c", SCRIPT.format(fuzz=str(FUZZ)), str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    """25 drawn computations of each operation, in all four types; an error would end the process."""
+    done = fuzzed(tmp_path / "watched", kernel_files(), "--rounds", "25", "--seed", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing found" in done.stdout
+
+
+def test_a_read_past_the_end_is_seen(tmp_path: Path) -> None:
+    """So that the silence is not that of kernels nobody watches: a bias is read one number too far."""
+    change = ("hidden.h", "row[g] += upcast(bias[g]);", "row[g] += upcast(bias[g + n]);")
+    done = fuzzed(tmp_path / "wrong", ["experts_double.cpp"], "--rounds", "5", "--seed", "1", change=change)
+    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-3000:]

@@ -61,9 +61,6 @@ void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns
     for (int64_t e = 0; e < p.routing.experts; ++e)
         for (int64_t r = p.routing.offsets[e]; r < p.routing.offsets[e + 1]; ++r) {
             C* to = sums + p.routing.token(r) * p.width;
-            const C gate = p.gates[p.routing.order[r]];
-            if (p.value_bias)
-                for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += gate * upcast(p.value_bias[e * p.width + c]);
             for (int64_t g = 0; g < p.size; ++g)
                 if (const C a = alpha[r * p.size + g]; a != C(0)) {
                     const S* value = p.values.of(e).at(g, 0);
@@ -72,6 +69,13 @@ void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns
                     else
                         for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c * p.values.column]);
                 }
+        }
+    // Last: values added to a bias would each be rounded at its size.
+    for (int64_t e = 0; e < p.routing.experts && p.value_bias; ++e)
+        for (int64_t r = p.routing.offsets[e]; r < p.routing.offsets[e + 1]; ++r) {
+            C* to = sums + p.routing.token(r) * p.width;
+            const C gate = p.gates[p.routing.order[r]];
+            for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += gate * upcast(p.value_bias[e * p.width + c]);
         }
 }
 

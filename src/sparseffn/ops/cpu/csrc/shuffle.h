@@ -7,6 +7,7 @@
 #define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
 #endif
+// Comparing vectors gives integers of their width.
 #ifndef SPARSEFFN_SHUFFLE
-#define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, V{__VA_ARGS__})
+#define SPARSEFFN_SHUFFLE(V, a, b, ...) __builtin_shuffle(a, b, decltype((a) < (a)){__VA_ARGS__})
 #endif

@@ -1,0 +1,115 @@
+"""Compare the kernels in use with the truth, as far as a group of checks goes: `python check_kernels.py experts gated ...`.
+
+Exits with 1 and the difference where they are wrong. Run by tests, with variants of the kernels in their place.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from expert_cases import CASES, LARGE, Options, verify
+
+from sparseffn import ops
+
+F32, BF16 = torch.float32, torch.bfloat16
+GATED = {"activation": "silu", "gated": True}
+
+
+def experts(**options: bool | str) -> None:
+    """Odd sizes, empty experts, few tokens and many."""
+    for name in ("odd", "wide", "decoding", "empty-experts"):
+        verify(CASES[name], F32, Options(**options))  # type: ignore[arg-type]
+
+
+def layouts() -> None:
+    """Lines of rows and of columns, few rows of an expert and many."""
+    for layout in ("out-in", "interleaved", "out-in-interleaved", "spread"):
+        for name in ("decoding", "odd", "wide"):
+            verify(CASES[name], F32, Options(layout, **GATED))  # type: ignore[arg-type]
+    verify(LARGE["hot-chunks"], F32, Options("out-in", **GATED))  # type: ignore[arg-type]
+
+
+def bfloat16() -> None:
+    """Both orders of the weights."""
+    for layout in ("in-out", "out-in"):
+        for name in ("decoding", "wide"):
+            verify(CASES[name], BF16, Options(layout, **GATED))  # type: ignore[arg-type]
+
+
+def inner() -> None:
+    """The best of a token's units, plain and gated."""
+    verify(CASES["one-token"], F32, Options(inner_k=3))
+    verify(CASES["decoding"], F32, Options("out-in", "silu", gated=True, biased=True, inner_k=20))
+
+
+def differ(compute: Callable[[str], list[torch.Tensor]]) -> None:
+    """Raise unless kernels give what PyTorch gives."""
+    for got, wanted in zip(*(compute(backend) for backend in ("auto", "torch")), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def routes() -> None:
+    """Outputs and gradients, few tokens and many."""
+    for n_tokens in (4, 130):
+        for gate in ("sigmoid", "softmax", "renormalised"):
+
+            def compute(backend: str, n_tokens: int = n_tokens, gate: ops.GateName = gate) -> list[torch.Tensor]:
+                torch.manual_seed(0)
+                leaves = [torch.randn(n_tokens, 7).requires_grad_(), torch.randn(5, 7).requires_grad_()]
+                logits, indices, gates = ops.route(*leaves, k=2, gate=gate, backend=backend)
+                direction = torch.arange(gates.numel()).sin().view(gates.shape)
+                return [logits, indices, gates, *torch.autograd.grad(gates, leaves, direction)]
+
+            differ(compute)
+
+
+def rows() -> None:
+    """Rows of a ragged width, more than are added up at once."""
+
+    def compute(backend: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        values, weights = torch.randn(20, 37), torch.randn(5, 11)
+        return [ops.weighted_rows(values, torch.randint(20, (5, 11)), weights, backend=backend)]
+
+    differ(compute)
+
+
+def ties() -> None:
+    """The two best of equals."""
+    differ(lambda backend: [ops.topk(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), 2, backend=backend)])
+
+
+def other_processors() -> None:
+    """Experts in every type: sums of fewer lanes are longer than PyTorch's here, whose error is no bound for them."""
+    for dtype, near in ((torch.float64, 1e-12), (F32, 1e-5), (torch.float16, 0.01), (BF16, 0.08)):
+        for layout in ("in-out", "out-in", "out-in-interleaved"):
+            for name in ("odd", "wide", "decoding", "one-token"):
+                problem = CASES[name].draw(Options(layout, "silu", gated=True, biased=True), dtype)
+                got, truth = problem.results("cpu"), problem.results("reference", torch.float64)
+                for key, wanted in truth.items():
+                    torch.testing.assert_close(got[key].double(), wanted, atol=near * float(wanted.abs().max()), rtol=near)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "experts": experts,
+    "gated": lambda: experts(**GATED, biased=True),  # type: ignore[arg-type]
+    "dropout": lambda: experts(dropout=True),
+    "layouts": layouts,
+    "bfloat16": bfloat16,
+    "inner": inner,
+    "routes": routes,
+    "rows": rows,
+    "ties": ties,
+    "other-processors": other_processors,
+}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    try:
+        for check in sys.argv[1:]:
+            CHECKS[check]()
+    except AssertionError as error:
+        sys.exit(f"wrong: {error}")
+    sys.stdout.write("right\n")
