@@ -97,9 +97,13 @@ def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Te
         UserError: ranks, widths, dtypes or devices do not fit together, or `sel` has another length or dtype or names a
             matrix that is not there.
     """
-    run = implementation("cvmm", x, backend)
+    named = implementation("cvmm", x, backend)
+    if named is not None:
+        check_cvmm(x, sel, weight)
+        check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
+        return named(x, sel, weight)
     try:
-        return (_cvmm if run is None else run)(x, sel, weight)
+        return _cvmm(x, sel, weight)
     except RuntimeError:
         check_cvmm(x, sel, weight)
         raise

@@ -192,7 +192,11 @@ def experts(
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
         keep, keep_scale = _draw_keep(indices, keys, dropout)
-    run = implementation("experts", x, backend) or _experts
+    named = implementation("experts", x, backend)
+    if named is not None:
+        check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
+        check_indices(indices, "an expert", keys.shape[0])
+    run = named or _experts
     try:
         # Ten arguments more take a microsecond to pass, a tenth of one token's experts.
         if gate_keys is key_bias is value_bias is keep is inner_k is None and activation == "relu" and gate_bias is None:

@@ -74,9 +74,12 @@ def route(x: Tensor, selector: Tensor, *, k: int, gate: GateName, backend: str =
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the gate is unknown.
     """
-    run = implementation("route", x, backend)
+    named = implementation("route", x, backend)
+    if named is not None:
+        check_route(x, selector, k, gate)
+        return named(x, selector, k, gate)
     try:
-        return (_route if run is None else run)(x, selector, k, gate)
+        return _route(x, selector, k, gate)
     except RuntimeError:
         check_route(x, selector, k, gate)
         raise

@@ -50,9 +50,12 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
     Raises:
         UserError: ranks or widths do not fit together, a dtype is not floating, or the devices differ.
     """
-    run = implementation("router_logits", x, backend)
+    named = implementation("router_logits", x, backend)
+    if named is not None:
+        check_router(x, selector)
+        return named(x, selector)
     try:
-        return (_router_logits if run is None else run)(x, selector)
+        return _router_logits(x, selector)
     except RuntimeError:
         check_router(x, selector)
         raise
