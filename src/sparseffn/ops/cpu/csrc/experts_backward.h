@@ -112,7 +112,7 @@ void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, cons
     multiply<To::kPut, S>(ws.sent.data(), rows, p.values.of(e).transposed(), p.width, p.size, ws.to.data(), ws.scratch);
     for (int64_t i = 0; i < rows; ++i) {
         g.gates[p.routing.order[first + i]] =
-            through_activation(p, first + i, {0, p.size}, d + i * p.size, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr,
+            through_activation(p, first + i, {0, p.size}, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr,
                                scaled + i * p.size) +
             through_value_bias(p, e, ws.sent[i]);
         ws.to[i] = gx + p.routing.token(first + i) * p.width;
@@ -268,7 +268,7 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                                   ws.to.data(), ws.scratch, Way{{}, nullptr, 0});
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 g.gates[routing.order[r]] =
-                    through_activation(p, r, {0, p.size}, d.data() + r * p.size, d.data() + r * p.size,
+                    through_activation(p, r, {0, p.size}, d.data() + r * p.size,
                                        p.gate_keys ? d_gate.data() + r * p.size : nullptr, scaled.data() + r * p.size) +
                     through_value_bias(p, e, ws.sent[r - rows.begin]);
         }

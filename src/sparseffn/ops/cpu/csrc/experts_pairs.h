@@ -60,8 +60,14 @@ template <class W, class... A> std::vector<W> one_for_each_thread(int threads, c
 // A panel of an expert's hidden units, for some of its rows.
 struct UnitsPart {
     int64_t expert;
-    Range rows;
+    Range rows, units;
     int64_t panel;
+
+    int64_t n_units() const { return units.end - units.begin; }
+    int64_t tiles() const { return (rows.end - rows.begin + kPairRows - 1) / kPairRows; }
+    // The panel in [width, size].
+    Matrix<bf16> of(const Matrices<bf16>& m) const { return m.of(expert).from(0, units.begin); }
+    Coming coming(const Matrices<bf16>& m, int64_t depth) const { return m ? Coming(of(m), depth, n_units()) : Coming(); }
 };
 
 inline std::vector<UnitsPart> units_parts(const Routing& routing, const Panels& panels) {
@@ -69,13 +75,14 @@ inline std::vector<UnitsPart> units_parts(const Routing& routing, const Panels& 
     for (int64_t e = 0; e < routing.experts; ++e)
         for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; r += kPanelRows)
             for (int64_t i = 0; i < panels.n; ++i)
-                parts.push_back({e, {r, std::min(r + kPanelRows, routing.offsets[e + 1])}, i});
+                parts.push_back({e, {r, std::min(r + kPanelRows, routing.offsets[e + 1])}, panels.at(i), i});
     return parts;
 }
 
 // to[i] = rows[i] panel, at kPanelColumns from row to row.
-inline void put_products(const bf16* const* rows, int64_t n, const uint32_t* panel, int64_t depth, int64_t columns, float* to) {
-    product_pairs(rows, n, panel, depth, columns, [&](int64_t i, const auto& acc) {
+inline void put_products(const bf16* const* rows, int64_t n, const uint32_t* panel, int64_t depth, int64_t columns, Coming& next,
+                         int64_t lines, float* to) {
+    product_pairs(rows, n, panel, depth, columns, next, lines, [&](int64_t i, const auto& acc) {
         std::memcpy(to + i * kPanelColumns, acc, sizeof acc);
     });
 }
@@ -93,19 +100,23 @@ inline void weigh_row(const Problem<bf16>& p, int64_t r, Range units, const floa
     for (int64_t g = 0; g < n; ++g) to[g] = narrow<bf16>(keep[g] ? row[g] * scale : 0.0f);
 }
 
-// a [rows, size] gets what goes to the values.
-inline void units_of(const Problem<bf16>& p, const UnitsPart& part, Range units, PairWorkspace& ws, bf16* a) {
-    const int64_t n_units = units.end - units.begin;
-    pack_panel(p.keys.of(part.expert).from(0, units.begin), p.width, n_units, ws.panel.data());
-    if (p.gate_keys) pack_panel(p.gate_keys.of(part.expert).from(0, units.begin), p.width, n_units, ws.gate_panel.data());
+// a [rows, size] gets what goes to the values. `following` is what this thread will probably do next.
+inline void units_of(const Problem<bf16>& p, const UnitsPart& part, const UnitsPart& following, PairWorkspace& ws, bf16* a) {
+    const Range units = part.units;
+    const int64_t n_units = part.n_units();
+    Coming keys = following.coming(p.keys, p.width), gate_keys = following.coming(p.gate_keys, p.width);
+    const int64_t lines = keys.share(part.tiles()), gate_lines = gate_keys.share(part.tiles());
+    pack_panel(part.of(p.keys), p.width, n_units, ws.panel.data());
+    if (p.gate_keys) pack_panel(part.of(p.gate_keys), p.width, n_units, ws.gate_panel.data());
     const auto bias = [&](const bf16* of, float* row) {
         if (of) add_bias(of + part.expert * p.size + units.begin, n_units, row);
     };
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
         const int64_t n = std::min(kWaiting, part.rows.end - first);
         for (int64_t i = 0; i < n; ++i) ws.rows[i] = p.x + p.routing.token(first + i) * p.width;
-        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, ws.units.data());
-        if (p.gate_keys) put_products(ws.rows.data(), n, ws.gate_panel.data(), p.width, n_units, ws.gate_units.data());
+        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, keys, lines, ws.units.data());
+        if (p.gate_keys)
+            put_products(ws.rows.data(), n, ws.gate_panel.data(), p.width, n_units, gate_keys, gate_lines, ws.gate_units.data());
         for (int64_t i = 0; i < n; ++i) {
             float* row = ws.units.data() + i * kPanelColumns;
             float* gate_row = p.gate_keys ? ws.gate_units.data() + i * kPanelColumns : nullptr;
@@ -149,23 +160,29 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
     for (int64_t e = 0; e < p.routing.experts; ++e) {
         const Range rows = p.routing.rows_of(e, tokens);
         if (rows.begin == rows.end) continue;
+        const int64_t tiles = (rows.end - rows.begin + kPairRows - 1) / kPairRows;
         for (int64_t r = rows.begin; r < rows.end && bias; ++r) {
             const float gate = p.gates[p.routing.order[r]];
             for (int64_t c = 0; c < n; ++c) sums_of(r)[c] += gate * upcast(bias[e * p.width + columns.begin + c]);
         }
-        for (const RowsTimes& product : products) {
+        for (int m = 0; m < M; ++m) {
+            const RowsTimes& product = products[m];
             if (!product.rows) continue;
+            Coming next;
+            if (e + 1 < p.routing.experts) next = Coming(product.by.of(e + 1).from(0, columns.begin), product.depth, n);
+            const int64_t lines = next.share(tiles);
             pack_panel(product.by.of(e).from(0, columns.begin), product.depth, n, ws.panel.data());
             for (int64_t first = rows.begin; first < rows.end; first += kWaiting) {
                 const int64_t some = std::min(kWaiting, rows.end - first);
                 for (int64_t i = 0; i < some; ++i) ws.rows[i] = product.rows + (first + i) * product.depth;
-                product_pairs(ws.rows.data(), some, ws.panel.data(), product.depth, n, [&](int64_t i, const auto& acc) {
-                    float* to = sums_of(first + i);
-                    for (const __m512& v : acc) {
-                        _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
-                        to += kPairLanes;
-                    }
-                });
+                product_pairs(ws.rows.data(), some, ws.panel.data(), product.depth, n, next, lines,
+                              [&](int64_t i, const auto& acc) {
+                                  float* to = sums_of(first + i);
+                                  for (const __m512& v : acc) {
+                                      _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
+                                      to += kPairLanes;
+                                  }
+                              });
             }
         }
     }
@@ -185,7 +202,8 @@ inline void forward_by_pairs(const Problem<bf16>& p, bf16* y) {
     {
         PairWorkspace& ws = all[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n_parts; ++i) units_of(p, parts[i], panels.at(parts[i].panel), ws, a.data());
+        for (int64_t i = 0; i < n_parts; ++i)
+            units_of(p, parts[i], parts[std::min(i + p.threads, n_parts - 1)], ws, a.data());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < outputs.n(); ++i)
             sum_of_rows(p, products, p.value_bias, outputs.tokens_of(i), outputs.columns_of(i), ws, y);

@@ -89,7 +89,8 @@ inline void put_rounded(const __m512& v, int64_t n, bf16* to) {
 }
 
 // Calls out(row, first column, registers) for the tiles of the sum over some rows.
-template <class Out> void outer_tiles(int64_t pairs, int64_t height, int64_t width, const OuterWorkspace& ws, Out&& out) {
+template <class Out>
+SPARSEFFN_OWN_FRAME void outer_tiles(int64_t pairs, int64_t height, int64_t width, const OuterWorkspace& ws, Out&& out) {
     constexpr int64_t kWidth = kOuterVectors * kPairLanes;
     for (int64_t column = 0; column < width; column += kWidth)
         with_constant<kOuterVectors>(std::min(kOuterVectors, vectors_in(width - column)), [&](auto n) {
@@ -140,20 +141,25 @@ struct HiddenGradients {
           gates(p.routing.rows() * panels.n) {}
 };
 
-inline void hidden_gradients_of(const Problem<bf16>& p, const bf16* gy, const UnitsPart& part, const Panels& panels,
-                                PairWorkspace& ws, HiddenGradients& h) {
-    const Range units = panels.at(part.panel);
-    const int64_t n_units = units.end - units.begin;
-    pack_panel(p.values.of(part.expert).transposed().from(0, units.begin), p.width, n_units, ws.panel.data());
+inline void hidden_gradients_of(const Problem<bf16>& p, const bf16* gy, const UnitsPart& part, const UnitsPart& following,
+                                const Panels& panels, PairWorkspace& ws, HiddenGradients& h) {
+    const Matrices<bf16> values = p.values.transposed();
+    const int64_t n_units = part.n_units();
+    Coming next = following.coming(values, p.width);
+    const int64_t lines = next.share(part.tiles());
+    pack_panel(part.of(values), p.width, n_units, ws.panel.data());
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
         const int64_t n = std::min(kWaiting, part.rows.end - first);
         for (int64_t i = 0; i < n; ++i) ws.rows[i] = gy + p.routing.token(first + i) * p.width;
-        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, ws.units.data());
+        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, next, lines, ws.units.data());
         for (int64_t i = 0; i < n; ++i) {
-            const int64_t at = (first + i) * p.size + units.begin;
-            h.gates[(first + i) * panels.n + part.panel] =
-                through_activation(p, first + i, units, ws.units.data() + i * kPanelColumns, h.d.data() + at,
-                                   p.gate_keys ? h.d_gate.data() + at : nullptr, h.scaled.data() + at);
+            const int64_t at = (first + i) * p.size + part.units.begin;
+            float scaled[kPanelColumns], *d = ws.units.data() + i * kPanelColumns, *d_gate = nullptr;
+            if (p.gate_keys) d_gate = ws.gate_units.data() + i * kPanelColumns;
+            h.gates[(first + i) * panels.n + part.panel] = through_activation(p, first + i, part.units, d, d_gate, scaled);
+            keep_row(scaled, n_units, h.scaled.data() + at);
+            keep_row(d, n_units, h.d.data() + at);
+            if (d_gate) keep_row(d_gate, n_units, h.d_gate.data() + at);
         }
     }
 }
@@ -180,7 +186,8 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
         PairWorkspace& ws = all[omp_get_thread_num()];
         OuterWorkspace& own = outer[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n_parts; ++i) hidden_gradients_of(p, g.y, parts[i], panels, ws, h);
+        for (int64_t i = 0; i < n_parts; ++i)
+            hidden_gradients_of(p, g.y, parts[i], parts[std::min(i + p.threads, n_parts - 1)], panels, ws, h);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < inputs.n(); ++i)
             sum_of_rows(p, products, nullptr, inputs.tokens_of(i), inputs.columns_of(i), ws, g.x);

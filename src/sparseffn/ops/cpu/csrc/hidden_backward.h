@@ -5,11 +5,11 @@
 
 namespace sparseffn {
 
-// In: `by_values`, the gradient of some units of a row by the values. Out: in `d` those of the keys' product (it may be the same
-// memory), in `d_gate` those of the gate keys'; in `scaled` s * drop * a. Returns what the gate's gradient gets from these units.
-template <class S, class T>
-compute_t<S> through_activation(const Problem<S>& p, int64_t row, Range units, const compute_t<S>* by_values, T* d, T* d_gate,
-                                T* scaled) {
+// In: `d`, the gradient of some units of a row by the values. Out: those of the keys' product (in place), and in `d_gate` of the
+// gate keys'; `scaled` gets s * drop * a. Returns what the gate's gradient gets from these units.
+template <class S>
+compute_t<S> through_activation(const Problem<S>& p, int64_t row, Range units, compute_t<S>* d, compute_t<S>* d_gate,
+                                compute_t<S>* scaled) {
     using C = compute_t<S>;
     const int64_t selection = p.routing.order[row], size = units.end - units.begin;
     const S* kept = p.hidden + row * p.kept() * p.size + units.begin;
@@ -30,20 +30,20 @@ compute_t<S> through_activation(const Problem<S>& p, int64_t row, Range units, c
         if (!d_gate)
             pass([&](int64_t g, C& sum) {
                 const Slope<C> s = slope_of(a, C(upcast(kept[g])));
-                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1), sent = by_values[g];
-                sum += sent * s.value * drop;
-                scaled[g] = narrow<T>(gate * drop * s.value);
-                d[g] = narrow<T>(sent * gate * drop * s.slope);
+                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
+                sum += d[g] * s.value * drop;
+                scaled[g] = gate * drop * s.value;
+                d[g] = d[g] * gate * drop * s.slope;
             });
         else
             pass([&](int64_t g, C& sum) {
                 const GatedSlope<C> s = gated_slope(a, C(upcast(kept[g])), C(upcast(kept_gate[g])), clamp);
                 const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
-                sum += by_values[g] * s.value * drop;
-                scaled[g] = narrow<T>(gate * drop * s.value);
-                const C sent = by_values[g] * gate * drop;
-                d[g] = narrow<T>(sent * s.by_key);
-                d_gate[g] = narrow<T>(sent * s.by_gate);
+                sum += d[g] * s.value * drop;
+                scaled[g] = gate * drop * s.value;
+                const C sent = d[g] * gate * drop;
+                d[g] = sent * s.by_key;
+                d_gate[g] = sent * s.by_gate;
             });
     });
     return sum_of_lanes<C>(load(sums));

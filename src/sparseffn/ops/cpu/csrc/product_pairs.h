@@ -22,6 +22,9 @@ template <class S> constexpr bool kByPairs = false;
 
 #if defined(SPARSEFFN_PAIR_PRODUCTS)
 
+// Compiled into a caller with much else, a tile's sums leave their registers: the same product takes twice as long.
+#define SPARSEFFN_OWN_FRAME __attribute__((noinline))
+
 // A tile of kPairRows rows and kPanelVectors registers of columns keeps its sums in 24 of 32 registers.
 constexpr int kPairRows = 6, kPanelVectors = 4, kPairLanes = 16;
 // A tile of a gradient of weights: rows and registers of columns.
@@ -36,15 +39,20 @@ inline __mmask32 first_halves(int64_t n) {
     return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : static_cast<__mmask32>((uint32_t(1) << n) - 1);
 }
 
+// Lines that are fetched ahead of those that are woven: the hardware does not follow them from page to page.
+constexpr int64_t kLinesAhead = 16;
+
 // Calls put(pair, column, 16 pairs) for all pairs of lines and all registers of columns; what is not there is zero.
 template <class LineAt, class Put> void weave(int64_t depth, int64_t columns, LineAt&& line_at, Put&& put) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_load_si512(kOrder), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < depth; k += 2) {
-        const bf16 *first = line_at(k), *second = k + 1 < depth ? line_at(k + 1) : first;
         const bool both = k + 1 < depth;
+        const bf16 *first = line_at(k), *second = both ? line_at(k + 1) : first;
+        const bf16* ahead[2] = {line_at(std::min(k + kLinesAhead, depth - 1)), line_at(std::min(k + 1 + kLinesAhead, depth - 1))};
         for (int64_t c = 0; c < columns; c += 32) {
+            for (const bf16* line : ahead) __builtin_prefetch(line + c);
             const __mmask32 mask = first_halves(columns - c);
             const __m512i a = _mm512_maskz_loadu_epi16(mask, first + c);
             const __m512i b = _mm512_maskz_loadu_epi16(both ? mask : 0, second + c);
@@ -102,6 +110,36 @@ inline void pack_panel(const Matrix<bf16>& b, int64_t depth, int64_t columns, ui
         }
 }
 
+// Memory of a panel that is packed next, brought into the second-level cache by and by.
+class Coming {
+  public:
+    Coming() = default;
+    Coming(const Matrix<bf16>& b, int64_t depth, int64_t columns) {
+        const bool by_rows = b.column == 1;
+        if (!by_rows && b.row != 1) return;
+        line_ = reinterpret_cast<const char*>(b.data);
+        bytes_ = (by_rows ? columns : depth) * static_cast<int64_t>(sizeof(bf16));
+        stride_ = (by_rows ? b.row : b.column) * static_cast<int64_t>(sizeof(bf16));
+        lines_ = by_rows ? depth : columns;
+    }
+    // As many of them as one of `times` equal parts, rounded up.
+    int64_t share(int64_t times) const { return times ? (lines_ * ((bytes_ + kLine - 1) / kLine) + times - 1) / times : 0; }
+    void fetch(int64_t n) {
+        for (; n > 0 && lines_ > 0; --n) {
+            __builtin_prefetch(line_ + at_, 0, 2);
+            at_ += kLine;
+            if (at_ < bytes_) continue;
+            at_ = 0;
+            line_ += stride_;
+            --lines_;
+        }
+    }
+
+  private:
+    const char* line_ = nullptr;
+    int64_t bytes_ = 0, stride_ = 0, lines_ = 0, at_ = 0;
+};
+
 // acc[i][j] = sum over pairs of pair_at(i, k) panel[k][j]; `pair_at` gives 32 bits.
 template <int R, int N, class PairAt>
 SPARSEFFN_INLINE void tile_pairs(int64_t pairs, const uint32_t* panel, __m512 (&acc)[R][N], PairAt&& pair_at) {
@@ -117,13 +155,16 @@ SPARSEFFN_INLINE void tile_pairs(int64_t pairs, const uint32_t* panel, __m512 (&
     }
 }
 
-// Calls out(i, registers) for each row i of A times the panel. Rows of A are contiguous.
+// Calls out(i, registers) for each row i of A times the panel. Rows of A are contiguous. With each tile so many lines of what
+// comes next are fetched.
 template <class Out>
-void product_pairs(const bf16* const* a, int64_t rows, const uint32_t* panel, int64_t depth, int64_t columns, Out&& out) {
+SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const uint32_t* panel, int64_t depth, int64_t columns, Coming& next,
+                   int64_t lines, Out&& out) {
     with_constant<kPanelVectors>(vectors_in(columns), [&](auto n) {
         constexpr int N = decltype(n)::value;
         const auto block = [&](int64_t first, auto r) {
             constexpr int R = decltype(r)::value;
+            next.fetch(lines);
             const bf16* row[R];
             for (int i = 0; i < R; ++i) row[i] = a[first + i];
             __m512 acc[R][N] = {};
