@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.pkm import PKMConfig
@@ -34,3 +36,21 @@ def test_backward_makes_no_gradients_of_what_is_kept():
         y.sum().backward()
     hidden_bytes = 512 * 2 * 256 * 4
     assert max(event.self_cpu_memory_usage for event in profile.events()) < hidden_bytes
+
+
+class _Halved(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+def test_a_parametrised_expert_is_computed_as_it_is_seen():
+    """Weight normalisation and its kin put a computed tensor in a parameter's place."""
+    layer, x = SigmaMoEConfig(d_model=8, n_experts=4, expert_size=4, k=2, gated=True).build(), torch.randn(5, 8)
+    wanted = layer(x) / 2
+    # PyTorch itself refuses the names `keys` and `values` here: they are methods of its dictionary of parametrisations.
+    parametrize.register_parametrization(layer.experts, "gate_keys", _Halved())
+    torch.testing.assert_close(layer(x), wanted)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
