@@ -31,6 +31,8 @@ class Family:
     """Folder under `transformers.models`."""
     experts: str
     """Name of the class."""
+    layout: str
+    """How its weights are stored: `gated, transposed, biased`."""
     formula: Formula | None
     """What our kernels compute of it."""
     reason: str
@@ -53,12 +55,14 @@ def built() -> Iterator[tuple[str, nn.Module]]:
                 yield path.parent.name, _build(experts_class, list(_classes(modeling, PreTrainedConfig, own=False)))
 
 
-def _family(family: str, experts: nn.Module) -> Family:
+def _family(family: str, experts: Any) -> Family:
+    layout = {"gated": experts.has_gate, "transposed": experts.is_transposed, "biased": experts.has_bias}
     formula = formula_of(experts)
     computed = isinstance(formula, Formula)
     return Family(
         family=family,
         experts=type(experts).__name__,
+        layout=", ".join(word for word, has in layout.items() if has),
         formula=formula if computed else None,
         reason="" if computed else str(formula),
     )
