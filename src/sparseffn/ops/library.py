@@ -156,7 +156,6 @@ def kernels_missing() -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
 def load() -> bool:
     """Load the library unless it is there, before a compiler traces an operation: it keeps what it found the first time.
 
@@ -164,6 +163,10 @@ def load() -> bool:
         Whether it is loaded.
     """
     return kernels_missing() is None
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler, and with it Triton.
+vars(load)["_dynamo_marked_constant"] = True
 
 
 def _on_gpu(name: str, function: Function) -> Function:
