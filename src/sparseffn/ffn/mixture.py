@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -228,14 +229,15 @@ class Mixture(FeedForward):
 
     def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
         """The balancing losses times their weights, summed."""
-        losses = {
-            "entropy": lambda: entropy_loss(routing.logits_TE, mask_T),
-            "switch": lambda: switch_loss(routing, mask_T),
-            "cv": lambda: cv_loss(routing),
-            "slot_entropy": lambda: entropy_loss(routing.logits_TE.gather(1, routing.indices_TK), mask_T),
+        logits_TE = routing.logits_TE
+        losses: dict[str, Callable[[float], Tensor]] = {
+            "entropy": lambda weight: entropy_loss(logits_TE, mask_T, weight),
+            "switch": lambda weight: weight * switch_loss(routing, mask_T),
+            "cv": lambda weight: weight * cv_loss(routing),
+            "slot_entropy": lambda weight: entropy_loss(logits_TE.gather(1, routing.indices_TK), mask_T, weight),
         }
-        terms = [weight * losses[name]() for name, weight in self.config.balancing().items() if weight > 0]
-        return torch.stack(terms).sum() if terms else routing.weights_TK.new_zeros(())
+        terms = [losses[name](weight) for name, weight in self.config.balancing().items() if weight > 0]
+        return sum(terms[1:], terms[0]) if terms else routing.weights_TK.new_zeros(())
 
     def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """`s[e] act(k_i . x)` for the pairs of selected experts, or the largest of these; zero elsewhere."""

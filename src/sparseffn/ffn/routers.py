@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from sparseffn import ops
 from sparseffn.ffn.feedforward import parameter_shapes
 from sparseffn.ops import Selection
+from sparseffn.ops.counts import NEVER, log_shares
 
 if TYPE_CHECKING:
     from sparseffn.ffn.mixture import TopKMixtureConfig
-
-# Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
-_NEVER = -1e30
 
 
 class Routing(NamedTuple):
@@ -137,7 +135,7 @@ def renormalise(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
     if alive_TK is None:
         return logits_TK.softmax(dim=1)
     dead_TK = ~alive_TK
-    return logits_TK.masked_fill(dead_TK, _NEVER).softmax(dim=1).masked_fill(dead_TK, 0.0)
+    return logits_TK.masked_fill(dead_TK, NEVER).softmax(dim=1).masked_fill(dead_TK, 0.0)
 
 
 def scores_by_token(
@@ -173,24 +171,9 @@ def renormalised_scores(logits: Tensor, chosen: list[int]) -> Tensor:
     return s / s.sum()
 
 
-def _log_mean(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Log of the mean over tokens of the softmax, in log space (equation 20)."""
-    log_p_TE = logits_TE.log_softmax(dim=1)
-    if mask_T is None:
-        # Made on the device: a tensor from a number would be copied there, which waits for it.
-        n_tokens = logits_TE.new_full((), logits_TE.shape[0])
-    else:
-        log_p_TE = log_p_TE.masked_fill(~mask_T[:, None], _NEVER)
-        n_tokens = mask_T.sum().clamp_min(1).to(logits_TE.dtype)
-    return log_p_TE.logsumexp(dim=0) - n_tokens.log()
-
-
-def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
-    """`sum_e p[e] log p[e]` of the batch-mean distribution p: minus its entropy (equations 20, 21)."""
-    if logits_TE.shape[0] == 0:
-        return logits_TE.sum()
-    log_p_E = _log_mean(logits_TE, mask_T)
-    return (log_p_E.exp() * log_p_E).sum()
+def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None, weight: float = 1.0) -> Tensor:
+    """`weight sum_e p[e] log p[e]` of the batch-mean distribution p: minus its entropy (equations 20, 21)."""
+    return ops.batch_entropy(logits_TE, mask_T, weight)
 
 
 def switch_loss(routing: Routing, mask_T: Tensor | None) -> Tensor:
@@ -202,7 +185,7 @@ def switch_loss(routing: Routing, mask_T: Tensor | None) -> Tensor:
     chosen = (routing.weights_TK.detach() != 0).to(logits_TE.dtype)
     counts_E = logits_TE.new_zeros(n_experts).scatter_add_(0, routing.indices_TK.flatten(), chosen.flatten())
     share_E = counts_E / counts_E.sum().clamp_min(1.0)
-    return n_experts * (share_E * _log_mean(logits_TE, mask_T).exp()).sum()
+    return n_experts * (share_E * log_shares(logits_TE, mask_T).exp()).sum()
 
 
 def cv_loss(routing: Routing) -> Tensor:

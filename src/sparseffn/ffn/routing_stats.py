@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ops import Selection
 
@@ -73,21 +74,15 @@ def routing_stats(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> Routi
 def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingStats:
     units = routed.units
     if isinstance(units, Selection):
-        weights = units.weights.detach().abs()
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        shape = (units.n_units,)
-        counts = weights.new_zeros(shape, dtype=torch.int64).scatter_add_(0, units.indices, (weights != 0).long())
-        sums = weights.new_zeros(shape).scatter_add_(0, units.indices, weights)
-        tokens = units.tokens()
-        active = counts.new_zeros(n_tokens).scatter_add_(0, tokens, (weights != 0).long())
+        counts, sums, active, tokens, zero = _counted(units, n_tokens)
         selection = units.detach()
     else:
         dense = units.detach() if mask_T is None else units.detach() * mask_T[:, None]
         used = dense != 0
         counts, active, sums, selection = used.sum(0), used.sum(1), dense.abs().float().sum(0), None
-    zero = counts.new_zeros(())
+        tokens, zero = counts.new_full((), n_tokens), counts.new_zeros(())
     return RoutingStats(
-        n_tokens=counts.new_full((), n_tokens) if mask_T is None else mask_T.sum(),
+        n_tokens=tokens if mask_T is None else mask_T.sum(),
         counts=counts,
         weights=sums,
         active=active,
@@ -95,6 +90,22 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
         dropped=zero if routed.dropped is None else routed.dropped,
         selection=selection,
     )
+
+
+def _counted(units: Selection, n_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Counts and summed weights of the units, units of each token, the number of tokens, and zero."""
+    if units.k is not None:
+        chosen = (t.view(n_tokens, units.k) for t in (units.indices, units.weights))
+        totals, sums, active = ops.routing_counts(*chosen, units.n_units)
+        # Views of one tensor, which one launch writes.
+        return totals[: units.n_units], sums, active, totals[units.n_units], totals[units.n_units + 1]
+    weights = units.weights.detach().abs()
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    used, shape = (weights != 0).long(), (units.n_units,)
+    counts = used.new_zeros(shape).scatter_add(0, units.indices, used)
+    sums = weights.new_zeros(shape).scatter_add(0, units.indices, weights)
+    active = used.new_zeros(n_tokens).scatter_add(0, units.tokens(), used)
+    return counts, sums, active, counts.new_full((), n_tokens), counts.new_zeros(())
 
 
 def _refuse_reentrant_checkpoint() -> None:

@@ -6,6 +6,7 @@ from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.columns import select_columns, topk
+from sparseffn.ops.counts import batch_entropy, routing_counts
 from sparseffn.ops.cvmm import cvmm
 from sparseffn.ops.experts import experts
 from sparseffn.ops.route import GateName, route
@@ -19,6 +20,7 @@ __all__ = [
     "GateName",
     "Selection",
     "balanced_assignment",
+    "batch_entropy",
     "cvmm",
     "experts",
     "explain_backend",
@@ -28,6 +30,7 @@ __all__ = [
     "requested_backend",
     "route",
     "router_logits",
+    "routing_counts",
     "runs_eagerly",
     "select_columns",
     "sinkhorn",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.errors import UserError
+from sparseffn.ops import counts
 from sparseffn.ops.triton import launch, operations, products, router_operations, tuning
 
 CPU = torch.device("cpu")
@@ -146,11 +147,42 @@ def launches_are_few() -> str:
         grad = torch.ones_like(y)
         with LaunchCount() as backward, mock.patch.object(launch, "PART_ROWS", 4):
             torch.autograd.grad(y, list(given.values()), grad)
-        counts = [len(evaluated.found), len(forward.found), len(backward.found)]
-        if counts[0] > 12 or counts[1] > 12 or counts[2] > 14:
-            said.append(f"{counts}: {forward.found} {backward.found}")
+        launches = [len(evaluated.found), len(forward.found), len(backward.found)]
+        if launches[0] > 12 or launches[1] > 12 or launches[2] > 14:
+            said.append(f"{launches}: {forward.found} {backward.found}")
         assert backward.found.count("sum_parts_kernel") == (3 if gated else 2) + 1, "sums were to be split"
     return "; ".join(said)
+
+
+def statistics_are_right() -> None:
+    """Counts, summed weights, entropies and their gradients, over several blocks of tokens; indices of no unit do not count."""
+    generator = torch.Generator().manual_seed(4)
+    for n_tokens, n_units, k in ((0, 4, 2), (1, 1, 1), (150, 5, 2), (70, 40, 3), (130, 5000, 2)):
+        indices = torch.randint(n_units, (n_tokens, k), generator=generator)
+        weights = torch.randn(n_tokens, k, generator=generator) * (torch.rand(n_tokens, k, generator=generator) > 0.3)
+        got = operations.routing_counts(indices, weights, n_units)
+        for ours, plain in zip(got, counts.routing_counts_plain(indices, weights, n_units), strict=True):
+            torch.testing.assert_close(ours, plain)
+        logits = torch.randn(n_tokens, min(n_units, 40), generator=generator) * 3
+        for mask in (None, torch.rand(n_tokens, generator=generator) > 0.4, torch.zeros(n_tokens, dtype=torch.bool)):
+            wide = logits.double().requires_grad_()
+            loss = counts.batch_entropy_plain(wide, mask, 0.3)
+            (grad,) = torch.autograd.grad(loss, wide, torch.tensor(1.7).double())
+            ours, kept = operations.batch_entropy_kept(logits, mask, 0.3)
+            torch.testing.assert_close(ours, loss.detach().float())
+            back = operations.batch_entropy_backward(torch.tensor(1.7), logits, mask, 0.3, kept)
+            torch.testing.assert_close(back, grad.float(), rtol=1e-4, atol=1e-7)
+
+
+def statistics_launch_four() -> None:
+    """Four kernels forward and one backward, whatever is selected."""
+    logits, indices, weights = torch.randn(T, E), torch.zeros(T, K, dtype=torch.int64), torch.rand(T, K)
+    with LaunchCount() as forward:
+        operations.routing_counts(indices, weights, E)
+        loss, kept = operations.batch_entropy_kept(logits, None, 0.1)
+    with LaunchCount() as backward:
+        operations.batch_entropy_backward(loss, logits, None, 0.1, kept)
+    assert len(forward.found) == 4 and len(backward.found) == 1, (forward.found, backward.found)
 
 
 def counting_sees_launches() -> None:

@@ -30,6 +30,11 @@ KERNELS = (
     "experts_bwd_values_kernel",
     "experts_bwd_bias_kernel",
     "sum_parts_kernel",
+    "selection_counts_kernel",
+    "selection_totals_kernel",
+    "entropy_shares_kernel",
+    "entropy_fwd_kernel",
+    "entropy_bwd_kernel",
     "token_sum_kernel",
     "weighted_rows_fwd_kernel",
     "weighted_rows_bwd_values_kernel",
@@ -46,9 +51,9 @@ def _own_compilations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_kernel_is_reported() -> None:
     """The lists of this file and of the report agree with the kernels that there are."""
-    from sparseffn.ops.triton import outer, products, resources, router, sorting, sums
+    from sparseffn.ops.triton import outer, products, resources, router, sorting, statistics_kernels, sums
 
-    modules = (outer, products, router, sorting, sums)
+    modules = (outer, products, router, sorting, statistics_kernels, sums)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert set(resources.KERNELS) == set(KERNELS) == written
     assert set(resources.TARGETS) == set(TARGETS)
@@ -60,8 +65,8 @@ def test_widest_configuration_does_not_spill(kernel: str, target: str) -> None:
     """Tiles for many rows an expert and any size, the ones that need most registers, in the dtype that needs most; gated."""
     from sparseffn.ops.triton import resources
 
-    sorts = kernel in ("count_kernel", "scan_kernel", "place_kernel")
-    dtype, aligned = ("float32", True) if sorts else ("bfloat16", False)
+    fixed = kernel.startswith(("count_", "scan_", "place_", "selection_", "entropy_"))
+    dtype, aligned = ("float32", True) if fixed else ("bfloat16", False)
     *_, widest = resources.default_builds([kernel], [dtype], [aligned], resources.vendor_of(target))
     row = resources.report_build(widest, target)
     assert row["spills"] == 0

@@ -242,6 +242,8 @@ CHECKS = (
     "nan_stays_in_its_row",
     "nan_is_chosen_first",
     "launches_are_few",
+    "statistics_are_right",
+    "statistics_launch_four",
     "counting_sees_launches",
     "device_is_not_waited_for",
     "results_have_equal_bits",

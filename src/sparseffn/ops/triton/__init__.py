@@ -5,9 +5,9 @@ Nothing here imports `triton` before the first call, so that `import sparseffn` 
     ops.experts(x.cuda(), keys.cuda(), values.cuda(), gates.cuda(), indices.cuda())
 
 Kernels: `router.py` (logits, top-K, gates), `sorting.py` (selections by expert), `products.py` (rows times the matrix of their
-expert) with `units.py` (activations), `outer.py` (gradients of the matrices), `sums.py` (sums of rows). What calls them:
-`router_operations.py`, `expert_operations.py` and `operations.py`, through `launch.py`. Tile sizes: `tuning.py`. Registers and
-spills: `resources.py`.
+expert) with `units.py` (activations), `outer.py` (gradients of the matrices), `sums.py` (sums of rows), `statistics_kernels.py`
+(counts, entropies). What calls them, through `launch.py`: `router_operations.py`, `expert_operations.py`,
+`statistics_operations.py` and `operations.py`. Tile sizes: `tuning.py`. Registers and spills: `resources.py`.
 Shapes: see ops/README.md.
 """
 
@@ -39,6 +39,10 @@ REGISTERED = (
     "router_logits",
     "router_logits_kept",
     "router_logits_backward",
+    "routing_counts",
+    "batch_entropy",
+    "batch_entropy_kept",
+    "batch_entropy_backward",
 )
 
 

@@ -1,4 +1,4 @@
-"""The operations on Triton kernels, as `__init__.py` looks them up: weighted rows here, experts and routers beside it.
+"""The operations on Triton kernels, as `__init__.py` looks them up: weighted rows here, the rest beside it.
 
 Shapes: see ops/README.md.
 """
@@ -18,9 +18,18 @@ from sparseffn.ops.triton.router_operations import (
     router_logits_backward,
     router_logits_kept,
 )
+from sparseffn.ops.triton.statistics_operations import (
+    batch_entropy,
+    batch_entropy_backward,
+    batch_entropy_kept,
+    routing_counts,
+)
 from sparseffn.ops.triton.tuning import cdiv
 
 __all__ = [
+    "batch_entropy",
+    "batch_entropy_backward",
+    "batch_entropy_kept",
     "experts",
     "experts_backward",
     "experts_kept",
@@ -30,6 +39,7 @@ __all__ = [
     "router_logits",
     "router_logits_backward",
     "router_logits_kept",
+    "routing_counts",
     "weighted_rows",
     "weighted_rows_backward",
 ]

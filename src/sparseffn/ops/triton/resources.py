@@ -23,7 +23,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops.triton import launch, outer, products, router, router_operations, sorting, sums, tuning
+from sparseffn.ops.triton import (
+    launch,
+    outer,
+    products,
+    router,
+    router_operations,
+    sorting,
+    statistics_kernels,
+    statistics_operations,
+    sums,
+    tuning,
+)
 from sparseffn.ops.triton.launch import FUSION, sum_options, tile_options
 from sparseffn.ops.triton.tuning import Tile, Vendor, next_power_of_2
 
@@ -62,6 +73,11 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
         (outer.experts_bwd_values_kernel, "outer"),
         (outer.experts_bwd_bias_kernel, "bias"),
         (outer.sum_parts_kernel, "parts"),
+        (statistics_kernels.selection_counts_kernel, "statistics"),
+        (statistics_kernels.selection_totals_kernel, "statistics"),
+        (statistics_kernels.entropy_shares_kernel, "statistics"),
+        (statistics_kernels.entropy_fwd_kernel, "statistics"),
+        (statistics_kernels.entropy_bwd_kernel, "statistics"),
         (sums.token_sum_kernel, "tokens"),
         (sums.weighted_rows_fwd_kernel, "sum"),
         (sums.weighted_rows_bwd_values_kernel, "sum"),
@@ -79,9 +95,11 @@ _OPTIONAL = ("p_gate_keys", "p_key_bias", "p_gate_bias", "p_value_bias", "p_keep
 
 _POINTERS = {
     **dict.fromkeys(("p_order", "p_offsets", "p_indices", "p_starts"), "*i64"),
+    **dict.fromkeys(("p_active", "p_counted"), "*i64"),
     **dict.fromkeys(("p_counts", "p_totals"), "*i32"),
     **dict.fromkeys(("p_gates", "p_dots", "p_weights", "p_logits", "p_shares", "p_grad_logits"), "*fp32"),
     **dict.fromkeys(("p_grad_gates", "p_grad_scores", "p_parts"), "*fp32"),
+    **dict.fromkeys(("p_sums", "p_grad_loss", "p_loss", "p_log_shares"), "*fp32"),
     "p_keep": "*i1",
 }
 
@@ -132,7 +150,7 @@ def _configurations(
         for kind in kinds:
             for rows, tile in tuning.default_tiles(tiles, kind, aligned, vendor):
                 yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
-    elif family != "sort" or (dtype == "float32" and aligned):
+    elif family not in ("sort", "statistics") or (dtype == "float32" and aligned):
         yield "", 0, _small_options(kernel, family, dtype, width)
 
 
@@ -169,6 +187,10 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
         case "sort":
             blocks = {"BLOCK_R": launch.SORT_ROWS, "BLOCK_E": launch.SORT_EXPERTS, "BLOCK_J": launch.SORT_OTHERS}
             return {**blocks, "BLOCK_B": launch.SORT_BLOCKS, "N_EXPERTS": _EXPERTS, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "statistics":
+            blocks = {"BLOCK_T": statistics_operations.TOKENS, "BLOCK_E": statistics_operations.UNITS, "BLOCK_K": _K}
+            blocks |= {"BLOCK_B": statistics_operations.BLOCKS, "BLOCK_M": statistics_operations.HELD, "p_mask": None}
+            return {**blocks, "N_UNITS": _EXPERTS, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": 4, "num_stages": 3, **FUSION}
         case "bias":
             blocks = {"BLOCK_K": launch.BIAS_ROWS, "BLOCK_N": launch.BIAS_COLUMNS}
             return {**blocks, "N": width, "K": _K, "ROW": width, "num_warps": 4, "num_stages": 3, **FUSION}
@@ -264,6 +286,8 @@ def compile_build(build: Build, target: str) -> Any:
 
 
 def _argument_type(name: str, element: str) -> str:
+    if name == "scale":
+        return "fp32"
     return _POINTERS.get(name, f"*{element}") if name.startswith("p_") else "i32"
 
 

@@ -327,6 +327,7 @@ const std::map<std::string, std::vector<std::string>> kOperations{
     {"route", {}},
     {"router_logits", {}},
     {"sinkhorn", {}},
+    {"batch_entropy", {}},
     {"cvmm", {"x", "weight"}},
     {"experts", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
 };

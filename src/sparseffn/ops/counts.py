@@ -1,0 +1,134 @@
+"""What a layer's statistics need of a batch: who was selected how often, and the entropy of what the router would choose.
+
+    counts[i] = tokens that selected unit i,  sums[i] = their weights                  of each unit
+    loss = scale sum_e p[e] log p[e],  p = mean over the tokens of softmax(logits)     equation 21 of arXiv 2310.10837
+
+Two operations and not twenty of PyTorch's: on a GPU a training step with statistics launches four kernels more.
+Shapes: see ops/README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseffn.ops.library import Kept, define, load
+
+# Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
+NEVER = -1e30
+
+
+def routing_counts_plain(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by PyTorch's operations."""
+    magnitudes = weights.detach().abs().to(torch.promote_types(weights.dtype, torch.float32))
+    used = (magnitudes != 0).long()
+    places = indices.flatten()
+    # Behind the units' counts the number of tokens, and zero.
+    tail = used.new_zeros(2).index_fill(0, used.new_zeros(1), indices.shape[0])
+    counts = used.new_zeros(n_units).scatter_add(0, places, used.flatten())
+    sums = magnitudes.new_zeros(n_units).scatter_add(0, places, magnitudes.flatten())
+    return torch.cat((counts, tail)), sums, used.sum(1)
+
+
+def _fake_counts(indices, weights, n_units):
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    totals = indices.new_empty(n_units + 2)
+    return totals, weights.new_empty(n_units, dtype=wide), indices.new_empty(indices.shape[0])
+
+
+_routing_counts = define(
+    "routing_counts",
+    "Tensor indices, Tensor weights, int n_units",
+    "Tensor totals, Tensor sums, Tensor active",
+    plain=routing_counts_plain,
+    fake=_fake_counts,
+)
+
+
+def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count a selection; without gradient.
+
+    Args:
+        indices: int64 `[T, K]`, below `n_units`.
+        weights: `[T, K]`; a weight of exactly 0 selects nothing.
+        n_units: number of units to select from.
+
+    Returns:
+        int64 `[n_units + 2]`: tokens that selected each unit, then the number of tokens and a zero; float `[n_units]`: sums of
+        the absolute weights; int64 `[T]`: units that each token selected.
+    """
+    load()
+    return _routing_counts(indices, weights.detach(), n_units)
+
+
+def log_shares(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Log of the mean over tokens of the softmax, in log space (equation 20)."""
+    log_p_TE = logits.log_softmax(dim=1)
+    if mask is None:
+        # Made on the device: a tensor from a number would be copied there, which waits for it.
+        n_tokens = logits.new_full((), logits.shape[0])
+    else:
+        log_p_TE = log_p_TE.masked_fill(~mask[:, None], NEVER)
+        n_tokens = mask.sum().clamp_min(1).to(logits.dtype)
+    return log_p_TE.logsumexp(dim=0) - n_tokens.log()
+
+
+def batch_entropy_plain(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same by PyTorch's operations."""
+    return batch_entropy_kept(logits, mask, scale)[0]
+
+
+def batch_entropy_kept(logits: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The loss and `log p`, which backward reads."""
+    if logits.shape[0] == 0:
+        return scale * logits.sum(), logits.new_zeros(logits.shape[1])
+    log_p_E = log_shares(logits, mask)
+    return scale * (log_p_E.exp() * log_p_E).sum(), log_p_E
+
+
+def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | None, scale: float, log_p_E: Tensor) -> Tensor:
+    """Gradient of the logits."""
+    s_TE, slope_E = logits.softmax(dim=1), 1 + log_p_E
+    n_tokens = logits.shape[0] if mask is None else mask.sum().clamp_min(1)
+    grad_TE = s_TE * (slope_E - (s_TE * slope_E).sum(dim=1, keepdim=True)) * (grad_loss * scale / n_tokens)
+    return grad_TE if mask is None else grad_TE.masked_fill(~mask[:, None], 0.0)
+
+
+def _fake_entropy(logits, mask, scale):
+    return logits.new_empty(())
+
+
+def _fake_entropy_kept(logits, mask, scale):
+    return logits.new_empty(()), logits.new_empty(logits.shape[1])
+
+
+_batch_entropy = define(
+    "batch_entropy",
+    "Tensor logits, Tensor? mask, float scale",
+    "Tensor loss",
+    plain=batch_entropy_plain,
+    fake=_fake_entropy,
+    kernel=batch_entropy_plain,
+    kept=Kept(
+        returns="Tensor log_shares",
+        fake=_fake_entropy_kept,
+        backward="Tensor grad_loss, Tensor logits, Tensor? mask, float scale, Tensor log_shares",
+        gradients=("logits",),
+        kernels=(batch_entropy_kept, batch_entropy_backward),
+    ),
+)
+
+
+def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`scale` times minus the entropy of the batch's mean distribution over experts (equations 20, 21).
+
+    Args:
+        logits: `[T, E]`, float32 or wider.
+        mask: bool `[T]`, False for tokens that do not count; None: all do.
+        scale: the weight of a loss.
+
+    Returns:
+        Scalar; 0 for no tokens.
+    """
+    load()
+    return _batch_entropy(logits, mask, scale)
