@@ -79,6 +79,26 @@ def test_compiles_without_a_break(family: str) -> None:
     torch.testing.assert_close(*found)
 
 
+def test_a_whole_model_compiles_without_a_break() -> None:
+    """Loss and gradients as without, also where nothing ran before."""
+    model = build("olmoe")
+    wanted = results(model, "sparseffn")
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=tokens(), labels=tokens()).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_deviation(found, {name: t for name, t in wanted.items() if name != "logits"}) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h", "aria"])
+def test_logits_and_gradients_on_cuda(family: str, dtype: torch.dtype) -> None:
+    """By the Triton kernels; sums in another order than on the CPU."""
+    model = build(family, dtype).cuda()
+    wanted = results(model, "eager")
+    assert largest_deviation(results(model, "sparseffn"), wanted) < 5 * TOLERANCES[dtype]
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     """As eager's linear layers do, forward and backward."""
     model = build("olmoe")

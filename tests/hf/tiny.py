@@ -89,7 +89,8 @@ def results(model: PreTrainedModel, implementation: str) -> dict[str, Tensor]:
     """Logits, and the gradient of every parameter, with an implementation of the experts."""
     model.set_experts_implementation(implementation)
     model.zero_grad()
-    found = model(input_ids=tokens(), labels=tokens())
+    ids = tokens().to(model.device)
+    found = model(input_ids=ids, labels=ids)
     found.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": found.logits.detach(), **gradients}
