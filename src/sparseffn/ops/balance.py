@@ -11,7 +11,7 @@ from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.backends import implementation
-from sparseffn.ops.library import Kept, define, kernels_missing
+from sparseffn.ops.library import Kept, define, gradient_like, kernels_missing
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
 _NEVER = -1e30
@@ -47,16 +47,16 @@ def sinkhorn_plain(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> 
 def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
     """Gradient of the scores; the few rounds are computed again, which is cheaper than keeping their tensors."""
     if scores.shape[0] == 0:
-        return grad.clone()
+        return gradient_like(scores)
     mask = _taking_part(scores, mask)
     _, rows, columns = _rounds(scores, mask, n_rounds, sign)
-    grad_scores, grad_a = grad.clone(), torch.where(mask.any(), grad.sum(dim=0), 0.0)
+    grad_scores, grad_a = grad, torch.where(mask.any(), grad.sum(dim=0), 0.0)
     for row_TE, column_TE in zip(reversed(rows), reversed(columns), strict=True):
         by_column = torch.where(mask[:, None], column_TE.softmax(dim=0) * -grad_a, 0.0)
         by_row = torch.where(mask[:, None], row_TE.softmax(dim=1) * (-sign * by_column.sum(dim=1, keepdim=True)), 0.0)
         grad_scores = grad_scores + by_column + by_row
         grad_a = sign * by_row.sum(dim=0)
-    return grad_scores
+    return gradient_like(scores).copy_(grad_scores)
 
 
 def _like_scores(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:

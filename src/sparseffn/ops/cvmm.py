@@ -14,7 +14,7 @@ from sparseffn.errors import UserError
 from sparseffn.ops._checks import check_indices, require_one_device
 from sparseffn.ops.autocast import to_autocast
 from sparseffn.ops.backends import implementation
-from sparseffn.ops.library import Kept, define
+from sparseffn.ops.library import Kept, define, gradient_like
 
 
 def cvmm_plain(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _products(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
 
 def _gradients(grad: Tensor, x: Tensor, sel: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     order, bounds = _sorted(sel, weight.shape[0])
-    grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+    grad_x, grad_weight = gradient_like(x), gradient_like(weight).zero_()
     for e, (start, stop) in enumerate(bounds):
         if start < stop:
             rows = order[start:stop]

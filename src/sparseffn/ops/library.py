@@ -231,16 +231,17 @@ def _gradients_like(kept: Kept) -> Function:
     def fake(*arguments: Any) -> Any:
         given = [arguments[place] if place < len(arguments) else None for place in places]
         some = arguments[optional]
-        found = tuple(some.new_empty(0) if t is None else _gradient_like(t) for t in given)
+        found = tuple(some.new_empty(0) if t is None else gradient_like(t) for t in given)
         return found if len(found) > 1 else found[0]
 
     return fake
 
 
-def _gradient_like(tensor: Tensor) -> Tensor:
-    """In the memory order of a weight if that has lines of rows or of columns."""
-    same = torch.empty_like(tensor)
-    return same if tensor.dim() < 3 or 1 in same.stride()[1:] else same.new_empty(same.shape)
+def gradient_like(tensor: Tensor) -> Tensor:
+    """One after the other in memory; in the order of a weight if that has lines of rows or of columns."""
+    if tensor.dim() == 3 and 1 in (same := torch.empty_like(tensor)).stride()[1:]:
+        return same
+    return tensor.new_empty(tensor.shape)
 
 
 def _names(arguments: str) -> list[str]:
