@@ -91,7 +91,7 @@ def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | Non
     s_TE, slope_E = logits.softmax(dim=1), 1 + log_p_E
     n_tokens = logits.shape[0] if mask is None else mask.sum().clamp_min(1)
     grad_TE = s_TE * (slope_E - (s_TE * slope_E).sum(dim=1, keepdim=True)) * (grad_loss * scale / n_tokens)
-    return grad_TE if mask is None else grad_TE.masked_fill(~mask[:, None], 0.0)
+    return (grad_TE if mask is None else grad_TE.masked_fill(~mask[:, None], 0.0)).contiguous()
 
 
 def _fake_entropy(logits, mask, scale):

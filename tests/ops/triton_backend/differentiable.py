@@ -1,5 +1,5 @@
-"""`route` and `experts` on Triton's kernels with their gradients, called without PyTorch's dispatcher: on interpreted kernels'
-CPU tensors it would find the CPU's kernels.
+"""`route`, `experts` and `cvmm` on Triton's kernels with their gradients, called without PyTorch's dispatcher: for the CPU
+tensors that interpreted kernels take it would find the CPU's.
 """
 
 from __future__ import annotations
@@ -46,6 +46,23 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, _, gates = grads
         return *operations.route_backward(logits, gates, *ctx.arguments, *ctx.kept), None, None
+
+
+class _Cvmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.arguments = arguments
+        return operations.cvmm(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = operations.cvmm_backward(*grads, *ctx.arguments)
+        return x, None, weight
+
+
+def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
+    """As `ops.cvmm`' schema."""
+    return _Cvmm.apply(x, sel, weight)  # pyright: ignore[reportReturnType]
 
 
 def experts(*arguments: Any) -> Tensor:

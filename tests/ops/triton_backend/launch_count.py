@@ -9,10 +9,17 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseffn.ops.triton import expert_operations, launch, operations, router_operations, statistics_operations
+from sparseffn.ops.triton import (
+    cvmm_operations,
+    expert_operations,
+    launch,
+    operations,
+    router_operations,
+    statistics_operations,
+)
 
 # Places that launch.
-_STARTERS = (launch, operations, expert_operations, router_operations, statistics_operations)
+_STARTERS = (launch, operations, cvmm_operations, expert_operations, router_operations, statistics_operations)
 # They make tensors without touching them, or say something about one.
 _IDLE = (
     "empty",

@@ -23,6 +23,7 @@ import interpreted_checks
 import numpy as np
 import patched_interpreter
 import torch
+from differentiable import cvmm as differentiable_cvmm
 from differentiable import experts, route
 from launch_count import LaunchCount
 from torch import Tensor
@@ -30,9 +31,11 @@ from triton import knobs
 from triton_cases import CHECKS, EXPERTS, FULL, MUTANTS, QUICK, SHAPES, Case, Mutant
 
 from sparseffn.ops import _torch_kernels, reference
+from sparseffn.ops.cvmm import cvmm_plain
 from sparseffn.ops.route import route_checked
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.ops.triton import (
+    cvmm_operations,
     expert_operations,
     launch,
     operations,
@@ -54,7 +57,7 @@ SMALL_SUM = Tile(2, 64, 4, 1, 1)
 GUARD = 512
 
 DEFAULT_TILE, PART_ROWS = tuning.default_tile, launch.PART_ROWS
-USERS = (launch, operations, expert_operations, router_operations)
+USERS = (launch, operations, cvmm_operations, expert_operations, router_operations)
 FILES = {module.__name__.rpartition(".")[2]: module for module in (outer, products, router, sorting, sums, units)}
 
 
@@ -92,9 +95,9 @@ def check(case: Case) -> str:
     torch.manual_seed(0)
     use_tiles(case.small_tiles)
     operation, _, option = case.variant.partition("-")
-    kind = {"experts": _experts_results, "route": _route_results, "weighted_rows": _rows_results}[operation]
+    kinds = {"experts": _experts_results, "route": _route_results, "weighted_rows": _rows_results, "cvmm": _cvmm_results}
     try:
-        for name, got, plain, truth in kind(case, option, getattr(torch, case.dtype)):
+        for name, got, plain, truth in kinds[operation](case, option, getattr(torch, case.dtype)):
             check_against_truth(name, got, plain, truth, getattr(torch, case.dtype))
     except AssertionError as error:
         return str(error)
@@ -133,6 +136,20 @@ def _route_results(case: Case, gate: str, dtype: torch.dtype) -> Compared:
     (*got, chosen), (*plain, _), (*truth, wanted) = found
     assert torch.equal(chosen, wanted), "route: other experts are chosen"
     yield from zip(("route", "route.gates", "route.x", "route.selector"), got, plain, truth, strict=True)
+
+
+def _cvmm_results(case: Case, _: str, dtype: torch.dtype) -> Compared:
+    s = SHAPES[case.shape]
+    # Strided and transposed, as gradients may be too.
+    x, weight = torch.randn(s.d_model, s.n_tokens).t(), torch.randn(s.n_experts, s.expert_size, s.d_model).mT / s.d_model**0.5
+    sel = guarded(torch.zeros(s.n_tokens).long() if s.routing == "hot" else torch.randint(s.n_experts, (s.n_tokens,)))
+    grad = torch.randn(s.n_tokens, s.expert_size).to(dtype)
+    found = []
+    for run, kind in ((differentiable_cvmm, dtype), (cvmm_plain, dtype), (reference.cvmm, torch.float64)):
+        leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, weight)]
+        y = run(leaves[0], sel, leaves[1])
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))])
+    yield from zip(("cvmm", "cvmm.x", "cvmm.weight"), *found, strict=True)
 
 
 def _rows_results(case: Case, _: str, dtype: torch.dtype) -> Compared:

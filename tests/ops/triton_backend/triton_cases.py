@@ -67,7 +67,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 GATES = ("sigmoid", "softmax", "renormalised")
 
 # Each operation, experts and routers with every option.
-VARIANTS = (*(f"experts-{name}" for name in EXPERTS), *(f"route-{gate}" for gate in GATES), "weighted_rows")
+VARIANTS = (*(f"experts-{name}" for name in EXPERTS), *(f"route-{gate}" for gate in GATES), "weighted_rows", "cvmm")
 
 
 def draw(seed: int) -> Shape:
@@ -98,7 +98,7 @@ class Case:
 def _fits(case: Case) -> bool:
     """An inner top-K needs as many units, and in half precision another one may be the last: rounding decides."""
     if "inner" not in case.variant:
-        return case.shape != "parts" or case.variant in ("experts-relu", "experts-gated-silu", "route-softmax")
+        return case.shape != "parts" or case.variant in ("experts-relu", "experts-gated-silu", "route-softmax", "cvmm")
     shape = SHAPES[case.shape]
     return shape.k * shape.expert_size >= 12 and case.dtype == "float32" and case.shape != "parts"
 
@@ -115,7 +115,7 @@ FULL += [
 FULL = [case for case in FULL if _fits(case)]
 
 # Plain experts and routers in every shape, every option at odd sizes, the other dtypes and the shipped tiles for a sample.
-_EVERY_SHAPE = ("experts-relu", "experts-gated-silu", "route-softmax", "weighted_rows")
+_EVERY_SHAPE = ("experts-relu", "experts-gated-silu", "route-softmax", "weighted_rows", "cvmm")
 QUICK = [
     case
     for case in FULL

@@ -6,9 +6,8 @@ Nothing here imports `triton` before the first call, so that `import sparseffn` 
 
 Kernels: `router.py` (logits, top-K, gates), `sorting.py` (selections by expert), `products.py` (rows times the matrix of their
 expert) with `units.py` (activations), `outer.py` (gradients of the matrices), `sums.py` (sums of rows), `statistics_kernels.py`
-(counts, entropies). What calls them, through `launch.py`: `router_operations.py`, `expert_operations.py`,
-`statistics_operations.py` and `operations.py`. Tile sizes: `tuning.py`. Registers and spills: `resources.py`.
-Shapes: see ops/README.md.
+(counts, entropies). They are launched, through `launch.py`, by `operations.py` and the files that it names.
+Tile sizes: `tuning.py`. Registers and spills: `resources.py`. Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
@@ -39,6 +38,9 @@ REGISTERED = (
     "router_logits",
     "router_logits_kept",
     "router_logits_backward",
+    "cvmm",
+    "cvmm_kept",
+    "cvmm_backward",
     "routing_counts",
     "batch_entropy",
     "batch_entropy_kept",

@@ -157,9 +157,11 @@ def _down(p: Problem, rows: Rows, a: Tensor) -> Tensor:
 
     def launch(n_programs: int, options: dict[str, Any]) -> None:
         arguments = (a, p.values, p.value_bias, p.gates, *rows, out, rows.n_rows)
-        start(products.experts_down_fwd_kernel, n_programs, *arguments, N_IN=size, N_OUT=n_width, **strides, **options)
+        sizes = {"N_IN": size, "N_OUT": n_width, "A_ROW": size, "GATHERED": False}
+        start(products.experts_down_fwd_kernel, n_programs, *arguments, **sizes, **strides, **options)
 
-    run_product("experts_down", rows, (size, n_width), (a, p.values), launch)
+    family = "product" if p.value_bias is None else "hidden"
+    run_product("experts_down", rows, (size, n_width), (a, p.values), launch, family=family)
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparseffn.ops.triton import sums
+from sparseffn.ops.triton.cvmm_operations import cvmm, cvmm_backward, cvmm_kept
 from sparseffn.ops.triton.expert_operations import experts, experts_backward, experts_kept
 from sparseffn.ops.triton.launch import check_tensors, device_of, segments, start, sum_options
 from sparseffn.ops.triton.router_operations import (
@@ -30,6 +31,9 @@ __all__ = [
     "batch_entropy",
     "batch_entropy_backward",
     "batch_entropy_kept",
+    "cvmm",
+    "cvmm_backward",
+    "cvmm_kept",
     "experts",
     "experts_backward",
     "experts_kept",

@@ -130,19 +130,27 @@ def experts_up_fwd_kernel(
 def experts_down_fwd_kernel(
     p_a, p_values, p_value_bias, p_gates, p_order, p_offsets, p_out, n_rows,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, N_EXPERTS: tl.constexpr,
-    VALUES_EXPERT: tl.constexpr, VALUES_IN: tl.constexpr, VALUES_OUT: tl.constexpr,
+    VALUES_EXPERT: tl.constexpr, VALUES_IN: tl.constexpr, VALUES_OUT: tl.constexpr, GATHERED: tl.constexpr,
+    A_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out[order[r]] = gates[order[r]] (a[r] values[e] + value_bias[e])`, what row r adds to the output of its token."""
+    """`out[order[r]] = gates[order[r]] (a[r] values[e] + value_bias[e])`, what row r adds to the output of its token.
+
+    GATHERED: `a[order[r]]` instead, of rows that were not sorted.
+    """
     i_expert, o_r, m_r, o_n, m_n = tile_rows(p_offsets, n_rows, N_OUT, N_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_E)
     if i_expert > N_EXPERTS:
         return
+    p_rows = p_a + o_r * A_ROW
+    if GATHERED:
+        p_rows = p_a + tl.load(p_order + o_r, m_r, 0) * A_ROW
     b_out = add_product(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_a + o_r * N_IN, m_r,
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_rows, m_r,
         p_values + i_expert * VALUES_EXPERT + o_n * VALUES_OUT, m_n, N_IN, VALUES_IN, BLOCK_K, PRECISION,
     )  # fmt: skip
     if p_value_bias is not None:
         b_out += expert_bias(p_value_bias, i_expert, o_n, m_n, N_OUT)
+    # Not before the product, over which it would lie in registers.
     o_s = tl.load(p_order + o_r, m_r, 0)
     if p_gates is not None:
         b_out = b_out * tl.load(p_gates + o_s, m_r, 0.0)[:, None]

@@ -87,8 +87,14 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
 
 KERNELS = tuple(_FAMILIES)
 
-# Kernels that take gated experts and biases; the most that they can have is what is compiled as `gated`.
-_GATED = ("experts_up_fwd_kernel", "experts_bwd_hidden_kernel", "experts_bwd_x_kernel", "experts_bwd_keys_kernel")
+# Kernels that take gated experts, biases or rows to gather; the most that they can have is compiled as `gated`, in this family.
+_GATED = {
+    "experts_up_fwd_kernel": "gated",
+    "experts_down_fwd_kernel": "hidden",
+    "experts_bwd_hidden_kernel": "hidden",
+    "experts_bwd_x_kernel": "product",
+    "experts_bwd_keys_kernel": "outer",
+}
 # Their inner side is the model's width.
 _FROM_WIDTH = ("experts_up_fwd_kernel", "experts_bwd_hidden_kernel", "experts_bwd_keys_kernel")
 _OPTIONAL = ("p_gate_keys", "p_key_bias", "p_gate_bias", "p_value_bias", "p_keep")
@@ -145,7 +151,7 @@ def _configurations(
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     family, (width, size) = _FAMILIES[kernel][1], _WIDTHS[aligned]
     if family in ("product", "hidden", "outer"):
-        tiles = "gated" if gated and kernel == "experts_up_fwd_kernel" else family
+        tiles = _GATED[kernel] if gated else family
         kinds = ("half",) if dtype != "float32" else ("ieee",) if vendor == "hip" else ("ieee", "tf32", "tf32x3")
         for kind in kinds:
             for rows, tile in tuning.default_tiles(tiles, kind, aligned, vendor):
@@ -161,7 +167,14 @@ def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, g
     tile = tile.fitted(m=inner, n=outward) if sides else tile.fitted(n=outward, k=inner)
     back = kernel in ("experts_bwd_hidden_kernel", "experts_bwd_x_kernel")
     found: dict[str, Any] = {"N_IN": inner, "N_OUT": outward, **sides, "N_EXPERTS": _EXPERTS, "K": _K, "GATED": gated}
-    found |= {"X_ROW": width, "GRAD_ROW": width, "BLOCK_E": next_power_of_2(_EXPERTS + 1), **tile_options(tile, kind)}
+    found |= {
+        "X_ROW": width,
+        "GRAD_ROW": width,
+        "A_ROW": inner,
+        "GATHERED": gated,
+        "BLOCK_E": next_power_of_2(_EXPERTS + 1),
+        **tile_options(tile, kind),
+    }
     for name in ("KEYS", "GATES", "VALUES"):
         # Gradients of rows read the matrices transposed.
         lines = {"IN": 1, "OUT": inner} if back else {"IN": outward, "OUT": 1}

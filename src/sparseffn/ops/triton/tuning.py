@@ -67,7 +67,8 @@ class Tile:
 _Table = dict[tuple[str, str], list[tuple[int, Tile, Tile]]]
 
 # (kernel family, arithmetic) to (rows an expert up to, tile for sizes that are copied in pieces of 8 bytes, tile for any), in
-# rising order of rows. `gated` has two products at once, `hidden` the gradients of units behind its product.
+# rising order of rows. `gated` has two products at once, `hidden` more around its product: gradients of units, a bias of the
+# values, rows that are gathered and scattered.
 # Chosen by the resource report: no spills on sm_80, sm_90 (cuda) and gfx942 (hip), within 163 KB and 64 KB of shared memory.
 # Speed is not measured yet. Gathered rows of a weight's gradient are loaded asynchronously from five stages on: an index is
 # loaded two ahead of its row.
