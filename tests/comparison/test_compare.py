@@ -259,6 +259,20 @@ def test_folder_of_version_0_1_is_taken_up(song: str, tmp_path: Path, uninterrup
     assert json.loads((out / "plan.json").read_text()) == plan
 
 
+def test_layers_are_timed_in_the_runs_own_type(song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed precision computes its products in bfloat16; times of float32 would say nothing of it."""
+    asked = []
+
+    def timed(configs: dict, *, dtype: torch.dtype, **options: Any) -> dict[str, dict[str, float]]:
+        asked.append(dtype)
+        return {label: {"forward_s": 1.0, "training_s": 2.0} for label in configs}
+
+    monkeypatch.setattr("sparseffn.comparison.job.time_layers", timed)
+    for precision in ("float32", "bfloat16"):
+        compare(settings(song, "dense", precision=precision, device="cpu"), tmp_path / precision)
+    assert asked == [torch.float32, torch.bfloat16]
+
+
 def test_precision_is_part_of_what_is_compared_and_the_device_is_not(song: str, tmp_path: Path) -> None:
     """A folder of bfloat16 is refused to float32; the name of the device may change."""
     result = compare(settings(song, "dense", precision="bfloat16", device="auto"), tmp_path / "out")

@@ -216,20 +216,26 @@ def _layers_needed(candidates: Sequence[Candidate], setting: Setting) -> int:
 
 
 def time_layers(
-    configs: Mapping[str, FFNConfig], *, n_tokens: int = 1024, rounds: int = 7, device: torch.device | None = None
+    configs: Mapping[str, FFNConfig],
+    *,
+    n_tokens: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 7,
+    device: torch.device | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Median `forward_s` and `training_s` of each layer in float32, in turn, after the correctness check.
+    """Median `forward_s` and `training_s` of each layer, in turn, after the correctness check.
 
     Args:
         configs: label to block.
         n_tokens: of a call.
+        dtype: of parameters and tokens.
         rounds: timed calls of each, at least.
         device: the CPU unless another is given.
 
     Raises:
         UserError: a layer is wrong; no speed is reported for it.
     """
-    setting = Setting(n_tokens=n_tokens, dtype=torch.float32, device=device or torch.device("cpu"))
+    setting = Setting(n_tokens=n_tokens, dtype=dtype, device=device or torch.device("cpu"))
     candidates = [Candidate(label=label, config=config) for label, config in configs.items()]
     done = benchmark(candidates, setting, rounds=rounds, cold_tokens=0)
     found = {f"{name}_s": medians(times) for name, times in done.times.items()}

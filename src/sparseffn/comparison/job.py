@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sparseffn.bench.benchmark import time_layers
+from sparseffn.bench.candidates import DTYPES
 from sparseffn.comparison.experiment import CompareSettings, Comparison
 from sparseffn.comparison.outcome import DENSE, LayerTimes, count_usage, summarize
 from sparseffn.comparison.schedule import Plan, find_plan
@@ -100,7 +101,9 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
         progress.log("timing one layer of each method, in turn")
         blocks = {DENSE: DenseConfig.from_shape(comparison.preset.shape)} | {c.label: c.config for c in comparison.candidates}
         n_tokens = comparison.preset.batch * comparison.preset.context
-        write_json(path, time_layers(blocks, n_tokens=n_tokens, device=comparison.device))
+        # As the run computes its products: those of mixed precision are in the narrow type.
+        dtype = DTYPES[comparison.settings.precision]
+        write_json(path, time_layers(blocks, n_tokens=n_tokens, dtype=dtype, device=comparison.device))
     fix = "remove the file and run the same command again, which times the layers anew"
     times = read(path, LayerTimes, fix=fix)
     comparison.check_labels(path, times, fix=fix)
