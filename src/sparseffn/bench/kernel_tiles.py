@@ -15,7 +15,6 @@ import msgspec
 import torch
 import tyro
 
-from sparseffn import ops
 from sparseffn.bench.candidates import DTYPES, print_progress
 from sparseffn.bench.machine import head
 from sparseffn.devices import Precision, find_device
@@ -33,6 +32,14 @@ _GRIDS = {
         (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 4),
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 128, 128, 4, 2), (128, 32, 64, 4, 3),
         (64, 32, 64, 4, 3),
+    ),
+    "gated": (
+        (32, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 64, 8, 3), (64, 128, 32, 8, 4),
+        (64, 128, 64, 8, 3), (128, 64, 32, 8, 4), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (128, 32, 64, 8, 3),
+    ),
+    "hidden": (
+        (32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 64, 64, 8, 4), (64, 128, 64, 8, 3), (64, 128, 64, 8, 4),
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 32, 64, 8, 3),
     ),
     "outer": (
         (64, 64, 32, 4, 5), (64, 64, 64, 4, 3), (64, 64, 64, 4, 5), (64, 128, 32, 4, 5), (64, 128, 64, 4, 5),
@@ -56,8 +63,7 @@ class Sweep:
     def pick(self, situation: Situation, run: Callable[[Tile], object]) -> Tile:
         """The fastest tile that compiles; the shipped one once the time is over."""
         shipped = tuning.default_tile(situation.family, situation.kind, situation.bucket, situation.aligned, tuning.vendor())
-        kind = "ieee" if situation.kind == "ieee" else "outer" if situation.family == "outer" else "product"
-        grid = _GRIDS[kind][: self.most]
+        grid = _GRIDS["ieee" if situation.kind == "ieee" else situation.family][: self.most]
         us: dict[str, float | None] = {}
         best = (float("inf"), shipped)
         for tile in dict.fromkeys((shipped, *(Tile(*sizes) for sizes in grid))):
@@ -128,15 +134,19 @@ def _microseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _layer(shape: str, dtype: torch.dtype, device: torch.device) -> None:
-    """One forward and backward of the experts, every launch of which picks a tile."""
+    """One forward and backward of the experts, plain and gated, every launch of which picks a tile."""
+    from sparseffn.ops.triton import operations
+
     d, g, e, k, t = map(int, shape.split(","))
     torch.manual_seed(0)
-    sizes = ((t, d), (e, d, g), (e, g, d))
-    x, keys, values = (torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes)
-    gates = torch.rand(t, k, device=device, requires_grad=True)
-    indices = torch.rand(t, e, device=device).topk(k, dim=1).indices
-    y = ops.experts(x, keys, values, gates, indices, backend="triton")
-    y.backward(torch.randn_like(y))
+    sizes = ((t, d), (e, d, g), (e, g, d), (e, d, g))
+    x, keys, values, gate_keys = (torch.randn(*size, device=device).to(dtype) for size in sizes)
+    gates, indices = torch.rand(t, k, device=device), torch.rand(t, e, device=device).topk(k, dim=1).indices
+    for gate, activation in ((None, "relu"), (gate_keys, "silu")):
+        # Called as the dispatcher calls them; interpreted kernels take the CPU's tensors no other way.
+        arguments = (x, keys, values, gates, indices, gate, None, None, None, None, 1.0, activation, 1.0, 1.0, None)
+        y, *kept = operations.experts_kept(*arguments)
+        operations.experts_backward(torch.randn_like(y), *arguments, *kept)
 
 
 if __name__ == "__main__":

@@ -57,11 +57,14 @@ def float64_is_refused() -> None:
     expect(f"`weights` {words}", lambda: operations.weighted_rows(torch.ones(7, 5), zeros, torch.ones(2, 3).double()))
 
 
-def cpu_is_never_automatic() -> None:
-    """Interpreted kernels only run when asked for."""
+def cpu_is_refused() -> None:
+    """By the backend, also where kernels are interpreted: what was asked for by name would be computed by another."""
     assert ops.explain_backend(CPU)[0] != "triton"
-    triton = next(backend for backend in ops.list_backends() if backend.name == "triton")
-    assert triton.unavailable(CPU, torch.float32) is None and not triton.automatic
+    x, selector, *_ = leaves().values()
+    expect(
+        "cannot run on cpu: it needs a CUDA or ROCm device",
+        lambda: ops.route(x, selector, k=1, gate="sigmoid", backend="triton"),
+    )
 
 
 def sort_is_stable() -> None:

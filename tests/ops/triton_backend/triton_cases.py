@@ -235,7 +235,7 @@ MUTANTS = [
 # Names of the functions of `interpreted_checks.py`.
 CHECKS = (
     "float64_is_refused",
-    "cpu_is_never_automatic",
+    "cpu_is_refused",
     "sort_is_stable",
     "bad_experts_add_nothing",
     "bad_rows_add_nothing",

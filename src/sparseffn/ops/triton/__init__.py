@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -55,13 +54,12 @@ def is_installed() -> bool:
 def triton_backend() -> Backend:
     """The backend `triton`: automatic on GPUs.
 
-    With TRITON_INTERPRET=1 in the environment of the process, Triton interprets its kernels and takes CPU tensors; that is
-    for tests, and then the backend is never taken unless asked for.
+    Kernels that TRITON_INTERPRET=1 interprets take tensors of the CPU, but from their tests alone, which call the functions of
+    `operations.py`: the dispatcher finds the CPU's own kernels.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
     def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        if device.type != "cuda":
             return "it needs a CUDA or ROCm device"
         if dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
@@ -77,7 +75,6 @@ def triton_backend() -> Backend:
         kernels=kernels,
         dispatched=frozenset({"balanced_assignment", "cvmm", "experts", "route", "router_logits", "sinkhorn"}),
         unavailable=unavailable,
-        automatic=not interpreted,
     )
 
 
