@@ -12,15 +12,32 @@ namespace sparseffn {
 // the second-level cache.
 constexpr int64_t kOuterDepth = 512, kOuterHeight = 128, kOuterWidth = 192;
 
+// The same where no expert has as many rows: fewer pairs leave room for more columns, so that each is packed less often.
+struct OuterShape {
+    int64_t depth, height, width;
+
+    // With so many experts, threads should find some blocks each.
+    OuterShape(const Routing& routing, int64_t columns, int threads) {
+        int64_t most = 2;
+        for (int64_t e = 0; e < routing.experts; ++e) most = std::max(most, routing.offsets[e + 1] - routing.offsets[e]);
+        depth = std::min(kOuterDepth, most);
+        int64_t times = std::min(kOuterDepth / depth, columns / kOuterHeight);
+        while (times > 1 && columns / (times * kOuterHeight) * routing.experts < 4 * threads) times /= 2;
+        times = std::max<int64_t>(times, 1);
+        height = times * kOuterHeight;
+        width = times * kOuterWidth;
+    }
+};
+
 struct OuterWorkspace {
     Buffer<uint32_t> left, right;
     Buffer<float> sums;
     std::vector<double> bias;
 
-    explicit OuterWorkspace(const Problem<bf16>& p)
-        : left(pairs_in(kOuterDepth) * kOuterHeight),
-          right(pairs_in(kOuterDepth) * kOuterWidth),
-          sums(kOuterHeight * kOuterWidth),
+    OuterWorkspace(const Problem<bf16>& p, const OuterShape& shape)
+        : left(pairs_in(shape.depth) * shape.height),
+          right(pairs_in(shape.depth) * shape.width),
+          sums(shape.depth < kOuterDepth ? 0 : kOuterHeight * kOuterWidth),
           bias(std::max(p.width, p.size)) {}
 };
 
@@ -50,12 +67,12 @@ struct PairedGradient {
     OutMatrices<bf16> to;
     Blocks heights, widths;
 
-    PairedGradient(const Factor& rows, const Factor& columns, const OutMatrices<bf16>& out)
+    PairedGradient(const Factor& rows, const Factor& columns, const OutMatrices<bf16>& out, const OuterShape& shape)
         : left(out.by_rows() ? rows : columns),
           right(out.by_rows() ? columns : rows),
           to(out),
-          heights(left.columns, kOuterHeight, kOuterRows),
-          widths(right.columns, kOuterWidth, kPairLanes) {}
+          heights(left.columns, shape.height, kOuterRows),
+          widths(right.columns, shape.width, kPairLanes) {}
     int64_t parts() const { return heights.n * widths.n; }
 };
 
@@ -171,13 +188,14 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
     const TokenParts inputs(p);
     HiddenGradients h(p, panels);
     auto all = one_for_each_thread<PairWorkspace>(p.threads, p, inputs.most());
-    auto outer = one_for_each_thread<OuterWorkspace>(p.threads, p);
+    const OuterShape shape(routing, std::max(p.width, p.size), p.threads);
+    auto outer = one_for_each_thread<OuterWorkspace>(p.threads, p, shape);
     const RowsTimes products[] = {{h.d.data(), p.keys.transposed(), p.size},
                                   {p.gate_keys ? h.d_gate.data() : nullptr, p.gate_keys.transposed(), p.size}};
     const Factor x{p.x, p.width, &routing}, gy{g.y, p.width, &routing};
-    std::vector<PairedGradient> weights{{x, {h.d.data(), p.size, nullptr}, g.keys}};
-    if (p.gate_keys) weights.push_back({x, {h.d_gate.data(), p.size, nullptr}, g.gate_keys});
-    weights.push_back({{h.scaled.data(), p.size, nullptr}, gy, g.values});
+    std::vector<PairedGradient> weights{{x, {h.d.data(), p.size, nullptr}, g.keys, shape}};
+    if (p.gate_keys) weights.push_back({x, {h.d_gate.data(), p.size, nullptr}, g.gate_keys, shape});
+    weights.push_back({{h.scaled.data(), p.size, nullptr}, gy, g.values, shape});
     int64_t per_expert = 1;  // the first are the biases
     for (const PairedGradient& w : weights) per_expert += w.parts();
     const int64_t n_parts = static_cast<int64_t>(parts.size());

@@ -5,6 +5,19 @@
 
 namespace sparseffn {
 
+// Sum of unit(g, drop) over units, whose effects on memory are their own: a loop for the compiler to vectorise.
+template <class C, class Unit> C sum_of_units(int64_t size, const uint8_t* keep, C keep_scale, Unit unit) {
+    C sum = 0;
+    if (keep) {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t g = 0; g < size; ++g) sum += unit(g, keep[g] ? keep_scale : C(0));
+    } else {
+#pragma omp simd reduction(+ : sum)
+        for (int64_t g = 0; g < size; ++g) sum += unit(g, C(1));
+    }
+    return sum;
+}
+
 // In: `d`, the gradient of some units of a row by the values. Out: those of the keys' product (in place), and in `d_gate` of the
 // gate keys'; `scaled` gets s * drop * a. Returns what the gate's gradient gets from these units.
 template <class S>
@@ -17,36 +30,28 @@ compute_t<S> through_activation(const Problem<S>& p, int64_t row, Range units, c
     const uint8_t* keep = p.keep ? p.keep + selection * p.size + units.begin : nullptr;
     const C gate = p.gates[selection];
     const Clamp<C> clamp{p.alpha, p.limit};
-    C sums[kLanes<C>] = {};
-    const auto pass = [&](auto unit) {
-        const int64_t whole = size / kLanes<C> * kLanes<C>;
-        for (int64_t first = 0; first < whole; first += kLanes<C>)
-#pragma omp simd
-            for (int q = 0; q < kLanes<C>; ++q) unit(first + q, sums[q]);
-        for (int64_t g = whole; g < size; ++g) unit(g, sums[g - whole]);
-    };
+    C sum = 0;
     with_activation(p.activation, [&](auto activation) {
         constexpr Activation a = decltype(activation)::value;
         if (!d_gate)
-            pass([&](int64_t g, C& sum) {
+            sum = sum_of_units<C>(size, keep, p.keep_scale, [=](int64_t g, C drop) {
                 const Slope<C> s = slope_of(a, C(upcast(kept[g])));
-                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
-                sum += d[g] * s.value * drop;
+                const C sent = d[g] * drop;
                 scaled[g] = gate * drop * s.value;
-                d[g] = d[g] * gate * drop * s.slope;
+                d[g] = sent * gate * s.slope;
+                return sent * s.value;
             });
         else
-            pass([&](int64_t g, C& sum) {
+            sum = sum_of_units<C>(size, keep, p.keep_scale, [=](int64_t g, C drop) {
                 const GatedSlope<C> s = gated_slope(a, C(upcast(kept[g])), C(upcast(kept_gate[g])), clamp);
-                const C drop = keep ? (keep[g] ? p.keep_scale : C(0)) : C(1);
-                sum += d[g] * s.value * drop;
+                const C sent = d[g] * drop;
                 scaled[g] = gate * drop * s.value;
-                const C sent = d[g] * gate * drop;
-                d[g] = sent * s.by_key;
-                d_gate[g] = sent * s.by_gate;
+                d[g] = sent * gate * s.by_key;
+                d_gate[g] = sent * gate * s.by_gate;
+                return sent * s.value;
             });
     });
-    return sum_of_lanes<C>(load(sums));
+    return sum;
 }
 
 // What the gate's gradient gets through the bias of the values.
