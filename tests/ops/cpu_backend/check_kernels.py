@@ -38,6 +38,14 @@ def bfloat16() -> None:
             verify(CASES[name], BF16, Options(layout, **GATED))  # type: ignore[arg-type]
 
 
+def pairs() -> None:
+    """Many bfloat16 rows: odd rows and columns, several panels of units, more rows than are packed at once, every order."""
+    for layout in ("in-out", "out-in", "interleaved", "spread"):
+        verify(CASES["wide"], BF16, Options(layout, "silu", gated=True, biased=True, dropout=True))
+    for case in (CASES["one-expert"], CASES["all-experts"], LARGE["hot-chunks"], LARGE["many-rows"]):
+        verify(case, BF16, Options("out-in"))
+
+
 def inner() -> None:
     """The best of a token's units, plain and gated."""
     verify(CASES["one-token"], F32, Options(inner_k=3))
@@ -98,6 +106,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "dropout": lambda: experts(dropout=True),
     "layouts": layouts,
     "bfloat16": bfloat16,
+    "pairs": pairs,
     "inner": inner,
     "routes": routes,
     "rows": rows,

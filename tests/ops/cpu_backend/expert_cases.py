@@ -193,7 +193,11 @@ CASES = {
     "wide": Case(70, 140, 4, 130, 2),
 }
 # A thread's share of an expert and a gradient's rows exceed one chunk here.
-LARGE = {"chunks": Case(1300, 40, 2, 72, 1), "hot-chunks": Case(700, 36, 3, 20, 1, "hot")}
+LARGE = {
+    "chunks": Case(1300, 40, 2, 72, 1),
+    "hot-chunks": Case(700, 36, 3, 20, 1, "hot"),
+    "many-rows": Case(701, 205, 4, 137, 3, "hot"),
+}
 
 
 def verify(case: Case, dtype: torch.dtype, options: Options | None = None) -> None:

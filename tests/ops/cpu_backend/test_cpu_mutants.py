@@ -38,7 +38,9 @@ MUTANTS = {
         "product.h", "for (int c = 0; c < left; ++c) at[c]", "for (int c = 0; c + 1 < left; ++c) at[c]", "experts"
     ),
     "missing-dropout-mask": Mutant("hidden.h", "keep[g] ? row[g] * scale : C(0)", "row[g] * scale", "dropout"),
-    "missing-mask-in-backward": Mutant("hidden_backward.h", "(keep[g] ? p.keep_scale : C(0))", "p.keep_scale", "dropout"),
+    "missing-mask-in-backward": Mutant(
+        "hidden_backward.h", "unit(g, keep[g] ? keep_scale : C(0))", "unit(g, keep_scale)", "dropout"
+    ),
     "swapped-index": Mutant(
         "hidden.h", "p.routing.token(rows.begin + i) * p.width", "p.routing.token(rows.end - 1 - i) * p.width", "experts"
     ),
@@ -95,6 +97,30 @@ MUTANTS = {
     "truncated-bfloat16": Mutant(
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
     ),
+    "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
+    "last-row-paired-with-itself": Mutant("product_pairs.h", "both ? mask : 0", "mask", "pairs", "experts_bf16.cpp"),
+    "every-first-for-every-second": Mutant(
+        "product_pairs.h", "2 * (columns - c) - 1", "columns - c", "pairs", "experts_bf16.cpp"
+    ),
+    "pairs-of-columns-turned": Mutant("product_pairs.h", "one | two << 16", "two | one << 16", "pairs", "experts_bf16.cpp"),
+    "rows-behind-the-depth-lost": Mutant(
+        "experts_pairs_backward.h", "_mm512_loadu_ps(sum) + v", "v", "pairs", "experts_bf16.cpp"
+    ),
+    "gate-gradient-of-one-panel": Mutant(
+        "experts_pairs_backward.h",
+        "for (int64_t i = 0; i < panels.n; ++i) sum",
+        "for (int64_t i = 0; i < 1; ++i) sum",
+        "pairs",
+        "experts_bf16.cpp",
+    ),
+    "sums-of-the-tokens-before": Mutant(
+        "experts_pairs.h",
+        "std::fill_n(ws.sums.data(), (tokens.end",
+        "std::fill_n(ws.sums.data(), 0 * (tokens.end",
+        "pairs",
+        "experts_bf16.cpp",
+        says="not finite",
+    ),
     "softmax-over-the-chosen": Mutant(
         "route.cpp", "if (kind == kSoftmax)\n        for", "if (false)\n        for", "routes", "route.cpp"
     ),
@@ -117,7 +143,13 @@ UNWRITTEN = Mutant(
     says="not finite",
 )
 # The quick run has one of each kind; each costs five seconds.
-QUICKLY = ("off-by-one-tile-edge", "stride-of-dots-forgotten", "bias-of-another-expert", "gates-as-if-independent")
+QUICKLY = (
+    "last-row-paired-with-itself",
+    "off-by-one-tile-edge",
+    "stride-of-dots-forgotten",
+    "bias-of-another-expert",
+    "gates-as-if-independent",
+)
 
 
 def said_of(mutant: Mutant, folder: Path) -> str:

@@ -55,6 +55,13 @@ def test_more_rows_than_a_chunk_holds(layout: str, dtype: torch.dtype) -> None:
     verify(LARGE["hot-chunks"], dtype, Options(layout, gated=True, biased=True))
 
 
+@LOW
+@pytest.mark.parametrize("layout", ["in-out", "out-in", "interleaved"])
+def test_many_rows(layout: str, dtype: torch.dtype) -> None:
+    """Several panels of units and of columns, each with a ragged end, and more rows than a sum of outer products packs."""
+    verify(LARGE["many-rows"], dtype, Options(layout, "silu", gated=True, biased=True, dropout=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("dropout", [False, True], ids=["whole", "dropout"])
 @pytest.mark.parametrize(("activation", "gated"), UNITS, ids=[f"{name}{' gated' * gated}" for name, gated in UNITS])
