@@ -88,6 +88,10 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
     "sinkhorn_kept": [lambda: (leaf(6, 3).detach(), mask(), 3, 1.0)],
     "sinkhorn_backward": [lambda: (*constants(leaf(6, 3), leaf(6, 3)), mask(), 3, 1.0)],
     "balanced_assignment": [lambda: (leaf(6, 3).detach(),)],
+    "batch_entropy": [lambda: (leaf(6, 3), None, 0.5), lambda: (leaf(6, 3), mask(), 0.5)],
+    "batch_entropy_kept": [lambda: (leaf(6, 3).detach(), mask(), 0.5)],
+    "batch_entropy_backward": [lambda: constants(leaf(1)[0], leaf(6, 3), mask(), 0.5, leaf(3))],
+    "routing_counts": [lambda: (torch.randint(3, (6, 2)), leaf(6, 2).detach(), 3)],
 }
 # Compositions, differentiated by PyTorch: what they compose is PyTorch's own.
 COMPOSED = ("_plain", "_eager")

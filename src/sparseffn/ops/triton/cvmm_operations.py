@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from sparseffn.ops.cvmm import check_cvmm
+from sparseffn.ops.library import gradient_like
 from sparseffn.ops.triton import outer, products
 from sparseffn.ops.triton.launch import (
     Rows,
     check_tensors,
     device_of,
-    gradient_like,
     run_outer,
     run_product,
     sort_rows,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseffn.ops.activations import KEEPS_OUTPUT, SWIGLU_ALPHA, SWIGLU_LIMIT
 from sparseffn.ops.experts import check_experts
+from sparseffn.ops.library import gradient_like
 from sparseffn.ops.triton import outer, products
 from sparseffn.ops.triton.launch import (
     BIAS_COLUMNS,
@@ -22,7 +23,6 @@ from sparseffn.ops.triton.launch import (
     Rows,
     check_tensors,
     device_of,
-    gradient_like,
     run_outer,
     run_product,
     sort_rows,

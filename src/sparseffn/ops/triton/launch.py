@@ -202,12 +202,6 @@ def with_lines(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and (rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]) else rows.contiguous()
 
 
-def gradient_like(weight: Tensor) -> Tensor:
-    """A dense tensor for the gradient of matrices, in their order if that has lines of rows or of columns."""
-    same = torch.empty_like(weight)
-    return same if 1 in same.stride()[1:] else same.new_empty(same.shape)
-
-
 def segments(targets: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:
     """Entries sorted stably by target, and where those of each target start: a fixed order of summation without atomics."""
     # Radix sort takes half as many passes over 32 bits; targets stay far below 2^31.

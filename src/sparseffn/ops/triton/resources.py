@@ -196,7 +196,8 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
                 "BLOCK_D": router_operations.WIDTH,
                 "BLOCK_K": _K,
             }
-            return {**sizes, **blocks, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": 4, "num_stages": 3, **FUSION}
+            n_warps = router_operations.SELECTOR_WARPS if kernel == "route_bwd_selector_kernel" else 4
+            return {**sizes, **blocks, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": n_warps, "num_stages": 3, **FUSION}
         case "sort":
             blocks = {"BLOCK_R": launch.SORT_ROWS, "BLOCK_E": launch.SORT_EXPERTS, "BLOCK_J": launch.SORT_OTHERS}
             return {**blocks, "BLOCK_B": launch.SORT_BLOCKS, "N_EXPERTS": _EXPERTS, "num_warps": 4, "num_stages": 3, **FUSION}

@@ -19,6 +19,8 @@ from sparseffn.ops.triton.tuning import MIN_BLOCK, cdiv, next_power_of_2
 # Sides of the tiles of the three small products, and the elements that one program ranks.
 TOKENS, _EXPERTS, WIDTH = 32, 32, 64
 _RANKED = 2048
+# Of the selector's gradient, which spilled in float16 on sm_80 with the usual four.
+SELECTOR_WARPS = 8
 
 
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
@@ -59,7 +61,8 @@ def router_logits_backward(grad_logits: Tensor, x: Tensor, selector: Tensor) -> 
         n_parts = parts_of(n_tokens, 1, n_programs)
         parts = grad.new_empty(n_parts * selector.numel()) if n_parts > 1 else grad_selector
         arguments = (grad, x, parts, n_tokens, n_parts)
-        start(router.route_bwd_selector_kernel, n_parts * n_programs, *arguments, X_ROW=x.stride(0), **sizes)
+        options = {"X_ROW": x.stride(0), "num_warps": SELECTOR_WARPS}
+        start(router.route_bwd_selector_kernel, n_parts * n_programs, *arguments, **options, **sizes)
         if n_parts > 1:
             sum_parts(parts, grad_selector, n_parts)
     return grad_x, grad_selector
