@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -92,3 +94,21 @@ def test_only_the_host_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.profiler.profile() as seen:
         _checks.check_rows(indices, 3)
     assert not seen.key_averages()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ops.routing_counts(torch.zeros(3, 2).long(), torch.ones(3, 1), 4), "`indices` must be int64"),
+        (lambda: ops.routing_counts(torch.zeros(3, 2), torch.ones(3, 2), 4), "got torch.float32"),
+        (lambda: ops.routing_counts(torch.zeros(3, 2).long(), torch.ones(3, 2), 0), "`n_units` at least 1"),
+        (lambda: ops.batch_entropy(torch.ones(3), None, 1.0), "`logits` must be"),
+        (lambda: ops.batch_entropy(torch.ones(3, 2), torch.ones(2).bool(), 1.0), "`mask` bool"),
+        (lambda: ops.batch_entropy(torch.ones(3, 2), torch.ones(3).bool().to("meta"), 1.0), "on one device"),
+    ],
+    ids=["weights", "integers", "no-units", "rank", "mask", "device"],
+)
+def test_bad_input_is_named(call: Callable[[], object], words: str) -> None:
+    """By a user's error, before a kernel sees an address."""
+    with pytest.raises(UserError, match=words):
+        call()

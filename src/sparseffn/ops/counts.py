@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseffn.errors import UserError
+from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.library import Kept, define, load
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
@@ -56,7 +58,16 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
     Returns:
         int64 `[n_units + 2]`: tokens that selected each unit, then the number of tokens and a zero; float `[n_units]`: sums of
         the absolute weights; int64 `[T]`: units that each token selected.
+
+    Raises:
+        UserError: shapes, dtypes or devices do not fit together.
     """
+    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_units < 1:
+        raise UserError(
+            f"`indices` must be int64 [T, K], `weights` alike and `n_units` at least 1; got {indices.dtype} "
+            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_units}; fix: flatten leading dimensions first"
+        )
+    require_one_device(indices, weights)
     load()
     return _routing_counts(indices, weights.detach(), n_units)
 
@@ -129,6 +140,16 @@ def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
     Returns:
         Scalar; 0 for no tokens.
+
+    Raises:
+        UserError: shapes, dtypes or devices do not fit together.
     """
+    if logits.dim() != 2 or (mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != torch.bool)):
+        of_mask = None if mask is None else (mask.dtype, tuple(mask.shape))
+        raise UserError(
+            f"`logits` must be [T, E] and `mask` bool [T] or None; got {tuple(logits.shape)} and {of_mask}; "
+            "fix: flatten leading dimensions first"
+        )
+    require_one_device(logits, *(() if mask is None else (mask,)))
     load()
     return _batch_entropy(logits, mask, scale)
