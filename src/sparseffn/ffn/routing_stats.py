@@ -95,8 +95,8 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
 def _counted(units: Selection, n_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Counts and summed weights of the units, units of each token, the number of tokens, and zero."""
     if units.k is not None:
-        chosen = (t.view(n_tokens, units.k) for t in (units.indices, units.weights))
-        totals, sums, active = ops.routing_counts(*chosen, units.n_units)
+        shape = (n_tokens, units.k)
+        totals, sums, active = ops.routing_counts(units.indices.view(shape), units.weights.view(shape), units.n_units)
         # Views of one tensor, which one launch writes.
         return totals[: units.n_units], sums, active, totals[units.n_units], totals[units.n_units + 1]
     weights = units.weights.detach().abs()

@@ -120,7 +120,8 @@ def experts_kept(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     p = Problem.of(*arguments)
     with device_of(p.x):
         rows = sort_rows(p.indices, p.keys.shape[0])
-        return *_forward(p, rows, keep_hidden=True), *rows
+        y, hidden, positions = _forward(p, rows, keep_hidden=True)
+    return y, hidden, positions, rows.order, rows.offsets
 
 
 def _forward(p: Problem, rows: Rows, *, keep_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ Names: p_ pointer (None: not there), b_ block of values, o_ offsets, m_ mask, i_
 """
 
 # Kernels call each other when compiled, never as Python functions, which is what their types say.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from __future__ import annotations
 
