@@ -76,8 +76,7 @@ class Router(nn.Module, ABC):
 
         In one operation where the K largest logits and a gate are all there is to it.
         """
-        own = self.gate is None or (self.training and (self.expert_dropout > 0 or not self.trains_as_it_evaluates))
-        if own or self.gate is None:
+        if self.gate is None or (self.training and (self.expert_dropout > 0 or not self.trains_as_it_evaluates)):
             logits_TE = ops.router_logits(x_TD, self.selector)
             routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
         else:
