@@ -6,13 +6,11 @@ The two must agree: the contract suite holds every method's closed forms against
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.ops.library import register_flops
@@ -90,21 +88,5 @@ def measured_saved_bytes(layer: FeedForward, x: Tensor) -> int:
     """Bytes of distinct storages that autograd keeps in a call, without parameters and without x."""
     return sum(t.untyped_storage().nbytes() for t in kept_tensors(layer, x))
 
-
-# FLOPs of each operation from the shapes of its first arguments.
-_FLOPS: dict[str, Callable[..., int]] = {
-    "weighted_rows": lambda values, indices, *_: 2 * indices[0] * indices[1] * values[1],
-    "weighted_rows_backward": lambda grad, values, indices, *_: 4 * indices[0] * indices[1] * values[1],
-}
-
-
-def _register(operation: str, flops: Callable[..., int]) -> None:
-    @register_flop_formula(getattr(torch.ops.sparseffn, operation))
-    def count(*shapes: Any, **_: Any) -> int:
-        return flops(*shapes)
-
-
-for _operation, _formula in _FLOPS.items():
-    _register(_operation, _formula)
 
 register_flops()

@@ -37,6 +37,15 @@ CASES: dict[str, tuple[Callable[[], Tensor], int]] = {
     "route": (lambda: ops.route(leaf(T, D), leaf(E, D), k=K, gate="softmax")[2], 2 * T * E * D),
     "router_logits": (lambda: ops.router_logits(leaf(T, D), leaf(E, D)), 2 * T * E * D),
     "cvmm": (lambda: ops.cvmm(leaf(T, D), torch.randint(E, (T,)), leaf(E, D, G)), 2 * T * D * G),
+    "topk_rows": (lambda: ops.topk_rows(leaf(T, D), leaf(G, D), leaf(G, D), k=K)[0], 2 * T * D * (G + K)),
+    "topk_rows-gated": (
+        lambda: ops.topk_rows(leaf(T, D), leaf(G, D), leaf(G, D), k=K, gate_keys=leaf(G, D))[0],
+        2 * T * D * (2 * G + K),
+    ),
+    "product_key_rows": (
+        lambda: ops.product_key_rows(leaf(T, D), leaf(2, 3, D // 2), leaf(2, 4, D // 2), leaf(12, D), k=K)[0],
+        2 * T * 2 * ((3 + 4) * D // 2 + K * D),
+    ),
     "weighted_rows": (
         lambda: ops.weighted_rows(leaf(E, D), torch.randint(E, (T, K)), leaf(T, K)),
         2 * T * K * D,

@@ -62,6 +62,51 @@ def cvmm() -> Arguments:
     return leaf(N_TOKENS, D_MODEL), torch.randint(N_EXPERTS, (N_TOKENS,)), leaf(N_EXPERTS, D_MODEL, SIZE)
 
 
+def topk_rows(*, gated: bool = False, activation: str = "gelu", dropout: bool = False) -> Arguments:
+    """All arguments."""
+    x, keys, values = leaf(N_TOKENS, D_MODEL), leaf(9, D_MODEL), leaf(9, D_MODEL)
+    keep = torch.rand(N_TOKENS, 9) >= 0.3 if dropout else None
+    gate_keys, gate_bias = (leaf(9, D_MODEL), leaf(9)) if gated else (None, None)
+    biases = leaf(9), gate_bias, leaf(D_MODEL)
+    return (x, keys, values, 4, gate_keys, *biases, keep, 1.5, activation, 1.702, 7.0, gated, gated)
+
+
+def topk_rows_backward(**options: Any) -> Arguments:
+    """From what the forward kept."""
+    arguments = topk_rows(**options)
+    y, *kept = LIBRARY.topk_rows_kept(*constants(*arguments))
+    return constants(y, kept[1], *arguments, *kept)
+
+
+def product_key_rows(activation: str = "relu") -> Arguments:
+    """All arguments."""
+    return leaf(N_TOKENS, 4), leaf(2, 3, 2), leaf(2, 5, 2), leaf(15, 4), 6, activation
+
+
+def product_key_rows_backward(activation: str = "relu") -> Arguments:
+    """From what the forward kept."""
+    arguments = product_key_rows(activation)
+    y, *kept = LIBRARY.product_key_rows_kept(*constants(*arguments))
+    return constants(y, kept[1], *arguments, *kept)
+
+
+def weighted_rows() -> Arguments:
+    """All arguments."""
+    return leaf(5, D_MODEL), torch.randint(5, (N_TOKENS, K)), leaf(N_TOKENS, K)
+
+
+def product_key_topk() -> Arguments:
+    """All arguments."""
+    return leaf(4, 2, 3), leaf(4, 2, 3), 4
+
+
+def product_key_topk_backward() -> Arguments:
+    """From the pairs that the forward chose."""
+    arguments = product_key_topk()
+    sums, indices = LIBRARY.product_key_topk_kept(*constants(*arguments))
+    return constants(sums, *arguments[:2], indices)
+
+
 def mask() -> Tensor:
     """Tokens that take part."""
     return torch.arange(6) % 4 != 0
@@ -92,6 +137,19 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
     "batch_entropy_kept": [lambda: (leaf(6, 3).detach(), mask(), 0.5)],
     "batch_entropy_backward": [lambda: constants(leaf(1)[0], leaf(6, 3), mask(), 0.5, leaf(3))],
     "routing_counts": [lambda: (torch.randint(3, (6, 2)), leaf(6, 2).detach(), 3)],
+    "topk_rows": [topk_rows, lambda: topk_rows(**SWIGLU), lambda: topk_rows(activation="relu", dropout=True)],
+    "topk_rows_kept": [lambda o=o: constants(*topk_rows(**o)) for o in ({}, GATED, {"activation": "relu"})],
+    "topk_rows_backward": [lambda o=o: topk_rows_backward(**o) for o in ({}, SWIGLU, {"activation": "relu", "dropout": True})],
+    "product_key_rows": [product_key_rows, lambda: product_key_rows("softmax")],
+    "product_key_rows_kept": [lambda a=a: constants(*product_key_rows(a)) for a in ("softmax", "silu")],
+    "product_key_rows_backward": [lambda a=a: product_key_rows_backward(a) for a in ("relu", "softmax", "silu")],
+    "weighted_rows": [weighted_rows],
+    "weighted_rows_kept": [lambda: constants(*weighted_rows())],
+    "weighted_rows_backward": [lambda: constants(leaf(N_TOKENS, D_MODEL), *weighted_rows())],
+    "product_key_topk": [product_key_topk],
+    "product_key_topk_kept": [lambda: constants(*product_key_topk())],
+    "product_key_topk_backward": [product_key_topk_backward],
+    "topk": [lambda: (leaf(6, 5).detach(), 3, True)],
 }
 # Compositions, differentiated by PyTorch: what they compose is PyTorch's own.
 COMPOSED = ("_plain", "_eager")

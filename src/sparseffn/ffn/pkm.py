@@ -77,8 +77,7 @@ class PKMConfig(FFNConfig):
         return 2 * self._key_params() + 2 * self.active_channels * self.d_model
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
-        """Indices and weights of the values read; in the dense form all weights."""
-        # softmax and ReLU keep their output, which the weighted sum keeps too.
+        """Indices and weights of the values read, and slopes that these do not show; in the dense form all weights."""
         tensors = 1 if self.activation in ("relu", "softmax", "identity") else 2
         index_bytes = 0 if self.k is None else INDEX_BYTES
         return n_tokens * self.active_channels * (index_bytes + tensors * itemsize)
@@ -149,10 +148,9 @@ class PKM(FeedForward):
         name = self.config.activation
         return u.softmax(dim=-1) if name == "softmax" else ACTIVATIONS[name](u)
 
-    def select(self, x_TD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Value indices and coefficients, `[T, H K]`."""
-        best_THK, indices_THK = ops.product_key_topk(*self.scores(x_TD), k)
-        return indices_THK.flatten(1), self.activate(best_THK).flatten(1)
+    def reads(self, x_TD: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and value indices and coefficients, `[T, H K]`."""
+        return ops.product_key_rows(x_TD, self.keys_a, self.keys_b, self.values, k=k, activation=self.config.activation)
 
     def dense_coefficients(self, x_TD: Tensor) -> Tensor:
         """The released form: scores summed over heads, activation on the sum, `[T, n_values]`."""
@@ -164,15 +162,15 @@ class PKM(FeedForward):
         if self.config.k is None:
             alpha_TN = self.dense_coefficients(x_TD)
             return alpha_TN @ self.values, Routed(alpha_TN)
-        indices, alpha = self.select(x_TD, self.config.k)
+        y_TD, indices, alpha = self.reads(x_TD, self.config.k)
         kept = alpha if mask_T is None else alpha * mask_T[:, None]
         selection = ops.Selection.fixed(indices, kept, self.config.n_channels)
-        return ops.weighted_rows(self.values, indices, alpha), Routed(selection)
+        return y_TD, Routed(selection)
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         if self.config.k is None:
             return self.dense_coefficients(x_TD)
-        indices, alpha = self.select(x_TD, self.config.k)
+        _, indices, alpha = self.reads(x_TD, self.config.k)
         return alpha.new_zeros(x_TD.shape[0], self.config.n_channels).scatter_add(1, indices, alpha)
 
     def reference_TD(self, x_TD: Tensor) -> Tensor:

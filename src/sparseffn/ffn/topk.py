@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn import ops
@@ -23,7 +22,6 @@ from sparseffn.ffn.feedforward import Ranking, configured_by, largest
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routing_stats import Routed
-from sparseffn.ops.activations import saved_activations
 
 
 @register
@@ -52,9 +50,11 @@ class TopKConfig(TwoMatricesConfig):
         return 2 * self.d_model * ((self.n_products - 1) * self.d_ff + self.k)
 
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
-        """K indices, the K selected entries, gated both of their factors, with dropout their scales and the product."""
-        tensors = saved_activations(self.activation, self.dropout, gated=self.gated)
-        return n_tokens * self.k * (INDEX_BYTES + tensors * itemsize)
+        """K indices and coefficients, derivatives that these do not show, and which units dropout left."""
+        shown = self.activation == "relu" or (self.activation == "identity" and self.dropout == 0)
+        slopes = 2 if self.gated else 0 if shown else 1
+        left = self.d_ff if self.dropout > 0 else 0
+        return n_tokens * (self.k * (INDEX_BYTES + (1 + slopes) * itemsize) + left)
 
     @property
     def active_channels(self) -> int:
@@ -94,28 +94,24 @@ class TopK(TwoMatrices):
         size_TF = u_TF.abs() if self.config.gated else u_TF
         return size_TF * self.values.norm(dim=1) if self.config.use_norm else size_TF
 
-    def select(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and coefficients `[T, K]` of the survivors; the rest of u is not kept for backward."""
-        c, products_TF = self.config, self.products_TF(x_TD)
-        with torch.no_grad():
-            u_TF = self.units(*products_TF)
-            scale_TF = F.dropout(torch.ones_like(u_TF), c.dropout) if self.training and c.dropout > 0 else None
-            indices_TK = ops.topk(self.rank(u_TF if scale_TF is None else u_TF * scale_TF), c.k, ordered=False)
-        scores_TK, gates_TK = (None if p is None else p.gather(1, indices_TK) for p in products_TF)
-        assert scores_TK is not None, "only the gate may be missing"
-        alpha_TK = self.units(scores_TK, gates_TK)
-        return indices_TK, alpha_TK if scale_TF is None else alpha_TK * scale_TF.gather(1, indices_TK)
+    def survivors(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and indices and coefficients `[T, K]` of the survivors."""
+        c = self.config
+        return ops.topk_rows(
+            x_TD, self.keys, self.values, k=c.k, gate_keys=self.gate_keys if c.gated else None, key_bias=self.key_bias,
+            gate_bias=self.gate_bias if c.gated else None, value_bias=self.bias, activation=c.activation,
+            dropout=c.dropout if self.training else 0.0, by_norm=c.use_norm, by_magnitude=c.gated,
+        )  # fmt: skip
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         """Score all keys, add up K values."""
-        indices_TK, alpha_TK = self.select(x_TD)
-        y_TD = ops.weighted_rows(self.values, indices_TK, alpha_TK)
+        y_TD, indices_TK, alpha_TK = self.survivors(x_TD)
         kept_TK = alpha_TK if mask_T is None else alpha_TK * mask_T[:, None]
-        return y_TD + self.bias.to(y_TD.dtype), Routed(ops.Selection.fixed(indices_TK, kept_TK, self.config.d_ff))
+        return y_TD, Routed(ops.Selection.fixed(indices_TK, kept_TK, self.config.d_ff))
 
     def coefficients_TF(self, x_TD: Tensor) -> Tensor:
         """u at the survivors, zero elsewhere."""
-        indices_TK, alpha_TK = self.select(x_TD)
+        _, indices_TK, alpha_TK = self.survivors(x_TD)
         return alpha_TK.new_zeros(x_TD.shape[0], self.config.d_ff).scatter(1, indices_TK, alpha_TK)
 
     def reference_TD(self, x_TD: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import warnings
 from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
-from sparseffn.ops.columns import select_columns, topk
+from sparseffn.ops.blocks import product_key_rows, topk_rows
+from sparseffn.ops.columns import topk
 from sparseffn.ops.counts import batch_entropy, routing_counts
 from sparseffn.ops.cvmm import cvmm
 from sparseffn.ops.experts import experts
@@ -25,6 +26,7 @@ __all__ = [
     "experts",
     "explain_backend",
     "list_backends",
+    "product_key_rows",
     "product_key_topk",
     "register_backend",
     "requested_backend",
@@ -32,10 +34,10 @@ __all__ = [
     "router_logits",
     "routing_counts",
     "runs_eagerly",
-    "select_columns",
     "sinkhorn",
     "sort_by_expert",
     "topk",
+    "topk_rows",
     "weighted_rows",
 ]
 

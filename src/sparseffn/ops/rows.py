@@ -1,73 +1,86 @@
 """Weighted sums of value rows, and the exact top-K of product keys (equation 8). Shapes: see ops/README.md."""
-# Annotations stay real objects here: torch.library reads them to infer the schema.
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_finite, check_rows, require_one_device
+from sparseffn.ops import _torch_kernels
+from sparseffn.ops._checks import check_rows, require_one_device
 from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import direct_kernel, kernel, runs_eagerly
+from sparseffn.ops.backends import implementation
+from sparseffn.ops.library import Kept, define, gradient_like
 
 
-def _sum_rows(values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> Tensor:
-    check_finite(weights, "weights")
-    return kernel("weighted_rows", values, backend)(values, indices, weights)
+def weighted_rows_plain(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """A product over all rows; those that a token does not choose have weight zero."""
+    (values,) = to_autocast(values)
+    check_weighted_rows(values, indices, weights)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    every_TN = weights.new_zeros(indices.shape[0], values.shape[0], dtype=wide).scatter_add(1, indices, weights.to(wide))
+    return (every_TN @ values.to(wide)).to(values.dtype)
 
 
-@torch.library.custom_op("sparseffn::weighted_rows", mutates_args=())
-def _weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> Tensor:
-    return _sum_rows(values, indices, weights, backend)
+def weighted_rows_eager(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """By PyTorch's bags of embeddings."""
+    (values,) = to_autocast(values)
+    check_weighted_rows(values, indices, weights)
+    check_rows(indices, values.shape[0])
+    return _torch_kernels.weighted_rows(values, indices, weights)
 
 
-@_weighted_rows.register_fake
-def _(values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> Tensor:
+def _fake_rows(values, indices, weights):
     return values.new_empty(indices.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("sparseffn::weighted_rows_backward", mutates_args=())
-def _weighted_rows_backward(
-    grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return kernel("weighted_rows_backward", values, backend)(grad, values, indices, weights)
-
-
-@_weighted_rows_backward.register_fake
-def _(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    dense = torch.contiguous_format
-    return torch.empty_like(values, memory_format=dense), torch.empty_like(weights, memory_format=dense)
-
-
-def _save_rows(ctx, inputs, output) -> None:
-    values, indices, weights, ctx.backend = inputs
-    ctx.save_for_backward(values, indices, weights)
-
-
-def _differentiate_rows(ctx, grad):
-    grads = torch.ops.sparseffn.weighted_rows_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return grads[0], None, grads[1], None
-
-
-_weighted_rows.register_autograd(_differentiate_rows, setup_context=_save_rows)
+_weighted_rows = define(
+    "weighted_rows",
+    "Tensor values, Tensor indices, Tensor weights",
+    "Tensor y",
+    plain=weighted_rows_plain,
+    eager=weighted_rows_eager,
+    fake=_fake_rows,
+    flops=lambda values, indices, _: 2 * indices[0] * indices[1] * values[1],
+    kept=Kept(
+        returns="",
+        fake=_fake_rows,
+        backward="Tensor grad_y, Tensor values, Tensor indices, Tensor weights",
+        gradients=("values", "weights"),
+    ),
+)
 
 
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
     """`y[t] = sum_k weights[t, k] values[indices[t, k]]`.
 
     Args:
-        values: `[N, D]`.
+        values: `[N, D]`; under autocast cast as `nn.Linear` casts.
         indices: int64 `[T, K]` with K >= 1, rows of `values`; repeats add up.
-        weights: `[T, K]`, finite, used in float32 or wider; backend `torch` rounds them to the dtype of `values`.
+        weights: `[T, K]`, used in float32 or wider; backend `torch` rounds them to the dtype of `values`.
         backend: see `ops.backends`.
 
     Returns:
-        `[T, D]` in the dtype of `values`, under autocast in autocast's.
+        `[T, D]` in the dtype of `values`, under autocast in autocast's. NaN and infinity reach their token's row alone.
 
     Raises:
         UserError: ranks, shapes, dtypes or devices do not fit together, `K` is 0, or an index is that of no row.
-        NonFiniteError: a weight is NaN or infinite.
     """
-    (values,) = to_autocast(values)
+    run = implementation("weighted_rows", values, backend)
+    if run is not None:
+        check_weighted_rows(values, indices, weights)
+        check_rows(indices, values.shape[0])
+        return run(values, indices, weights)
+    try:
+        return _weighted_rows(values, indices, weights)
+    except (RuntimeError, IndexError, TypeError):
+        check_weighted_rows(values, indices, weights)
+        check_rows(indices, values.shape[0])
+        raise
+
+
+def check_weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """That they fit together; raises as `weighted_rows` documents."""
     if indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
         raise UserError(
             f"`indices` and `weights` must both be [tokens, k] with k >= 1; "
@@ -80,52 +93,49 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
             f"`values` must be [rows, width] and `indices` int64; got {tuple(values.shape)} and {indices.dtype}; fix: cast them"
         )
     require_one_device(values, indices, weights)
-    direct = direct_kernel("weighted_rows", backend)
-    if direct is not None:
-        check_finite(weights, "weights")
-        check_rows(indices, values.shape[0])
-        return direct(values, indices, weights)
-    if runs_eagerly(values, weights):
-        return _sum_rows(values, indices, weights, backend)
-    return torch.ops.sparseffn.weighted_rows(values, indices, weights, backend)
 
 
-def _best_sums(scores_a: Tensor, scores_b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    sums, indices = kernel("product_key_topk", scores_a, backend)(scores_a, scores_b, k)
-    # NaN comes first, so that the few sums show whatever in the many scores could have been chosen.
-    check_finite(sums, "scores")
-    return sums, indices
+def product_key_topk_plain(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """From all sums, by a sort."""
+    check_product_keys(scores_a, scores_b, k)
+    every = (scores_b[..., :, None] + scores_a[..., None, :]).flatten(-2)
+    indices = every.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    return every.gather(-1, indices), indices
 
 
-@torch.library.custom_op("sparseffn::product_key_topk", mutates_args=())
-def _product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    return _best_sums(scores_a, scores_b, k, backend)
+def product_key_topk_eager(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """From the few pairs that can be among the largest."""
+    check_product_keys(scores_a, scores_b, k)
+    return _torch_kernels.product_key_topk(scores_a, scores_b, k)
 
 
-@_product_key_topk.register_fake
-def _(scores_a: Tensor, scores_b: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_sums(scores_a, scores_b, k):
     shape = (*scores_a.shape[:-1], k)
     return scores_a.new_empty(shape), scores_a.new_empty(shape, dtype=torch.int64)
 
 
-def _save_keys(ctx, inputs, output) -> None:
-    scores_a, scores_b, _, _ = inputs
-    ctx.n_a, ctx.n_b = scores_a.shape[-1], scores_b.shape[-1]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _backward_sums(grad_sums: Tensor, scores_a: Tensor, scores_b: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    n_a = scores_a.shape[-1]
+    grad_a = gradient_like(scores_a).zero_().scatter_add_(-1, indices % n_a, grad_sums)
+    return grad_a, gradient_like(scores_b).zero_().scatter_add_(-1, indices // n_a, grad_sums)
 
 
-def _differentiate_keys(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
-    (indices,) = ctx.saved_tensors
-    grad_a = grad.new_zeros(*grad.shape[:-1], ctx.n_a).scatter_add(-1, indices % ctx.n_a, grad)
-    grad_b = grad.new_zeros(*grad.shape[:-1], ctx.n_b).scatter_add(-1, indices // ctx.n_a, grad)
-    return grad_a, grad_b, None, None
-
-
-_product_key_topk.register_autograd(_differentiate_keys, setup_context=_save_keys)
+_product_key_topk = define(
+    "product_key_topk",
+    "Tensor scores_a, Tensor scores_b, int k",
+    "Tensor sums, Tensor indices",
+    plain=product_key_topk_plain,
+    eager=product_key_topk_eager,
+    fake=_fake_sums,
+    kernel=product_key_topk_eager,
+    kept=Kept(
+        returns="",
+        fake=_fake_sums,
+        backward="Tensor grad_sums, Tensor scores_a, Tensor scores_b, Tensor indices",
+        gradients=("scores_a", "scores_b"),
+        kernels=(product_key_topk_eager, _backward_sums),
+    ),
+)
 
 
 def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -138,12 +148,19 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
         backend: see `ops.backends`.
 
     Returns:
-        The sums `(..., k)`, differentiable, and their int64 indices i. Which of equal sums is taken is deterministic.
+        The sums `(..., k)`, differentiable, and their int64 indices i. Which of equal sums is taken is deterministic; NaN
+        comes first.
 
     Raises:
         UserError: `k` is out of range, or leading shapes, dtypes or devices differ.
-        NonFiniteError: one of the sums is NaN or infinite.
     """
+    check_product_keys(scores_a, scores_b, k)
+    run = implementation("product_key_topk", scores_a, backend)
+    return (_product_key_topk if run is None else run)(scores_a, scores_b, k)
+
+
+def check_product_keys(scores_a: Tensor, scores_b: Tensor, k: int) -> None:
+    """That they fit together; raises as `product_key_topk` documents."""
     if scores_a.dim() == 0 or scores_b.dim() == 0:
         raise UserError(
             "`scores_a` and `scores_b` must be (..., n_a) and (..., n_b); "
@@ -162,11 +179,3 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
     n_pairs = scores_a.shape[-1] * scores_b.shape[-1]
     if not 1 <= k <= n_pairs:
         raise UserError(f"`k` must be between 1 and n_a n_b = {n_pairs}; got {k}; fix: lower k or add sub-keys")
-    direct = direct_kernel("product_key_topk", backend)
-    if direct is not None:
-        sums, indices = direct(scores_a, scores_b, k)
-        check_finite(sums, "scores")
-        return sums, indices
-    if runs_eagerly(scores_a, scores_b):
-        return _best_sums(scores_a, scores_b, k, backend)
-    return torch.ops.sparseffn.product_key_topk(scores_a, scores_b, k, backend)

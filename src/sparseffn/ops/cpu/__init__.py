@@ -6,7 +6,12 @@ import torch
 
 from sparseffn.ops.backends import Backend, kernels_of
 
-DISPATCHED = frozenset({"balanced_assignment", "cvmm", "experts", "route", "router_logits", "sinkhorn"})
+DISPATCHED = frozenset(
+    {
+        *("balanced_assignment", "cvmm", "experts", "product_key_rows", "product_key_topk", "route", "router_logits"),
+        *("sinkhorn", "topk", "topk_rows", "weighted_rows"),
+    }
+)
 
 
 def cpu_backend() -> Backend:

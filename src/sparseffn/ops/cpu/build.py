@@ -48,7 +48,7 @@ FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 # What includes PyTorch's headers, which cost ten seconds a file: the other files do without.
-_WITH_TORCH = ("dispatch.cpp", "operations.cpp")
+_WITH_TORCH = ("block_operations.cpp", "dispatch.cpp", "operations.cpp")
 
 
 class CompilerError(RuntimeError):

@@ -37,10 +37,6 @@ _SIGNATURES = {
     "experts_backward": "ippppp",
     "experts_inner": "ipppnpp",
     "experts_inner_backward": "ipppnppp",
-    "weighted_rows": "ippppp",
-    "weighted_rows_backward": "ippppppp",
-    "topk": "ippp",
-    "product_key_topk": "ippppp",
 }
 _TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 
@@ -232,65 +228,3 @@ def expert_mlp_inner_backward(
     inputs = ExpertsInputs(x, keys, values, gates, keep_scale=keep_scale, activation=activation)
     grads = experts_backward(grad, inputs, survivors, positions, order, offsets)
     return grads[0], grads[1], grads[3], grads[7]
-
-
-def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """See `ops.weighted_rows`."""
-    values, indices = values.contiguous(), indices.contiguous()
-    weights = weights.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
-    y = values.new_empty(indices.shape[0], values.shape[1])
-    if _functions()["weighted_rows"](
-        _DTYPES[values.dtype],
-        values.data_ptr(),
-        indices.data_ptr(),
-        weights.data_ptr(),
-        _sizes(*values.shape, *indices.shape),
-        y.data_ptr(),
-    ):
-        raise bad_index("a row of `values`", values.shape[0])
-    return y
-
-
-def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the value table and of the weights."""
-    grad, values, indices = grad.contiguous(), values.contiguous(), indices.contiguous()
-    wide = weights.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
-    grad_values, grad_weights = torch.empty_like(values), torch.empty_like(wide)
-    _functions()["weighted_rows_backward"](
-        _DTYPES[values.dtype],
-        values.data_ptr(),
-        indices.data_ptr(),
-        wide.data_ptr(),
-        _sizes(*values.shape, *indices.shape),
-        grad.data_ptr(),
-        grad_values.data_ptr(),
-        grad_weights.data_ptr(),
-    )
-    return grad_values, grad_weights.to(weights.dtype)
-
-
-def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
-    """See `ops.topk`."""
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    wide, n = wide.contiguous(), scores.shape[-1]
-    chosen = wide.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
-    n_rows = chosen.numel() // k if k else 0
-    _functions()["topk"](_DTYPES[wide.dtype], wide.data_ptr(), _sizes(n_rows, n, k, int(ordered)), chosen.data_ptr())
-    return chosen
-
-
-def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `ops.product_key_topk`."""
-    wide = torch.promote_types(scores_a.dtype, torch.float32)
-    a, b = scores_a.to(wide).contiguous(), scores_b.to(wide).contiguous()
-    sums = a.new_empty(*a.shape[:-1], k)
-    indices = sums.new_empty(sums.shape, dtype=torch.int64)
-    _functions()["product_key_topk"](
-        _DTYPES[wide],
-        a.data_ptr(),
-        b.data_ptr(),
-        _sizes(sums.numel() // k, a.shape[-1], b.shape[-1], k),
-        sums.data_ptr(),
-        indices.data_ptr(),
-    )
-    return sums.to(scores_a.dtype), indices

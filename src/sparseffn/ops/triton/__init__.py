@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from sparseffn.ops.backends import Backend, Kernel
+from sparseffn.ops.cpu import DISPATCHED
 from sparseffn.ops.library import kernels_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,9 @@ REGISTERED = (
     "cvmm",
     "cvmm_kept",
     "cvmm_backward",
+    "weighted_rows",
+    "weighted_rows_kept",
+    "weighted_rows_backward",
     "routing_counts",
     "batch_entropy",
     "batch_entropy_kept",
@@ -73,7 +77,7 @@ def triton_backend() -> Backend:
     return Backend(
         name="triton",
         kernels=kernels,
-        dispatched=frozenset({"balanced_assignment", "cvmm", "experts", "route", "router_logits", "sinkhorn"}),
+        dispatched=DISPATCHED,
         unavailable=unavailable,
     )
 

@@ -61,6 +61,11 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
+def weighted_rows_kept(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Backward needs nothing but the arguments."""
+    return weighted_rows(values, indices, weights)
+
+
 def weighted_rows_backward(grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the value table and of the weights."""
     check_tensors(grad=grad, values=values, indices=indices, weights=weights)

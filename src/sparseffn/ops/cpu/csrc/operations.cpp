@@ -1,51 +1,15 @@
 // The operations' kernels on the CPU: tensors become what the headers compute with.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <c10/util/irange.h>
-
-#include <map>
 
 #include "dispatch.h"
 #include "experts_types.h"
 #include "route.h"
-
+#include "tensors.h"
 
 extern "C" void sparseffn_assign(const double* scores, int64_t tokens, int64_t experts, int64_t* assigned);
 
 namespace sparseffn {
 namespace {
-
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-int type_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case at::kFloat: return 0;
-        case at::kDouble: return 1;
-        case at::kBFloat16: return 2;
-        case at::kHalf: return 3;
-        default: TORCH_CHECK(false, "sparseffn: no kernel for ", t.scalar_type(), "; fix: cast to float32, float64, bfloat16 or float16");
-    }
-}
-
-at::ScalarType wide_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-template <class T> int code_of(const std::map<std::string_view, T>& names, std::string_view name, const char* what) {
-    const auto found = names.find(name);
-    TORCH_CHECK(found != names.end(), "sparseffn: unknown ", what, " ", name);
-    return static_cast<int>(found->second);
-}
-
-Activation activation_of(std::string_view name) {
-    static const std::map<std::string_view, Activation> names{
-        {"relu", kRelu},   {"relu2", kRelu2},       {"gelu", kGelu}, {"gelu_tanh", kGeluTanh},
-        {"silu", kSilu},   {"identity", kIdentity}, {"clamped_swiglu", kClampedSwiglu}};
-    return static_cast<Activation>(code_of(names, name, "activation"));
-}
 
 Gate gate_of(std::string_view name) {
     static const std::map<std::string_view, Gate> names{
@@ -53,9 +17,6 @@ Gate gate_of(std::string_view name) {
     return static_cast<Gate>(code_of(names, name, "gate"));
 }
 
-const void* data_of(const Tensor& t) { return t.defined() && t.numel() ? t.const_data_ptr() : nullptr; }
-void* data_of_mutable(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_ptr() : nullptr; }
-Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); }
 // As a weight lies in memory, so that its gradient has lines of rows or of columns; as ops/library.py says of fake tensors.
 Tensor like(const MaybeTensor& t, const Tensor& x) {
     if (!t) return at::empty({0}, x.options());
@@ -330,6 +291,10 @@ const std::map<std::string, std::vector<std::string>> kOperations{
     {"batch_entropy", {}},
     {"cvmm", {"x", "weight"}},
     {"experts", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
+    {"topk_rows", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
+    {"product_key_rows", {"x", "keys_a", "keys_b", "values"}},
+    {"product_key_topk", {}},
+    {"weighted_rows", {"values"}},
 };
 void differentiate(torch::Library& m) {
     for (const auto& [name, cast] : kOperations) m.impl(name.c_str(), differentiated(name));

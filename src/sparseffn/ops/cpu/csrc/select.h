@@ -1,14 +1,21 @@
 // The K largest of a row, ties to the lowest position.
 //
-// A float is mapped to an integer that sorts alike. The K-th largest is found by halving the interval of integers and counting,
-// which the compiler vectorises: about 30 passes over a row in the first-level cache, whatever K is.
+// A float is mapped to an integer that sorts alike. The K-th largest is found by parting the integers at a level, again and
+// again, until those left are equal: a pass keeps the side that the K-th lies on, so that all passes together read a row a few
+// times. Parting is a compress-store where the processor has one.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace sparseffn {
 
@@ -17,57 +24,135 @@ template <> struct key_of<float> { using type = int32_t; };
 template <> struct key_of<double> { using type = int64_t; };
 template <class C> using Key = typename key_of<C>::type;
 
+// Turns the magnitude bits of negative numbers around: from bits to keys and back.
+template <class K> inline K turned(K bits) { return bits ^ ((bits >> (8 * sizeof(K) - 1)) & std::numeric_limits<K>::max()); }
+
 // Adding 0 turns -0 into 0, which must tie with it; the magnitude bits of negative numbers count backwards.
 template <class C> inline Key<C> sortable(C x) {
-    // A NaN of either sign comes first, so that what it is chosen for shows it.
-    if (x != x) return std::numeric_limits<Key<C>>::max();
     const C plain = x + C(0);
     Key<C> bits;
     std::memcpy(&bits, &plain, sizeof bits);
-    return bits ^ ((bits >> (8 * sizeof(C) - 1)) & std::numeric_limits<Key<C>>::max());
+    // A NaN of either sign comes first, so that what it is chosen for shows it.
+    return x != x ? std::numeric_limits<Key<C>>::max() : turned(bits);
 }
 
-template <class K> inline int64_t count_above(const K* keys, int64_t n, K level) {
-    K count = 0;
-    for (int64_t i = 0; i < n; ++i) count += keys[i] > level;
-    return count;
-}
+// Room beyond a list's end that parting may write.
+constexpr int64_t kSlack = 16;
 
-// Positions of the k largest keys, ascending.
-template <class K> inline void select(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
-    K low = keys[0], high = keys[0];
-    for (int64_t i = 1; i < n; ++i) {
-        low = std::min(low, keys[i]);
-        high = std::max(high, keys[i]);
-    }
-    // The smallest level that at most k keys exceed; most rows end early, at one that exactly k exceed.
-    int64_t above = k;
-    bool exact = false;
-    while (low < high) {
-        const K middle = static_cast<K>(low + static_cast<K>((static_cast<std::make_unsigned_t<K>>(high) -
-                                                             static_cast<std::make_unsigned_t<K>>(low)) / 2));
-        above = count_above(keys, n, middle);
-        if (above == k) {
-            low = high = middle;
-            exact = true;
-        } else if (above > k) {
-            low = middle + 1;
-        } else {
-            high = middle;
+// Copies keys above a level to `up`, the others to `down`, each with kSlack elements to spare; returns how many are above.
+template <class K> inline int64_t part_at(const K* keys, int64_t n, K level, K* up, K* down) {
+    int64_t above = 0, below = 0, i = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(K) == 4) {
+        const __m512i at = _mm512_set1_epi32(level);
+        for (; i < n; i += 16) {
+            const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
+            const __m512i v = _mm512_maskz_loadu_epi32(valid, keys + i);
+            const __mmask16 over = _mm512_mask_cmpgt_epi32_mask(valid, v, at);
+            const auto rest = static_cast<__mmask16>(valid & ~over);
+            _mm512_storeu_si512(up + above, _mm512_maskz_compress_epi32(over, v));
+            _mm512_storeu_si512(down + below, _mm512_maskz_compress_epi32(rest, v));
+            const int count = __builtin_popcount(over);
+            above += count;
+            below += __builtin_popcount(valid) - count;
         }
+        return above;
     }
-    int64_t ties = exact ? 0 : k - count_above(keys, n, high), found = 0;
-    for (int64_t i = 0; i < n && found < k; ++i) {
-        const bool take = keys[i] > high || (keys[i] == high && ties > 0);
-        ties -= take && keys[i] == high;
-        chosen[found] = i;
-        found += take;
+#endif
+    for (; i < n; ++i) {
+        const bool over = keys[i] > level;
+        up[above] = down[below] = keys[i];
+        above += over;
+        below += !over;
     }
+    return above;
 }
 
-// Sorts positions by descending key, ties to the lower position; positions come in ascending.
-template <class K> inline void sort_descending(const K* keys, int64_t* chosen, int64_t k) {
-    std::stable_sort(chosen, chosen + k, [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
+// What is chosen: all keys above a level, and so many of those at it, from the lowest position.
+template <class K> struct Cut {
+    K level;
+    int64_t ties;
+};
+
+// A level between two keys by their values, which lie closer to each other than their exponents.
+template <class K> inline K middle_value(K low, K high) {
+    using C = std::conditional_t<sizeof(K) == 4, float, double>;
+    C a, b;
+    const K low_bits = turned(low), high_bits = turned(high);
+    std::memcpy(&a, &low_bits, sizeof a);
+    std::memcpy(&b, &high_bits, sizeof b);
+    const K found = sortable(a / 2 + b / 2);
+    // Of infinities and NaN there is no middle.
+    return found >= low && found < high ? found : low;
+}
+template <class K> inline K middle_bits(K low, K high) {
+    using U = std::make_unsigned_t<K>;
+    return static_cast<K>(static_cast<U>(low) + (static_cast<U>(high) - static_cast<U>(low)) / 2);
+}
+
+// Finds cuts in rows of up to `most` keys.
+template <class K> class Cutter {
+  public:
+    explicit Cutter(int64_t most) {
+        for (auto& buffer : buffers_) buffer.resize(most + kSlack);
+    }
+
+    Cut<K> cut(const K* keys, int64_t n, int64_t k) {
+        K low = keys[0], high = keys[0];
+        for (int64_t i = 1; i < n; ++i) {
+            low = std::min(low, keys[i]);
+            high = std::max(high, keys[i]);
+        }
+        int held = 2;
+        // By value and by bits in turns: the first is quick on usual rows, the second bounds the passes on any.
+        for (bool by_value = true; low < high; by_value = !by_value) {
+            const K level = by_value ? middle_value(low, high) : middle_bits(low, high);
+            K *up = buffers_[(held + 1) % 3].data(), *down = buffers_[(held + 2) % 3].data();
+            const int64_t above = part_at(keys, n, level, up, down);
+            if (above == k) return {level, 0};
+            const bool higher = above > k;
+            held = (held + (higher ? 1 : 2)) % 3;
+            keys = higher ? up : down;
+            n = higher ? above : n - above;
+            if (!higher) k -= above;
+            (higher ? low : high) = higher ? level + 1 : level;
+        }
+        return {high, k};
+    }
+
+  private:
+    std::vector<K> buffers_[3];
+};
+
+// Positions of what was cut off, ascending, with kSlack elements to spare.
+template <class K> inline void chosen_by(const Cut<K>& cut, const K* keys, int64_t n, int32_t* chosen) {
+    int64_t found = 0, ties = cut.ties, i = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(K) == 4) {
+        const __m512i level = _mm512_set1_epi32(cut.level), step = _mm512_set1_epi32(16);
+        __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (; i < n; i += 16, at = _mm512_add_epi32(at, step)) {
+            const auto valid = static_cast<__mmask16>(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
+            const __m512i v = _mm512_maskz_loadu_epi32(valid, keys + i);
+            unsigned take = _mm512_mask_cmpgt_epi32_mask(valid, v, level);
+            if (ties > 0) {
+                unsigned equal = _mm512_mask_cmpeq_epi32_mask(valid, v, level);
+                while (__builtin_popcount(equal) > ties) equal &= ~(0x80000000u >> __builtin_clz(equal));
+                take |= equal;
+                ties -= __builtin_popcount(equal);
+            }
+            _mm512_storeu_si512(chosen + found, _mm512_maskz_compress_epi32(static_cast<__mmask16>(take), at));
+            found += __builtin_popcount(take);
+        }
+        return;
+    }
+#endif
+    for (; i < n; ++i) {
+        const bool tie = keys[i] == cut.level && ties > 0;
+        chosen[found] = static_cast<int32_t>(i);
+        found += keys[i] > cut.level || tie;
+        ties -= tie;
+    }
 }
 
 // A few best of a short row, in order, by insertion: the case of routers. Blocks without a candidate are passed over.
@@ -92,8 +177,22 @@ template <class K> inline void insert_best(const K* keys, int64_t n, int64_t k, 
     for (; i < n; ++i) offer(i);
 }
 
+// Positions of the k largest keys, ascending.
+template <class K> inline void select(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
+    std::vector<int32_t> found(k + kSlack);
+    chosen_by(Cutter<K>(n).cut(keys, n, k), keys, n, found.data());
+    std::copy_n(found.data(), k, chosen);
+}
+
+// Sorts positions by descending key, ties to the lower position; positions come in ascending.
+template <class K> inline void sort_descending(const K* keys, int64_t* chosen, int64_t k) {
+    std::stable_sort(chosen, chosen + k, [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
+}
+
+// Up to so many are found by insertion.
+constexpr int64_t kShort = 16;
+
 template <class K> inline void best(const K* keys, int64_t n, int64_t k, bool ordered, int64_t* chosen) {
-    constexpr int64_t kShort = 16;
     if (k == 0) return;
     if (k <= kShort) return insert_best(keys, n, k, chosen);
     select(keys, n, k, chosen);

@@ -1,0 +1,53 @@
+// Keys whose products with many rows are wanted, transposed into panels that one tile of a product reads.
+#pragma once
+
+#include "parallel.h"
+#include "product.h"
+#include "transpose.h"
+
+namespace sparseffn {
+
+// Keys [units, width] as panels of columns: panel p is [width, kColumns], zero beyond the last key.
+template <class S> class Panels {
+    using C = compute_t<S>;
+    static constexpr int64_t kColumns = kVectors * kLanes<C>;
+
+  public:
+    Panels(int64_t units, int64_t width) : units_(units), width_(width), data_(count() * width * kColumns), tail_(kColumns * width) {}
+
+    int64_t count() const { return (units_ + kColumns - 1) / kColumns; }
+    // From one row of scores to the next.
+    int64_t padded() const { return count() * kColumns; }
+
+    // By all threads of a team.
+    void fill(const S* keys) {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < count(); ++p) {
+            const int64_t first = p * kColumns, n = std::min(kColumns, units_ - first);
+            const S* from = keys + first * width_;
+            if (n < kColumns) {
+                std::memcpy(static_cast<void*>(tail_.data()), from, n * width_ * sizeof(S));
+                std::memset(static_cast<void*>(tail_.data() + n * width_), 0, (kColumns - n) * width_ * sizeof(S));
+                from = tail_.data();
+            }
+            for (int64_t r = 0; r < kColumns; r += kStrip)
+                transpose_rows(from, kColumns, width_, width_, r, data_.data() + p * width_ * kColumns, kColumns);
+        }
+    }
+
+    // to[i] = keys a[i] for n rows, each with padded() elements.
+    void multiply(const C* const* a, int64_t n, C* to, int64_t ld) const {
+        for (int64_t p = 0; p < count(); ++p) {
+            const S* panel = data_.data() + p * width_ * kColumns;
+            const Fetch next = p + 1 < count() ? Fetch::of(panel + width_ * kColumns, width_ * kColumns) : Fetch{};
+            product<C, S>(a, n, panel, kColumns, width_, kColumns, static_cast<S*>(nullptr), next,
+                          [&](int64_t i, int64_t, int columns, const auto& acc) { put(to + i * ld + p * kColumns, acc, columns); });
+        }
+    }
+
+  private:
+    int64_t units_, width_;
+    Buffer<S> data_, tail_;
+};
+
+}  // namespace sparseffn
