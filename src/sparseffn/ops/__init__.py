@@ -3,7 +3,7 @@
 import warnings
 
 from sparseffn.ops._register import register_builtin_backends
-from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend, runs_eagerly
+from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
 from sparseffn.ops.blocks import product_key_rows, topk_rows
 from sparseffn.ops.columns import topk
@@ -13,11 +13,10 @@ from sparseffn.ops.experts import experts
 from sparseffn.ops.route import GateName, route
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
-from sparseffn.ops.selection import ExpertRows, Selection, sort_by_expert
+from sparseffn.ops.selection import Selection
 
 __all__ = [
     "Backend",
-    "ExpertRows",
     "GateName",
     "Selection",
     "balanced_assignment",
@@ -33,9 +32,7 @@ __all__ = [
     "route",
     "router_logits",
     "routing_counts",
-    "runs_eagerly",
     "sinkhorn",
-    "sort_by_expert",
     "topk",
     "topk_rows",
     "weighted_rows",

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import torch
 
-from sparseffn.ops import _torch_kernels, reference
-from sparseffn.ops.backends import Backend, kernels_of, register_backend
+from sparseffn.ops import reference
+from sparseffn.ops.backends import Backend, functions_of, register_backend
 from sparseffn.ops.balance import assign_on_host, sinkhorn_plain
 from sparseffn.ops.blocks import product_key_rows_plain, topk_rows_plain
 from sparseffn.ops.columns import topk_eager
@@ -38,12 +38,12 @@ PLAIN = {
 
 def register_builtin_backends() -> None:
     """Register them in the order in which `auto` tries them; only an explicit request takes the last two."""
-    plain, slow = kernels_of(_torch_kernels), kernels_of(reference)
+    slow = functions_of(reference)
     register_backend(triton_backend())
     register_backend(cpu_backend())
-    register_backend(Backend(name="torch", kernels=plain, functions=PLAIN, unavailable=_always))
+    register_backend(Backend(name="torch", functions=PLAIN, unavailable=_always))
     register_backend(grouped_mm_backend())
-    register_backend(Backend(name="reference", kernels=slow, functions=slow, unavailable=_always, automatic=False, direct=True))
+    register_backend(Backend(name="reference", functions=slow, unavailable=_always, automatic=False))
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> None:

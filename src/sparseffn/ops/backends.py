@@ -1,9 +1,8 @@
 """Where the implementation of an operation is chosen: by argument, by `SPARSEFFN_BACKEND`, or by what can run.
 
-A backend is a name, a table of kernels and a function that says why it cannot run on a device in a dtype. `auto` takes the
-first registered backend that can run and has the kernel. One asked for by argument runs or raises. One asked for by the
-environment variable runs or raises too, except that operations which it does not have at all are left to `auto`, which is
-logged once.
+A backend is a name, what it computes and a function that says why it cannot run on a device in a dtype. With `auto` PyTorch's
+dispatcher finds the kernels of the tensors' device. One asked for by argument runs or raises. One asked for by the environment
+variable runs or raises too, except that operations which it does not have at all are left to `auto`, which is logged once.
 """
 
 from __future__ import annotations
@@ -17,10 +16,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
+from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops.library import load
@@ -39,8 +35,6 @@ class Backend:
 
     name: str
     """What `backend=` and the environment variable call it."""
-    kernels: Mapping[str, Kernel]
-    """Operation name to function."""
     unavailable: Callable[[torch.device, torch.dtype], str | None]
     """Why it cannot run on a device in a dtype, or None when it can."""
     functions: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
@@ -49,11 +43,9 @@ class Backend:
     """Operations whose kernels PyTorch's dispatcher finds for the tensors' device."""
     automatic: bool = True
     """Whether `auto` may take it; the reference is only for comparison."""
-    direct: bool = False
-    """Whether its kernels are differentiable PyTorch code, called as they are instead of through `torch.library`."""
 
 
-def kernels_of(module: ModuleType) -> dict[str, Kernel]:
+def functions_of(module: ModuleType) -> dict[str, Kernel]:
     """The functions that a module defines, which bear their operations' names."""
     found = {name: f for name, f in vars(module).items() if isinstance(f, FunctionType) and not name.startswith("_")}
     return {name: f for name, f in found.items() if f.__module__ == module.__name__}
@@ -61,14 +53,11 @@ def kernels_of(module: ModuleType) -> dict[str, Kernel]:
 
 _BACKENDS: dict[str, Backend] = {}
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def register_backend(backend: Backend, *, first: bool = False) -> None:
     """Make a backend known; `first` puts it before the others that `auto` tries."""
     if backend.name in _BACKENDS:
         raise UserError(f"`name` must be a new backend; got {backend.name!r}, which is registered; fix: rename it")
-    _choose.cache_clear()
     others = dict(_BACKENDS)
     if first:
         _BACKENDS.clear()
@@ -86,7 +75,6 @@ def unregister_backend(name: str) -> None:
     """
     if name not in _BACKENDS:
         raise unknown_name("backend", name, _BACKENDS)
-    _choose.cache_clear()
     del _BACKENDS[name]
 
 
@@ -131,12 +119,6 @@ def explain_backend(device: torch.device, backend: str = "auto", dtype: torch.dt
     raise UserError(f"no backend runs on {device.type}; fix: move the tensors to one of: cpu, cuda")
 
 
-def direct_kernel(operation: str, backend: str = "auto") -> Kernel | None:
-    """The kernel of a backend that is asked for and whose kernels differentiate themselves, else None."""
-    chosen = _BACKENDS.get(requested_backend(backend))
-    return chosen.kernels.get(operation) if chosen is not None and chosen.direct else None
-
-
 def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel | None:
     """The function of a backend that is asked for, or None: PyTorch's dispatcher finds the kernel.
 
@@ -161,68 +143,6 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
 @functools.cache
 def _say_once(name: str, operation: str) -> None:
     logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether something watches the operations, so that they must go through PyTorch's dispatcher: a trace, a transform of
-    `torch.func`, a counter of FLOPs, fake or meta tensors, subclasses of Tensor.
-    """
-    if _is_watched():
-        return True
-    # No generator: for a token or two it would take longer than the look itself.
-    for t in tensors:  # noqa: SIM110
-        if type(t) not in _PLAIN or t.is_meta:
-            return True
-    return False
-
-
-def _is_watched() -> bool:
-    """Whether a compiler, a dispatch mode, a transform of `torch.func` or `torch.jit.trace` is at work."""
-    if is_compiling() or _len_torch_dispatch_stack():
-        return True
-    return peek_interpreter_stack() is not None or _get_tracing_state() is not None
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd records an operation on the tensors."""
-    if not is_grad_enabled():
-        return False
-    return any(t.requires_grad for t in tensors)
-
-
-def runs_eagerly(*tensors: Tensor) -> bool:
-    """Whether a kernel may be called as it is: nothing traces, counts or differentiates."""
-    return not is_traced(*tensors) and not needs_gradient(*tensors)
-
-
-def kernel(operation: str, tensor: Tensor, backend: str = "auto") -> Kernel:
-    """The function that computes `operation` for tensors like `tensor`.
-
-    Raises:
-        UserError: the backend asked for is unknown, cannot run here, or (asked for by argument) lacks the operation.
-    """
-    return _choose(operation, tensor.device, tensor.dtype, requested_backend(backend), backend != "auto")[1]
-
-
-def kernel_beside(operation: str, name: str, tensor: Tensor) -> Kernel | None:
-    """Kernel `name` of the backend that computes `operation`, None where that backend has no such kernel."""
-    return _choose(operation, tensor.device, tensor.dtype, requested_backend(), False)[0].kernels.get(name)
-
-
-@functools.cache
-def _choose(operation: str, device: torch.device, dtype: torch.dtype, name: str, by_argument: bool) -> tuple[Backend, Kernel]:
-    """Kept, as a few tokens take no longer than the choice; forgotten when a backend is registered."""
-    if name != "auto":
-        chosen = _runnable(name, device, dtype)
-        if operation in chosen.kernels:
-            return chosen, chosen.kernels[operation]
-        if by_argument:
-            raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
-        logger.warning("backend %r has no %s: the first backend that has it computes it", name, operation)
-    for candidate in _BACKENDS.values():
-        if candidate.automatic and operation in candidate.kernels and candidate.unavailable(device, dtype) is None:
-            return candidate, candidate.kernels[operation]
-    raise UserError(f"no backend computes {operation!r} on {device.type}; fix: move the tensors to the CPU")
 
 
 def _runnable(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

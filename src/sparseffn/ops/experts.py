@@ -40,7 +40,8 @@ def experts_sorted(multiply: Product, x: Tensor, keys: Tensor, values: Tensor, g
     x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options = _prepared(
         x, keys, values, gates, *rest
     )
-    keep, keep_scale, activation, alpha, limit, inner_k = (*options, *_DEFAULTS[len(options) :])
+    filled: tuple[Any, ...] = (*options, *_DEFAULTS[len(options) :])
+    keep, keep_scale, activation, alpha, limit, inner_k = filled
     check_indices(indices, "an expert", keys.shape[0])
     (n_tokens, k), wide = indices.shape, gates.dtype
     experts_R, order = indices.flatten().sort(stable=True)
@@ -84,10 +85,11 @@ def _prepared(
     """The arguments, cast as autocast wants and checked."""
     named = (x, keys, values, gate_keys, key_bias, gate_bias, value_bias)
     given = iter(to_autocast(*(t for t in named if t is not None)))
-    x, keys, values, *rest = (None if t is None else next(given) for t in named)  # pyright: ignore[reportAssignmentType]
+    cast: list[Any] = [None if t is None else next(given) for t in named]
+    x, keys, values, gate_keys, key_bias, gate_bias, value_bias = cast
     inner_k = numbers[2] if len(numbers) > 2 else None
-    check_experts(x, keys, values, gates, indices, *rest, keep, activation, inner_k)
-    return x, keys, values, gates, indices, *rest, keep, keep_scale, activation, *numbers
+    check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
+    return x, keys, values, gates, indices, *cast[3:], keep, keep_scale, activation, *numbers
 
 
 # Of the schema's arguments from `keep` on.

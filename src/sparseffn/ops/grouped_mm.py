@@ -1,7 +1,7 @@
 """Expert products on `torch.nn.functional.grouped_mm`, PyTorch's own product of sorted rows with one matrix a group.
 
 A backend for comparison, taken only by name: gathering, scaling and the sum over a token's rows are separate steps, and
-PyTorch supports few dtypes and widths. Signatures: see `_torch_kernels.py`. Shapes: see ops/README.md.
+PyTorch supports few dtypes and widths. Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROW_BYTES = 16
 def grouped_mm_backend() -> Backend:
     """The backend `grouped_mm`, for CPUs and for GPUs from compute capability 8.0."""
     functions: dict[str, Kernel] = {"experts": functools.partial(experts_sorted, grouped_product)}
-    return Backend(name="grouped_mm", kernels={}, functions=functions, unavailable=_unavailable, automatic=False)
+    return Backend(name="grouped_mm", functions=functions, unavailable=_unavailable, automatic=False)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_indices
-from sparseffn.ops.backends import is_traced
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -54,35 +50,3 @@ class Selection:
     def detach(self) -> Selection:
         """The same selection outside the autograd graph."""
         return Selection(self.indices, self.weights.detach(), self.offsets, self.n_units, self.k)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRows:
-    """Rows of a selection sorted by expert: the layout that both expert products share, from one sort."""
-
-    order: Tensor
-    """int64 `[R]`: position in the selection of each sorted row."""
-    tokens: Tensor
-    """int64 `[R]`: token of each sorted row."""
-    offsets: Tensor
-    """int64 `[E + 1]`: expert e owns sorted rows offsets[e] up to offsets[e + 1]."""
-    n_tokens: int
-    """T, the number of tokens."""
-
-
-def sort_by_expert(selection: Selection) -> ExpertRows:
-    """Sort the rows by expert, stably: rows of one expert stay in the order of their tokens.
-
-    Raises:
-        UserError: the indices are no int64 vector, or one is that of no unit.
-    """
-    indices = selection.indices
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise UserError(f"`indices` must be an int64 vector; got {indices.dtype} in shape {tuple(indices.shape)}; fix: cast it")
-    # In a compiled graph the products look at the sorted rows.
-    if not is_traced(indices):
-        check_indices(indices, "a unit", selection.n_units)
-    sorted_units, order = selection.indices.sort(stable=True)
-    edges = torch.arange(selection.n_units + 1, device=order.device)
-    offsets = torch.searchsorted(sorted_units, edges)
-    return ExpertRows(order, selection.tokens()[order], offsets, selection.n_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparseffn.ops.backends import Backend, kernels_of
+from sparseffn.ops.backends import Backend
 
 DISPATCHED = frozenset(
     {
@@ -16,9 +16,7 @@ DISPATCHED = frozenset(
 
 def cpu_backend() -> Backend:
     """The backend; nothing is compiled until one of its kernels is asked for."""
-    from sparseffn.ops.cpu import kernels
-
-    return Backend(name="cpu", kernels=kernels_of(kernels), dispatched=DISPATCHED, unavailable=_unavailable)
+    return Backend(name="cpu", dispatched=DISPATCHED, unavailable=_unavailable)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -73,13 +73,7 @@ def triton_backend() -> Backend:
         reason = kernels_missing()
         return None if reason is None else f"it needs the compiled library: {reason}"
 
-    kernels = {name: lazily(name) for name in OPERATIONS}
-    return Backend(
-        name="triton",
-        kernels=kernels,
-        dispatched=DISPATCHED,
-        unavailable=unavailable,
-    )
+    return Backend(name="triton", dispatched=DISPATCHED, unavailable=unavailable)
 
 
 def lazily(name: str) -> Kernel:
