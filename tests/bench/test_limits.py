@@ -81,10 +81,10 @@ def test_roof_is_measured() -> None:
 @pytest.mark.usefixtures("small_products")
 def test_roof_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of PyTorch's, the selector's and the experts': a layer may use any, and would be faster than its limit."""
-    flops = {"torch.mm": 2 * 64**3, "router_logits": 2 * 64**3, "expert_mlp": 4 * 64 * 32 * 16}
+    flops = {"torch.mm": 2 * 64**3, "router_logits": 2 * 64**3, "experts": 4 * 64 * 32 * 16}
     for fastest in flops:
         # The order in which they are timed.
-        seconds = iter(1e-6 if how == fastest else 1.0 for how in ("expert_mlp", "torch.mm", "router_logits"))
+        seconds = iter(1e-6 if how == fastest else 1.0 for how in ("experts", "torch.mm", "router_logits"))
         monkeypatch.setattr("sparseffn.bench.roofline._best", lambda call, clock, seconds=seconds: (call(), next(seconds))[1])
         found = product_speed(torch.float32, torch.device("cpu"))
         assert found.how == fastest and found.flops_per_s == pytest.approx(flops[fastest] / 1e-6)
