@@ -232,7 +232,7 @@ def _gradients_like(kept: Kept) -> Function:
         given = [arguments[place] if place < len(arguments) else None for place in places]
         some = arguments[optional]
         found: tuple[Any, ...] = tuple(some.new_empty(0) if t is None else gradient_like(t) for t in given)
-        return found if len(found) > 1 else found[0]
+        return found if len(kept.gradients) > 1 else next(iter(found))
 
     return fake
 
