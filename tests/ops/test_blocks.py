@@ -76,8 +76,8 @@ def test_product_key_rows_are_the_best_of_all_sums(n_a: int) -> None:
     x, keys_a, keys_b = torch.randn(40, 24), torch.randn(3, n_a, 12), torch.randn(3, 20, 12)
     values, k = torch.randn(20 * n_a, 24), 200
     _, indices, sums = ops.product_key_rows(x, keys_a, keys_b, values, k=k, activation="identity")
-    u_a = torch.einsum("td,hnd->thn", x[:, :12].double(), keys_a.double())
-    u_b = torch.einsum("td,hnd->thn", x[:, 12:].double(), keys_b.double())
+    u_a = torch.einsum("bd,hnd->bhn", x[:, :12].double(), keys_a.double())
+    u_b = torch.einsum("bd,hnd->bhn", x[:, 12:].double(), keys_b.double())
     every = (u_b[..., :, None] + u_a[..., None, :]).flatten(2)
     torch.testing.assert_close(sums.view(40, 3, k).double(), every.gather(2, indices.view(40, 3, k)), atol=1e-4, rtol=0)
     torch.testing.assert_close(sums.view(40, 3, k).min(2).values.double(), every.topk(k).values[..., -1], atol=1e-4, rtol=0)

@@ -1,18 +1,28 @@
-"""Errors of input that only a look at the numbers shows; made where that look is cheap.
+"""Checks that operations share, with the words that a user reads.
 
-On a CPU a failed check raises immediately. On a GPU nothing looks: the host would wait for the numbers, and an assert on the
-device loses its context. Kernels there never read through a bad index, and a NaN reaches the output of its token.
+Values are looked at where that waits for nothing. On a GPU nothing looks: the host would wait for the numbers, and an assert on
+the device loses its context. Kernels there never read through a bad index, and a NaN reaches the output of its token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from sparseffn.errors import UserError
 
 
-def bad_index(what: str, n: int, name: str = "indices") -> UserError:
-    return UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
+def is_watched(tensors: Iterable[Tensor]) -> bool:
+    """Whether values cannot be read on the host: a compiler, a transform of `torch.func` or a mode is at work, or the tensors
+    are none.
+    """
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        return True
+    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
 
 
 def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> None:
@@ -21,30 +31,42 @@ def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> 
     Raises:
         UserError: one is outside 0..n-1.
     """
-    if indices.numel() == 0 or indices.device.type != "cpu":
+    if indices.numel() == 0 or indices.device.type != "cpu" or is_watched((indices,)):
         return
     least, most = indices.detach().aminmax()
     if least.item() < 0 or most.item() >= n:
-        raise bad_index(what, n, name)
+        raise UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
 
 
-def check_rows(indices: Tensor, n_rows: int) -> None:
-    """Look at indices of value rows.
-
-    Raises:
-        UserError: an index is that of no row.
-    """
-    check_indices(indices, "a row of `values`", n_rows)
-
-
-def require_one_device(*tensors: Tensor) -> None:
+def require_one_device(*tensors: Tensor | None) -> None:
     """Kernels take addresses, which mean nothing on another device.
 
     Raises:
         UserError: the tensors are on several devices.
     """
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            named = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
-            raise UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        named = " and ".join(sorted(devices))
+        raise UserError(f"all tensors must be on one device; got {named}; fix: move them with .to(device)")
+
+
+def require_shapes(**shapes: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """That tensors which are there have the shape beside them.
+
+    Raises:
+        UserError: one has another.
+    """
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UserError(f"`{name}` must be {shape}; got {tuple(tensor.shape)}; fix: check its layout")
+
+
+def require_one_dtype(names: str, *tensors: Tensor | None) -> None:
+    """That tensors which are there share a floating dtype; messages call them `names`.
+
+    Raises:
+        UserError: they do not.
+    """
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
+        raise UserError(f"{names} must share a floating dtype; got {', '.join(map(str, dtypes))}; fix: cast them")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseffn.errors import UserError, unknown_name
+
 ActivationName = Literal["relu", "gelu", "silu", "identity", "relu2", "gelu_tanh"]
 """Functions of one number, see `ACTIVATIONS`; relu2 is ReLU squared, gelu is exact, gelu_tanh its approximation."""
 
@@ -59,6 +61,30 @@ def hidden_units_backward(
     s = torch.sigmoid(alpha * g)
     grad_h = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).masked_fill(h > limit, 0.0)
     return grad_h, (grad * g * s).masked_fill(up.abs() > limit, 0.0)
+
+
+def draw_keep(shape: tuple[int, ...], rate: float, device: torch.device) -> tuple[Tensor, float]:
+    """Which hidden units dropout leaves, and what scales them.
+
+    Raises:
+        UserError: the rate is outside [0, 1).
+    """
+    if not 0.0 <= rate < 1.0:
+        raise UserError(f"`dropout` must be at least 0 and below 1; got {rate}; fix: a rate such as 0.1")
+    return torch.rand(shape, device=device) >= rate, 1.0 / (1.0 - rate)
+
+
+def check_activation(name: str, gate_keys: Tensor | None, gate_bias: Tensor | None) -> None:
+    """That there is such an activation, and gate keys where it or their bias needs them.
+
+    Raises:
+        UserError: there is not.
+    """
+    if name not in ACTIVATIONS and name != CLAMPED_SWIGLU:
+        raise unknown_name("activation", name, (*ACTIVATIONS, CLAMPED_SWIGLU))
+    if gate_keys is None and (name == CLAMPED_SWIGLU or gate_bias is not None):
+        what = "gate_bias" if gate_bias is not None else f"activation={name!r}"
+        raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
 
 
 def from_kept(name: str, kept: Tensor) -> Tensor:

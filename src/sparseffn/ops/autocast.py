@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -14,15 +12,12 @@ def has_autocast(device_type: str) -> bool:
     return device_type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device_type)
 
 
-def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Where products are computed in the dtypes of their inputs."""
-    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+def is_autocast_on(device_type: str) -> bool:
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on; float64 and integers are left alone, as PyTorch leaves them."""
-    device_type = tensors[0].device.type
-    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+def to_autocast(tensor: Tensor) -> Tensor:
+    """In autocast's dtype, which is on; float64 and integers are left alone, as PyTorch leaves them."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops.library import load
+from sparseffn.ops.library import Operation, load
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,8 @@ class Backend:
     """What `backend=` and the environment variable call it."""
     unavailable: Callable[[torch.device, torch.dtype], str | None]
     """Why it cannot run on a device in a dtype, or None when it can."""
-    functions: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
-    """Operation name to a function that differentiates itself, called as it is."""
-    dispatched: frozenset[str] = frozenset()
-    """Operations whose kernels PyTorch's dispatcher finds for the tensors' device."""
+    functions: Mapping[str, Kernel] | None = None
+    """Operation name to a function that differentiates itself; None: PyTorch's dispatcher finds the kernels."""
     automatic: bool = True
     """Whether `auto` may take it; the reference is only for comparison."""
 
@@ -130,7 +128,7 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
         load()
         return None
     chosen = _runnable(name, tensor.device, tensor.dtype)
-    if operation in chosen.dispatched:
+    if chosen.functions is None:
         return None
     if operation in chosen.functions:
         return chosen.functions[operation]
@@ -138,6 +136,25 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
         raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
     _say_once(name, operation)
     return None
+
+
+def call(operation: Operation, arguments: tuple[Any, ...], backend: str = "auto") -> Any:
+    """An operation, by the dispatcher or by the function of a backend that is asked for.
+
+    Its check takes longer than a token does: it is made where a call fails, and before functions that would compute whatever
+    comes.
+
+    Raises:
+        UserError: the arguments do not fit together, or what `implementation` raises.
+    """
+    function = implementation(operation.name, arguments[0], backend)
+    if function is not None:
+        return operation.checked(function)(*arguments)
+    try:
+        return operation.overload(*arguments)
+    except (RuntimeError, IndexError, KeyError, TypeError, AttributeError):
+        operation.check(*arguments)
+        raise
 
 
 @functools.cache

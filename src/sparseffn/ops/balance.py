@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.assignment import assign_balanced
-from sparseffn.ops.backends import implementation
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define, gradient_like, kernels_missing
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
@@ -59,6 +59,28 @@ def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int
     return gradient_like(scores).copy_(grad_scores)
 
 
+def check_sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> None:
+    """That they fit together; raises as `sinkhorn` documents."""
+    if scores.dim() != 2 or n_rounds < 0:
+        raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
+    if not scores.is_floating_point():
+        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
+    if mask.shape != scores.shape[:1] or mask.dtype != torch.bool:
+        raise UserError(
+            f"`mask` must be bool, one a token, shape {tuple(scores.shape[:1])}; "
+            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
+        )
+    require_one_device(scores, mask)
+
+
+def check_assignment(scores: Tensor) -> None:
+    """Raises as `balanced_assignment` documents."""
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
+
+
 def _like_scores(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
     return torch.empty_like(scores)
 
@@ -69,6 +91,7 @@ _sinkhorn = define(
     "sinkhorn",
     _ARGUMENTS,
     "Tensor balanced",
+    check=check_sinkhorn,
     plain=sinkhorn_plain,
     fake=_like_scores,
     kernel=sinkhorn_plain,
@@ -92,7 +115,7 @@ def sinkhorn(
 ) -> Tensor:
     """Scores `x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)`, from a = 0.
 
-    Selecting by them balances the load over the whole batch (Clark 2022). One that is not finite reaches the whole batch.
+    Selecting by them balances the load over the whole batch (Clark 2022). A token whose scores are not finite takes no part.
 
     Args:
         scores: `[T, E]` logits x.
@@ -107,44 +130,35 @@ def sinkhorn(
     Raises:
         UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
     """
-    if scores.dim() != 2 or n_rounds < 0:
-        raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
-    if not scores.is_floating_point():
-        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
     if mask is None:
-        mask = torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
-    elif mask.shape != scores.shape[:1] or mask.dtype != torch.bool:
-        raise UserError(
-            f"`mask` must be bool, one a token, shape {tuple(scores.shape[:1])}; "
-            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
-        )
-    require_one_device(scores, mask)
-    run = implementation("sinkhorn", scores, backend)
-    return (_sinkhorn if run is None else run)(scores, mask, n_rounds, -1.0 if released else 1.0)
+        mask = torch.ones(scores.shape[:1], dtype=torch.bool, device=scores.device)
+    return call(_sinkhorn, (scores, mask, n_rounds, -1.0 if released else 1.0), backend)
 
 
 def _assign(scores: Tensor) -> Tensor:
     """Where there is no kernel: by that of the CPU, or by NumPy."""
     if scores.device.type != "cpu" or kernels_missing() is None:
-        return _balanced_assignment(scores.cpu()).to(scores.device)
+        return _balanced_assignment.overload(scores.cpu()).to(scores.device)
     return assign_on_host(scores)
 
 
 def assign_on_host(scores: Tensor) -> Tensor:
     """See `balanced_assignment`; by NumPy."""
-    return torch.from_numpy(assign_balanced(scores.detach().double().numpy()))
+    return torch.from_numpy(assign_balanced(scores.detach().double().cpu().numpy())).to(scores.device)
 
 
 def _batches(info: Any, in_dims: tuple[int], scores: Tensor) -> tuple[Tensor, int]:
     """One batch after the other: an assignment is no sum over anything."""
-    return torch.stack([_balanced_assignment(s) for s in scores.unbind(in_dims[0])]), 0
+    return torch.stack([_balanced_assignment.overload(s) for s in scores.unbind(in_dims[0])]), 0
 
 
 _balanced_assignment = define(
     "balanced_assignment",
     "Tensor scores",
     "Tensor assigned",
+    check=check_assignment,
     plain=_assign,
+    eager=assign_on_host,
     fake=lambda scores: scores.new_empty(scores.shape[0], dtype=torch.int64),
     kernel=_assign,
     vmap=_batches,
@@ -164,10 +178,4 @@ def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         UserError: `scores` is not a floating matrix with at least one expert.
     """
-    if scores.dim() != 2 or scores.shape[1] == 0:
-        raise UserError(f"`scores` must be [tokens, n_experts] with an expert; got {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
-    scores = scores.detach().nan_to_num()
-    run = implementation("balanced_assignment", scores, backend)
-    return (_balanced_assignment if run is None else run)(scores)
+    return call(_balanced_assignment, (scores.detach().nan_to_num(),), backend)

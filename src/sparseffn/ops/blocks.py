@@ -16,19 +16,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops._checks import require_one_device
-from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
-from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import implementation
+from sparseffn.ops._checks import require_one_device, require_one_dtype, require_shapes
+from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
+from sparseffn.ops.backends import call
 from sparseffn.ops.columns import topk
 from sparseffn.ops.library import Kept, define
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 
 
-def _cast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """As autocast wants them."""
-    given = iter(to_autocast(*(t for t in tensors if t is not None)))
-    return tuple(None if t is None else next(given) for t in tensors)
+def check_topk_rows(
+    x: Tensor, keys: Tensor, values: Tensor, k: int, gate_keys: Tensor | None = None, key_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None, value_bias: Tensor | None = None, keep: Tensor | None = None, keep_scale: float = 1.0,
+    activation: str = "relu", *rest: Any,
+) -> None:  # fmt: skip
+    """That they fit together; raises as `topk_rows` documents."""
+    if x.dim() != 2 or keys.dim() != 2 or keys.shape[1] != x.shape[1] or values.shape != keys.shape:
+        raise UserError(
+            "`x`, `keys` and `values` must be [T, D], [F, D] and [F, D]; "
+            f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
+        )
+    n_units, width = keys.shape
+    require_shapes(
+        gate_keys=(gate_keys, (n_units, width)),
+        key_bias=(key_bias, (n_units,)),
+        gate_bias=(gate_bias, (n_units,)),
+        value_bias=(value_bias, (width,)),
+        keep=(keep, (x.shape[0], n_units)),
+    )
+    floating = (x, keys, values, gate_keys, key_bias, gate_bias, value_bias)
+    require_one_dtype("`x`, the weights and the biases", *floating)
+    require_one_device(*floating, keep)
+    if not 1 <= k <= n_units:
+        raise UserError(f"`k` must be between 1 and the number of units {n_units}; got {k}; fix: lower k")
+    check_activation(activation, gate_keys, gate_bias)
 
 
 def topk_rows_plain(
@@ -38,10 +58,6 @@ def topk_rows_plain(
     by_magnitude: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`topk_rows` by other operations; of the units only the survivors are kept for backward."""
-    x, keys, values, gate_keys, key_bias, gate_bias, value_bias = _cast(
-        x, keys, values, gate_keys, key_bias, gate_bias, value_bias
-    )
-    check_topk_rows(x, keys, values, k, gate_keys, key_bias, gate_bias, value_bias, keep, activation)
     scores_TF = F.linear(x, keys, key_bias)
     gate_scores_TF = None if gate_keys is None else F.linear(x, gate_keys, gate_bias)
     with torch.no_grad():
@@ -90,6 +106,8 @@ _topk_rows = define(
     + "float keep_scale=1.0, str activation='relu', "
     + f"float alpha={SWIGLU_ALPHA}, float limit={SWIGLU_LIMIT}, bool by_norm=False, bool by_magnitude=False",
     "Tensor y, Tensor indices, Tensor coefficients",
+    check=check_topk_rows,
+    cast=("x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"),
     plain=topk_rows_plain,
     fake=_fake_topk,
     flops=_topk_flops,
@@ -149,63 +167,35 @@ def topk_rows(
     """
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
-        if not 0.0 <= dropout < 1.0:
-            raise UserError(f"`dropout` must be at least 0 and below 1; got {dropout}; fix: a rate such as 0.1")
-        keep_scale = 1.0 / (1.0 - dropout)
-        keep = torch.rand(x.shape[0], keys.shape[0], device=x.device) >= dropout
-    run = implementation("topk_rows", x, backend)
-    tensors = (x, keys, values, k, gate_keys, key_bias, gate_bias, value_bias, keep)
-    try:
-        options = (keep_scale, activation, alpha, limit, by_norm, by_magnitude)
-        return (_topk_rows if run is None else run)(*tensors, *options)
-    except (RuntimeError, IndexError, KeyError, TypeError):
-        check_topk_rows(*tensors, activation)
-        raise
+        keep, keep_scale = draw_keep((x.shape[0], keys.shape[0]), dropout, x.device)
+    options = (keep, keep_scale, activation, alpha, limit, by_norm, by_magnitude)
+    return call(_topk_rows, (x, keys, values, k, gate_keys, key_bias, gate_bias, value_bias, *options), backend)
 
 
-def check_topk_rows(
-    x: Tensor, keys: Tensor, values: Tensor, k: int, gate_keys: Tensor | None, key_bias: Tensor | None,
-    gate_bias: Tensor | None, value_bias: Tensor | None, keep: Tensor | None, activation: str,
-) -> None:  # fmt: skip
-    """That they fit together; raises as `topk_rows` documents."""
-    if x.dim() != 2 or keys.dim() != 2 or keys.shape[1] != x.shape[1] or values.shape != keys.shape:
+def check_product_key_rows(x: Tensor, keys_a: Tensor, keys_b: Tensor, values: Tensor, k: int, activation: str) -> None:
+    """That they fit together; raises as `product_key_rows` documents."""
+    fits = x.dim() == 2 and keys_a.dim() == 3 and keys_b.dim() == 3 and values.dim() == 2
+    if fits:
+        (n_heads, n_a, half), width = keys_a.shape, x.shape[1]
+        fits = 2 * half == width and (keys_b.shape[0], keys_b.shape[2]) == (n_heads, half)
+        fits = fits and tuple(values.shape) == (n_a * keys_b.shape[1], width)
+    if not fits:
         raise UserError(
-            "`x`, `keys` and `values` must be [T, D], [F, D] and [F, D]; "
-            f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
+            "`x`, `keys_a`, `keys_b` and `values` must be [T, D], [H, A, D / 2], [H, B, D / 2] and [A B, D]; got "
+            f"{tuple(x.shape)}, {tuple(keys_a.shape)}, {tuple(keys_b.shape)} and {tuple(values.shape)}; fix: check the layouts"
         )
-    n_units, width = keys.shape
-    shapes = {
-        "gate_keys": (gate_keys, (n_units, width)),
-        "key_bias": (key_bias, (n_units,)),
-        "gate_bias": (gate_bias, (n_units,)),
-        "value_bias": (value_bias, (width,)),
-        "keep": (keep, (x.shape[0], n_units)),
-    }
-    for name, (given, shape) in shapes.items():
-        if given is not None and tuple(given.shape) != shape:
-            raise UserError(f"`{name}` must be {shape}; got {tuple(given.shape)}; fix: check its layout")
-    floating = [x, keys, values, *(t for t in (gate_keys, key_bias, gate_bias, value_bias) if t is not None)]
-    if len({t.dtype for t in floating}) > 1 or not x.is_floating_point():
-        raise UserError(
-            "`x`, the weights and the biases must share a floating dtype; "
-            f"got {', '.join(str(t.dtype) for t in floating)}; fix: cast them"
-        )
-    require_one_device(*floating)
-    if not 1 <= k <= n_units:
-        raise UserError(f"`k` must be between 1 and the number of units {n_units}; got {k}; fix: lower k")
-    if activation not in ACTIVATIONS and activation != CLAMPED_SWIGLU:
-        raise unknown_name("activation", activation, (*ACTIVATIONS, CLAMPED_SWIGLU))
-    if gate_keys is None and (activation == CLAMPED_SWIGLU or gate_bias is not None):
-        what = "gate_bias" if gate_bias is not None else "activation='clamped_swiglu'"
-        raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
+    require_one_dtype("`x`, the sub-keys and `values`", x, keys_a, keys_b, values)
+    require_one_device(x, keys_a, keys_b, values)
+    if not 1 <= k <= values.shape[0]:
+        raise UserError(f"`k` must be between 1 and the number of values {values.shape[0]}; got {k}; fix: lower k")
+    if activation != "softmax" and activation not in ACTIVATIONS:
+        raise unknown_name("activation", activation, (*ACTIVATIONS, "softmax"))
 
 
 def product_key_rows_plain(
     x: Tensor, keys_a: Tensor, keys_b: Tensor, values: Tensor, k: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`product_key_rows` by other operations."""
-    x, keys_a, keys_b, values = _cast(x, keys_a, keys_b, values)
-    check_product_key_rows(x, keys_a, keys_b, values, k, activation)
     x_a, x_b = x.chunk(2, dim=1)
     n_heads = keys_a.shape[0]
     u_a = F.linear(x_a, keys_a.flatten(0, 1)).unflatten(1, (n_heads, -1))
@@ -236,6 +226,8 @@ _product_key_rows = define(
     "product_key_rows",
     _READS,
     "Tensor y, Tensor indices, Tensor coefficients",
+    check=check_product_key_rows,
+    cast=("x", "keys_a", "keys_b", "values"),
     plain=product_key_rows_plain,
     fake=_fake_reads,
     flops=_reads_flops,
@@ -269,31 +261,4 @@ def product_key_rows(
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the activation is unknown.
     """
-    run = implementation("product_key_rows", x, backend)
-    try:
-        return (_product_key_rows if run is None else run)(x, keys_a, keys_b, values, k, activation)
-    except (RuntimeError, IndexError, KeyError, TypeError):
-        check_product_key_rows(x, keys_a, keys_b, values, k, activation)
-        raise
-
-
-def check_product_key_rows(x: Tensor, keys_a: Tensor, keys_b: Tensor, values: Tensor, k: int, activation: str) -> None:
-    """That they fit together; raises as `product_key_rows` documents."""
-    fits = x.dim() == 2 and keys_a.dim() == 3 and keys_b.dim() == 3 and values.dim() == 2
-    if fits:
-        (n_heads, n_a, half), width = keys_a.shape, x.shape[1]
-        fits = 2 * half == width and (keys_b.shape[0], keys_b.shape[2]) == (n_heads, half)
-        fits = fits and tuple(values.shape) == (n_a * keys_b.shape[1], width)
-    if not fits:
-        raise UserError(
-            "`x`, `keys_a`, `keys_b` and `values` must be [T, D], [H, A, D / 2], [H, B, D / 2] and [A B, D]; got "
-            f"{tuple(x.shape)}, {tuple(keys_a.shape)}, {tuple(keys_b.shape)} and {tuple(values.shape)}; fix: check the layouts"
-        )
-    if len({t.dtype for t in (x, keys_a, keys_b, values)}) > 1 or not x.is_floating_point():
-        raise UserError(f"`x`, the sub-keys and `values` must share a floating dtype; got {x.dtype}, {keys_a.dtype}, "
-                        f"{keys_b.dtype} and {values.dtype}; fix: cast them")  # fmt: skip
-    require_one_device(x, keys_a, keys_b, values)
-    if not 1 <= k <= values.shape[0]:
-        raise UserError(f"`k` must be between 1 and the number of values {values.shape[0]}; got {k}; fix: lower k")
-    if activation != "softmax" and activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, (*ACTIVATIONS, "softmax"))
+    return call(_product_key_rows, (x, keys_a, keys_b, values, k, activation), backend)

@@ -11,19 +11,28 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops import _torch_kernels
-from sparseffn.ops.backends import implementation
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import define
+
+
+def check_topk(scores: Tensor, k: int, ordered: bool) -> None:
+    """That there are so many; raises as `topk` documents."""
+    if scores.dim() == 0 or not scores.is_floating_point():
+        raise UserError(
+            f"`scores` must be floating, (..., n); got {scores.dtype} in shape {tuple(scores.shape)}; fix: cast them"
+        )
+    n = scores.shape[-1]
+    if not 1 <= k <= n:
+        raise UserError(f"`k` must be between 1 and the number of entries {n}; got {k}; fix: choose from 1 to n")
 
 
 def topk_plain(scores: Tensor, k: int, ordered: bool) -> Tensor:
     """By a sort, which is stable where top-K is not."""
-    check_topk(scores, k)
     return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def topk_eager(scores: Tensor, k: int, ordered: bool) -> Tensor:
     """By top-K of integers that no two entries share."""
-    check_topk(scores, k)
     return _torch_kernels.topk(scores.detach(), k, ordered)
 
 
@@ -31,7 +40,15 @@ def _fake(scores, k, ordered):
     return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
 
 
-_topk = define("topk", "Tensor scores, int k, bool ordered", "Tensor indices", plain=topk_plain, eager=topk_eager, fake=_fake)
+_topk = define(
+    "topk",
+    "Tensor scores, int k, bool ordered",
+    "Tensor indices",
+    check=check_topk,
+    plain=topk_plain,
+    eager=topk_eager,
+    fake=_fake,
+)
 
 
 def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto") -> Tensor:
@@ -49,17 +66,4 @@ def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto")
     Raises:
         UserError: `k` is outside 1..n, or `scores` are integers or a single number.
     """
-    check_topk(scores, k)
-    run = implementation("topk", scores, backend)
-    return (_topk if run is None else run)(scores, k, ordered)
-
-
-def check_topk(scores: Tensor, k: int) -> None:
-    """That there are so many; raises as `topk` documents."""
-    if scores.dim() == 0 or not scores.is_floating_point():
-        raise UserError(
-            f"`scores` must be floating, (..., n); got {scores.dtype} in shape {tuple(scores.shape)}; fix: cast them"
-        )
-    n = scores.shape[-1]
-    if not 1 <= k <= n:
-        raise UserError(f"`k` must be between 1 and the number of entries {n}; got {k}; fix: choose from 1 to n")
+    return call(_topk, (scores, k, ordered), backend)

@@ -14,10 +14,32 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
-from sparseffn.ops.library import Kept, define, load
+from sparseffn.ops.backends import call
+from sparseffn.ops.library import Kept, define
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
 NEVER = -1e30
+
+
+def check_counts(indices: Tensor, weights: Tensor, n_units: int) -> None:
+    """That they fit together; raises as `routing_counts` documents."""
+    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_units < 1:
+        raise UserError(
+            f"`indices` must be int64 [T, K], `weights` alike and `n_units` at least 1; got {indices.dtype} "
+            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_units}; fix: flatten leading dimensions first"
+        )
+    require_one_device(indices, weights)
+
+
+def check_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> None:
+    """That they fit together; raises as `batch_entropy` documents."""
+    if logits.dim() != 2 or (mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != torch.bool)):
+        of_mask = None if mask is None else (mask.dtype, tuple(mask.shape))
+        raise UserError(
+            f"`logits` must be [T, E] and `mask` bool [T] or None; got {tuple(logits.shape)} and {of_mask}; "
+            "fix: flatten leading dimensions first"
+        )
+    require_one_device(logits, mask)
 
 
 def routing_counts_plain(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,6 +64,7 @@ _routing_counts = define(
     "routing_counts",
     "Tensor indices, Tensor weights, int n_units",
     "Tensor totals, Tensor sums, Tensor active",
+    check=check_counts,
     plain=routing_counts_plain,
     fake=_fake_counts,
 )
@@ -62,14 +85,7 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
     Raises:
         UserError: shapes, dtypes or devices do not fit together.
     """
-    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_units < 1:
-        raise UserError(
-            f"`indices` must be int64 [T, K], `weights` alike and `n_units` at least 1; got {indices.dtype} "
-            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_units}; fix: flatten leading dimensions first"
-        )
-    require_one_device(indices, weights)
-    load()
-    return _routing_counts(indices, weights.detach(), n_units)
+    return call(_routing_counts, (indices, weights.detach(), n_units))
 
 
 def log_shares(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,6 +133,7 @@ _batch_entropy = define(
     "batch_entropy",
     "Tensor logits, Tensor? mask, float scale",
     "Tensor loss",
+    check=check_entropy,
     plain=batch_entropy_plain,
     fake=_fake_entropy,
     kernel=batch_entropy_plain,
@@ -144,12 +161,4 @@ def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     Raises:
         UserError: shapes, dtypes or devices do not fit together.
     """
-    if logits.dim() != 2 or (mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != torch.bool)):
-        of_mask = None if mask is None else (mask.dtype, tuple(mask.shape))
-        raise UserError(
-            f"`logits` must be [T, E] and `mask` bool [T] or None; got {tuple(logits.shape)} and {of_mask}; "
-            "fix: flatten leading dimensions first"
-        )
-    require_one_device(logits, *(() if mask is None else (mask,)))
-    load()
-    return _batch_entropy(logits, mask, scale)
+    return call(_batch_entropy, (logits, mask, scale))

@@ -12,15 +12,30 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import check_indices, require_one_device
-from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import implementation
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define, gradient_like
+
+
+def check_cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> None:
+    """That they fit together; raises as `cvmm` documents."""
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        raise UserError(
+            f"`x` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
+        )
+    if sel.shape != x.shape[:1] or sel.dtype != torch.int64:
+        raise UserError(
+            f"`sel` must hold one index a row of x, int64 in shape {tuple(x.shape[:1])}; "
+            f"got {sel.dtype} in shape {tuple(sel.shape)}; fix: flatten and cast it"
+        )
+    if x.dtype != weight.dtype or not x.is_floating_point():
+        raise UserError(f"`x` and `weight` must share a floating dtype; got {x.dtype} and {weight.dtype}; fix: cast one")
+    require_one_device(x, sel, weight)
+    check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
 
 
 def cvmm_plain(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
     """Every matrix for every row, of which one is taken; for transforms."""
-    x, weight = to_autocast(x, weight)
-    check_cvmm(x, sel, weight)
     y = x.new_zeros(x.shape[0], weight.shape[2])
     for e in range(weight.shape[0]):
         mine = (sel == e)[:, None]
@@ -30,7 +45,6 @@ def cvmm_plain(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
 
 def _sorted(sel: Tensor, n_matrices: int) -> tuple[Tensor, list[tuple[int, int]]]:
     """Rows in stable order of their matrix, and where each one's begin and end."""
-    check_indices(sel, "a matrix of `weight`", n_matrices, "sel")
     sorted_sel, order = sel.sort(stable=True)
     edges = torch.arange(n_matrices + 1, device=sel.device)
     return order, list(itertools.pairwise(torch.searchsorted(sorted_sel, edges).tolist()))
@@ -38,7 +52,6 @@ def _sorted(sel: Tensor, n_matrices: int) -> tuple[Tensor, list[tuple[int, int]]
 
 def _products(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
     """One product a matrix, over its rows."""
-    check_cvmm(x, sel, weight)
     order, bounds = _sorted(sel, weight.shape[0])
     y = x.new_empty(x.shape[0], weight.shape[2])
     for e, (start, stop) in enumerate(bounds):
@@ -67,6 +80,8 @@ _cvmm = define(
     "cvmm",
     "Tensor x, Tensor sel, Tensor weight",
     "Tensor y",
+    check=check_cvmm,
+    cast=("x", "weight"),
     plain=cvmm_plain,
     fake=_fake,
     flops=lambda x, sel, weight: 2 * x[0] * weight[1] * weight[2],
@@ -97,30 +112,4 @@ def cvmm(x: Tensor, sel: Tensor, weight: Tensor, *, backend: str = "auto") -> Te
         UserError: ranks, widths, dtypes or devices do not fit together, or `sel` has another length or dtype or names a
             matrix that is not there.
     """
-    named = implementation("cvmm", x, backend)
-    if named is not None:
-        check_cvmm(x, sel, weight)
-        check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
-        return named(x, sel, weight)
-    try:
-        return _cvmm(x, sel, weight)
-    except RuntimeError:
-        check_cvmm(x, sel, weight)
-        raise
-
-
-def check_cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> None:
-    """That they fit together; raises as `cvmm` documents."""
-    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
-        raise UserError(
-            f"`x` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
-            f"got {tuple(x.shape)} and {tuple(weight.shape)}; fix: flatten leading dimensions first"
-        )
-    if sel.shape != x.shape[:1] or sel.dtype != torch.int64:
-        raise UserError(
-            f"`sel` must hold one index a row of x, int64 in shape {tuple(x.shape[:1])}; "
-            f"got {sel.dtype} in shape {tuple(sel.shape)}; fix: flatten and cast it"
-        )
-    if x.dtype != weight.dtype or not x.is_floating_point():
-        raise UserError(f"`x` and `weight` must share a floating dtype; got {x.dtype} and {weight.dtype}; fix: cast one")
-    require_one_device(x, sel, weight)
+    return call(_cvmm, (x, sel, weight), backend)

@@ -17,18 +17,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops._checks import check_indices, require_one_device
-from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
-from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import implementation
-from sparseffn.ops.library import Kept, define, is_watched
+from sparseffn.errors import UserError
+from sparseffn.ops._checks import check_indices, require_one_device, require_one_dtype, require_shapes
+from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
+from sparseffn.ops.backends import call
+from sparseffn.ops.library import Kept, define
 from sparseffn.ops.plain import experts_plain
 
 
-def _plain(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, *rest: Any) -> Tensor:
-    """The composition for transforms, of what autocast makes of its arguments."""
-    return experts_plain(*_prepared(x, keys, values, gates, indices, *rest))
+def check_experts(
+    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
+    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
+    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", alpha: float = SWIGLU_ALPHA,
+    limit: float = SWIGLU_LIMIT, inner_k: int | None = None,
+) -> None:  # fmt: skip
+    """That they fit together; raises as `experts` documents."""
+    fits = x.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and keys.shape[1] == x.shape[1]
+    if not fits or values.shape != (keys.shape[0], keys.shape[2], keys.shape[1]):
+        raise UserError(
+            "`x`, `keys` and `values` must be [T, D], [E, D, G] and [E, G, D]; "
+            f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
+        )
+    if indices.dim() != 2 or gates.shape != indices.shape or indices.shape[0] != x.shape[0] or indices.shape[1] == 0:
+        raise UserError(
+            f"`gates` and `indices` must both be [T, K] with T = {x.shape[0]} and K >= 1; "
+            f"got {tuple(gates.shape)} and {tuple(indices.shape)}"
+        )
+    n_experts, width, size = keys.shape
+    require_shapes(
+        gate_keys=(gate_keys, (n_experts, width, size)),
+        key_bias=(key_bias, (n_experts, size)),
+        gate_bias=(gate_bias, (n_experts, size)),
+        value_bias=(value_bias, (n_experts, width)),
+        keep=(keep, (*indices.shape, size)),
+    )
+    require_one_dtype("`x`, the weights and the biases", x, keys, values, gate_keys, key_bias, gate_bias, value_bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if gates.dtype != wide or indices.dtype != torch.int64:
+        raise UserError(f"`gates` must be {wide} and `indices` int64; got {gates.dtype} and {indices.dtype}; fix: cast them")
+    require_one_device(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep)
+    check_activation(activation, gate_keys, gate_bias)
+    n_units = indices.shape[1] * size
+    if inner_k is not None and not 1 <= inner_k <= n_units:
+        raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")
+    check_indices(indices, "an expert", n_experts)
 
 
 # Rows sorted by expert [R, M], matrices [E, M, L], where each expert's rows begin [E + 1]: their products [R, L].
@@ -37,12 +69,8 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def experts_sorted(multiply: Product, x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, *rest: Any) -> Tensor:
     """`experts` by PyTorch's operations over rows sorted by expert, as `multiply` does their products."""
-    x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options = _prepared(
-        x, keys, values, gates, *rest
-    )
-    filled: tuple[Any, ...] = (*options, *_DEFAULTS[len(options) :])
-    keep, keep_scale, activation, alpha, limit, inner_k = filled
-    check_indices(indices, "an expert", keys.shape[0])
+    filled: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
+    indices, gate_keys, key_bias, gate_bias, value_bias, keep, keep_scale, activation, alpha, limit, inner_k = filled
     (n_tokens, k), wide = indices.shape, gates.dtype
     experts_R, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(experts_R, torch.arange(keys.shape[0] + 1, device=order.device))
@@ -77,23 +105,8 @@ def _one_by_one(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 experts_eager = functools.partial(experts_sorted, _one_by_one)
 
 
-def _prepared(
-    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
-    key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,
-    keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", *numbers: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The arguments, cast as autocast wants and checked."""
-    named = (x, keys, values, gate_keys, key_bias, gate_bias, value_bias)
-    given = iter(to_autocast(*(t for t in named if t is not None)))
-    cast: list[Any] = [None if t is None else next(given) for t in named]
-    x, keys, values, gate_keys, key_bias, gate_bias, value_bias = cast
-    inner_k = numbers[2] if len(numbers) > 2 else None
-    check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
-    return x, keys, values, gates, indices, *cast[3:], keep, keep_scale, activation, *numbers
-
-
-# Of the schema's arguments from `keep` on.
-_DEFAULTS = (None, 1.0, "relu", SWIGLU_ALPHA, SWIGLU_LIMIT, None)
+# Of the schema's arguments from `indices` on.
+_DEFAULTS = (None, None, None, None, None, None, 1.0, "relu", SWIGLU_ALPHA, SWIGLU_LIMIT, None)
 
 _ARGUMENTS = (
     "Tensor x, Tensor keys, Tensor values, Tensor gates, Tensor indices, Tensor? gate_keys=None, Tensor? key_bias=None, "
@@ -129,7 +142,9 @@ _experts = define(
     "experts",
     _ARGUMENTS,
     "Tensor y",
-    plain=_plain,
+    check=check_experts,
+    cast=("x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"),
+    plain=experts_plain,
     eager=experts_eager,
     fake=_fake,
     flops=_flops,
@@ -193,80 +208,10 @@ def experts(
     """
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
-        keep, keep_scale = _draw_keep(indices, keys, dropout)
-    named = implementation("experts", x, backend)
-    if named is not None:
-        check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
-        check_indices(indices, "an expert", keys.shape[0])
-    run = named or _experts
-    try:
-        # Ten arguments more take a microsecond to pass, a tenth of one token's experts.
-        if gate_keys is key_bias is value_bias is keep is inner_k is None and activation == "relu" and gate_bias is None:
-            return run(x, keys, values, gates, indices)
+        keep, keep_scale = draw_keep((*indices.shape, keys.shape[2]), dropout, indices.device)
+    arguments: tuple[Any, ...] = (x, keys, values, gates, indices)
+    # Ten arguments more take a microsecond to pass, a tenth of one token's experts.
+    if not (gate_keys is key_bias is gate_bias is value_bias is keep is inner_k is None and activation == "relu"):
         options = (keep, keep_scale, activation, alpha, limit, inner_k)
-        return run(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, *options)
-    except (RuntimeError, IndexError, KeyError, TypeError):
-        check_experts(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep, activation, inner_k)
-        if not is_watched((x, indices)):
-            check_indices(indices, "an expert", keys.shape[0])
-        raise
-
-
-def _draw_keep(indices: Tensor, keys: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """Which hidden units dropout leaves, `[T, K, G]`, and what scales them."""
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"`dropout` must be at least 0 and below 1; got {dropout}; fix: a rate such as 0.1")
-    shape = (*indices.shape, keys.shape[2])
-    return torch.rand(shape, device=indices.device) >= dropout, 1.0 / (1.0 - dropout)
-
-
-def check_experts(
-    x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None,
-    key_bias: Tensor | None, gate_bias: Tensor | None, value_bias: Tensor | None, keep: Tensor | None, activation: str,
-    inner_k: int | None,
-) -> None:  # fmt: skip
-    """That they fit together; raises as `experts` documents."""
-    fits = x.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and keys.shape[1] == x.shape[1]
-    if not fits or values.shape[:2] != (keys.shape[0], keys.shape[2]):
-        raise UserError(
-            "`x`, `keys` and `values` must be [T, D], [E, D, G] and [E, G, D]; "
-            f"got {tuple(x.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}; fix: flatten leading dimensions first"
-        )
-    if indices.dim() != 2 or gates.shape != indices.shape or indices.shape[0] != x.shape[0] or indices.shape[1] == 0:
-        raise UserError(
-            f"`gates` and `indices` must both be [T, K] with T = {x.shape[0]} and K >= 1; "
-            f"got {tuple(gates.shape)} and {tuple(indices.shape)}"
-        )
-    n_experts, size = keys.shape[0], keys.shape[2]
-    shapes = {
-        "gate_keys": (gate_keys, tuple(keys.shape)),
-        "key_bias": (key_bias, (n_experts, size)),
-        "gate_bias": (gate_bias, (n_experts, size)),
-        "value_bias": (value_bias, (n_experts, values.shape[2])),
-        "keep": (keep, (*indices.shape, size)),
-    }
-    for name, (given, shape) in shapes.items():
-        if given is not None and tuple(given.shape) != shape:
-            raise UserError(f"`{name}` must be {shape}; got {tuple(given.shape)}; fix: check its layout")
-    floating = [x, keys, values, *(t for t in (gate_keys, key_bias, gate_bias, value_bias) if t is not None)]
-    if len({t.dtype for t in floating}) > 1 or not x.is_floating_point() or indices.dtype != torch.int64:
-        raise UserError(
-            "`x`, the weights and the biases must share a floating dtype and `indices` be int64; "
-            f"got {', '.join(str(t.dtype) for t in floating)} and {indices.dtype}; fix: cast them"
-        )
-    if gates.dtype != torch.promote_types(x.dtype, torch.float32):
-        raise UserError(f"`gates` must be {torch.promote_types(x.dtype, torch.float32)}; got {gates.dtype}; fix: cast them")
-    require_one_device(*floating, gates, indices)
-    _check_options(activation, gate_keys, gate_bias, inner_k, indices.shape[1] * size)
-
-
-def _check_options(
-    activation: str, gate_keys: Tensor | None, gate_bias: Tensor | None, inner_k: int | None, n_units: int
-) -> None:
-    if activation not in ACTIVATIONS and activation != CLAMPED_SWIGLU:
-        raise unknown_name("activation", activation, (*ACTIVATIONS, CLAMPED_SWIGLU))
-    if gate_keys is None and (activation == CLAMPED_SWIGLU or gate_bias is not None):
-        what = "gate_bias" if gate_bias is not None else "activation='clamped_swiglu'"
-        raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
-    if inner_k is not None and not 1 <= inner_k <= n_units:
-        raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")
+        arguments = (*arguments, gate_keys, key_bias, gate_bias, value_bias, *options)
+    return call(_experts, arguments, backend)

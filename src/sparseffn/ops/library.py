@@ -8,25 +8,25 @@ An operation NAME is up to four schemas of the library `sparseffn`:
     NAME_kept(arguments) -> (outputs..., kept...)     what a step of training runs forward
     NAME_backward(grad_OUTPUT..., arguments, outputs and kept, by name) -> gradients, named as the arguments are
 
-The C++ of `cpu/csrc` brings autograd, autocast and the CPU's kernels; `dispatch.h` says how. It is compiled and loaded when the
-first operation is called, which reaches what is registered here for every device. Where it cannot be compiled, the composition
-is the operation.
+The C++ of `cpu/csrc` brings autograd, autocast and the CPU's kernels; `dispatch.cpp` says how. It is compiled and loaded when
+the first operation is called, which reaches what is registered here for every device. Where it cannot be compiled, the
+composition is the operation. All but the kernels stands where an operation is defined: what autocast casts, what is refused.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _current_graph_task_id, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C import _current_graph_task_id
 
-from sparseffn.ops._checks import require_one_device
+from sparseffn.ops._checks import is_watched, require_one_device
+from sparseffn.ops.autocast import is_autocast_on, to_autocast
 
 LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
 
@@ -37,8 +37,8 @@ Function = Callable[..., Any]
 # From shapes, and values of arguments that are no tensors, in the order of the schema.
 Flops = Callable[..., int]
 
-_FLOPS: dict[str, Callable[[], None]] = {}
-_EAGER: dict[str, Function] = {}
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,44 @@ class Kept:
     """NAME_kept and NAME_backward for every device that has none of its own; None: they are the library's."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """An operation of the library."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Names of its arguments."""
+    overload: Any
+    """What PyTorch's dispatcher calls."""
+    check: Function
+    """Raises UserError where the arguments do not fit together."""
+    cast: tuple[str, ...]
+    """Arguments that autocast casts, as those of `nn.Linear`; the others are taken as they come."""
+    eager: Function
+    """The composition for those who ask for it by name."""
+    kept: Kept | None
+    flops: Flops | None
+
+    def checked(self, composition: Function) -> Function:
+        """A composition of what autocast makes of its arguments, which fit together."""
+        places = [self.arguments.index(name) for name in self.cast]
+
+        def run(*arguments: Any) -> Any:
+            device_type = arguments[0].device.type
+            if not is_autocast_on(device_type):
+                self.check(*arguments)
+                return composition(*arguments)
+            given = list(arguments)
+            for place in places:
+                if place < len(given) and given[place] is not None:
+                    given[place] = to_autocast(given[place])
+            self.check(*given)
+            with torch.autocast(device_type, enabled=False):
+                return composition(*given)
+
+        return run
+
+
 def define(
     name: str,
     arguments: str,
@@ -71,7 +109,9 @@ def define(
     vmap: Function | None = None,
     kept: Kept | None = None,
     flops: Flops | None = None,
-) -> Any:
+    check: Function,
+    cast: tuple[str, ...] = (),
+) -> Operation:
     """Define an operation's schemas and what they do before and without kernels.
 
     Args:
@@ -85,18 +125,23 @@ def define(
         vmap: its rule, as `torch.library.register_vmap` takes it; None: `plain` is batched.
         kept: what it keeps for backward; None: it has no gradient.
         flops: of a call, from the shapes of its arguments; a backward costs `kept.flops_of_backward` times as much.
+        check: of its arguments; raises UserError.
+        cast: arguments that autocast casts.
 
     Returns:
-        The operation, to be called.
+        The operation, for `backends.call`.
     """
     LIBRARY.define(f"{name}({arguments}) -> ({returns})")
-    for suffix, composition in (("plain", plain), ("eager", eager or plain)):
+    overload = getattr(torch.ops.sparseffn, name).default
+    common = {"check": check, "cast": cast, "kept": kept, "flops": flops}
+    bare = Operation(name=name, arguments=_names(arguments), overload=overload, eager=eager or plain, **common)
+    plain, eager = bare.checked(plain), bare.checked(bare.eager)
+    operation = replace(bare, eager=eager)
+    for suffix, composition in (("plain", plain), ("eager", eager)):
         LIBRARY.define(f"{name}_{suffix}({arguments}) -> ({returns})")
         LIBRARY.impl(f"{name}_{suffix}", composition, "CompositeImplicitAutograd")
     _register_fake(name, fake)
-    _EAGER[name] = eager or plain
-    operation = getattr(torch.ops.sparseffn, name).default
-    first = _until_kernels(operation, plain, eager or plain)
+    first = _until_kernels(overload, plain, eager)
     if kept is None:
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
@@ -107,15 +152,14 @@ def define(
         _register_fake(f"{name}_backward", _gradients_like(kept))
         LIBRARY.impl(name, first, "Autograd")
         if kept.kernels is not None:
-            for suffix, function in zip(("kept", "backward"), kept.kernels, strict=True):
-                LIBRARY.impl(f"{name}_{suffix}", function, "CompositeExplicitAutograd")
-    if flops is not None:
-        _FLOPS[name] = functools.partial(_register_flops, name, flops, _names(arguments), kept)
-    LIBRARY.impl(name, kernel or first, "CompositeExplicitAutograd")
+            LIBRARY.impl(f"{name}_kept", bare.checked(kept.kernels[0]), "CompositeExplicitAutograd")
+            LIBRARY.impl(f"{name}_backward", kept.kernels[1], "CompositeExplicitAutograd")
+    LIBRARY.impl(name, first if kernel is None else bare.checked(kernel), "CompositeExplicitAutograd")
     if vmap is None:
         LIBRARY.impl(name, plain, "FuncTorchBatched")
     else:
         torch.library.register_vmap(f"sparseffn::{name}", vmap, lib=LIBRARY)
+    OPERATIONS[name] = operation
     return operation
 
 
@@ -150,10 +194,15 @@ def kernels_missing() -> str | None:
     from sparseffn.ops.cpu import build
 
     reason = build.unavailable()
-    if reason is None and triton.is_installed():
+    if reason is not None:
+        return reason
+    for operation in OPERATIONS.values():
+        if operation.kept is not None:
+            torch.ops.sparseffn_library.differentiate(operation.name, operation.cast)
+    if triton.is_installed():
         for name in triton.REGISTERED:
             LIBRARY.impl(name, _on_gpu(name, triton.lazily(name)), "CUDA")
-    return reason
+    return None
 
 
 def load() -> bool:
@@ -173,8 +222,8 @@ def _on_gpu(name: str, function: Function) -> Function:
     """A Triton kernel; of a dtype that Triton has none for the composition, as C++ decides for calls with gradients."""
 
     def call(*arguments: Any) -> Any:
-        if arguments[0].dtype == torch.float64 and name in _EAGER:
-            return _EAGER[name](*arguments)
+        if arguments[0].dtype == torch.float64 and name in OPERATIONS:
+            return OPERATIONS[name].eager(*arguments)
         return function(*arguments)
 
     return call
@@ -186,12 +235,15 @@ def register_flops() -> None:
 
     Not done at import, as PyTorch's module imports Triton where it is installed.
     """
-    for register in _FLOPS.values():
-        register()
+    for operation in OPERATIONS.values():
+        if operation.flops is not None:
+            _register_flops(operation, operation.flops, operation.kept)
 
 
-def _register_flops(name: str, flops: Flops, arguments: list[str], kept: Kept | None) -> None:
+def _register_flops(operation: Operation, flops: Flops, kept: Kept | None) -> None:
     from torch.utils.flop_counter import register_flop_formula
+
+    name = operation.name
 
     def forward(*shapes: Any, **_: Any) -> int:
         return flops(*shapes)
@@ -199,22 +251,13 @@ def _register_flops(name: str, flops: Flops, arguments: list[str], kept: Kept | 
     def backward(*shapes: Any, **_: Any) -> int:
         assert kept is not None, "an operation without gradient has no backward"
         given = dict(zip(_names(kept.backward), shapes, strict=False))
-        return kept.flops_of_backward * flops(*map(given.get, arguments))
+        return kept.flops_of_backward * flops(*map(given.get, operation.arguments))
 
     library = torch.ops.sparseffn
     register_flop_formula(getattr(library, name))(forward)
     if kept is not None:
         register_flop_formula(getattr(library, f"{name}_kept"))(forward)
         register_flop_formula(getattr(library, f"{name}_backward"))(backward)
-
-
-def is_watched(tensors: Iterable[Tensor]) -> bool:
-    """Whether values cannot be read on the host: a compiler, a transform of `torch.func` or a mode is at work, or the tensors
-    are none.
-    """
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
-        return True
-    return any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta for t in tensors)
 
 
 def runs_in_backward() -> bool:
@@ -244,6 +287,6 @@ def gradient_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-def _names(arguments: str) -> list[str]:
+def _names(arguments: str) -> tuple[str, ...]:
     """Names of a schema's arguments."""
-    return [re.split(r"[ =]+", argument.strip())[1] for argument in arguments.split(",")]
+    return tuple(re.split(r"[ =]+", argument.strip())[1] for argument in arguments.split(","))

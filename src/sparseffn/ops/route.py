@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops._checks import require_one_device
-from sparseffn.ops.autocast import no_autocast
-from sparseffn.ops.backends import implementation
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define
 from sparseffn.ops.plain import route_plain
 
@@ -22,11 +21,20 @@ GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
 
 
-def route_checked(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The composition for transforms, whatever autocast says."""
-    check_route(x, selector, k, gate)
-    with no_autocast(x.device.type):
-        return route_plain(x, selector, k, gate)
+def check_route(x: Tensor, selector: Tensor, k: int, gate: str) -> None:
+    """That they fit together; raises as `route` documents."""
+    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
+        raise UserError(
+            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
+            "fix: flatten leading dimensions first"
+        )
+    if not x.is_floating_point() or not selector.is_floating_point():
+        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
+    require_one_device(x, selector)
+    if not 1 <= k <= selector.shape[0]:
+        raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
+    if gate not in GATES:
+        raise unknown_name("gate", gate, GATES)
 
 
 def _fake(x, selector, k, gate):
@@ -44,7 +52,8 @@ _route = define(
     "route",
     "Tensor x, Tensor selector, int k, str gate",
     "Tensor logits, Tensor indices, Tensor gates",
-    plain=route_checked,
+    check=check_route,
+    plain=route_plain,
     fake=_fake,
     flops=lambda x, selector, *_: 2 * x[0] * x[1] * selector[0],
     kept=Kept(
@@ -74,28 +83,4 @@ def route(x: Tensor, selector: Tensor, *, k: int, gate: GateName, backend: str =
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the gate is unknown.
     """
-    named = implementation("route", x, backend)
-    if named is not None:
-        check_route(x, selector, k, gate)
-        return named(x, selector, k, gate)
-    try:
-        return _route(x, selector, k, gate)
-    except RuntimeError:
-        check_route(x, selector, k, gate)
-        raise
-
-
-def check_route(x: Tensor, selector: Tensor, k: int, gate: str) -> None:
-    """That they fit together; raises as `route` documents."""
-    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
-        raise UserError(
-            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
-            "fix: flatten leading dimensions first"
-        )
-    if not x.is_floating_point() or not selector.is_floating_point():
-        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
-    require_one_device(x, selector)
-    if not 1 <= k <= selector.shape[0]:
-        raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
-    if gate not in GATES:
-        raise unknown_name("gate", gate, GATES)
+    return call(_route, (x, selector, k, gate), backend)

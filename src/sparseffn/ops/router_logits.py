@@ -8,17 +8,26 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
-from sparseffn.ops.autocast import no_autocast
-from sparseffn.ops.backends import implementation
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define
+
+
+def check_router(x: Tensor, selector: Tensor) -> None:
+    """That x `[T, D]` and the selector `[E, D]` fit together; raises as `router_logits` documents."""
+    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
+        raise UserError(
+            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
+            "fix: flatten leading dimensions first"
+        )
+    if not x.is_floating_point() or not selector.is_floating_point():
+        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
+    require_one_device(x, selector)
 
 
 def router_logits_plain(x: Tensor, selector: Tensor) -> Tensor:
     """The same by PyTorch's product."""
-    check_router(x, selector)
     wide = torch.promote_types(x.dtype, torch.float32)
-    with no_autocast(x.device.type):
-        return F.linear(x.to(wide), selector.to(wide))
+    return F.linear(x.to(wide), selector.to(wide))
 
 
 def _fake(x, selector):
@@ -29,6 +38,7 @@ _router_logits = define(
     "router_logits",
     "Tensor x, Tensor selector",
     "Tensor logits",
+    check=check_router,
     plain=router_logits_plain,
     fake=_fake,
     flops=lambda x, selector: 2 * x[0] * x[1] * selector[0],
@@ -50,24 +60,4 @@ def router_logits(x: Tensor, selector: Tensor, *, backend: str = "auto") -> Tens
     Raises:
         UserError: ranks or widths do not fit together, a dtype is not floating, or the devices differ.
     """
-    named = implementation("router_logits", x, backend)
-    if named is not None:
-        check_router(x, selector)
-        return named(x, selector)
-    try:
-        return _router_logits(x, selector)
-    except RuntimeError:
-        check_router(x, selector)
-        raise
-
-
-def check_router(x: Tensor, selector: Tensor) -> None:
-    """That x `[T, D]` and the selector `[E, D]` fit together; raises as `router_logits` documents."""
-    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
-        raise UserError(
-            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
-            "fix: flatten leading dimensions first"
-        )
-    if not x.is_floating_point() or not selector.is_floating_point():
-        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
-    require_one_device(x, selector)
+    return call(_router_logits, (x, selector), backend)

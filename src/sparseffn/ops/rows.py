@@ -7,16 +7,30 @@ from torch import Tensor
 
 from sparseffn.errors import UserError
 from sparseffn.ops import _torch_kernels
-from sparseffn.ops._checks import check_rows, require_one_device
-from sparseffn.ops.autocast import to_autocast
-from sparseffn.ops.backends import implementation
+from sparseffn.ops._checks import check_indices, require_one_device
+from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define, gradient_like
+
+
+def check_weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """That they fit together; raises as `weighted_rows` documents."""
+    if indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
+        raise UserError(
+            f"`indices` and `weights` must both be [tokens, k] with k >= 1; "
+            f"got {tuple(indices.shape)} and {tuple(weights.shape)}; fix: flatten leading dimensions first"
+        )
+    if not values.is_floating_point() or not weights.is_floating_point():
+        raise UserError(f"`values` and `weights` must be floating; got {values.dtype} and {weights.dtype}; fix: cast them")
+    if values.dim() != 2 or indices.dtype != torch.int64:
+        raise UserError(
+            f"`values` must be [rows, width] and `indices` int64; got {tuple(values.shape)} and {indices.dtype}; fix: cast them"
+        )
+    require_one_device(values, indices, weights)
+    check_indices(indices, "a row of `values`", values.shape[0])
 
 
 def weighted_rows_plain(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """A product over all rows; those that a token does not choose have weight zero."""
-    (values,) = to_autocast(values)
-    check_weighted_rows(values, indices, weights)
     wide = torch.promote_types(values.dtype, torch.float32)
     every_TN = weights.new_zeros(indices.shape[0], values.shape[0], dtype=wide).scatter_add(1, indices, weights.to(wide))
     return (every_TN @ values.to(wide)).to(values.dtype)
@@ -24,9 +38,6 @@ def weighted_rows_plain(values: Tensor, indices: Tensor, weights: Tensor) -> Ten
 
 def weighted_rows_eager(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """By PyTorch's bags of embeddings."""
-    (values,) = to_autocast(values)
-    check_weighted_rows(values, indices, weights)
-    check_rows(indices, values.shape[0])
     return _torch_kernels.weighted_rows(values, indices, weights)
 
 
@@ -38,6 +49,8 @@ _weighted_rows = define(
     "weighted_rows",
     "Tensor values, Tensor indices, Tensor weights",
     "Tensor y",
+    check=check_weighted_rows,
+    cast=("values",),
     plain=weighted_rows_plain,
     eager=weighted_rows_eager,
     fake=_fake_rows,
@@ -66,38 +79,33 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
     Raises:
         UserError: ranks, shapes, dtypes or devices do not fit together, `K` is 0, or an index is that of no row.
     """
-    run = implementation("weighted_rows", values, backend)
-    if run is not None:
-        check_weighted_rows(values, indices, weights)
-        check_rows(indices, values.shape[0])
-        return run(values, indices, weights)
-    try:
-        return _weighted_rows(values, indices, weights)
-    except (RuntimeError, IndexError, TypeError):
-        check_weighted_rows(values, indices, weights)
-        check_rows(indices, values.shape[0])
-        raise
+    return call(_weighted_rows, (values, indices, weights), backend)
 
 
-def check_weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """That they fit together; raises as `weighted_rows` documents."""
-    if indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
+def check_product_keys(scores_a: Tensor, scores_b: Tensor, k: int) -> None:
+    """That they fit together; raises as `product_key_topk` documents."""
+    if scores_a.dim() == 0 or scores_b.dim() == 0:
         raise UserError(
-            f"`indices` and `weights` must both be [tokens, k] with k >= 1; "
-            f"got {tuple(indices.shape)} and {tuple(weights.shape)}; fix: flatten leading dimensions first"
+            "`scores_a` and `scores_b` must be (..., n_a) and (..., n_b); "
+            f"got {tuple(scores_a.shape)} and {tuple(scores_b.shape)}; fix: give the scores of all sub-keys"
         )
-    if not values.is_floating_point() or not weights.is_floating_point():
-        raise UserError(f"`values` and `weights` must be floating; got {values.dtype} and {weights.dtype}; fix: cast them")
-    if values.dim() != 2 or indices.dtype != torch.int64:
+    if scores_a.shape[:-1] != scores_b.shape[:-1]:
         raise UserError(
-            f"`values` must be [rows, width] and `indices` int64; got {tuple(values.shape)} and {indices.dtype}; fix: cast them"
+            f"`scores_a` and `scores_b` must agree before the last dimension; got {tuple(scores_a.shape)} and "
+            f"{tuple(scores_b.shape)}"
         )
-    require_one_device(values, indices, weights)
+    if scores_a.dtype != scores_b.dtype or not scores_a.is_floating_point():
+        raise UserError(
+            f"`scores_a` and `scores_b` must share a floating dtype; got {scores_a.dtype} and {scores_b.dtype}; fix: cast one"
+        )
+    require_one_device(scores_a, scores_b)
+    n_pairs = scores_a.shape[-1] * scores_b.shape[-1]
+    if not 1 <= k <= n_pairs:
+        raise UserError(f"`k` must be between 1 and n_a n_b = {n_pairs}; got {k}; fix: lower k or add sub-keys")
 
 
 def product_key_topk_plain(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """From all sums, by a sort."""
-    check_product_keys(scores_a, scores_b, k)
     every = (scores_b[..., :, None] + scores_a[..., None, :]).flatten(-2)
     indices = every.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     return every.gather(-1, indices), indices
@@ -105,7 +113,6 @@ def product_key_topk_plain(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[
 
 def product_key_topk_eager(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """From the few pairs that can be among the largest."""
-    check_product_keys(scores_a, scores_b, k)
     return _torch_kernels.product_key_topk(scores_a, scores_b, k)
 
 
@@ -124,6 +131,7 @@ _product_key_topk = define(
     "product_key_topk",
     "Tensor scores_a, Tensor scores_b, int k",
     "Tensor sums, Tensor indices",
+    check=check_product_keys,
     plain=product_key_topk_plain,
     eager=product_key_topk_eager,
     fake=_fake_sums,
@@ -154,28 +162,4 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int, *, backend: str
     Raises:
         UserError: `k` is out of range, or leading shapes, dtypes or devices differ.
     """
-    check_product_keys(scores_a, scores_b, k)
-    run = implementation("product_key_topk", scores_a, backend)
-    return (_product_key_topk if run is None else run)(scores_a, scores_b, k)
-
-
-def check_product_keys(scores_a: Tensor, scores_b: Tensor, k: int) -> None:
-    """That they fit together; raises as `product_key_topk` documents."""
-    if scores_a.dim() == 0 or scores_b.dim() == 0:
-        raise UserError(
-            "`scores_a` and `scores_b` must be (..., n_a) and (..., n_b); "
-            f"got {tuple(scores_a.shape)} and {tuple(scores_b.shape)}; fix: give the scores of all sub-keys"
-        )
-    if scores_a.shape[:-1] != scores_b.shape[:-1]:
-        raise UserError(
-            f"`scores_a` and `scores_b` must agree before the last dimension; got {tuple(scores_a.shape)} and "
-            f"{tuple(scores_b.shape)}"
-        )
-    if scores_a.dtype != scores_b.dtype or not scores_a.is_floating_point():
-        raise UserError(
-            f"`scores_a` and `scores_b` must share a floating dtype; got {scores_a.dtype} and {scores_b.dtype}; fix: cast one"
-        )
-    require_one_device(scores_a, scores_b)
-    n_pairs = scores_a.shape[-1] * scores_b.shape[-1]
-    if not 1 <= k <= n_pairs:
-        raise UserError(f"`k` must be between 1 and n_a n_b = {n_pairs}; got {k}; fix: lower k or add sub-keys")
+    return call(_product_key_topk, (scores_a, scores_b, k), backend)

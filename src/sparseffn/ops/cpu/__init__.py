@@ -6,17 +6,10 @@ import torch
 
 from sparseffn.ops.backends import Backend
 
-DISPATCHED = frozenset(
-    {
-        *("balanced_assignment", "cvmm", "experts", "product_key_rows", "product_key_topk", "route", "router_logits"),
-        *("sinkhorn", "topk", "topk_rows", "weighted_rows"),
-    }
-)
-
 
 def cpu_backend() -> Backend:
     """The backend; nothing is compiled until one of its kernels is asked for."""
-    return Backend(name="cpu", dispatched=DISPATCHED, unavailable=_unavailable)
+    return Backend(name="cpu", unavailable=_unavailable)
 
 
 def _unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

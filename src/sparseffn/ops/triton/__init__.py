@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from sparseffn.ops.backends import Backend, Kernel
-from sparseffn.ops.cpu import DISPATCHED
 from sparseffn.ops.library import kernels_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +72,7 @@ def triton_backend() -> Backend:
         reason = kernels_missing()
         return None if reason is None else f"it needs the compiled library: {reason}"
 
-    return Backend(name="triton", dispatched=DISPATCHED, unavailable=unavailable)
+    return Backend(name="triton", unavailable=unavailable)
 
 
 def lazily(name: str) -> Kernel:

@@ -61,11 +61,8 @@ class Problem:
         Raises:
             UserError: as `ops.experts` documents.
         """
+        check_experts(*arguments)
         given = cls(*arguments)
-        weights = (given.gate_keys, given.key_bias, given.gate_bias, given.value_bias)
-        check_experts(
-            given.x, given.keys, given.values, given.gates, given.indices, *weights, given.keep, given.activation, given.inner_k
-        )  # fmt: skip
         check_tensors(x=given.x)
 
         def flat(t: Tensor | None) -> Any:

@@ -10,22 +10,22 @@
 namespace sparseffn {
 namespace {
 
-// A contiguous tensor's numbers as S; null for one that is not there.
-template <class S> S* pointer(const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); }
-template <class S> const S* pointer_of(const Tensor& t) { return static_cast<const S*>(data_of(t)); }
-
 Tensor zeros_like(const Tensor& t, const Tensor& x) { return at::zeros(t.defined() ? t.sizes() : at::IntArrayRef{0}, x.options()); }
 Tensor empty_like(const Tensor& t, const Tensor& x) { return at::empty(t.defined() ? t.sizes() : at::IntArrayRef{0}, x.options()); }
 
-void check_fits(const char* operation, const Tensor& t, at::IntArrayRef sizes, const Tensor& x, const char* name) {
-    TORCH_CHECK(!t.defined() || (t.sizes() == sizes && t.scalar_type() == x.scalar_type() && t.is_cpu()), "sparseffn::", operation,
-                ": ", name, " does not fit x");
-}
+Tensor laid_like(const Tensor& gradient, const Tensor& weight) { return gradient_like(weight).copy_(gradient); }
 
-// A weight's gradient as the weight lies in memory; as ops/library.py says of fake tensors.
-Tensor laid_like(const Tensor& gradient, const Tensor& weight) {
-    if (weight.is_contiguous() || (weight.stride(1) != 1 && weight.stride(2) != 1)) return gradient.contiguous();
-    return at::empty_like(weight).copy_(gradient);
+// What the forward of a block kept of each token, and the gradients sent back: y's and the coefficients'.
+void check_kept(const char* operation, const Tensor& x, int64_t tokens, int64_t chosen, int64_t units, int64_t slopes_wide,
+                const Tensor& grad_y, const Tensor& grad_coefficients, const Tensor& indices, const Tensor& coefficients,
+                const Tensor& slopes) {
+    const auto type = x.scalar_type();
+    check_like(operation, grad_y, x.sizes(), type, "grad_y");
+    check_given(operation, grad_coefficients, {tokens, chosen}, type, "grad_coefficients");
+    check_like(operation, indices, {tokens, chosen}, at::kLong, "indices");
+    check_like(operation, coefficients, {tokens, chosen}, type, "coefficients");
+    if (slopes_wide) check_like(operation, slopes, {tokens, slopes_wide}, type, "slopes");
+    check_between<int64_t>(indices, 0, units, "a unit");
 }
 
 // ---- Top-K activation
@@ -50,15 +50,13 @@ struct TopKInputs {
         const char* name = "topk_rows";
         TORCH_CHECK(x.dim() == 2 && keys.dim() == 2 && keys.size(1) == x.size(1) && x.is_cpu() && k >= 1 && k <= keys.size(0),
                     "sparseffn::topk_rows: x [T, D], keys [F, D] and 1 <= k <= F do not fit together");
-        check_fits(name, keys, keys.sizes(), x, "keys");
-        check_fits(name, values, keys.sizes(), x, "values");
-        check_fits(name, gate_keys, keys.sizes(), x, "gate_keys");
-        check_fits(name, key_bias, {keys.size(0)}, x, "key_bias");
-        check_fits(name, gate_bias, {keys.size(0)}, x, "gate_bias");
-        check_fits(name, value_bias, {x.size(1)}, x, "value_bias");
-        TORCH_CHECK(!keep.defined() || (keep.dim() == 2 && keep.size(0) == tokens() && keep.size(1) == keys.size(0) &&
-                                        keep.scalar_type() == at::kBool && keep.is_cpu()),
-                    "sparseffn::topk_rows: keep must be bool [T, F]");
+        check_like(name, keys, keys.sizes(), x.scalar_type(), "keys");
+        check_like(name, values, keys.sizes(), x.scalar_type(), "values");
+        check_given(name, gate_keys, keys.sizes(), x.scalar_type(), "gate_keys");
+        check_given(name, key_bias, {keys.size(0)}, x.scalar_type(), "key_bias");
+        check_given(name, gate_bias, {keys.size(0)}, x.scalar_type(), "gate_bias");
+        check_given(name, value_bias, {x.size(1)}, x.scalar_type(), "value_bias");
+        check_given(name, keep, {tokens(), keys.size(0)}, at::kBool, "keep");
         TORCH_CHECK(gate_keys.defined() || (activation != kClampedSwiglu && !gate_bias.defined()),
                     "sparseffn::topk_rows: clamped_swiglu and gate_bias need gate_keys");
     }
@@ -132,6 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_rows_bac
     in.check();
     const Tensor sent = grad_y ? grad_y->contiguous() : zeros_like(in.x, in.x), sent_coefficients = in_order(grad_coefficients);
     const Tensor chosen = indices.contiguous(), kept = coefficients.contiguous(), kept_slopes = slopes.contiguous();
+    check_kept("topk_rows_backward", in.x, in.tokens(), in.k, in.keys.size(0), in.has_slopes() ? in.parts() * in.k : 0, sent,
+               sent_coefficients, chosen, kept, kept_slopes);
     const Tensor d_value_bias = in.value_bias.defined() ? at::sum(sent, 0) : empty_like(in.value_bias, in.x);
     const auto make = in.tokens() ? empty_like : zeros_like;
     const Tensor d_x = make(in.x, in.x), d_keys = make(in.keys, in.x), d_values = make(in.values, in.x);
@@ -162,9 +162,9 @@ struct ReadsInputs {
         TORCH_CHECK(x.dim() == 2 && x.size(1) % 2 == 0 && keys_a.dim() == 3 && keys_b.dim() == 3 && x.is_cpu() &&
                         keys_a.size(2) == half() && keys_b.size(0) == heads() && activation != kClampedSwiglu,
                     "sparseffn::product_key_rows: x [T, D], keys_a [H, A, D / 2] and keys_b [H, B, D / 2] do not fit together");
-        check_fits("product_key_rows", keys_a, keys_a.sizes(), x, "keys_a");
-        check_fits("product_key_rows", keys_b, {heads(), keys_b.size(1), half()}, x, "keys_b");
-        check_fits("product_key_rows", values, {keys_a.size(1) * keys_b.size(1), x.size(1)}, x, "values");
+        check_like("product_key_rows", keys_a, keys_a.sizes(), x.scalar_type(), "keys_a");
+        check_like("product_key_rows", keys_b, {heads(), keys_b.size(1), half()}, x.scalar_type(), "keys_b");
+        check_like("product_key_rows", values, {keys_a.size(1) * keys_b.size(1), x.size(1)}, x.scalar_type(), "values");
         TORCH_CHECK(k >= 1 && k <= values.size(0), "sparseffn::product_key_rows: k must be between 1 and A B");
     }
 
@@ -216,6 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_key_rows_backward_cpu(
                 zeros_like(in.values, x)};
     const Tensor sent = grad_y ? grad_y->contiguous() : zeros_like(in.x, x), sent_coefficients = in_order(grad_coefficients);
     const Tensor chosen = indices.contiguous(), kept = coefficients.contiguous(), kept_slopes = slopes.contiguous();
+    const int64_t reads = in.heads() * in.k;
+    check_kept("product_key_rows_backward", in.x, in.tokens(), reads, in.values.size(0), in.has_slopes() ? reads : 0, sent,
+               sent_coefficients, chosen, kept, kept_slopes);
     const Tensor d_values = empty_like(in.values, x);
     const Tensor d_a = at::empty({in.tokens(), in.heads() * keys_a.size(1)}, x.options().dtype(wide));
     const Tensor d_b = at::empty({in.tokens(), in.heads() * keys_b.size(1)}, x.options().dtype(wide));
@@ -278,17 +281,11 @@ struct TableInputs {
     TableInputs(const Tensor& values_in, const Tensor& indices_in, const Tensor& weights_in)
         : values(values_in.contiguous()), indices(indices_in.contiguous()), weights(weights_in.to(wide_type(values_in)).contiguous()) {
         TORCH_CHECK(values.dim() == 2 && indices.dim() == 2 && weights.sizes() == indices.sizes() && indices.size(1) > 0 &&
-                        indices.scalar_type() == at::kLong && indices.is_cpu() && weights.is_cpu(),
+                        indices.scalar_type() == at::kLong && weights_in.is_floating_point() && indices.is_cpu() && weights.is_cpu(),
                     "sparseffn::weighted_rows: values [N, D], int64 indices [T, K] and weights [T, K] do not fit together");
+        check_between<int64_t>(indices, 0, values.size(0), "a row of `values`");
     }
 
-    void check_indices() const {
-        const int64_t* index = pointer_of<int64_t>(indices);
-        bool inside = true;
-        for (int64_t p = 0; p < indices.numel(); ++p) inside &= index[p] >= 0 && index[p] < values.size(0);
-        TORCH_CHECK(inside, "`indices` must be between 0 and ", values.size(0) - 1,
-                    ", a row of `values` each; got one outside; fix: check what selects them");
-    }
     template <class S> Table<S> table() const {
         return {pointer_of<S>(values), pointer_of<int64_t>(indices), pointer_of<compute_t<S>>(weights), values.size(0),
                 values.size(1), indices.size(0), indices.size(1), threads()};
@@ -297,7 +294,6 @@ struct TableInputs {
 
 Tensor weighted_rows_cpu(const Tensor& values, const Tensor& indices, const Tensor& weights) {
     const TableInputs in(values, indices, weights);
-    in.check_indices();
     Tensor y = at::empty({indices.size(0), values.size(1)}, values.options());
     if (y.numel())
         with_type(type_of(values), [&](auto* tag) {
@@ -310,8 +306,9 @@ Tensor weighted_rows_cpu(const Tensor& values, const Tensor& indices, const Tens
 std::tuple<Tensor, Tensor> weighted_rows_backward_cpu(const Tensor& grad_y, const Tensor& values, const Tensor& indices,
                                                       const Tensor& weights) {
     const TableInputs in(values, indices, weights);
-    if (grad_y.numel() == 0) return {zeros_like(values, values), zeros_like(weights, weights)};
     const Tensor sent = grad_y.contiguous();
+    check_like("weighted_rows_backward", sent, {indices.size(0), values.size(1)}, values.scalar_type(), "grad_y");
+    if (sent.numel() == 0) return {zeros_like(values, values), zeros_like(weights, weights)};
     Tensor d_values = empty_like(values, values), d_weights = at::empty(in.weights.sizes(), in.weights.options());
     with_type(type_of(values), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;

@@ -1,10 +1,23 @@
-// See dispatch.h.
-#include "dispatch.h"
-
+// How an operation of the library `sparseffn` is differentiated and cast, for all of them alike. Its schemas, defined in
+// ops/library.py, say what there is to do:
+//
+//     NAME(arguments) -> outputs
+//     NAME_plain(arguments) -> outputs                    a composition of PyTorch's operations
+//     NAME_eager(arguments) -> outputs                    another, for devices without kernels
+//     NAME_kept(arguments) -> (outputs..., kept...)       what a step of training runs forward
+//     NAME_backward(grad_OUTPUT..., what it needs of arguments, outputs and kept, by name) -> gradients named as arguments
+//
+// Under transforms of torch.func, forward-mode AD and where gradients are differentiated or batched, NAME_plain is what runs, and
+// differentiates itself. ops/library.py calls sparseffn_library::differentiate for each operation once this is loaded.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <map>
+#include <string>
+#include <vector>
 
 namespace sparseffn {
 namespace {
@@ -263,14 +276,28 @@ struct Autocast : c10::OperatorKernel {
     }
 };
 
+// What is registered for a key; it lasts as long as the process.
+torch::Library& registrations(c10::DispatchKey key) {
+    static auto& libraries = *new std::map<c10::DispatchKey, torch::Library>;
+    auto found = libraries.find(key);
+    if (found == libraries.end())
+        found = libraries.emplace(key, torch::Library(torch::Library::IMPL, "sparseffn", key, __FILE__, __LINE__)).first;
+    return found->second;
+}
+
+// `cast`: the arguments that autocast casts, as those of nn.Linear.
+void differentiate(const std::string& name, const std::vector<std::string>& cast) {
+    using c10::DispatchKey;
+    for (const auto key : {DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA, DispatchKey::AutogradMeta})
+        registrations(key).impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Differentiated>(name)));
+    for (const auto& [key, device] : {std::pair(DispatchKey::AutocastCPU, at::kCPU), std::pair(DispatchKey::AutocastCUDA, at::kCUDA)})
+        registrations(key).impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Autocast>(name, device, cast)));
+}
+
 }  // namespace
-
-torch::CppFunction differentiated(const std::string& name) {
-    return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Differentiated>(name));
-}
-
-torch::CppFunction autocast(const std::string& name, at::DeviceType device, std::vector<std::string> arguments) {
-    return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Autocast>(name, device, arguments));
-}
-
 }  // namespace sparseffn
+
+TORCH_LIBRARY(sparseffn_library, m) {
+    m.def("differentiate(str name, str[] cast) -> ()",
+          [](const std::string& name, const c10::List<std::string>& cast) { sparseffn::differentiate(name, cast.vec()); });
+}

@@ -1,7 +1,9 @@
 // The operations' kernels on the CPU: tensors become what the headers compute with.
 #include <ATen/ops/mm.h>
+#include <torch/library.h>
 
-#include "dispatch.h"
+#include <algorithm>
+
 #include "experts_types.h"
 #include "route.h"
 #include "tensors.h"
@@ -15,13 +17,6 @@ Gate gate_of(std::string_view name) {
     static const std::map<std::string_view, Gate> names{
         {"sigmoid", kSigmoid}, {"softmax", kSoftmax}, {"renormalised", kRenormalised}};
     return static_cast<Gate>(code_of(names, name, "gate"));
-}
-
-// As a weight lies in memory, so that its gradient has lines of rows or of columns; as ops/library.py says of fake tensors.
-Tensor like(const MaybeTensor& t, const Tensor& x) {
-    if (!t) return at::empty({0}, x.options());
-    const Tensor same = at::empty_like(*t);
-    return same.stride(1) == 1 || same.stride(2) == 1 ? same : at::empty(t->sizes(), t->options());
 }
 
 // ---- route
@@ -83,10 +78,17 @@ std::tuple<Tensor, Tensor> route_backward_cpu(const MaybeTensor& grad_logits, co
     const RouteInputs in(x, selector, k, gate);
     const int64_t tokens = in.routes.tokens, experts = in.routes.experts;
     const Tensor through_logits = in_order(grad_logits), through_gates = in_order(grad_gates);
-    const Tensor chosen = indices.contiguous(), weights = gates.contiguous();
-    Tensor d_logits = at::empty({tokens, experts}, gates.options());
-    logits_gradient(in.routes, chosen.const_data_ptr<int64_t>(), data_of(weights), data_of(shares), data_of(through_logits),
-                    data_of(through_gates), d_logits.mutable_data_ptr());
+    const Tensor chosen = indices.contiguous(), weights = gates.contiguous(), all = shares.contiguous();
+    const auto wide = wide_type(x);
+    check_given("route_backward", through_logits, {tokens, experts}, wide, "grad_logits");
+    check_given("route_backward", through_gates, {tokens, k}, wide, "grad_gates");
+    check_like("route_backward", chosen, {tokens, k}, at::kLong, "indices");
+    check_like("route_backward", weights, {tokens, k}, wide, "gates");
+    if (in.routes.gate == kSoftmax) check_like("route_backward", all, {tokens, experts}, wide, "shares");
+    check_between<int64_t>(chosen, 0, experts, "an expert");
+    Tensor d_logits = at::empty({tokens, experts}, weights.options());
+    logits_gradient(in.routes, pointer_of<int64_t>(chosen), data_of(weights), data_of(all), data_of(through_logits),
+                    data_of(through_gates), data_of_mutable(d_logits));
     return selector_product_backward(in, d_logits);
 }
 
@@ -98,13 +100,17 @@ Tensor router_logits_cpu(const Tensor& x, const Tensor& selector) {
 }
 
 std::tuple<Tensor, Tensor> router_logits_backward_cpu(const Tensor& grad_logits, const Tensor& x, const Tensor& selector) {
-    return selector_product_backward(RouteInputs(x, selector, 1, "sigmoid"), grad_logits.contiguous());
+    const RouteInputs in(x, selector, 1, "sigmoid");
+    const Tensor d_logits = grad_logits.contiguous();
+    check_like("router_logits_backward", d_logits, {in.routes.tokens, in.routes.experts}, wide_type(x), "grad_logits");
+    return selector_product_backward(in, d_logits);
 }
 
 // ---- assignment
 
 Tensor balanced_assignment_cpu(const Tensor& scores) {
     TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "sparseffn::balanced_assignment: scores must be [T, E] with an expert");
+    type_of(scores);
     const Tensor wide = scores.to(at::kDouble).contiguous();
     Tensor assigned = at::empty({scores.size(0)}, wide.options().dtype(at::kLong));
     if (scores.size(0))
@@ -141,8 +147,7 @@ struct ExpertsInputs {
                         indices.scalar_type() == at::kLong && gates.scalar_type() == wide_type(x),
                     "sparseffn::experts: gates and int64 indices must be [T, K]");
         const auto like_x = [&](const Tensor& t, at::IntArrayRef sizes, const char* name) {
-            TORCH_CHECK(!t.defined() || (t.sizes() == sizes && t.scalar_type() == x.scalar_type() && t.is_cpu()),
-                        "sparseffn::experts: ", name, " does not fit x and the keys");
+            check_given("experts", t, sizes, x.scalar_type(), name);
         };
         like_x(k, k.sizes(), "keys");
         like_x(v, v.sizes(), "values");
@@ -150,8 +155,7 @@ struct ExpertsInputs {
         like_x(key_bias, {k.size(0), k.size(2)}, "key_bias");
         like_x(gate_bias, {k.size(0), k.size(2)}, "gate_bias");
         like_x(value_bias, {k.size(0), v.size(2)}, "value_bias");
-        TORCH_CHECK(!keep.defined() || (keep.numel() == indices.numel() * k.size(2) && keep.scalar_type() == at::kBool),
-                    "sparseffn::experts: keep must be bool [T, K, G]");
+        check_given("experts", keep, {indices.size(0), indices.size(1), k.size(2)}, at::kBool, "keep");
         TORCH_CHECK(v.size(2) == x.size(1), "sparseffn::experts: values must be as wide as x");
         TORCH_CHECK(gate_keys || (activation != kClampedSwiglu && !gate_bias.defined()),
                     "sparseffn::experts: clamped_swiglu and gate_bias need gate_keys");
@@ -160,19 +164,39 @@ struct ExpertsInputs {
         TORCH_CHECK(gates.is_cpu() && indices.is_cpu() && x.is_cpu(), "sparseffn::experts: all tensors must be on one device");
     }
 
+    // What the forward kept.
+    void check_kept(const Tensor& hidden, const Tensor& positions, const Tensor& order, const Tensor& offsets) const {
+        const char* operation = "experts_backward";
+        const int64_t rows = indices.numel(), experts = keys->size(0), size = keys->size(2), parts = gate_keys ? 2 : 1;
+        check_like(operation, hidden, {inner_k ? x.size(0) : rows, parts * inner_k.value_or(size)}, x.scalar_type(), "hidden");
+        check_like(operation, order, {rows}, at::kLong, "order");
+        check_like(operation, offsets, {experts + 1}, at::kLong, "offsets");
+        const int64_t *edges = pointer_of<int64_t>(offsets), *sorted = pointer_of<int64_t>(order);
+        const int64_t* chosen = pointer_of<int64_t>(indices);
+        bool fits = edges[0] == 0 && edges[experts] == rows && std::is_sorted(edges, edges + experts + 1);
+        // Selections ascend within each expert: none is there twice, so none is missing.
+        for (int64_t e = 0; e < experts && fits; ++e)
+            for (int64_t r = edges[e]; r < edges[e + 1] && fits; ++r)
+                fits = sorted[r] >= 0 && sorted[r] < rows && chosen[sorted[r]] == e && (r == edges[e] || sorted[r] > sorted[r - 1]);
+        TORCH_CHECK(fits, "sparseffn::experts_backward: `order` and `offsets` must be the selections sorted by expert");
+        if (!inner_k) return;
+        check_like(operation, positions, {x.size(0), *inner_k}, at::kInt, "positions");
+        check_between<int32_t>(positions, -1, indices.size(1) * size, "a unit of the selected experts");
+    }
+
     template <class S> Problem<S> problem(const Tensor& hidden, const int64_t* order, const int64_t* offsets) const {
         using C = compute_t<S>;
         Problem<S> p{};
-        p.x = static_cast<const S*>(data_of(x));
+        p.x = pointer_of<S>(x);
         p.keys = matrices<S>(keys);
         p.gate_keys = matrices<S>(gate_keys);
         p.values = matrices<S>(values);
-        p.key_bias = static_cast<const S*>(data_of(key_bias));
-        p.gate_bias = static_cast<const S*>(data_of(gate_bias));
-        p.value_bias = static_cast<const S*>(data_of(value_bias));
-        p.gates = static_cast<const C*>(data_of(gates));
-        p.hidden = static_cast<S*>(data_of_mutable(hidden));
-        p.keep = static_cast<const uint8_t*>(data_of(keep));
+        p.key_bias = pointer_of<S>(key_bias);
+        p.gate_bias = pointer_of<S>(gate_bias);
+        p.value_bias = pointer_of<S>(value_bias);
+        p.gates = pointer_of<C>(gates);
+        p.hidden = pointer<S>(hidden);
+        p.keep = pointer_of<uint8_t>(keep);
         p.keep_scale = static_cast<C>(keep_scale);
         p.activation = activation;
         p.alpha = static_cast<C>(alpha);
@@ -243,22 +267,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     const Tensor& offsets) {
     const ExpertsInputs in = SPARSEFFN_EXPERTS_INPUTS;
     in.check();
-    TORCH_CHECK(grad_y.sizes() == in.x.sizes() && grad_y.scalar_type() == in.x.scalar_type(),
-                "sparseffn::experts_backward: grad_y must be like x");
-    const Tensor grad = grad_y.contiguous(), kept = hidden.contiguous();
+    const Tensor grad = grad_y.contiguous(), kept = hidden.contiguous(), sorted = order.contiguous(), edges = offsets.contiguous();
+    const Tensor survivors = positions.contiguous();
+    check_like("experts_backward", grad, in.x.sizes(), in.x.scalar_type(), "grad_y");
+    in.check_kept(kept, survivors, sorted, edges);
     Tensor d_x = at::empty(in.x.sizes(), in.x.options()), d_gates = at::empty(in.gates.sizes(), in.gates.options());
-    Tensor d_keys = like(keys, in.x), d_values = like(values, in.x), d_gate_keys = like(gate_keys, in.x);
-    const auto bias = [&](const Tensor& of) { return at::empty(of.defined() ? of.sizes() : at::IntArrayRef{0}, in.x.options()); };
+    const auto none = [&] { return at::empty({0}, in.x.options()); };
+    Tensor d_keys = gradient_like(keys), d_values = gradient_like(values);
+    Tensor d_gate_keys = gate_keys ? gradient_like(*gate_keys) : none();
+    const auto bias = [&](const Tensor& of) { return of.defined() ? at::empty(of.sizes(), of.options()) : none(); };
     Tensor d_key_bias = bias(in.key_bias), d_gate_bias = bias(in.gate_bias), d_value_bias = bias(in.value_bias);
     with_type(type_of(in.x), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         using C = compute_t<S>;
-        const Problem<S> p = in.problem<S>(kept, order.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>());
-        const auto to = [](const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); };
-        const Gradients<S> g{static_cast<const S*>(data_of(grad)), to(d_x), out_matrices<S>(d_keys), out_matrices<S>(d_gate_keys),
-                             out_matrices<S>(d_values), to(d_key_bias), to(d_gate_bias), to(d_value_bias),
-                             static_cast<C*>(data_of_mutable(d_gates))};
-        if (in.inner_k) backward_inner(p, Inner<S>{*in.inner_k, positions.mutable_data_ptr<int32_t>(), p.hidden}, g);
+        const Problem<S> p = in.problem<S>(kept, pointer_of<int64_t>(sorted), pointer_of<int64_t>(edges));
+        const Gradients<S> g{pointer_of<S>(grad),       pointer<S>(d_x),         out_matrices<S>(d_keys),
+                             out_matrices<S>(d_gate_keys), out_matrices<S>(d_values), pointer<S>(d_key_bias),
+                             pointer<S>(d_gate_bias),   pointer<S>(d_value_bias), pointer<C>(d_gates)};
+        if (in.inner_k) backward_inner(p, Inner<S>{*in.inner_k, pointer<int32_t>(survivors), p.hidden}, g);
         else backward(p, g);
     });
     return {d_x, d_keys, d_values, d_gates, d_gate_keys, d_key_bias, d_gate_bias, d_value_bias};
@@ -281,31 +307,3 @@ TORCH_LIBRARY_IMPL(sparseffn, CPU, m) {
     m.impl("experts_kept", experts_kept_cpu);
     m.impl("experts_backward", experts_backward_cpu);
 }
-
-// What is differentiated, and which arguments autocast casts.
-namespace {
-const std::map<std::string, std::vector<std::string>> kOperations{
-    {"route", {}},
-    {"router_logits", {}},
-    {"sinkhorn", {}},
-    {"batch_entropy", {}},
-    {"cvmm", {"x", "weight"}},
-    {"experts", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
-    {"topk_rows", {"x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"}},
-    {"product_key_rows", {"x", "keys_a", "keys_b", "values"}},
-    {"product_key_topk", {}},
-    {"weighted_rows", {"values"}},
-};
-void differentiate(torch::Library& m) {
-    for (const auto& [name, cast] : kOperations) m.impl(name.c_str(), differentiated(name));
-}
-void cast_on(torch::Library& m, at::DeviceType device) {
-    for (const auto& [name, cast] : kOperations) m.impl(name.c_str(), autocast(name, device, cast));
-}
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sparseffn, AutogradCPU, m) { differentiate(m); }
-TORCH_LIBRARY_IMPL(sparseffn, AutogradCUDA, m) { differentiate(m); }
-TORCH_LIBRARY_IMPL(sparseffn, AutogradMeta, m) { differentiate(m); }
-TORCH_LIBRARY_IMPL(sparseffn, AutocastCPU, m) { cast_on(m, at::kCPU); }
-TORCH_LIBRARY_IMPL(sparseffn, AutocastCUDA, m) { cast_on(m, at::kCUDA); }

@@ -25,7 +25,8 @@ inline int type_of(const Tensor& t) {
     }
 }
 
-inline at::ScalarType wide_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+// What is computed in.
+inline at::ScalarType wide_type(const Tensor& t) { return type_of(t) == 1 ? at::kDouble : at::kFloat; }
 
 inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -44,6 +45,38 @@ inline Activation activation_of(std::string_view name) {
 
 inline const void* data_of(const Tensor& t) { return t.defined() && t.numel() ? t.const_data_ptr() : nullptr; }
 inline void* data_of_mutable(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_ptr() : nullptr; }
+// A contiguous tensor's numbers as S; null for one that is not there.
+template <class S> inline const S* pointer_of(const Tensor& t) { return static_cast<const S*>(data_of(t)); }
+template <class S> inline S* pointer(const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); }
 inline Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); }
+
+// The memory of a weight's gradient: in the weight's order where that has lines of rows or of columns, else one after the other. As
+// ops/library.py says of fake tensors.
+inline Tensor gradient_like(const Tensor& weight) {
+    if (weight.dim() == 3) {
+        const Tensor same = at::empty_like(weight);
+        if (same.stride(1) == 1 || same.stride(2) == 1) return same;
+    }
+    return at::empty(weight.sizes(), weight.options());
+}
+
+// What an operation kept for its backward is looked at like any other: whoever calls the second by itself may pass anything.
+inline void check_like(const char* operation, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
+    TORCH_CHECK(t.defined(), "sparseffn::", operation, ": `", name, "` must be a tensor; got none");
+    TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == type && t.is_cpu(), "sparseffn::", operation, ": `", name, "` must be ",
+                type, " ", sizes, " on the CPU; got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+}
+// The same of one that may be left out.
+inline void check_given(const char* operation, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
+    if (t.defined()) check_like(operation, t, sizes, type, name);
+}
+
+template <class T> inline void check_between(const Tensor& t, int64_t low, int64_t high, const char* what) {
+    const T* values = pointer_of<T>(t);
+    bool inside = true;
+    for (int64_t i = 0; i < t.numel(); ++i) inside &= values[i] >= low && values[i] < high;
+    TORCH_CHECK(inside, "`indices` must be between ", low, " and ", high - 1, ", ", what, " each; got one outside; fix: check what "
+                "selects them");
+}
 
 }  // namespace sparseffn
