@@ -17,7 +17,7 @@ from sparseffn.ops.library import Kept, define, gradient_like
 
 
 def check_cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> None:
-    """That they fit together; raises as `cvmm` documents."""
+    """That they fit together, without a look at values; raises as `cvmm` documents."""
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
         raise UserError(
             f"`x` must be [rows, {weight.shape[1] if weight.dim() == 3 else 'm'}] and `weight` [n_experts, m, l]; "
@@ -31,6 +31,10 @@ def check_cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> None:
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise UserError(f"`x` and `weight` must share a floating dtype; got {x.dtype} and {weight.dtype}; fix: cast one")
     require_one_device(x, sel, weight)
+
+
+def _check(x: Tensor, sel: Tensor, weight: Tensor) -> None:
+    check_cvmm(x, sel, weight)
     check_indices(sel, "a matrix of `weight`", weight.shape[0], "sel")
 
 
@@ -80,7 +84,7 @@ _cvmm = define(
     "cvmm",
     "Tensor x, Tensor sel, Tensor weight",
     "Tensor y",
-    check=check_cvmm,
+    check=_check,
     cast=("x", "weight"),
     plain=cvmm_plain,
     fake=_fake,

@@ -31,7 +31,7 @@ def check_experts(
     keep: Tensor | None = None, keep_scale: float = 1.0, activation: str = "relu", alpha: float = SWIGLU_ALPHA,
     limit: float = SWIGLU_LIMIT, inner_k: int | None = None,
 ) -> None:  # fmt: skip
-    """That they fit together; raises as `experts` documents."""
+    """That they fit together, without a look at values; raises as `experts` documents."""
     fits = x.dim() == 2 and keys.dim() == 3 and values.dim() == 3 and keys.shape[1] == x.shape[1]
     if not fits or values.shape != (keys.shape[0], keys.shape[2], keys.shape[1]):
         raise UserError(
@@ -60,7 +60,11 @@ def check_experts(
     n_units = indices.shape[1] * size
     if inner_k is not None and not 1 <= inner_k <= n_units:
         raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")
-    check_indices(indices, "an expert", n_experts)
+
+
+def _check(*arguments: Any) -> None:
+    check_experts(*arguments)
+    check_indices(arguments[4], "an expert", arguments[1].shape[0])
 
 
 # Rows sorted by expert [R, M], matrices [E, M, L], where each expert's rows begin [E + 1]: their products [R, L].
@@ -142,7 +146,7 @@ _experts = define(
     "experts",
     _ARGUMENTS,
     "Tensor y",
-    check=check_experts,
+    check=_check,
     cast=("x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"),
     plain=experts_plain,
     eager=experts_eager,

@@ -15,8 +15,8 @@ from sparseffn.ffn import method_class
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ops import reference
 from sparseffn.ops.cpu import build
-from sparseffn.ops.library import register_flops
-from sparseffn.ops.route import GATES, route_checked
+from sparseffn.ops.library import OPERATIONS, register_flops
+from sparseffn.ops.route import GATES
 from sparseffn.ops.spec import check_against_truth
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison"),
 ]
 
-RUN = {"cpu": torch.ops.sparseffn.route, "torch": route_checked, "reference": reference.route}
+RUN = {"cpu": torch.ops.sparseffn.route, "torch": OPERATIONS["route"].eager, "reference": reference.route}
 EVERY_GATE = pytest.mark.parametrize("gate", GATES)
 NAMES = ("route", "route.gates", "route.x", "route.selector")
 

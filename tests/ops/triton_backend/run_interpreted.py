@@ -32,7 +32,7 @@ from triton_cases import CHECKS, EXPERTS, FULL, MUTANTS, QUICK, SHAPES, Case, Mu
 
 from sparseffn.ops import _torch_kernels, reference
 from sparseffn.ops.cvmm import cvmm_plain
-from sparseffn.ops.route import route_checked
+from sparseffn.ops.library import OPERATIONS
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.ops.triton import (
     cvmm_operations,
@@ -125,7 +125,7 @@ def _route_results(case: Case, gate: str, dtype: torch.dtype) -> Compared:
     # Few bits: sums are exact, so that rounding selects no other expert; neighbours tie.
     x, selector = ((torch.randn(n, s.d_model) * 2).round() / 4 for n in (s.n_tokens, s.n_experts))
     selector[1::2] = selector[: len(selector) // 2 * 2 : 2]
-    runs: dict[str, Any] = {"triton": route, "torch": route_checked, "reference": reference.route}
+    runs: dict[str, Any] = {"triton": route, "torch": OPERATIONS["route"].eager, "reference": reference.route}
     found = []
     for name, run in runs.items():
         leaves = [guarded(t.to(torch.float64 if name == "reference" else dtype)).requires_grad_() for t in (x, selector)]
