@@ -148,3 +148,15 @@ class TestModes:
         assert model(tokens).stats is None
         assert out.stats is not None and len(out.stats) == 2
         assert torch.equal(out.logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("method", ["dense", "sigma-moe"])
+def test_single_parameters_are_drawn_as_among_all(method: str) -> None:
+    """`only` draws what it names, to the same bits, and leaves the rest."""
+    whole, part = drawn(method, seed=3), drawn(method, seed=4)
+    before = {name: p.clone() for name, p in part.named_parameters()}
+    first, _ = next(iter(part.layers[1].ffn.named_parameters()))
+    wanted = {"embedding.weight", "layers.0.attention.key.weight", f"layers.1.ffn.{first}"}
+    part.init_parameters(3, only=wanted)
+    for name, p in part.named_parameters():
+        assert torch.equal(p, whole.get_parameter(name) if name in wanted else before[name]), name

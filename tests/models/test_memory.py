@@ -9,6 +9,7 @@ from torch import Tensor
 from models.small import METHODS, VOCAB, assert_same, small_model, text
 from sparseffn.errors import UserError
 from sparseffn.models import Memory, ModelOutput, PlainAttention, RelativeAttention, TransformerXL
+from sparseffn.models.transformer_xl import Block
 
 ATTENTIONS = {"relative": RelativeAttention, "plain": PlainAttention}
 
@@ -141,3 +142,21 @@ class TestErrors:
         model = small_model()
         with pytest.raises(UserError, match="`memory` must have one tensor a layer, 2; got 1"):
             model(text(3), model(text(3)).memory[:1])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS.keys())
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_before_a_text_changes_nothing(method: str, attention: type) -> None:
+    """A layer's output at the text, with a memory that is part padding; experts see the text's tokens alone."""
+    block = small_model(method, attention=attention).layers[0]
+    assert isinstance(block, Block)
+    memory, x = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
+    padding = torch.tensor([[True, True, False, False]]).repeat(2, 1)
+    padding = torch.cat((torch.ones(2, 3, dtype=torch.bool), padding), dim=1)
+    y, stats = block(x, memory, return_stats=True, padding=padding)
+    alone, of_text = block(x[:, 2:], None, return_stats=True)
+    assert_same(y[:, 2:], alone)
+    assert stats is not None
+    assert of_text is not None
+    assert torch.equal(stats.counts, of_text.counts)
+    assert int(stats.n_tokens) == 4

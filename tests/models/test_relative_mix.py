@@ -45,6 +45,22 @@ def test_blocks_do_not_change_the_result(block_elements: int) -> None:
         assert_same(blocked, whole)
 
 
+@pytest.mark.parametrize("block_elements", [None, 1, 20], ids=["one-block", "row-blocks", "small-blocks"])
+def test_nobody_sees_padding(block_elements: int | None) -> None:
+    """Behind padding the result is that of the text alone, `gradcheck` holds, and nothing becomes NaN."""
+    content, position, k, r, v = inputs(2, 4, 6)
+    padding = torch.tensor([[True, True, True, False, False, False], [False] * 6])
+
+    def mix(*tensors: Tensor) -> Tensor:
+        return relative_mix(*tensors, padding_BS=padding, block_elements=block_elements)
+
+    y = mix(content, position, k, r, v)
+    assert_same(y[1:], relative_mix(content[1:], position[1:], k[1:], r, v[1:]))
+    assert_same(y[:1, 1:], relative_mix(content[:1, 1:], position[:1, 1:], k[:1, 3:], r[3:], v[:1, 3:]))
+    assert y.isfinite().all()
+    assert torch.autograd.gradcheck(mix, inputs(2, 4, 6))
+
+
 def test_shift_puts_each_distance_at_its_key() -> None:
     """Entry (i, j) of the shifted columns has distance S - L + i - j wherever that is not negative."""
     n_queries, n_keys = 4, 6

@@ -57,6 +57,7 @@ def relative_mix(
     r_NHC: Tensor,
     v_BSHC: Tensor,
     *,
+    padding_BS: Tensor | None = None,
     block_elements: int | None = None,
 ) -> Tensor:
     """Values mixed by the softmax of content and position scores over each query's past.
@@ -67,6 +68,7 @@ def relative_mix(
         k_BSHC: keys of memory and window.
         r_NHC: position keys of the S + 1 distances S - 1, ..., 0, -1.
         v_BSHC: values of memory and window.
+        padding_BS: bool, True for positions that nobody but themselves may see; None: there are none.
         block_elements: scores to hold at a time; None takes what suits the device.
 
     Returns:
@@ -80,7 +82,7 @@ def relative_mix(
     n_queries, n_keys, n_heads = content_BLHC.shape[1], k_BSHC.shape[1], k_BSHC.shape[2]
     rows = max(min_rows, block_elements // (n_keys * n_heads))
     sequences = max(1, block_elements // (n_queries * n_keys * n_heads))
-    mixed = _RelativeMix.apply(content_BLHC, position_BLHC, k_BSHC, r_NHC, v_BSHC, sequences, rows)
+    mixed = _RelativeMix.apply(content_BLHC, position_BLHC, k_BSHC, r_NHC, v_BSHC, padding_BS, sequences, rows)
     assert isinstance(mixed, Tensor), "autograd functions return the tensor of their forward"
     return mixed
 
@@ -154,7 +156,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scores(block: _Block, content: Tensor, position: Tensor, k: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(
+    block: _Block, content: Tensor, position: Tensor, k: Tensor, r: Tensor, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Masked scores `[Z, L, S]`, and the position scores before the shift, `[Z, L, S + 1]`, as room to work in."""
     rows_HTC, r_HNC = _head_rows(position[block.query_rows]), r[block.distances].transpose(0, 1)
     p = torch.bmm(rows_HTC, r_HNC.transpose(1, 2)).view(-1, block.n_queries, block.n_keys + 1)
@@ -163,6 +167,12 @@ def _scores(block: _Block, content: Tensor, position: Tensor, k: Tensor, r: Tens
     # What lies before the block is past to all its queries; only the block itself has a future.
     ahead = scores[..., block.n_keys - block.n_queries :]
     ahead.masked_fill_(future_mask(block.n_queries, block.n_queries, scores.device), -torch.inf)
+    if padding is not None:
+        # A row without any key would be NaN, and NaN as a value would reach rows that give it no weight.
+        own = ahead.diagonal(dim1=-2, dim2=-1)
+        kept = own.clone()
+        scores.unflatten(0, (k.shape[2], -1)).masked_fill_(padding[block.key_rows][:, None], -torch.inf)
+        own.copy_(kept)
     return scores, p
 
 
@@ -171,7 +181,15 @@ class _RelativeMix(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, sequences: int, rows: int
+        ctx: Any,
+        content: Tensor,
+        position: Tensor,
+        k: Tensor,
+        r: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        sequences: int,
+        rows: int,
     ) -> Tensor:
         """Block by block; keeps the logarithm of each row's sum of exponentials."""
         (batch, n_queries, n_heads, _), n_keys = content.shape, k.shape[1]
@@ -179,14 +197,14 @@ class _RelativeMix(torch.autograd.Function):
         log_sums = content.new_empty(batch, n_queries, n_heads, 1, dtype=_wide(content.dtype))
         with _without_autocast(content.device):
             for block in _blocks(batch, n_queries, n_keys, sequences, rows):
-                scores, _ = _scores(block, content, position, k, r)
+                scores, _ = _scores(block, content, position, k, r, padding)
                 peak = scores.amax(dim=-1, keepdim=True)
                 weights = scores.sub_(peak).exp_()
                 total = weights.sum(dim=-1, keepdim=True)
                 sums = torch.bmm(weights.to(v.dtype), _heads(v[block.key_rows]))
                 mixed[block.query_rows] = _unheads(sums / total, n_heads)
                 log_sums[block.query_rows] = _unheads(total.log_().add_(peak), n_heads)
-        ctx.save_for_backward(content, position, k, r, v, mixed, log_sums)
+        ctx.save_for_backward(content, position, k, r, v, padding, mixed, log_sums)
         ctx.block_shape = (sequences, rows)
         return mixed
 
@@ -194,7 +212,7 @@ class _RelativeMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The scores again, then the gradients of all five inputs."""
-        content, position, k, r, v, mixed, log_sums = ctx.saved_tensors
+        content, position, k, r, v, padding, mixed, log_sums = ctx.saved_tensors
         (grad,) = grads
         (batch, n_queries, n_heads, d_head), n_keys = content.shape, k.shape[1]
         wide = log_sums.dtype
@@ -206,7 +224,7 @@ class _RelativeMix(torch.autograd.Function):
             # Softmax's backward subtracts sum_j weights dweights, which is grad . mixed.
             inner = (grad.to(wide) * mixed).sum(dim=-1, keepdim=True)
             for block in _blocks(batch, n_queries, n_keys, *ctx.block_shape):
-                scores, p = _scores(block, content, position, k, r)
+                scores, p = _scores(block, content, position, k, r, padding)
                 grad_ZLC, k_ZSC = _heads(grad[block.query_rows]), _heads(k[block.key_rows])
                 weights = scores.sub_(_heads(log_sums[block.query_rows])).exp_()
                 _add_keys(grad_v, block, torch.bmm(grad_ZLC.transpose(1, 2), weights.to(v.dtype)))
@@ -226,6 +244,7 @@ class _RelativeMix(torch.autograd.Function):
             grad_k.permute(0, 3, 1, 2).to(k.dtype),
             grad_r.permute(2, 0, 1).to(r.dtype),
             grad_v.permute(0, 3, 1, 2).to(v.dtype),
+            None,
             None,
             None,
         )

@@ -6,6 +6,7 @@ x <- x + dropout(Attention(LN(x), memory));  x <- x + dropout(FFN(LN(x)))
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import final
 
@@ -47,15 +48,28 @@ class Block(nn.Module):
         self.ffn: FeedForward = config.ffn.build()
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, memory: Tensor | None, *, return_stats: bool) -> tuple[Tensor, RoutingStats | None]:
-        """Apply the layer to a window; the memory passes through the same layer norm and projections."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None, *, return_stats: bool, padding: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Apply the layer to a window; the memory passes through the same layer norm and projections.
+
+        `padding` is bool `[B, M + L]`, True for positions of memory and window that hold no token: nobody sees them, and
+        they take no part in routing.
+        """
         context = x if memory is None else torch.cat((memory.to(x.dtype), x), dim=1)
         normed = self.attention_norm(context)
-        x = x + self.drop(self.attention(normed[:, normed.shape[1] - x.shape[1] :], normed))
+        x = x + self.drop(self.attention(normed[:, normed.shape[1] - x.shape[1] :], normed, padding))
+        return self.feed_forward(x, return_stats=return_stats, padding=padding)
+
+    def feed_forward(
+        self, x: Tensor, *, return_stats: bool, padding: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """The second half of the layer; of `padding` the last L positions are the window's."""
+        mask = None if padding is None else ~padding[:, padding.shape[1] - x.shape[1] :]
         if return_stats:
-            y, stats = self.ffn(self.ffn_norm(x), return_stats=True)
+            y, stats = self.ffn(self.ffn_norm(x), mask=mask, return_stats=True)
         else:
-            y, stats = self.ffn(self.ffn_norm(x)), None
+            y, stats = self.ffn(self.ffn_norm(x), mask=mask), None
         return x + self.drop(y), stats
 
     def drop(self, x: Tensor) -> Tensor:
@@ -112,26 +126,25 @@ class TransformerXL(nn.Module):
         return self.output(F.dropout(self.norm(x), self.config.dropout, self.training))
 
     @torch.no_grad()
-    def init_parameters(self, seed: int) -> None:
+    def init_parameters(self, seed: int, *, only: Collection[str] | None = None) -> None:
         """Draw every parameter from a generator keyed by seed and name, on the CPU: the same bits on every device.
 
         Two models that differ in their feedforward blocks alone are bit-identical elsewhere. Linear layers inside blocks
         are truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, the embedding Xavier uniform, the
         output projection PyTorch's default, biases of attention zero.
+
+        `only` names the parameters to draw, which get what they would get among all; None: all.
         """
         inside_ffn = {f"{name}.{p}" for name, m in self.ffn_layers() for p, _ in m.named_parameters()}
         for name, parameter in self.named_parameters():
-            if name not in inside_ffn:
+            if name not in inside_ffn and (only is None or name in only):
                 drawn = torch.empty_like(parameter, device="cpu")
                 self._draw(name, drawn, keyed_generator(seed, name))
                 parameter.copy_(drawn)
         for name, layer in self.ffn_layers():
-            device, dtype = (own := next(layer.parameters())).device, own.dtype
-            drawn_on = layer if device.type == "cpu" else layer.config.build().to(dtype)
-            drawn_on.reset_parameters(keyed_generator(seed, name))
-            if drawn_on is not layer:
-                for parameter, drawn in zip(layer.parameters(), drawn_on.parameters(), strict=True):
-                    parameter.copy_(drawn)
+            wanted = {p for p, _ in layer.named_parameters() if only is None or f"{name}.{p}" in only}
+            if wanted:
+                _init_ffn(layer, keyed_generator(seed, name), wanted)
 
     def ffn_layers(self) -> list[tuple[str, FeedForward]]:
         return [(name, module) for name, module in self.named_modules() if isinstance(module, FeedForward)]
@@ -151,6 +164,21 @@ class TransformerXL(nn.Module):
             truncated_normal_(parameter, scaled_std(parameter.shape[1], self.config.n_layers), generator)
         else:
             parameter.zero_()
+
+
+def _init_ffn(layer: FeedForward, generator: torch.Generator, wanted: Collection[str]) -> None:
+    """Draw a layer's parameters on the CPU; those that are wanted are taken over."""
+    own = dict(layer.named_parameters())
+    first = next(iter(own.values()))
+    if first.device.type == "cpu" and len(wanted) == len(own):
+        layer.reset_parameters(generator)
+        return
+    with torch.device("cpu"):
+        drawn = layer.config.build().to(first.dtype)
+    drawn.reset_parameters(generator)
+    for name, parameter in drawn.named_parameters():
+        if name in wanted:
+            own[name].copy_(parameter)
 
 
 def remember(x: Tensor, past: Tensor | None, length: int) -> Tensor:
