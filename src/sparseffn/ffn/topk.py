@@ -3,7 +3,8 @@
     E_x = argtopk(u, K),  y = sum_{i in E_x} u[i] v_i + b2
 
 All of u is computed; the work and the memory of the second product shrink to K / d_ff. Exactly K entries survive, ties going
-to the lowest index. Dropout acts on u before the selection, as in the dense block. Gated, u has either sign and |u| is ranked.
+to the lowest index. Dropout acts on u before the selection, as in the dense block. Gated, u has either sign and |u| is ranked;
+`by_magnitude` ranks |u| without a gate too, as GELU's negative units count in a model that was trained dense.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class TopKConfig(TwoMatricesConfig):
 
     k: Annotated[int, option("Entries of u that survive.", low=1)]
     use_norm: Annotated[bool, option("Rank by u[i] |v_i|, the error bound's terms, instead of u[i]; gated by |u[i]|.")] = False
+    by_magnitude: Annotated[
+        bool, option("Rank by |u[i]| also where no gate gives u both signs; for GELU and SiLU.", added_later=True)
+    ] = False
     dropout: Annotated[float, option("Dropout rate on u, before the selection.", low=0.0, below=1.0)] = 0.0
 
     def validate(self) -> None:
@@ -60,6 +64,11 @@ class TopKConfig(TwoMatricesConfig):
     def active_channels(self) -> int:
         return self.k
 
+    @property
+    def ranks_magnitude(self) -> bool:
+        """Whether |u[i]| is ranked."""
+        return self.gated or self.by_magnitude
+
     @classmethod
     def from_shape(cls, shape: BlockShape) -> TopKConfig:
         """The dense block's size with as many active channels as the mixtures have."""
@@ -73,7 +82,7 @@ class TopKConfig(TwoMatricesConfig):
     def examples(cls) -> list[FFNConfig]:
         return [
             cls(d_model=8, d_ff=24, k=5, n_layers=2),
-            cls(d_model=6, d_ff=10, k=3, use_norm=True, activation="silu"),
+            cls(d_model=6, d_ff=10, k=3, use_norm=True, by_magnitude=True, activation="silu"),
             cls(d_model=6, d_ff=10, k=10, dropout=0.25),
             cls(d_model=6, d_ff=10, k=4, gated=True, activation="gelu_tanh", use_norm=True),
         ]
@@ -91,7 +100,7 @@ class TopK(TwoMatrices):
 
     def rank(self, u_TF: Tensor) -> Tensor:
         """What the K largest are chosen by: u, of gated units its size, times the values' norms where those count."""
-        size_TF = u_TF.abs() if self.config.gated else u_TF
+        size_TF = u_TF.abs() if self.config.ranks_magnitude else u_TF
         return size_TF * self.values.norm(dim=1) if self.config.use_norm else size_TF
 
     def survivors(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +109,7 @@ class TopK(TwoMatrices):
         return ops.topk_rows(
             x_TD, self.keys, self.values, k=c.k, gate_keys=self.gate_keys if c.gated else None, key_bias=self.key_bias,
             gate_bias=self.gate_bias if c.gated else None, value_bias=self.bias, activation=c.activation,
-            dropout=c.dropout if self.training else 0.0, by_norm=c.use_norm, by_magnitude=c.gated,
+            dropout=c.dropout if self.training else 0.0, by_norm=c.use_norm, by_magnitude=c.ranks_magnitude,
         )  # fmt: skip
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
@@ -120,7 +129,7 @@ class TopK(TwoMatrices):
         norms = self.values.norm(dim=1).tolist()
         for x in x_TD:
             u = self.units(self.keys @ x + self.key_bias, self.gate_keys @ x + self.gate_bias if c.gated else None)
-            sizes = [abs(u_i) if c.gated else u_i for u_i in u.tolist()]
+            sizes = [abs(u_i) if c.ranks_magnitude else u_i for u_i in u.tolist()]
             rank = [size * (norm if c.use_norm else 1.0) for size, norm in zip(sizes, norms, strict=True)]
             best = sorted(range(len(rank)), key=lambda i: (-rank[i], i))[: c.k]
             outputs.append(sum((u[i] * self.values[i] for i in best), self.bias))

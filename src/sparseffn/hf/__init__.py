@@ -7,9 +7,25 @@
 Nothing of the package imports it by itself. The extra: pip install 'sparseffn[hf]'.
 """
 
+from sparseffn.hf.dense_blocks import DenseBlock
 from sparseffn.hf.experts import IMPLEMENTATION, experts_forward, register
 from sparseffn.hf.families import Family, families
+from sparseffn.hf.fill import Random, Same, Upcycle
+from sparseffn.hf.split import Split
+from sparseffn.hf.swap import replace_ffn
 
-__all__ = ["IMPLEMENTATION", "Family", "experts_forward", "families", "register"]
+__all__ = [
+    "IMPLEMENTATION",
+    "DenseBlock",
+    "Family",
+    "Random",
+    "Same",
+    "Split",
+    "Upcycle",
+    "experts_forward",
+    "families",
+    "register",
+    "replace_ffn",
+]
 
 register()
