@@ -1,18 +1,25 @@
-"""Hugging Face: importing this registers `experts_implementation="sparseffn"` with transformers.
+"""Hugging Face: importing this registers our experts and our models with transformers.
 
     import sparseffn.hf
     model = AutoModelForCausalLM.from_pretrained("allenai/OLMoE-1B-7B-0924", experts_implementation="sparseffn")
     model.set_experts_implementation("sparseffn")       # or a model that is already there
+    model = AutoModelForCausalLM.from_pretrained("runs/sigma-hf")       # a folder that `sparseffn export` wrote
 
 Nothing of the package imports it by itself. The extra: pip install 'sparseffn[hf]'.
 """
+
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseffn.hf.dense_blocks import DenseBlock
 from sparseffn.hf.experts import IMPLEMENTATION, experts_forward, register
 from sparseffn.hf.families import Family, families
 from sparseffn.hf.fill import Random, Same, Upcycle
+from sparseffn.hf.outputs import SparseCausalLMOutput
 from sparseffn.hf.split import Split
 from sparseffn.hf.swap import replace_ffn
+from sparseffn.hf.xl_config import TransformerXLHubConfig
+from sparseffn.hf.xl_memory import XLMemory
+from sparseffn.hf.xl_model import TransformerXLForCausalLM
 
 __all__ = [
     "IMPLEMENTATION",
@@ -20,8 +27,12 @@ __all__ = [
     "Family",
     "Random",
     "Same",
+    "SparseCausalLMOutput",
     "Split",
+    "TransformerXLForCausalLM",
+    "TransformerXLHubConfig",
     "Upcycle",
+    "XLMemory",
     "experts_forward",
     "families",
     "register",
@@ -29,3 +40,6 @@ __all__ = [
 ]
 
 register()
+# Importing this module again, as a notebook may, must not fail.
+AutoConfig.register(TransformerXLHubConfig.model_type, TransformerXLHubConfig, exist_ok=True)
+AutoModelForCausalLM.register(TransformerXLHubConfig, TransformerXLForCausalLM, exist_ok=True)

@@ -1,0 +1,207 @@
+"""`TransformerXLForCausalLM`: the model of `sparseffn train` and of the paper's runs, at home in transformers.
+
+    import sparseffn.hf
+    model = AutoModelForCausalLM.from_pretrained("runs/sigma-hf")        # what `sparseffn export` wrote
+    model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=100)
+
+The network is `models.TransformerXL`; here are the memory as a cache, the loss, checkpointing and what saves and loads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
+
+from sparseffn.errors import UserError
+from sparseffn.ffn import RoutingStats
+from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
+from sparseffn.hf.xl_config import TransformerXLHubConfig
+from sparseffn.hf.xl_memory import XLMemory, XLMemoryLayer
+from sparseffn.models import RelativeAttention, TransformerXL
+from sparseffn.models.transformer_xl import Block
+
+
+@final
+class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
+    """A Transformer-XL language model whose feedforward blocks are any method's."""
+
+    config_class = TransformerXLHubConfig
+    config: TransformerXLHubConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    # What the memory has forgotten cannot come back, as assisted generation would need.
+    _is_stateful = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
+
+    def __init__(self, config: TransformerXLHubConfig) -> None:
+        super().__init__(config)
+        # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
+        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
+        self.transformer = TransformerXL(config.model_config)
+        self.gradient_checkpointing = False
+        self._tied_weights_keys = self._shared_parameters()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a module's own parameters where no checkpoint gave them, as `TransformerXL.init_parameters` does."""
+        missing = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
+        names = [name for name, p in self.transformer.named_parameters() if id(p) in missing]
+        if names:
+            self.transformer.init_parameters(self._seed, only=names)
+
+    def _shared_parameters(self) -> dict[str, str]:
+        """What the parameters of layers that share one block are called, and whose they are."""
+        if not self.config.shared_layers:
+            return {}
+        block, places = dict(self.transformer.layers[0].named_parameters()), range(1, self.config.num_hidden_layers)
+        prefix = "transformer.layers"
+        return {f"{prefix}.{place}.{name}": f"{prefix}.0.{name}" for place in places for name in block}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Parameters of shared layers; transformers' own looks at embedding and output alone, which never are one here."""
+        return dict(self._tied_weights_keys)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding), "rows of vectors, looked up by token"
+        self.transformer.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.transformer.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        assert isinstance(new_embeddings, nn.Linear), "a projection to the vocabulary"
+        self.transformer.output = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: `forward` makes the memory."""
+        return False
+
+    def new_memory(self) -> XLMemory:
+        """An empty memory of `memory_length` positions a layer, to be passed as `past_key_values`."""
+        return XLMemory(self.config.num_hidden_layers, self.config.memory_length)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: XLMemory | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SparseCausalLMOutput | tuple[Any, ...]:
+        """Logits of a window, and the loss where there are labels.
+
+        Args:
+            input_ids: int64 `[B, L]`.
+            attention_mask: `[B, L]`, or `[B, n_seen + L]` with a memory: 0 for padding, which nobody sees and which takes no
+                part in routing.
+            past_key_values: memory of the windows before; changed in place.
+            inputs_embeds: `[B, L, D]` in place of `input_ids`.
+            labels: `[B, L]`, the tokens themselves; -100 is left out.
+            use_cache: return a memory where none is given; None: as the config says, but not in training.
+            logits_to_keep: compute logits of the last so many positions, or of these.
+            output_hidden_states: also return each layer's input and the output of the last norm.
+            return_dict: False for a tuple.
+            kwargs: `num_items_in_batch`, by which the loss is divided; positions are relative and `position_ids` unused.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("`input_ids` or `inputs_embeds` must be given; got both or neither; fix: pass one of them")
+        memory = past_key_values
+        if memory is not None and not isinstance(memory, XLMemory):
+            raise UserError(
+                f"`past_key_values` must be an XLMemory; got {type(memory).__name__}; fix: pass model.new_memory() or nothing"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if memory is None and use_cache:
+            memory = self.new_memory()
+        x = self.transformer.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        padding = None if attention_mask is None else self._padding(attention_mask, x.shape[1], memory)
+        with_stats = labels is not None and any(weight > 0 for weight in self.transformer.config.ffn.balancing().values())
+        x, inputs, stats = self._layers(x, memory, padding, with_stats=with_stats)
+        logits = self.transformer.project(slice_logits_to_keep(x, logits_to_keep))
+        output = causal_lm_loss(self, logits, labels, stats, **kwargs)
+        output.past_key_values = memory
+        output.hidden_states = (*inputs, self.transformer.norm(x)) if output_hidden_states else None
+        return output.to_tuple() if return_dict is False else output
+
+    def _layers(
+        self, x: Tensor, memory: XLMemory | None, padding: Tensor | None, *, with_stats: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[RoutingStats]]:
+        """All layers on the embedded window: the last output, every layer's input, and routing statistics."""
+        x = F.dropout(x, self.config.dropout, self.training)
+        inputs, collected = [], []
+        for place, block in enumerate(self.transformer.layers):
+            assert isinstance(block, Block), "the layers are blocks"
+            kept = None if memory is None else memory.layers[place]
+            assert kept is None or isinstance(kept, XLMemoryLayer), "an `XLMemory` has no other layers"
+            inputs.append(x)
+            if kept is not None and not torch.is_grad_enabled():
+                x, stats = _with_projections(block, x, kept, padding, with_stats=with_stats)
+            else:
+                x, stats = self._with_memory(block, x, kept, padding, with_stats=with_stats)
+            if stats is not None:
+                collected.append(stats)
+        return x, tuple(inputs), collected
+
+    def _with_memory(
+        self, block: Block, x: Tensor, kept: XLMemoryLayer | None, padding: Tensor | None, *, with_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """One layer, whose projections of the memory have gradient; recomputed in backward where that is asked for."""
+        past = None
+        if kept is not None:
+            past, kept.projected, kept.positions_NHC = kept.memory(), None, None
+            kept.remember(x)
+
+        def run(x: Tensor) -> tuple[Tensor, RoutingStats | None]:
+            return block(x, past, return_stats=with_stats, padding=padding)
+
+        return self._gradient_checkpointing_func(run, x) if self.gradient_checkpointing and self.training else run(x)
+
+    def _padding(self, attention_mask: Tensor, n_tokens: int, memory: XLMemory | None) -> Tensor | None:
+        """bool `[B, M + L]`, True where nothing is; None where there is no padding."""
+        n_seen = 0 if memory is None else memory.get_seq_length()
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (n_tokens, n_seen + n_tokens):
+            raise UserError(
+                f"`attention_mask` must be [batch, {n_seen + n_tokens}], one entry for each token seen; "
+                f"got {tuple(attention_mask.shape)}; fix: pass the tokenizer's mask, continued by ones"
+            )
+        padding = attention_mask == 0
+        if not bool(padding.any()):
+            return None
+        n_kept = min(n_seen, self.config.memory_length)
+        missing = n_seen + n_tokens - padding.shape[1]
+        padding = F.pad(padding, (missing, 0), value=False)
+        return padding[:, padding.shape[1] - n_kept - n_tokens :]
+
+
+def _with_projections(
+    block: Block, x: Tensor, kept: XLMemoryLayer, padding: Tensor | None, *, with_stats: bool
+) -> tuple[Tensor, RoutingStats | None]:
+    """One layer without gradient: keys and values of the memory are those of before."""
+    attention = block.attention
+    assert isinstance(attention, RelativeAttention), "the model is built with relative positions"
+    past = kept.memory()
+    if kept.projected is None and past is not None:
+        kept.extend(*attention.project(block.attention_norm(past)))
+    kept.remember(x)
+    normed = block.attention_norm(x)
+    keys, values = kept.extend(*attention.project(normed))
+    positions = kept.position_keys(attention, keys.shape[1])
+    x = x + block.drop(attention.attend(normed, keys, values, r_NHC=positions, padding_BS=padding))
+    return block.feed_forward(x, return_stats=with_stats, padding=padding)
