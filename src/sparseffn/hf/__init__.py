@@ -10,6 +10,7 @@ Nothing of the package imports it by itself. The extra: pip install 'sparseffn[h
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparseffn.hf.converted import ConvertedConfig, ConvertedForCausalLM, register_converted, save_converted
 from sparseffn.hf.dense_blocks import DenseBlock
 from sparseffn.hf.experts import IMPLEMENTATION, experts_forward, register
 from sparseffn.hf.families import Family, families
@@ -23,6 +24,8 @@ from sparseffn.hf.xl_model import TransformerXLForCausalLM
 
 __all__ = [
     "IMPLEMENTATION",
+    "ConvertedConfig",
+    "ConvertedForCausalLM",
     "DenseBlock",
     "Family",
     "Random",
@@ -37,9 +40,11 @@ __all__ = [
     "families",
     "register",
     "replace_ffn",
+    "save_converted",
 ]
 
 register()
 # Importing this module again, as a notebook may, must not fail.
 AutoConfig.register(TransformerXLHubConfig.model_type, TransformerXLHubConfig, exist_ok=True)
 AutoModelForCausalLM.register(TransformerXLHubConfig, TransformerXLForCausalLM, exist_ok=True)
+register_converted()
