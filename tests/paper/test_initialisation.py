@@ -18,8 +18,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
 from sparseffn.ffn.softmax_renorm_moe import SoftmaxRenormMoEConfig
-from sparseffn.models import TransformerXLConfig
-from sparseffn.models.transformer_xl import keyed_generator
+from sparseffn.models import TransformerXLConfig, keyed_generator
 from sparseffn.paper.initialisation import (
     BlockScale,
     Inputs,

@@ -1,15 +1,26 @@
-"""The language model: Transformer-XL that takes any method's feedforward block."""
+"""Language models that take any method's feedforward block: Transformer-XL, and a decoder of today's kind."""
 
 from sparseffn.models.attention import PlainAttention, RelativeAttention
+from sparseffn.models.backbones import Backbone, ModelConfig, build_model, model_config_from_json
+from sparseffn.models.decoder import Decoder
+from sparseffn.models.decoder_config import DecoderConfig
+from sparseffn.models.language_model import LanguageModel, Memory, ModelOutput, keyed_generator
 from sparseffn.models.model_config import TransformerXLConfig
-from sparseffn.models.transformer_xl import Memory, ModelOutput, TransformerXL, keyed_generator
+from sparseffn.models.transformer_xl import TransformerXL
 
 __all__ = [
+    "Backbone",
+    "Decoder",
+    "DecoderConfig",
+    "LanguageModel",
     "Memory",
+    "ModelConfig",
     "ModelOutput",
     "PlainAttention",
     "RelativeAttention",
     "TransformerXL",
     "TransformerXLConfig",
+    "build_model",
     "keyed_generator",
+    "model_config_from_json",
 ]

@@ -5,9 +5,6 @@ x <- x + dropout(Attention(LN(x), memory));  x <- x + dropout(FFN(LN(x)))
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -18,22 +15,8 @@ from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, RoutingStats
 from sparseffn.ffn.feedforward import scaled_std, truncated_normal_
 from sparseffn.models.attention import Attention, RelativeAttention
+from sparseffn.models.language_model import LanguageModel, Memory, ModelOutput
 from sparseffn.models.model_config import TransformerXLConfig
-
-# Each layer's input of earlier windows, before the layer norm, detached: `[B, M, d_model]` a layer.
-Memory = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOutput:
-    """What one window gives."""
-
-    logits: Tensor
-    """`[B, L, vocab_size]`."""
-    memory: Memory
-    """For the next window."""
-    stats: tuple[RoutingStats, ...] | None
-    """Routing statistics of each layer, when asked for."""
 
 
 @final
@@ -77,17 +60,21 @@ class Block(nn.Module):
 
 
 @final
-class TransformerXL(nn.Module):
+class TransformerXL(LanguageModel):
     """The language model. Embedding and output projection are not tied.
+
+    Linear layers inside blocks start truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, the embedding
+    Xavier uniform, the output projection at PyTorch's default, biases of attention zero.
 
     Args:
         config: sizes.
         attention: `RelativeAttention`; the benchmark passes `PlainAttention`.
     """
 
+    config: TransformerXLConfig
+
     def __init__(self, config: TransformerXLConfig, attention: type[Attention] = RelativeAttention) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [Block(config, attention) for _ in range(config.n_blocks)]
         # One shared block stands at every place; its parameters go by the name of the first.
@@ -125,31 +112,7 @@ class TransformerXL(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         return self.output(F.dropout(self.norm(x), self.config.dropout, self.training))
 
-    @torch.no_grad()
-    def init_parameters(self, seed: int, *, only: Collection[str] | None = None) -> None:
-        """Draw every parameter from a generator keyed by seed and name, on the CPU: the same bits on every device.
-
-        Two models that differ in their feedforward blocks alone are bit-identical elsewhere. Linear layers inside blocks
-        are truncated normal with standard deviation `sqrt(2 / (fan_in n_layers))`, the embedding Xavier uniform, the
-        output projection PyTorch's default, biases of attention zero.
-
-        `only` names the parameters to draw, which get what they would get among all; None: all.
-        """
-        inside_ffn = {f"{name}.{p}" for name, m in self.ffn_layers() for p, _ in m.named_parameters()}
-        for name, parameter in self.named_parameters():
-            if name not in inside_ffn and (only is None or name in only):
-                drawn = torch.empty_like(parameter, device="cpu")
-                self._draw(name, drawn, keyed_generator(seed, name))
-                parameter.copy_(drawn)
-        for name, layer in self.ffn_layers():
-            wanted = {p for p, _ in layer.named_parameters() if only is None or f"{name}.{p}" in only}
-            if wanted:
-                _init_ffn(layer, keyed_generator(seed, name), wanted)
-
-    def ffn_layers(self) -> list[tuple[str, FeedForward]]:
-        return [(name, module) for name, module in self.named_modules() if isinstance(module, FeedForward)]
-
-    def _draw(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def draw(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name == "embedding.weight":
             nn.init.xavier_uniform_(parameter, generator=generator)
         elif name.startswith("output."):
@@ -166,29 +129,7 @@ class TransformerXL(nn.Module):
             parameter.zero_()
 
 
-def _init_ffn(layer: FeedForward, generator: torch.Generator, wanted: Collection[str]) -> None:
-    """Draw a layer's parameters on the CPU; those that are wanted are taken over."""
-    own = dict(layer.named_parameters())
-    first = next(iter(own.values()))
-    if first.device.type == "cpu" and len(wanted) == len(own):
-        layer.reset_parameters(generator)
-        return
-    with torch.device("cpu"):
-        drawn = layer.config.build().to(first.dtype)
-    drawn.reset_parameters(generator)
-    for name, parameter in drawn.named_parameters():
-        if name in wanted:
-            own[name].copy_(parameter)
-
-
 def remember(x: Tensor, past: Tensor | None, length: int) -> Tensor:
     """The last `length` positions of memory and window, detached."""
     whole = x.detach() if past is None else torch.cat((past.to(x.dtype), x.detach()), dim=1)
     return whole[:, max(0, whole.shape[1] - length) :]
-
-
-def keyed_generator(seed: int, name: str) -> torch.Generator:
-    """A generator of the CPU whose numbers depend on the seed and the name alone."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    # The generators of some devices take 63 bits.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -22,8 +22,7 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward, FFNConfig
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
-from sparseffn.models import TransformerXL, TransformerXLConfig
-from sparseffn.models.transformer_xl import keyed_generator
+from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator
 
 # Norms that differ by less are rounding, not a draw.
 _EQUAL = 1e-5
