@@ -1,8 +1,8 @@
 """Corpora, tokenisers and contiguous streams: text on disk to tensors.
 
-corpus = load_corpus("stdlib")
-streams = ContiguousStreams(corpus.train, batch=8, context=64)
-inputs, targets = streams.window(0)
+    corpus = load_corpus("stdlib")
+    streams = ContiguousStreams(corpus.train, batch=8, context=64)
+    inputs, targets = streams.window(0)
 """
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora

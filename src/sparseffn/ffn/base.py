@@ -1,7 +1,17 @@
-"""BASE layers (Lewis 2021, arXiv 2103.16716), equations 18 and 19 of arXiv 2310.10837.
+r"""BASE layers (Lewis 2021, arXiv 2103.16716), equations 18 and 19 of arXiv 2310.10837.
 
-s = sigmoid(W3 x); training: the assignment of tokens to experts of largest total score with equal loads;
-evaluation: the best expert of each token;  y = s[e] W2^e act(W1^e x)
+$$ s = \sigma(W_3 x) $$
+$$ y = s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
+
+In training the experts $e$ are the assignment of tokens to experts of largest total score with equal loads; in evaluation $e$
+is the best expert of each token.
+
+When to use it:
+    Where all experts must take equally many tokens in training, exactly and without a balancing loss to tune.
+
+When not:
+    Where training and evaluation must route alike, or where steps must be fast: the assignment is solved on the CPU for each
+    layer and batch, a token's expert depends on the others in the batch, and evaluation balances nothing.
 """
 
 from __future__ import annotations

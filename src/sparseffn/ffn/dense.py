@@ -1,9 +1,18 @@
-"""The dense two-layer block that every method approximates, equations 1-5 of arXiv 2310.10837.
+r"""The dense two-layer block that every method approximates, equations 1-5 of arXiv 2310.10837.
 
-    u = act(W1 x + b1),  y = W2 u + b2 = sum_i u[i] v_i + b2
+$$ u = \mathrm{act}(W_1 x + b_1) $$
+$$ y = W_2 u + b_2 = \sum_i u[i] \, v_i + b_2 $$
 
-Rows of `keys` are the k_i, rows of `values` the v_i. Gated it is `u = act(W1 x + b1) * (V x + c)`, with the gate keys g_i as
-rows of V (Shazeer 2020, arXiv 2002.05202). This file is the template to copy for a new method.
+Rows of `keys` are the $k_i$, rows of `values` the $v_i$. Gated it is $u = \mathrm{act}(W_1 x + b_1) \odot (V x + c)$, with the
+gate keys $g_i$ as rows of $V$ (Shazeer 2020, arXiv 2002.05202). This file is the template to copy for a new method.
+
+When to use it:
+    As the baseline of every comparison, and where the block is no bottleneck: small models, or batches so small that attention
+    and the embedding take most of the time.
+
+When not:
+    Where the block holds most of the parameters and the compute: a mixture of experts of the same parameters computes a
+    fraction of it for each token.
 """
 
 from __future__ import annotations

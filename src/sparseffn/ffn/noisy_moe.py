@@ -1,9 +1,20 @@
-"""Sparsely gated mixture of experts (Shazeer 2017, arXiv 1701.06538), equations 13 and 14 of arXiv 2310.10837.
+r"""Sparsely gated mixture of experts (Shazeer 2017, arXiv 1701.06538), equations 13 and 14 of arXiv 2310.10837.
 
-    h = W3 x + N(0, 1) softplus(W4 x) in training, W3 x in evaluation
-    s = normtopk(softmax(h)),  y = sum_{e in E_x} s[e] W2^e act(W1^e x),  L = 0.1 CV^2(sum over the batch of s)
+$$ h = W_3 x + \mathcal{N}(0, 1) \, \mathrm{softplus}(W_4 x) \text{ in training} $$
+$$ h = W_3 x \text{ in evaluation} $$
+$$ s = \mathrm{normtopk}(\mathrm{softmax}(h)) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
+$$ L = 0.1 \, \mathrm{CV}^2\Big(\sum_x s\Big) $$
 
-W3 and W4 start at zero as in Shazeer (2017); its second loss, on the load, is not in the paper and not built.
+$W_3$ and $W_4$ start at zero as in Shazeer (2017); its second loss, on the load, is not in the paper and not built.
+
+When to use it:
+    As the historical baseline, or where exploration by noise is wanted: every expert is tried in training, however its logits
+    began.
+
+When not:
+    Where training should see the routing that evaluation sees, or where its second selector, for the noise, weighs: with many
+    small experts it is a noticeable part of the parameters.
 """
 
 from __future__ import annotations

@@ -1,10 +1,20 @@
-"""Product-key memory, equation 8 of arXiv 2310.10837 (Lample 2019, arXiv 1907.05242), with the paper's ReLU.
+r"""Product-key memory, equation 8 of arXiv 2310.10837 (Lample 2019, arXiv 1907.05242), with the paper's ReLU.
 
-    x = x_a | x_b,  u_a = W_a x_a,  u_b = W_b x_b,  u[i] = u_b[i // n_a] + u_a[i mod n_a]
+$$ x = x_a \mid x_b, \quad u_a = W_a x_a, \quad u_b = W_b x_b $$
+$$ u[i] = u_b[\lfloor i / n_a \rfloor] + u_a[i \bmod n_a] $$
+$$ y = \sum_{i \in \mathcal{E}_x} \mathrm{act}(u[i]) \, v_i, \quad \mathcal{E}_x = \mathrm{argtopk}(u, K) $$
 
 n_a + n_b sub-keys score n_a n_b values. Each head has its own sub-keys and takes its own top K; all share one value table.
 `k=None` is the dense form that the released configurations run: the heads' scores are summed per value, no top-K, the
 activation on the sum. No query projection, no normalisation, no dropout.
+
+When to use it:
+    For a very large table of values, of which a token reads a handful: scoring them costs the square root of their number. In
+    place of one block or two of a deep model, as Lample (2019) did, rather than of all.
+
+When not:
+    For the best loss at equal parameters: in the paper, and in our runs, it stays behind the dense block. The keys are sums of
+    two halves, and values far apart in memory are gathered one by one.
 """
 
 from __future__ import annotations

@@ -1,10 +1,21 @@
-"""S-BASE (Clark 2022, arXiv 2202.01169): top-K of Sinkhorn-balanced scores in training, of the raw ones in evaluation.
+r"""S-BASE (Clark 2022, arXiv 2202.01169): top-K of Sinkhorn-balanced scores in training, of the raw ones in evaluation.
 
-    training: E_x = argtopk(sinkhorn(W3 x), K) over the whole batch, not differentiated; evaluation: argtopk(W3 x, K)
-    s = sigmoid(W3 x),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
+$$ \mathcal{E}_x = \mathrm{argtopk}(\mathrm{sinkhorn}(W_3 x), K) \text{ in training} $$
+$$ \mathcal{E}_x = \mathrm{argtopk}(W_3 x, K) \text{ in evaluation} $$
+$$ s = \sigma(W_3 x) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
 
-`sinkhorn="released"` is the paper's released code: its signs make it balance hardly at all, and it looks at each sequence of
-`(batch, length, d_model)` by itself; tokens in a matrix are one sequence.
+Sinkhorn runs over the whole batch and is not differentiated. `sinkhorn="released"` is the paper's released code: its signs make
+it balance hardly at all, and it looks at each sequence of `(batch, length, d_model)` by itself; tokens in a matrix are one
+sequence.
+
+When to use it:
+    Where loads in training must be nearly even without a balancing loss, with several experts a token, and without solving an
+    assignment.
+
+When not:
+    Where what a token gets must not depend on its batch, or where evaluation must be as even as training: the balance is gone
+    there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,18 @@
-"""sigma-MoE, section 5 of arXiv 2310.10837: sigmoid scores without competition, top-K, entropy balancing, expert dropout.
+r"""sigma-MoE, section 5 of arXiv 2310.10837: sigmoid scores without competition, top-K, entropy balancing, expert dropout.
 
-    s = sigmoid(W3 x),  E_x = argtopk(s, K),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
+$$ s = \sigma(W_3 x), \quad \mathcal{E}_x = \mathrm{argtopk}(s, K) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
 
-`inner_k` goes one step further than the paper: of the K G coefficients `s[e] u^e[g]` of a token only the largest take part,
+`inner_k` goes one step further than the paper: of the K G coefficients $s[e] \, u^e[g]$ of a token only the largest take part,
 which is the framework's own rule, applied inside the selected experts.
+
+When to use it:
+    As the first mixture to try: it is the one that the paper finds as good as the dense block of equal parameters, at K / N_E
+    of its compute. Several small experts a token (K = 4, G = 128) rather than one large one.
+
+When not:
+    Where every expert must take equally many tokens, as with one device an expert: the entropy loss balances the mean load, and
+    nothing bounds it. Take `base`, `s-base` or `switch` with a capacity factor there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,17 @@
-"""Mixture of experts with a softmax over all experts, taken before top-K and not renormalised (arXiv 2310.10837, table 10).
+r"""Mixture of experts with a softmax over all experts, taken before top-K and not renormalised (arXiv 2310.10837, table 10).
 
-    s = softmax(W3 x),  E_x = argtopk(s, K),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
+$$ s = \mathrm{softmax}(W_3 x), \quad \mathcal{E}_x = \mathrm{argtopk}(s, K) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
 
 Expert dropout acts after the softmax.
+
+When to use it:
+    To measure what competition between experts costs: it differs from `sigma-moe` in the scores alone. To load or continue
+    models whose routers are of this form.
+
+When not:
+    For a new model: the scores of the K selected experts shrink as the number of experts grows, and with them the output.
+    `sigma-moe` does without.
 """
 
 from __future__ import annotations

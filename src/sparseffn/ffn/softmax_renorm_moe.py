@@ -1,9 +1,19 @@
-"""Mixture of experts with a softmax over the K selected logits, "after top-k" (arXiv 2310.10837, equations 23-25).
+r"""Mixture of experts with a softmax over the K selected logits, "after top-k" (arXiv 2310.10837, equations 23-25).
 
-    E_x = argtopk(W3 x, K),  s = softmax(W3 x restricted to E_x),  y = sum_{e in E_x} s[e] W2^e act(W1^e x)
+$$ \mathcal{E}_x = \mathrm{argtopk}(W_3 x, K) $$
+$$ s = \mathrm{softmax}(W_3 x \text{ restricted to } \mathcal{E}_x) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
 
 The released code takes the entropy term over the K slots instead of the N_E experts, which balances nothing; that form is
 `slot_entropy_weight`. For K = 1 the gate is the constant 1 and the selector learns nothing, so K >= 2.
+
+When to use it:
+    To compute what most published mixtures compute (Mixtral and its kin route this way), or where the gates of a token must add
+    up to 1.
+
+When not:
+    With K = 1, which is refused. With many experts look at their load (`sparseffn analyze`): the paper sees this router
+    collapse onto few of them, which our small runs do not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,18 @@
-"""Switch Transformer's mixture (Fedus 2022, arXiv 2101.03961), equations 15-17 of arXiv 2310.10837.
+r"""Switch Transformer's mixture (Fedus 2022, arXiv 2101.03961), equations 15-17 of arXiv 2310.10837.
 
-    s = softmax(W3 x),  E_x = argtopk(s, K) with K = 1,  y = sum_{e in E_x} s[e] W2^e act(W1^e x),  L = 0.01 N_E f . p
+$$ s = \mathrm{softmax}(W_3 x), \quad \mathcal{E}_x = \mathrm{argtopk}(s, K), \quad K = 1 $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x), \quad L = 0.01 \, N_E \, f \cdot p $$
 
-With `capacity_factor` mu an expert takes at most mu K T / N_E tokens in training, in order of their position in the flattened
-batch; a token that finds no place gets output 0 and is counted in `RoutingStats.dropped`.
+With `capacity_factor` $\mu$ an expert takes at most $\mu K T / N_E$ tokens in training, in order of their position in the
+flattened batch; a token that finds no place gets output 0 and is counted in `RoutingStats.dropped`.
+
+When to use it:
+    Where one large expert a token suits the machine: a capacity bounds what an expert takes, and with it the memory and the
+    communication of a step.
+
+When not:
+    For the best loss at equal parameters and compute: several small experts a token do better in the paper and in our runs.
+    With a capacity, what a token gets in training depends on its neighbours in the batch.
 """
 
 from __future__ import annotations

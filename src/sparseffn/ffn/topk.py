@@ -1,10 +1,19 @@
-"""Top-K activation: only the K largest entries of u take part, equations 6 and 7 of arXiv 2310.10837.
+r"""Top-K activation: only the K largest entries of u take part, equations 6 and 7 of arXiv 2310.10837.
 
-    E_x = argtopk(u, K),  y = sum_{i in E_x} u[i] v_i + b2
+$$ \mathcal{E}_x = \mathrm{argtopk}(u, K) $$
+$$ y = \sum_{i \in \mathcal{E}_x} u[i] \, v_i + b_2 $$
 
 All of u is computed; the work and the memory of the second product shrink to K / d_ff. Exactly K entries survive, ties going
 to the lowest index. Dropout acts on u before the selection, as in the dense block. Gated, u has either sign and |u| is ranked;
 `by_magnitude` ranks |u| without a gate too, as GELU's negative units count in a model that was trained dense.
+
+When to use it:
+    In a model that is trained already: its weights are used as they are, since the parameters are the dense block's. To learn
+    how few pairs a token needs, before choosing the K and G of a mixture.
+
+When not:
+    Where the first product is what costs: it stays whole, so that no more than half of the FLOPs of a plain block can go, and a
+    third of a gated one. Training saves less still.
 """
 
 from __future__ import annotations
