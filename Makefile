@@ -14,7 +14,7 @@ WHEELS ?= runs/wheels
 GPU_OUT ?= results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help setup demo test test-slow fuzz lint format readme evidence gpu gpu-wheels clean
+.PHONY: help setup demo test test-slow fuzz lint format docs readme evidence gpu gpu-wheels clean
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz       ten minutes of random shapes on the compiled kernels"
 	@echo "make lint       formatting, lint, types, spelling, generated text"
 	@echo "make format     format the code and fix what ruff can fix"
+	@echo "make docs       the documentation: build it strictly, serve it at http://127.0.0.1:8000"
 	@echo "make readme     write the generated tables of the README and of docs/ anew"
 	@echo "make evidence   results/evidence/ and docs/results.md from the runs of POOL, on Penn Treebank in DATA_DIR"
 	@echo "make gpu        measure on a CUDA device, in parts of under 8 minutes, into results/gpu; goes on where it stopped"
@@ -53,12 +54,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-	$(BIN)/codespell src tests tools docs README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md
+	$(BIN)/codespell src tests tools docs examples mkdocs.yml README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md
 	$(BIN)/python tools/generated.py --check
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The theme advertises its successor otherwise. `make test` builds the site strictly too.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --quiet --strict --dev-addr 127.0.0.1:8000
 
 readme: setup
 	$(BIN)/python tools/generated.py

@@ -1,31 +1,56 @@
-"""What the pages tell a reader to type is taken by the command, and the README's example runs."""
+"""What the pages tell a reader to type works: python blocks run, commands and their options are understood."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from sparseffn.cli import parse
+from sparseffn.ffn import list_methods, unregister
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(sparseffn [^`]+)`")
 # In code, in a block of commands, or in the mark of a generated block.
 TARGET = re.compile(r"(?:`|^)make ([\w-]+)", re.MULTILINE)
+# Models of the hub that pages name, and the small random model that a test has in their place.
+OF_THE_HUB = {"allenai/OLMoE-1B-7B-0924": "olmoe"}
+NAME_OF_THE_HUB = re.compile(r'from_pretrained\(\s*"(\w[\w.-]*/[\w.-]+)"')
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Fenced blocks of a page in these languages."""
+    return [block for language, block in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+def lines_typed(page: Path) -> list[list[str]]:
+    """Words of each command in the blocks of a page, without variables before it and comments behind it."""
+    typed = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in typed]
+    return [_bare(line) for line in words if line]
+
+
+def _bare(words: list[str]) -> list[str]:
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    return words[2:] if words[:2] == ["python", "-m"] else words
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Words of each `sparseffn ...` on a page, without those that stand for a value."""
-    text = page.read_text(encoding="utf-8")
-    lines = [line for language, block in BLOCK.findall(text) if language == "sh" for line in block.splitlines()]
-    found = [line for line in lines if line.startswith("sparseffn ")] + INLINE.findall(BLOCK.sub("", text))
-    words = [shlex.split(line, comments=True)[1:] for line in found]
+    """Words of each `sparseffn ...` on a page, in blocks and in sentences, without those that stand for a value."""
+    in_sentences = INLINE.findall(BLOCK.sub("", page.read_text(encoding="utf-8")))
+    found = [*lines_typed(page), *(shlex.split(line, comments=True) for line in in_sentences)]
+    words = [[word for word in line[1:] if word != "..."] for line in found if line[0] == "sparseffn"]
     # A group alone, as `sparseffn bench`, is a name in a sentence.
-    return [[word for word in line if word != "..."] for line in words if line[0] not in parse.GROUPS or len(line) > 1]
+    return [line for line in words if line[0] not in parse.GROUPS or len(line) > 1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -38,22 +63,86 @@ def test_commands_on_a_page_are_understood(page: Path) -> None:
 
 def test_pages_name_commands() -> None:
     """Otherwise the test above would hold of nothing."""
-    assert len(commands(ROOT / "README.md")) > 10 and len(commands(ROOT / "docs" / "reproduce.md")) > 10
+    assert len(commands(ROOT / "README.md")) >= 3 and len(commands(ROOT / "docs" / "reproduce.md")) > 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_other_commands_of_a_page_exist(page: Path) -> None:
+    """Extras that pip is to install, scripts that python is to run; any other program must be known here first."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for program, *words in lines_typed(page):
+        match program:
+            case "pip":
+                named = re.search(r"\[(.*)\]", " ".join(words))
+                assert words[0] == "install" and set(named[1].split(",") if named else ()) <= set(extras), words
+            case "python":
+                assert (ROOT / words[0]).is_file(), words
+            case _:
+                assert program in ("sparseffn", "make"), f"a test must know how to check `{program}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_say_their_language(page: Path) -> None:
+    """One whose content a test here looks at; nothing stays unchecked for want of a name."""
+    assert {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))} <= {"python", "sh"}
 
 
 def test_targets_named_on_pages_are_in_the_makefile() -> None:
     """Each `make X`; and the pages do name some."""
     named = {name for page in [*PAGES, ROOT / "CHANGELOG.md"] for name in TARGET.findall(page.read_text(encoding="utf-8"))}
     there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"demo", "test", "readme"} <= named <= there
+    assert {"demo", "test", "readme", "docs"} <= named <= there
 
 
-def test_readme_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there; the plain PyTorch backend, as kernels need not be compiled for that."""
-    monkeypatch.setenv("SPARSEFFN_BACKEND", "torch")
-    blocks = [block for language, block in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
-    # The other one needs transformers; tests/hf runs it.
-    (example,) = [block for block in blocks if "sparseffn.hf" not in block]
+@pytest.fixture
+def _same_methods() -> Iterator[None]:
+    """What a page registers is forgotten after it."""
+    before = list_methods()
+    yield
+    for name in set(list_methods()) - set(before):
+        unregister(name)
+
+
+@pytest.mark.usefixtures("_same_methods")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other in an empty folder, as a reader would paste them, but for models of the hub."""
+    module = ModuleType(f"page_{page.stem.lower()}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        if "transformers" in block:
+            pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+        exec(_with_local_models(block, tmp_path), module.__dict__)
+
+
+def _with_local_models(block: str, folder: Path) -> str:
+    """The block with a small model of the family in place of each from the hub; it must say that it downloads."""
+    for name in NAME_OF_THE_HUB.findall(block):
+        from hf.tiny import build
+
+        assert "# downloads " in block, f"a block that fetches {name} must say so"
+        place = folder / name
+        build(OF_THE_HUB[name]).save_pretrained(place)
+        block = block.replace(f'"{name}"', repr(str(place)))
+    return block
+
+
+def test_the_example_of_the_readme_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape in, shape out, and gradients of all parameters."""
     found: dict[str, object] = {}
-    exec(example, found)
-    assert tuple(found["y"].shape) == (8, 256, 512)
+    exec(blocks(ROOT / "README.md", "python")[0], found)
+    assert tuple(found["y"].shape) == (8, 256, 512)  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None for p in found["ffn"].parameters())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_example_of_hugging_face_uses_our_kernels(tmp_path: Path) -> None:
+    """The page's model runs, on the implementation that the page names."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+    from hf.tiny import tokens
+
+    found: dict[str, object] = {}
+    exec(_with_local_models(blocks(ROOT / "docs" / "huggingface.md", "python")[0], tmp_path), found)
+    model = found["model"]
+    assert model.config._experts_implementation == "sparseffn"  # pyright: ignore[reportAttributeAccessIssue]
+    assert model(tokens()).logits.isfinite().all()  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,73 @@
+"""The scripts of examples/ run, at sizes of a test."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sparseffn.contract import check_method, run_check
+from sparseffn.ffn import list_methods, method_class, unregister
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _same_methods() -> Iterator[None]:
+    """What a script registers is forgotten after its test."""
+    before = list_methods()
+    yield
+    for name in set(list_methods()) - set(before):
+        unregister(name)
+
+
+def load(name: str) -> ModuleType:
+    """What a script defines; its `main` is not run."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda script: script.stem)
+def test_an_example_is_short_and_tested(script: Path) -> None:
+    """Under 60 lines, and a test below loads it."""
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 60
+    assert f'load("{script.stem}")' in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_layer_in_a_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty steps halve the loss of a text that repeats itself."""
+    load("layer_in_a_model").main(steps=21)
+    first, last = (
+        float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "step" in line
+    )
+    assert last < first / 2
+
+
+def test_faster_experts_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    """A narrow layer: both implementations decode, and their logits differ by rounding."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+    load("faster_experts").main(n_layers=1, hidden_size=64, n_new=2)
+    shown = capsys.readouterr().out
+    assert "sparseffn: " in shown and float(shown.rsplit(" ", 1)[1]) < 1e-5
+
+
+def test_own_method_is_one_of_them() -> None:
+    """Registered by the script alone, it keeps what a mistake in a method breaks first."""
+    load("own_method")
+    assert "relu-moe" in list_methods()
+    for check in ("reference", "sum_of_values", "saved_bytes", "no_dead_option", "gradients"):
+        run_check(check, method_class("relu-moe"))
+
+
+@pytest.mark.slow
+def test_own_method_keeps_the_contract() -> None:
+    """All of it, as the script says when it is run."""
+    load("own_method")
+    check_method("relu-moe")
