@@ -3,6 +3,8 @@
     corpus = load_corpus("stdlib")
     streams = ContiguousStreams(corpus.train, batch=8, context=64)
     inputs, targets = streams.window(0)
+
+A corpus has its text as tokens in three splits; a stream is what one row of a batch reads, window after window.
 """
 
 import sparseffn.data.corpora  # noqa: F401  registers the corpora
