@@ -20,7 +20,21 @@ BENCHES = ("layer", "experts", "hf", "step", "memory", "roofline", "figures", "k
 BENCH = ("bench", *(f"bench {kind}" for kind in BENCHES))
 REPRODUCE = ("reproduce", *(f"reproduce {kind}" for kind in ("table", "figure", "evidence")))
 DATA = ("data", *(f"data {kind}" for kind in ("list", "prepare", "check")))
-COMMANDS = ("methods", "match", "compare", "train", "eval", "generate", "analyze", *BENCH, *REPRODUCE, "study", *DATA, "doctor")
+COMMANDS = (
+    "methods",
+    "match",
+    "compare",
+    "train",
+    "eval",
+    "generate",
+    "export",
+    "analyze",
+    *BENCH,
+    *REPRODUCE,
+    "study",
+    *DATA,
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

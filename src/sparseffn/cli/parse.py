@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "train": (settings.Train, "runs:train_run"),
     "eval": (settings.Eval, "runs:evaluate_run"),
     "generate": (settings.Generate, "runs:generate"),
+    "export": (settings.Export, "export:export"),
     "analyze": (settings.Analyze, "analyze:analyze"),
     "bench layer": (bench.BenchLayer, "bench:layer"),
     "bench experts": (bench.BenchExperts, "bench:experts"),

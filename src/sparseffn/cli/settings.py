@@ -246,6 +246,26 @@ class Generate(Machine):
 
 
 @settings_class
+class Export(Printed):
+    """Write a run's model as a Hugging Face folder: weights, config, tokenizer and a model card.
+
+    AutoModelForCausalLM loads it after `import sparseffn.hf`; the folder is written whole or not at all. The card has the
+    table of the comparison that the run is part of, or the run's own losses.
+
+    Examples:
+      sparseffn export runs/sigma --to sigma-hf
+      sparseffn export runs/first/runs/sigma-moe/seed-0 --to first-hf
+    """
+
+    run: Run
+    """run folder"""
+    to: str
+    """new folder"""
+    without_tokenizer: Flag = False
+    """leave out the tokenizer, where it is missing or transformers can have no such one"""
+
+
+@settings_class
 class Analyze(Places, Machine, Printed):
     """What a finished run's feedforward blocks do: active channels, use of experts, their tokens, routing over training.
 

@@ -101,6 +101,16 @@ class BpeTokenizer(Tokenizer):
     def state(self) -> dict[str, Any]:
         return {"model": self._model}
 
+    def pieces(self) -> list[str]:
+        """Every piece by its number, as SentencePiece writes it: spaces are U+2581, bytes `<0x0A>`."""
+        return [self._processor.id_to_piece(number) for number in range(self.vocab_size)]
+
+    def merged_pieces(self) -> list[int]:
+        """Numbers of the pieces that are made of others, in the order in which they are merged."""
+        p = self._processor
+        made = [n for n in range(self.vocab_size) if not (p.is_byte(n) or p.is_unknown(n)) and len(p.id_to_piece(n)) > 1]
+        return sorted(made, key=lambda number: -p.get_score(number))
+
     def encode(self, data: bytes) -> np.ndarray:
         lines = to_text(data).split("\n")
         encoded = self._processor.encode(lines, num_threads=1)

@@ -9,6 +9,7 @@ The network is `models.TransformerXL`; here are the memory as a cache, the loss,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -19,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import RoutingStats
+from sparseffn.hf.model_card import model_card, write_card
 from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
 from sparseffn.hf.xl_config import TransformerXLHubConfig
 from sparseffn.hf.xl_memory import XLMemory, XLMemoryLayer
@@ -90,6 +92,34 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
     def new_memory(self) -> XLMemory:
         """An empty memory of `memory_length` positions a layer, to be passed as `past_key_values`."""
         return XLMemory(self.config.num_hidden_layers, self.config.memory_length)
+
+    def card(self, name: str, *, notes: Sequence[str] = (), **parts: Any) -> str:
+        """The model card: what the model is and how it is loaded; `parts` are further arguments of `model_card`."""
+        sizes, memory = self.transformer.config, self.config.memory_length
+        about_memory = (
+            f"`past_key_values` is the memory of Transformer-XL: {memory:,} positions before a window. `generate` gives with "
+            "it what it gives without as long as prompt and output fit; longer texts go on, and what is older is forgotten."
+        )
+        return model_card(
+            name=name,
+            kind="Transformer-XL",
+            model_type=self.config.model_type,
+            ffn=sizes.ffn,
+            n_params=sizes.num_params(),
+            sizes={
+                "layers": f"{sizes.n_layers}{', one block that all share' if sizes.shared_layers else ''}",
+                "width": f"{sizes.d_model}, {sizes.n_heads} heads of {sizes.d_head}",
+                "vocabulary": f"{sizes.vocab_size:,}",
+                "memory": f"{memory:,} positions",
+            },
+            notes=(about_memory, *notes),
+            **parts,
+        )
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """`push_to_hub` with our card in place of the hub's empty one."""
+        write_card(self, working_dir, self.card(repo_id))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def forward(
         self,

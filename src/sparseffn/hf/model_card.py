@@ -1,0 +1,127 @@
+"""The `README.md` of a Hugging Face folder: what the model is, how it is loaded, what it cost and what it reached.
+
+Nothing is claimed that the folder's own files do not hold: a card has results only where they are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseffn.accounting import count_block
+from sparseffn.ffn import FFNConfig
+from sparseffn.ffn.options import field_infos
+from sparseffn.storage import file_digest, write_text
+
+CARD = "README.md"
+
+_LOADING = """## Loading
+
+The folder holds no code. The package must be installed, and imported before the model is loaded; transformers alone does not
+know the model type `{model_type}`.
+
+```sh
+pip install 'sparseffn[hf]'
+```
+
+```python
+import sparseffn.hf
+from transformers import AutoModelForCausalLM{tokenizer_import}
+
+model = AutoModelForCausalLM.from_pretrained("{path}"){tokenizer_line}
+```
+"""
+
+
+def model_card(
+    *,
+    name: str,
+    kind: str,
+    model_type: str,
+    ffn: FFNConfig,
+    n_params: int,
+    sizes: Mapping[str, str],
+    results: str = "",
+    training: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    has_tokenizer: bool = False,
+) -> str:
+    """The card of a language model with feedforward blocks of ours.
+
+    Args:
+        name: the title; also what the example loads.
+        kind: what the model is beside its blocks, "Transformer-XL".
+        model_type: of its config.
+        ffn: config of the blocks.
+        n_params: of the whole model.
+        sizes: further rows of the model's table, in words.
+        results: a table in Markdown, or nothing.
+        training: what it was trained on and how, in words.
+        notes: what a user must know, a paragraph each.
+        has_tokenizer: whether the folder holds a tokenizer.
+    """
+    counts = count_block(ffn)
+    model = {
+        "feedforward blocks": f"{ffn.name}: {_options(ffn)}",
+        "parameters": f"{n_params:,}",
+        **sizes,
+        "parameters of a block": f"{counts.total_params:,}, {counts.active_params:,} of them active for a token",
+        "FLOPs a token of a block": f"{counts.forward_flops:,}",
+        "pairs that take part": f"{ffn.active_channels:,} of {ffn.n_channels:,} ({counts.active_fraction:.1%})",
+    }
+    loading = _LOADING.format(
+        model_type=model_type,
+        path=name,
+        tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
+        tokenizer_line=f'\ntokenizer = AutoTokenizer.from_pretrained("{name}")' if has_tokenizer else "",
+    )
+    parts = [
+        _front_matter(ffn.name),
+        f"# {name}",
+        f"A {kind} language model with feedforward blocks `{ffn.name}`: {ffn.summary} ({ffn.paper}.)",
+        loading.strip(),
+        *notes,
+        "## Model\n\n" + _rows(model),
+    ]
+    if results:
+        parts.append(f"## Results\n\n{results.strip()}")
+    if training:
+        parts.append("## Training\n\n" + _rows(training))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(model: Any, folder: str | Path, card: str) -> None:
+    """Put the card of a model into a folder of its saved files.
+
+    A model that was loaded from a folder with a card, and has not changed since, keeps that card with its results.
+    """
+    source = Path(model.name_or_path) if model.name_or_path else None
+    if source is not None and (source / CARD).is_file() and same_weights(source, Path(folder)):
+        card = (source / CARD).read_text(encoding="utf-8")
+    write_text(Path(folder) / CARD, card)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files of weights."""
+    digests = [{file.name: file_digest(file) for file in folder.glob("*.safetensors")} for folder in (one, other)]
+    return digests[0] == digests[1] and bool(digests[0])
+
+
+def _front_matter(method: str) -> str:
+    """What the hub reads."""
+    tags = "\n".join(f"- {tag}" for tag in ("sparseffn", method))
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n---"
+
+
+def _options(ffn: FFNConfig) -> str:
+    """What is set of a block, without the sizes of the model: `n_experts=16, expert_size=128, k=4`."""
+    given = {info.name: getattr(ffn, info.name) for info in field_infos(type(ffn)).values()}
+    defaults = {info.name: info.default for info in field_infos(type(ffn)).values()}
+    shown = {name: v for name, v in given.items() if name not in ("d_model", "n_layers") and v != defaults[name]}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _rows(cells: Mapping[str, str]) -> str:
+    """A table of two columns without a heading."""
+    return "\n".join(["| | |", "| :-- | :-- |", *(f"| {key} | {value} |" for key, value in cells.items())])

@@ -1,0 +1,183 @@
+"""`export`: from a run to a Hugging Face folder and back to the same model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import PushToHubMixin, hub
+
+import sparseffn.hf
+from sparseffn.cli import main
+from sparseffn.data import evaluation_windows
+from sparseffn.evaluation import evaluate
+from sparseffn.hf import TransformerXLForCausalLM
+from sparseffn.training import RunSettings, load_run_corpus, load_run_model, load_run_tokenizer
+
+SONG = "".join(f"{i} bottles of beer on the wall\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two trained runs, and their table."""
+    folder = tmp_path_factory.mktemp("comparison")
+    (folder / "song.txt").write_text(SONG)
+    words = ["compare", "--methods", "sigma-moe", "--corpus", "text", "--data-dir", str(folder / "song.txt"), "--steps", "2"]
+    out = folder / "out"
+    assert main([*words, "--batch", "2", "--context", "16", "--tokenizer", "chars", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(comparison: Path) -> Path:
+    """A run of the comparison by itself, outside of its folder."""
+    alone = comparison.parent / "sigma"
+    shutil.copytree(comparison / "runs" / "sigma-moe" / "seed-0", alone)
+    return alone
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    folder = run.parent / "sigma-hf"
+    assert main(["export", str(run), "--to", str(folder)]) == 0
+    return folder
+
+
+def test_it_is_the_runs_model(run: Path, exported: Path) -> None:
+    """Bit-identical logits, and the perplexity of `sparseffn eval`, the memory carried from window to window."""
+    trained, folder = load_run_model(run)
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
+    assert isinstance(loaded, TransformerXLForCausalLM)
+    settings = RunSettings.read(folder)
+    tokens = load_run_corpus(run).valid[:200]
+    ids = torch.as_tensor(tokens[:40].astype("int64"))[None]
+    assert torch.equal(loaded(ids).logits, trained(ids).logits)
+    expected = evaluate(trained, tokens, batch=1, context=16, memory=settings.train.eval_memory)
+    memory, nats = loaded.new_memory(), 0.0
+    with torch.no_grad():
+        for window in evaluation_windows(tokens, batch=1, context=16):
+            logits = loaded(window.inputs, past_key_values=memory).logits
+            losses = F.cross_entropy(logits.flatten(0, 1), window.targets.flatten(), reduction="none")
+            nats += float(losses[window.mask.flatten()].sum())
+    assert nats / expected.n_predictions == pytest.approx(expected.nats_per_token, rel=1e-6)
+
+
+def test_it_has_the_runs_tokenizer(run: Path, exported: Path) -> None:
+    ours, theirs = load_run_tokenizer(sparseffn.training.RunFolder(run)), AutoTokenizer.from_pretrained(exported)
+    assert theirs(SONG)["input_ids"] == ours.encode(SONG.encode()).tolist()
+
+
+def test_a_fresh_process_loads_it_and_generates(exported: Path) -> None:
+    """With the lines of the card."""
+    lines = (
+        (exported / "README.md").read_text().split("```python\n")[1].split("```")[0].replace('"sigma-hf"', repr(str(exported)))
+    )
+    code = lines + '\nprompt = tokenizer("9 bottles", return_tensors="pt")\n'
+    code += "print(repr(tokenizer.decode(model.generate(**prompt, max_new_tokens=5, do_sample=False)[0])))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("'9 bottles")
+
+
+def test_the_card_has_the_runs_table(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    result = json.loads((exported.parent / "sigma" / "result.json").read_text())
+    assert f"| test | {result['test']:.4f} | {result['test'] / math.log(2):.4f} |" in card
+    assert "pip install 'sparseffn[hf]'" in card
+    assert "`sparseffn-transformer-xl`" in card
+
+
+def test_the_card_of_a_comparisons_run_has_its_table(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = comparison.parent / "of-comparison"
+    assert main(["export", str(comparison / "runs" / "sigma-moe" / "seed-0"), "--to", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert (comparison / "table.md").read_text().strip() in (folder / "README.md").read_text()
+
+
+class TestPush:
+    """`push_to_hub`, the hub replaced by a note of what it would get."""
+
+    @pytest.fixture
+    def pushed(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+        found: dict[str, str] = {}
+
+        def upload(_: object, working_dir: str, repo_id: str, *args: object, **kwargs: object) -> None:
+            found.update(
+                {file.name: "" if file.suffix == ".safetensors" else file.read_text() for file in Path(working_dir).iterdir()}
+            )
+
+        class Hub:
+            def create_repo(self, repo_id: str, **kwargs: object) -> Hub:
+                self.repo_id = repo_id
+                return self
+
+        monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+        monkeypatch.setattr(hub, "hf_api", Hub)
+        monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("an empty card"))
+        return found
+
+    def test_an_exported_model_has_its_card_with_results(self, exported: Path, pushed: dict[str, str]) -> None:
+        AutoModelForCausalLM.from_pretrained(exported).push_to_hub("me/sigma")
+        assert {"config.json", "model.safetensors"} <= set(pushed)
+        assert pushed["README.md"] == (exported / "README.md").read_text()
+
+    def test_a_changed_model_claims_no_results(self, exported: Path, pushed: dict[str, str]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(exported)
+        with torch.no_grad():
+            model.transformer.norm.weight.add_(1)
+        model.push_to_hub("me/sigma")
+        assert "# me/sigma" in pushed["README.md"]
+        assert "## Results" not in pushed["README.md"]
+
+
+class TestRefused:
+    """One line that says what to do, and nothing is written."""
+
+    def refused(self, run: Path, capsys: pytest.CaptureFixture[str], to: Path | None = None) -> str:
+        target = to or run.parent / "new"
+        existed = target.exists()
+        assert main(["export", str(run), "--to", str(target)]) == 2
+        assert target.exists() is existed
+        assert not list(run.parent.glob(".writing-*"))
+        return capsys.readouterr().err
+
+    @pytest.fixture
+    def copied(self, run: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(run, tmp_path / "run"))
+
+    def test_a_folder_that_exists(self, run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = {file: file.stat().st_mtime_ns for file in exported.iterdir()}
+        assert "must be a new folder" in self.refused(run, capsys, exported)
+        assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
+
+    def test_a_run_without_a_checkpoint(self, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        shutil.rmtree(copied / "checkpoints")
+        assert "must hold a checkpoint; got none yet; fix: train it first" in self.refused(copied, capsys)
+
+    def test_no_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "config.json` must exist" in self.refused(tmp_path / "nothing", capsys)
+
+    @pytest.mark.parametrize("version", ["99.0.0", "banana"])
+    def test_a_later_version(self, version: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (copied / "environment.json").write_text(json.dumps({"sparseffn": version}))
+        assert f"made by '{version}'" in self.refused(copied, capsys)
+
+    def test_a_missing_tokenizer(self, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It can be left out, which the card says."""
+        (copied / "tokenizer.json").unlink()
+        assert "tokenizer.json` must exist" in self.refused(copied, capsys)
+        assert main(["export", str(copied), "--to", str(copied.parent / "bare"), "--without-tokenizer"]) == 0
+        assert "has no tokeniser" in (copied.parent / "bare" / "README.md").read_text()
+        assert not (copied.parent / "bare" / "tokenizer.json").exists()
