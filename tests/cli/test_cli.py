@@ -29,6 +29,7 @@ COMMANDS = (
     "generate",
     "export",
     "analyze",
+    "convert",
     *BENCH,
     *REPRODUCE,
     "study",

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "generate": (settings.Generate, "runs:generate"),
     "export": (settings.Export, "export:export"),
     "analyze": (settings.Analyze, "analyze:analyze"),
+    "convert": (settings.Convert, "convert:convert_model"),
     "bench layer": (bench.BenchLayer, "bench:layer"),
     "bench experts": (bench.BenchExperts, "bench:experts"),
     "bench hf": (bench.BenchHf, "bench:hf"),

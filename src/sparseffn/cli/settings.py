@@ -314,6 +314,55 @@ class Study(Places, Machine, Printed):
 
 
 @settings_class
+class Convert(Machine, Printed):
+    """Give a model of transformers cheaper feedforward blocks, and measure what that costs.
+
+    The model is a folder or a name on the hub; its own files stay as they are. New blocks are filled from the dense ones: topk
+    with the same weights, mixtures by splitting the pairs into experts (split) or with a copy in each (upcycle). With --distill
+    they are then trained to compute what the dense blocks compute, one at a time and at last all together. Broken off, the same
+    command goes on. --out is a folder that AutoModelForCausalLM loads after `import sparseffn.hf`, with convert.json and
+    page.html beside it. Needs sparseffn[hf].
+
+    Examples:
+      sparseffn convert smollm2/ --method topk k=768 --calibrate notes.txt --out cheaper
+      sparseffn convert smollm2/ --method sigma-moe n_experts=64 k=32 --from split --calibrate notes.txt --distill 200 --out moe
+    """
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """folder of the model, or its name on the hub"""
+    method: Words
+    """method, then its options as key=value"""
+    from_: Annotated[Words, arg(name="from")] = ()
+    """same, split, upcycle or random, then its options as key=value (default: same for topk, split for mixtures)"""
+    calibrate: str
+    """text file that new blocks are fitted and distilled on"""
+    held_out: MaybeText = None
+    """text file for perplexity and errors (default: what follows the calibration tokens in theirs)"""
+    tokens: int = 32768
+    """calibration tokens"""
+    eval_tokens: int = 16384
+    """held-out tokens"""
+    context: int = 256
+    """tokens of a window"""
+    distill: int = 0
+    """steps of distillation for each block"""
+    end_to_end: MaybeInt = None
+    """steps of the whole model afterwards (default: a quarter of --distill)"""
+    batch_tokens: int = 512
+    """tokens of a step"""
+    lr: float = 2e-3
+    """peak step size of the blocks' own distillation; routers take a twentieth"""
+    end_to_end_lr: float = 2e-4
+    """that of the whole model's"""
+    seed: int = 0
+    """seed of all that is drawn"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """what the model is loaded in; auto is its own, distillation is in float32"""
+    out: str
+    """folder of the converted model"""
+
+
+@settings_class
 class DataList(Printed):
     """List every corpus: whether it is here, its size, and whether its published digest was ever verified.
 

@@ -99,7 +99,8 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
             UserError: a parameter is missing, which would else be drawn at random.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(

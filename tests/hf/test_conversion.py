@@ -1,0 +1,234 @@
+"""`sparseffn convert`: streaming, resumed with the same numbers, measured, and nothing of the model's own is touched."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from hf.dense import build
+from sparseffn.cli import main
+from sparseffn.errors import UserError
+from sparseffn.hf.conversion import ConvertSettings, convert
+from sparseffn.report.convert_report import conversion_page, conversion_tables
+from sparseffn.results.convert_result import ConvertResult, read_conversion
+from sparseffn.storage import file_digest
+
+CONTEXT = 136
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, its tokenizer, and beside it a text."""
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    config = LlamaConfig(vocab_size=256, **sizes, max_position_embeddings=512, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1 + 0.2 * (parameter.dim() > 1))
+    model.save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    (folder / "text.txt").write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(120)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(source: Path) -> ConvertSettings:
+    return ConvertSettings(
+        model=str(source / "model"),
+        method="sigma-moe",
+        options={"n_experts": 6, "k": 2},
+        calibrate=source / "text.txt",
+        tokens=8 * CONTEXT,
+        eval_tokens=4 * CONTEXT,
+        context=CONTEXT,
+        distill=3,
+        end_to_end=42,
+        batch_tokens=CONTEXT,
+        out=source / "out",
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(settings: ConvertSettings) -> ConvertResult:
+    return convert(settings)
+
+
+def test_the_result_is_measured_and_the_folder_loads(converted: ConvertResult, settings: ConvertSettings) -> None:
+    """By AutoModelForCausalLM, with the tokenizer; the loss is that of the result, and distillation lowers the errors."""
+    assert converted == read_conversion(settings.out / "convert.json")
+    model = AutoModelForCausalLM.from_pretrained(settings.out)
+    tokenizer = AutoTokenizer.from_pretrained(settings.out)
+    text = settings.calibrate.read_text()
+    ids = torch.tensor(tokenizer(text).input_ids)[8 * CONTEXT : 12 * CONTEXT].view(4, CONTEXT)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert float(loss) == pytest.approx(converted.converted.nats, rel=1e-6)
+    assert sum(p.numel() for p in model.parameters()) == converted.params_after
+    assert all(block.error < block.filled_error for block in converted.blocks)
+    assert converted.converted.nats != converted.filled.nats != converted.dense.nats
+    assert converted.active_share == pytest.approx(1 / 3)
+    assert {path.name for path in settings.out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not (settings.out / "work").exists()
+
+
+class Killed(Exception):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize(
+    "stage", ["running", "distilling model.layers.1", "end to end, step 25", "perplexity of the converted"]
+)
+def test_a_conversion_that_was_killed_gives_the_same(
+    stage: str, converted: ConvertResult, settings: ConvertSettings, tmp_path: Path
+) -> None:
+    """In any stage: every parameter, every loss and every error, bit by bit."""
+
+    def killing(text: str) -> None:
+        if text.startswith(stage):
+            raise Killed
+
+    broken = replace(settings, out=tmp_path / "out")
+    with pytest.raises(Killed):
+        convert(broken, killing)
+    assert not (broken.out / "config.json").exists()
+    again = convert(broken)
+    first, second = (load_file(folder / "model.safetensors") for folder in (settings.out, broken.out))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (again.blocks, again.converted) == (converted.blocks, converted.converted)
+
+
+def test_a_finished_conversion_is_not_made_again(converted: ConvertResult, settings: ConvertSettings) -> None:
+    """And another one finds no room in its folder."""
+    said: list[str] = []
+    assert convert(settings, said.append) == converted and said[-1] == "this conversion is finished"
+    with pytest.raises(UserError, match=r"`out` must be new, or hold this very conversion; got .*another one.*fix: "):
+        convert(replace(settings, seed=1))
+
+
+def test_the_model_s_own_files_stay_as_they_are(settings: ConvertSettings, tmp_path: Path) -> None:
+    """Digests before and after; nor may the result go into its folder."""
+    folder = Path(settings.model)
+    before = {path.name: file_digest(path) for path in folder.iterdir()}
+    convert(replace(settings, method="topk", options={"k": 6}, distill=0, end_to_end=0, out=tmp_path / "topk"))
+    assert {path.name: file_digest(path) for path in folder.iterdir()} == before
+    for out in (folder, folder / "converted"):
+        with pytest.raises(UserError, match="`out` must not be within the model's folder"):
+            replace(settings, out=out)
+
+
+def test_another_dtype_is_kept(settings: ConvertSettings, tmp_path: Path) -> None:
+    """A bfloat16 model is distilled in float32 and saved in bfloat16."""
+    result = convert(replace(settings, dtype="bfloat16", end_to_end=1, out=tmp_path / "out"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16} and result.facts.dtype == "bfloat16"
+    assert all(block.error < block.filled_error for block in result.blocks)
+
+
+def without_tokenizer(settings: ConvertSettings, tmp_path: Path) -> ConvertSettings:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        shutil.copy(Path(settings.model) / name, tmp_path / "model" / name)
+    return replace(settings, model=str(tmp_path / "model"))
+
+
+REFUSED: dict[str, tuple[Callable[[ConvertSettings, Path], Any], str]] = {
+    "tokenizer": (without_tokenizer, "`model` must have a tokenizer.*fix: copy tokenizer.json"),
+    "model": (lambda s, path: replace(s, model=str(path / "none")), "`model` must have a tokenizer; got .*none"),
+    "text": (lambda s, path: replace(s, calibrate=path / "none.txt"), "none.txt` must be a text file; got No such file"),
+    "short": (lambda s, _: replace(s, tokens=10**6), "must have .* tokens; got .*fix: a longer text"),
+    "context": (lambda s, _: replace(s, tokens=CONTEXT - 1), "`tokens` must be at least the context"),
+    "lr": (lambda s, _: replace(s, lr=-1.0), "`lr` must be positive"),
+    "experts": (
+        lambda s, _: replace(s, options={"n_experts": 5, "k": 2}),
+        "`n_experts` must divide the dense block's 24 pairs",
+    ),
+    "held": (lambda s, path: _stray(s, path), "`out` must be new.*which holds notes.txt"),
+}
+
+
+def _stray(settings: ConvertSettings, path: Path) -> ConvertSettings:
+    (path / "out").mkdir()
+    (path / "out" / "notes.txt").write_text("mine")
+    return settings
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_converted_is_refused(case: str, settings: ConvertSettings, tmp_path: Path) -> None:
+    """With what to do, and before anything is left in a new folder."""
+    change, message = REFUSED[case]
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        convert(replace(change(settings, tmp_path), out=tmp_path / "out"))
+    out = tmp_path / "out"
+    assert not out.exists() or {path.name for path in out.iterdir()} == {"notes.txt", ".lock"}
+
+
+def test_a_distillation_that_diverges_says_so(settings: ConvertSettings, tmp_path: Path) -> None:
+    """Before a number of it is used."""
+    with pytest.raises(UserError, match=r"the loss of the distillation must be finite.*fix: a lower --lr"):
+        convert(replace(settings, lr=1e30, distill=20, out=tmp_path / "out"))
+
+
+def test_the_page_and_the_tables_say_what_was_measured(converted: ConvertResult) -> None:
+    """From the result alone."""
+    model, speed, blocks = conversion_tables(converted)
+    assert [row.cells[0].text for row in model.rows] == ["dense", "filled, not trained", "distilled, 3 + 42 steps"]
+    assert model.rows[0].cells[1].text == f"{converted.dense.perplexity:.2f}" and model.rows[1].cells[3].text == "33.3%"
+    assert len(blocks.rows) == 3 and len(speed.rows) == 2
+    page = conversion_page(converted)
+    assert "sigma-moe n_experts=6 k=2 from split" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Upcycled, with the way's options; a page beside the model."""
+    words = ["convert", settings.model, "--method", "sigma-moe", "n_experts=3", "k=1", "--from", "upcycle", "redraw=0.5"]
+    words += ["--calibrate", str(settings.calibrate), "--context", str(CONTEXT), "--eval-tokens", str(3 * CONTEXT)]
+    words += ["--tokens", str(4 * CONTEXT), "--batch-tokens", str(CONTEXT), "--threads", "1", "--out", str(tmp_path / "out")]
+    threads = torch.get_num_threads()
+    try:
+        assert main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "sigma-moe n_experts=3 k=1 from upcycle" in printed and "Tokens per second" in printed
+    assert (tmp_path / "out" / "page.html").read_text().count("<svg") == 1
+    assert main([*words[:5], "--from", "upcycle", "redraw", *words[8:]]) == 2
+    assert "`--from` must name one way" in capsys.readouterr().err
+
+
+def test_gpt2_keeps_its_dropout(tmp_path: Path, source: Path) -> None:
+    """Biases, transposed weights and a dropout after the block, all the way to what is loaded again."""
+    model = build("gpt2")
+    model.resize_token_embeddings(256)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    result = convert(
+        ConvertSettings(
+            model=str(tmp_path / "model"), method="topk", options={"k": 48}, calibrate=source / "text.txt", tokens=256,
+            eval_tokens=272, context=34, batch_tokens=34, out=tmp_path / "out",
+        )
+    )  # fmt: skip
+    assert result.converted.nats == pytest.approx(result.dense.nats, rel=1e-6)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.model.transformer.h[0].mlp[1].p == 0.1
