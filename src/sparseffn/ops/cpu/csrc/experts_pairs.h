@@ -50,13 +50,6 @@ struct PairWorkspace {
           rows(kWaiting) {}
 };
 
-template <class W, class... A> std::vector<W> one_for_each_thread(int threads, const A&... arguments) {
-    std::vector<W> all;
-    all.reserve(threads);
-    for (int t = 0; t < threads; ++t) all.emplace_back(arguments...);
-    return all;
-}
-
 // A panel of an expert's hidden units, for some of its rows.
 struct UnitsPart {
     int64_t expert;

@@ -59,17 +59,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_kept_cpu(const Tensor& x, const
     return route_with(x, selector, k, gate, true);
 }
 
-// From here on PyTorch's products take no longer.
+// From here on PyTorch's products of float32 and float64 take no longer.
 constexpr int64_t kFewTokens = 128;
 
 // Gradients of x and the selector from that of the logits.
 std::tuple<Tensor, Tensor> selector_product_backward(const RouteInputs& in, const Tensor& d_logits) {
-    const auto x_type = in.x.scalar_type(), selector_type = in.selector.scalar_type(), wide = d_logits.scalar_type();
-    if (in.routes.tokens >= kFewTokens || in.routes.tokens == 0)
-        return {at::mm(d_logits, in.selector.to(wide)).to(x_type), at::mm(d_logits.t(), in.x.to(wide)).to(selector_type)};
-    Tensor grad_x = at::empty(in.x.sizes(), d_logits.options()), grad_selector = at::empty(in.selector.sizes(), d_logits.options());
+    const auto selector_type = in.selector.scalar_type(), wide = d_logits.scalar_type();
+    const bool many = in.routes.tokens >= kFewTokens && in.x.scalar_type() == wide;
+    if (many || in.routes.tokens == 0)
+        return {at::mm(d_logits, in.selector.to(wide)).to(in.x.scalar_type()), at::mm(d_logits.t(), in.x.to(wide)).to(selector_type)};
+    Tensor grad_x = at::empty(in.x.sizes(), in.x.options()), grad_selector = at::empty(in.selector.sizes(), d_logits.options());
     selector_gradients(in.routes, d_logits.const_data_ptr(), grad_x.mutable_data_ptr(), grad_selector.mutable_data_ptr());
-    return {grad_x.to(x_type), grad_selector.to(selector_type)};
+    return {grad_x, grad_selector.to(selector_type)};
 }
 
 std::tuple<Tensor, Tensor> route_backward_cpu(const MaybeTensor& grad_logits, const MaybeTensor& grad_gates, const Tensor& x,

@@ -30,12 +30,7 @@ void outer_of_few(const C* const* a, const C* const* b, int64_t rows, int64_t he
             Vec<C> acc[R][kVectors];
             tile_outer<C, R, kVectors>(a, i, last ? padded_rows.data() : b, last ? 0 : first, rows, acc);
             const int columns = static_cast<int>(last ? rest : kPanel);
-            for (int q = 0; q < R; ++q) {
-                S* at = to + (i + q) * ld + first;
-                if constexpr (std::is_same_v<S, C>) put(at, acc[q], columns);
-                else
-                    for (int c = 0; c < columns; ++c) at[c] = narrow<S>(acc[q][c / kLanes<C>][c % kLanes<C>]);
-            }
+            for (int q = 0; q < R; ++q) put_narrowed(to + (i + q) * ld + first, acc[q], columns);
         }
     };
     int64_t i = 0;

@@ -63,4 +63,12 @@ template <class T> class Buffer {
     std::unique_ptr<T[]> data_;
 };
 
+// Made before threads start: what one of them could not get would end the process.
+template <class W, class... A> std::vector<W> one_for_each_thread(int threads, const A&... arguments) {
+    std::vector<W> all;
+    all.reserve(threads);
+    for (int t = 0; t < threads; ++t) all.emplace_back(arguments...);
+    return all;
+}
+
 }  // namespace sparseffn

@@ -209,6 +209,15 @@ template <class C, int N> inline void put(C* to, const Vec<C> (&values)[N], int 
     std::memcpy(to, values, columns * sizeof(C));
 }
 
+// The same, rounded to what is stored.
+template <class S, int N> inline void put_narrowed(S* to, const Vec<compute_t<S>> (&values)[N], int columns) {
+    using C = compute_t<S>;
+    if constexpr (std::is_same_v<S, C>) return put(to, values, columns);
+    C row[N * kLanes<C>];
+    std::memcpy(row, values, sizeof row);
+    for (int c = 0; c < columns; ++c) to[c] = narrow<S>(row[c]);
+}
+
 template <class C, int N> inline void add(C* to, const Vec<C> (&values)[N], int columns) {
     for (int j = 0; j < N; ++j) {
         const int left = columns - j * kLanes<C>;

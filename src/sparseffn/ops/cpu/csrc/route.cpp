@@ -6,10 +6,10 @@
 #include <optional>
 #include <vector>
 
-#include "linear.h"
-#include "outer.h"
+#include "parallel.h"
+#include "product.h"
 #include "select.h"
-#include "upcast.h"
+#include "transpose.h"
 
 namespace sparseffn {
 namespace {
@@ -47,21 +47,71 @@ void gates_of(Gate kind, const C* logits, int64_t experts, const int64_t* chosen
 
 // From here on transposing the selector pays; below, each logit is a dot product.
 constexpr int64_t kManyTokens = 128;
+// Rows that a thread takes at a time: upcast, they stay in its second-level cache.
+constexpr int64_t kRowsAtOnce = 96;
 // Multiply-adds that are worth a second thread.
 constexpr int64_t kWorth = 1 << 17;
+
+bool worth_threads(const Routes& r) { return r.tokens * r.experts * r.width > kWorth; }
+
+// Rows of a matrix in the type of computation, up to kRowsAtOnce at a time: where they lie, or as a copy.
+template <class C> class SomeRows {
+  public:
+    // With `padded`, they are always copied, zero-filled to whole panels of registers.
+    SomeRows(const Stored& matrix, int64_t width, Range columns, bool padded)
+        : matrix_(matrix), width_(width), columns_(columns), padded_(padded), rows_(kRowsAtOnce),
+          copy_(padded || !is<C>(matrix) ? kRowsAtOnce * ld() : 0) {}
+
+    const C* const* take(int64_t first, int64_t n) {
+        with_type(matrix_.type, [&](auto* tag) {
+            using S = std::remove_pointer_t<decltype(tag)>;
+            const S* from = static_cast<const S*>(matrix_.data) + first * width_ + columns_.begin;
+            for (int64_t i = 0; i < n; ++i, from += width_) {
+                if constexpr (std::is_same_v<S, C>)
+                    if (!padded_) {
+                        rows_[i] = from;
+                        continue;
+                    }
+                C* to = copy_.data() + i * ld();
+                const int64_t columns = columns_.end - columns_.begin;
+                for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<C>(upcast(from[c]));
+                std::fill(to + columns, to + ld(), C(0));
+                rows_[i] = to;
+            }
+        });
+        return rows_.data();
+    }
+
+  private:
+    template <class To> static bool is(const Stored& matrix) {
+        bool same = false;
+        with_type(matrix.type, [&](auto* tag) { same = std::is_same_v<std::remove_pointer_t<decltype(tag)>, To>; });
+        return same;
+    }
+    int64_t ld() const {
+        constexpr int64_t kPanel = kVectors * kLanes<C>;
+        return (columns_.end - columns_.begin + kPanel - 1) / kPanel * kPanel;
+    }
+
+    Stored matrix_;
+    int64_t width_;
+    Range columns_;
+    bool padded_;
+    std::vector<const C*> rows_;
+    Buffer<C> copy_;
+};
 
 // A matrix in the type of computation.
 template <class C> class Wide {
   public:
-    Wide(const Stored& matrix, int64_t n, int threads) {
+    Wide(const Stored& matrix, int64_t n) {
         with_type(matrix.type, [&](auto* tag) {
             using S = std::remove_pointer_t<decltype(tag)>;
+            const S* from = static_cast<const S*>(matrix.data);
             if constexpr (std::is_same_v<S, C>) {
-                data_ = static_cast<const S*>(matrix.data);
+                data_ = from;
             } else {
-                const S* from = static_cast<const S*>(matrix.data);
                 C* to = copy_.emplace(n).data();
-#pragma omp parallel for num_threads(threads) if (n > kWorth) schedule(static)
                 for (int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(upcast(from[i]));
                 data_ = to;
             }
@@ -74,20 +124,44 @@ template <class C> class Wide {
     const C* data_ = nullptr;
 };
 
+// What a thread needs. Made before threads start: what they cannot get must not end the process.
+template <class C> struct ScoreWorkspace {
+    SomeRows<C> x;
+    Buffer<Key<C>> keys;
+    Buffer<C> padded;
+
+    explicit ScoreWorkspace(const Routes& r)
+        : x(r.x, r.width, {0, r.width}, false), keys(r.experts), padded(padded_size<C>(r.width, r.experts)) {}
+};
+
+// Calls then(token, its logits, workspace) for every token.
 template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& then) {
-    const Wide<C> x(r.x, r.tokens * r.width, r.threads), selector(r.selector, r.experts * r.width, r.threads);
+    const Wide<C> selector(r.selector, r.experts * r.width);
     const bool many = r.tokens >= kManyTokens;
-    if (many) linear(x.data(), selector.data(), r.tokens, r.width, r.experts, r.threads, logits);
-#pragma omp parallel num_threads(r.threads) if (r.tokens * r.experts * r.width > kWorth)
+    Buffer<C> transposed(many ? r.width * r.experts : 0);
+    auto all = one_for_each_thread<ScoreWorkspace<C>>(r.threads, r);
+#pragma omp parallel num_threads(r.threads) if (worth_threads(r))
     {
-        Buffer<Key<C>> keys(r.experts);
+        ScoreWorkspace<C>& ws = all[omp_get_thread_num()];
+        if (many) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < r.tokens; ++t) {
-            C* scores = logits + t * r.experts;
-            if (!many)
-                for (int64_t e = 0; e < r.experts; ++e)
-                    scores[e] = dot(x.data() + t * r.width, selector.data() + e * r.width, r.width);
-            then(t, scores, keys);
+            for (int64_t first = 0; first < r.experts; first += kStrip)
+                transpose_rows(selector.data(), r.experts, r.width, r.width, first, transposed.data(), r.experts);
+        }
+        const Range own = part_of(r.tokens, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t first = own.begin; first < own.end; first += kRowsAtOnce) {
+            const int64_t n = std::min(kRowsAtOnce, own.end - first);
+            const C* const* x = ws.x.take(first, n);
+            C* scores = logits + first * r.experts;
+            if (many)
+                product<C, C>(x, n, transposed.data(), r.experts, r.width, r.experts, ws.padded.data(), Fetch{},
+                              [&](int64_t i, int64_t column, int columns, const auto& acc) {
+                                  put(scores + i * r.experts + column, acc, columns);
+                              });
+            for (int64_t i = 0; i < n; ++i, scores += r.experts) {
+                for (int64_t e = 0; e < r.experts && !many; ++e) scores[e] = dot(x[i], selector.data() + e * r.width, r.width);
+                then(first + i, scores, ws.keys);
+            }
         }
     }
 }
@@ -126,25 +200,73 @@ void logits_gradient_in(const Routes& r, const int64_t* indices, const C* gates,
                       out + t * r.experts);
 }
 
-template <class C> void selector_gradients_in(const Routes& r, const C* d, C* grad_x, C* grad_selector) {
-    const Wide<C> x(r.x, r.tokens * r.width, r.threads), selector(r.selector, r.experts * r.width, r.threads);
-#pragma omp parallel num_threads(r.threads) if (r.tokens * r.experts * r.width > kWorth)
-    {
-        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-        Buffer<C> padded(std::max(padded_size<C>(r.experts, r.width), r.tokens * kVectors * kLanes<C>));
-        std::vector<const C*> d_rows(r.tokens), x_rows(r.tokens), padded_rows(r.tokens);
-        const Range own = part_of(r.tokens, thread, team), rows = part_of(r.experts, thread, team);
-        for (int64_t t = 0; t < r.tokens; ++t) {
-            d_rows[t] = d + t * r.experts;
-            x_rows[t] = x.data() + t * r.width;
-        }
-        product<C, C>(d_rows.data() + own.begin, own.end - own.begin, selector.data(), r.width, r.experts, r.width, padded.data(),
-                      Fetch{}, [&](int64_t i, int64_t column, int columns, const auto& acc) {
-                          put(grad_x + (own.begin + i) * r.width + column, acc, columns);
+// d [tokens, experts] times the selector, in x's type.
+template <class C, class X> void x_gradient(const Routes& r, const C* d, const C* selector, Range tokens, C* padded, X* grad_x) {
+    std::vector<const C*> rows(kRowsAtOnce);
+    for (int64_t first = tokens.begin; first < tokens.end; first += kRowsAtOnce) {
+        const int64_t n = std::min(kRowsAtOnce, tokens.end - first);
+        for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
+        product<C, C>(rows.data(), n, selector, r.width, r.experts, r.width, padded, Fetch{},
+                      [&](int64_t i, int64_t column, int columns, const auto& acc) {
+                          put_narrowed(grad_x + (first + i) * r.width + column, acc, columns);
                       });
-        for (int64_t t = 0; t < r.tokens; ++t) d_rows[t] += rows.begin;
-        outer_of_few(d_rows.data(), x_rows.data(), r.tokens, rows.end - rows.begin, r.width,
-                     grad_selector + rows.begin * r.width, r.width, padded, padded_rows);
+    }
+}
+
+// Some columns of d^T x.
+template <class C> void selector_gradient(const Routes& r, const C* d, Range columns, SomeRows<C>& x, C* grad_selector) {
+    std::vector<const C*> rows(kRowsAtOnce);
+    for (int64_t first = 0; first < r.tokens; first += kRowsAtOnce) {
+        const int64_t n = std::min(kRowsAtOnce, r.tokens - first);
+        for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
+        const C* const* x_rows = x.take(first, n);
+        for (int64_t at = 0; columns.begin + at < columns.end; at += kVectors * kLanes<C>) {
+            const int some = static_cast<int>(std::min<int64_t>(columns.end - columns.begin - at, kVectors * kLanes<C>));
+            const auto block = [&](int64_t e, auto size) {
+                constexpr int R = decltype(size)::value;
+                Vec<C> acc[R][kVectors];
+                tile_outer<C, R, kVectors>(rows.data(), e, x_rows, at, n, acc);
+                for (int i = 0; i < R; ++i) {
+                    C* to = grad_selector + (e + i) * r.width + columns.begin + at;
+                    if (first) add(to, acc[i], some);
+                    else put(to, acc[i], some);
+                }
+            };
+            int64_t e = 0;
+            for (; e + kRows <= r.experts; e += kRows) block(e, std::integral_constant<int, kRows>{});
+            with_constant<kRows - 1>(static_cast<int>(r.experts - e), [&](auto size) { block(e, size); });
+        }
+    }
+}
+
+template <class C> struct GradientWorkspace {
+    Range columns;
+    SomeRows<C> x;
+    Buffer<C> padded;
+
+    GradientWorkspace(const Routes& r, Range own)
+        : columns(own), x(r.x, r.width, own, true), padded(padded_size<C>(r.experts, r.width)) {}
+};
+
+template <class C> void selector_gradients_in(const Routes& r, const C* d, void* grad_x, C* grad_selector) {
+    const Wide<C> selector(r.selector, r.experts * r.width);
+    const int parts = worth_threads(r) ? r.threads : 1;
+    std::vector<GradientWorkspace<C>> all;
+    // Whole panels of registers, but for the last.
+    constexpr int64_t kPanel = kVectors * kLanes<C>;
+    const int64_t panels = (r.width + kPanel - 1) / kPanel;
+    for (int i = 0; i < parts; ++i) {
+        const Range own = part_of(panels, i, parts);
+        all.emplace_back(r, Range{own.begin * kPanel, std::min(own.end * kPanel, r.width)});
+    }
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (int i = 0; i < parts; ++i) {
+        with_type(r.x.type, [&](auto* tag) {
+            using X = std::remove_pointer_t<decltype(tag)>;
+            if constexpr (std::is_same_v<compute_t<X>, C>)
+                x_gradient(r, d, selector.data(), part_of(r.tokens, i, parts), all[i].padded.data(), static_cast<X*>(grad_x));
+        });
+        selector_gradient(r, d, all[i].columns, all[i].x, grad_selector);
     }
 }
 
@@ -181,7 +303,7 @@ void logits_gradient(const Routes& r, const int64_t* indices, const void* gates,
 void selector_gradients(const Routes& r, const void* d_logits, void* grad_x, void* grad_selector) {
     in_precision(r, [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        selector_gradients_in<C>(r, static_cast<const C*>(d_logits), static_cast<C*>(grad_x), static_cast<C*>(grad_selector));
+        selector_gradients_in<C>(r, static_cast<const C*>(d_logits), grad_x, static_cast<C*>(grad_selector));
     });
 }
 
