@@ -355,3 +355,34 @@ def test_a_library_that_does_not_load_leaves_pytorch_to_serve(tmp_path: Path) ->
     assert done.stdout.startswith("False\n") and done.stderr.count("no compiled CPU kernels") == 1
     assert "undefined symbol" in done.stderr
     assert "no triton" in done.stdout or "undefined symbol" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_elements_beyond_two_to_the_31_are_found(dtype: torch.dtype) -> None:
+    """Only pages that a token reads are real: the rest of the 4 GiB a tensor is memory that nobody touches."""
+    n_experts, width, size = 2**15 + 8, 256, 256
+    keys, values = (torch.empty(n_experts, *s, dtype=dtype) for s in ((width, size), (size, width)))
+    assert keys.numel() > 2**31
+    read = torch.tensor([0, n_experts // 2, n_experts - 1])
+    few_keys, few_values = torch.randn(3, width, size).to(dtype) / 16, torch.randn(3, size, width).to(dtype) / 16
+    keys[read], values[read] = few_keys, few_values
+    x, which, gates = torch.randn(70, width).to(dtype), torch.randint(3, (70, 1)), torch.rand(70, 1)
+    torch.testing.assert_close(
+        ops.experts(x, keys, values, gates, read[which]), ops.experts(x, few_keys, few_values, gates, which), atol=0, rtol=0
+    )
+    rows = values.view(-1, width)
+    torch.testing.assert_close(
+        ops.weighted_rows(rows, read[which] * size + 7, gates), few_values[which[:, 0], 7] * gates, atol=1e-2, rtol=1e-2,
+        check_dtype=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_memory_that_is_not_there_is_an_error() -> None:
+    """In a process of its own, which a C++ exception in a thread would end; see `scarce_memory.py`."""
+    command = [sys.executable, str(Path(__file__).with_name("scarce_memory.py"))]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
