@@ -16,6 +16,8 @@ from sparseffn.hf.experts import IMPLEMENTATION, experts_forward, register
 from sparseffn.hf.families import Family, families
 from sparseffn.hf.fill import Random, Same, Upcycle
 from sparseffn.hf.outputs import SparseCausalLMOutput
+from sparseffn.hf.sparse_config import SparseFFNConfig
+from sparseffn.hf.sparse_model import SparseFFNForCausalLM
 from sparseffn.hf.split import Split
 from sparseffn.hf.swap import replace_ffn
 from sparseffn.hf.xl_config import TransformerXLHubConfig
@@ -31,6 +33,8 @@ __all__ = [
     "Random",
     "Same",
     "SparseCausalLMOutput",
+    "SparseFFNConfig",
+    "SparseFFNForCausalLM",
     "Split",
     "TransformerXLForCausalLM",
     "TransformerXLHubConfig",
@@ -45,6 +49,8 @@ __all__ = [
 
 register()
 # Importing this module again, as a notebook may, must not fail.
+AutoConfig.register(SparseFFNConfig.model_type, SparseFFNConfig, exist_ok=True)
+AutoModelForCausalLM.register(SparseFFNConfig, SparseFFNForCausalLM, exist_ok=True)
 AutoConfig.register(TransformerXLHubConfig.model_type, TransformerXLHubConfig, exist_ok=True)
 AutoModelForCausalLM.register(TransformerXLHubConfig, TransformerXLForCausalLM, exist_ok=True)
 register_converted()

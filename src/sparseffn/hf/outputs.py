@@ -43,7 +43,7 @@ class SparseCausalLMOutput(ModelOutput):
     cross_entropy: Tensor | None = None
     """Nats a predicted token, without the balancing loss; with labels."""
     balance_loss: Tensor | None = None
-    """Sum of the layers' balancing losses, weights included; 0 for methods without one."""
+    """Sum of the layers' balancing losses, weights included; in training or with labels, for methods that have one."""
 
 
 def causal_lm_loss(

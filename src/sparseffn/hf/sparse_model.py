@@ -1,0 +1,173 @@
+"""`SparseFFNForCausalLM`: a decoder of today's kind with any method's feedforward blocks, at home in transformers.
+
+    import sparseffn.hf
+    ffn = {"method": "sigma-moe", "n_experts": 16, "expert_size": 128, "k": 4, "gated": True, "activation": "silu"}
+    model = sparseffn.hf.SparseFFNForCausalLM(sparseffn.hf.SparseFFNConfig(vocab_size=len(tokenizer), ffn=ffn))
+    Trainer(model, ...).train()
+    model = AutoModelForCausalLM.from_pretrained("folder")
+
+The network is `models.Decoder`; here are transformers' caches, masks and loss, and what saves and loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
+
+from sparseffn.errors import UserError
+from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
+from sparseffn.hf.sparse_config import SparseFFNConfig
+from sparseffn.models import Decoder, keyed_generator
+from sparseffn.models.decoder import DecoderBlock
+
+
+@final
+class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder whose feedforward blocks are any method's."""
+
+    config_class = SparseFFNConfig
+    config: SparseFFNConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["DecoderBlock"]
+    # Logits of experts are float32 anyway; rounded weights would select others.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"decoder.output.weight": "decoder.embedding.weight"}
+
+    def __init__(self, config: SparseFFNConfig) -> None:
+        super().__init__(config)
+        # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
+        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
+        self.decoder = Decoder(config.model_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a module's own parameters where no checkpoint gave them, as `Decoder.init_parameters` does."""
+        missing = [p for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
+        names = {id(parameter): name for name, parameter in self.decoder.named_parameters()}
+        known = [names[id(parameter)] for parameter in missing if id(parameter) in names]
+        if known:
+            self.decoder.init_parameters(self._seed, only=known)
+        for parameter in missing:
+            # An embedding or projection with which transformers replaces ours when the vocabulary grows.
+            if id(parameter) not in names:
+                name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
+                self.decoder.draw(name, parameter, keyed_generator(self._seed, f"new {name}"))
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        for place, block in enumerate(self.decoder.layers):
+            assert isinstance(block, DecoderBlock), "the layers are blocks"
+            block.gradient_checkpointing = enable and place % every_n_layers == 0
+            block._gradient_checkpointing_func = gradient_checkpointing_func
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+        """The tokenizer's mask for a cache of a fixed size too, as `forward` takes it; the router must see padding."""
+        return attention_mask
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding), "transformers sets embeddings"
+        self.decoder.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        assert isinstance(new_embeddings, nn.Linear), "transformers sets linear layers"
+        self.decoder.output = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SparseCausalLMOutput | tuple[Any, ...]:
+        """Logits, and the loss where there are labels.
+
+        Args:
+            input_ids: int64 `[B, L]`.
+            attention_mask: `[B, n_cached + L]`, 0 for padding, which nobody sees and which takes no part in routing.
+            position_ids: int64 `[B, L]`; None: those after what is cached.
+            past_key_values: keys and values of what came before; those of `input_ids` are added.
+            inputs_embeds: `[B, L, hidden_size]` in place of `input_ids`.
+            labels: `[B, L]`, the tokens themselves; -100 is left out.
+            use_cache: return a cache where none is given; None: as the config says, but not in training.
+            logits_to_keep: compute logits of the last so many positions, or of these.
+            output_hidden_states: also return each layer's input and the last output; None: as the config says.
+            return_dict: False for a tuple.
+            kwargs: `num_items_in_batch` and `shift_labels` for the loss.
+
+        Raises:
+            UserError: something is missing, has another shape, or is asked for that this model has not.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("`input_ids` or `inputs_embeds` must be given; got both or neither; fix: pass one of them")
+        if kwargs.pop("output_attentions", None):
+            raise UserError("`output_attentions` must be false: weights are never computed; got true; fix: leave it out")
+        x = self.decoder.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        mask = None if attention_mask is None else _token_mask(attention_mask, x.shape[1], past_key_values)
+        if attention_mask is None and position_ids is not None:
+            _refuse_packed(position_ids)
+        targets = labels if labels is not None else kwargs.get("shift_labels")
+        balances = any(weight > 0 for weight in self.decoder.config.ffn.balancing().values())
+        states, stats = self.decoder.states(
+            x, mask=mask, positions=position_ids, cache=past_key_values,
+            return_stats=balances and (self.training or targets is not None),
+        )  # fmt: skip
+        logits = self.decoder.project(slice_logits_to_keep(states[-1], logits_to_keep))
+        output = causal_lm_loss(self, logits, labels, stats, **kwargs)
+        output.past_key_values = past_key_values
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            output.hidden_states = tuple(states)
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if as_tuple else output
+
+
+def _token_mask(attention_mask: Tensor, n_tokens: int, cache: Cache | None) -> Tensor | None:
+    """bool `[B, n_cached + L]`; None where nothing is padding, which is faster."""
+    wanted = n_tokens + (0 if cache is None else cache.get_seq_length())
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != wanted:
+        raise UserError(
+            f"`attention_mask` must be [batch, {wanted}], an entry for each position so far; got "
+            f"{tuple(attention_mask.shape)}; fix: pass the tokenizer's mask, with those of the cache"
+        )
+    mask = attention_mask != 0
+    # A trace must not depend on values.
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def _refuse_packed(position_ids: Tensor) -> None:
+    """Texts that follow one another in a row, each with positions from 0, would see one another."""
+    if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 0).any()):
+        raise UserError(
+            "`position_ids` must not go back: texts that are packed into one row are not kept apart; got positions that do; "
+            "fix: pad texts into rows of their own and pass `attention_mask`"
+        )
