@@ -18,6 +18,15 @@ class NonFiniteError(UserError):
     """A tensor that must be finite holds NaN or infinity: a model that diverged, mostly."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to end by a signal; the text says where it stands and how it goes on."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+        """As a shell gives it for a process that ends by the signal."""
+
+
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     """At most three of the accepted names, those that a misspelt one may stand for, the nearest first."""
     return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)

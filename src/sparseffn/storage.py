@@ -43,10 +43,17 @@ def writing(path: Path, *, fix: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "make room on the disk" if full else "check its rights and the disk"
-        remedy += f", or {fix}" if fix else ""
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}; fix: {remedy}") from error
+        raise cannot_write(path, str(error.strerror or error), fix=fix) from error
+
+
+_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def cannot_write(path: Path, reason: str, *, fix: str = "") -> UserError:
+    """The error for a file that the file system refuses, for a reason in its words; `fix` is a further remedy."""
+    remedy = "make room on the disk" if any(full in reason for full in _FULL) else "check its rights and the disk"
+    remedy += f", or {fix}" if fix else ""
+    return UserError(f"cannot write {str(path)!r}: {reason}; fix: {remedy}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,8 +177,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and list(folder.iterdir()) == [folder / LOCK]:
-                with contextlib.suppress(OSError):
+            # It may be gone by then.
+            with contextlib.suppress(OSError):
+                if is_new and list(folder.iterdir()) == [folder / LOCK]:
                     (folder / LOCK).unlink()
                     folder.rmdir()
 

@@ -17,7 +17,7 @@ from sparseffn.models.presets import get_preset
 from sparseffn.training import RunFolder, TrainConfig, load_run_model, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.loop import StepReport
-from sparseffn.training.stepper import make_optimizer, training_loss
+from sparseffn.training.stepper import make_optimizer, training_losses
 
 from .sharded import SMALL_PES2O, open_small, write_shards
 
@@ -72,7 +72,7 @@ def test_seeds_of_a_run_see_other_orders(tmp_path: Path, cache_dir: Path) -> Non
     model = TransformerXL(sizes)
     model.init_parameters(config.seed)
     windows = [corpus.training_streams(batch=4, context=32, seed=seed).window(0) for seed in (1, 0)]
-    own, other = (float(training_loss(model, *window, None, config)[0].detach()) for window in windows)
+    own, other = (float(training_losses(model, *window, None, config)[0].mean().detach()) for window in windows)
     assert step["loss"] == pytest.approx(own, rel=1e-6) and own != pytest.approx(other, rel=1e-3)
 
 
@@ -94,8 +94,8 @@ def train_steps(streams: TrainingStreams, model: TransformerXL, config: TrainCon
         inputs, targets = streams.window(i)
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss, balance, memory = training_loss(model, inputs, targets, memory, config)
-        (loss + balance).backward()
+        losses, balance, memory = training_losses(model, inputs, targets, memory, config)
+        (losses.mean() + balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         training.append(time.perf_counter() - start)

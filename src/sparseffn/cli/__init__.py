@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from sparseffn.cli.parse import run
 from sparseffn.cli.process import keep_freed_memory, write_any_text
-from sparseffn.errors import UnmatchedError, UserError
+from sparseffn.errors import Interrupted, UnmatchedError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0; 1 where a check failed, sizes cannot be matched, or nobody reads the output any more; 2 for input that cannot be used;
-    130 when interrupted.
+    130 when interrupted, 143 when terminated.
     """
     write_any_text()
     keep_freed_memory()
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except Interrupted as error:
+        print(f"sparseffn: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("sparseffn: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

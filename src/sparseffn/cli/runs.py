@@ -64,6 +64,8 @@ def train_run(settings: Train) -> int:
             corpus,
             settings.out,
             device=device,
+            non_finite=settings.non_finite,
+            keep=settings.keep,
             on_step=progress.run(matched.label, settings.seed, 0, 1),
             on_metrics=_tensorboard(settings.out) if settings.tensorboard else None,
         )
@@ -121,8 +123,8 @@ def compare_methods(settings: Compare) -> int:
 
 
 def evaluate_run(settings: Eval) -> int:
-    """Evaluate the last checkpoint."""
-    model, folder = load_run_model(settings.run, device=use_machine(settings))
+    """Evaluate a checkpoint."""
+    model, folder = load_run_model(settings.run, checkpoint=settings.checkpoint, device=use_machine(settings))
     run = RunSettings.read(folder)
     corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
     chosen = run.train.evaluation

@@ -195,6 +195,10 @@ class Train(Trained):
     """steps between points of the validation curve (default: 12 points)"""
     checkpoint_every: MaybeInt = None
     """steps between checkpoints (default: those of every other point)"""
+    keep: int = 2
+    """checkpoints that are kept, the last ones; the best on validation is kept besides"""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """a step whose loss or gradient is not finite ends the run, or is left out and noted; ten in a row end it all the same"""
     tensorboard: Flag = False
     """also write TensorBoard events; needs sparseffn[track]"""
     out: str
@@ -218,6 +222,8 @@ class Eval(Places, Machine, Printed):
     """positions that are remembered (default: the run's)"""
     eval_batch: MaybeInt = None
     """streams the split is cut into; 1 is exact (default: the run's)"""
+    checkpoint: str = "last"
+    """last, best on validation of those that are kept, or a step"""
 
 
 @settings_class

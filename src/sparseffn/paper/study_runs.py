@@ -189,7 +189,7 @@ class Training:
             model = TransformerXL(self.model)
             model.init_parameters(self.seed)
             if path is not None:
-                load_weights(model, path, load_checkpoint(path))
+                load_weights(model, path, load_checkpoint(path, run=self.folder.digest()))
             tokens = self.corpus.valid[: PROBE_TOKENS + 1]
             seen = probe(model.to(device), tokens, batch=preset.eval_batch, context=preset.context)
         rounded = {name: float(f"{value:.5g}") for name, value in msgspec.structs.asdict(seen).items() if name != "step"}

@@ -1,11 +1,14 @@
 """Training: one readable loop, checkpoints without pickle, metrics as JSON lines."""
 
+from sparseffn.errors import Interrupted
 from sparseffn.training.config import TrainConfig, from_preset
-from sparseffn.training.loop import NonFiniteLossError, TrainResult, train
+from sparseffn.training.loop import NonFiniteLossError, train
 from sparseffn.training.restore import RunSettings, load_run_corpus, load_run_model, load_run_tokenizer
+from sparseffn.training.result import TrainResult
 from sparseffn.training.run_folder import RunFolder
 
 __all__ = [
+    "Interrupted",
     "NonFiniteLossError",
     "RunFolder",
     "RunSettings",

@@ -9,12 +9,13 @@ from which step.
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,13 +23,17 @@ from torch import Tensor
 
 from sparseffn.data import Corpus, TrainingStreams, Unit
 from sparseffn.devices import device_name, find_device, generator_states, restore_generators
-from sparseffn.errors import NonFiniteError, UserError
+from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_name
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
+from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator
-from sparseffn.storage import Count, read, sole_writer, write_json
-from sparseffn.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from sparseffn.storage import sole_writer, write_bytes
+from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
+from sparseffn.training.health import LossSpikes, collapse, where_not_finite
+from sparseffn.training.interruption import Interruption
 from sparseffn.training.restore import load_weights
+from sparseffn.training.result import TrainResult
 from sparseffn.training.run_folder import RunFolder
 from sparseffn.training.snapshots import routes_to_experts, save_snapshot, snapshot
 from sparseffn.training.stepper import StepNumbers, Stepper, read_steps
@@ -37,6 +42,12 @@ _log = logging.getLogger(__name__)
 
 # Steps between readings of what they did, 10 on other devices: reading waits for the device, which would then be idle.
 READ_EVERY = {"cpu": 1}
+
+# Steps in a row that may be skipped: parameters do not change by them, so that after so many nothing else is to be expected.
+MAX_SKIPPED = 10
+
+NonFinite = Literal["stop", "skip"]
+"""What becomes of a run whose loss or gradient is not finite in a step, which is not taken either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +69,6 @@ class StepReport:
 OnStep = Callable[[StepReport], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """Final numbers of a run; losses in nats a token."""
-
-    steps: Count
-    valid: float
-    test: float
-    seconds: float
-    """Time spent in training steps."""
-    notes: tuple[str, ...] = ()
-    """What one must know of the settings to read the numbers; also logged once, when the run begins."""
-
-    @classmethod
-    def read(cls, path: Path) -> TrainResult:
-        """The result that a finished run wrote.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        fix = "remove the file and run the same command again, which makes it again from the last checkpoint"
-        return read(path, cls, fix=fix)
-
-
 def train(
     model_config: TransformerXLConfig,
     config: TrainConfig,
@@ -88,17 +76,24 @@ def train(
     out: Path | str,
     *,
     device: str | torch.device = "auto",
+    non_finite: NonFinite = "stop",
+    keep: int = KEPT,
     on_step: OnStep | None = None,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
     """Train a model in a run folder, or go on where the folder's last checkpoint stands.
+
+    SIGTERM and Ctrl-C end it after the step that is under way, saved.
 
     Args:
         model_config: the model.
         config: hyperparameters.
         corpus: its vocabulary must be the model's.
         out: the run folder; made when it is not there.
-        device: a name for `find_device`; no part of what identifies the run.
+        device: a name for `find_device`; no part of what identifies the run, as all that follows.
+        non_finite: what becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves the step
+            out, notes it in `metrics.jsonl` and in the result, and goes on; ten in a row end the run all the same.
+        keep: checkpoints that are kept, the last ones; the best on validation is kept besides.
         on_step: called after every step, on a GPU for several steps together.
         on_metrics: called with each record of a step or a validation that is written to `metrics.jsonl`.
 
@@ -107,8 +102,13 @@ def train(
 
     Raises:
         UserError: sizes do not fit, there is no such device, the folder is of another config, or a checkpoint is damaged.
-        NonFiniteLossError: a loss became non-finite; the message names the last checkpoint before it.
+        NonFiniteLossError: a loss became non-finite; the message names tensors, tokens and the last checkpoint before it.
+        Interrupted: a signal ended the run; it goes on when it is called again.
     """
+    if non_finite not in ("stop", "skip"):
+        raise unknown_name("`non_finite`", non_finite, ("stop", "skip"))
+    if keep < 1:
+        raise UserError(f"`keep` must be at least 1; got {keep}; fix: leave it out to keep the last {KEPT}")
     folder, device = RunFolder(out), find_device(device)
     if model_config.vocab_size != corpus.tokenizer.vocab_size:
         raise UserError(
@@ -128,7 +128,8 @@ def train(
         folder.note_corpus(corpus)
         model = TransformerXL(model_config)
         model.init_parameters(config.seed)
-        run = _Run(Stepper(model.to(device), config), corpus, streams, folder, on_step, on_metrics)
+        stepper = Stepper(model.to(device), config, goes_on=non_finite == "skip")
+        run = _Run(stepper, corpus, streams, folder, non_finite, keep, on_step, on_metrics)
         try:
             return run.run()
         except torch.AcceleratorError as error:
@@ -154,6 +155,8 @@ class _Run:
     corpus: Corpus
     streams: TrainingStreams
     folder: RunFolder
+    non_finite: NonFinite
+    keep: int
     on_step: OnStep | None
     on_metrics: Callable[[dict[str, Any]], None] | None
     step: int = 0
@@ -162,6 +165,10 @@ class _Run:
     """What the last steps did, still on the device."""
     started: float = 0.0
     """When the first of them began."""
+    valid: tuple[int, float] | None = None
+    """Step and loss of the last point of the validation curve."""
+    skipped: int = 0
+    """Steps in a row, up to now, that were left out."""
 
     def __post_init__(self) -> None:
         self.model, self.config = self.stepper.model, self.stepper.config
@@ -170,24 +177,36 @@ class _Run:
         """Train to the last step, evaluate, write the result."""
         torch.manual_seed(self.config.seed)
         self._resume()
+        self.spikes = LossSpikes(record["loss"] for record in self.folder.read_metrics() if "loss" in record)
         self.model.train()
-        while self.step < self.config.steps:
-            self._take_step()
-            validates, saves = self._is_due(self.config.eval_every), self._is_due(self.config.checkpoint_every)
-            if validates or saves or self._is_due(READ_EVERY.get(self.stepper.device.type, 10)):
-                self._read_steps()
-            if validates:
-                self._validate()
-            if saves:
-                self.save()
+        with Interruption() as interruption:
+            while self.step < self.config.steps:
+                self._take_step()
+                leaves = interruption.number is not None
+                validates, saves = self._is_due(self.config.eval_every), leaves or self._is_due(self.config.checkpoint_every)
+                if validates or saves or self._is_due(READ_EVERY.get(self.stepper.device.type, 10)):
+                    self._read_steps()
+                if validates:
+                    self._validate()
+                if saves:
+                    self.save()
+                if interruption.number is not None and leaves:
+                    raise self._interrupted(interruption.number)
+            interruption.all_is_saved = True
+            return self._finish()
+
+    def _finish(self) -> TrainResult:
+        """Evaluate, write the result."""
+        n_skipped = self.folder.n_skipped()
+        left_out = f"{n_skipped} step{'s were' if n_skipped > 1 else ' was'} left out: loss or gradient were not finite"
         result = TrainResult(
             steps=self.step,
             valid=self._evaluate_whole("valid"),
             test=self._evaluate_whole("test"),
             seconds=self.seconds,
-            notes=self.config.notes,
+            notes=(*self.config.notes, *([left_out] if n_skipped else [])),
         )
-        write_json(self.folder.result_path, result)
+        result.write(self.folder)
         return result
 
     def _is_due(self, every: int) -> bool:
@@ -199,7 +218,8 @@ class _Run:
         window = self.step % self.streams.n_windows
         if window == 0:
             self.stepper.forget()
-        self.unread.append(self.stepper.take(*self.streams.window(window), lr=self.config.lr_at(self.step)))
+        self.window = self.streams.window(window)
+        self.unread.append(self.stepper.take(*self.window, lr=self.config.lr_at(self.step)))
         self.step += 1
 
     def _read_steps(self) -> None:
@@ -211,16 +231,41 @@ class _Run:
         self.unread.clear()
         for numbers in read:
             step += 1
-            if not (numbers.finite or numbers.overflowed):
-                raise self._not_finite(step, f"loss {numbers.loss} and gradient norm {numbers.grad_norm}")
             self.seconds += seconds
-            self._report(step, numbers, seconds)
+            if numbers.finite or numbers.overflowed:
+                self.skipped = 0
+                self._report(step, numbers, seconds)
+            else:
+                self._not_taken(step, numbers)
 
-    def _not_finite(self, step: int, what: str) -> NonFiniteLossError:
-        # The step was not taken, and no checkpoint is written before the steps are read.
-        return NonFiniteLossError(
-            f"loss and gradient must be finite; got {what} at step {step}, which was not taken; "
-            f"fix: lower lr or raise warmup in a new --out. Last good checkpoint: {self._last_good()}"
+    def _not_taken(self, step: int, numbers: StepNumbers) -> None:
+        """A step that is not finite: end the run, or note it."""
+        what = f"loss {numbers.loss} and gradient norm {numbers.grad_norm}"
+        self.skipped += 1
+        if self.non_finite == "skip" and self.skipped <= MAX_SKIPPED:
+            self._record({"step": step, "skipped": what})
+            return
+        # No checkpoint is written before the steps are read. Of those before the last nothing is left to look at.
+        where = self._where() if step == self.step else ""
+        remedy = "lower lr or raise warmup in a new --out" + (
+            "" if self.skipped > 1 else ", or leave such steps out, `--non-finite skip`"
+        )
+        raise NonFiniteLossError(
+            f"loss and gradient must be finite; got {what} at step {step}, which was not taken{where and f' ({where})'}; "
+            f"fix: {remedy}. Last good checkpoint: {self._last_good()}"
+        )
+
+    def _where(self) -> str:
+        window = (self.step - 1) % self.streams.n_windows
+        device = self.stepper.device
+        inputs, targets = (tokens.to(device) for tokens in self.window)
+        return where_not_finite(self.model, self.stepper.token_losses, inputs, targets, window)
+
+    def _interrupted(self, number: int) -> Interrupted:
+        return Interrupted(
+            f"interrupted after step {self.step} of {self.config.steps}, which is saved in {self._last_good()}; "
+            "the same command goes on from there",
+            number,
         )
 
     def stopped_by_device(self) -> UserError:
@@ -238,14 +283,25 @@ class _Run:
 
     def _validate(self) -> None:
         """A point of the validation curve, and the routing at it."""
-        self._record({"step": self.step, "valid": self._evaluate("valid", self.config.eval_tokens).nats_per_token})
+        self.valid = self.step, self._evaluate("valid", self.config.eval_tokens).nats_per_token
+        self._record({"step": self.step, "valid": self.valid[1]})
         if routes_to_experts(self.model):
-            save_snapshot(self.folder.path, self.step, snapshot(self.model, self.corpus, self.config))
+            selections = snapshot(self.model, self.corpus, self.config)
+            save_snapshot(self.folder.path, self.step, selections)
+            if self.step > 0 and isinstance(self.model.config.ffn, MixtureConfig):
+                self._warn(self.step, collapse(selections, self.model.config.ffn))
+
+    def _warn(self, step: int, warning: str | None) -> None:
+        if warning is not None:
+            _log.warning("step %d: %s", step, warning)
+            self._record({"step": step, "warning": warning})
 
     def _evaluate_whole(self, split: str) -> float:
         """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
         evaluation = self._evaluate(split)
-        np.save(self.folder.window_losses_path(split), evaluation.window_nats)
+        losses = io.BytesIO()
+        np.save(losses, evaluation.window_nats)
+        write_bytes(self.folder.window_losses_path(split), losses.getvalue())
         return evaluation.nats_per_token
 
     def _evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
@@ -264,6 +320,7 @@ class _Run:
         if self.config.precision == "float16":
             record["loss_scale"] = numbers.loss_scale
         self._record({**record, "time_s": round(self.seconds, 4)})
+        self._warn(step, self.spikes.note(numbers.loss))
         if self.on_step is not None:
             report = StepReport(
                 step=step,
@@ -292,8 +349,10 @@ class _Run:
             tensors={**self.stepper.tensors(), **streams, **generators},
             seconds=self.seconds,
             scaler=self.stepper.scaler.state_dict(),
+            run=self.folder.digest(),
+            valid=self.valid[1] if self.valid is not None and self.valid[0] == self.step else None,
         )
-        save_checkpoint(self.folder.checkpoints, checkpoint)
+        save_checkpoint(self.folder.checkpoints, checkpoint, kept=self.keep)
 
     def _resume(self) -> None:
         """Take up the last checkpoint, or start where there is none."""
@@ -303,14 +362,22 @@ class _Run:
             self.folder.note_device(0, device_name(device))
             self._validate()
             return
-        checkpoint = load_checkpoint(found[-1])
-        load_weights(self.model, found[-1], checkpoint)
-        self.stepper.restore(checkpoint)
+        path, checkpoint = found[-1], load_checkpoint(found[-1], run=self.folder.digest())
+        load_weights(self.model, path, checkpoint)
+        generators = {"cpu": checkpoint.tensors.get("rng", torch.zeros(0)), **checkpoint.group("rng")}
+        # A device that the run comes to later draws its own numbers, not those of the first steps again.
+        anew = keyed_generator(self.config.seed, f"step {checkpoint.step}").initial_seed()
+        try:
+            self.stepper.restore(checkpoint)
+            self.streams.restore(checkpoint.group("stream"))
+            restore_generators(generators, device, seed=anew)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"`{path}` must hold the state of this run; got another one ({error}); "
+                "fix: restore config.json and the checkpoint together"
+            ) from None
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        self.streams.restore(checkpoint.group("stream"))
         self.folder.rewind_metrics(self.step)
         self.folder.note_device(self.step, device_name(device))
-        generators = {"cpu": checkpoint.tensors["rng"], **checkpoint.group("rng")}
-        # A device that the run comes to later draws its own numbers, not those of the first steps again.
-        anew = keyed_generator(self.config.seed, f"step {self.step}").initial_seed()
-        restore_generators(generators, device, seed=anew)

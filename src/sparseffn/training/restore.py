@@ -14,7 +14,7 @@ from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.storage import read
-from sparseffn.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from sparseffn.training.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint, step_of
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.run_folder import RunFolder
 
@@ -43,6 +43,8 @@ class RunSettings:
     """Its name."""
     digest: str
     """The corpus's."""
+    run: str
+    """Digest of the whole config, which the run's checkpoints are of."""
     evaluated: int | None
     """First tokens of a split that the run's own results are of; None: whole splits."""
 
@@ -70,33 +72,68 @@ class RunSettings:
             train=train_config,
             corpus=found.corpus.name,
             digest=digest,
+            run=folder.digest(),
             evaluated=int(evaluated) if evaluated.isdecimal() else None,
         )
 
 
-def load_run_model(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[TransformerXL, RunFolder]:
-    """The model of a run folder as of its last checkpoint, in evaluation mode.
+def load_run_model(
+    path: Path | str, *, checkpoint: str = "last", device: str | torch.device = "cpu"
+) -> tuple[TransformerXL, RunFolder]:
+    """The model of a run folder as of one of its checkpoints, in evaluation mode.
+
+    Args:
+        path: the run folder.
+        checkpoint: `last`, `best` (the lowest loss on validation of those that are kept), or a step.
+        device: a name for `find_device`.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint yet, a file of it is damaged, or there is no such device.
+        UserError: the folder holds no run or not that checkpoint, a file of it is damaged, or there is no such device.
     """
     folder = RunFolder(path)
     settings = RunSettings.read(folder)
+    return load_model(settings, find_checkpoint(folder, checkpoint), device=device), folder
+
+
+def find_checkpoint(folder: RunFolder, which: str = "last") -> Path:
+    """A run's checkpoint: `last`, `best`, or a step.
+
+    Raises:
+        UserError: it has no such checkpoint.
+    """
     found = list_checkpoints(folder.checkpoints)
     if not found:
         raise UserError(f"`{folder.path}` must hold a checkpoint; got none yet; fix: train it first")
-    return load_model(settings, found[-1], device=device), folder
+    if which == "last":
+        return found[-1]
+    if which == "best":
+        best = best_checkpoint(folder.checkpoints)
+        if best is None:
+            raise UserError(
+                f"`{folder.path}` must hold a checkpoint of a point of the validation curve; got none; "
+                "fix: choose last, or train with a --checkpoint-every that is a multiple of --eval-every"
+            )
+        return best
+    steps = {str(step_of(path)): path for path in found}
+    if which not in steps:
+        raise UserError(f"`checkpoint` must be last, best or one of {', '.join(steps)}; got {which!r}; fix: choose one of them")
+    return steps[which]
 
 
 def load_model(settings: RunSettings, checkpoint: Path, *, device: str | torch.device = "cpu") -> TransformerXL:
     """The model of one of a run's checkpoints, in evaluation mode.
 
     Raises:
-        UserError: the checkpoint is damaged, or another model's; there is no such device.
+        UserError: the checkpoint is damaged, or another run's; there is no such device.
     """
     device = find_device(device)
+    # First, so that a config of absurd sizes asks for no memory.
+    stored = load_checkpoint(checkpoint, run=settings.run)
+    n_stored = sum(tensor.numel() for tensor in stored.group("model").values())
+    if n_stored < settings.model.num_params():
+        raise _another_model(checkpoint)
     model = TransformerXL(settings.model)
-    load_weights(model, checkpoint, load_checkpoint(checkpoint))
+    load_weights(model, checkpoint, stored)
     return model.to(device).eval()
 
 
@@ -152,7 +189,11 @@ def load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> No
     try:
         model.load_state_dict(checkpoint.group("model"))
     except RuntimeError:
-        raise UserError(
-            f"`{path}` must hold the parameters of the run's config; got another model's; "
-            "fix: restore config.json and the checkpoint together"
-        ) from None
+        raise _another_model(path) from None
+
+
+def _another_model(path: Path) -> UserError:
+    return UserError(
+        f"`{path}` must hold the parameters of the run's config; got another model's; "
+        "fix: restore config.json and the checkpoint together"
+    )

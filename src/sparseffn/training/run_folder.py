@@ -16,21 +16,25 @@ import msgspec
 from sparseffn import __version__
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.storage import LOCK, Count, environment, read, read_json, write_json, write_text
+from sparseffn.storage import LOCK, Count, environment, json_digest, read, read_json, write_json, write_text, writing
 
 
 class _Line(msgspec.Struct):
-    """A line of the metrics: a training step, a point of validation, or the device of the steps that follow."""
+    """A line of the metrics: a training step, a point of validation, the device of the steps that follow, a step that was left
+    out and why, or a warning.
+    """
 
     step: Count
     loss: float | None = None
     balance_loss: float | None = None
     valid: float | None = None
     device: str | None = None
+    skipped: str | None = None
+    warning: str | None = None
 
     def __post_init__(self) -> None:
-        if self.valid is None and self.device is None and None in (self.loss, self.balance_loss):
-            raise ValueError("a step must have its losses, a validation or a device")
+        if None in (self.loss, self.balance_loss) and {self.valid, self.device, self.skipped, self.warning} == {None}:
+            raise ValueError("a step must have its losses, a validation, a device, a reason or a warning")
 
 
 @final
@@ -39,6 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.config_path = self.path / "config.json"
         # What the result depends on beside the config, as it was when the run began.
         self.environment_path = self.path / "environment.json"
         # A `data.CorpusOrigin`: where the corpus was found.
@@ -56,7 +61,7 @@ class RunFolder:
     def open(self, config: Mapping[str, Any], *, device: str = "cpu") -> bool:
         """Create the folder for a config, or `check` that it is this config's; returns whether it is new."""
         self.check(config)
-        path = self.path / "config.json"
+        path = self.config_path
         # The config comes first: a kill in between must leave a folder that the same command takes up.
         fresh = not path.exists()
         if fresh:
@@ -71,7 +76,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run of another config or files of something else.
         """
-        path = self.path / "config.json"
+        path = self.config_path
         if path.exists():
             fix = "restore the file or choose another --out"
             found = read(path, dict[str, Any], fix=fix)
@@ -89,6 +94,14 @@ class RunFolder:
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
             )
+
+    def digest(self) -> str:
+        """Digest of the run's config: what its checkpoints and its result are of.
+
+        Raises:
+            UserError: the folder holds no run, or its config is damaged.
+        """
+        return json_digest(read(self.config_path, dict[str, Any], fix="restore the file or train again"))
 
     def _other_config_fix(self) -> str:
         made_by = read_json(self.environment_path).get("sparseffn") if self.environment_path.exists() else __version__
@@ -112,18 +125,29 @@ class RunFolder:
             self.append_metrics({"step": step, "device": device})
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line to the metrics.
+
+        Raises:
+            UserError: the file system refuses, or the folder is gone.
+        """
+        with writing(self.metrics_path, fix="run the same command again elsewhere"), self.metrics_path.open("ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Steps and validation points; a last line that a kill cut short is left out.
+        """Steps that were taken, and validation points; a last line that a kill cut short is left out.
 
         Raises:
             UserError: another line is damaged.
         """
-        return [record for record in self._records() if "device" not in record]
+        return [record for record in self._records() if "loss" in record or "valid" in record]
+
+    def n_skipped(self) -> int:
+        """Steps that were left out."""
+        return sum("skipped" in record for record in self._records())
 
     def _records(self) -> list[dict[str, Any]]:
+        if self.metrics_path.exists() and not self.metrics_path.is_file():
+            raise UserError(f"`{self.metrics_path}` must be a file; got something else; fix: remove it or restore the file")
         if not self.metrics_path.exists():
             return []
         records = [_metrics_record(line) for line in self.metrics_path.read_bytes().splitlines()]
@@ -146,7 +170,7 @@ def _metrics_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = msgspec.json.decode(line, type=dict[str, Any])
         msgspec.convert(record, _Line)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     return record
 

@@ -23,7 +23,7 @@ from sparseffn.evaluation import evaluate
 from sparseffn.ffn import RoutingStats
 from sparseffn.models import TransformerXL
 from sparseffn.storage import write_bytes
-from sparseffn.training.checkpoint import step_name, step_of
+from sparseffn.training.checkpoint import is_of_step, step_name, step_of
 from sparseffn.training.config import TrainConfig
 
 SNAPSHOT_TOKENS = 4096
@@ -82,7 +82,8 @@ def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
     """A run's snapshots by step, in order; none where it has none."""
-    return {step_of(path): path for path in sorted((folder / "routing").glob("step-*.safetensors"))}
+    found = {step_of(path): path for path in (folder / "routing").glob("step-*.safetensors") if is_of_step(path)}
+    return dict(sorted(found.items()))
 
 
 def load_snapshot(path: Path) -> list[Tensor]:

@@ -48,7 +48,8 @@ class StepNumbers:
 class Stepper:
     """Takes training steps: the model, its optimiser, the scale of its loss in float16, and the memory of each micro-batch."""
 
-    def __init__(self, model: TransformerXL, config: TrainConfig) -> None:
+    def __init__(self, model: TransformerXL, config: TrainConfig, *, goes_on: bool = False) -> None:
+        """`goes_on`: whether steps may follow one that is not finite, as they always do where the host runs ahead."""
         self.model, self.config = model, config
         self.device = model.embedding.weight.device
         self.optimizer = make_optimizer(model, config)
@@ -56,6 +57,9 @@ class Stepper:
         # Streams belong to a micro-batch, and so does their memory.
         self.memories: list[Memory | None] = [None] * config.accumulation
         self._parameters = dict(model.named_parameters())
+        self._clears_memory = goes_on or self.device.type != "cpu"
+        self.token_losses = torch.zeros(0)
+        """`[batch, context]` of the last step, on the model's device."""
 
     def forget(self) -> None:
         """Start with an empty memory, as at the beginning of the corpus."""
@@ -73,17 +77,21 @@ class Stepper:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        token_losses = []
         micro_batches = zip(*(to_device(x, self.device).chunk(n) for x in (inputs, targets)), strict=True)
         for i, (tokens, wanted) in enumerate(micro_batches):
-            loss, balance, self.memories[i] = training_loss(self.model, tokens, wanted, self.memories[i], config)
+            losses, balance, self.memories[i] = training_losses(self.model, tokens, wanted, self.memories[i], config)
+            loss = losses.mean()
+            token_losses.append(losses.detach())
             self.scaler.scale((loss + balance) / n).backward()
             total += torch.stack((loss.detach(), balance.detach()))
         scale = self.scaler.scale(torch.ones((), device=self.device))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self._update(total[0], norm)
-        if self.device.type != "cpu":
+        if self._clears_memory:
             self._clear_memory_of(total[0])
+        self.token_losses = torch.cat(token_losses)
         return torch.cat((total, torch.stack((norm, scale))))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -97,9 +105,15 @@ class Stepper:
         return tensors
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up optimiser, scale and memories of a checkpoint, tensor by tensor and without casts, on the model's device."""
+        """Take up optimiser, scale and memories of a checkpoint, tensor by tensor and without casts, on the model's device.
+
+        Raises:
+            KeyError, ValueError: a tensor is not this model's.
+        """
         for key, value in checkpoint.group("optimizer").items():
             name, field = key.rsplit("::", 1)
+            if value.ndim and value.shape != self._parameters[name].shape:
+                raise ValueError(f"`{key}` of shape {list(value.shape)}")
             self.optimizer.state[self._parameters[name]][field] = value.to(self.device)
         self.scaler.load_state_dict(dict(checkpoint.scaler))
         memories = checkpoint.group("memory")
@@ -133,21 +147,21 @@ def read_steps(steps: list[Tensor], config: TrainConfig) -> list[StepNumbers]:
     return [StepNumbers(loss / n, balance / n, norm, scale) for loss, balance, norm, scale in torch.stack(steps).tolist()]
 
 
-def training_loss(
+def training_losses(
     model: TransformerXL, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
 ) -> tuple[Tensor, Tensor, Memory]:
-    """Cross-entropy and balancing loss of a micro-batch, apart, and the memory for the next.
+    """Cross-entropy of each token and balancing loss of a micro-batch, and the memory for the next.
 
     Raises:
         UserError: a method has a balancing weight but its loss reaches no parameter.
     """
     with autocast(config.precision, tokens.device):
         output = model(tokens, memory, memory_length=config.memory, return_stats=True)
-        loss = token_losses(output.logits, targets).mean()
+        losses = token_losses(output.logits, targets)
     assert output.stats is not None, "statistics were asked for"
     balance = torch.stack([stats.balance_loss.float() for stats in output.stats]).sum()
     check_balance(model, balance)
-    return loss, balance, output.memory
+    return losses, balance, output.memory
 
 
 def check_balance(model: torch.nn.Module, balance: Tensor) -> None:
