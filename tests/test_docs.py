@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from sparseffn.cli import parse
 from sparseffn.ffn import list_methods, unregister
@@ -117,7 +118,9 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def _with_local_models(block: str, folder: Path) -> str:
-    """The block with a small model of the family in place of each from the hub; it must say that it downloads."""
+    """The block with a small model of the family in place of each from the hub, which it must say that it downloads; files that a
+    reader has are put into the folder.
+    """
     for name in NAME_OF_THE_HUB.findall(block):
         from hf.tiny import build
 
@@ -125,6 +128,16 @@ def _with_local_models(block: str, folder: Path) -> str:
         place = folder / name
         build(OF_THE_HUB[name]).save_pretrained(place)
         block = block.replace(f'"{name}"', repr(str(place)))
+    if '"sigma-hf"' in block:
+        from hf.tiny import export
+
+        export(folder / "sigma-hf")
+    if "load_released_model" in block:
+        from models.released import arguments, weights
+
+        of = weights("preln_moe")
+        torch.save({"model": of, "run_invariants": {"args": arguments("preln_moe")}}, folder / "model-100000.pth")
+        torch.save(of, folder / "weights.pth")
     return block
 
 

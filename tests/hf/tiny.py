@@ -6,6 +6,7 @@ The mixture is the last block, so that rounding within it cannot change what a r
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from transformers import (
 from transformers.models.aria.modeling_aria import AriaTextForCausalLM
 from transformers.models.beam.configuration_beam import BeamConfig
 from transformers.models.hy_v4.configuration_hy_v4 import HYV4Config
+
+from sparseffn.data.tokenizers import BytesTokenizer
+from sparseffn.hf import TransformerXLForCausalLM, TransformerXLHubConfig
+from sparseffn.hf.fast_tokenizers import fast_tokenizer
 
 VOCABULARY = 64
 _SIZES = {
@@ -105,3 +110,9 @@ def largest_deviation(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> fl
     assert found.keys() == wanted.keys()
     smallest = max(float(t.norm()) for name, t in wanted.items() if name != "logits") / 50
     return max(float((found[n].double() - t.double()).norm()) / max(float(t.norm()), smallest) for n, t in wanted.items())
+
+
+def export(folder: Path) -> None:
+    """A folder as `sparseffn export` writes one."""
+    TransformerXLForCausalLM(TransformerXLHubConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(folder)
+    fast_tokenizer(BytesTokenizer()).save_pretrained(folder)

@@ -1,7 +1,8 @@
 """The methods: one module beside this one is one method, found because it calls `register`; there is no list to edit.
 
 What a method is made of stands beside them: `block_config` and `feedforward` (its two bases), `options` (its fields), `mixture`
-and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, the registry.
+and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, the registry;
+`released_layers` loads what others trained.
 """
 
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, GatedConfig, describe
@@ -18,6 +19,7 @@ from sparseffn.ffn.methods import (
     unregister,
 )
 from sparseffn.ffn.options import FieldInfo, field_infos, option, parse_options
+from sparseffn.ffn.released_layers import load_released_layer
 from sparseffn.ffn.routing_stats import Routed, RoutingStats
 
 load_builtin_methods(__name__, list(__path__))
@@ -41,6 +43,7 @@ __all__ = [
     "ffn_config_from_json",
     "field_infos",
     "list_methods",
+    "load_released_layer",
     "make_config",
     "method_class",
     "option",

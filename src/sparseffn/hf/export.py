@@ -10,16 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparseffn import __version__
 from sparseffn.errors import UserError
 from sparseffn.hf.fast_tokenizers import fast_tokenizer
 from sparseffn.hf.model_card import CARD
 from sparseffn.hf.run_card import made_by, run_card
-from sparseffn.hf.xl_config import TransformerXLHubConfig
 from sparseffn.hf.xl_model import TransformerXLForCausalLM
-from sparseffn.models import TransformerXL
 from sparseffn.storage import write_folder, write_text
 from sparseffn.training import RunFolder, RunSettings, load_run_model, load_run_tokenizer
 from sparseffn.training.checkpoint import list_checkpoints, step_of
@@ -57,7 +54,7 @@ def export_run(run: str | Path, to: str | Path, *, results: str = "", with_token
     step = step_of(list_checkpoints(folder.checkpoints)[-1])
     tokenizer = load_run_tokenizer(folder) if with_tokenizer else None
     fast = None if tokenizer is None else fast_tokenizer(tokenizer)
-    model = hub_model(trained, memory_length=RunSettings.read(folder).train.eval_memory)
+    model = TransformerXLForCausalLM.of_model(trained, memory_length=RunSettings.read(folder).train.eval_memory)
     card = run_card(folder, model, tokenizer, name=target.resolve().name, step=step, results=results)
     with write_folder(target) as partial:
         model.save_pretrained(partial)
@@ -66,14 +63,6 @@ def export_run(run: str | Path, to: str | Path, *, results: str = "", with_token
         write_text(partial / CARD, card)
     n_params = trained.config.num_params()
     return Exported(path=target, step=step, n_params=n_params, has_tokenizer=with_tokenizer)
-
-
-def hub_model(trained: TransformerXL, *, memory_length: int, **fields: Any) -> TransformerXLForCausalLM:
-    """A model of ours in transformers, with its weights; `fields` are further ones of the config."""
-    config = TransformerXLHubConfig.of_model(trained.config, memory_length=memory_length, **fields)
-    model = TransformerXLForCausalLM(config)
-    model.transformer.load_state_dict(trained.state_dict())
-    return model.eval()
 
 
 def _check_version(folder: RunFolder) -> None:

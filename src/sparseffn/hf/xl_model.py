@@ -50,6 +50,14 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = self._shared_parameters()
         self.post_init()
 
+    @classmethod
+    def of_model(cls, trained: TransformerXL, *, memory_length: int, **fields: Any) -> TransformerXLForCausalLM:
+        """A model of ours with its weights, in evaluation mode; `fields` are further ones of the config."""
+        model = cls(TransformerXLHubConfig.of_model(trained.config, memory_length=memory_length, **fields))
+        model = model.to(next(trained.parameters()).dtype)
+        model.transformer.load_state_dict(trained.state_dict())
+        return model.eval()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's own parameters where no checkpoint gave them, as `TransformerXL.init_parameters` does."""

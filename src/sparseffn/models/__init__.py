@@ -6,6 +6,7 @@ from sparseffn.models.decoder import Decoder
 from sparseffn.models.decoder_config import DecoderConfig
 from sparseffn.models.language_model import LanguageModel, Memory, ModelOutput, keyed_generator
 from sparseffn.models.model_config import TransformerXLConfig
+from sparseffn.models.released_models import load_released_model
 from sparseffn.models.transformer_xl import TransformerXL
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "TransformerXLConfig",
     "build_model",
     "keyed_generator",
+    "load_released_model",
     "model_config_from_json",
 ]
