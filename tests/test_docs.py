@@ -118,8 +118,9 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def _with_local_models(block: str, folder: Path) -> str:
-    """The block with a small model of the family in place of each from the hub, which it must say that it downloads; files that a
-    reader has are put into the folder.
+    """The block with a small model of the family in place of each from the hub; it must say that it downloads.
+
+    Files that a reader has made before are put into the folder.
     """
     for name in NAME_OF_THE_HUB.findall(block):
         from hf.tiny import build

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sparseffn.errors import UserError
 
 # Classes of foreign code by name, and what is made instead of them.
-_STAND_INS = [(OrderedDict, "framework.data_structures.dotdict.DotDict")]
+_STAND_INS: list[Any] = [(OrderedDict, "framework.data_structures.dotdict.DotDict")]
 
 
 def read_weights(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

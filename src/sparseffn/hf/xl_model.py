@@ -54,7 +54,7 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
     def of_model(cls, trained: TransformerXL, *, memory_length: int, **fields: Any) -> TransformerXLForCausalLM:
         """A model of ours with its weights, in evaluation mode; `fields` are further ones of the config."""
         model = cls(TransformerXLHubConfig.of_model(trained.config, memory_length=memory_length, **fields))
-        model = model.to(next(trained.parameters()).dtype)
+        model.transformer.to(next(trained.parameters()).dtype)
         model.transformer.load_state_dict(trained.state_dict())
         return model.eval()
 
