@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(sparseffn [^`]+)`")
 # In code, in a block of commands, or in the mark of a generated block.
 TARGET = re.compile(r"(?:`|^)make ([\w-]+)", re.MULTILINE)
-# Models of the hub that pages name, and the small random model that a test has in their place.
-OF_THE_HUB = {"allenai/OLMoE-1B-7B-0924": "olmoe"}
+# Models of the hub that pages name, and the small random model that a test has in their place: one of tests/hf/tiny.py, or a
+# Llama whose blocks are as wide as the page needs.
+OF_THE_HUB = {"allenai/OLMoE-1B-7B-0924": "olmoe", "HuggingFaceTB/SmolLM2-135M-Instruct": "llama"}
 NAME_OF_THE_HUB = re.compile(r'from_pretrained\(\s*"(\w[\w.-]*/[\w.-]+)"')
 
 
@@ -123,11 +125,9 @@ def _with_local_models(block: str, folder: Path) -> str:
     Files that a reader has made before are put into the folder.
     """
     for name in NAME_OF_THE_HUB.findall(block):
-        from hf.tiny import build
-
         assert "# downloads " in block, f"a block that fetches {name} must say so"
         place = folder / name
-        build(OF_THE_HUB[name]).save_pretrained(place)
+        _small(OF_THE_HUB[name]).save_pretrained(place)
         block = block.replace(f'"{name}"', repr(str(place)))
     if '"sigma-hf"' in block:
         from hf.tiny import export
@@ -140,6 +140,17 @@ def _with_local_models(block: str, folder: Path) -> str:
         torch.save({"model": of, "run_invariants": {"args": arguments("preln_moe")}}, folder / "model-100000.pth")
         torch.save(of, folder / "weights.pth")
     return block
+
+
+def _small(family: str) -> Any:
+    if family != "llama":
+        from hf.tiny import build
+
+        return build(family)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def test_the_example_of_the_readme_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def method_page(name: str) -> str:
     parts += ["## What it selects", selection_svg(small), _picture_caption(small)]
     parts += ["## What it costs", _cost_lead(), markdown_table(_costs(dict.fromkeys(("dense", name))))]
     parts += [f"## {title}\n\n{words}" for title, words in sections.items()]
-    parts += ["## In code", _example(config_class), "## Options", _options(config_class)]
+    parts += ["## In code", _example(config_class), "## Options", options_table(config_class)]
     parts += [f"Source: {config_class.paper}. Reference: [`{config_class.__name__}`][{_full_name(config_class)}]."]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -125,9 +125,10 @@ def _example(config_class: type[FFNConfig]) -> str:
     )
 
 
-def _options(config_class: type[FFNConfig]) -> str:
-    rows = [(info.name, _values(info), _default(info), info.option.doc) for info in field_infos(config_class).values()]
-    return markdown_table(Table.of(("option", "values", "default", "meaning"), rows, n_words=4))
+def options_table(config_class: type[FFNConfig]) -> str:
+    """Every field of a config: meaning, default, range."""
+    rows = [(info.name, info.option.doc, _default(info), _values(info)) for info in field_infos(config_class).values()]
+    return markdown_table(Table.of(("option", "meaning", "default", "values"), rows, n_words=4))
 
 
 def _values(info: FieldInfo) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from gallery import options_table
 
 import sparseffn
 from sparseffn.ffn import list_methods, method_class
@@ -17,6 +18,8 @@ PACKAGES = {
     "contract": ("The contract suite", "sparseffn.contract"),
     "data": ("Text and tokenisers", "sparseffn.data"),
     "models": ("Models", "sparseffn.models"),
+    "training": ("Training", "sparseffn.training"),
+    "comparison": ("Comparing", "sparseffn.comparison"),
 }
 # Modules without `__all__`: what has no underscore is public.
 MODULES = {"accounting": ("Parameters, FLOPs, bytes", "sparseffn.accounting"), "matching": ("Matching", "sparseffn.matching")}
@@ -31,25 +34,32 @@ def reference_pages() -> Mapping[str, str]:
 
 
 def _functions() -> str:
-    """What `import sparseffn` offers, the methods' classes apart."""
-    of_methods = {cls.__name__ for name in list_methods() for cls in _classes_of(name)}
-    names = [name for name in dir(sparseffn) if not name.startswith("_") and name not in of_methods]
-    lead = "What `import sparseffn` offers, loaded when it is used; layers and configs have [their own page](layers.md)."
+    """What `import sparseffn` offers, without classes that have a page of their own."""
+    elsewhere = {cls.__name__ for name in list_methods() for cls in _classes_of(name)} | {"FFNConfig", "FeedForward"}
+    names = [name for name in dir(sparseffn) if not name.startswith("_") and name not in elsewhere]
+    lead = (
+        "What `import sparseffn` offers, loaded when it is used. [Layers and configs](layers.md) and "
+        "[their two bases](write-a-method.md) have their own pages."
+    )
     return "\n\n".join(["# The package", lead, *(_entry(f"sparseffn.{name}", level=2) for name in names)]) + "\n"
 
 
 def _layers() -> str:
-    """Layer and config of each method."""
-    lead = "Each config's fields are its layer's arguments, by keyword; [the gallery](../methods/index.md) has the equations."
+    """Layer and config of each method; what they compute beside it is the base's to document."""
+    lead = (
+        "Each config's fields are its layer's arguments, by keyword. What every layer can do is said of "
+        "[FeedForward][sparseffn.ffn.FeedForward]; [the gallery](../methods/index.md) has the equations."
+    )
     entries = []
     for name in list_methods():
-        shown = [_entry(f"{cls.__module__}.{cls.__qualname__}", level=3) for cls in _classes_of(name)]
-        entries += [f"## {name}", *shown]
+        layer, config = (_entry(f"{cls.__module__}.{cls.__qualname__}", level=3, members=False) for cls in _classes_of(name))
+        entries += [f"## {name}", layer, config, options_table(method_class(name))]
     return "\n\n".join(["# Layers and configs", lead, *entries]) + "\n"
 
 
-def _entry(path: str, *, level: int) -> str:
-    return f"::: {path}\n    options:\n      heading_level: {level}"
+def _entry(path: str, *, level: int, members: bool = True) -> str:
+    shown = "" if members else "\n      members: false\n      show_bases: false"
+    return f"::: {path}\n    options:\n      heading_level: {level}{shown}"
 
 
 def _classes_of(method: str) -> tuple[type, type]:
