@@ -186,6 +186,16 @@ class TestFiles:
         for ours, expected in zip(one.transformer.parameters(), drawn.parameters(), strict=True):
             assert torch.equal(ours, expected)
 
+    @pytest.mark.parametrize("shared", [False, True], ids=["own-layers", "shared-layers"])
+    def test_of_a_model_of_ours(self, shared: bool) -> None:
+        """A copy: the other model may train on."""
+        ours = small(shared_layers=shared).transformer
+        model = TransformerXLForCausalLM.of_model(ours, memory_length=7)
+        assert (model.config.memory_length, model.config.model_config) == (7, ours.config)
+        assert torch.equal(model(text(8)).logits, ours(text(8)).logits)
+        assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in ours.parameters()}
+        assert not model.training
+
     def test_an_unknown_method_or_size_is_refused(self) -> None:
         config = small().config
         for ffn, words in (({"method": "sigma-mo"}, "did you mean 'sigma-moe'"), ({"method": "dense"}, "d_model")):

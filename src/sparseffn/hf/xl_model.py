@@ -9,6 +9,7 @@ The network is `models.TransformerXL`; here are the memory as a cache, the loss,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
@@ -52,16 +53,18 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def of_model(cls, trained: TransformerXL, *, memory_length: int, **fields: Any) -> TransformerXLForCausalLM:
-        """A model of ours with its weights, in evaluation mode; `fields` are further ones of the config."""
-        model = cls(TransformerXLHubConfig.of_model(trained.config, memory_length=memory_length, **fields))
-        model.transformer.to(next(trained.parameters()).dtype)
-        model.transformer.load_state_dict(trained.state_dict())
+        """A model of ours with a copy of its weights, in evaluation mode; `fields` are further ones of the config."""
+        with torch.device("meta"):
+            model = cls(TransformerXLHubConfig.of_model(trained.config, memory_length=memory_length, **fields))
+        # A copy of the module: its layers may share one block, which a state dict does not say.
+        model.transformer = copy.deepcopy(trained)
         return model.eval()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's own parameters where no checkpoint gave them, as `TransformerXL.init_parameters` does."""
-        missing = {id(p) for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)}
+        own = (p for p in module.parameters(recurse=False) if not p.is_meta)
+        missing = {id(p) for p in own if not getattr(p, "_is_hf_initialized", False)}
         names = [name for name, p in self.transformer.named_parameters() if id(p) in missing]
         if names:
             self.transformer.init_parameters(self._seed, only=names)
