@@ -1,4 +1,4 @@
-"""Evaluation with Transformer-XL memory: every token of a split but the first is predicted exactly once."""
+"""Evaluation, with a Transformer-XL's memory: every token of a split but the first is predicted exactly once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparseffn.data import EvalWindow, evaluation_windows
 from sparseffn.devices import autocast, to_device
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import CollectedStats, collect_stats
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 
 OnProgress = Callable[[int, int], None]
 
@@ -44,7 +44,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: TransformerXL,
+    model: LanguageModel,
     tokens: np.ndarray,
     *,
     batch: int = 8,

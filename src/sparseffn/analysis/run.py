@@ -21,7 +21,7 @@ from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.evaluation import OnProgress, evaluate
 from sparseffn.ffn import CollectedStats
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 from sparseffn.results.analysis_result import AnalysisResult, RoutingOverTraining, RunFacts
 from sparseffn.training import RunFolder, RunSettings, TrainConfig, TrainResult, load_run_model
 from sparseffn.training.checkpoint import list_checkpoints, step_of
@@ -33,14 +33,14 @@ from sparseffn.training.snapshots import by_layer, list_snapshots, load_snapshot
 class RunCounts:
     """The running sums of an analysis."""
 
-    def __init__(self, model: TransformerXL, tokens: Sequence[np.ndarray]) -> None:
+    def __init__(self, model: LanguageModel, tokens: Sequence[np.ndarray]) -> None:
         self.usage = UsageCounter()
         mixture = routes_to_experts(model)
         # Channels and values are units themselves, and too many for a table of tokens.
         self.channels = ChannelCounter() if mixture else None
         self.served = ServedTokens(tokens, model.config.vocab_size) if mixture else None
 
-    def read(self, model: TransformerXL, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
+    def read(self, model: LanguageModel, tokens: np.ndarray, config: TrainConfig, on_progress: OnProgress | None) -> float:
         """Count what a model does on a text; returns its loss in nats a token."""
         with nullcontext() if self.channels is None else self.channels.counting(model):
             found = evaluate(model, tokens, on_progress=on_progress, observe=self._observe, **config.evaluation)

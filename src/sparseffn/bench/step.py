@@ -103,6 +103,7 @@ class PartClock:
         self.handles: list[Any] = []
         self.started: dict[str, float] = {}
         model = stepper.model
+        assert isinstance(model, TransformerXL), "a step is timed within a Transformer-XL"
         for i, layer in enumerate(model.layers):
             assert isinstance(layer, Block), "a Transformer-XL is made of blocks"
             self._time(layer.ffn, "feedforward", i)

@@ -172,7 +172,8 @@ def step(settings: BenchStep) -> int:
     )
     candidate = match_methods(parse_methods(settings.method), preset, settings.vocab_size)[0]
     labels = ["dense", *(word for word in settings.methods if word != "dense")]
-    models = {c.label: c.model for c in match_methods(parse_methods(labels), preset, settings.vocab_size)}
+    matched = match_methods(parse_methods(labels), preset, settings.vocab_size)
+    models = {c.label: preset.transformer_xl(c.config, settings.vocab_size) for c in matched}
     backend = settings.backend or requested_backend()
     _check_step({candidate.label: candidate.model.ffn} | {label: m.ffn for label, m in models.items()}, shape, backend)
     shown = StepSettings(
@@ -191,7 +192,9 @@ def step(settings: BenchStep) -> int:
     with backend_restored():
         use_backend(backend)
         log(f"timing {candidate.label} with relative and with plain attention, then {', '.join(models)}")
-        return _deliver(bench_step(candidate.model, models, shape, shown), settings)
+        return _deliver(
+            bench_step(preset.transformer_xl(candidate.config, settings.vocab_size), models, shape, shown), settings
+        )
 
 
 def _check_step(blocks: Mapping[str, FFNConfig], shape: StepShape, backend: str) -> None:

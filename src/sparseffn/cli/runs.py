@@ -51,7 +51,7 @@ def train_run(settings: Train) -> int:
     """Train a model matched to the preset's dense one."""
     device = use_machine(settings)
     choice = one_method(settings.method, "--method")
-    preset = dataclasses.replace(get_preset(settings.preset), **overrides(settings))
+    preset = dataclasses.replace(get_preset(settings.preset), backbone=settings.backbone, **overrides(settings))
     names = ("optimizer", "weight_decay", "accumulation", "precision", "eval_every", "checkpoint_every")
     config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
     corpus = load_corpus(settings.corpus, **settings.corpus_options())
@@ -107,6 +107,7 @@ def compare_methods(settings: Compare) -> int:
         corpus=settings.corpus,
         **settings.corpus_options(),
         preset=settings.preset,
+        backbone=settings.backbone,
         seeds=tuple(range(settings.seed, settings.seed + settings.seeds)),
         steps=settings.steps,
         budget_s=None if settings.budget is None else parse_duration(settings.budget),

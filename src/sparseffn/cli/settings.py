@@ -23,6 +23,7 @@ Ints = Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")]
 Run = Annotated[Positional[str], arg(metavar="RUN")]
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Backbone = Literal["transformer-xl", "llama"]
 
 Class = TypeVar("Class")
 
@@ -84,6 +85,8 @@ class Trained(Tokens, Machine, Printed):
     """stdlib (always there), text, or one of `sparseffn data list`"""
     preset: str = "tiny"
     """tiny, small, wt-s, wt-s-star, wt-b or e8"""
+    backbone: Backbone = "transformer-xl"
+    """model around the feedforward blocks: the paper's, or a decoder as Llama's, where blocks are gated by SiLU"""
     lr: MaybeFloat = None
     """peak learning rate (default: the preset's)"""
     batch: MaybeInt = None
@@ -152,6 +155,7 @@ class Compare(Trained):
       sparseffn compare --methods dense topk pkm sigma-moe --budget 8m --out runs/first
       sparseffn compare --methods dense sigma-moe sigma-moe k=1 expert_size=256 --steps 500 --seeds 3 --out runs/k
       sparseffn compare --corpus text --data-dir my_notes/ --methods dense switch --budget 20m --out runs/notes
+      sparseffn compare --backbone llama --methods dense sigma-moe --budget 8m --out runs/llama   # within a decoder
     """
 
     methods: Words

@@ -22,6 +22,7 @@ from sparseffn.comparison.matched import MatchedMethod, MethodChoice, match_meth
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.devices import Precision, find_device
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.models.backbones import BACKBONES, Backbone
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.training import RunFolder, TrainConfig, from_preset
 
@@ -40,6 +41,8 @@ class CompareSettings:
     data_dir: str | None = None
     cache_dir: str | None = None
     preset: str = "tiny"
+    backbone: Backbone = "transformer-xl"
+    """The model around the feedforward blocks."""
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
     """None: the preset's, or what the budget allows."""
@@ -59,6 +62,8 @@ class CompareSettings:
             raise UserError(f"`steps` must be at least 1; got {self.steps}; fix: pass a positive number")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"`seeds` must be different from one another; got {list(self.seeds)}; fix: --seeds N")
+        if self.backbone not in BACKBONES:
+            raise unknown_name("backbone", self.backbone, BACKBONES)
         for name in self.overrides:
             if name not in OVERRIDES:
                 raise unknown_name("setting", name, OVERRIDES)
@@ -80,7 +85,7 @@ class Comparison:
     def open(cls, settings: CompareSettings, out: Path) -> Comparison:
         """Load and match everything, and check that the folder is free or this comparison's; nothing is written."""
         device = find_device(settings.device)
-        preset = dataclasses.replace(get_preset(settings.preset), **settings.overrides)
+        preset = dataclasses.replace(get_preset(settings.preset), backbone=settings.backbone, **settings.overrides)
         for seed in settings.seeds:
             # Whatever a budget allows later, settings out of range are refused now.
             from_preset(preset, steps=settings.steps, seed=seed, precision=settings.precision)
@@ -98,7 +103,9 @@ class Comparison:
     def identity(self) -> dict[str, Any]:
         """What the folder belongs to."""
         wanted = self.settings
-        precision = {} if wanted.precision == "float32" else {"precision": wanted.precision}
+        # Folders of version 0.1 know neither.
+        later = {} if wanted.precision == "float32" else {"precision": wanted.precision}
+        later |= {} if wanted.backbone == "transformer-xl" else {"backbone": wanted.backbone}
         return {
             "methods": [choice.label for choice in wanted.methods],
             "corpus": wanted.corpus,
@@ -108,8 +115,7 @@ class Comparison:
             "seeds": list(wanted.seeds),
             "steps": wanted.steps,
             "budget_s": wanted.budget_s,
-            # Folders of version 0.1 know no precision.
-            "overrides": {**wanted.overrides, **precision},
+            "overrides": {**wanted.overrides, **later},
             "digest": self.corpus.digest,
         }
 

@@ -99,7 +99,7 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
     path = comparison.out / "layers.json"
     if not path.exists():
         progress.log("timing one layer of each method, in turn")
-        blocks = {DENSE: DenseConfig.from_shape(comparison.preset.shape)} | {c.label: c.config for c in comparison.candidates}
+        blocks = {DENSE: comparison.preset.block(DenseConfig)} | {c.label: c.config for c in comparison.candidates}
         n_tokens = comparison.preset.batch * comparison.preset.context
         # As the run computes its products: those of mixed precision are in the narrow type.
         dtype = DTYPES[comparison.settings.precision]

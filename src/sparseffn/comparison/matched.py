@@ -9,7 +9,7 @@ from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import FFNConfig, field_infos, method_class, parse_options
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.matching import TOLERANCE, Match, match
-from sparseffn.models import TransformerXLConfig
+from sparseffn.models import ModelConfig
 from sparseffn.models.presets import Preset
 
 # Compute that differs more than this from the preset's K x G is marked in the table.
@@ -34,7 +34,7 @@ class MatchedMethod:
 
     label: str
     match: Match
-    model: TransformerXLConfig
+    model: ModelConfig
     marks: tuple[str, ...]
     """What a reader must know of the sizes."""
 
@@ -73,7 +73,7 @@ def match_methods(choices: Sequence[MethodChoice], preset: Preset, vocab_size: i
         UnmatchedError: methods cannot be brought within 0.5% of the dense model's parameters; it names all of them.
         UserError: an option is unknown or out of range.
     """
-    dense = DenseConfig.from_shape(preset.shape)
+    dense = preset.block(DenseConfig)
     other = preset.model(dense, vocab_size).other_params()
     found = [_match(choice, preset, vocab_size, dense.num_params(), other) for choice in choices]
     unequal = [f"{m.label} has {m.match.model_params:,} ({m.match.residual_percent:+.2f}%)" for m in found if not m.match.equal]
@@ -91,7 +91,7 @@ def _match(choice: MethodChoice, preset: Preset, vocab_size: int, target: int, o
     fixed = {key: value for key, value in options.items() if key not in ("d_model", "n_layers")}
     if len(fixed) < len(options):
         raise UserError("`d_model` and `n_layers` must be the preset's; got other values; fix: choose another --preset")
-    config = config_class.from_shape(preset.shape).replace(**fixed)
+    config = preset.block(config_class).replace(**fixed)
     matched = match(config, target, n_blocks=preset.shape.n_layers, other_params=other)
     marks = [
         f"{key} is matched, not the {fixed[key]} asked for"

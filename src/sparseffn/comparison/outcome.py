@@ -18,7 +18,7 @@ from sparseffn.data import Corpus, Unit, to_metric
 from sparseffn.devices import device_name
 from sparseffn.evaluation import evaluate
 from sparseffn.ffn.dense import DenseConfig
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 from sparseffn.results.comparison_result import (
     FORMAT,
     ComparisonResult,
@@ -40,6 +40,8 @@ USAGE_TOKENS = 16 * CURVE_TOKENS
 MAX_TRAIN_POINTS = 200
 # Below the largest float by what the sum over seeds needs.
 _LARGEST_METRIC = 1e300
+# Of the model's sizes, those that the page states; the vocabulary is the corpus's.
+_MODEL_FACTS = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_head")
 DENSE = "(dense)"
 """The dense block in `layers.json`, which may be no candidate."""
 
@@ -55,7 +57,7 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
 LayerTimes = dict[str, LayerTime]
 
 
-def count_usage(model: TransformerXL, config: TrainConfig, corpus: Corpus, folder: Path) -> UsageCounter:
+def count_usage(model: LanguageModel, config: TrainConfig, corpus: Corpus, folder: Path) -> UsageCounter:
     """Count the usage of the feedforward blocks on the first tokens of validation, and write it to `usage.json`."""
     counter = UsageCounter()
     evaluate(model, corpus.valid, max_tokens=USAGE_TOKENS, observe=counter.observe, **config.evaluation)
@@ -75,12 +77,13 @@ def summarize(
         for seed in seeds
         if not comparison.run_folder(candidate.label, seed).result_path.exists()
     ]
+    default = preset.backbone == "transformer-xl"
     here, model = environment(str(comparison.device)), comparison.candidates[0].model
     shared = {key: value for key, value in config.to_json().items() if key != "seed"}
     timed_elsewhere = {} if plan.device == device_name(comparison.device) else {"steps timed on": plan.device}
     return ComparisonResult(
         format=FORMAT,
-        title=f"{corpus.name}, preset {preset.name}",
+        title=f"{corpus.name}, preset {preset.name}" + ("" if default else f", backbone {preset.backbone}"),
         finished=not missing,
         missing=missing,
         corpus={"name": corpus.name, **corpus.info},
@@ -90,7 +93,8 @@ def summarize(
         steps=plan.steps,
         tokens_per_step=config.tokens_per_step,
         settings={**shared, "dropout": preset.shape.dropout, "n_threads": here["threads"]},
-        model={name: getattr(model, name) for name in ("d_model", "n_layers", "n_heads", "d_head")},
+        backbone=preset.backbone,
+        model={name: value for name, value in model.to_json().items() if name in _MODEL_FACTS},
         environment={**here, **timed_elsewhere},
         curve_tokens=config.eval_tokens,
         equal_time_s=_equal_time(plan),
@@ -107,7 +111,7 @@ def _equal_time(plan: Plan) -> float:
 def _row(candidate: MatchedMethod, comparison: Comparison, plan: Plan, layers: LayerTimes) -> MethodResult:
     config, preset, unit = candidate.config, comparison.preset, comparison.corpus.unit
     n_tokens, step_s = preset.batch * preset.context, plan.step_s[candidate.label]
-    own, dense = (count_block(block, n_tokens=n_tokens) for block in (config, DenseConfig.from_shape(preset.shape)))
+    own, dense = (count_block(block, n_tokens=n_tokens) for block in (config, preset.block(DenseConfig)))
     time, dense_time = layers[candidate.label], layers[DENSE]
     runs = {seed: comparison.run_folder(candidate.label, seed) for seed in comparison.settings.seeds}
     results = {seed: TrainResult.read(folder.result_path) for seed, folder in runs.items() if folder.result_path.exists()}

@@ -21,7 +21,7 @@ from sparseffn.comparison.matched import MatchedMethod
 from sparseffn.devices import device_name
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel, build_model
 from sparseffn.storage import Positive, PositiveInt, read, write_json
 from sparseffn.training import RunFolder, TrainConfig
 from sparseffn.training.config import CURVE_POINTS
@@ -99,8 +99,8 @@ def _steps_within(left_s: float, step_s: float, budget_s: float) -> int:
     return steps
 
 
-def _model(candidate: MatchedMethod, device: torch.device) -> TransformerXL:
-    model = TransformerXL(candidate.model)
+def _model(candidate: MatchedMethod, device: torch.device) -> LanguageModel:
+    model = build_model(candidate.model)
     model.init_parameters(0)
     return model.to(device)
 
@@ -112,7 +112,7 @@ def _time_steps(comparison: Comparison, config: TrainConfig) -> dict[str, float]
         return medians(interleaved(calls, rounds=_ROUNDS, warmup=_WARMUP, clock=clock_of(device)))
 
 
-def _training_step(model: TransformerXL, comparison: Comparison, config: TrainConfig) -> Callable[[], object]:
+def _training_step(model: LanguageModel, comparison: Comparison, config: TrainConfig) -> Callable[[], object]:
     """A call that trains on the next window, memory carried."""
     model.train()
     streams = comparison.corpus.training_streams(batch=config.batch, context=config.context)

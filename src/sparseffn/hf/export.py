@@ -16,7 +16,9 @@ from sparseffn.errors import UserError
 from sparseffn.hf.fast_tokenizers import fast_tokenizer
 from sparseffn.hf.model_card import CARD
 from sparseffn.hf.run_card import made_by, run_card
+from sparseffn.hf.sparse_model import SparseFFNForCausalLM
 from sparseffn.hf.xl_model import TransformerXLForCausalLM
+from sparseffn.models import Decoder
 from sparseffn.storage import write_folder, write_text
 from sparseffn.training import RunFolder, RunSettings, load_run_model, load_run_tokenizer
 from sparseffn.training.checkpoint import list_checkpoints, step_of
@@ -54,7 +56,11 @@ def export_run(run: str | Path, to: str | Path, *, results: str = "", with_token
     step = step_of(list_checkpoints(folder.checkpoints)[-1])
     tokenizer = load_run_tokenizer(folder) if with_tokenizer else None
     fast = None if tokenizer is None else fast_tokenizer(tokenizer)
-    model = TransformerXLForCausalLM.of_model(trained, memory_length=RunSettings.read(folder).train.eval_memory)
+    train = RunSettings.read(folder).train
+    if isinstance(trained, Decoder):
+        model = SparseFFNForCausalLM.of_model(trained, max_position_embeddings=train.context)
+    else:
+        model = TransformerXLForCausalLM.of_model(trained, memory_length=train.eval_memory)
     card = run_card(folder, model, tokenizer, name=target.resolve().name, step=step, results=results)
     with write_folder(target) as partial:
         model.save_pretrained(partial)

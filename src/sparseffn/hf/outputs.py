@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from sparseffn.ffn import RoutingStats
 
@@ -69,19 +69,19 @@ def causal_lm_loss(
     """
     # Theirs is viewed as one row.
     shift_labels = None if shift_labels is None else shift_labels.contiguous()
+    n_items = torch.as_tensor(num_items_in_batch, device=logits.device) if num_items_in_batch is not None else None
     balance = torch.stack([layer.balance_loss.float() for layer in stats]).sum() if stats else None
     if labels is None and shift_labels is None:
         return SparseCausalLMOutput(logits=logits, balance_loss=balance)
     cross_entropy = ForCausalLMLoss(
-        logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=shift_labels, **others
+        logits, labels, logits.shape[-1], num_items_in_batch=n_items, shift_labels=shift_labels, **others
     )
-    if balance is not None and num_items_in_batch is not None:
+    if balance is not None and n_items is not None:
         targets = labels[..., 1:] if shift_labels is None and labels is not None else shift_labels
         assert targets is not None, "one of them was given"
-        balance = balance * (targets.ne(IGNORED).sum() / num_items_in_batch).to(balance)
-    added = balance is not None and model.training
+        balance = balance * (targets.ne(IGNORED).sum() / n_items).to(balance)
     return SparseCausalLMOutput(
-        loss=cross_entropy + balance if added else cross_entropy,
+        loss=cross_entropy + balance if balance is not None and model.training else cross_entropy,
         logits=logits,
         cross_entropy=cross_entropy,
         balance_loss=balance,

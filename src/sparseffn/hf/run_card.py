@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparseffn.data import Tokenizer, to_metric
+from sparseffn.hf.sparse_model import SparseFFNForCausalLM
 from sparseffn.hf.xl_model import TransformerXLForCausalLM
 from sparseffn.storage import read_json
 from sparseffn.training import RunFolder, RunSettings, TrainResult
@@ -10,7 +11,7 @@ from sparseffn.training import RunFolder, RunSettings, TrainResult
 
 def run_card(
     folder: RunFolder,
-    model: TransformerXLForCausalLM,
+    model: TransformerXLForCausalLM | SparseFFNForCausalLM,
     tokenizer: Tokenizer | None,
     *,
     name: str,
@@ -23,10 +24,12 @@ def run_card(
     """
     settings = RunSettings.read(folder)
     train = settings.train
+    remembers = isinstance(model, TransformerXLForCausalLM)
+    memory = f", memory {train.memory} in training, {train.eval_memory} in evaluation" if remembers else ""
     training = {
         "corpus": f"{settings.corpus}, digest {settings.digest}",
         "steps": f"{step:,} of {train.steps:,}, {train.tokens_per_step:,} tokens each",
-        "context": f"{train.context} tokens, memory {train.memory} in training, {train.eval_memory} in evaluation",
+        "context": f"{train.context} tokens{memory}",
         "optimiser": f"{train.optimizer}, learning rate {train.lr:g}, gradients clipped at {train.clip:g}, seed {train.seed}",
         "precision": train.precision,
         "trained with": f"sparseffn {made_by(folder) or 'of an unknown version'}",
@@ -61,7 +64,8 @@ def _own_losses(folder: RunFolder, settings: RunSettings, tokenizer: Tokenizer |
         lines.append(f"| {split} | {nats:.4f} |{value}")
     memory, evaluated = settings.train.eval_memory, settings.evaluated
     text = "Whole splits" if evaluated is None else f"The first {evaluated:,} tokens of each split"
-    return "\n".join(lines) + f"\n\n{text}, with a memory of {memory:,} positions; one run, one seed."
+    how = f"with a memory of {memory:,} positions" if memory else "every window without the text before it"
+    return "\n".join(lines) + f"\n\n{text}, {how}; one run, one seed."
 
 
 def _notes(tokenizer: Tokenizer | None) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from sparseffn.errors import UserError
+from sparseffn.hf.model_card import model_card, write_card
 from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
 from sparseffn.hf.sparse_config import SparseFFNConfig
 from sparseffn.models import Decoder, keyed_generator
@@ -48,6 +49,13 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = Decoder(config.model_config)
         self.post_init()
 
+    @classmethod
+    def of_model(cls, trained: Decoder, **fields: Any) -> SparseFFNForCausalLM:
+        """A decoder of ours in transformers, with its weights; `fields` are further ones of the config."""
+        model = cls(SparseFFNConfig.of_model(trained.config, **fields))
+        model.decoder.load_state_dict(trained.state_dict())
+        return model.eval()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's own parameters where no checkpoint gave them, as `Decoder.init_parameters` does."""
@@ -72,6 +80,30 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
             assert isinstance(block, DecoderBlock), "the layers are blocks"
             block.gradient_checkpointing = enable and place % every_n_layers == 0
             block._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def card(self, name: str, **parts: Any) -> str:
+        """The model card: what the model is and how it is loaded; `parts` are further arguments of `model_card`."""
+        sizes = self.decoder.config
+        tied = ", which is also the output projection" if sizes.tied_embeddings else ""
+        return model_card(
+            name=name,
+            kind="decoder",
+            model_type=self.config.model_type,
+            ffn=sizes.ffn,
+            n_params=sizes.num_params(),
+            sizes={
+                "layers": f"{sizes.n_layers}, with RMS norms and rotary positions",
+                "width": f"{sizes.d_model}, {sizes.n_heads} heads of {sizes.d_head}, {sizes.n_kv_heads} of keys and values",
+                "vocabulary": f"{sizes.vocab_size:,}{tied}",
+                "trained context": f"{self.config.max_position_embeddings:,} tokens",
+            },
+            **parts,
+        )
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """`push_to_hub` with our card in place of the hub's empty one."""
+        write_card(self, working_dir, self.card(repo_id))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparseffn.models.decoder import Decoder
 from sparseffn.models.decoder_config import DecoderConfig
@@ -11,6 +11,8 @@ from sparseffn.models.model_config import TransformerXLConfig
 from sparseffn.models.transformer_xl import TransformerXL
 
 Backbone = Literal["transformer-xl", "llama"]
+
+BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 
 ModelConfig = TransformerXLConfig | DecoderConfig
 

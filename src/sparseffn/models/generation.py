@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from sparseffn.devices import to_device
 from sparseffn.errors import UserError
 from sparseffn.models.attention import RelativeAttention
+from sparseffn.models.decoder import Decoder
+from sparseffn.models.rotary_attention import RecentKeysValues
 from sparseffn.models.transformer_xl import Block, TransformerXL
 
 
@@ -60,7 +62,7 @@ class _LayerCache:
 
 @torch.no_grad()
 def generate_tokens(
-    model: TransformerXL,
+    model: TransformerXL | Decoder,
     prompt: Sequence[int],
     n_tokens: int,
     *,
@@ -88,19 +90,28 @@ def generate_tokens(
     if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
         raise UserError(f"`prompt` must hold tokens below vocab_size = {vocab_size}; got {unknown[0]}; fix: use the tokenizer")
     model.eval()
-    caches = [_LayerCache(block, 1, memory_length) for block in model.layers if isinstance(block, Block)]
+    read = _reader(model, memory_length)
     given_1L = to_device(torch.tensor([list(prompt)], device="cpu"), model.embedding.weight.device)
     for token_11 in given_1L.split(1, dim=1)[:-1]:
-        _advance(model, caches, token_11)
+        read(token_11)
     token_11 = given_1L[:, -1:]
     for _ in range(n_tokens):
-        token_11 = _pick(_advance(model, caches, token_11), temperature, top_k, generator)
+        token_11 = _pick(read(token_11), temperature, top_k, generator)
         yield int(token_11)
 
 
-def generate(model: TransformerXL, prompt: Sequence[int], n_tokens: int, **settings: object) -> list[int]:
+def generate(model: TransformerXL | Decoder, prompt: Sequence[int], n_tokens: int, **settings: object) -> list[int]:
     """`generate_tokens` as a list; the settings and errors are the same."""
     return list(generate_tokens(model, prompt, n_tokens, **settings))  # pyright: ignore[reportArgumentType]
+
+
+def _reader(model: TransformerXL | Decoder, memory_length: int) -> Callable[[Tensor], Tensor]:
+    """What reads one more token, `[1, 1]`, and returns the logits after it, `[vocab_size]`."""
+    if isinstance(model, Decoder):
+        cache = RecentKeysValues(memory_length)
+        return lambda token_11: model(token_11, cache=cache).logits[0, 0]
+    caches = [_LayerCache(block, 1, memory_length) for block in model.layers if isinstance(block, Block)]
+    return lambda token_11: _advance(model, caches, token_11)
 
 
 def _advance(model: TransformerXL, caches: Sequence[_LayerCache], token_11: Tensor) -> Tensor:

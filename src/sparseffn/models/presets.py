@@ -7,10 +7,16 @@ its feedforward blocks, the block to be matched, and the training settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from sparseffn.errors import unknown_name
 from sparseffn.ffn import BlockShape, FFNConfig
+from sparseffn.ffn.block_config import GatedConfig
+from sparseffn.models.backbones import Backbone, ModelConfig
+from sparseffn.models.decoder_config import DecoderConfig
 from sparseffn.models.model_config import TransformerXLConfig
+
+Config = TypeVar("Config", bound=FFNConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +36,58 @@ class Preset:
     clip: float = 0.25
     steps: int = 100_000
     eval_batch: int = 8
+    backbone: Backbone = "transformer-xl"
+    """The model around the feedforward blocks; the paper's is the Transformer-XL."""
 
     @property
     def memory(self) -> int:
-        """In training: one context."""
-        return self.context
+        """In training: one context; a decoder has none."""
+        return self.context if self.backbone == "transformer-xl" else 0
 
     @property
     def eval_memory(self) -> int:
-        """In evaluation: four contexts."""
-        return 4 * self.context
+        """In evaluation: four contexts; a decoder has none."""
+        return 4 * self.memory
 
-    def model(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
+    def within(self, backbone: Backbone) -> Preset:
+        """The same sizes around another model."""
+        return replace(self, backbone=backbone)
+
+    def block(self, config_class: type[Config]) -> Config:
+        """A method's block at the preset's sizes, before parameters are matched.
+
+        In Llama's decoder it is gated by SiLU, as Llama's own is, if it can be gated; with the same number of pairs, of three
+        vectors each.
+        """
+        config = config_class.from_shape(self.shape)
+        gated = self.backbone == "llama" and issubclass(config_class, GatedConfig)
+        return config.replace(gated=True, activation="silu") if gated else config
+
+    def model(self, ffn: FFNConfig, vocab_size: int) -> ModelConfig:
         """The model with a given feedforward block."""
+        return self._decoder(ffn, vocab_size) if self.backbone == "llama" else self.transformer_xl(ffn, vocab_size)
+
+    def transformer_xl(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
+        """The Transformer-XL with a given feedforward block."""
         return TransformerXLConfig(
             vocab_size=vocab_size,
             d_model=self.shape.d_model,
             n_layers=self.shape.n_layers,
             n_heads=self.n_heads,
             d_head=self.d_head,
+            dropout=self.shape.dropout,
+            ffn=ffn,
+        )
+
+    def _decoder(self, ffn: FFNConfig, vocab_size: int) -> DecoderConfig:
+        """As many heads, each of an even size, of which two share keys and values."""
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            d_model=self.shape.d_model,
+            n_layers=self.shape.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads // 2 if self.n_heads % 2 == 0 else self.n_heads,
+            d_head=self.d_head + self.d_head % 2,
             dropout=self.shape.dropout,
             ffn=ffn,
         )

@@ -14,7 +14,7 @@ from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.devices import find_device, to_device
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import collect_stats
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 from sparseffn.paper.pool import FORMAT, Pool, RunSpec, RunSummary, Status
 from sparseffn.results.table_result import Load
 from sparseffn.storage import write_json
@@ -80,7 +80,7 @@ def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None
 
 
 @torch.no_grad()
-def training_load(model: TransformerXL, config: TrainConfig, corpus: Corpus) -> float:
+def training_load(model: LanguageModel, config: TrainConfig, corpus: Corpus) -> float:
     """Largest over mean load on the first windows of validation, routed as in training; the worst layer's."""
     windows = evaluation_windows(corpus.valid, batch=config.batch, context=config.context)
     counter, memory = UsageCounter(), None

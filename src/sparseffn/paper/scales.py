@@ -65,7 +65,7 @@ class Column:
         return self.corpus[0] == "ptb"
 
     def model(self, ffn: FFNConfig, vocab_size: int) -> TransformerXLConfig:
-        return dataclasses.replace(self.preset.model(ffn, vocab_size), shared_layers=self.name == SHARED)
+        return dataclasses.replace(self.preset.transformer_xl(ffn, vocab_size), shared_layers=self.name == SHARED)
 
     @property
     def shape(self) -> BlockShape:

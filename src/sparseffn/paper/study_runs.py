@@ -130,7 +130,7 @@ class Training:
     @property
     def model(self) -> TransformerXLConfig:
         """The variant's model. Schemes have one parameter count, so that nothing is to be matched."""
-        return self.scale.preset.model(block_config(self.choice, self.scale.preset), self.corpus.tokenizer.vocab_size)
+        return self.scale.preset.transformer_xl(block_config(self.choice, self.scale.preset), self.corpus.tokenizer.vocab_size)
 
     @property
     def folder(self) -> RunFolder:

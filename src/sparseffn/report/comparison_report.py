@@ -169,6 +169,17 @@ _READING = (
 )
 
 
+_IN_A_DECODER = (
+    " The models are decoders as Llama's: RMS norms, rotary positions, grouped-query attention. Their dense block is gated by "
+    "SiLU, and so is every method that can be, unless its row says otherwise; the details below have each configuration. A "
+    "decoder hands nothing on from window to window: each is read without the text before it, in evaluation too."
+)
+
+
+def _reading(result: ComparisonResult) -> str:
+    return _READING.format(metric=result.metric) + (_IN_A_DECODER if result.backbone == "llama" else "")
+
+
 def comparison_page(result: ComparisonResult, *, drawn: bool = True) -> str:
     """The page as text."""
     table = comparison_table(result)
@@ -180,7 +191,7 @@ def comparison_page(result: ComparisonResult, *, drawn: bool = True) -> str:
             summary=_summary(result),
             warnings=(table.incomplete,) if table.incomplete else (),
             sections=(
-                Section(name="reading", title="How to read this", text=_READING.format(metric=result.metric)),
+                Section(name="reading", title="How to read this", text=_reading(result)),
                 Section(name="results", title="Results", tables=(shown,)),
                 *(_figure_sections(result) if drawn else ()),
                 _details(result),
@@ -199,8 +210,9 @@ def _summary(result: ComparisonResult) -> str:
     facts += [f"vocabulary {corpus['vocab_size']:,}"] if "vocab_size" in corpus else []
     length = f" of {tokens:,} tokens, {formats.count(result.steps * tokens)} in all" if tokens else ""
     preset = f"; preset {result.preset}" if result.preset else ""
+    kind = "Decoders as Llama's" if result.backbone == "llama" else "Language models"
     return (
-        f"Language models{size}, trained on {corpus.get('name', 'a text')} ({', '.join(facts)}) for "
+        f"{kind}{size}, trained on {corpus.get('name', 'a text')} ({', '.join(facts)}) for "
         f"{result.steps:,} steps{length}; {_seeds(result)}{preset}."
     )
 

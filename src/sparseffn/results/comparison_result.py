@@ -134,6 +134,8 @@ class ComparisonResult(Struct, frozen=True, kw_only=True):
     """`name`, `digest`, `tokenizer`, `unit`, sizes of `splits`, and what else identifies it."""
     metric: str
     preset: str | None = None
+    backbone: str = "transformer-xl"
+    """The model around the feedforward blocks; of "llama" the dense block is gated."""
     seeds: list[int]
     steps: PositiveInt
     tokens_per_step: PositiveInt | None = None

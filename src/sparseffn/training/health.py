@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 
 _NAMED = 3
 """Tensors that a message names."""
@@ -28,7 +28,7 @@ MAX_LOAD = 0.9
 """Experts have collapsed if more than a share of them is dead, or one is selected for almost every token."""
 
 
-def where_not_finite(model: TransformerXL, losses: Tensor, inputs: Tensor, targets: Tensor, window: int) -> str:
+def where_not_finite(model: LanguageModel, losses: Tensor, inputs: Tensor, targets: Tensor, window: int) -> str:
     """Which tensors and which tokens a step failed by, as far as they can still be told.
 
     Args:
@@ -64,7 +64,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _first_module(model: TransformerXL, inputs: Tensor, targets: Tensor) -> str | None:
+def _first_module(model: LanguageModel, inputs: Tensor, targets: Tensor) -> str | None:
     """The first module whose output on a window, without memory and dropout, is not finite.
 
     Only on the CPU: elsewhere a router that is not finite is an assertion of the device, which ends every work on it.

@@ -26,7 +26,7 @@ from sparseffn.devices import device_name, find_device, generator_states, restor
 from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_name
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.models import TransformerXL, TransformerXLConfig, keyed_generator
+from sparseffn.models import ModelConfig, build_model, keyed_generator
 from sparseffn.storage import sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
@@ -70,7 +70,7 @@ OnStep = Callable[[StepReport], None]
 
 
 def train(
-    model_config: TransformerXLConfig,
+    model_config: ModelConfig,
     config: TrainConfig,
     corpus: Corpus,
     out: Path | str,
@@ -126,7 +126,7 @@ def train(
         for note in config.notes if fresh else ():
             _log.warning(note)
         folder.note_corpus(corpus)
-        model = TransformerXL(model_config)
+        model = build_model(model_config)
         model.init_parameters(config.seed)
         stepper = Stepper(model.to(device), config, goes_on=non_finite == "skip")
         run = _Run(stepper, corpus, streams, folder, non_finite, keep, on_step, on_metrics)
@@ -138,7 +138,7 @@ def train(
             raise run.stopped_by_device() from error
 
 
-def run_config(model_config: TransformerXLConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def run_config(model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     """What identifies a run: everything its losses depend on but the environment."""
     return {
         "model": model_config.to_json(),

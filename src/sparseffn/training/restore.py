@@ -12,7 +12,7 @@ import torch
 from sparseffn.data import Corpus, CorpusOrigin, Tokenizer, tokenizer_from_json
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
-from sparseffn.models import TransformerXL, TransformerXLConfig
+from sparseffn.models import Decoder, LanguageModel, ModelConfig, TransformerXL, build_model, model_config_from_json
 from sparseffn.storage import read
 from sparseffn.training.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint, step_of
 from sparseffn.training.config import TrainConfig
@@ -37,7 +37,7 @@ class _Config(msgspec.Struct):
 class RunSettings:
     """What a run folder's config says."""
 
-    model: TransformerXLConfig
+    model: ModelConfig
     train: TrainConfig
     corpus: str
     """Its name."""
@@ -60,7 +60,7 @@ class RunSettings:
         found = read(path, _Config, fix=fix)
         part = "model"
         try:
-            model, part = TransformerXLConfig.from_json(found.model), "train"
+            model, part = model_config_from_json(found.model), "train"
             train_config = TrainConfig.from_json(found.train)
         except (AttributeError, TypeError, ValueError) as error:
             reason = str(error).partition("; fix:")[0]
@@ -79,7 +79,7 @@ class RunSettings:
 
 def load_run_model(
     path: Path | str, *, checkpoint: str = "last", device: str | torch.device = "cpu"
-) -> tuple[TransformerXL, RunFolder]:
+) -> tuple[TransformerXL | Decoder, RunFolder]:
     """The model of a run folder as of one of its checkpoints, in evaluation mode.
 
     Args:
@@ -120,7 +120,7 @@ def find_checkpoint(folder: RunFolder, which: str = "last") -> Path:
     return steps[which]
 
 
-def load_model(settings: RunSettings, checkpoint: Path, *, device: str | torch.device = "cpu") -> TransformerXL:
+def load_model(settings: RunSettings, checkpoint: Path, *, device: str | torch.device = "cpu") -> TransformerXL | Decoder:
     """The model of one of a run's checkpoints, in evaluation mode.
 
     Raises:
@@ -132,7 +132,7 @@ def load_model(settings: RunSettings, checkpoint: Path, *, device: str | torch.d
     n_stored = sum(tensor.numel() for tensor in stored.group("model").values())
     if n_stored < settings.model.num_params():
         raise _another_model(checkpoint)
-    model = TransformerXL(settings.model)
+    model = build_model(settings.model)
     load_weights(model, checkpoint, stored)
     return model.to(device).eval()
 
@@ -180,7 +180,7 @@ def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
         ) from None
 
 
-def load_weights(model: TransformerXL, path: Path, checkpoint: Checkpoint) -> None:
+def load_weights(model: LanguageModel, path: Path, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's parameters into a model.
 
     Raises:

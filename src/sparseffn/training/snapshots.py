@@ -21,7 +21,7 @@ from sparseffn.data import Corpus, EvalWindow, unpadded
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.ffn import RoutingStats
-from sparseffn.models import TransformerXL
+from sparseffn.models import LanguageModel
 from sparseffn.storage import write_bytes
 from sparseffn.training.checkpoint import is_of_step, step_name, step_of
 from sparseffn.training.config import TrainConfig
@@ -30,7 +30,7 @@ SNAPSHOT_TOKENS = 4096
 """Tokens of a snapshot: with 16 experts and K = 4 an expert's load is then known to about 3%, as good as a line on paper."""
 
 
-def routes_to_experts(model: TransformerXL) -> bool:
+def routes_to_experts(model: LanguageModel) -> bool:
     """Whether a model's feedforward blocks select experts; channels and values are too many to keep by token."""
     return model.config.ffn.unit == "experts"
 
@@ -49,7 +49,7 @@ def layer_name(name: str, place: int) -> str:
     return f"{name}[{place}]" if place else name
 
 
-def snapshot(model: TransformerXL, corpus: Corpus, config: TrainConfig) -> list[Tensor]:
+def snapshot(model: LanguageModel, corpus: Corpus, config: TrainConfig) -> list[Tensor]:
     """The experts that some validation tokens, always the same, select: int16 `[n_tokens, K]` a layer, -1 for nothing."""
     rows: dict[str, list[Tensor]] = {}
 

@@ -17,7 +17,7 @@ from sparseffn.devices import autocast, to_device
 from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward
-from sparseffn.models import Memory, TransformerXL
+from sparseffn.models import LanguageModel, Memory
 from sparseffn.training.checkpoint import Checkpoint
 from sparseffn.training.config import TrainConfig
 
@@ -48,7 +48,7 @@ class StepNumbers:
 class Stepper:
     """Takes training steps: the model, its optimiser, the scale of its loss in float16, and the memory of each micro-batch."""
 
-    def __init__(self, model: TransformerXL, config: TrainConfig, *, goes_on: bool = False) -> None:
+    def __init__(self, model: LanguageModel, config: TrainConfig, *, goes_on: bool = False) -> None:
         """`goes_on`: whether steps may follow one that is not finite, as they always do where the host runs ahead."""
         self.model, self.config = model, config
         self.device = model.embedding.weight.device
@@ -148,7 +148,7 @@ def read_steps(steps: list[Tensor], config: TrainConfig) -> list[StepNumbers]:
 
 
 def training_losses(
-    model: TransformerXL, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
+    model: LanguageModel, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
 ) -> tuple[Tensor, Tensor, Memory]:
     """Cross-entropy of each token and balancing loss of a micro-batch, and the memory for the next.
 
