@@ -63,26 +63,31 @@ def distil_block(layer: FeedForward, block: DenseBlock, inputs_TD: Tensor, how: 
             with torch.no_grad():
                 wanted_TD = block(x_TD).float()
             y_TD, stats = layer(x_TD.float(), return_stats=True)
-            loss = relative_error(y_TD, wanted_TD) + stats.balance_loss
+            loss = token_error(y_TD, wanted_TD) + stats.balance_loss
             how.set_lr(optimizer, step)
             _update(optimizer, loss, f"block {name}, step {step}")
     layer.eval()
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared deviation over the wanted one's square."""
-    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30)
+def token_error(found_TD: Tensor, wanted_TD: Tensor) -> Tensor:
+    """Mean over tokens of the squared deviation over the wanted one's square, or over the median of those where it is larger.
+
+    Some blocks answer to the first token of a text with outputs a thousand times as large as to others; in a sum of squares it
+    would be the only one.
+    """
+    sizes_T = wanted_TD.square().sum(dim=1)
+    return ((found_TD - wanted_TD).square().sum(dim=1) / sizes_T.clamp_min(float(sizes_T.median())).clamp_min(1e-30)).mean()
 
 
 @torch.no_grad()
 def block_error(layer: nn.Module, block: DenseBlock, inputs_TD: Tensor) -> float:
-    """The relative error over inputs, summed in float64."""
-    deviation = wanted = 0.0
+    """Mean over tokens of the squared deviation from the dense output over its square."""
+    total = 0.0
     for x_TD in inputs_TD.split(1024):
         y_TD = block(x_TD).double()
-        deviation += float((layer(x_TD).double() - y_TD).square().sum())
-        wanted += float(y_TD.square().sum())
-    return deviation / max(wanted, 1e-300)
+        sizes_T = y_TD.square().sum(dim=1).clamp_min(1e-300)
+        total += float(((layer(x_TD).double() - y_TD).square().sum(dim=1) / sizes_T).sum())
+    return total / len(inputs_TD)
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from sparseffn.report.page import Page, Section, page_html, write_texts
 from sparseffn.report.plotting import Line, Plot, line_plot, log_heights, pointed_style, write_plots
 from sparseffn.report.table import Table
 from sparseffn.results.convert_result import ConvertedBlock, ConvertFacts, ConvertResult, Loss
+from sparseffn.stats import mean_std
 
 _READING = (
     "Perplexity is that of the held-out text, every window on its own; the interval says how far another text of the same kind "
     "could have changed the ratio. The error of a block is the square of what its output deviates by from the dense block's, "
-    "over the square of that, on the dense model's own inputs. A block's active pairs are those that a token uses. Both models "
-    "are timed in turns on one sequence; FLOPs are those of the feedforward blocks alone."
+    "over the square of that, a mean over tokens, on the dense model's own inputs. Active pairs are those that a token uses. "
+    "Both models are timed in turns on one sequence; FLOPs are those of the feedforward blocks alone."
 )
 
 
@@ -31,9 +33,11 @@ def write_conversion(result: ConvertResult, folder: Path, *, drawn: bool = True)
 
 
 def facts_line(result: ConvertResult) -> str:
+    text, facts = result.calibration, result.facts
+    fits = facts.fill == "split" or facts.distill or facts.end_to_end
     return (
         f"{result.model}, {formats.count(result.params_before)} parameters before, {formats.count(result.params_after)} after; "
-        f"fitted on {formats.integer(result.calibration.tokens)} tokens of {result.calibration.name}, "
+        f"{f'fitted on {formats.integer(text.tokens)} tokens of {text.name}, ' if fits else ''}"
         f"measured on {formats.integer(result.held_out.tokens)} of {result.held_out.name}"
     )
 
@@ -92,14 +96,14 @@ def _speed_table(result: ConvertResult) -> Table:
         for speed in result.speeds
     ]
     threads = result.environment.get("threads")
-    title = f"Tokens per second of one sequence, {threads} threads, {result.facts.dtype}"
+    title = f"Tokens per second of one sequence, {threads} thread{'' if threads == 1 else 's'}, {result.facts.dtype}"
     return Table.of(("pass", "dense", "converted", "times as fast"), rows, title=title)
 
 
 def _blocks_table(blocks: Sequence[ConvertedBlock]) -> Table:
     trained = any(block.error != block.filled_error for block in blocks)
     errors = ("error, filled", "error, distilled") if trained else ("error",)
-    head = ("block", "pairs", "active", *errors, "parameters", "was", "MFLOPs a token", "were")
+    head = ("block", "pairs", "active", *errors, "parameters", "dense", "MFLOPs a token", "of dense")
     rows = [
         (
             block.name,
@@ -134,7 +138,7 @@ def conversion_plots(result: ConvertResult) -> list[Plot]:
             lines,
             name="block-errors",
             title="Error of each block",
-            caption="Squared deviation from the dense block's output over its square, on held-out inputs of the dense model.",
+            caption="Squared deviation from the dense block's output over its square, mean over held-out tokens.",
             axes_names=("block", "relative error"),
             adjust=log_heights,
         )
@@ -170,3 +174,56 @@ def conversion_page(result: ConvertResult, plots: Sequence[Plot] = ()) -> str:
             cites_paper=False,
         )
     )
+
+
+def conversions_table(results: Sequence[ConvertResult], *, upcycled: bool = False) -> Table:
+    """A row for each way to convert, over its seeds; upcycled models apart, as they compute no less than the dense one."""
+    groups: dict[tuple[str, int, int], list[ConvertResult]] = {}
+    for result in results:
+        if (result.facts.fill == "upcycle") == upcycled:
+            key = (described(result.facts), result.facts.distill, result.facts.end_to_end)
+            groups.setdefault(key, []).append(result)
+    return Table.by_column(
+        [
+            ("converted", lambda of: of[0]),
+            ("steps", lambda of: f"{of[1][0].facts.distill} + {of[1][0].facts.end_to_end}"),
+            ("active pairs", lambda of: formats.percent(of[1][0].active_share)),
+            ("FLOPs of the blocks", lambda of: formats.percent(of[1][0].flops_share)),
+            ("parameters", lambda of: formats.count(of[1][0].params_after)),
+            ("dense", lambda of: formats.loss(of[1][0].dense.perplexity, "perplexity")),
+            ("filled", lambda of: _over_seeds([r.filled for r in of[1]])),
+            (
+                "distilled",
+                lambda of: _over_seeds([r.converted for r in of[1]]) if _trains(of[1][0].facts) else formats.NOT_MEASURED,
+            ),
+            ("prompt", lambda of: _faster(of[1], "prompt")),
+            ("decoding", lambda of: _faster(of[1], "decoding")),
+            ("seeds", lambda of: str(len(of[1]))),
+        ],
+        [(name, found) for (name, _, _), found in sorted(groups.items(), key=_order)],
+        notes=(
+            "steps: of each block, then of the whole model; filled and distilled: perplexity, and its change against dense, "
+            "mean and standard deviation over seeds; prompt and decoding: times as fast as the dense model",
+        ),
+    )
+
+
+def _order(item: tuple[tuple[str, int, int], list[ConvertResult]]) -> tuple[bool, float, str]:
+    """What needs no training first, then by the share that is computed."""
+    result = item[1][0]
+    return _trains(result.facts), -result.flops_share, item[0][0]
+
+
+def _trains(facts: ConvertFacts) -> bool:
+    return facts.distill + facts.end_to_end > 0
+
+
+def _over_seeds(losses: Sequence[Loss]) -> str:
+    """`79.73 ± 0.12, +3.4%`"""
+    change = sum(loss.change or 0.0 for loss in losses) / len(losses)
+    return f"{formats.spread(mean_std([loss.perplexity for loss in losses]), 'perplexity')}, {100 * change:+.1f}%"
+
+
+def _faster(results: Sequence[ConvertResult], what: str) -> str:
+    """The median over seeds."""
+    return formats.times(statistics.median(s.times_faster for r in results for s in r.speeds if s.what == what))

@@ -37,7 +37,7 @@ class ReplacedBlock(Struct, frozen=True, kw_only=True):
 
 
 class ConvertedBlock(ReplacedBlock, frozen=True, kw_only=True):
-    """Squared deviation from the dense block's output over its square, on held-out inputs of the dense model."""
+    """Mean over tokens of the squared deviation from the dense output over its square, on the dense model's held-out inputs."""
 
     filled_error: float
     """Before any training."""
@@ -145,3 +145,12 @@ def read_conversion(path: Path) -> ConvertResult:
         UserError: it is absent or damaged.
     """
     return read(path, ConvertResult, fix="convert again")
+
+
+def read_conversions(folder: Path) -> list[ConvertResult]:
+    """Every result of a folder, one file each, in the order of their names.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    return [read_conversion(path) for path in sorted(folder.glob("*.json"))]
