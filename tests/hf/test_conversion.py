@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
@@ -20,12 +21,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from hf.dense import build
 from sparseffn.cli import main
 from sparseffn.errors import UserError
+from sparseffn.hf import held_out
 from sparseffn.hf.conversion import ConvertSettings, convert
-from sparseffn.report.convert_report import conversion_page, conversion_tables
+from sparseffn.report.convert_report import conversion_page, conversion_tables, conversions_table
 from sparseffn.results.convert_result import ConvertResult, read_conversion
 from sparseffn.storage import file_digest
 
 CONTEXT = 136
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_rounds() -> Iterator[None]:
+    """Nothing here is about speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "_ROUNDS", 1)
+        yield
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -64,7 +74,7 @@ def settings(source: Path) -> ConvertSettings:
         eval_tokens=4 * CONTEXT,
         context=CONTEXT,
         distill=3,
-        end_to_end=42,
+        end_to_end=23,
         batch_tokens=CONTEXT,
         out=source / "out",
     )
@@ -98,7 +108,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize(
-    "stage", ["running", "distilling model.layers.1", "end to end, step 25", "perplexity of the converted"]
+    "stage", ["running", "distilling model.layers.1", "end to end, step 22", "perplexity of the converted"]
 )
 def test_a_conversion_that_was_killed_gives_the_same(
     stage: str, converted: ConvertResult, settings: ConvertSettings, tmp_path: Path
@@ -193,11 +203,22 @@ def test_a_distillation_that_diverges_says_so(settings: ConvertSettings, tmp_pat
 def test_the_page_and_the_tables_say_what_was_measured(converted: ConvertResult) -> None:
     """From the result alone."""
     model, speed, blocks = conversion_tables(converted)
-    assert [row.cells[0].text for row in model.rows] == ["dense", "filled, not trained", "distilled, 3 + 42 steps"]
+    assert [row.cells[0].text for row in model.rows] == ["dense", "filled, not trained", "distilled, 3 + 23 steps"]
     assert model.rows[0].cells[1].text == f"{converted.dense.perplexity:.2f}" and model.rows[1].cells[3].text == "33.3%"
     assert len(blocks.rows) == 3 and len(speed.rows) == 2
     page = conversion_page(converted)
     assert "sigma-moe n_experts=6 k=2 from split" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_seeds_share_a_row(converted: ConvertResult) -> None:
+    """Mean and deviation over seeds; upcycled models stand apart."""
+    other = structs.replace(converted, facts=structs.replace(converted.facts, seed=1))
+    upcycled = structs.replace(converted, facts=structs.replace(converted.facts, fill="upcycle"))
+    (row,) = conversions_table([converted, other, upcycled]).rows
+    assert [cell.text for cell in row.cells][:4] == ["sigma-moe n_experts=6 k=2 from split", "3 + 23", "544", "33.3%"]
+    assert row.cells[-1].text == "2" and " ± 0.00, " in row.cells[-4].text
+    (row,) = conversions_table([converted, other, upcycled], upcycled=True).rows
+    assert row.cells[0].text.endswith("from upcycle") and row.cells[-1].text == "1"
 
 
 def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,7 @@ def conversions_table(results: Sequence[ConvertResult], *, upcycled: bool = Fals
         [
             ("converted", lambda of: of[0]),
             ("steps", lambda of: f"{of[1][0].facts.distill} + {of[1][0].facts.end_to_end}"),
+            ("held-out tokens", lambda of: formats.integer(of[1][0].held_out.tokens)),
             ("active pairs", lambda of: formats.percent(of[1][0].active_share)),
             ("FLOPs of the blocks", lambda of: formats.percent(of[1][0].flops_share)),
             ("parameters", lambda of: formats.count(of[1][0].params_after)),
