@@ -34,7 +34,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained runs, and their table."""
     folder = tmp_path_factory.mktemp("comparison")
     (folder / "song.txt").write_text(SONG)
-    words = ["compare", "--methods", "sigma-moe", "--corpus", "text", "--data-dir", str(folder / "song.txt"), "--steps", "2"]
+    words = ["compare", "--methods", "sigma-moe", "--corpus", "text", "--data-dir", str(folder / "song.txt"), "--steps", "4"]
     out = folder / "out"
     assert main([*words, "--batch", "2", "--context", "16", "--tokenizer", "chars", "--out", str(out)]) == 0
     return out
@@ -102,8 +102,19 @@ def test_the_card_has_the_runs_table(exported: Path) -> None:
 def test_the_card_of_a_comparisons_run_has_its_table(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = comparison.parent / "of-comparison"
     assert main(["export", str(comparison / "runs" / "sigma-moe" / "seed-0"), "--to", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 2
+    assert json.loads(capsys.readouterr().out)["step"] == 4
     assert (comparison / "table.md").read_text().strip() in (folder / "README.md").read_text()
+
+
+def test_an_earlier_checkpoint_claims_no_results(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are those of its step."""
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    assert main(["export", str(run), "--to", str(tmp_path / "first"), "--checkpoint", str(steps[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == steps[0] < 4
+    assert "None: the checkpoint is that of step" in (tmp_path / "first" / "README.md").read_text()
+    trained, _ = load_run_model(run, checkpoint=str(steps[0]))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert torch.equal(loaded.transformer.output.bias, trained.output.bias)
 
 
 class TestPush:

@@ -186,6 +186,18 @@ class TestFiles:
         for ours, expected in zip(one.transformer.parameters(), drawn.parameters(), strict=True):
             assert torch.equal(ours, expected)
 
+    def test_a_vocabulary_that_grows_is_drawn_as_ours(self, tmp_path: Path) -> None:
+        """New rows have the spread of a new model's; the old ones stay, and the larger model is saved and loaded."""
+        model = small().float()
+        before = model.transformer.embedding.weight.detach().clone()
+        model.resize_token_embeddings(VOCABULARY + 200, mean_resizing=False)
+        weight = model.transformer.embedding.weight.detach()
+        assert torch.equal(weight[:VOCABULARY], before)
+        assert float(weight[VOCABULARY:].std()) == pytest.approx((2 / (VOCABULARY + 200 + 16)) ** 0.5, rel=0.1)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(text(4)).logits, model(text(4)).logits)
+
     @pytest.mark.parametrize("shared", [False, True], ids=["own-layers", "shared-layers"])
     def test_of_a_model_of_ours(self, shared: bool) -> None:
         """A copy: the other model may train on."""

@@ -24,7 +24,13 @@ def export(settings: Export) -> int:
     # A model of ours is written in a moment.
     disable_progress_bar()
     run = Path(settings.run)
-    exported = export_run(run, settings.to, results=_of_comparison(run), with_tokenizer=not settings.without_tokenizer)
+    exported = export_run(
+        run,
+        settings.to,
+        checkpoint=settings.checkpoint,
+        results=_of_comparison(run),
+        with_tokenizer=not settings.without_tokenizer,
+    )
     if settings.json:
         print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
         return 0

@@ -271,6 +271,8 @@ class Export(Printed):
     """run folder"""
     to: str
     """new folder"""
+    checkpoint: str = "last"
+    """last, best (on validation, of those that are kept) or a step"""
     without_tokenizer: Flag = False
     """leave out the tokenizer, where it is missing or transformers can have no such one"""
 

@@ -21,7 +21,8 @@ from sparseffn.hf.xl_model import TransformerXLForCausalLM
 from sparseffn.models import Decoder
 from sparseffn.storage import write_folder, write_text
 from sparseffn.training import RunFolder, RunSettings, load_run_model, load_run_tokenizer
-from sparseffn.training.checkpoint import list_checkpoints, step_of
+from sparseffn.training.checkpoint import step_of
+from sparseffn.training.restore import find_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +36,28 @@ class Exported:
     has_tokenizer: bool
 
 
-def export_run(run: str | Path, to: str | Path, *, results: str = "", with_tokenizer: bool = True) -> Exported:
+def export_run(
+    run: str | Path, to: str | Path, *, checkpoint: str = "last", results: str = "", with_tokenizer: bool = True
+) -> Exported:
     """Write a Hugging Face folder, whole or not at all.
 
     Args:
         run: a run folder with a checkpoint.
         to: a new folder.
-        results: a table in Markdown for the model card; "": the run's own losses.
+        checkpoint: `last`, `best` (on validation, of those that are kept), or a step.
+        results: a table in Markdown for the model card, of the finished run; "": the run's own losses.
         with_tokenizer: whether the run's tokeniser is written too.
 
     Raises:
-        UserError: the folder is there already; the run has no checkpoint, a damaged file or is of a later version; its
+        UserError: the folder is there already; the run has no such checkpoint, a damaged file or is of a later version; its
             tokeniser is missing, or transformers can have no such one; the folder cannot be written.
     """
     folder, target = RunFolder(run), Path(to)
     if target.exists():
         raise UserError(f"`to` must be a new folder; got {str(target)!r}, which exists; fix: choose another, or remove it")
     _check_version(folder)
-    trained, _ = load_run_model(run)
-    step = step_of(list_checkpoints(folder.checkpoints)[-1])
+    trained, _ = load_run_model(run, checkpoint=checkpoint)
+    step = step_of(find_checkpoint(folder, checkpoint))
     tokenizer = load_run_tokenizer(folder) if with_tokenizer else None
     fast = None if tokenizer is None else fast_tokenizer(tokenizer)
     train = RunSettings.read(folder).train

@@ -20,7 +20,7 @@ def run_card(
 ) -> str:
     """The card of a run's model after `step` steps.
 
-    `name` is the new folder's; `results` is a table in Markdown; "" stands for the run's own losses.
+    `name` is the new folder's; `results` is a table in Markdown of the finished run; "" stands for the run's own losses.
     """
     settings = RunSettings.read(folder)
     train = settings.train
@@ -38,7 +38,7 @@ def run_card(
         training["tokeniser"] = f"{tokenizer.name}, one token a {tokenizer.unit}, {tokenizer.vocab_size:,} of them"
     return model.card(
         name,
-        results=results or _own_losses(folder, settings, tokenizer),
+        results=_results(folder, settings, tokenizer, step=step, table=results),
         training=training,
         has_tokenizer=tokenizer is not None,
         notes=_notes(tokenizer),
@@ -53,10 +53,17 @@ def made_by(folder: RunFolder) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def _own_losses(folder: RunFolder, settings: RunSettings, tokenizer: Tokenizer | None) -> str:
+def _results(folder: RunFolder, settings: RunSettings, tokenizer: Tokenizer | None, *, step: int, table: str) -> str:
+    """The table, or the run's losses; of a checkpoint on the way, that there are none."""
     if not folder.result_path.exists():
         return "The run had not finished when its checkpoint was exported: there are no final losses."
     result = TrainResult.read(folder.result_path)
+    if step != result.steps:
+        return f"None: the checkpoint is that of step {step:,}, and final losses are those of step {result.steps:,}."
+    return table or _own_losses(result, settings, tokenizer)
+
+
+def _own_losses(result: TrainResult, settings: RunSettings, tokenizer: Tokenizer | None) -> str:
     metric = None if tokenizer is None else to_metric(result.test, tokenizer.unit)[0]
     lines = ["| split | nats a token |" + (f" {metric} |" if metric else ""), "| :-- | --: |" + (" --: |" if metric else "")]
     for split, nats in (("valid", result.valid), ("test", result.test)):

@@ -25,7 +25,7 @@ from sparseffn.hf.model_card import model_card, write_card
 from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
 from sparseffn.hf.xl_config import TransformerXLHubConfig
 from sparseffn.hf.xl_memory import XLMemory, XLMemoryLayer
-from sparseffn.models import RelativeAttention, TransformerXL
+from sparseffn.models import RelativeAttention, TransformerXL, keyed_generator
 from sparseffn.models.transformer_xl import Block
 
 
@@ -64,10 +64,16 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module's own parameters where no checkpoint gave them, as `TransformerXL.init_parameters` does."""
         own = (p for p in module.parameters(recurse=False) if not p.is_meta)
-        missing = {id(p) for p in own if not getattr(p, "_is_hf_initialized", False)}
-        names = [name for name, p in self.transformer.named_parameters() if id(p) in missing]
+        missing = {id(p): p for p in own if not getattr(p, "_is_hf_initialized", False)}
+        names = {id(p): name for name, p in self.transformer.named_parameters() if id(p) in missing}
         if names:
-            self.transformer.init_parameters(self._seed, only=names)
+            self.transformer.init_parameters(self._seed, only=names.values())
+        for parameter in (p for key, p in missing.items() if key not in names):
+            # An embedding or projection with which transformers replaces ours when the vocabulary grows.
+            name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
+            drawn = torch.empty_like(parameter, device="cpu")
+            self.transformer.draw(name, drawn, keyed_generator(self._seed, f"new {name}"))
+            parameter.copy_(drawn)
 
     def _shared_parameters(self) -> dict[str, str]:
         """What the parameters of layers that share one block are called, and whose they are."""
