@@ -78,22 +78,14 @@ def _cost_lead() -> str:
     shape = get_preset(PRESET).shape
     return (
         f"One block of d_model {shape.d_model} with the parameters of the dense block of d_ff {shape.d_ff}; shares of what the "
-        "dense block costs for a token, from closed forms that the contract suite holds against the built layer."
+        "dense block uses, computes and keeps for a token, from closed forms that the contract suite holds against the layer."
     )
 
 
 def _costs(names: Iterable[str]) -> Table:
     shape = get_preset(PRESET).shape
     dense = count_block(method_class("dense").from_shape(shape))
-    columns = (
-        "method",
-        "parameters",
-        "of these used",
-        "FLOPs, forward",
-        "FLOPs, training",
-        "kept for backward",
-        "pairs computed",
-    )
+    columns = ("method", "parameters", "used", "FLOPs", "FLOPs, training", "kept for backward", "pairs")
     return Table.of(columns, [_cost_row(name, dense) for name in names])
 
 

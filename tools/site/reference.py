@@ -23,6 +23,8 @@ PACKAGES = {
 }
 # Modules without `__all__`: what has no underscore is public.
 MODULES = {"accounting": ("Parameters, FLOPs, bytes", "sparseffn.accounting"), "matching": ("Matching", "sparseffn.matching")}
+# Whose parameters the layers have.
+SHARED = ("sparseffn.ffn.dense.TwoMatrices", "sparseffn.ffn.mixture.Mixture")
 
 
 def reference_pages() -> Mapping[str, str]:
@@ -50,7 +52,7 @@ def _layers() -> str:
         "Each config's fields are its layer's arguments, by keyword. What every layer can do is said of "
         "[FeedForward][sparseffn.ffn.FeedForward]; [the gallery](../methods/index.md) has the equations."
     )
-    entries = []
+    entries = ["## What they share", *(_entry(path, level=3, members=False) for path in SHARED)]
     for name in list_methods():
         layer, config = (_entry(f"{cls.__module__}.{cls.__qualname__}", level=3, members=False) for cls in _classes_of(name))
         entries += [f"## {name}", layer, config, options_table(method_class(name))]

@@ -1,7 +1,8 @@
 r"""Switch Transformer's mixture (Fedus 2022, arXiv 2101.03961), equations 15-17 of arXiv 2310.10837.
 
-$$ s = \mathrm{softmax}(W_3 x), \quad \mathcal{E}_x = \mathrm{argtopk}(s, K), \quad K = 1 $$
-$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x), \quad L = 0.01 \, N_E \, f \cdot p $$
+$$ s = \mathrm{softmax}(W_3 x), \quad \mathcal{E}_x = \mathrm{argtopk}(s, 1) $$
+$$ y = \sum_{e \in \mathcal{E}_x} s[e] \, W_2^e \, \mathrm{act}(W_1^e x) $$
+$$ L = 0.01 \, N_E \, f \cdot p $$
 
 With `capacity_factor` $\mu$ an expert takes at most $\mu K T / N_E$ tokens in training, in order of their position in the
 flattened batch; a token that finds no place gets output 0 and is counted in `RoutingStats.dropped`.
