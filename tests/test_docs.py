@@ -52,8 +52,8 @@ def commands(page: Path) -> list[list[str]]:
     in_sentences = INLINE.findall(BLOCK.sub("", page.read_text(encoding="utf-8")))
     found = [*lines_typed(page), *(shlex.split(line, comments=True) for line in in_sentences)]
     words = [[word for word in line[1:] if word != "..."] for line in found if line[0] == "sparseffn"]
-    # A group alone, as `sparseffn bench`, is a name in a sentence.
-    return [line for line in words if line[0] not in parse.GROUPS or len(line) > 1]
+    # A group or a command alone, as `sparseffn bench` or `sparseffn convert`, is a name in a sentence.
+    return [line for line in words if len(line) > 1 or line[0] not in {*parse.GROUPS, *parse.COMMANDS}]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
