@@ -262,3 +262,28 @@ def test_the_layer_is_ours() -> None:
     layer = build(**{**FFN["sigma-moe"], "d_model": 16, "n_layers": 2})
     assert type(model.transformer.layers[0].ffn) is type(layer)
     assert sparseffn.hf.TransformerXLForCausalLM is TransformerXLForCausalLM
+
+
+def test_trainer_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """With micro-batches, checkpointing and expert dropout: to the losses of a run that was not stopped."""
+    pytest.importorskip("accelerate", reason="Trainer needs it: pip install accelerate")
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    data = [{"input_ids": row, "labels": row} for row in text(12, batch=24)]
+    sizes = {**small().config.to_dict(), "ffn": {**FFN["sigma-moe"], "d_model": 16, "n_layers": 2, "expert_dropout": 0.2}}
+
+    def losses(folder: Path, steps: int, *, resume: bool = False) -> list[float]:
+        set_seed(1)
+        settings = TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+            save_steps=3, learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
+            activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
+        model = TransformerXLForCausalLM(TransformerXLHubConfig(**sizes))
+        trainer = Trainer(model, settings, train_dataset=data)  # pyright: ignore[reportArgumentType]
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    whole = losses(tmp_path / "whole", 6)
+    assert losses(tmp_path / "part", 3) == whole[:3]
+    assert losses(tmp_path / "part", 6, resume=True) == whole
