@@ -1,0 +1,93 @@
+"""Transformers' Trainer: goes on after an interruption as if there was none, micro-batches and processes add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install 'sparseffn[hf]'")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import sparseffn
+from hf import trained_by_trainer
+from hf.trained_by_trainer import train
+
+SCRIPT = str(trained_by_trainer.__file__)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "song.txt"
+    path.write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """Eight steps in one go, with dropout, expert dropout, padding and a balancing loss."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, train(out, text)
+
+
+def test_goes_on_from_a_checkpoint_bit_by_bit(whole: tuple[Path, list[float]], text: Path, tmp_path: Path) -> None:
+    """From the third step, and the model that is saved is the same."""
+    out, losses = whole
+    assert len(losses) == 8 and losses[-1] < losses[0] - 1
+    shutil.copytree(out / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    assert train(tmp_path / "out", text) == losses
+    first, second = (AutoModelForCausalLM.from_pretrained(path) for path in (out, tmp_path / "out"))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_checkpointed_activations_change_nothing(whole: tuple[Path, list[float]], text: Path, tmp_path: Path) -> None:
+    """To the bit, dropout included."""
+    assert train(tmp_path / "out", text, checkpointing="1") == whole[1]
+
+
+def test_micro_batches_add_up(text: Path, tmp_path: Path) -> None:
+    """Two of two rows of different lengths are one of four, without what is of a whole batch."""
+    one = train(tmp_path / "one", text, entropy="0", steps="4")
+    two = train(tmp_path / "two", text, entropy="0", steps="4", batch="2", accumulation="2")
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_is_killed_and_goes_on_bit_by_bit(text: Path, tmp_path: Path) -> None:
+    """After 137 of 200 steps, by SIGKILL."""
+    options = ["steps=200", "save=40"]
+    wanted = printed([sys.executable, SCRIPT, str(tmp_path / "whole"), str(text), *options])
+    killed = [sys.executable, SCRIPT, str(tmp_path / "killed"), str(text), *options]
+    assert run([*killed, "kill=137"]).returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-120").is_dir() and not (tmp_path / "killed" / "model.safetensors").exists()
+    assert printed(killed) == wanted
+    assert len(wanted) == 200 and wanted[-1] < 1.5 < 5 < wanted[0]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(text: Path, tmp_path: Path) -> None:
+    """By `accelerate launch`, which starts several processes of the CPU by its flag for several GPUs alone."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = printed([*launch, SCRIPT, str(tmp_path / "two"), str(text), "batch=2", "entropy=0"])
+    assert two == pytest.approx(train(tmp_path / "one", text, entropy="0"), rel=1e-5)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(sparseffn.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def printed(command: list[str]) -> list[float]:
+    """The losses that a run prints in its last line."""
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,83 @@
+"""Transformers' Trainer on the bytes of a text, from OUT's last checkpoint on: `trained_by_trainer.py OUT TEXT [KEY=VALUE]`.
+
+Keys: steps, batch (of a process), accumulation, save (steps between checkpoints), kill (die by SIGKILL after a step), entropy
+(weight of the balancing loss; 0 switches dropout off too), checkpointing. The last line that is written is the losses of all
+logged steps as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sparseffn.hf import SparseFFNConfig, SparseFFNForCausalLM
+
+LENGTH = 32
+DEFAULTS = {
+    "steps": "8", "batch": "4", "accumulation": "1", "save": "3", "kill": "0", "entropy": "0.01", "checkpointing": "0"
+}  # fmt: skip
+
+
+class Dies(TrainerCallback):
+    """By SIGKILL, after a step, whatever is saved or not."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def model(entropy: float) -> SparseFFNForCausalLM:
+    """A small one, with everything that draws random numbers in training."""
+    torch.manual_seed(0)
+    ffn = {"method": "sigma-moe", "n_experts": 8, "expert_size": 16, "k": 2, "gated": True, "activation": "silu"}
+    ffn |= {"entropy_weight": entropy, "expert_dropout": 0.05}
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    dropout = 0.1 if entropy else 0.0
+    return SparseFFNForCausalLM(
+        SparseFFNConfig(**sizes, num_key_value_heads=2, dropout=dropout, ffn=ffn if entropy else {**ffn, "expert_dropout": 0.0})
+    )
+
+
+def rows(text: Path) -> list[dict[str, torch.Tensor]]:
+    """Pieces of the text; every third is shorter, padded with tokens that are no targets."""
+    tokens, found = torch.tensor(list(text.read_bytes())), []
+    for i, piece in enumerate(tokens[: len(tokens) // LENGTH * LENGTH].split(LENGTH)):
+        mask = (torch.arange(LENGTH) < (LENGTH - 9 if i % 3 == 0 else LENGTH)).long()
+        found.append({"input_ids": piece, "attention_mask": mask, "labels": piece.masked_fill(mask == 0, -100)})
+    return found
+
+
+def train(out: Path, text: Path, **words: str) -> list[float]:
+    """The losses of all logged steps, those before an interruption included."""
+    unknown = words.keys() - DEFAULTS.keys()
+    assert not unknown, f"unknown {unknown}"
+    given = {**DEFAULTS, **words}
+    arguments = TrainingArguments(
+        output_dir=str(out), max_steps=int(given["steps"]), per_device_train_batch_size=int(given["batch"]),
+        learning_rate=3e-3, logging_steps=1, save_steps=int(given["save"]), report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=1, dataloader_pin_memory=False,
+        activation_checkpointing=given["checkpointing"] == "1", gradient_accumulation_steps=int(given["accumulation"]),
+    )  # fmt: skip
+    callbacks = [Dies(int(given["kill"]))] if int(given["kill"]) else []
+    trainer = Trainer(model=model(float(given["entropy"])), args=arguments, train_dataset=rows(text), callbacks=callbacks)
+    last = get_last_checkpoint(str(out)) if out.exists() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    losses = train(Path(sys.argv[1]), Path(sys.argv[2]), **dict(word.split("=") for word in sys.argv[3:]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(json.dumps(losses) + "\n")
