@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import sparseffn.hf
 from sparseffn.errors import UserError
 from sparseffn.ffn import build
-from sparseffn.hf import TransformerXLForCausalLM, TransformerXLHubConfig
+from sparseffn.hf import TransformerXLForCausalLM, TransformerXLHubConfig, XLMemory
 
 FFN = {
     "dense": {"method": "dense", "d_ff": 24},
@@ -87,6 +87,18 @@ class TestMemory:
         assert out.past_key_values.layers[0].memory().shape == (2, 8, 16)
         assert out.past_key_values.get_seq_length() == 205
 
+    def test_padding_is_remembered_until_it_is_forgotten(self) -> None:
+        """Window by window, with a memory shorter than what was seen; the mask is of all tokens so far."""
+        model, prompt = small(memory_length=5), text(9)
+        padded = torch.cat((torch.zeros(2, 3, dtype=torch.int64), prompt), dim=1)
+        mask = (torch.arange(12) >= 3).long().repeat(2, 1)
+        memory, found = model.new_memory(), []
+        with torch.no_grad():
+            for start in (0, 4, 8):
+                window = padded[:, start : start + 4]
+                found.append(model(window, attention_mask=mask[:, : start + 4], past_key_values=memory).logits)
+        assert_same(torch.cat(found, dim=1)[:, 3:], in_windows(model, prompt, [1, 4, 4]))
+
     def test_padding_before_a_prompt_changes_nothing(self) -> None:
         """Logits, and what is generated."""
         model, prompt = small(), text(6)
@@ -126,8 +138,13 @@ class TestMemory:
 
     def test_another_cache_or_a_mask_of_another_length_is_refused(self) -> None:
         model, tokens = small(), text(4)
-        with pytest.raises(UserError, match="`past_key_values` must be an XLMemory; got DynamicCache"):
+        with pytest.raises(UserError, match="`past_key_values` must be an XLMemory of 2 layers; got DynamicCache"):
             model(tokens, past_key_values=DynamicCache())
+        with pytest.raises(UserError, match="must be an XLMemory of 2 layers; got 3 layers"):
+            model(tokens, past_key_values=XLMemory(3, 5))
+        memory = model(text(3, batch=1)).past_key_values
+        with pytest.raises(UserError, match="must be of 2 texts, as the window is; got 1"):
+            model(tokens, past_key_values=memory)
         with pytest.raises(UserError, match=r"`attention_mask` must be \[batch, 4\]"):
             model(tokens, attention_mask=torch.ones(2, 3))
 

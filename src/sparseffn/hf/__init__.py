@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparseffn.hf.converted import ConvertedConfig, ConvertedForCausalLM, register_converted, save_converted
 from sparseffn.hf.dense_blocks import DenseBlock
 from sparseffn.hf.experts import IMPLEMENTATION, experts_forward, register
+from sparseffn.hf.export import Exported, export_run
 from sparseffn.hf.families import Family, families
+from sparseffn.hf.fast_tokenizers import fast_tokenizer
 from sparseffn.hf.fill import Random, Same, Upcycle
 from sparseffn.hf.outputs import SparseCausalLMOutput
 from sparseffn.hf.sparse_config import SparseFFNConfig
@@ -29,6 +31,7 @@ __all__ = [
     "ConvertedConfig",
     "ConvertedForCausalLM",
     "DenseBlock",
+    "Exported",
     "Family",
     "Random",
     "Same",
@@ -41,7 +44,9 @@ __all__ = [
     "Upcycle",
     "XLMemory",
     "experts_forward",
+    "export_run",
     "families",
+    "fast_tokenizer",
     "register",
     "replace_ffn",
     "save_converted",

@@ -145,3 +145,8 @@ class XLMemory(Cache):
 
     def __init__(self, n_layers: int, length: int) -> None:
         super().__init__(layers=[XLMemoryLayer(length) for _ in range(n_layers)])
+
+    def of(self, layer: int) -> XLMemoryLayer:
+        found = self.layers[layer]
+        assert isinstance(found, XLMemoryLayer), "there are no others"
+        return found

@@ -169,15 +169,13 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("`input_ids` or `inputs_embeds` must be given; got both or neither; fix: pass one of them")
         memory = past_key_values
-        if memory is not None and not isinstance(memory, XLMemory):
-            raise UserError(
-                f"`past_key_values` must be an XLMemory; got {type(memory).__name__}; fix: pass model.new_memory() or nothing"
-            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if memory is None and use_cache:
             memory = self.new_memory()
         x = self.transformer.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if memory is not None:
+            self._check_memory(memory, x.shape[0])
         padding = None if attention_mask is None else self._padding(attention_mask, x.shape[1], memory)
         with_stats = labels is not None and any(weight > 0 for weight in self.transformer.config.ffn.balancing().values())
         x, inputs, stats = self._layers(x, memory, padding, with_stats=with_stats)
@@ -195,8 +193,7 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         inputs, collected = [], []
         for place, block in enumerate(self.transformer.layers):
             assert isinstance(block, Block), "the layers are blocks"
-            kept = None if memory is None else memory.layers[place]
-            assert kept is None or isinstance(kept, XLMemoryLayer), "an `XLMemory` has no other layers"
+            kept = None if memory is None else memory.of(place)
             inputs.append(x)
             if kept is not None and not torch.is_grad_enabled():
                 x, stats = _with_projections(block, x, kept, padding, with_stats=with_stats)
@@ -220,6 +217,17 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
 
         return self._gradient_checkpointing_func(run, x) if self.gradient_checkpointing and self.training else run(x)
 
+    def _check_memory(self, memory: object, batch: int) -> None:
+        """Raise a UserError for another cache than this model's, or one of another batch."""
+        fix = "fix: pass model.new_memory() or nothing"
+        n_layers = self.config.num_hidden_layers
+        if not isinstance(memory, XLMemory) or len(memory.layers) != n_layers:
+            got = f"{len(memory.layers)} layers" if isinstance(memory, XLMemory) else type(memory).__name__
+            raise UserError(f"`past_key_values` must be an XLMemory of {n_layers} layers; got {got}; {fix}")
+        past = memory.of(0).memory()
+        if past is not None and past.shape[0] != batch:
+            raise UserError(f"`past_key_values` must be of {batch} texts, as the window is; got {past.shape[0]}; {fix}")
+
     def _padding(self, attention_mask: Tensor, n_tokens: int, memory: XLMemory | None) -> Tensor | None:
         """bool `[B, M + L]`, True where nothing is; None where there is no padding."""
         n_seen = 0 if memory is None else memory.get_seq_length()
@@ -231,10 +239,10 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         padding = attention_mask == 0
         if not bool(padding.any()):
             return None
-        n_kept = min(n_seen, self.config.memory_length)
+        n_keys = n_tokens if memory is None else memory.get_mask_sizes(n_tokens, 0)[0]
         missing = n_seen + n_tokens - padding.shape[1]
         padding = F.pad(padding, (missing, 0), value=False)
-        return padding[:, padding.shape[1] - n_kept - n_tokens :]
+        return padding[:, padding.shape[1] - n_keys :]
 
 
 def _with_projections(
