@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseffn.data import Tokenizer, list_tokenizers, tokenizer_class, tokenizer_from_json
-from sparseffn.data.bpe import BpeTokenizer, _thinned, _word_counts
+from sparseffn.data.bpe import BpeTokenizer, _short, _thinned, _word_counts
 from sparseffn.errors import UserError
 
 SAMPLE = "def f(x):\n\treturn x + 12345  # café\n    for i in range(10): print(i)\n" * 60
@@ -228,6 +228,33 @@ class TestCounted:
         pieces = [[tokenizer.decode([i]) for i in range(300)] for tokenizer in (lines, counted)]
         assert pieces[0] == pieces[1]
         assert np.array_equal(lines.encode(text.encode()), counted.encode(text.encode()))
+
+    def test_a_long_text_is_counted_in_place_of_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By `fit` itself, above a size; all of the text counts."""
+        pytest.importorskip("sentencepiece")
+        blocks = [SAMPLE.replace("\t", " ").encode(), b"quokka zebrafish\n" * 50]
+        held = BpeTokenizer.fit(blocks, vocab_size=320)
+        monkeypatch.setattr("sparseffn.data.bpe.MAX_BYTES_OF_LINES", len(blocks[0]))
+        assert BpeTokenizer.fit(blocks, vocab_size=320).digest == held.digest
+
+    @pytest.mark.parametrize("times", [149, 150, 5000], ids=["just-short", "just-long", "long"])
+    def test_lines_of_any_length_are_learned_from(self, times: int) -> None:
+        """The same pieces as from the same words in short lines, also where a word is too long for a line."""
+        pytest.importorskip("sentencepiece")
+        words = b" zebrafish xylophone quokkas"
+        short, long = (BpeTokenizer.fit([text], vocab_size=290) for text in ((words + b"\n") * times, words * times + b"\n"))
+        assert long.pieces() == short.pieces()
+        assert len(BpeTokenizer.fit([b"zebra" * 2000], vocab_size=270).encode(b"zebra" * 10)) <= 10
+        assert len(BpeTokenizer.fit_counted(["zebra" * 2000], vocab_size=270).encode(b"zebra" * 10)) <= 10
+
+    @pytest.mark.parametrize(
+        "text", ["ab cd  " * 999, "zebra" * 1000, "\u00e4\U0001f600 " * 4000], ids=["words", "one", "wide"]
+    )
+    def test_long_lines_are_cut_without_loss(self, text: str) -> None:
+        """In parts of at most 4192 bytes that begin with words, where words are that short."""
+        parts = list(_short(text))
+        assert "".join(parts) == text and max(len(part.encode()) for part in parts) <= 4192
+        assert text.startswith("zebra") or all(part.startswith(" ") for part in parts[1:])
 
     def test_tabs_only_separate_words(self) -> None:
         """They are spelled in bytes, and nothing is lost."""

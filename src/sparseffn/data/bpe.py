@@ -12,6 +12,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 import numpy as np
@@ -27,8 +28,15 @@ if TYPE_CHECKING:
 SPACE_MARK = "\u2581"
 # A word with the space before it, or a space alone; neither tab nor line end is in a word.
 WORD = re.compile(r" ?[^ \t\n]+| ")
+# The same in a line, where a tab is a character as others.
+WORD_OF_LINE = re.compile(r" ?[^ ]+| ")
 # Different words of a training text that are held: some 200 MB. Where a text has more, the rarest go (`_thinned`).
 MAX_WORDS = 2_000_000
+# Bytes of a text up to which SentencePiece is given its lines, which it holds all at the same time with 6 times as much beside
+# them; of a longer text it is given the words, once each.
+MAX_BYTES_OF_LINES = 64 << 20
+# Bytes of the longest line that SentencePiece trains on; it leaves out longer ones without a word.
+_MAX_LINE = 4192
 
 
 @final
@@ -55,18 +63,29 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def fit(cls, blocks: Iterable[bytes], *, vocab_size: int | None = None) -> Self:
-        """Train on the lines of the text; the same text gives the same model."""
-        return cls._train(_lines(blocks), vocab_size)
+        """Train on the lines of the text, which may be of any length; the same text gives the same model.
+
+        Memory is bounded: a text of more than `MAX_BYTES_OF_LINES` is counted as by `fit_counted`.
+        """
+        blocks, head, n_bytes = iter(blocks), [], 0
+        for block in blocks:
+            head.append(block)
+            n_bytes += len(block)
+            if n_bytes > MAX_BYTES_OF_LINES:
+                counted = cls.fit_counted(map(to_text, chain(head, blocks)), vocab_size=vocab_size)
+                return cls(_as_of_lines(counted._model))
+        return cls._train((part for line in _lines(head) for part in _short(line)), vocab_size)
 
     @classmethod
     def fit_counted(cls, texts: Iterable[str], *, vocab_size: int | None = None) -> Self:
         """Train on the words of texts with their counts, of which at most `MAX_WORDS` are held, however long the texts are.
 
-        Pieces do not reach over a space, so that the model is the one of `fit`, but for tabs, which separate words here, and
-        for the rarest words where there are more than `MAX_WORDS`.
+        Pieces do not reach over a space, so that the model is the one of the lines, but for tabs, which separate words here,
+        and for the rarest words where there are more than `MAX_WORDS`.
         """
         counted = sorted(_word_counts(texts).items(), key=lambda item: (-item[1], item[0]))
-        return cls._train((f"{word}\t{count}" for word, count in counted), vocab_size, input_format="tsv")
+        words = (f"{part}\t{count}" for word, count in counted for part in _short(word))
+        return cls._train(words, vocab_size, input_format="tsv")
 
     @classmethod
     def _train(cls, sentences: Iterator[str], vocab_size: int | None, **options: str) -> Self:
@@ -133,6 +152,54 @@ def _joined(parts: Iterable[list[int]], between: list[int]) -> list[int]:
 def _lines(blocks: Iterable[bytes]) -> Iterator[str]:
     for block in blocks:
         yield from filter(None, to_text(block).split("\n"))
+
+
+def _as_of_lines(model: str) -> str:
+    """A model of counted words without the note that it is one: of the same pieces as that of the lines, it is the same bytes.
+
+    Of the fields of `ModelProto` in `sentencepiece_model.proto`, 2 is the trainer's settings, of which 7 is the input's format.
+    """
+    data, note = base64.b64decode(model), b"\x3a\x03tsv"
+    parts, at = [], 0
+    while at < len(data):
+        tag, (size, begin) = data[at], _varint(data, at + 1)
+        field, at = data[begin : begin + size], begin + size
+        field = field.replace(note, b"", 1) if tag == 2 << 3 | 2 else field
+        parts.append(bytes([tag, *_as_varint(len(field))]) + field)
+    return base64.b64encode(b"".join(parts)).decode()
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of protocol buffers, seven bits a byte, the lowest first; and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        if data[at] < 128:
+            return value, at + 1
+        at, shift = at + 1, shift + 7
+
+
+def _as_varint(value: int) -> list[int]:
+    return [value] if value < 128 else [value & 127 | 128, *_as_varint(value >> 7)]
+
+
+def _short(line: str) -> Iterator[str]:
+    """A line that SentencePiece would leave out in parts that it takes: whole words, but for words that are too long."""
+    if len(line.encode()) <= _MAX_LINE:
+        yield line
+        return
+    part, n_bytes = [], 0
+    for word in WORD_OF_LINE.findall(line):
+        # The longest character has four bytes.
+        step = len(word) if len(word.encode()) <= _MAX_LINE else _MAX_LINE // 4
+        for cut in (word[i : i + step] for i in range(0, len(word), step)):
+            size = len(cut.encode())
+            if n_bytes + size > _MAX_LINE:
+                yield "".join(part)
+                part, n_bytes = [], 0
+            part.append(cut)
+            n_bytes += size
+    yield "".join(part)
 
 
 def _word_counts(texts: Iterable[str]) -> Counter[str]:
