@@ -14,13 +14,14 @@ WHEELS ?= runs/wheels
 GPU_OUT ?= results/gpu
 GPU_OPTIONS ?=
 
-.PHONY: help setup demo test test-slow fuzz lint format docs readme evidence gpu gpu-wheels clean
+.PHONY: help setup demo test test-slow fuzz torture lint format docs readme evidence gpu gpu-wheels clean
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
 	@echo "make test       the tests, under 8 minutes on 2 cores"
 	@echo "make test-slow  every combination of what the tests sample, under 30 minutes"
 	@echo "make fuzz       ten minutes of random shapes on the compiled kernels"
+	@echo "make torture    under 30 minutes: runs are killed, disks filled and files damaged at random; what was lost"
 	@echo "make lint       formatting, lint, types, spelling, generated text"
 	@echo "make format     format the code and fix what ruff can fix"
 	@echo "make docs       the documentation: build it strictly, serve it at http://127.0.0.1:8000"
@@ -49,6 +50,9 @@ test-slow: setup
 
 fuzz: setup
 	$(BIN)/python tests/ops/cpu_backend/fuzz_kernels.py --minutes 10 --poison
+
+torture: setup
+	$(BIN)/python tools/torture
 
 lint: setup
 	$(BIN)/ruff format --check .

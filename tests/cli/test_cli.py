@@ -241,7 +241,7 @@ BAD = {
     "k": (["compare", "--methods", "sigma-moe", "k=99"], "`k` must be at most n_experts"),
     "renorm": (["compare", "--methods", "softmax-renorm-moe", "k=1"], "the constant 1"),
     "budget": (["compare", "--methods", "dense", "--budget", "soon"], "`budget` must be a time such as"),
-    "seeds": (["compare", "--methods", "dense", "--seeds", "0"], "`--seeds` must be at least 1"),
+    "seeds": (["compare", "--methods", "dense", "--seeds", "1000000000"], "`--seeds` must be 1 to 1000"),
     "twice": (["compare", "--methods", "dense", "dense"], "named once"),
     "warmup": (["compare", "--methods", "dense", "--warmup", "-1"], "`warmup` must be at least 0; got -1"),
     "warmup-budget": (
@@ -255,6 +255,8 @@ BAD = {
     "clip": (["train", "--method", "dense", "--clip", "-1"], "`clip` must be at least 1e-12; got -1"),
     "text-without-data": (["compare", "--methods", "dense", "--corpus", "text"], "--data-dir"),
     "missing-file": (["compare", "--methods", "dense", "--corpus", "text", "--data-dir", "/no/such/place"], "/no/such/place"),
+    "home": (["compare", "--methods", "dense", "--cache-dir", "~nosuchuser/x"], "must begin with a home folder that exists"),
+    "keep": (["train", "--method", "dense", "--keep", "0"], "`keep` must be at least 1; got 0"),
     "accumulation": (["train", "--method", "dense", "--accumulation", "3"], "`batch` must be a multiple of accumulation = 3"),
 }
 
@@ -377,6 +379,13 @@ def seconds_of_help(_: int) -> float:
     done = subprocess.run([sys.executable, "-m", "sparseffn", "--help"], check=True, capture_output=True, text=True)
     assert "compare" in done.stdout
     return time.perf_counter() - start
+
+
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `>&-` gives it: there is no stream at all."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["methods"]) == 0
 
 
 @pytest.mark.parametrize("words", ["data list", "reproduce table table7 --json --out OUT"], ids=["lines", "one-write"])

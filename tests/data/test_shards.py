@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 import tracemalloc
 from collections.abc import Iterator
@@ -87,6 +88,18 @@ class TestOrder:
             next(ShuffledDocuments(lambda shard, skip: iter(()), 2, seed=0))
 
 
+NO_DOCUMENTS = {
+    "no-text": b"{}",
+    "list": b"[1]",
+    "text": b"not json",
+    "string": b'"text"',
+    "null": b'{"text": null}',
+    "list-as-text": b'{"text": ["a"]}',
+    "half-a-pair": b'{"text": "\\ud800"}',
+    "deep": b'{"text": "x", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+}
+
+
 class TestFiles:
     def test_a_shard_is_read_from_any_document(self, tmp_path: Path) -> None:
         """Line ends and letters of any script inside."""
@@ -95,10 +108,10 @@ class TestFiles:
         for skip in range(5):
             assert list(read_local(tmp_path / "a.json.gz", skip)) == texts[skip:]
 
-    @pytest.mark.parametrize("data", [b"{}\n", b"[1]\n", b"not json\n", b'"text"\n'], ids=["no-text", "list", "text", "string"])
+    @pytest.mark.parametrize("data", NO_DOCUMENTS.values(), ids=list(NO_DOCUMENTS))
     def test_a_line_that_is_no_document_is_reported(self, tmp_path: Path, data: bytes) -> None:
         """With its number."""
-        (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + data))
+        (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + data + b"\n"))
         with pytest.raises(UserError, match=r"must be a JSON object with `text`; got .* in line 2 of .*a\.json\.gz"):
             list(read_local(tmp_path / "a.json.gz"))
 
@@ -110,6 +123,19 @@ class TestFiles:
         (tmp_path / "a.json.gz").write_bytes(data[:-50] if damage == "cut" else b'{"text": "x"}\n')
         with pytest.raises(UserError, match=r"must be a whole \.json\.gz file; got .*a\.json\.gz"):
             list(read_local(tmp_path / "a.json.gz"))
+
+    def test_a_line_without_end_is_refused_before_it_is_held(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An archive of a kilobyte may hold gigabytes; what is no file is not waited for."""
+        monkeypatch.setattr(shards, "MAX_LINE", 1 << 16)
+        (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"x" * (1 << 22)))
+        tracemalloc.start()
+        with pytest.raises(UserError, match="a line of a shard must have at most 65536 bytes"):
+            list(read_local(tmp_path / "a.json.gz"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match="no regular file"):
+            list(read_local(tmp_path / "pipe"))
 
     def test_the_datasets_library_gives_the_same(self, tmp_path: Path) -> None:
         """From the beginning and from a document on."""

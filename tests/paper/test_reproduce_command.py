@@ -112,7 +112,7 @@ def test_dry_run_trains_nothing(
         (("table3", "table10", "--rows", "sigma-mo"), "unknown row 'sigma-mo'; fix: did you mean 'sigma-moe'?"),
         (("table3", "table5", "--columns", "WT-S"), "table5 has none of these columns or rows; fix: leave it out"),
         (("table3", "--seeds", "1", "1"), "`seeds` must be different from one another; got [1, 1]"),
-        (("table3", "--seeds", "0"), "`--seeds` must be at least 1; got 0"),
+        (("table3", "--seeds", "0"), "`--seeds` must be 1 to 1000; got 0"),
         (("table3", "--seeds", "two"), "`--seeds` must be numbers; got 'two'"),
         (("table3", "--jobs", "0"), "`--jobs` must be at least 1; got 0"),
         (("table3", "--steps", "0"), "`steps` must be at least 1; got 0"),

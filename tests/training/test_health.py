@@ -74,8 +74,8 @@ def test_skipping_ends_when_nothing_else_comes(
     with pytest.raises(NonFiniteLossError, match="at step 11, which was not taken"):
         train(model, config, corpus, tmp_path / "run", non_finite="skip")
     assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "run").values())
-    with pytest.raises(UserError, match=r"unknown `non_finite` 'skipp'; fix: did you mean 'skip'"):
-        train(model, config, corpus, tmp_path / "run", non_finite="skipp")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"unknown `non_finite` 'skip_'; fix: did you mean 'skip'"):
+        train(model, config, corpus, tmp_path / "run", non_finite="skip_")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_tensor_is_named(model: TransformerXLConfig) -> None:

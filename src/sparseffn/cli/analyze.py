@@ -10,7 +10,7 @@ import torch
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
-from sparseffn.cli.output import Progress, can_draw, check_out, log, parse_duration, show, use_machine
+from sparseffn.cli.output import Progress, can_draw, check_out, check_seeds, log, parse_duration, show, use_machine
 from sparseffn.cli.settings import Analyze, Places, Study
 from sparseffn.data import Split
 from sparseffn.paper.study import StudySettings, study
@@ -62,6 +62,7 @@ def study_selectors(settings: Study) -> int:
     """Measure what is missing, write the tables, the page and the figures, print the tables."""
     device = use_machine(settings)
     check_out(settings.out)
+    check_seeds(settings.seeds)
     wanted = StudySettings(
         study=settings.study,
         corpus=settings.corpus,

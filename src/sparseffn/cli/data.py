@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +16,7 @@ from sparseffn.data import SPLITS, Corpus, CorpusEntry, Place, Split, corpus_ent
 from sparseffn.data.published_corpus import PublishedCorpus
 from sparseffn.data.streamed import StreamedCorpus
 from sparseffn.errors import UserError
-from sparseffn.storage import default_cache_dir
+from sparseffn.storage import default_cache_dir, expanded
 
 # Tokens of each split that are shown.
 _SHOWN_TOKENS = 200
@@ -162,4 +161,4 @@ def _first_tokens(corpus: Corpus, split: Split) -> np.ndarray:
 
 
 def _place(settings: DataList | DataCheck) -> Place:
-    return Place(cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir())
+    return Place(cache_dir=expanded(settings.cache_dir) if settings.cache_dir else default_cache_dir())

@@ -89,6 +89,20 @@ def check_out(out: str | Path | None) -> None:
         raise UserError(f"`--out` must be a folder to write to; got {str(out)!r}, where {nearest} {why}; fix: choose another")
 
 
+MAX_SEEDS = 1000
+"""More runs of one method than anybody can do: a slip, or an attack on the memory."""
+
+
+def check_seeds(n: int) -> None:
+    """Refuse a number of seeds that cannot be meant.
+
+    Raises:
+        UserError: it is not positive, or above `MAX_SEEDS`.
+    """
+    if not 1 <= n <= MAX_SEEDS:
+        raise UserError(f"`--seeds` must be 1 to {MAX_SEEDS}; got {n}; fix: --seeds 3")
+
+
 def can_draw() -> bool:
     """Whether matplotlib is there; reports where it is not."""
     found = importlib.util.find_spec("matplotlib") is not None

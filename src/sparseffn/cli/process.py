@@ -50,7 +50,11 @@ def freed_memory() -> str:
 
 
 def write_any_text() -> None:
-    """Replace what the encoding of the output lacks, as under LC_ALL=C, instead of failing."""
+    """Replace what the encoding of the output lacks, as under LC_ALL=C, instead of failing; a closed stream takes any text."""
+    if sys.stdout is None:
+        sys.stdout = io.StringIO()
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
     codecs.register_error("sparseffn", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

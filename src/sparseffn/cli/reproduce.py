@@ -12,6 +12,7 @@ import torch
 from sparseffn.cli.output import (
     Progress,
     can_draw,
+    check_seeds,
     clock,
     console,
     parse_duration,
@@ -90,8 +91,7 @@ def parse_seeds(words: Sequence[str]) -> tuple[int, ...]:
     except ValueError:
         raise UserError(f"`--seeds` must be numbers; got {' '.join(words)!r}; fix: --seeds 3, or --seeds 0,4") from None
     if len(words) == 1 and "," not in words[0] and numbers:
-        if numbers[0] < 1:
-            raise UserError(f"`--seeds` must be at least 1; got {numbers[0]}; fix: --seeds 1")
+        check_seeds(numbers[0])
         return tuple(range(numbers[0]))
     return tuple(numbers)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparseffn.cli.output import Progress, can_draw, parse_duration, print_json, print_rows, show, use_machine
+from sparseffn.cli.output import Progress, can_draw, check_seeds, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
@@ -100,8 +100,7 @@ def _tensorboard(out: str) -> Callable[[dict[str, Any]], None]:
 def compare_methods(settings: Compare) -> int:
     """Compare, write the table and the page, print the table."""
     device = use_machine(settings)
-    if settings.seeds < 1:
-        raise UserError(f"`--seeds` must be at least 1; got {settings.seeds}; fix: --seeds 1")
+    check_seeds(settings.seeds)
     wanted = CompareSettings(
         methods=tuple(parse_methods(settings.methods)),
         corpus=settings.corpus,

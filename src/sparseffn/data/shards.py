@@ -22,6 +22,9 @@ from typing import Any, final
 
 from sparseffn.errors import UserError
 
+# Bytes of the longest line of a shard, far above the longest document of the published ones.
+MAX_LINE = 64 << 20
+
 # Reads the texts of a shard by number, from a document on.
 ReadShard = Callable[[int, int], Iterator[str]]
 
@@ -33,8 +36,10 @@ def read_local(path: Path, skip: int = 0) -> Iterator[str]:
         UserError: it cannot be read, is damaged, or a line is no document.
     """
     try:
+        if not path.is_file():
+            raise FileNotFoundError("no regular file")
         with gzip.open(path, "rb") as stream:
-            yield from _texts(stream, skip, str(path))
+            yield from _texts(_lines(stream, str(path)), skip, str(path))
     except (EOFError, zlib.error, OSError) as error:
         raise _no_shard(path, error) from error
 
@@ -75,18 +80,32 @@ def read_remote(url: str, skip: int = 0) -> Iterator[str]:
         ) from error
 
 
+def _lines(stream: gzip.GzipFile, where: str) -> Iterator[bytes]:
+    """Lines of a bounded length: a few kilobytes of an archive may stand for gigabytes."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise UserError(
+                f"a line of a shard must have at most {MAX_LINE} bytes; got more in {where}; fix: get the shard again"
+            )
+        yield line
+
+
 def _texts(lines: Iterable[str | bytes], skip: int, where: str) -> Iterator[str]:
     for number, line in enumerate(lines):
         if number < skip:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(text, str):
+                raise TypeError(f"{type(text).__name__} as text")
+            # Half of a pair of UTF-16, which JSON can spell, is no text.
+            text.encode()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"a line of a shard must be a JSON object with `text`; got {line[:40]!r} in line {number + 1} of {where}; "
                 f"fix: get the shard again"
             ) from error
-        yield str(text)
+        yield text
 
 
 def _datasets() -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 from sparseffn.errors import UserError
-from sparseffn.storage import default_cache_dir, digest_of
+from sparseffn.storage import default_cache_dir, digest_of, expanded
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -48,8 +48,8 @@ class Place:
     def of(cls, data_dir: StrPath | None, cache_dir: StrPath | None) -> Self:
         """From what a user gives; None: no folder, the default cache."""
         return cls(
-            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
-            cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser(),
+            data_dir=None if data_dir is None else expanded(data_dir),
+            cache_dir=default_cache_dir() if cache_dir is None else expanded(cache_dir),
         )
 
     def corpus_dir(self, name: str) -> Path:

@@ -207,7 +207,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         return tokenizer_class(state.pop("tokenizer"))(**state)
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
         raise UserError(
             f"a stored tokenizer must be what `Tokenizer.to_json` wrote; got {text[:40]!r} ({error}); "
             f"fix: delete the stored file and make the tokenizer again"

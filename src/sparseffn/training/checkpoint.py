@@ -44,6 +44,8 @@ class Checkpoint:
     """State of the gradient scaler, where there is one."""
     run: str | None = None
     """Digest of the run's config; None in version 0.1."""
+    tokenizer: str | None = None
+    """Digest of the run's `tokenizer.json`; None in version 0.1. That of the corpus is in the config."""
     valid: float | None = None
     """Loss of validation at this step, where that was a point of the curve."""
 
@@ -60,6 +62,7 @@ class _Extra(msgspec.Struct):
     seconds: float
     scaler: dict[str, float | int] = {}
     run: str | None = None
+    tokenizer: str | None = None
     valid: float | None = None
 
 
@@ -95,6 +98,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, kept: int = KEPT) -
                 "seconds": checkpoint.seconds,
                 "scaler": dict(checkpoint.scaler),
                 "run": checkpoint.run,
+                "tokenizer": checkpoint.tokenizer,
                 "valid": checkpoint.valid,
             },
         }
@@ -152,8 +156,23 @@ def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
         raise UserError(f"`{state}` must be readable; got {error}; fix: {fix}") from None
     extra = manifest.extra
     return Checkpoint(
-        step=manifest.step, tensors=tensors, seconds=extra.seconds, scaler=extra.scaler, run=extra.run, valid=extra.valid
+        step=manifest.step,
+        tensors=tensors,
+        seconds=extra.seconds,
+        scaler=extra.scaler,
+        run=extra.run,
+        tokenizer=extra.tokenizer,
+        valid=extra.valid,
     )
+
+
+def tokenizer_digest(path: Path) -> str | None:
+    """Digest of the tokenizer that a checkpoint was made with; None in version 0.1.
+
+    Raises:
+        UserError: the checkpoint's manifest is damaged.
+    """
+    return _read_manifest(path).extra.tokenizer
 
 
 def _fix(path: Path) -> str:

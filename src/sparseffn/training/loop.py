@@ -27,7 +27,7 @@ from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_nam
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.models import ModelConfig, build_model, keyed_generator
-from sparseffn.storage import sole_writer, write_bytes
+from sparseffn.storage import file_digest, sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.health import LossSpikes, collapse, where_not_finite
@@ -350,6 +350,7 @@ class _Run:
             seconds=self.seconds,
             scaler=self.stepper.scaler.state_dict(),
             run=self.folder.digest(),
+            tokenizer=file_digest(self.folder.tokenizer_path),
             valid=self.valid[1] if self.valid is not None and self.valid[0] == self.step else None,
         )
         save_checkpoint(self.folder.checkpoints, checkpoint, kept=self.keep)

@@ -13,8 +13,15 @@ from sparseffn.data import Corpus, CorpusOrigin, Tokenizer, tokenizer_from_json
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.models import Decoder, LanguageModel, ModelConfig, TransformerXL, build_model, model_config_from_json
-from sparseffn.storage import read
-from sparseffn.training.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint, step_of
+from sparseffn.storage import file_digest, read
+from sparseffn.training.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    step_of,
+    tokenizer_digest,
+)
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.run_folder import RunFolder
 
@@ -172,7 +179,13 @@ def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
     path = folder.tokenizer_path
     if not path.exists():
         raise UserError(f"`{path}` must exist; got no such file; fix: train the run again, or restore the file")
+    found = list_checkpoints(folder.checkpoints)
+    digest = tokenizer_digest(found[-1]) if found else None
     try:
+        if not path.is_file():
+            raise ValueError("no regular file")
+        if digest not in (None, file_digest(path)):
+            raise ValueError("not the one that the last checkpoint knows")
         return tokenizer_from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(

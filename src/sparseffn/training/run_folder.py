@@ -113,10 +113,19 @@ class RunFolder:
         )
 
     def note_corpus(self, corpus: Corpus) -> None:
-        """Write what `load_run_corpus` needs to open the run's corpus again."""
-        write_json(self.corpus_path, corpus.origin)
+        """Write what `load_run_corpus` needs to open the run's corpus again.
+
+        Raises:
+            UserError: another tokenizer is there, or the file system refuses.
+        """
+        tokenizer = corpus.tokenizer.to_json()
         if not self.tokenizer_path.exists():
-            write_text(self.tokenizer_path, corpus.tokenizer.to_json())
+            write_text(self.tokenizer_path, tokenizer)
+        elif not self.tokenizer_path.is_file() or self.tokenizer_path.read_bytes() != tokenizer.encode():
+            raise UserError(
+                f"`{self.tokenizer_path}` must be the tokenizer that the run began with; got a damaged file; fix: remove it"
+            )
+        write_json(self.corpus_path, corpus.origin)
 
     def note_device(self, step: int, device: str) -> None:
         """Add a line to the metrics where the steps after `step` are taken on another device than those before."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from sparseffn.data import Corpus, EvalWindow, unpadded
@@ -22,7 +22,7 @@ from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.ffn import RoutingStats
 from sparseffn.models import LanguageModel
-from sparseffn.storage import write_bytes
+from sparseffn.storage import digest_of, write_bytes
 from sparseffn.training.checkpoint import is_of_step, step_name, step_of
 from sparseffn.training.config import TrainConfig
 
@@ -76,8 +76,14 @@ def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
 
 
 def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
+    """Write a snapshot, with the digest of its tensors."""
     tensors = {str(layer): chosen for layer, chosen in enumerate(layers)}
-    write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", save(tensors))
+    data = save(tensors, metadata={"digest": _digest(layers)})
+    write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", data)
+
+
+def _digest(layers: Sequence[Tensor]) -> str:
+    return digest_of(*(part for layer in layers for part in (str(list(layer.shape)), layer.numpy().tobytes())))
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
@@ -93,9 +99,17 @@ def load_snapshot(path: Path) -> list[Tensor]:
         UserError: the file is damaged.
     """
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        # Anything but a regular file may block for ever.
+        if not path.is_file():
+            raise OSError("no regular file")
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+            layers = [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
+        # Version 0.1 wrote none.
+        if digest not in (None, _digest(layers)):
+            raise ValueError("other than its digest")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"`{path}` must hold a routing snapshot; got a damaged file ({error}); fix: remove it, the others still serve"
         ) from None
-    return [tensors[name] for name in sorted(tensors, key=int)]
+    return layers

@@ -1,0 +1,125 @@
+"""The runs that are tortured: small ones of every method and kind of state, compared bit by bit with undisturbed ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseffn.data import Corpus, load_corpus
+from sparseffn.errors import Interrupted, UserError
+from sparseffn.ffn import list_methods, method_class
+from sparseffn.models import TransformerXLConfig
+from sparseffn.training import RunFolder, TrainConfig, train
+from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint
+
+TRACEBACK, HANG = 99, 98
+"""Exit codes of a child that raised what no user should see, and of one that had to be ended."""
+
+SONG = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(400))
+
+KINDS: list[dict[str, Any]] = [
+    {"precision": "bfloat16"},
+    {"accumulation": 2},
+    {"optimizer": "adamw", "weight_decay": 0.1},
+    {"precision": "float16"},
+    {},
+]
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A run and its corpus."""
+
+    name: str
+    model: TransformerXLConfig
+    config: TrainConfig
+    corpus: Corpus
+
+    def train(self, out: Path) -> None:
+        train(self.model, self.config, self.corpus, out, device="cpu")
+
+
+def make_corpus(folder: Path) -> Corpus:
+    """A song of 20 kB, by characters."""
+    (folder / "song.txt").write_text(SONG)
+    return load_corpus("text", data_dir=folder / "song.txt", cache_dir=folder / "cache", tokenizer="chars")
+
+
+def make_victims(corpus: Corpus) -> list[Victim]:
+    """One of every method, with dropout and memory; precision, micro-batches and optimiser change in turn."""
+    victims = []
+    for i, name in enumerate(list_methods()):
+        example = method_class(name).examples()[0]
+        sizes = {"d_model": 16, "n_layers": 2, "dropout": 0.1, "expert_dropout": 0.1}
+        ffn = dataclasses.replace(example, **{key: value for key, value in sizes.items() if hasattr(example, key)})
+        kind = KINDS[i % len(KINDS)]
+        model = TransformerXLConfig(
+            vocab_size=corpus.tokenizer.vocab_size, d_model=16, n_layers=2, n_heads=2, d_head=8, dropout=0.1, ffn=ffn
+        )
+        config = TrainConfig(
+            steps=14,
+            batch=4,
+            context=16,
+            memory=16,
+            eval_memory=16,
+            lr=5e-3,
+            warmup=2,
+            eval_every=5,
+            eval_tokens=200,
+            checkpoint_every=2 + i % 3,
+            seed=i,
+            **kind,
+        )
+        victims.append(Victim(f"{name} {kind or 'float32'}", model, config, corpus))
+    return victims
+
+
+def in_child(work: Callable[[], object], log: Path) -> int:
+    """Do something in a child of this process, whose output goes to `log`; returns the child's number."""
+    child = os.fork()
+    if child:
+        return child
+    code = TRACEBACK
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        code = int(work() or 0)  # pyright: ignore[reportArgumentType]
+    except Interrupted as error:
+        code = error.exit_code
+    except UserError as error:
+        sys.stdout.write(f"refused: {error}\n")
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def everything(out: Path) -> dict[str, object]:
+    """Every tensor of the last checkpoint, every line of the metrics and the final numbers, but for what a clock says."""
+    folder = RunFolder(out)
+    checkpoint = load_checkpoint(list_checkpoints(folder.checkpoints)[-1], run=folder.digest())
+    lines = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    result = json.loads(folder.result_path.read_text())
+    tensors = {name: tensor.view(torch.uint8) if tensor.ndim else tensor for name, tensor in checkpoint.tensors.items()}
+    return {
+        "tensors": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        "scaler": dict(checkpoint.scaler),
+        "metrics": [{key: value for key, value in line.items() if key != "time_s"} for line in lines],
+        "result": {key: result[key] for key in ("steps", "valid", "test", "notes")},
+        "routing": {path.name: path.read_bytes() for path in sorted((out / "routing").glob("*"))},
+    }
