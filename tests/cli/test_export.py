@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import PushToHubMixin, hub
 
 import sparseffn.hf
@@ -172,6 +173,16 @@ class TestRefused:
         before = {file: file.stat().st_mtime_ns for file in exported.iterdir()}
         assert "must be a new folder" in self.refused(run, capsys, exported)
         assert {file: file.stat().st_mtime_ns for file in exported.iterdir()} == before
+
+    def test_a_full_disk(self, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """After the weights are written: nothing of them stays."""
+
+        def fail(self: object, folder: Path) -> None:
+            (folder / "tokenizer.json").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+        assert "No space left on device; fix: make room on the disk" in self.refused(run, capsys)
 
     def test_a_run_without_a_checkpoint(self, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.rmtree(copied / "checkpoints")
