@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,16 @@ def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "out" / "page.html").read_text().count("<svg") == 1
     assert main([*words[:5], "--from", "upcycle", "redraw", *words[8:]]) == 2
     assert "`--from` must name one way" in capsys.readouterr().err
+
+
+def test_without_transformers_the_command_says_what_to_install(
+    settings: ConvertSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line."""
+    monkeypatch.setitem(sys.modules, "sparseffn.hf.conversion", None)
+    words = ["convert", settings.model, "--method", "topk", "k=1", "--calibrate", "none.txt", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "fix: pip install 'sparseffn[hf]'" in capsys.readouterr().err
 
 
 def test_gpt2_keeps_its_dropout(tmp_path: Path, source: Path) -> None:

@@ -26,9 +26,15 @@ def convert_model(settings: Convert) -> int:
     device = use_machine(settings)
     check_out(settings.out)
     choice = one_method(settings.method, "--method")
-    # Imports transformers, which takes seconds and may not be there.
-    from sparseffn.hf.conversion import ConvertSettings, convert
+    try:
+        # Takes seconds, and may not be there.
+        from transformers.utils.logging import disable_progress_bar
 
+        from sparseffn.hf.conversion import ConvertSettings, convert
+    except ImportError as error:
+        raise UserError(f"`convert` needs the extra; got none ({error}); fix: pip install 'sparseffn[hf]'") from None
+
+    disable_progress_bar()
     wanted = ConvertSettings(
         model=settings.model,
         method=choice.method,
@@ -51,7 +57,10 @@ def convert_model(settings: Convert) -> int:
     )
     result = convert(wanted, _progress())
     written = write_conversion(result, Path(settings.out), drawn=can_draw())
-    return show(result, settings, conversion_tables(result), facts_line(result), written)
+    code = show(result, settings, conversion_tables(result), facts_line(result), written)
+    if not settings.json:
+        print(f'load it with: import sparseffn.hf; AutoModelForCausalLM.from_pretrained("{settings.out}")')
+    return code
 
 
 def _fill(words: Sequence[str]) -> Fill | None:
