@@ -68,6 +68,7 @@ format: setup
 # The theme advertises its successor otherwise. `make test` builds the site strictly too.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "at http://127.0.0.1:8000 until you press Ctrl-C"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --quiet --strict --dev-addr 127.0.0.1:8000
 
 readme: setup
