@@ -23,6 +23,9 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(sparseffn [^`]+)`")
 # In code, in a block of commands, or in the mark of a generated block.
 TARGET = re.compile(r"(?:`|^)make ([\w-]+)", re.MULTILINE)
+# Without the place in the page; `#...` alone is a place in the same one.
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+MADE_WITH_THE_SITE = ("methods/", "reference/")
 # Models of the hub that pages name, and the small random model that a test has in their place: one of tests/hf/tiny.py, or a
 # Llama whose blocks are as wide as the page needs.
 OF_THE_HUB = {"allenai/OLMoE-1B-7B-0924": "olmoe", "HuggingFaceTB/SmolLM2-135M-Instruct": "llama"}
@@ -88,6 +91,14 @@ def test_other_commands_of_a_page_exist(page: Path) -> None:
 def test_blocks_say_their_language(page: Path) -> None:
     """One whose content a test here looks at; nothing stays unchecked for want of a name."""
     assert {language for language, _ in BLOCK.findall(page.read_text(encoding="utf-8"))} <= {"python", "sh"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files(page: Path) -> None:
+    """As somebody follows them who reads the repository; what is made with the site alone, tests/test_site.py looks at."""
+    targets = LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8")))
+    inside = [target for target in targets if not target.startswith(("http:", "https:", *MADE_WITH_THE_SITE))]
+    assert [target for target in inside if not (page.parent / target).exists()] == []
 
 
 def test_targets_named_on_pages_are_in_the_makefile() -> None:
