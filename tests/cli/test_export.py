@@ -104,7 +104,9 @@ def test_the_card_of_a_comparisons_run_has_its_table(comparison: Path, capsys: p
     folder = comparison.parent / "of-comparison"
     assert main(["export", str(comparison / "runs" / "sigma-moe" / "seed-0"), "--to", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 4
-    assert (comparison / "table.md").read_text().strip() in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert (comparison / "table.md").read_text().strip() in card
+    assert "This model is `sigma-moe`, seed 0, of this comparison:" in card
 
 
 def test_an_earlier_checkpoint_claims_no_results(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

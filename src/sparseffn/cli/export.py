@@ -41,6 +41,9 @@ def export(settings: Export) -> int:
 
 def _of_comparison(run: Path) -> str:
     """The table of the comparison that a run is part of, at `OUT/runs/METHOD/seed-N`; "" where there is none."""
-    parents = run.resolve().parents
-    found = parents[2] / "comparison.json" if len(parents) > 2 and parents[1].name == "runs" else None
-    return markdown_table(comparison_table(read_comparison(found))) if found is not None and found.exists() else ""
+    place = run.resolve()
+    found = place.parents[2] / "comparison.json" if len(place.parents) > 2 and place.parents[1].name == "runs" else None
+    if found is None or not found.exists():
+        return ""
+    which = f"This model is `{place.parent.name}`, {place.name.replace('-', ' ')}, of this comparison:"
+    return f"{which}\n\n{markdown_table(comparison_table(read_comparison(found)))}"
