@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from sparseffn.errors import UserError
 from sparseffn.hf import SparseFFNConfig, SparseFFNForCausalLM
@@ -135,12 +135,32 @@ def test_generates_with_a_cache_as_without(method: str) -> None:
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1, 3:], wanted[1])
 
 
-def test_generates_by_samples_beams_and_a_static_cache() -> None:
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache], ids=lambda cache: cache.__name__)
+def test_a_cache_changes_no_logits(cache: Any) -> None:
+    """Of texts of two lengths, whatever the pieces in which they are read."""
+    model, tokens, mask = small(), text(9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2] = 0
+    wanted = model(tokens, attention_mask=mask, use_cache=False).logits
+    for pieces in ([5, 1, 1, 1, 1], [3, 6]):
+        filled = cache(config=model.config, **({"max_cache_len": 12} if cache is StaticCache else {}))
+        found, end = [], 0
+        for piece in tokens.split(pieces, dim=1):
+            end += piece.shape[1]
+            found.append(model(piece, attention_mask=mask[:, :end], past_key_values=filled).logits)
+        torch.testing.assert_close(torch.cat(found, dim=1)[mask == 1], wanted[mask == 1])
+
+
+def test_generates_by_samples_and_beams() -> None:
     """What transformers offers beyond the greedy text."""
     model, tokens = small(), text(5)
     kwargs: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0}
-    greedy = model.generate(tokens, do_sample=False, **kwargs)
-    assert torch.equal(model.generate(tokens, do_sample=False, cache_implementation="static", **kwargs), greedy)
+    greedy, static = (
+        model.generate(
+            tokens, do_sample=False, cache_implementation=name, output_logits=True, return_dict_in_generate=True, **kwargs
+        )
+        for name in ("dynamic", "static")
+    )
+    torch.testing.assert_close(greedy.logits, static.logits)
     assert model.generate(tokens, num_beams=3, **kwargs).shape == model.generate(tokens, do_sample=True, **kwargs).shape
 
 
@@ -174,6 +194,19 @@ def test_checkpointing_changes_no_gradient(every: int) -> None:
         assert len(handles) == 3
         found.append([output.loss.detach(), *(p.grad for p in model.parameters())])
     assert all(map(torch.equal, *found)) and len(calls) == 3 + 3 + (3 if every == 1 else 2)
+
+
+def test_compiles_without_a_break() -> None:
+    """Loss and gradients, with a mask too."""
+    model, tokens = small(num_hidden_layers=1).train(), text(6)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for mask in (None, torch.ones_like(tokens)):
+        found = []
+        for call in (model, compiled):
+            model.zero_grad()
+            call(input_ids=tokens, labels=tokens, attention_mask=mask).loss.backward()
+            found.append([p.grad for p in model.parameters()])
+        assert all(map(torch.equal, *found))
 
 
 def test_the_vocabulary_grows() -> None:

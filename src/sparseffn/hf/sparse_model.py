@@ -58,17 +58,23 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's own parameters where no checkpoint gave them, as `Decoder.init_parameters` does."""
-        missing = [p for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
-        names = {id(parameter): name for name, parameter in self.decoder.named_parameters()}
-        known = [names[id(parameter)] for parameter in missing if id(parameter) in names]
-        if known:
-            self.decoder.init_parameters(self._seed, only=known)
-        for parameter in missing:
-            # An embedding or projection with which transformers replaces ours when the vocabulary grows.
-            if id(parameter) not in names:
-                name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
-                self.decoder.draw(name, parameter, keyed_generator(self._seed, f"new {name}"))
+        """Draw parameters that no checkpoint gave, as `Decoder.init_parameters` does.
+
+        Transformers calls this for every module that lacks one. The first time all of them are drawn, so that a block is drawn
+        once for its parts.
+        """
+        own = {id(parameter) for parameter in self.decoder.parameters()}
+        if any(id(parameter) in own for parameter in module.parameters(recurse=False)):
+            parameters = self.decoder.named_parameters()
+            missing = {n: p for n, p in parameters if not (p.is_meta or getattr(p, "_is_hf_initialized", False))}
+            self.decoder.init_parameters(self._seed, only=missing.keys())
+            for parameter in missing.values():
+                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        # An embedding or projection with which transformers replaces ours when the vocabulary grows.
+        name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
+        for parameter in module.parameters(recurse=False):
+            self.decoder.draw(name, parameter, keyed_generator(self._seed, f"new {name}"))
 
     def _set_gradient_checkpointing(
         self,
@@ -185,7 +191,7 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _token_mask(attention_mask: Tensor, n_tokens: int, cache: Cache | None) -> Tensor | None:
     """bool `[B, n_cached + L]`; None where nothing is padding, which is faster."""
-    wanted = n_tokens + (0 if cache is None else cache.get_seq_length())
+    wanted = n_tokens + (0 if cache is None else int(cache.get_seq_length()))
     if attention_mask.dim() != 2 or attention_mask.shape[1] != wanted:
         raise UserError(
             f"`attention_mask` must be [batch, {wanted}], an entry for each position so far; got "

@@ -59,11 +59,11 @@ class DecoderBlock(nn.Module):
         self, x: Tensor, window: Window, cache: KeyValueCache | None, return_stats: bool
     ) -> tuple[Tensor, RoutingStats | None]:
         x = x + self.drop(self.attention(self.attention_norm(x), window, cache))
-        normed = self.ffn_norm(x)
+        normed, mask = self.ffn_norm(x), None if window.mask_BL is None else window.mask_BL.to(x.device)
         if return_stats:
-            y, stats = self.ffn(normed, mask=window.mask_BL, return_stats=True)
+            y, stats = self.ffn(normed, mask=mask, return_stats=True)
         else:
-            y, stats = self.ffn(normed, mask=window.mask_BL), None
+            y, stats = self.ffn(normed, mask=mask), None
         return x + self.drop(y), stats
 
     def drop(self, x: Tensor) -> Tensor:

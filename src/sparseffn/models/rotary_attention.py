@@ -28,7 +28,7 @@ class KeyValueCache(Protocol):
         """Add those of a window, `[B, n_kv_heads, L, C]`; returns what there now is, `[B, n_kv_heads, S, C]`."""
         ...
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:
         """Positions seen so far."""
         ...
 
@@ -85,7 +85,8 @@ class Window:
         cache: KeyValueCache | None,
     ) -> Window:
         """Of embedded tokens; see `Decoder.forward`."""
-        n_tokens, start = x_BLD.shape[1], 0 if cache is None else cache.get_seq_length()
+        # Some of transformers' caches return the counter itself, which `update` advances.
+        n_tokens, start = x_BLD.shape[1], 0 if cache is None else int(cache.get_seq_length())
         if mask is not None and (mask.shape != (x_BLD.shape[0], start + n_tokens) or mask.dtype != torch.bool):
             raise UserError(
                 f"`mask` must be bool [batch, length] of all positions so far, {(x_BLD.shape[0], start + n_tokens)}; got "
@@ -152,13 +153,15 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x_BLD: Tensor, window: Window, cache: KeyValueCache | None) -> Tensor:
         """The attended values; the cache takes up the window's keys and values."""
         q, k, v = (self.heads(project(x_BLD)) for project in (self.query, self.key, self.value))
-        cos, sin = window.cos.to(q.dtype), window.sin.to(q.dtype)
+        # Layers may be spread over devices.
+        cos, sin = window.cos.to(q), window.sin.to(q)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.place)
         n_queries, n_keys = q.shape[2], k.shape[2]
         causal = window.causal(n_queries, n_keys)
         visible = None if causal else window.visible(n_queries, n_keys)
+        visible = None if visible is None else visible.to(q.device)
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=self.n_heads != self.n_kv_heads
         )
