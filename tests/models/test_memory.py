@@ -11,6 +11,21 @@ from sparseffn.errors import UserError
 from sparseffn.models import Memory, ModelOutput, PlainAttention, RelativeAttention, TransformerXL
 from sparseffn.models.transformer_xl import Block
 
+
+def test_what_does_not_fit_is_said() -> None:
+    """A memory of another batch or model, tokens that there are not, parameters without a place."""
+    model, tokens = small_model("dense"), text(8)
+    memory = model(tokens, memory_length=4).memory
+    with pytest.raises(UserError, match=r"`memory` must be \[batch = 3, positions, d_model = .*; fix: begin without memory"):
+        model(tokens[:1].repeat(3, 1), memory, memory_length=4)
+    with pytest.raises(UserError, match=r"`memory` must have one tensor a layer"):
+        model(tokens, memory[:1], memory_length=4)
+    with pytest.raises(UserError, match=rf"`tokens` must be 0 to {VOCAB - 1}; got .* to {VOCAB}; fix: use the tokenizer"):
+        model(torch.full_like(tokens, VOCAB))
+    with pytest.raises(UserError, match=r"got `embedding.weight` on meta; fix: model.to_empty"):
+        model.to("meta").init_parameters(0)
+
+
 ATTENTIONS = {"relative": RelativeAttention, "plain": PlainAttention}
 
 

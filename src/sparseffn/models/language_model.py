@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, RoutingStats
 from sparseffn.models.decoder_config import DecoderConfig
 from sparseffn.models.model_config import TransformerXLConfig
@@ -68,7 +69,15 @@ class LanguageModel(nn.Module, ABC):
         Two models that differ in their feedforward blocks alone are bit-identical elsewhere.
 
         `only` names the parameters to draw, which get what they would get among all; None: all.
+
+        Raises:
+            UserError: a parameter to draw is on the meta device, which has no place for its values.
         """
+        if absent := [name for name, p in self.named_parameters() if p.is_meta and (only is None or name in only)]:
+            raise UserError(
+                f"parameters must be on a device to be drawn; got `{absent[0]}` on meta; "
+                "fix: model.to_empty(device='cpu') first"
+            )
         inside_ffn = {f"{name}.{p}" for name, m in self.ffn_layers() for p, _ in m.named_parameters()}
         for name, parameter in self.named_parameters():
             if name not in inside_ffn and (only is None or name in only):

@@ -94,13 +94,14 @@ class TransformerXL(LanguageModel):
             return_stats: also return each layer's routing statistics.
 
         Raises:
-            UserError: tokens are not `[B, L]`, or the memory is of another model.
+            UserError: tokens are not `[B, L]`, the memory is of another model or batch, or, on the CPU, a token is outside the
+                vocabulary.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise UserError(f"`tokens` must be [batch, length >= 1]; got {tuple(tokens.shape)}; fix: add a batch dimension")
-        if memory is not None and len(memory) != len(self.layers):
-            raise UserError(f"`memory` must have one tensor a layer, {len(self.layers)}; got {len(memory)}")
-        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)
+        if memory is not None:
+            self._check_memory(memory, len(tokens))
+        x = F.dropout(self._embed(tokens), self.config.dropout, self.training)
         kept, stats = [], []
         for i, layer in enumerate(self.layers):
             past = None if memory is None or memory[i].shape[1] == 0 else memory[i]
@@ -108,6 +109,29 @@ class TransformerXL(LanguageModel):
             x, layer_stats = layer(x, past, return_stats=return_stats)
             stats.append(layer_stats)
         return ModelOutput(self.project(x), tuple(kept), tuple(stats) if return_stats else None)
+
+    def _check_memory(self, memory: Memory, batch: int) -> None:
+        if len(memory) != len(self.layers):
+            raise UserError(
+                f"`memory` must have one tensor a layer, {len(self.layers)}; got {len(memory)}; "
+                "fix: pass what this model returned"
+            )
+        for states in memory:
+            # A memory of no position is of any batch.
+            if states.shape[1] and (states.shape[0], states.shape[2]) != (batch, self.config.d_model):
+                raise UserError(
+                    f"`memory` must be [batch = {batch}, positions, d_model = {self.config.d_model}]; "
+                    f"got {tuple(states.shape)}; fix: begin without memory when the batch changes"
+                )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.embedding(tokens)
+        except IndexError:
+            raise UserError(
+                f"`tokens` must be 0 to {self.config.vocab_size - 1}; got {int(tokens.min())} to {int(tokens.max())}; "
+                "fix: use the tokenizer that the model was trained with"
+            ) from None
 
     def project(self, x: Tensor) -> Tensor:
         return self.output(F.dropout(self.norm(x), self.config.dropout, self.training))
