@@ -12,6 +12,7 @@ from test_train import losses, weights
 import sparseffn.training.stepper as stepping
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
+from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.training import NonFiniteLossError, RunFolder, TrainConfig, train
@@ -117,8 +118,11 @@ def test_collapsed_experts_are_told_with_the_remedy(
     hot = torch.stack((torch.zeros(800, dtype=torch.int64), torch.arange(800) % 7 + 1), dim=1)
     assert "largest load is 4.0 times the mean" in str(collapse([hot], ffn))
     assert collapse([hot % 4], dataclasses.replace(ffn, n_experts=4)) is None
+    assert "fix: choose a method with a balancing loss" in str(
+        collapse([even % 4], BASEConfig(d_model=16, n_experts=8, expert_size=4))
+    )
     off = SigmaMoEConfig(d_model=16, n_experts=32, expert_size=4, k=1, entropy_weight=0.0)
     sparse = dataclasses.replace(model, ffn=off)
     train(sparse, dataclasses.replace(config, lr=0.5), corpus, tmp_path / "run")
-    assert "set one of entropy_weight, switch_weight, cv_weight" in caplog.text
+    assert "set entropy_weight, switch_weight, cv_weight" in caplog.text
     assert '"warning": "experts collapse' in RunFolder(tmp_path / "run").metrics_path.read_text()

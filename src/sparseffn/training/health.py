@@ -138,7 +138,8 @@ def collapse(selections: Sequence[Tensor], config: MixtureConfig) -> str | None:
     dead, load, layer = worst
     weights = config.balancing()
     set_now = ", ".join(f"{name}_weight (now {value:g})" for name, value in weights.items() if value > 0)
-    remedy = f"raise {set_now}" if set_now else f"set one of {', '.join(f'{name}_weight' for name in weights)}"
+    unset = ", ".join(f"{name}_weight" for name in weights)
+    remedy = f"raise {set_now}" if set_now else f"set {unset}" if unset else "choose a method with a balancing loss"
     return (
         f"experts collapse: in layer {layer}, {dead:.0%} of {config.n_experts} experts have under 1% of the mean load, and the "
         f"largest load is {load:.1f} times the mean; fix: {remedy}, or lower lr, in a new --out"
