@@ -227,6 +227,7 @@ def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.C
     words = ["convert", settings.model, "--method", "sigma-moe", "n_experts=3", "k=1", "--from", "upcycle", "redraw=0.5"]
     words += ["--calibrate", str(settings.calibrate), "--context", str(CONTEXT), "--eval-tokens", str(3 * CONTEXT)]
     words += ["--tokens", str(4 * CONTEXT), "--batch-tokens", str(CONTEXT), "--threads", "1", "--out", str(tmp_path / "out")]
+    words += ["--layers", "0", "*.2.mlp"]
     threads = torch.get_num_threads()
     try:
         assert main(words) == 0
@@ -235,6 +236,8 @@ def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "sigma-moe n_experts=3 k=1 from upcycle" in printed and "Tokens per second" in printed
     assert (tmp_path / "out" / "page.html").read_text().count("<svg") == 1
+    result = read_conversion(tmp_path / "out" / "convert.json")
+    assert [block.name for block in result.blocks] == ["model.layers.0.mlp", "model.layers.2.mlp"]
     assert main([*words[:5], "--from", "upcycle", "redraw", *words[8:]]) == 2
     assert "`--from` must name one way" in capsys.readouterr().err
 

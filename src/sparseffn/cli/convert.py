@@ -40,6 +40,7 @@ def convert_model(settings: Convert) -> int:
         method=choice.method,
         options=parse_options(choice.method, method_class(choice.method), choice.options),
         fill=_fill(settings.from_),
+        layers=[int(word) if word.lstrip("-").isdecimal() else word for word in settings.layers] or None,
         calibrate=Path(settings.calibrate),
         held_out=None if settings.held_out is None else Path(settings.held_out),
         tokens=settings.tokens,

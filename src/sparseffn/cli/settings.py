@@ -346,6 +346,8 @@ class Convert(Machine, Printed):
     """method, then its options as key=value"""
     from_: Annotated[Words, arg(name="from")] = ()
     """same, split, upcycle or random, then its options as key=value (default: same for topk, split for mixtures)"""
+    layers: Words = ()
+    """blocks to replace, by number or by module name, where * stands for anything (default: all of known families)"""
     calibrate: str
     """text file that new blocks are fitted and distilled on"""
     held_out: MaybeText = None

@@ -33,6 +33,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward
 from sparseffn.hf.calibration import StoredInputs, digest_of_ids, read_windows
 from sparseffn.hf.converted import ConvertedForCausalLM
+from sparseffn.hf.dense_blocks import Layers
 from sparseffn.hf.distillation import Distil, EndToEnd, block_error, distil_block
 from sparseffn.hf.fill import Fill
 from sparseffn.hf.held_out import speeds, window_nats
@@ -63,6 +64,8 @@ class ConvertSettings:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     fill: str | Fill | None = None
+    layers: Layers = None
+    """As `replace_ffn` takes them; None: all blocks of known families."""
     calibrate: Path
     held_out: Path | None = None
     """None: what follows the calibration tokens in their own file."""
@@ -137,7 +140,7 @@ class _Job:
         progress(f"loading {settings.model}")
         self.model = _model(settings).eval()
         self.way = find_fill(settings.fill, settings.method)
-        self.plans = plan(self.model, settings.method, self.way, None, settings.options)
+        self.plans = plan(self.model, settings.method, self.way, settings.layers, settings.options)
         self.dense = {name: self.model.get_submodule(name) for name in self.plans}
 
     # What is asked for.
@@ -167,7 +170,7 @@ class _Job:
         """Of everything that numbers follow from: settings, texts, and the model's own parameters."""
         parameters = [(name, *_sums(p.detach())) for name, p in _named(self.model)]
         texts = [digest_of_ids(self.calibration), digest_of_ids(self.held_out)]
-        return json_digest([msgspec.to_builtins(self.facts), texts, parameters, self.settings.device])
+        return json_digest([msgspec.to_builtins(self.facts), list(self.plans), texts, parameters, self.settings.device])
 
     def check_out(self) -> ConvertResult | None:
         """The result where this conversion is finished.

@@ -140,7 +140,7 @@ def conversion_plots(result: ConvertResult) -> list[Plot]:
             title="Error of each block",
             caption="Squared deviation from the dense block's output over its square, mean over held-out tokens.",
             axes_names=("block", "relative error"),
-            adjust=log_heights,
+            adjust=lambda axes: log_heights(axes, ticks=(1, 2, 5)),
         )
     ]
 
