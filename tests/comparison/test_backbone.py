@@ -83,5 +83,5 @@ def test_another_backbone_is_another_comparison(compared: tuple[list[str], Path]
         methods=tuple(parse_methods(["dense"])), corpus="text", data_dir=str(out.parent / "song.txt"), steps=4
     )
     assert Comparison.open(settings, out.parent / "other").identity["overrides"] == {}
-    with pytest.raises(UserError, match="unknown backbone 'lama'; fix: did you mean 'llama'"):
-        CompareSettings(methods=settings.methods, backbone="lama")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="unknown backbone 'lamma'; fix: did you mean 'llama'"):
+        CompareSettings(methods=settings.methods, backbone="lamma")  # pyright: ignore[reportArgumentType]
