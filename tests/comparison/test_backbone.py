@@ -74,6 +74,19 @@ def test_its_runs_are_read_like_any_other(compared: tuple[list[str], Path], capf
     assert "`memory_length` must be 0: a decoder has no memory; got 4" in capfd.readouterr().err
 
 
+def test_its_runs_are_exported(compared: tuple[list[str], Path], tmp_path: Path) -> None:
+    """As a decoder of transformers, whose card has the comparison's table."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
+    run, to = run_path(compared[1], "sigma-moe", 0), tmp_path / "hub"
+    assert main(["export", str(run), "--to", str(to)]) == 0
+    hub = transformers.AutoModelForCausalLM.from_pretrained(to)
+    tokens, (model, _) = torch.tensor([[1, 2, 3]]), load_run_model(run)
+    assert type(hub).__name__ == "SparseFFNForCausalLM" and hub.config.max_position_embeddings == 16
+    assert torch.equal(hub(tokens).logits, model(tokens).logits)
+    card = (to / "README.md").read_text()
+    assert "A decoder language model" in card and "2 of keys and values" in card and "| dense | 1.75 M |" in card
+
+
 def test_another_backbone_is_another_comparison(compared: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     """Its folder is refused; the folder of a Transformer-XL stays what it was."""
     words, out = compared

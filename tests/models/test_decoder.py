@@ -208,3 +208,5 @@ def test_configs_without_a_backbone_are_those_of_transformer_xl() -> None:
     found = model_config_from_json({**sizes, "ffn": BLOCKS["dense"]})
     assert isinstance(found, TransformerXLConfig) and "backbone" not in found.to_json()
     assert {f.name for f in dataclasses.fields(config)} > {f.name for f in dataclasses.fields(found)} - {"shared_layers"}
+    with pytest.raises(UserError, match="unknown backbone 'llama2'; fix: did you mean 'llama'"):
+        model_config_from_json({**config.to_json(), "backbone": "llama2"})

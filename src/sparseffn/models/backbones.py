@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from sparseffn.errors import unknown_name
 from sparseffn.models.decoder import Decoder
 from sparseffn.models.decoder_config import DecoderConfig
 from sparseffn.models.model_config import TransformerXLConfig
@@ -26,7 +27,13 @@ def model_config_from_json(data: Mapping[str, Any]) -> ModelConfig:
     """The config that a `to_json` wrote; one that names no backbone is a Transformer-XL's.
 
     Raises:
-        UserError: a field is unknown, missing or out of range.
+        UserError: the backbone or a field is unknown, or a field is missing or out of range.
     """
-    is_decoder = data.get("backbone") == DecoderConfig.backbone
-    return DecoderConfig.from_json(data) if is_decoder else TransformerXLConfig.from_json(data)
+    fields = dict(data)
+    match fields.pop("backbone", "transformer-xl"):
+        case "transformer-xl":
+            return TransformerXLConfig.from_json(fields)
+        case DecoderConfig.backbone:
+            return DecoderConfig.from_json(fields)
+        case other:
+            raise unknown_name("backbone", str(other), BACKBONES)
