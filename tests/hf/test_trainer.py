@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install 'sparseffn[hf]'")
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sparseffn
 from hf import trained_by_trainer
@@ -58,6 +58,19 @@ def test_micro_batches_add_up(text: Path, tmp_path: Path) -> None:
     one = train(tmp_path / "one", text, entropy="0", steps="4")
     two = train(tmp_path / "two", text, entropy="0", steps="4", batch="2", accumulation="2")
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_evaluates_without_the_balancing_loss(text: Path, tmp_path: Path) -> None:
+    """`exp(eval_loss)` is the perplexity; predictions are logits alone."""
+    data = trained_by_trainer.rows(text)[1:3]
+    model = trained_by_trainer.model(entropy=0.5)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    found = Trainer(model=model, args=arguments).predict(data)  # pyright: ignore[reportArgumentType]
+    tokens = torch.stack([row["input_ids"] for row in data])
+    output = model.eval()(tokens, labels=tokens)
+    assert found.metrics["test_loss"] == pytest.approx(output.cross_entropy.item(), rel=1e-5)
+    assert output.balance_loss.item() < -0.5 and output.loss is output.cross_entropy
+    torch.testing.assert_close(torch.tensor(found.predictions), output.logits)
 
 
 @pytest.mark.slow

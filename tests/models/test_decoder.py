@@ -14,6 +14,7 @@ from models.small import assert_same
 from sparseffn.errors import UserError
 from sparseffn.ffn import list_methods, method_class
 from sparseffn.models import Decoder, DecoderConfig, TransformerXLConfig, build_model, model_config_from_json
+from sparseffn.models.generation import generate
 from sparseffn.models.rotary_attention import RecentKeysValues
 
 VOCAB = 23
@@ -100,6 +101,16 @@ def test_a_cache_forgets_what_is_too_far() -> None:
         found = torch.cat([model(piece, cache=cache).logits for piece in tokens.split(1, dim=1)], dim=1)
         for end in range(1, 10):
             assert_same(found[:, end - 1], model(tokens[:, max(0, end - 4) : end]).logits[:, -1])
+
+
+def test_generates_the_most_likely_text() -> None:
+    """Token by token from the cache as from the whole text."""
+    model, written = small(), text(1, 4)[0].tolist()
+    found = generate(model, written, 6)
+    for token in found:
+        assert token == int(model(torch.tensor([written])).logits[0, -1].argmax())
+        written.append(token)
+    assert len(set(found)) > 1
 
 
 @pytest.mark.parametrize("block", ["sigma-moe", "s-base"])
