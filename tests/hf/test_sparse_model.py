@@ -219,6 +219,7 @@ def test_the_vocabulary_grows() -> None:
         assert found.shape[-1] == model.config.vocab_size == VOCAB + 4
         torch.testing.assert_close(found[..., :VOCAB], wanted)
         assert model.decoder.embedding.weight[VOCAB:].abs().max() < 0.5
+        assert f"| parameters | {model.num_parameters():,} |" in model.card("grown")
 
 
 def test_gives_what_is_asked_for() -> None:

@@ -89,7 +89,8 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
 
     def card(self, name: str, **parts: Any) -> str:
         """The model card: what the model is and how it is loaded; `parts` are further arguments of `model_card`."""
-        sizes = self.decoder.config
+        # Of now: the vocabulary may have grown.
+        sizes = self.config.model_config
         tied = ", which is also the output projection" if sizes.tied_embeddings else ""
         return model_card(
             name=name,
