@@ -171,3 +171,20 @@ def test_interrupted_write_leaves_the_file_before(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("data", [{"a": 0.5, "b": 2.0}, Stored(steps=3, rest=[1, None])], ids=["dict", "struct"])
+def test_a_sealed_file_is_refused_when_it_was_changed(data: Any, tmp_path: Path) -> None:
+    """Another number of the right type; without a seal, as another version writes it, it is read as it is."""
+    path, kind = tmp_path / "file.json", type(data) if isinstance(data, Stored) else dict[str, float]
+    write_json(path, data, seal=True)
+    assert read(path, kind, fix="-") == data
+    text = path.read_text()
+    path.write_text(text.replace("0.5", "0.75").replace('"steps": 3', '"steps": 4'))
+    with pytest.raises(UserError, match=r"must match its digest; got a changed file; fix: remove it"):
+        read(path, kind, fix="remove it")
+    path.write_text(text.replace('"sealed": "', '"sealed": 5, "x": "'))
+    with pytest.raises(UserError, match=r"must "):
+        read(path, kind, fix="remove it")
+    write_json(path, data)
+    assert read(path, kind, fix="-") == data

@@ -184,9 +184,31 @@ def sole_writer(folder: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write a dict, dataclass or Struct as JSON, so that the file is whole or is what it was before."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False, default=_builtins) + "\n")
+_SEAL = "sealed"
+
+
+def write_json(path: Path, data: object, *, seal: bool = False) -> None:
+    """Write a dict, dataclass or Struct as JSON, so that the file is whole or is what it was before.
+
+    With `seal` an object gets the digest of its fields as one more, so that `read` refuses it when any of them was changed.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False, default=_builtins)
+    if seal:
+        fields = json.loads(text)
+        text = json.dumps({**fields, _SEAL: json_digest(fields)}, indent=1)
+    write_text(path, text + "\n")
+
+
+def _unsealed(text: str) -> tuple[str, bool]:
+    """JSON without its seal, and whether the seal, if there is one, is its own."""
+    try:
+        fields = json.loads(text) if f'"{_SEAL}"' in text else None
+    except ValueError:
+        return text, True
+    if not isinstance(fields, dict) or _SEAL not in fields:
+        return text, True
+    seal = fields.pop(_SEAL)
+    return json.dumps(fields), seal == json_digest(fields)
 
 
 def _builtins(data: object) -> Any:
@@ -214,15 +236,15 @@ def read(path: Path, kind: type[T], *, fix: str) -> T:
         fix: the remedy for a damaged file.
 
     Raises:
-        UserError: the file is not there, is damaged, or is no regular file.
+        UserError: the file is not there, is damaged, was changed since it was sealed, or is no regular file.
     """
     # Anything but a regular file, as a pipe, may block for ever.
     if path.exists() and not path.is_file():
         raise UserError(f"`{path}` must be a file; got something else; fix: {fix}")
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
-        return msgspec.json.decode(text, type=kind)
+        text, intact = _unsealed(path.read_text(encoding="utf-8"))
+        found = msgspec.json.decode(text, type=kind)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"`{path}` must exist; got no such file; fix: check the path") from None
     except OSError as error:
@@ -233,6 +255,9 @@ def read(path: Path, kind: type[T], *, fix: str) -> T:
         raise UserError(f"`{path}` must hold JSON; got lists or objects nested too deeply; fix: {fix}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` must hold JSON; got {error}; fix: {fix}") from None
+    if not intact:
+        raise UserError(f"`{path}` must match its digest; got a changed file; fix: {fix}")
+    return found
 
 
 def _needed(error: msgspec.ValidationError, text: str) -> str:

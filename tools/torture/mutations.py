@@ -104,10 +104,12 @@ def confuse(path: Path, draw: random.Random, _: list[Path]) -> None:
     """A value of another type or size somewhere in JSON, or a field that is gone or new."""
     try:
         text = path.read_text()
-        lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+        lines = text.splitlines() or [""] if path.suffix == ".jsonl" else [text]
         at = draw.randrange(len(lines))
         data = json.loads(lines[at])
-    except ValueError:
+        if not isinstance(data, dict | list):
+            raise ValueError("nothing in it")
+    except (ValueError, RecursionError):
         return scramble(path, draw, [])
     place = data
     while True:

@@ -103,7 +103,7 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
         n_tokens = comparison.preset.batch * comparison.preset.context
         # As the run computes its products: those of mixed precision are in the narrow type.
         dtype = DTYPES[comparison.settings.precision]
-        write_json(path, time_layers(blocks, n_tokens=n_tokens, dtype=dtype, device=comparison.device))
+        write_json(path, time_layers(blocks, n_tokens=n_tokens, dtype=dtype, device=comparison.device), seal=True)
     fix = "remove the file and run the same command again, which times the layers anew"
     times = read(path, LayerTimes, fix=fix)
     comparison.check_labels(path, times, fix=fix)

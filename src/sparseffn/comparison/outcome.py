@@ -61,7 +61,7 @@ def count_usage(model: LanguageModel, config: TrainConfig, corpus: Corpus, folde
     """Count the usage of the feedforward blocks on the first tokens of validation, and write it to `usage.json`."""
     counter = UsageCounter()
     evaluate(model, corpus.valid, max_tokens=USAGE_TOKENS, observe=counter.observe, **config.evaluation)
-    write_json(folder / "usage.json", counter.result())
+    write_json(folder / "usage.json", counter.result(), seal=True)
     return counter
 
 

@@ -61,7 +61,7 @@ def find_plan(comparison: Comparison, started: float) -> Plan:
         plan = make_plan(comparison, started)
         # Only now is the folder claimed: a budget that was refused may be raised with the same --out.
         RunFolder(comparison.out).open(comparison.identity, device=str(comparison.device))
-        write_json(path, plan)
+        write_json(path, plan, seal=True)
     fix = "restore the file or choose another --out"
     plan = read(path, Plan, fix=fix)
     comparison.check_labels(path, plan.step_s, "step_s.", fix=fix)

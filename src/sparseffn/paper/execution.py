@@ -76,7 +76,7 @@ def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None
         load = Load(valid=_worst(usage), training=training_load(model, spec.train, spec.corpus))
     wall_s = before + time.perf_counter() - started
     summary = RunSummary(format=FORMAT, wall_s=max(wall_s, result.seconds), load=load)
-    write_json(folder.path / "paper.json", summary)
+    write_json(folder.path / "paper.json", summary, seal=True)
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ class Training:
         for step in new:
             found[str(step)] = self._probe(paths.get(step), device)
         if new:
-            write_json(self.probes_path, found)
+            write_json(self.probes_path, found, seal=True)
         return any(step > 0 for step in new)
 
     def _probe(self, path: Path | None, device: torch.device) -> SelectorProbe:

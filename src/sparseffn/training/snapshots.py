@@ -25,6 +25,7 @@ from sparseffn.models import LanguageModel
 from sparseffn.storage import digest_of, write_bytes
 from sparseffn.training.checkpoint import is_of_step, step_name, step_of
 from sparseffn.training.config import TrainConfig
+from sparseffn.training.run_folder import RunFolder
 
 SNAPSHOT_TOKENS = 4096
 """Tokens of a snapshot: with 16 experts and K = 4 an expert's load is then known to about 3%, as good as a line on paper."""
@@ -76,14 +77,16 @@ def _spread(tokens: np.ndarray, n_pieces: int) -> np.ndarray:
 
 
 def save_snapshot(folder: Path, step: int, layers: Sequence[Tensor]) -> None:
-    """Write a snapshot, with the digest of its tensors."""
+    """Write a snapshot, with the digest of its run, step and tensors."""
+    path = folder / "routing" / f"{step_name(step)}.safetensors"
     tensors = {str(layer): chosen for layer, chosen in enumerate(layers)}
-    data = save(tensors, metadata={"digest": _digest(layers)})
-    write_bytes(folder / "routing" / f"{step_name(step)}.safetensors", data)
+    write_bytes(path, save(tensors, metadata={"digest": _digest(path, layers)}))
 
 
-def _digest(layers: Sequence[Tensor]) -> str:
-    return digest_of(*(part for layer in layers for part in (str(list(layer.shape)), layer.numpy().tobytes())))
+def _digest(path: Path, layers: Sequence[Tensor]) -> str:
+    run = RunFolder(path.parents[1])
+    whose = (run.digest() if run.config_path.exists() else "", path.stem)
+    return digest_of(*whose, *(part for layer in layers for part in (str(list(layer.shape)), layer.numpy().tobytes())))
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
@@ -106,8 +109,8 @@ def load_snapshot(path: Path) -> list[Tensor]:
             digest = (file.metadata() or {}).get("digest")
             layers = [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
         # Version 0.1 wrote none.
-        if digest not in (None, _digest(layers)):
-            raise ValueError("other than its digest")
+        if digest not in (None, _digest(path, layers)):
+            raise ValueError("not that of this run and step")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"`{path}` must hold a routing snapshot; got a damaged file ({error}); fix: remove it, the others still serve"
