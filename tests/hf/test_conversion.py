@@ -216,7 +216,7 @@ def test_seeds_share_a_row(converted: ConvertResult) -> None:
     other = structs.replace(converted, facts=structs.replace(converted.facts, seed=1))
     upcycled = structs.replace(converted, facts=structs.replace(converted.facts, fill="upcycle"))
     (row,) = conversions_table([converted, other, upcycled]).rows
-    assert [cell.text for cell in row.cells][:4] == ["sigma-moe n_experts=6 k=2 from split", "3 + 23", "544", "33.3%"]
+    assert [cell.text for cell in row.cells][:4] == ["sigma-moe n_experts=6 k=2 from split", "3 + 23", "544 / 136", "33.3%"]
     assert row.cells[-1].text == "2" and " ± 0.00, " in row.cells[-4].text
     (row,) = conversions_table([converted, other, upcycled], upcycled=True).rows
     assert row.cells[0].text.endswith("from upcycle") and row.cells[-1].text == "1"

@@ -178,16 +178,17 @@ def conversion_page(result: ConvertResult, plots: Sequence[Plot] = ()) -> str:
 
 def conversions_table(results: Sequence[ConvertResult], *, upcycled: bool = False) -> Table:
     """A row for each way to convert, over its seeds; upcycled models apart, as they compute no less than the dense one."""
-    groups: dict[tuple[str, int, int], list[ConvertResult]] = {}
+    groups: dict[tuple[str, int, int, int], list[ConvertResult]] = {}
     for result in results:
         if (result.facts.fill == "upcycle") == upcycled:
-            key = (described(result.facts), result.facts.distill, result.facts.end_to_end)
+            facts = result.facts
+            key = (described(facts), facts.distill, facts.end_to_end, facts.context)
             groups.setdefault(key, []).append(result)
     return Table.by_column(
         [
             ("converted", lambda of: of[0]),
             ("steps", lambda of: f"{of[1][0].facts.distill} + {of[1][0].facts.end_to_end}"),
-            ("held-out tokens", lambda of: formats.integer(of[1][0].held_out.tokens)),
+            ("held out", lambda of: f"{formats.integer(of[1][0].held_out.tokens)} / {of[1][0].facts.context}"),
             ("active pairs", lambda of: formats.percent(of[1][0].active_share)),
             ("FLOPs of the blocks", lambda of: formats.percent(of[1][0].flops_share)),
             ("parameters", lambda of: formats.count(of[1][0].params_after)),
@@ -201,15 +202,16 @@ def conversions_table(results: Sequence[ConvertResult], *, upcycled: bool = Fals
             ("decoding", lambda of: _faster(of[1], "decoding")),
             ("seeds", lambda of: str(len(of[1]))),
         ],
-        [(name, found) for (name, _, _), found in sorted(groups.items(), key=_order)],
+        [(name, found) for (name, *_), found in sorted(groups.items(), key=_order)],
         notes=(
-            "steps: of each block, then of the whole model; filled and distilled: perplexity, and its change against dense, "
-            "mean and standard deviation over seeds; prompt and decoding: times as fast as the dense model",
+            "steps: of each block, then of the whole model; held out: tokens / tokens of a window; "
+            "filled and distilled: perplexity, and its change against dense, mean and standard deviation over seeds; "
+            "prompt and decoding: times as fast as the dense model",
         ),
     )
 
 
-def _order(item: tuple[tuple[str, int, int], list[ConvertResult]]) -> tuple[bool, float, str]:
+def _order(item: tuple[tuple[str, int, int, int], list[ConvertResult]]) -> tuple[bool, float, str]:
     """What needs no training first, then by the share that is computed."""
     result = item[1][0]
     return _trains(result.facts), -result.flops_share, item[0][0]
