@@ -115,12 +115,12 @@ class TestFiles:
         with pytest.raises(UserError, match=r"must be a JSON object with `text`; got .* in line 2 of .*a\.json\.gz"):
             list(read_local(tmp_path / "a.json.gz"))
 
-    @pytest.mark.parametrize("damage", ["cut", "plain"])
+    @pytest.mark.parametrize("damage", ["cut", "plain", "empty"])
     def test_a_damaged_shard_is_reported(self, tmp_path: Path, damage: str) -> None:
         """Cut short, or no gzip file."""
         write_shard(tmp_path / "a.json.gz", [document("a", i) for i in range(50)])
         data = (tmp_path / "a.json.gz").read_bytes()
-        (tmp_path / "a.json.gz").write_bytes(data[:-50] if damage == "cut" else b'{"text": "x"}\n')
+        (tmp_path / "a.json.gz").write_bytes({"cut": data[:-50], "plain": b'{"text": "x"}\n', "empty": b""}[damage])
         with pytest.raises(UserError, match=r"must be a whole \.json\.gz file; got .*a\.json\.gz"):
             list(read_local(tmp_path / "a.json.gz"))
 

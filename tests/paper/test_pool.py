@@ -18,7 +18,8 @@ from sparseffn.paper.execution import execute
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec, makers_note, window_losses
-from sparseffn.storage import json_digest, read_json, write_json
+from sparseffn.storage import json_digest, write_json
+from sparseffn.training import TrainResult
 from sparseffn.training.loop import StepReport
 
 
@@ -212,8 +213,8 @@ def test_loss_without_a_perplexity_is_a_failure(table: MakeTable, tmp_path: Path
     """Its table is written all the same."""
     planned, pool = table("table3", ["WT-S"], ["dense"]), Pool(tmp_path)
     (spec,) = run_table(planned, pool)
-    path = pool.folder(spec).result_path
-    write_json(path, {**read_json(path), "test": 800.0})
+    folder = pool.folder(spec)
+    dataclasses.replace(TrainResult.read(folder.result_path), test=800.0).write(folder)
     result = table_result(planned, pool)
     write_json(tmp_path / "table.json", result)
     cell = result.cells[0]
@@ -225,6 +226,9 @@ def test_damaged_windows_cost_their_run_alone(table: MakeTable, tmp_path: Path, 
     """The other rows of the table stay; this one says which file it is."""
     planned, pool = table("table3", ["WT-S"]), Pool(tmp_path)
     _, sigma = run_table(planned, pool)
+    # A result of version 0.1, which knows no digests of other files.
+    result = pool.folder(sigma).result_path
+    write_json(result, dataclasses.asdict(TrainResult.read(result)))
     path = pool.folder(sigma).window_losses_path("test")
     if damage == "missing":
         path.unlink()
@@ -251,11 +255,12 @@ def test_stopped_step_does_not_count(table: MakeTable, tmp_path: Path) -> None:
     planned, pool = table("table3", ["WT-S"]), Pool(tmp_path)
     for spec in run_table(planned, pool):
         folder = pool.folder(spec)
-        records = folder.read_metrics()
+        records, result = folder.read_metrics(), TrainResult.read(folder.result_path)
         for record in records:
             if "time_s" in record:
                 record["time_s"] = 0.1 * record["step"] + 3600.0 * (record["step"] >= 2)
         folder.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        result.write(folder)
     result = table_result(planned, pool)
     assert [cell.train_s for cell in result.cells] == pytest.approx([0.4, 0.4])
     assert result.columns[0].equal_time_s == pytest.approx(0.4)

@@ -38,6 +38,9 @@ def read_local(path: Path, skip: int = 0) -> Iterator[str]:
     try:
         if not path.is_file():
             raise FileNotFoundError("no regular file")
+        # Which gzip takes for the end of a whole one.
+        if path.stat().st_size == 0:
+            raise EOFError("an empty file")
         with gzip.open(path, "rb") as stream:
             yield from _texts(_lines(stream, str(path)), skip, str(path))
     except (EOFError, zlib.error, OSError) as error:
