@@ -163,6 +163,38 @@ def test_an_assertion_of_the_device_is_explained(
         train(model, config, corpus, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_no_memory_is_explained(
+    error: Exception,
+    tmp_path: Path,
+    corpus: Corpus,
+    model: TransformerXLConfig,
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what was asked for and what would need less; another error of PyTorch's is left as it is."""
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(loop, "read_steps", fails)
+    with pytest.raises(
+        UserError, match=r"after step 1, with 2 streams of 16 tokens and .* fix: --accumulation 4 .*parts of 1\)"
+    ):
+        train(model, config, corpus, tmp_path / "run")
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        train(model, config, corpus, tmp_path / "run")
+
+
 def test_scaled_gradients_that_overflow_are_no_failure_until_the_scale_is_1() -> None:
     """What float16 cannot hold at a scale is tried at half of it."""
     assert stepping.StepNumbers(2.0, 0.0, float("inf"), 4.0).overflowed

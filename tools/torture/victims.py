@@ -18,7 +18,7 @@ import torch
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import Interrupted, UserError
 from sparseffn.ffn import list_methods, method_class
-from sparseffn.models import TransformerXLConfig
+from sparseffn.models import DecoderConfig, ModelConfig, TransformerXLConfig
 from sparseffn.training import RunFolder, TrainConfig, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint
 
@@ -41,7 +41,7 @@ class Victim:
     """A run and its corpus."""
 
     name: str
-    model: TransformerXLConfig
+    model: ModelConfig
     config: TrainConfig
     corpus: Corpus
 
@@ -81,7 +81,12 @@ def make_victims(corpus: Corpus) -> list[Victim]:
             **kind,
         )
         victims.append(Victim(f"{name} {kind or 'float32'}", model, config, corpus))
-    return victims
+    ffn = victims[0].model.ffn
+    decoder = DecoderConfig(
+        vocab_size=corpus.tokenizer.vocab_size, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_head=8, ffn=ffn
+    )
+    config = dataclasses.replace(victims[0].config, memory=0, eval_memory=0)
+    return [*victims, Victim("decoder", decoder, config, corpus)]
 
 
 def in_child(work: Callable[[], object], log: Path) -> int:

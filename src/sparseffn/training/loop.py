@@ -30,6 +30,7 @@ from sparseffn.models import ModelConfig, build_model, keyed_generator
 from sparseffn.storage import file_digest, sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
+from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
 from sparseffn.training.health import LossSpikes, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
 from sparseffn.training.restore import load_weights
@@ -135,7 +136,11 @@ def train(
         except torch.AcceleratorError as error:
             if "device-side assert" not in str(error):
                 raise
-            raise run.stopped_by_device() from error
+            raise stopped_by_device(run.step - len(run.unread) + 1, run.step + 1, run.last_good()) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, model_config, str(device), run.step, run.last_good()) from error
 
 
 def run_config(model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -252,7 +257,7 @@ class _Run:
         )
         raise NonFiniteLossError(
             f"loss and gradient must be finite; got {what} at step {step}, which was not taken{where and f' ({where})'}; "
-            f"fix: {remedy}. Last good checkpoint: {self._last_good()}"
+            f"fix: {remedy}. Last good checkpoint: {self.last_good()}"
         )
 
     def _where(self) -> str:
@@ -263,21 +268,13 @@ class _Run:
 
     def _interrupted(self, number: int) -> Interrupted:
         return Interrupted(
-            f"interrupted after step {self.step} of {self.config.steps}, which is saved in {self._last_good()}; "
+            f"interrupted after step {self.step} of {self.config.steps}, which is saved in {self.last_good()}; "
             "the same command goes on from there",
             number,
         )
 
-    def stopped_by_device(self) -> UserError:
-        """An assertion failed on the device, which nothing in this process can use any more."""
-        first = self.step - len(self.unread) + 1
-        return UserError(
-            f"the device must go on; got an assertion at step {first} to {self.step + 1}, most likely of a router whose scores "
-            "became NaN or infinite; fix: lower lr or raise warmup in a new --out, in a new process. "
-            f"Last good checkpoint: {self._last_good()}"
-        )
-
-    def _last_good(self) -> Path | str:
+    def last_good(self) -> Path | str:
+        """The checkpoint that a run that failed goes on from."""
         found = list_checkpoints(self.folder.checkpoints)
         return found[-1] if found else "none, the run had not reached its first"
 
@@ -309,7 +306,7 @@ class _Run:
             return evaluate(self.model, getattr(self.corpus, split), max_tokens=max_tokens, **self.config.evaluation)
         except NonFiniteError as error:
             raise NonFiniteLossError(
-                f"{error}; {split} after step {self.step}. Last good checkpoint: {self._last_good()}"
+                f"{error}; {split} after step {self.step}. Last good checkpoint: {self.last_good()}"
             ) from None
 
     def _report(self, step: int, numbers: StepNumbers, seconds: float) -> None:
