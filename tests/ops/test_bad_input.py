@@ -135,3 +135,43 @@ def test_compiler_may_be_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("CXX", "g++ '")
     with pytest.raises(build.CompilerError, match="is no command"):
         build.find_compiler()
+
+
+ACTIVATIONS_OF_GATED = ["silu", "clamped_swiglu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS_OF_GATED)
+@pytest.mark.parametrize(("width", "size"), [(0, 3), (4, 0), (0, 0)], ids=["no-width", "no-units", "nothing"])
+def test_gated_weights_without_elements_are_good_input(width: int, size: int, activation: str, dtype: torch.dtype) -> None:
+    """Biases are what is left of the block, forward and backward."""
+
+    def leaf(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype).requires_grad_()
+
+    x, gates = leaf(5, width), torch.rand(5, 2, dtype=torch.promote_types(dtype, torch.float32))
+    indices, value_bias = torch.tensor([[0, 3]]).expand(5, 2), leaf(4, width)
+    keys, gate_keys, values = leaf(4, width, size), leaf(4, width, size), leaf(4, size, width)
+    given = {"gate_keys": gate_keys, "key_bias": leaf(4, size), "gate_bias": leaf(4, size), "value_bias": value_bias}
+    y = ops.experts(x, keys, values, gates, indices, activation=activation, **given)
+    y.sum().backward()
+    if size == 0:
+        wanted = (gates[:, :, None] * value_bias[indices]).sum(1)
+        torch.testing.assert_close(y, wanted.to(dtype), atol=1e-2, rtol=1e-2)
+    if size:
+        rows = {"gate_keys": leaf(size, width), "key_bias": leaf(size), "gate_bias": leaf(size), "value_bias": leaf(width)}
+        ops.topk_rows(x, leaf(size, width), leaf(size, width), k=1, activation=activation, **rows)[0].sum().backward()
+
+
+def test_arguments_are_judged_as_autocast_makes_them() -> None:
+    """Dtypes that autocast makes equal are not what is wrong."""
+    with torch.autocast("cpu"), pytest.raises(UserError, match="between 0 and 1, an expert each"):
+        ops.experts(X.bfloat16(), W, V, GATES, INDICES + 1)
+
+
+@pytest.mark.parametrize("name", ["cvmm", "sinkhorn"])
+def test_backend_without_a_kernel_is_refused(name: str) -> None:
+    """What the CPU's backend lacks is computed by a composition, which is not what was asked for."""
+    calls = {"cvmm": lambda: ops.cvmm(X, SEL, W, backend="cpu"), "sinkhorn": lambda: ops.sinkhorn(X, backend="cpu")}
+    with pytest.raises(UserError, match=f"backend 'cpu' (has no '{name}'|cannot run)"):
+        calls[name]()

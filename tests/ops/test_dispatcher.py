@@ -336,3 +336,45 @@ def test_without_a_compiler_the_composition_does_all_that(tmp_path: Path) -> Non
     code = WITHOUT_COMPILER.format(folder=str(Path(__file__).parent))
     done = python(code, CXX="/bin/false", SPARSEFFN_CACHE=str(tmp_path))
     assert done.stderr.count("no compiled CPU kernels") == 1
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def _selecting(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and an output that depends on which of many near scores are selected."""
+    torch.manual_seed(0)
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes).div(8).to(dtype)
+
+    x = drawn(40, 64).mul(8).requires_grad_()
+    if name == "topk_rows":
+        return x, ops.topk_rows(x, drawn(400, 64), drawn(400, 64), k=50, activation="gelu")[0]
+    if name == "product_key_rows":
+        return x, ops.product_key_rows(x, drawn(2, 20, 32), drawn(2, 20, 32), drawn(400, 64), k=16, activation="gelu")[0]
+    gates, indices = torch.rand(40, 2), torch.randint(4, (40, 2))
+    return x, ops.experts(x, drawn(4, 64, 100), drawn(4, 100, 64), gates, indices, inner_k=40, activation="gelu")
+
+
+@HALF
+@pytest.mark.parametrize("name", ["topk_rows", "product_key_rows", "experts"])
+def test_gradients_to_be_differentiated_are_of_the_same_selection(name: str, dtype: torch.dtype) -> None:
+    """In half precision too, where scores rounded to it would select others."""
+    found = []
+    for create_graph in (False, True):
+        x, y = _selecting(name, dtype)
+        found.append(torch.autograd.grad(y.float().square().sum(), x, create_graph=create_graph)[0].detach().double())
+    apart = (found[0] - found[1]).norm() / found[0].norm()
+    assert apart < 4 * torch.finfo(dtype).eps
+
+
+def test_gradients_to_be_differentiated_ignore_autocast() -> None:
+    """Backward under autocast differentiates what forward computed without it."""
+    x = torch.randn(20, 16, requires_grad=True)
+    keys, values = torch.randn(30, 16), torch.randn(30, 16)
+    y = ops.topk_rows(x, keys, values, k=5, activation="gelu")[0]
+    wanted = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    with torch.autocast("cpu"):
+        got = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(got, wanted)

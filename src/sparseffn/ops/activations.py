@@ -51,18 +51,6 @@ def hidden_units(
     return a if up is None else a * up
 
 
-def hidden_units_backward(
-    name: str, grad: Tensor, h: Tensor, up: Tensor, *, alpha: float = SWIGLU_ALPHA, limit: float = SWIGLU_LIMIT
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both products of gated units."""
-    if name != CLAMPED_SWIGLU:
-        return activation_backward(name, grad * up, h), grad * ACTIVATIONS[name](h)
-    g, u = h.clamp(max=limit), up.clamp(-limit, limit)
-    s = torch.sigmoid(alpha * g)
-    grad_h = (grad * (u + 1) * (s + alpha * g * s * (1 - s))).masked_fill(h > limit, 0.0)
-    return grad_h, (grad * g * s).masked_fill(up.abs() > limit, 0.0)
-
-
 def draw_keep(shape: tuple[int, ...], rate: float, device: torch.device) -> tuple[Tensor, float]:
     """Which hidden units dropout leaves, and what scales them.
 
@@ -85,28 +73,6 @@ def check_activation(name: str, gate_keys: Tensor | None, gate_bias: Tensor | No
     if gate_keys is None and (name == CLAMPED_SWIGLU or gate_bias is not None):
         what = "gate_bias" if gate_bias is not None else f"activation={name!r}"
         raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
-
-
-def from_kept(name: str, kept: Tensor) -> Tensor:
-    """The activation from what was kept of it: its output, its input, or of relu2 either ReLU's output or the input."""
-    return kept if name in KEEPS_OUTPUT else ACTIVATIONS[name](kept)
-
-
-def activation_backward(name: str, grad: Tensor, kept: Tensor) -> Tensor:
-    """Gradient of the activation's input."""
-    match name:
-        case "relu":
-            return grad.masked_fill(kept <= 0, 0.0)
-        case "relu2":
-            return grad * 2 * torch.relu(kept)
-        case "gelu":
-            return torch.ops.aten.gelu_backward(grad, kept)
-        case "gelu_tanh":
-            return torch.ops.aten.gelu_backward(grad, kept, approximate="tanh")
-        case "silu":
-            return torch.ops.aten.silu_backward(grad, kept)
-        case _:
-            return grad
 
 
 def saved_activations(activation: str, dropout: float = 0.0, *, gated: bool = False) -> int:

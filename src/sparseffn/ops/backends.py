@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops.library import Operation, load
+from sparseffn.ops.library import Operation, has_kernel, load
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,10 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
         return None
     chosen = _runnable(name, tensor.device, tensor.dtype)
     if chosen.functions is None:
-        return None
-    if operation in chosen.functions:
+        load()
+        if has_kernel(operation, tensor.device.type):
+            return None
+    elif operation in chosen.functions:
         return chosen.functions[operation]
     if backend != "auto":
         raise UserError(f"backend {name!r} has no {operation!r}; fix: use backend 'auto'")
@@ -153,7 +155,7 @@ def call(operation: Operation, arguments: tuple[Any, ...], backend: str = "auto"
     try:
         return operation.overload(*arguments)
     except (RuntimeError, IndexError, KeyError, TypeError, AttributeError):
-        operation.check(*arguments)
+        operation.check(*operation.as_cast(arguments))
         raise
 
 

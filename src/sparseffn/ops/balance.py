@@ -11,10 +11,8 @@ from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.backends import call
+from sparseffn.ops.counts import NEVER
 from sparseffn.ops.library import Kept, define, gradient_like, kernels_missing
-
-# Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
-_NEVER = -1e30
 
 
 def _rounds(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -25,7 +23,7 @@ def _rounds(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> tuple[T
     for _ in range(n_rounds):
         rows.append(scores + sign * a_E)
         b_T1 = -torch.logsumexp(rows[-1], dim=1, keepdim=True)
-        columns.append(torch.where(left_out, _NEVER, scores + sign * b_T1))
+        columns.append(torch.where(left_out, NEVER, scores + sign * b_T1))
         a_E = log_share - torch.logsumexp(columns[-1], dim=0)
     return a_E, rows, columns
 

@@ -21,6 +21,7 @@ from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, c
 from sparseffn.ops.backends import call
 from sparseffn.ops.columns import topk
 from sparseffn.ops.library import Kept, define
+from sparseffn.ops.plain import upcast
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 
 
@@ -51,6 +52,7 @@ def check_topk_rows(
     check_activation(activation, gate_keys, gate_bias)
 
 
+@upcast
 def topk_rows_plain(
     x: Tensor, keys: Tensor, values: Tensor, k: int, gate_keys: Tensor | None = None, key_bias: Tensor | None = None,
     gate_bias: Tensor | None = None, value_bias: Tensor | None = None, keep: Tensor | None = None, keep_scale: float = 1.0,
@@ -192,6 +194,7 @@ def check_product_key_rows(x: Tensor, keys_a: Tensor, keys_b: Tensor, values: Te
         raise unknown_name("activation", activation, (*ACTIVATIONS, "softmax"))
 
 
+@upcast
 def product_key_rows_plain(
     x: Tensor, keys_a: Tensor, keys_b: Tensor, values: Tensor, k: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:

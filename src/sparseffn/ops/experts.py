@@ -189,7 +189,8 @@ def experts(
         x: `[T, D]`; under autocast it, the weights and the biases are cast as `nn.Linear` casts.
         keys: `[E, D, G]`; the activation acts on their product.
         values: `[E, G, D]`.
-        gates: `[T, K]`, float32 (float64 for float64 x). A gate of exactly 0 selects nothing.
+        gates: `[T, K]`, float32 (float64 for float64 x). A token of fewer experts
+            has gates of 0, whose experts are computed all the same.
         indices: int64 `[T, K]`, 0 to E - 1.
         gate_keys: `[E, D, G]`.
         key_bias: `[E, G]`.

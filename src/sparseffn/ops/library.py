@@ -79,22 +79,23 @@ class Operation:
 
     def checked(self, composition: Function) -> Function:
         """A composition of what autocast makes of its arguments, which fit together."""
-        places = [self.arguments.index(name) for name in self.cast]
 
         def run(*arguments: Any) -> Any:
-            device_type = arguments[0].device.type
-            if not is_autocast_on(device_type):
-                self.check(*arguments)
-                return composition(*arguments)
-            given = list(arguments)
-            for place in places:
-                if place < len(given) and given[place] is not None:
-                    given[place] = to_autocast(given[place])
+            given = self.as_cast(arguments)
             self.check(*given)
-            with torch.autocast(device_type, enabled=False):
+            if given is arguments:
+                return composition(*arguments)
+            with torch.autocast(arguments[0].device.type, enabled=False):
                 return composition(*given)
 
         return run
+
+    def as_cast(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as autocast makes them; themselves where it is off."""
+        if not is_autocast_on(arguments[0].device.type):
+            return arguments
+        named = zip(self.arguments, arguments, strict=False)
+        return tuple(to_autocast(a) if name in self.cast and a is not None else a for name, a in named)
 
 
 def define(
@@ -203,6 +204,11 @@ def kernels_missing() -> str | None:
         for name in triton.REGISTERED:
             LIBRARY.impl(name, _on_gpu(name, triton.lazily(name)), "CUDA")
     return None
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether an operation has a kernel for a device, and not a composition for all of them."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparseffn::{name}", device_type.upper())
 
 
 def load() -> bool:

@@ -7,10 +7,33 @@ token. Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+
+
+def upcast(composition: Callable[..., Any]) -> Callable[..., Any]:
+    """A composition of half precision computed in float32, as kernels compute it: else it would select others than they do."""
+
+    @functools.wraps(composition)
+    def run(*arguments: Any) -> Any:
+        dtype = arguments[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        if dtype == wide:
+            return composition(*arguments)
+
+        def cast(a: Any, to: torch.dtype) -> Any:
+            return a.to(to) if isinstance(a, Tensor) and a.is_floating_point() else a
+
+        found = composition(*(cast(a, wide) for a in arguments))
+        return tuple(cast(a, dtype) for a in found) if isinstance(found, tuple) else cast(found, dtype)
+
+    return run
 
 
 def route_plain(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +53,7 @@ def route_plain(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor,
     return logits_TE, indices_TK, gates_TK
 
 
+@upcast
 def experts_plain(
     x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor, gate_keys: Tensor | None = None,
     key_bias: Tensor | None = None, gate_bias: Tensor | None = None, value_bias: Tensor | None = None,

@@ -74,7 +74,8 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
         backend: see `ops.backends`.
 
     Returns:
-        `[T, D]` in the dtype of `values`, under autocast in autocast's. NaN and infinity reach their token's row alone.
+        `[T, D]` in the dtype of `values`, under autocast in autocast's. NaN and infinity of a weight reach
+        its token's row alone; under transforms of `torch.func` those of a row of `values` reach all.
 
     Raises:
         UserError: ranks, shapes, dtypes or devices do not fit together, `K` is 0, or an index is that of no row.

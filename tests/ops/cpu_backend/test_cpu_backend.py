@@ -388,3 +388,16 @@ def test_memory_that_is_not_there_is_an_error() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
+
+
+@needs_compiler
+def test_backend_asked_for_first_in_inference_mode_has_autocast() -> None:
+    """The compiled library, which casts, is loaded before the first call."""
+    code = (
+        "import torch; from sparseffn import ops\n"
+        "x, keys, values = torch.randn(4, 6), torch.randn(3, 6, 5), torch.randn(3, 5, 6)\n"
+        "with torch.inference_mode(), torch.autocast('cpu'):\n"
+        "    y = ops.experts(x, keys, values, torch.rand(4, 1), torch.zeros(4, 1).long())\n"
+        "assert y.dtype == torch.bfloat16, y.dtype\n"
+    )
+    python(code, SPARSEFFN_BACKEND="cpu")

@@ -127,8 +127,8 @@ MUTANTS = {
     "gates-as-if-independent": Mutant("route.cpp", "grad[j] - static_cast<C>(common)", "grad[j]", "routes", "route.cpp"),
     "selector-without-the-last-token": Mutant(
         "route.cpp",
-        "outer_of_few(d_rows.data(), x_rows.data(), r.tokens,",
-        "outer_of_few(d_rows.data(), x_rows.data(), r.tokens - 1,",
+        "std::min(kRowsAtOnce, r.tokens - first)",
+        "std::min(kRowsAtOnce, r.tokens - first - 1)",
         "routes",
         "route.cpp",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -223,3 +224,32 @@ def test_non_finite_token_costs_its_own_row(n_tokens: int, inner_k: int | None, 
         for name in (n for n in NAMES if n in after and n not in ("x", "gates")):
             assert torch.equal(after[name][untouched], before[name][untouched]), name
         assert value == torch.finfo(dtype).max or not after[""][2].isfinite().all()
+
+
+def test_threads_beyond_the_work_cost_nothing() -> None:
+    """Of one token: sixty-four of them took 200 times as long as one while all were started."""
+    x, rows = torch.randn(1, 32), torch.randn(64, 32)
+    sub_keys, table = torch.randn(2, 8, 16), torch.randn(64, 32)
+    indices, weights = torch.zeros(1, 4, dtype=torch.int64), torch.rand(1, 4)
+    calls = {
+        "topk_rows": lambda: ops.topk_rows(x, rows, rows, k=8),
+        "product_key_rows": lambda: ops.product_key_rows(x, sub_keys, sub_keys, table, k=8, activation="relu"),
+        "weighted_rows": lambda: ops.weighted_rows(rows, indices, weights),
+        "route": lambda: ops.route(x, rows, k=4, gate="sigmoid"),
+    }
+    least: dict[tuple[str, int], float] = {}
+    before = torch.get_num_threads()
+    try:
+        for n_threads in (1, 32):
+            torch.set_num_threads(n_threads)
+            for name, call in calls.items():
+                times = []
+                for _ in range(100):
+                    start = time.perf_counter()
+                    call()
+                    times.append(time.perf_counter() - start)
+                least[name, n_threads] = min(times)
+    finally:
+        torch.set_num_threads(before)
+    for name in calls:
+        assert least[name, 32] < 4 * least[name, 1], name

@@ -1,4 +1,4 @@
-"""The compiled backend of the CPU: the C++ of `csrc`, called through its C interface. Compiled at first use."""
+"""The compiled backend of the CPU: the C++ of `csrc`, which PyTorch's dispatcher finds. Compiled at first use."""
 
 from __future__ import annotations
 

@@ -57,8 +57,7 @@ struct TopKInputs {
         check_given(name, gate_bias, {keys.size(0)}, x.scalar_type(), "gate_bias");
         check_given(name, value_bias, {x.size(1)}, x.scalar_type(), "value_bias");
         check_given(name, keep, {tokens(), keys.size(0)}, at::kBool, "keep");
-        TORCH_CHECK(gate_keys.defined() || (activation != kClampedSwiglu && !gate_bias.defined()),
-                    "sparseffn::topk_rows: clamped_swiglu and gate_bias need gate_keys");
+        check_gated("topk_rows", gate_keys.defined(), gate_bias.defined(), activation, limit);
     }
 
     template <class S> TopK<S> problem(const Tensor& indices, const Tensor& coefficients, const Tensor& slopes) const {
@@ -66,7 +65,7 @@ struct TopKInputs {
         TopK<S> p{};
         p.x = pointer_of<S>(x);
         p.keys = pointer_of<S>(keys);
-        p.gate_keys = pointer_of<S>(gate_keys);
+        p.gate_keys = pointer_if_given<S>(gate_keys);
         p.values = pointer_of<S>(values);
         p.key_bias = pointer_of<S>(key_bias);
         p.gate_bias = pointer_of<S>(gate_bias);
@@ -81,7 +80,7 @@ struct TopKInputs {
         p.width = x.size(1);
         p.units = keys.size(0);
         p.k = k;
-        p.threads = threads();
+        p.threads = threads_for(p.tokens * p.units * p.width * parts());
         p.coefficients = pointer<S>(coefficients);
         p.indices = pointer<int64_t>(indices);
         p.slopes = pointer<S>(slopes);
@@ -130,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_rows_bac
     in.check();
     const Tensor sent = grad_y ? grad_y->contiguous() : zeros_like(in.x, in.x), sent_coefficients = in_order(grad_coefficients);
     const Tensor chosen = indices.contiguous(), kept = coefficients.contiguous(), kept_slopes = slopes.contiguous();
+    TORCH_CHECK(in.keys.numel() > 0, "sparseffn::topk_rows_backward: keys must have elements; got ", in.keys.sizes());
     check_kept("topk_rows_backward", in.x, in.tokens(), in.k, in.keys.size(0), in.has_slopes() ? in.parts() * in.k : 0, sent,
                sent_coefficients, chosen, kept, kept_slopes);
     const Tensor d_value_bias = in.value_bias.defined() ? at::sum(sent, 0) : empty_like(in.value_bias, in.x);
@@ -171,12 +171,13 @@ struct ReadsInputs {
     int64_t tokens() const { return x.size(0); }
     int64_t half() const { return x.size(1) / 2; }
     int64_t heads() const { return keys_a.size(0); }
+    int64_t work() const { return tokens() * heads() * ((keys_a.size(1) + keys_b.size(1)) * half() + k * x.size(1)); }
     bool has_slopes() const { return !softmax && activation != kRelu && activation != kIdentity; }
 
     template <class S> ProductKeys<S> problem(const Tensor& indices, const Tensor& coefficients, const Tensor& slopes) const {
         return {pointer_of<S>(x), pointer_of<S>(keys_a), pointer_of<S>(keys_b), pointer_of<S>(values), softmax, activation, tokens(),
-                half(), heads(), keys_a.size(1), keys_b.size(1), k, threads(), pointer<S>(coefficients), pointer<int64_t>(indices),
-                pointer<S>(slopes)};
+                half(), heads(), keys_a.size(1), keys_b.size(1), k, threads_for(work()), pointer<S>(coefficients),
+                pointer<int64_t>(indices), pointer<S>(slopes)};
     }
 };
 
@@ -250,7 +251,7 @@ std::tuple<Tensor, Tensor> product_key_topk_cpu(const Tensor& scores_a, const Te
     const int64_t rows = sums.numel() / k;
     const auto run = [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        product_keys(pointer_of<C>(a), pointer_of<C>(b), rows, a.size(-1), b.size(-1), k, threads(), pointer<C>(sums),
+        product_keys(pointer_of<C>(a), pointer_of<C>(b), rows, a.size(-1), b.size(-1), k, threads_for(16 * rows * (a.size(-1) + b.size(-1) + k)), pointer<C>(sums),
                      pointer<int64_t>(indices));
     };
     if (wide == at::kDouble) run(static_cast<double*>(nullptr));
@@ -268,7 +269,7 @@ Tensor topk_cpu(const Tensor& scores, int64_t k, bool ordered) {
     Tensor chosen = at::empty(sizes, scores.options().dtype(at::kLong));
     const auto run = [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        topk(pointer_of<C>(wide), chosen.numel() / k, wide.size(-1), k, ordered, threads(), pointer<int64_t>(chosen));
+        topk(pointer_of<C>(wide), chosen.numel() / k, wide.size(-1), k, ordered, threads_for(16 * wide.numel()), pointer<int64_t>(chosen));
     };
     if (wide.scalar_type() == at::kDouble) run(static_cast<double*>(nullptr));
     else run(static_cast<float*>(nullptr));
@@ -288,7 +289,7 @@ struct TableInputs {
 
     template <class S> Table<S> table() const {
         return {pointer_of<S>(values), pointer_of<int64_t>(indices), pointer_of<compute_t<S>>(weights), values.size(0),
-                values.size(1), indices.size(0), indices.size(1), threads()};
+                values.size(1), indices.size(0), indices.size(1), threads_for(indices.numel() * values.size(1))};
     }
 };
 

@@ -11,6 +11,7 @@
 // differentiates itself. ops/library.py calls sparseffn_library::differentiate for each operation once this is loaded.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -37,6 +38,12 @@ bool is_watched(const Tensor& t) {
 }
 bool is_watched(const variable_list& tensors) {
     return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return is_watched(t); });
+}
+
+bool has_empty(const variable_list& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+        return t.defined() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && t.numel() == 0;
+    });
 }
 
 OperatorHandle find(const std::string& name) {
@@ -137,6 +144,27 @@ variable_list defined_of(const variable_list& tensors) {
     return defined;
 }
 
+class WithoutAutocast {
+  public:
+    explicit WithoutAutocast(at::DeviceType device)
+        : device_(device), was_on_(device != at::kMeta && at::autocast::is_autocast_enabled(device)) {
+        if (was_on_) at::autocast::set_autocast_enabled(device_, false);
+    }
+    WithoutAutocast(const WithoutAutocast&) = delete;
+    ~WithoutAutocast() {
+        if (was_on_) at::autocast::set_autocast_enabled(device_, true);
+    }
+
+  private:
+    at::DeviceType device_;
+    bool was_on_;
+};
+
+// Whether values cannot be read: a compiler or a mode is at work, or the tensors are fakes.
+bool is_traced(const Tensor& t) {
+    return c10::impl::dispatch_mode_enabled() || t.is_meta() || t.key_set().has(c10::DispatchKey::Python);
+}
+
 // A node of autograd. Its inputs are the tensors among the arguments that are there.
 struct Recorded : torch::autograd::Function<Recorded> {
     // `inputs` are in `arguments` too: PyTorch looks for them among what it is called with.
@@ -208,6 +236,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
                                const variable_list& grads, variable_list& results) {
         const bool create_graph = at::GradMode::is_enabled();
         const at::AutoGradMode recorded(true);
+        // Its arguments are those that the kernels had, cast or not.
+        const WithoutAutocast as_they_are(tensors[0].device().type());
         variable_list inputs(tensors), wanted, outputs, given;
         std::vector<size_t> places;
         for (size_t i = 0; i < inputs.size(); ++i) {
@@ -238,8 +268,9 @@ struct Differentiated : c10::OperatorKernel {
     void operator()(const OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
         const IValue* arguments = stack->data() + (stack->size() - family.n_arguments);
         const variable_list tensors = tensors_of(family, arguments);
-        if (is_watched(tensors)) return family.plain.callBoxed(stack);
-        if (!family.has_kernel(tensors[0])) return family.eager.callBoxed(stack);
+        // Kernels take weights that have elements.
+        if (is_watched(tensors) || has_empty(tensors)) return family.plain.callBoxed(stack);
+        if (!family.has_kernel(tensors[0])) return (is_traced(tensors[0]) ? family.plain : family.eager).callBoxed(stack);
         const bool recorded = at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
                                   return t.defined() && t.requires_grad();
                               });

@@ -35,25 +35,6 @@ template <class S> struct Problem {
     }
 };
 
-// Experts without gate keys and biases, whose weights lie one after the other.
-template <class S>
-Problem<S> plain_problem(const S* x, const S* keys, const S* values, const compute_t<S>* gates, S* hidden, Activation activation,
-                         int64_t width, int64_t size, const Routing& routing, int threads) {
-    Problem<S> p{};
-    p.x = x;
-    p.keys = in_order(keys, width, size);
-    p.values = in_order(values, size, width);
-    p.gates = gates;
-    p.hidden = hidden;
-    p.keep_scale = 1;
-    p.activation = activation;
-    p.width = width;
-    p.size = size;
-    p.routing = routing;
-    p.threads = threads;
-    return p;
-}
-
 template <class S> struct Gradients {
     using C = compute_t<S>;
     const S* y;  // in

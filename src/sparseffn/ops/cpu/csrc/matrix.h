@@ -42,14 +42,6 @@ template <class S> struct OutMatrices {
     int64_t ld() const { return by_rows() ? row : column; }
 };
 
-// One after the other in memory, rows first.
-template <class T> Matrices<T> in_order(const T* data, int64_t rows, int64_t columns) {
-    return {data, rows * columns, columns, 1};
-}
-template <class T> OutMatrices<T> in_order(T* data, int64_t rows, int64_t columns) {
-    return {data, rows * columns, columns, 1};
-}
-
 // Matrix e, [rows, columns], set to zero.
 template <class S> void set_to_zero(const OutMatrices<S>& m, int64_t e, int64_t rows, int64_t columns) {
     if (!m.by_rows()) std::swap(rows, columns);

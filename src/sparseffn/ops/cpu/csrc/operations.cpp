@@ -31,7 +31,7 @@ struct RouteInputs {
                         selector.is_cpu(),
                     "sparseffn::route: x [T, D], selector [E, D] and 1 <= k <= E do not fit together");
         routes = {{data_of(x), type_of(x)}, {data_of(selector), type_of(selector)}, gate_of(gate), x.size(0), x.size(1),
-                  selector.size(0), k, wide_type(x) == at::kDouble, threads()};
+                  selector.size(0), k, wide_type(x) == at::kDouble, threads_for(x.numel() * selector.size(0))};
     }
 };
 
@@ -123,7 +123,7 @@ Tensor balanced_assignment_cpu(const Tensor& scores) {
 
 template <class S> Matrices<S> matrices(const MaybeTensor& t) {
     if (!t) return {nullptr, 0, 0, 0};
-    return {static_cast<const S*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2)};
+    return {pointer_if_given<S>(*t), t->stride(0), t->stride(1), t->stride(2)};
 }
 template <class S> OutMatrices<S> out_matrices(const Tensor& t) {
     if (t.dim() != 3) return {nullptr, 0, 0, 0};
@@ -158,8 +158,7 @@ struct ExpertsInputs {
         like_x(value_bias, {k.size(0), v.size(2)}, "value_bias");
         check_given("experts", keep, {indices.size(0), indices.size(1), k.size(2)}, at::kBool, "keep");
         TORCH_CHECK(v.size(2) == x.size(1), "sparseffn::experts: values must be as wide as x");
-        TORCH_CHECK(gate_keys || (activation != kClampedSwiglu && !gate_bias.defined()),
-                    "sparseffn::experts: clamped_swiglu and gate_bias need gate_keys");
+        check_gated("experts", gate_keys.has_value(), gate_bias.defined(), activation, limit);
         TORCH_CHECK(!inner_k || (*inner_k >= 1 && *inner_k <= indices.size(1) * k.size(2)),
                     "sparseffn::experts: inner_k must be between 1 and K G");
         TORCH_CHECK(gates.is_cpu() && indices.is_cpu() && x.is_cpu(), "sparseffn::experts: all tensors must be on one device");
@@ -272,6 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     const Tensor survivors = positions.contiguous();
     check_like("experts_backward", grad, in.x.sizes(), in.x.scalar_type(), "grad_y");
     in.check_kept(kept, survivors, sorted, edges);
+    TORCH_CHECK(keys.numel() > 0, "sparseffn::experts_backward: keys must have elements; got ", keys.sizes());
     Tensor d_x = at::empty(in.x.sizes(), in.x.options()), d_gates = at::empty(in.gates.sizes(), in.gates.options());
     const auto none = [&] { return at::empty({0}, in.x.options()); };
     Tensor d_keys = gradient_like(keys), d_values = gradient_like(values);

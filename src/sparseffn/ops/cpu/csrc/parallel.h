@@ -30,8 +30,14 @@ struct Runs {
 };
 
 inline Runs runs_of(const std::vector<int64_t>& work, int threads) {
-    std::vector<int64_t> sums{0};
-    for (const int64_t piece : work) sums.push_back(sums.back() + piece);
+    const auto sum_of = [&](int64_t more) {
+        std::vector<int64_t> sums{0};
+        for (const int64_t piece : work) sums.push_back(sums.back() + piece + more);
+        return sums;
+    };
+    std::vector<int64_t> sums = sum_of(0);
+    // Pieces without work are still to be done.
+    if (sums.back() == 0) sums = sum_of(1);
     const double mean = static_cast<double>(sums.back()) / threads;
     Runs runs;
     for (int t = 0; t <= threads; ++t) {

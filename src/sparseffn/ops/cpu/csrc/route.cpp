@@ -49,10 +49,6 @@ void gates_of(Gate kind, const C* logits, int64_t experts, const int64_t* chosen
 constexpr int64_t kManyTokens = 128;
 // Rows that a thread takes at a time: upcast, they stay in its second-level cache.
 constexpr int64_t kRowsAtOnce = 96;
-// Multiply-adds that are worth a second thread.
-constexpr int64_t kWorth = 1 << 17;
-
-bool worth_threads(const Routes& r) { return r.tokens * r.experts * r.width > kWorth; }
 
 // Rows of a matrix in the type of computation, up to kRowsAtOnce at a time: where they lie, or as a copy.
 template <class C> class SomeRows {
@@ -140,7 +136,7 @@ template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& th
     const bool many = r.tokens >= kManyTokens;
     Buffer<C> transposed(many ? r.width * r.experts : 0);
     auto all = one_for_each_thread<ScoreWorkspace<C>>(r.threads, r);
-#pragma omp parallel num_threads(r.threads) if (worth_threads(r))
+#pragma omp parallel num_threads(r.threads)
     {
         ScoreWorkspace<C>& ws = all[omp_get_thread_num()];
         if (many) {
@@ -250,7 +246,7 @@ template <class C> struct GradientWorkspace {
 
 template <class C> void selector_gradients_in(const Routes& r, const C* d, void* grad_x, C* grad_selector) {
     const Wide<C> selector(r.selector, r.experts * r.width);
-    const int parts = worth_threads(r) ? r.threads : 1;
+    const int parts = r.threads;
     std::vector<GradientWorkspace<C>> all;
     // Whole panels of registers, but for the last.
     constexpr int64_t kPanel = kVectors * kLanes<C>;

@@ -24,13 +24,6 @@ struct Routing {
     }
 };
 
-// Infinity and NaN times zero are NaN; the sum of the rest is zero.
-template <class C> inline bool all_finite(const C* values, int64_t n) {
-    C sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += values[i] * C(0);
-    return sum == C(0);
-}
-
 // Stable counting sort; false if an index is not that of an expert.
 inline bool sort_by_expert(const int64_t* indices, int64_t rows, int64_t experts, int64_t* order, int64_t* offsets) {
     std::fill(offsets, offsets + experts + 1, 0);

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <map>
 #include <string_view>
 
@@ -29,6 +30,8 @@ inline int type_of(const Tensor& t) {
 inline at::ScalarType wide_type(const Tensor& t) { return type_of(t) == 1 ? at::kDouble : at::kFloat; }
 
 inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+// As many as so many multiply-adds are worth: starting another costs as much as some 10^5 of them.
+inline int threads_for(int64_t work) { return static_cast<int>(std::min<int64_t>(threads(), 1 + work / (1 << 17))); }
 
 template <class T> inline int code_of(const std::map<std::string_view, T>& names, std::string_view name, const char* what) {
     const auto found = names.find(name);
@@ -47,6 +50,11 @@ inline const void* data_of(const Tensor& t) { return t.defined() && t.numel() ? 
 inline void* data_of_mutable(const Tensor& t) { return t.defined() && t.numel() ? t.mutable_data_ptr() : nullptr; }
 // A contiguous tensor's numbers as S; null for one that is not there.
 template <class S> inline const S* pointer_of(const Tensor& t) { return static_cast<const S*>(data_of(t)); }
+// Of a tensor that is there though it holds nothing, some address.
+template <class S> inline const S* pointer_if_given(const Tensor& t) {
+    alignas(64) static constexpr char kNothing[64] = {};
+    return t.defined() && !t.numel() ? reinterpret_cast<const S*>(kNothing) : pointer_of<S>(t);
+}
 template <class S> inline S* pointer(const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); }
 inline Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); }
 
@@ -69,6 +77,13 @@ inline void check_like(const char* operation, const Tensor& t, at::IntArrayRef s
 // The same of one that may be left out.
 inline void check_given(const char* operation, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
     if (t.defined()) check_like(operation, t, sizes, type, name);
+}
+
+// The gate of a block's units.
+inline void check_gated(const char* operation, bool gate_keys, bool gate_bias, Activation activation, double limit) {
+    TORCH_CHECK(gate_keys || (activation != kClampedSwiglu && !gate_bias), "sparseffn::", operation,
+                ": clamped_swiglu and gate_bias need gate_keys");
+    TORCH_CHECK(activation != kClampedSwiglu || limit > 0, "sparseffn::", operation, ": limit must be above 0; got ", limit);
 }
 
 template <class T> inline void check_between(const Tensor& t, int64_t low, int64_t high, const char* what) {
