@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_train import losses, weights
 
+import sparseffn.training.loop as loop
 import sparseffn.training.stepper as stepping
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
@@ -106,9 +107,14 @@ def test_spikes_are_told_from_noise() -> None:
 
 
 def test_collapsed_experts_are_told_with_the_remedy(
-    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    corpus: Corpus,
+    model: TransformerXLConfig,
+    config: TrainConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The worst layer; an even load, and few experts, are none. In a run, from its first point on."""
+    """The worst layer; an even load, and few experts, are none. In a run, once the router has learned."""
     ffn = SigmaMoEConfig(d_model=16, n_experts=8, expert_size=4, k=2, entropy_weight=0.01)
     even = torch.arange(1600).view(800, 2) % 8
     assert collapse([even], ffn) is None
@@ -123,6 +129,8 @@ def test_collapsed_experts_are_told_with_the_remedy(
     )
     off = SigmaMoEConfig(d_model=16, n_experts=32, expert_size=4, k=1, entropy_weight=0.0)
     sparse = dataclasses.replace(model, ffn=off)
+    monkeypatch.setattr(loop, "COLLAPSE_FROM", 7)
     train(sparse, dataclasses.replace(config, lr=0.5), corpus, tmp_path / "run")
     assert "set entropy_weight, switch_weight, cv_weight" in caplog.text
-    assert '"warning": "experts collapse' in RunFolder(tmp_path / "run").metrics_path.read_text()
+    warned = [line for line in RunFolder(tmp_path / "run").metrics_path.read_text().splitlines() if '"experts collapse' in line]
+    assert len(warned) == 1 and '"step": 12' in warned[0]

@@ -23,6 +23,8 @@ SPIKE_SIGMAS, SPIKE_NATS = 6.0, 0.5
 
 DEAD_BELOW = 0.01
 """An expert is dead under this share of the mean load, as in the analysis of a run."""
+COLLAPSE_FROM = 50
+"""Steps before which a router has hardly learned, and its load says nothing."""
 MAX_DEAD = 0.25
 MAX_LOAD = 0.9
 """Experts have collapsed if more than a share of them is dead, or one is selected for almost every token."""

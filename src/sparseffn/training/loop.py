@@ -31,7 +31,7 @@ from sparseffn.storage import file_digest, sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
-from sparseffn.training.health import LossSpikes, collapse, where_not_finite
+from sparseffn.training.health import COLLAPSE_FROM, LossSpikes, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
 from sparseffn.training.restore import load_weights
 from sparseffn.training.result import TrainResult
@@ -285,7 +285,7 @@ class _Run:
         if routes_to_experts(self.model):
             selections = snapshot(self.model, self.corpus, self.config)
             save_snapshot(self.folder.path, self.step, selections)
-            if self.step > 0 and isinstance(self.model.config.ffn, MixtureConfig):
+            if self.step >= COLLAPSE_FROM and isinstance(self.model.config.ffn, MixtureConfig):
                 self._warn(self.step, collapse(selections, self.model.config.ffn))
 
     def _warn(self, step: int, warning: str | None) -> None:
