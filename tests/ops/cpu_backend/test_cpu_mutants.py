@@ -92,7 +92,7 @@ MUTANTS = {
         "for (S* bias : {g.key_bias, g.gate_bias})",
         "for (S* bias : {g.key_bias})",
         "gated",
-        says="not finite",
+        says="experts.gate_bias",
     ),
     "truncated-bfloat16": Mutant(
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
