@@ -26,7 +26,11 @@ COMMANDS = {
 
 
 @pytest.mark.usefixtures("quick_roof")
-@pytest.mark.parametrize(("kind", "words"), COMMANDS.items(), ids=list(COMMANDS))
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [pytest.param(*item, marks=pytest.mark.slow) if item[0] == "experts" else item for item in COMMANDS.items()],
+    ids=list(COMMANDS),
+)
 def test_table_json_and_page_tell_the_same(
     kind: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

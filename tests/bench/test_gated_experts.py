@@ -120,6 +120,7 @@ def test_few_tokens_find_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
     assert not torch.equal(size.draw(1).x, size.draw(2).x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_roof")
 def test_limits_follow_from_the_sizes() -> None:
     """2 x 3 D I FLOPs a token and expert, thrice that with the backward; and the bytes of what is chosen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from sparseffn.models import TransformerXLConfig
 from sparseffn.training import Interrupted, TrainConfig, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.interruption import SIGNALS, Interruption
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

@@ -21,16 +21,16 @@ def upcast(composition: Callable[..., Any]) -> Callable[..., Any]:
     """A composition of half precision computed in float32, as kernels compute it: else it would select others than they do."""
 
     @functools.wraps(composition)
-    def run(*arguments: Any) -> Any:
-        dtype = arguments[0].dtype
+    def run(*arguments: Any, **named: Any) -> Any:
+        dtype = (*arguments, *named.values())[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
         if dtype == wide:
-            return composition(*arguments)
+            return composition(*arguments, **named)
 
         def cast(a: Any, to: torch.dtype) -> Any:
             return a.to(to) if isinstance(a, Tensor) and a.is_floating_point() else a
 
-        found = composition(*(cast(a, wide) for a in arguments))
+        found = composition(*(cast(a, wide) for a in arguments), **{name: cast(a, wide) for name, a in named.items()})
         return tuple(cast(a, dtype) for a in found) if isinstance(found, tuple) else cast(found, dtype)
 
     return run
