@@ -132,20 +132,6 @@ def routes(draw: random.Random) -> None:
         hold(name, [results[i] for results in found], wide)
 
 
-def matrices(draw: random.Random) -> None:
-    """Each row times the matrix of its choice."""
-    n, m, columns, n_matrices = (draw.randint(0, 300), *(draw.randint(1, 90) for _ in range(2)), draw.randint(1, 9))
-    dtype = draw_dtype(draw, n, min(m, columns))
-    inputs, sel = [numbers(n, m), numbers(n_matrices, m, columns, terms=m)], torch.randint(n_matrices, (n,))
-    grad, found = numbers(n, columns), []
-    for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
-        leaves = [t.to(cast).requires_grad_() for t in inputs]
-        y = ops.cvmm(leaves[0], sel, leaves[1], backend=backend)
-        found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(cast))])
-    for name, *three in zip(("cvmm", "cvmm.x", "cvmm.weight"), *found, strict=True):
-        hold(name, three, dtype)
-
-
 def logits(draw: random.Random) -> None:
     """Scores of a router, which are computed in float32 or wider."""
     n_tokens, n_experts, width = draw.choice([0, 1, 7, draw.randint(1, 700)]), draw.randint(1, 200), draw.randint(1, 300)
@@ -200,7 +186,7 @@ def assignment(draw: random.Random) -> None:
     near(*totals)
 
 
-KERNELS = (experts, routes, matrices, logits, rows, selection, assignment)
+KERNELS = (experts, routes, logits, rows, selection, assignment)
 
 
 def poisoned(arguments: list[str]) -> int:

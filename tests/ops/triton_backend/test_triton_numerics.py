@@ -93,6 +93,7 @@ def test_interpreted_backend(mistakes: Outcomes, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
 def test_full_product_is_near_the_truth(full: Outcomes, case: Case) -> None:
     """Operations and their options x shapes x dtypes x tiles."""
