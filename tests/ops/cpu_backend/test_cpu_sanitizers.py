@@ -54,5 +54,6 @@ def test_sanitizers_are_silent(tmp_path: Path) -> None:
 def test_a_read_past_the_end_is_seen(tmp_path: Path) -> None:
     """So that the silence is not that of kernels nobody watches: a bias is read one number too far."""
     change = ("hidden.h", "row[g] += upcast(bias[g]);", "row[g] += upcast(bias[g + n]);")
-    done = fuzzed(tmp_path / "wrong", ["experts_double.cpp"], "--rounds", "5", "--seed", "1", change=change)
+    # The first seed that draws biases in float64 for the last expert; with others the numbers are wrong instead.
+    done = fuzzed(tmp_path / "wrong", ["experts_double.cpp"], "--rounds", "1", "--seed", "7", change=change)
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
