@@ -268,7 +268,7 @@ def _largest(p: Problem, rows: Rows, hidden: Tensor | None, a: Tensor) -> tuple[
     a = torch.where(survives.view(-1, size)[rows.order], a, 0.0).to(p.x.dtype)
     positions = best.int()
     if p.keep is not None:
-        positions = torch.where(p.keep.view(n_tokens, -1).gather(1, best), positions, -1)
+        positions = torch.where(p.keep.flatten(1).gather(1, best), positions, -1)
     if hidden is None:
         return None, a, positions
     parts = hidden[back].view(n_tokens, k, p.n_parts, size).unbind(2)
@@ -284,7 +284,8 @@ def _spread(p: Problem, rows: Rows, hidden: Tensor, positions: Tensor) -> tuple[
 
     def spread(survivors: Tensor) -> Tensor:
         whole = survivors.new_zeros(n_tokens, n_units + 1).scatter_(1, places, survivors)
-        return whole[:, :n_units].reshape(n_tokens * k, size)
+        # Of one expert a token, cutting off is a view, whose lines the kernels would take for shorter than they are.
+        return whole[:, :n_units].contiguous().view(n_tokens * k, size)
 
     keep = spread(torch.ones_like(places, dtype=torch.bool)).view(n_tokens, k, size)
     parts = [spread(part)[rows.order] for part in hidden.chunk(p.n_parts, dim=1)]
