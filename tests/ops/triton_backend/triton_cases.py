@@ -114,7 +114,8 @@ FULL += [
 ]
 FULL = [case for case in FULL if _fits(case)]
 
-# Plain experts and routers in every shape, every option at odd sizes, the other dtypes and the shipped tiles for a sample.
+# Plain experts and routers in every shape, every option at odd sizes, an inner top-K of one expert a token and of no tokens,
+# the other dtypes and the shipped tiles for a sample.
 _EVERY_SHAPE = ("experts-relu", "experts-gated-silu", "route-softmax", "weighted_rows", "cvmm")
 QUICK = [
     case
@@ -123,6 +124,7 @@ QUICK = [
     and (
         (case.small_tiles and case.dtype == "float32" and case.variant in _EVERY_SHAPE)
         or (case.small_tiles and case.dtype == "float32" and case.shape == "uneven")
+        or (case.small_tiles and case.variant == "experts-inner-relu-dropout" and case.shape in ("hundred", "no-tokens"))
         or (case.small_tiles and case.dtype != "float32" and case.shape == "odd" and case.variant in _EVERY_SHAPE)
         or (case.dtype == "bfloat16" and case.shape == "uneven")
         or (
