@@ -15,37 +15,33 @@ from collections.abc import Callable
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_utils import slice_logits_to_keep
 
 from sparseffn.errors import UserError
-from sparseffn.hf.model_card import model_card, write_card
-from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
+from sparseffn.hf.hub_model import HubModel
+from sparseffn.hf.model_card import model_card
+from sparseffn.hf.outputs import SparseCausalLMOutput
 from sparseffn.hf.sparse_config import SparseFFNConfig
-from sparseffn.models import Decoder, keyed_generator
+from sparseffn.models import Decoder
 from sparseffn.models.decoder import DecoderBlock
 
 
 @final
-class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
+class SparseFFNForCausalLM(HubModel, GenerationMixin):
     """A decoder whose feedforward blocks are any method's."""
 
     config_class = SparseFFNConfig
     config: SparseFFNConfig
     base_model_prefix = "decoder"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: ClassVar[list[str]] = ["DecoderBlock"]
-    # Logits of experts are float32 anyway; rounded weights would select others.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {"decoder.output.weight": "decoder.embedding.weight"}
 
     def __init__(self, config: SparseFFNConfig) -> None:
         super().__init__(config)
-        # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
-        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
         self.decoder = Decoder(config.model_config)
         self.post_init()
 
@@ -55,26 +51,6 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(SparseFFNConfig.of_model(trained.config, **fields))
         model.decoder.load_state_dict(trained.state_dict())
         return model.eval()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw parameters that no checkpoint gave, as `Decoder.init_parameters` does.
-
-        Transformers calls this for every module that lacks one. The first time all of them are drawn, so that a block is drawn
-        once for its parts.
-        """
-        own = {id(parameter) for parameter in self.decoder.parameters()}
-        if any(id(parameter) in own for parameter in module.parameters(recurse=False)):
-            parameters = self.decoder.named_parameters()
-            missing = {n: p for n, p in parameters if not (p.is_meta or getattr(p, "_is_hf_initialized", False))}
-            self.decoder.init_parameters(self._seed, only=missing.keys())
-            for parameter in missing.values():
-                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        # An embedding or projection with which transformers replaces ours when the vocabulary grows.
-        name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
-        for parameter in module.parameters(recurse=False):
-            self.decoder.draw(name, parameter, keyed_generator(self._seed, f"new {name}"))
 
     def _set_gradient_checkpointing(
         self,
@@ -107,29 +83,10 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
             **parts,
         )
 
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """`push_to_hub` with our card in place of the hub's empty one."""
-        write_card(self, working_dir, self.card(repo_id))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
         """The tokenizer's mask for a cache of a fixed size too, as `forward` takes it; the router must see padding."""
         return attention_mask
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding), "transformers sets embeddings"
-        self.decoder.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.output
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        assert isinstance(new_embeddings, nn.Linear), "transformers sets linear layers"
-        self.decoder.output = new_embeddings
 
     def forward(
         self,
@@ -163,31 +120,20 @@ class SparseFFNForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: something is missing, has another shape, or is asked for that this model has not.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("`input_ids` or `inputs_embeds` must be given; got both or neither; fix: pass one of them")
-        if kwargs.pop("output_attentions", None):
-            raise UserError("`output_attentions` must be false: weights are never computed; got true; fix: leave it out")
-        x = self.decoder.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training
-        if past_key_values is None and use_cache:
+        x = self._embedded(input_ids, inputs_embeds, kwargs)
+        if past_key_values is None and self._caches(use_cache):
             past_key_values = DynamicCache(config=self.config)
         mask = None if attention_mask is None else _token_mask(attention_mask, x.shape[1], past_key_values)
         if attention_mask is None and position_ids is not None:
             _refuse_packed(position_ids)
-        targets = labels if labels is not None else kwargs.get("shift_labels")
-        balances = any(weight > 0 for weight in self.decoder.config.ffn.balancing().values())
+        return_stats = self._balances(labels, kwargs)
         states, stats = self.decoder.states(
-            x, mask=mask, positions=position_ids, cache=past_key_values,
-            return_stats=balances and (self.training or targets is not None),
-        )  # fmt: skip
+            x, mask=mask, positions=position_ids, cache=past_key_values, return_stats=return_stats
+        )
         logits = self.decoder.project(slice_logits_to_keep(states[-1], logits_to_keep))
-        output = causal_lm_loss(self, logits, labels, stats, **kwargs)
-        output.past_key_values = past_key_values
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            output.hidden_states = tuple(states)
-        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
-        return output.to_tuple() if as_tuple else output
+        return self._answer(
+            logits, labels, stats, past_key_values, lambda: tuple(states), output_hidden_states, return_dict, kwargs
+        )  # fmt: skip
 
 
 def _token_mask(attention_mask: Tensor, n_tokens: int, cache: Cache | None) -> Tensor | None:

@@ -19,7 +19,7 @@ class TransformerXLHubConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "sparseffn-transformer-xl"
     keys_to_ignore_at_inference: ClassVar[list[str]] = NOT_AT_INFERENCE
-    # Who asks how long a text may be, as lm-evaluation-harness, is told how far a token sees.
+    # Programs that ask how long a text may be, as lm-evaluation-harness does, read how far a token sees.
     attribute_map: ClassVar[dict[str, str]] = {
         "max_position_embeddings": "memory_length",
         "d_model": "hidden_size",

@@ -15,37 +15,34 @@ from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationMixin
 from transformers.modeling_utils import slice_logits_to_keep
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import RoutingStats
-from sparseffn.hf.model_card import model_card, write_card
-from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
+from sparseffn.hf.hub_model import HubModel
+from sparseffn.hf.model_card import model_card
+from sparseffn.hf.outputs import SparseCausalLMOutput
 from sparseffn.hf.xl_config import TransformerXLHubConfig
 from sparseffn.hf.xl_memory import XLMemory, XLMemoryLayer
-from sparseffn.models import RelativeAttention, TransformerXL, keyed_generator
+from sparseffn.models import RelativeAttention, TransformerXL
 from sparseffn.models.transformer_xl import Block
 
 
 @final
-class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
+class TransformerXLForCausalLM(HubModel, GenerationMixin):
     """A Transformer-XL language model whose feedforward blocks are any method's."""
 
     config_class = TransformerXLHubConfig
     config: TransformerXLHubConfig
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
     # What the memory has forgotten cannot come back, as assisted generation would need.
     _is_stateful = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router"]
 
     def __init__(self, config: TransformerXLHubConfig) -> None:
         super().__init__(config)
-        # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
-        self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
         self.transformer = TransformerXL(config.model_config)
         self.gradient_checkpointing = False
         self._tied_weights_keys = self._shared_parameters()
@@ -60,21 +57,6 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
         model.transformer = copy.deepcopy(trained)
         return model.eval()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's own parameters where no checkpoint gave them, as `TransformerXL.init_parameters` does."""
-        own = (p for p in module.parameters(recurse=False) if not p.is_meta)
-        missing = {id(p): p for p in own if not getattr(p, "_is_hf_initialized", False)}
-        names = {id(p): name for name, p in self.transformer.named_parameters() if id(p) in missing}
-        if names:
-            self.transformer.init_parameters(self._seed, only=names.values())
-        for parameter in (p for key, p in missing.items() if key not in names):
-            # An embedding or projection with which transformers replaces ours when the vocabulary grows.
-            name = "embedding.weight" if isinstance(module, nn.Embedding) else "output.weight"
-            drawn = torch.empty_like(parameter, device="cpu")
-            self.transformer.draw(name, drawn, keyed_generator(self._seed, f"new {name}"))
-            parameter.copy_(drawn)
-
     def _shared_parameters(self) -> dict[str, str]:
         """What the parameters of layers that share one block are called, and whose they are."""
         if not self.config.shared_layers:
@@ -86,20 +68,6 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Parameters of shared layers; transformers' own looks at embedding and output alone, which never are one here."""
         return dict(self._tied_weights_keys)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding), "rows of vectors, looked up by token"
-        self.transformer.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.transformer.output
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        assert isinstance(new_embeddings, nn.Linear), "a projection to the vocabulary"
-        self.transformer.output = new_embeddings
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -133,11 +101,6 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
             **parts,
         )
 
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """`push_to_hub` with our card in place of the hub's empty one."""
-        write_card(self, working_dir, self.card(repo_id))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -166,24 +129,20 @@ class TransformerXLForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False for a tuple.
             kwargs: `num_items_in_batch`, by which the loss is divided; positions are relative and `position_ids` unused.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("`input_ids` or `inputs_embeds` must be given; got both or neither; fix: pass one of them")
+        x = self._embedded(input_ids, inputs_embeds, kwargs)
         memory = past_key_values
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if memory is None and use_cache:
+        if memory is None and self._caches(use_cache):
             memory = self.new_memory()
-        x = self.transformer.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if memory is not None:
             self._check_memory(memory, x.shape[0])
         padding = None if attention_mask is None else self._padding(attention_mask, x.shape[1], memory)
-        with_stats = labels is not None and any(weight > 0 for weight in self.transformer.config.ffn.balancing().values())
-        x, inputs, stats = self._layers(x, memory, padding, with_stats=with_stats)
+        x, inputs, stats = self._layers(x, memory, padding, with_stats=self._balances(labels, kwargs))
         logits = self.transformer.project(slice_logits_to_keep(x, logits_to_keep))
-        output = causal_lm_loss(self, logits, labels, stats, **kwargs)
-        output.past_key_values = memory
-        output.hidden_states = (*inputs, self.transformer.norm(x)) if output_hidden_states else None
-        return output.to_tuple() if return_dict is False else output
+
+        def states() -> tuple[Tensor, ...]:
+            return (*inputs, self.transformer.norm(x))
+
+        return self._answer(logits, labels, stats, memory, states, output_hidden_states, return_dict, kwargs)
 
     def _layers(
         self, x: Tensor, memory: XLMemory | None, padding: Tensor | None, *, with_stats: bool

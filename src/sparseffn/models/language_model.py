@@ -37,6 +37,7 @@ class LanguageModel(nn.Module, ABC):
 
     embedding: nn.Embedding
     layers: nn.ModuleList
+    output: nn.Linear
 
     def __init__(self, config: TransformerXLConfig | DecoderConfig) -> None:
         super().__init__()
