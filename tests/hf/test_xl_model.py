@@ -304,3 +304,14 @@ def test_trainer_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     whole = losses(tmp_path / "whole", 6)
     assert losses(tmp_path / "part", 3) == whole[:3]
     assert losses(tmp_path / "part", 6, resume=True) == whole
+
+
+def test_answers_as_the_config_and_the_arguments_say() -> None:
+    """States and tuples by the config too; targets that are shifted already have a balancing loss; weights are refused."""
+    model, tokens = small(output_hidden_states=True), text(12)
+    output = model(tokens, shift_labels=text(12, seed=2))
+    assert len(output.hidden_states) == 3 and output.balance_loss is not None
+    model.config.return_dict = False
+    assert isinstance(model(tokens), tuple)
+    with pytest.raises(UserError, match="`output_attentions` must be false"):
+        model(tokens, output_attentions=True)

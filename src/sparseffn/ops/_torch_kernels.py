@@ -16,13 +16,9 @@ from torch import Tensor
 _SUM = 0
 
 
-def _bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
-
-
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`."""
-    return _bag(values, indices, weights)
+    return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
 
 
 def weighted_rows_backward(grad_y: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

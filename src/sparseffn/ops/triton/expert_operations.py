@@ -79,7 +79,7 @@ class Problem:
 
     @property
     def size(self) -> int:
-        """G."""
+        """Units of an expert, G."""
         return self.keys.shape[2]
 
     @property
