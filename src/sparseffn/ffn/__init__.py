@@ -20,13 +20,16 @@ from sparseffn.ffn.methods import (
 )
 from sparseffn.ffn.options import FieldInfo, field_infos, option, parse_options
 from sparseffn.ffn.released_layers import load_released_layer
+from sparseffn.ffn.routers import set_batch_group
 from sparseffn.ffn.routing_stats import Routed, RoutingStats
+from sparseffn.ops import BatchGroup
 
 load_builtin_methods(__name__, list(__path__))
 
 ffn_config_from_json = config_from_json
 
 __all__ = [
+    "BatchGroup",
     "BlockShape",
     "CollectedStats",
     "FFNConfig",
@@ -49,5 +52,6 @@ __all__ = [
     "option",
     "parse_options",
     "register",
+    "set_batch_group",
     "unregister",
 ]

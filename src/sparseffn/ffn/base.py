@@ -27,7 +27,7 @@ from sparseffn.ffn.block_config import BlockShape, FFNConfig
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, MixtureConfig
-from sparseffn.ffn.routers import Batch, Router, Routing, scores_by_token, sigmoid_scores
+from sparseffn.ffn.routers import Batch, Router, Routing, all_if_none, scores_by_token, sigmoid_scores
 
 BATCH_ROUTING = "training assigns tokens to experts over the whole batch; evaluation is independent of it"
 
@@ -65,6 +65,15 @@ class BASEConfig(MixtureConfig):
         ]
 
 
+def assigned(logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """The expert of each token by balanced assignment, `[T, 1]`; padding takes no place and gets its best expert."""
+    if mask_T is None:
+        return ops.balanced_assignment(logits_TE)[:, None]
+    indices_TK = ops.topk(logits_TE, 1)
+    indices_TK[mask_T] = ops.balanced_assignment(logits_TE[mask_T])[:, None]
+    return indices_TK
+
+
 @final
 class AssignmentRouter(Router):
     """Sigmoid of the one assigned expert's logit."""
@@ -73,18 +82,19 @@ class AssignmentRouter(Router):
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced assignment in training, the best expert in evaluation."""
-        if not self.training:
-            indices_TK = ops.topk(logits_TE, 1)
-        elif batch.mask_T is None:
-            indices_TK = ops.balanced_assignment(logits_TE)[:, None]
-        else:
-            indices_TK = ops.topk(logits_TE, 1)
-            indices_TK[batch.mask_T] = ops.balanced_assignment(logits_TE[batch.mask_T])[:, None]
+        indices_TK = self.assign(logits_TE, batch.mask_T) if self.training else ops.topk(logits_TE, 1)
         return Routing(logits_TE, indices_TK, logits_TE.gather(1, indices_TK).sigmoid())
+
+    def assign(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        """Balanced assignment of the whole batch, of which other processes may hold a part: each solves it for all."""
+        if self.batch_group is not None:
+            rows, mask_T = self.batch_group.rows(len(logits_TE), logits_TE.device), all_if_none(mask_T, logits_TE)
+            return rows.own(assigned(rows.gather(logits_TE.detach()), rows.gather(mask_T)))
+        return assigned(logits_TE, mask_T)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Equations 18 and 19; the assignment itself is held against an exact solver in the tests of `ops`."""
-        chosen_T = ops.balanced_assignment(logits_TE) if self.training else logits_TE.argmax(dim=1)
+        chosen_T = self.assign(logits_TE, None)[:, 0] if self.training else logits_TE.argmax(dim=1)
         ranks_TE = torch.zeros_like(logits_TE).scatter(1, chosen_T[:, None], 1.0)
         return scores_by_token(logits_TE, ranks_TE, batch, 1, sigmoid_scores)
 

@@ -18,6 +18,7 @@ from sparseffn.ffn.block_config import FFNConfig
 from sparseffn.ffn.methods import make_config
 from sparseffn.ffn.options import field_infos
 from sparseffn.ffn.routing_stats import Routed, RoutingStats, routing_stats
+from sparseffn.ops import BatchGroup
 
 Fields = ParamSpec("Fields")
 Config = TypeVar("Config", bound=FFNConfig)
@@ -92,6 +93,9 @@ class FeedForward(nn.Module, ABC):
 
     They get it where x is `(..., length, d_model)` with three dimensions or more; tokens in a matrix are one sequence.
     """
+
+    batch_group: BatchGroup | None = None
+    """The processes that a training batch is spread over; `set_batch_group` sets it."""
 
     def __init__(self, config: FFNConfig) -> None:
         super().__init__()
@@ -205,7 +209,9 @@ class FeedForward(nn.Module, ABC):
         if mask_T is not None:
             y_TD = y_TD.masked_fill(~mask_T[:, None], 0.0)
         y = y_TD if x_TD is x else y_TD.reshape(x.shape)
-        return y if routed is None else (y, routing_stats(routed, mask_T, x_TD.shape[0]))
+        if routed is None:
+            return y
+        return y, routing_stats(routed, mask_T, x_TD.shape[0], self.batch_group if self.training else None)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """The coefficient of every key-value pair, `(..., d_ff)`: non-negative for ReLU, zero where not selected."""

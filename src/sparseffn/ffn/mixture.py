@@ -229,12 +229,12 @@ class Mixture(FeedForward):
 
     def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
         """The balancing losses times their weights, summed."""
-        logits_TE = routing.logits_TE
+        logits_TE, group = routing.logits_TE, self.router.training_group
         losses: dict[str, Callable[[float], Tensor]] = {
-            "entropy": lambda weight: entropy_loss(logits_TE, mask_T, weight),
-            "switch": lambda weight: weight * switch_loss(routing, mask_T),
-            "cv": lambda weight: weight * cv_loss(routing),
-            "slot_entropy": lambda weight: entropy_loss(logits_TE.gather(1, routing.indices_TK), mask_T, weight),
+            "entropy": lambda weight: entropy_loss(logits_TE, mask_T, weight, group),
+            "switch": lambda weight: weight * switch_loss(routing, mask_T, group),
+            "cv": lambda weight: weight * cv_loss(routing, group),
+            "slot_entropy": lambda weight: entropy_loss(logits_TE.gather(1, routing.indices_TK), mask_T, weight, group),
         }
         terms = [losses[name](weight) for name, weight in self.config.balancing().items() if weight > 0]
         return sum(terms[1:], terms[0]) if terms else routing.weights_TK.new_zeros(())

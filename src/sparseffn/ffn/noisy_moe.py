@@ -102,7 +102,11 @@ class NoisyRouter(TopKRouter):
         """h: the logits, in training with noise (equation 13)."""
         if not self.training:
             return logits_TE
-        return logits_TE + torch.randn_like(logits_TE) * F.softplus(ops.router_logits(x_TD, self.noise_selector))
+        if self.batch_group is None:
+            noise_TE = torch.randn_like(logits_TE)
+        else:
+            noise_TE = self.batch_group.draw(torch.randn, *logits_TE.shape, device=logits_TE.device, dtype=logits_TE.dtype)
+        return logits_TE + noise_TE * F.softplus(ops.router_logits(x_TD, self.noise_selector))
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Selection and gates both see the noise."""

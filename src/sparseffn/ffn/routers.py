@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseffn import ops
-from sparseffn.ffn.feedforward import parameter_shapes
+from sparseffn.errors import UserError
+from sparseffn.ffn.feedforward import FeedForward, parameter_shapes
 from sparseffn.ops import Selection
 from sparseffn.ops.counts import NEVER, log_shares
 
@@ -57,6 +58,8 @@ class Router(nn.Module, ABC):
     # The layer sets both from its config, which documents them.
     gate: ops.GateName | None = None
     trains_as_it_evaluates: bool = False
+    batch_group: ops.BatchGroup | None = None
+    """The processes that a training batch is spread over; `set_batch_group` sets it."""
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
         super().__init__()
@@ -90,6 +93,11 @@ class Router(nn.Module, ABC):
         logits_TE = ops.router_logits(x_TD, self.selector)
         return self.scores_reference(logits_TE, Batch(x_TD, None, self.draw_keep(x_TD), length))
 
+    @property
+    def training_group(self) -> ops.BatchGroup | None:
+        """`batch_group` in training; in evaluation no token depends on another."""
+        return self.batch_group if self.training else None
+
     def extra_repr(self) -> str:
         return parameter_shapes(self)
 
@@ -97,7 +105,10 @@ class Router(nn.Module, ABC):
         """Expert dropout (equation 22): bool `[T, E]`, False with probability delta; None when nothing is dropped."""
         if not self.training or self.expert_dropout == 0:
             return None
-        return torch.rand(x_TD.shape[0], self.selector.shape[0], device=x_TD.device) >= self.expert_dropout
+        shape = x_TD.shape[0], self.selector.shape[0]
+        if self.batch_group is not None:
+            return self.batch_group.draw(torch.rand, *shape, device=x_TD.device) >= self.expert_dropout
+        return torch.rand(*shape, device=x_TD.device) >= self.expert_dropout
 
 
 class TopKRouter(Router):
@@ -114,6 +125,11 @@ class TopKRouter(Router):
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         return scores_by_token(logits_TE, logits_TE, batch, self.k, self.score)
+
+
+def all_if_none(mask_T: Tensor | None, logits_TE: Tensor) -> Tensor:
+    """The mask, all True if there is none: another process may have one."""
+    return torch.ones(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device) if mask_T is None else mask_T
 
 
 def select_topk(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -170,26 +186,49 @@ def renormalised_scores(logits: Tensor, chosen: list[int]) -> Tensor:
     return s / s.sum()
 
 
-def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None, weight: float = 1.0) -> Tensor:
+def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None, weight: float = 1.0, group: ops.BatchGroup | None = None) -> Tensor:
     """`weight sum_e p[e] log p[e]` of the batch-mean distribution p: minus its entropy (equations 20, 21)."""
-    return ops.batch_entropy(logits_TE, mask_T, weight)
+    if group is None:
+        return ops.batch_entropy(logits_TE, mask_T, weight)
+    log_p_E = log_shares(logits_TE, mask_T, group)
+    return weight * (log_p_E.exp() * log_p_E).sum()
 
 
-def switch_loss(routing: Routing, mask_T: Tensor | None) -> Tensor:
+def switch_loss(routing: Routing, mask_T: Tensor | None, group: ops.BatchGroup | None = None) -> Tensor:
     """`N_E f . p`, f the share of all selections that an expert receives, p its mean probability (equations 15-17)."""
     logits_TE = routing.logits_TE
     n_experts = logits_TE.shape[1]
-    if logits_TE.shape[0] == 0:
+    if group is None and logits_TE.shape[0] == 0:
         return logits_TE.sum()
     chosen = (routing.weights_TK.detach() != 0).to(logits_TE.dtype)
     counts_E = logits_TE.new_zeros(n_experts).scatter_add_(0, routing.indices_TK.flatten(), chosen.flatten())
+    if group is not None:
+        counts_E = group.sum(counts_E)
     share_E = counts_E / counts_E.sum().clamp_min(1.0)
-    return n_experts * (share_E * log_shares(logits_TE, mask_T).exp()).sum()
+    return n_experts * (share_E * log_shares(logits_TE, mask_T, group).exp()).sum()
 
 
-def cv_loss(routing: Routing) -> Tensor:
+def cv_loss(routing: Routing, group: ops.BatchGroup | None = None) -> Tensor:
     """`CV^2` of the weights summed over the batch: variance over squared mean (equation 14)."""
     weights_TK = routing.weights_TK
     load_E = weights_TK.new_zeros(routing.logits_TE.shape[1])
     load_E = load_E.scatter_add(0, routing.indices_TK.flatten(), weights_TK.flatten())
+    if group is not None:
+        load_E = group.sum(load_E)
     return load_E.var(correction=0) / load_E.mean().square().clamp_min(1e-20)
+
+
+def set_batch_group(model: nn.Module, group: ops.BatchGroup | None) -> None:
+    """Tell every layer in `model` which processes its training batches are spread over; None: this one alone.
+
+    Balancing losses, batch-wide routing, random numbers of routers, and statistics but for those of single tokens are then of
+    the batch of all processes. In evaluation nothing is.
+
+    Raises:
+        UserError: `model` holds no such layer.
+    """
+    found = [module for module in model.modules() if isinstance(module, FeedForward | Router)]
+    if not found:
+        raise UserError("`model` must hold a sparseffn layer; got none; fix: build one with `FFNConfig.build()`")
+    for module in found:
+        module.batch_group = group

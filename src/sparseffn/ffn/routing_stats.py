@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.utils.checkpoint
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.errors import UserError
-from sparseffn.ops import Selection
+from sparseffn.ops import BatchGroup, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +54,24 @@ class RoutingStats:
         return torch.special.entr(share).sum()
 
 
-def routing_stats(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingStats:
-    """Statistics of one forward pass; padded tokens do not count.
+def routing_stats(routed: Routed, mask_T: Tensor | None, n_tokens: int, group: BatchGroup | None = None) -> RoutingStats:
+    """Statistics of one forward pass; padded tokens do not count, those of all processes of a group do.
 
     What is computed here is kept out of activation checkpointing: its few tensors are saved, not recomputed, so that a
     recomputation that does not ask for statistics still saves the same tensors.
     """
     # Inside torch.compile the trace must not meet hooks; checkpointed regions are traced as a whole there.
     if torch.compiler.is_compiling():
-        return _measure(routed, mask_T, n_tokens)
+        return _measure(routed, mask_T, n_tokens, group)
     _refuse_reentrant_checkpoint()
     with ExitStack() as stack:
         # Transforms of torch.func take no hooks; there is no checkpointing in them.
         with suppress(RuntimeError):
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
-        return _measure(routed, mask_T, n_tokens)
+        return _measure(routed, mask_T, n_tokens, group)
 
 
-def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingStats:
+def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int, group: BatchGroup | None) -> RoutingStats:
     units = routed.units
     if isinstance(units, Selection):
         counts, sums, active, tokens, zero = _counted(units, n_tokens)
@@ -81,7 +81,7 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
         used = dense != 0
         counts, active, sums, selection = used.sum(0), used.sum(1), dense.abs().float().sum(0), None
         tokens, zero = counts.new_full((), n_tokens), counts.new_zeros(())
-    return RoutingStats(
+    stats = RoutingStats(
         n_tokens=tokens if mask_T is None else mask_T.sum(),
         counts=counts,
         weights=sums,
@@ -89,6 +89,21 @@ def _measure(routed: Routed, mask_T: Tensor | None, n_tokens: int) -> RoutingSta
         balance_loss=sums.new_zeros(()) if routed.balance is None else routed.balance(),
         dropped=zero if routed.dropped is None else routed.dropped,
         selection=selection,
+    )
+    return stats if group is None else _of_all(stats, group)
+
+
+def _of_all(stats: RoutingStats, group: BatchGroup) -> RoutingStats:
+    """Numbers of all processes, in one collective; float64 holds the counts exactly."""
+    own = torch.cat((stats.counts, stats.n_tokens[None], stats.dropped[None])).double()
+    total = group.sum(torch.cat((own, stats.weights.double())))
+    counts, (n_tokens, dropped), weights = total.split((len(stats.counts), 2, len(stats.weights)))
+    return replace(
+        stats,
+        n_tokens=n_tokens.long(),
+        counts=counts.long(),
+        weights=weights.to(stats.weights.dtype),
+        dropped=dropped.long(),
     )
 
 

@@ -33,7 +33,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, scores_by_token, select_topk, sigmoid_scores
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, all_if_none, drop, scores_by_token, select_topk, sigmoid_scores
 
 
 @register
@@ -100,13 +100,21 @@ class SinkhornRouter(TopKRouter):
     def balance(self, logits_TE: Tensor, batch: Batch, backend: str = "auto") -> Tensor:
         """Sinkhorn over the whole batch, or as released over each sequence by itself."""
         if not self.released:
-            return ops.sinkhorn(logits_TE, batch.mask_T, backend=backend)
+            return self.balance_all(logits_TE, batch.mask_T, backend)
         # No tokens at all are one empty sequence.
         length = batch.length or max(1, logits_TE.shape[0])
         sequences = logits_TE.split(length)
         masks = [None] * len(sequences) if batch.mask_T is None else batch.mask_T.split(length)
         balanced = [ops.sinkhorn(x, mask, released=True, backend=backend) for x, mask in zip(sequences, masks, strict=True)]
         return torch.cat(balanced)
+
+    def balance_all(self, logits_TE: Tensor, mask_T: Tensor | None, backend: str) -> Tensor:
+        """Sinkhorn over the whole batch, of which other processes may hold a part: each does the rounds for all."""
+        group = self.training_group
+        if group is None:
+            return ops.sinkhorn(logits_TE, mask_T, backend=backend)
+        rows, mask_T = group.rows(len(logits_TE), logits_TE.device), all_if_none(mask_T, logits_TE)
+        return rows.own(ops.sinkhorn(rows.gather(logits_TE), rows.gather(mask_T), backend=backend))
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Sinkhorn by its reference in training, then top-K and sigmoid."""

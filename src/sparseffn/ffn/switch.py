@@ -103,11 +103,18 @@ class CapacityRouter(SoftmaxRouter):
         """bool `[T, K]`: which selections find a place, first come first served."""
         n_experts = self.selector.shape[0]
         n_tokens = indices_TK.shape[0] if mask_T is None else mask_T.sum()
+        group = self.training_group
+        if group is not None:
+            n_tokens = group.sum(torch.as_tensor(n_tokens, dtype=torch.float64, device=indices_TK.device))
         capacity = self.capacity_factor * self.k * n_tokens / n_experts
         # A missing selection takes no place: it is in no expert's queue.
         queue_R = indices_TK.masked_fill(~valid_TK, n_experts).flatten()
         waits_RE = queue_R[:, None] == torch.arange(n_experts, device=queue_R.device)
-        place_R = (waits_RE.cumsum(dim=0) * waits_RE).sum(dim=1)
+        places_RE = waits_RE.cumsum(dim=0)
+        if group is not None:
+            # Tokens of the processes before this one come first.
+            places_RE = places_RE + group.before(waits_RE.sum(dim=0))
+        place_R = (places_RE * waits_RE).sum(dim=1)
         return (place_R <= capacity).view_as(indices_TK) & valid_TK
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:

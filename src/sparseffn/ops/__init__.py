@@ -5,6 +5,7 @@ import warnings
 from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
+from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.blocks import product_key_rows, topk_rows
 from sparseffn.ops.columns import topk
 from sparseffn.ops.counts import batch_entropy, routing_counts
@@ -17,6 +18,7 @@ from sparseffn.ops.selection import Selection
 
 __all__ = [
     "Backend",
+    "BatchGroup",
     "GateName",
     "Selection",
     "balanced_assignment",

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparseffn.errors import UserError
 from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.backends import call
+from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.library import Kept, define
 
 # Stands for minus infinity where a gradient has to pass: exp of it is 0, and 0 times it is 0.
@@ -88,8 +89,8 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
     return call(_routing_counts, (indices, weights.detach(), n_units))
 
 
-def log_shares(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Log of the mean over tokens of the softmax, in log space (equation 20)."""
+def log_shares(logits: Tensor, mask: Tensor | None, group: BatchGroup | None = None) -> Tensor:
+    """Log of the mean over tokens of the softmax, in log space (equation 20); over those of all processes of a group."""
     log_p_TE = logits.log_softmax(dim=1)
     if mask is None:
         # Made on the device: a tensor from a number would be copied there, which waits for it.
@@ -97,7 +98,18 @@ def log_shares(logits: Tensor, mask: Tensor | None) -> Tensor:
     else:
         log_p_TE = log_p_TE.masked_fill(~mask[:, None], NEVER)
         n_tokens = mask.sum().clamp_min(1).to(logits.dtype)
+    if group is not None:
+        return _log_shares_of_all(log_p_TE, mask, group)
     return log_p_TE.logsumexp(dim=0) - n_tokens.log()
+
+
+def _log_shares_of_all(log_p_TE: Tensor, mask: Tensor | None, group: BatchGroup) -> Tensor:
+    """The same of every process's tokens: log-sum-exps and numbers of tokens, in one collective."""
+    n_tokens = log_p_TE.new_full((), log_p_TE.shape[0]) if mask is None else mask.sum().to(log_p_TE.dtype)
+    # Of no tokens it is minus infinity.
+    sums_E = log_p_TE.logsumexp(dim=0).clamp_min(NEVER)
+    stacked = group.stack(torch.cat((sums_E, n_tokens[None])))
+    return stacked[:, :-1].logsumexp(dim=0) - stacked[:, -1].sum().clamp_min(1.0).log()
 
 
 def batch_entropy_plain(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
