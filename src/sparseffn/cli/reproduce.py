@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from sparseffn.errors import UserError
 from sparseffn.paper.claims import decide
 from sparseffn.paper.corpus_choice import Corpora, CorpusChoice
 from sparseffn.paper.costs import measure_speed
-from sparseffn.paper.evidence import Item, evidence_items, evidence_result, evidence_tables, run_until_budget
+from sparseffn.paper.evidence import (
+    Item,
+    evidence_items,
+    evidence_result,
+    evidence_tables,
+    experiments,
+    listed_items,
+    run_until_budget,
+)
+from sparseffn.paper.experiments import experiment_result, experiment_runs
 from sparseffn.paper.jobs import run_all, run_here
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
@@ -38,6 +47,7 @@ from sparseffn.report.paper_plots import sweep_plots
 from sparseffn.report.paper_report import print_paper_table, write_index, write_paper_table
 from sparseffn.report.plotting import write_plots
 from sparseffn.results.bench_result import LayerResult
+from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.table_result import DryRunResult, PaperTable, TableResult
 from sparseffn.storage import default_cache_dir, read, write_json
 
@@ -154,15 +164,17 @@ def evidence(settings: ReproduceEvidence) -> int:
     """Go on with the missing runs while the budget lasts, then print how all of them stand."""
     device = use_machine(settings)
     request, pool = _request(settings), _pool(settings)
-    items = evidence_items(request)
+    items = listed_items(request, settings.only)
     if settings.budget is not None:
         _train(items, pool, parse_duration(settings.budget), device)
     result = evidence_result(items, pool)
     index: list[Path] = []
     if settings.out is not None:
+        _write_experiments(request, pool, settings.out, settings.only)
+    if settings.out is not None and not settings.only:
         bench = None if settings.bench is None else read(Path(settings.bench), LayerResult, fix="run `sparseffn bench layer`")
         found = [table_result(planned, pool) for planned in evidence_tables(request, pool)]
-        write_json(Path(settings.out) / "evidence.json", result)
+        write_json(Path(settings.out) / "evidence.json", evidence_result(evidence_items(request), pool))
         write_json(Path(settings.out) / "claims.json", decide(found, bench))
         index = _write_tables({table.table: table for table in found}, settings.out)
     if settings.json:
@@ -187,6 +199,16 @@ def evidence(settings: ReproduceEvidence) -> int:
         print(f"their tables are written by:\n  {_list_command(settings)}")
     print_files(index)
     return 0
+
+
+def _write_experiments(request: Request, pool: Pool, out: str, only: Collection[str]) -> None:
+    """The record of each experiment; runs that an earlier one holds stay in it where the pool does not have them."""
+    for name, rule in experiments(request).items():
+        if only and name not in only:
+            continue
+        path = Path(out) / f"{name}.json"
+        held = read(path, ExperimentResult, fix="remove it") if path.exists() else None
+        write_json(path, experiment_result(name, rule, experiment_runs(rule, request), pool, held))
 
 
 def _list_command(settings: ReproduceEvidence) -> str:

@@ -70,6 +70,7 @@ class ReproduceEvidence(Runs):
     Examples:
       sparseffn reproduce evidence --list
       sparseffn reproduce evidence --budget 60m --data-dir ptb/
+      sparseffn reproduce evidence --budget 8h --data-dir ptb/ --only control    # twice, side by side: none is done twice
     """
 
     scale: Literal["base", "cpu"] = "cpu"
@@ -78,6 +79,8 @@ class ReproduceEvidence(Runs):
     """start no run that would not fit: 90s, 60m, 2h"""
     list: Annotated[Flag, _WORK] = False
     """print the order and what is done; train nothing"""
+    only: Words = ()
+    """only these parts: control ablations table3 table10 table1 table6"""
     bench: MaybeText = None
     """a result of `bench layer`, for the claims on speed in OUT/claims.json (default: they stay open)"""
 

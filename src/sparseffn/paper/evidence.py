@@ -1,7 +1,8 @@
 """`reproduce evidence`: the runs that decide the paper's claims at scale cpu, most decisive first, within a budget of time.
 
-First the headline, dense against sigma-MoE, with three seeds; then the core rows of table 10 with two; then Top-K and product
-keys with two. Each call goes on with what is missing and starts no run that would not fit.
+First the control, by rules that stood before its runs; then the headline, dense against sigma-MoE, with three seeds; the core
+rows of table 10 with two; Top-K and product keys with two; last the ablations, by rules again. Each call goes on with what is
+missing and starts no run that would not fit.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sparseffn.errors import unknown_name
 from sparseffn.paper.costs import measured_step_s, training_flops
+from sparseffn.paper.experiments import experiment_runs
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Finished, Pool, RunSpec
+from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
 
@@ -93,6 +97,35 @@ def evidence_items(request: Request, stages: Sequence[Stage] = STAGES) -> list[I
             item = Item(label=cell.sized.label, table=stage.table, seed=seed, spec=spec, why=stage.why)
             items.setdefault(spec.digest, item)
     return list(items.values())
+
+
+def listed_items(request: Request, only: Collection[str] = ()) -> list[Item]:
+    """All runs in the order in which they are trained: tables between the first experiment of the scale and its others.
+
+    Args:
+        request: what is common to all.
+        only: names of tables and experiments; empty for all.
+
+    Raises:
+        UserError: the corpus is not there, or nothing has such a name.
+    """
+    parts: dict[str, list[Item]] = {}
+    for name, rule in experiments(request).items():
+        runs = experiment_runs(rule, request)
+        items = [Item(label=r.label, table=name, seed=r.seed, spec=r.spec, why=f"claims {rule.claims}") for r in runs]
+        parts[name] = items
+        if len(parts) == 1:
+            for item in evidence_items(request):
+                parts.setdefault(item.table, []).append(item)
+    parts = parts or {"": evidence_items(request)}
+    if unknown := [name for name in only if name not in parts]:
+        raise unknown_name("part", unknown[0], parts)
+    return [item for name, items in parts.items() for item in items if not only or name in only]
+
+
+def experiments(request: Request) -> Mapping[str, Rule]:
+    """Those that are planned at the scale."""
+    return {name: rule for name, rule in rules().items() if rule.scale == request.scale.name}
 
 
 def evidence_tables(request: Request, pool: Pool, stages: Sequence[Stage] = STAGES) -> list[PlannedTable]:

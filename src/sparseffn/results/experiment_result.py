@@ -1,0 +1,81 @@
+"""What `sparseffn reproduce evidence` writes of an experiment by rules: every run's losses, every contrast's verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sparseffn.results.table_result import Load
+from sparseffn.stats import Verdict
+
+
+class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished run."""
+
+    candidate: str
+    seed: int
+    test: float
+    """Nats, of the whole split."""
+    valid: float
+    train_s: float
+    wall_s: float
+    load: Load | None = None
+    digest: str
+    """Of model, training settings and corpus."""
+    version: str
+    sources: str
+    """Digest of the code that made it."""
+
+
+class PlannedCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    params: int
+    steps: int
+    ffn: dict[str, Any]
+
+
+class DecidedContrast(msgspec.Struct, frozen=True, kw_only=True):
+    """A contrast at a look, negative being better; nothing but its name and words before the first look."""
+
+    name: str
+    words: str
+    claimed: str | None
+    published_percent: float | None
+    """Of the loss, on the paper's column."""
+    n_finished: int
+    """Of the rule's first seeds, those that all candidates of the contrast have."""
+    values: list[float]
+    """Of those seeds, in nats."""
+    n_seeds: int = 0
+    """Of the look."""
+    bound: float | None = None
+    """Of |t| at the look."""
+    nats: float | None = None
+    low: float | None = None
+    high: float | None = None
+    percent: float | None = None
+    """Of the reference's loss."""
+    low_percent: float | None = None
+    high_percent: float | None = None
+    valid_nats: float | None = None
+    """The same on validation, which decides nothing."""
+    verdict: Verdict | None = None
+    reason: str | None = None
+
+
+class ExperimentResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="paper-experiment"):
+    version: int = 1
+    name: str
+    claims: str
+    question: str
+    reference: str
+    """Candidate whose loss percentages are of."""
+    seeds: list[int]
+    looks: list[int]
+    bounds: list[float]
+    alpha: float
+    candidates: list[PlannedCandidate]
+    corpus: dict[str, Any]
+    runs: list[ExperimentRun]
+    contrasts: list[DecidedContrast]

@@ -1,0 +1,163 @@
+"""Experiments by rules: the bounds are those of a simulation, verdicts come at planned looks, records outlive the pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from scipy.special import stdtrit
+
+from sparseffn.errors import UserError
+from sparseffn.paper.corpus_choice import Corpora
+from sparseffn.paper.execution import execute
+from sparseffn.paper.experiments import experiment_result, experiment_runs, judged
+from sparseffn.paper.planned import Request
+from sparseffn.paper.pool import Pool
+from sparseffn.paper.rules import Rule, rules
+from sparseffn.paper.scales import Scale
+from sparseffn.paper.sequential import error_rate, t_bounds
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
+from sparseffn.storage import read, write_json
+
+
+@pytest.mark.parametrize("name", list(rules()))
+def test_bounds_in_the_file_are_those_of_the_simulation(name: str) -> None:
+    """Within what a smaller simulation can tell; the first is a quantile of Student's t, which is known."""
+    rule = rules()[name]
+    simulated = t_bounds(rule.looks, rule.alpha, power=rule.power, n_draws=400_000, seed=1)
+    assert rule.bounds == pytest.approx(simulated, rel=0.04)
+    spent = rule.alpha * (rule.looks[0] / rule.looks[-1]) ** rule.power
+    assert rule.bounds[0] == pytest.approx(float(stdtrit(rule.looks[0] - 1, 1 - spent / 2)), rel=0.005)
+    n_draws = 400_000
+    noise = 3 * (rule.alpha / n_draws) ** 0.5
+    assert rule.alpha * 0.9 - noise < error_rate(rule.looks, rule.bounds, n_draws=n_draws, seed=2) < rule.alpha + noise
+
+
+def test_seeds_are_fresh() -> None:
+    """No run of the tables, of the studies or of the other experiments has them."""
+    seeds = [seed for rule in rules().values() for seed in rule.seeds]
+    assert len(set(seeds)) == len(seeds) and min(seeds) >= 100
+
+
+def losses(rule: Rule, gains: dict[str, float], n: int, noise: float = 0.001) -> dict[str, dict[int, float]]:
+    """Of every candidate 1.3 nats less its gain; seeds shift all alike, and each by a little of its own."""
+    draws = np.random.default_rng(3).normal(0, 1, (len(rule.candidates) + 1, len(rule.seeds)))
+    return {
+        candidate.name: {
+            seed: 1.3 - gains.get(candidate.name, 0.0) + 0.02 * draws[-1, i] + noise * draws[c, i]
+            for i, seed in enumerate(rule.seeds[:n])
+        }
+        for c, candidate in enumerate(rule.candidates)
+    }
+
+
+def contrasts(gains: dict[str, float], n: int, noise: float = 0.001, name: str = "control") -> dict[str, DecidedContrast]:
+    rule = rules()[name]
+    return {found.name: found for found in judged(rule, losses(rule, gains, n, noise))}
+
+
+EQUAL = {"sigma-MoE": 0.04, "dense": 0.04}
+
+
+def test_control_is_confirmed_where_the_mixture_keeps_what_the_width_gains() -> None:
+    """4 seeds suffice where the difference is large against the noise; the interval is the rule's, not Student's."""
+    found = contrasts(EQUAL, 8)
+    assert (found["width"].verdict, found["kept"].verdict) == ("confirmed", "confirmed")
+    width = found["width"]
+    values = np.array(width.values[:4])
+    assert width.n_seeds == 4 and width.n_finished == 8 and width.bound == rules()["control"].bounds[0]
+    assert width.low == pytest.approx(values.mean() - width.bound * values.std(ddof=1) / 2)
+    assert width.percent == pytest.approx(-0.04 / 1.26 * 100, rel=0.1)
+    assert found["equal parameters"].verdict is None and found["equal parameters"].n_seeds == 8
+
+
+def test_control_is_contradicted_where_it_keeps_less_than_half() -> None:
+    assert contrasts({"sigma-MoE": 0.01, "dense": 0.04}, 8)["kept"].verdict == "contradicted"
+
+
+def test_control_is_untestable_where_the_width_gains_nothing() -> None:
+    """Not before the last look; the bound on the difference from dense is there all the same."""
+    early, late = contrasts({}, 4, 0.01), contrasts({}, 8, 0.01)
+    assert (early["width"].verdict, early["kept"].verdict, early["kept"].reason) == ("undecided", None, "needs 'width'")
+    assert late["kept"].verdict == "bounded" and "untestable" in (late["kept"].reason or "")
+    assert late["equal parameters"].low is not None and late["equal parameters"].n_seeds == 8
+
+
+def test_no_verdict_between_looks() -> None:
+    """3 seeds say nothing; 5 to 7 say what 4 said, to the digit; a hole ends the row of complete seeds."""
+    assert contrasts(EQUAL, 3)["width"].verdict is None and contrasts(EQUAL, 3)["width"].low is None
+    four, seven = contrasts({}, 4, 0.01)["width"], contrasts({}, 7, 0.01)["width"]
+    assert (four.low, four.high, four.verdict) == (seven.low, seven.high, seven.verdict)
+    assert seven.n_seeds == 4 and seven.n_finished == 7
+    rule = rules()["control"]
+    holed = losses(rule, EQUAL, 8)
+    del holed["dense"][rule.seeds[1]]
+    assert judged(rule, holed)[0].n_finished == 1
+
+
+def test_a_later_look_does_not_take_back_what_an_earlier_one_decided() -> None:
+    rule = rules()["control"]
+    found = losses(rule, EQUAL, 8)
+    for seed in rule.seeds[4:]:
+        found["dense"][seed] += 1.0
+    assert judged(rule, found)[0].verdict == "confirmed"
+
+
+def test_open_claims_are_bounded_where_the_published_effect_is_excluded() -> None:
+    """At the last look alone: 0.7% for the initialisation is far outside an interval of 0.1%, inside one of 5%."""
+    narrow, wide = (contrasts({}, 12, noise, "ablations")["11"] for noise in (0.001, 0.05))
+    assert (narrow.verdict, wide.verdict) == ("bounded", "undecided")
+    assert narrow.published_percent == pytest.approx(0.73, abs=0.01)
+    assert contrasts({}, 9, 0.001, "ablations")["11"].verdict == "undecided"
+    assert contrasts({"standard init": -0.05}, 12, name="ablations")["11"].verdict == "confirmed"
+    assert contrasts({"standard init": 0.05}, 12, name="ablations")["11"].verdict == "contradicted"
+
+
+SHORT = {"seeds": [7, 8], "looks": [2], "bounds": [12.8]}
+
+
+def test_runs_are_planned_and_a_record_outlives_the_pool(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
+    """All candidates of a seed before the next; widths, schedules and seeds are the rule's; other settings do not count."""
+    rule = msgspec.structs.replace(rules()["control"], **SHORT)
+    runs = experiment_runs(rule, Request(scale=micro, corpora=corpora))
+    assert [run.seed for run in runs] == [7] * 5 + [8] * 5
+    assert [run.label for run in runs[:5]] == [candidate.name for candidate in rule.candidates]
+    widths = [run.spec.model.ffn.to_json().get("d_ff") for run in runs[:5]]
+    assert widths[2::2] == [257, 32] and runs[3].spec.train.steps == 2 and runs[0].spec.train.steps == 4
+    pool = Pool(tmp_path / "pool")
+    for run in runs[:5]:
+        assert execute(pool, run.spec).finished
+    first = experiment_result("control", rule, runs, pool)
+    assert len(first.runs) == 5 and first.contrasts[0].n_finished == 1 and first.contrasts[0].verdict is None
+    path = tmp_path / "control.json"
+    write_json(path, first)
+    empty = Pool(tmp_path / "none")
+    again = experiment_result("control", rule, runs, empty, read(path, ExperimentResult, fix="-"))
+    assert again == first
+    longer = experiment_runs(rule, Request(scale=micro, corpora=corpora, steps=5))
+    assert experiment_result("control", rule, longer, empty, first).runs == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": "nobody"}, "candidates"),
+        ({"looks": [4, 6]}, "seeds"),
+        ({"bounds": [4.0]}, "bound each"),
+        ({"contrasts": [{"name": "a", "words": "", "weights": {"dense": 1.0}}]}, "sum to 0"),
+        ({"contrasts": [{"name": "a", "words": "", "weights": {}, "needs": "b"}]}, "before"),
+    ],
+)
+def test_rules_that_do_not_hold_together_are_refused(change: dict[str, object], words: str) -> None:
+    plain = msgspec.to_builtins(rules()["control"])
+    with pytest.raises((UserError, msgspec.ValidationError), match=words):
+        msgspec.convert({**plain, **change}, Rule)
+
+
+def test_looks_and_errors_are_checked() -> None:
+    with pytest.raises(UserError, match="looks"):
+        t_bounds([8, 4], 0.05)
+    with pytest.raises(UserError, match="alpha"):
+        t_bounds([4, 8], 5.0)
