@@ -149,8 +149,7 @@ def _judged(rule: Rule, contrast: Contrast, test: Losses, valid: Losses, needed:
     look, verdict = _look(rule, contrast, values)
     n, bound = rule.looks[look], rule.bounds[look]
     mean, low, high = _interval(values[:n], bound)
-    # Of the same seeds.
-    unit = statistics.fmean(test[rule.reference][seed] for seed in rule.seeds[:n]) / 100
+    unit = _one_percent(rule, test, n)
     others = contrast_values(rule, contrast, valid)[:n]
     found = structs.replace(
         found,
@@ -162,10 +161,15 @@ def _judged(rule: Rule, contrast: Contrast, test: Losses, valid: Losses, needed:
         percent=mean / unit,
         low_percent=low / unit,
         high_percent=high / unit,
-        valid_nats=statistics.fmean(others) if len(others) == n else None,
+        valid_percent=statistics.fmean(others) / _one_percent(rule, valid, n) if len(others) == n else None,
     )
     verdict, reason = _verdict(rule, found, verdict, needed)
     return structs.replace(found, verdict=verdict, reason=reason)
+
+
+def _one_percent(rule: Rule, losses: Losses, n: int) -> float:
+    """Of the reference's mean loss over the rule's first n seeds."""
+    return statistics.fmean(losses[rule.reference][seed] for seed in rule.seeds[:n]) / 100
 
 
 def contrast_values(rule: Rule, contrast: Contrast, losses: Losses) -> list[float]:

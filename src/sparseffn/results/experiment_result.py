@@ -58,7 +58,7 @@ class DecidedContrast(msgspec.Struct, frozen=True, kw_only=True):
     """Of the reference's loss."""
     low_percent: float | None = None
     high_percent: float | None = None
-    valid_nats: float | None = None
+    valid_percent: float | None = None
     """The same on validation, which decides nothing."""
     verdict: Verdict | None = None
     reason: str | None = None

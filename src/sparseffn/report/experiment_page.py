@@ -1,0 +1,97 @@
+"""Blocks of the pages about experiments by rules, from their records alone: what is planned, verdicts, every seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from sparseffn.report import formats
+from sparseffn.report.markdown import markdown_table
+from sparseffn.report.table import Table
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
+
+
+def experiment_blocks(result: ExperimentResult) -> dict[str, str]:
+    """Text of every block by name."""
+    return {"plan": _plan(result), "verdicts": _verdicts(result), "seeds": _seeds(result), "time": _time(result)}
+
+
+def _plan(result: ExperimentResult) -> str:
+    rows = [
+        (one.name, formats.count(one.params), f"{one.steps:,}", _block(one.ffn), _count(result, one.name))
+        for one in result.candidates
+    ]
+    looks = ", ".join(f"{n} seeds with {bound:.2f}" for n, bound in zip(result.looks, result.bounds, strict=True))
+    notes = (
+        f"Seeds {result.seeds[0]} to {result.seeds[-1]}, all candidates of one before the next. Looks and bounds of |t|: "
+        f"{looks}; together they decide {100 * result.alpha:.2g}% of comparisons without a difference.",
+    )
+    head = ("candidate", "parameters", "steps", "block", "finished")
+    return markdown_table(Table.of(head, rows, title=result.question, notes=notes))
+
+
+def _block(ffn: Mapping[str, object]) -> str:
+    if ffn["method"] == "dense":
+        return f"d_ff {ffn['d_ff']}"
+    return f"{ffn['n_experts']} x {ffn['expert_size']}, K {ffn['k']}"
+
+
+def _count(result: ExperimentResult, name: str) -> str:
+    return f"{sum(run.candidate == name for run in result.runs)} of {len(result.seeds)}"
+
+
+def _verdicts(result: ExperimentResult) -> str:
+    rows = [
+        (
+            one.words,
+            formats.signed_percent(one.published_percent),
+            *_measured(one),
+            _verdict(one),
+            f"{one.n_seeds or one.n_finished} of {len(result.seeds)}",
+        )
+        for one in result.contrasts
+    ]
+    head = ("in words", "published", "measured", "interval", "on validation", "verdict", "seeds")
+    notes = (
+        f"In percent of the loss of {result.reference} in nats, whole test split, paired by seed; negative is better. "
+        "Published: column WT-S, logarithms of perplexities. The interval is the mean and as many standard errors as the bound "
+        "of the look.",
+    )
+    return markdown_table(Table.of(head, rows, notes=notes))
+
+
+def _measured(one: DecidedContrast) -> tuple[str, str, str]:
+    if one.percent is None:
+        return formats.NOT_MEASURED, formats.NOT_MEASURED, formats.NOT_MEASURED
+    low, high = map(formats.signed_percent, (one.low_percent, one.high_percent))
+    return formats.signed_percent(one.percent), f"[{low}, {high}]", formats.signed_percent(one.valid_percent)
+
+
+def _verdict(one: DecidedContrast) -> str:
+    words = one.verdict or ("none yet" if one.claimed or not one.n_seeds else "")
+    return ": ".join(filter(None, (words, one.reason)))
+
+
+def _seeds(result: ExperimentResult) -> str:
+    """Bits of every run."""
+    names = [one.name for one in result.candidates]
+    losses = {(run.candidate, run.seed): run.test for run in result.runs}
+    seeds = sorted({run.seed for run in result.runs})
+    rows = [(str(seed), *(_bits(losses.get((name, seed))) for name in names)) for seed in seeds]
+    return markdown_table(Table.of(("seed", *names), rows, notes=(f"Bits per {result.corpus['unit']}, test.",)))
+
+
+def _bits(nats: float | None) -> str:
+    return formats.NOT_MEASURED if nats is None else f"{nats / math.log(2):.4f}"
+
+
+def _time(result: ExperimentResult) -> str:
+    hours = sum(run.wall_s for run in result.runs) / 3600
+    made = makers([run.sources for run in result.runs])
+    return f"{len(result.runs)} of {len(result.seeds) * len(result.candidates)} runs, {hours:.1f} hours of one thread{made}.\n"
+
+
+def makers(sources: Sequence[str]) -> str:
+    """Digests of the code that made some runs."""
+    found = sorted(set(sources))
+    return f", made by sources {', '.join(digest[:12] for digest in found)}" if found else ""
