@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
+from processes import LENGTH, PARTS, SEED, Spread, difference, join, leave, loss_of, run, wrong
 from torch.utils.checkpoint import checkpoint
 
 from sparseffn.errors import UserError
-from sparseffn.ffn import BatchGroup, FeedForward, FFNConfig, list_methods, method_class, set_batch_group
+from sparseffn.ffn import BatchGroup, FFNConfig, list_methods, method_class, set_batch_group
 from sparseffn.ffn.noisy_moe import NoisyMoEConfig
-from sparseffn.ffn.routing_stats import RoutingStats
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.switch import SwitchConfig
 
-LENGTH = 5
-SEED = 7
-# Sequences of each rank, the last one's first: the others' are as many as follow.
-PARTS = {"even": (2, 2, 2, 2), "masked": (2, 2, 2, 2), "uneven": (1, 3, 2, 4), "empty": (0, 4, 2, 2)}
 OF_ALL = ("balance_loss", "dropped", "counts", "n_tokens", "weights")
 
 
@@ -43,50 +35,6 @@ def configs() -> dict[str, FFNConfig]:
         d_model=6, n_experts=3, expert_size=4, k=2, capacity_factor=0.75, expert_dropout=0.3, entropy_weight=0.1, cv_weight=0.1
     )
     return found
-
-
-@dataclass
-class Spread:
-    """A batch `[sequences, length, d_model]` over the processes, and what one process makes of it."""
-
-    x: Tensor
-    mask: Tensor
-    weights: Tensor
-    own: slice
-    has_mask: bool
-
-    @classmethod
-    def of(cls, variant: str, d_model: int, rank: int, size: int) -> Spread:
-        """The same numbers on every rank; the first tokens, of rank 0, are nearly one, so that few experts get any."""
-        counts = PARTS[variant][:size]
-        generator = torch.Generator().manual_seed(3)
-        x, weights = (torch.randn(sum(counts), LENGTH, d_model, dtype=torch.float64, generator=generator) for _ in range(2))
-        x[: counts[0]] = x[:1, :1] + 1e-3 * x[: counts[0]]
-        mask = torch.ones(x.shape[:2], dtype=torch.bool)
-        if variant == "masked":
-            mask[counts[0] :, 2:] = False
-            mask[-1] = False
-        first = sum(counts[:rank])
-        # Rank 0 has no padding and knows of none.
-        return cls(x, mask, weights, slice(first, first + counts[rank]), variant == "masked" and rank > 0)
-
-
-def loss_of(
-    layer: FeedForward, x: Tensor, mask: Tensor | None, weights: Tensor, scale: float
-) -> tuple[Tensor, RoutingStats, Tensor]:
-    """Output, statistics, and a loss that is a sum over tokens, times a scale, and the balancing loss."""
-    y, stats = layer(x, mask=mask, return_stats=True)
-    return y, stats, scale * (y * weights).sum() + stats.balance_loss
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest, infinite where one is NaN; of sums in float32, which the order of terms changes, only what is more than that."""
-    if a.shape != b.shape:
-        return math.inf
-    if a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-6):
-        return 0.0
-    largest = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-    return largest if math.isfinite(largest) else math.inf
 
 
 def differences(config: FFNConfig, variant: str, group: BatchGroup) -> tuple[dict[str, float], dict[str, Any]]:
@@ -130,11 +78,11 @@ def recomputed(context: bool, group: BatchGroup) -> str:
     set_batch_group(layer, group)
     grads = []
     options: dict[str, Any] = {"context_fn": group.checkpoint_contexts} if context else {}
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, **options)):
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, **options)):
         group.seed(SEED)
         x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(10, 6).requires_grad_()
         try:
-            (run(x).square().sum()).backward()
+            call(x).square().sum().backward()
         except UserError as error:
             return str(error)
         grads.append(x.grad)
@@ -171,8 +119,7 @@ def others(group: BatchGroup) -> dict[str, Any]:
 
 def work(rank: int, size: int, folder: str) -> None:
     """One of the processes: everything that the tests ask about, in one file of each rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    join(rank, size, folder)
     group, even = BatchGroup(), BatchGroup(even=True)
     found = {
         f"{name} {variant}": differences(config, variant, even if variant == "even" else group)
@@ -181,32 +128,13 @@ def work(rank: int, size: int, folder: str) -> None:
     }
     report = {"differences": {case: d for case, (d, _) in found.items()}, "held": {case: h for case, (_, h) in found.items()}}
     report |= {"others": others(group), "recomputed": [recomputed(c, group) for c in (True, False)]}
-    Path(folder, f"{rank}.json").write_text(json.dumps(report))
-    # A process that leaves while another still waits can make that one abort.
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(size: int, folder: Path) -> list[dict[str, Any]]:
-    """The reports of that many processes."""
-    mp.spawn(work, args=(size, str(folder)), nprocs=size)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    leave(rank, folder, report)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     """Of two processes."""
-    yield run(2, tmp_path_factory.mktemp("processes"))
-
-
-def wrong(reports: list[dict[str, Any]], prefix: str = "") -> dict[str, float]:
-    """Everything that differs by more than float64 explains."""
-    found = {}
-    for rank, report in enumerate(reports):
-        for case, of_case in report["differences"].items():
-            if case.startswith(prefix):
-                found |= {f"rank {rank}: {case} {what}": d for what, d in of_case.items() if not d < 1e-9}
-    return found
+    yield run(work, 2, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("variant", list(PARTS))
@@ -228,7 +156,7 @@ def test_cases_hold_what_may_go_wrong(variant: str, reports: list[dict[str, Any]
 @pytest.mark.slow
 def test_four_processes_compute_what_one_does(tmp_path: Path) -> None:
     """The same of every method."""
-    assert wrong(run(4, tmp_path)) == {}
+    assert wrong(run(work, 4, tmp_path)) == {}
 
 
 def test_evaluation_asks_no_other_process(reports: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, 
 
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, GatedConfig, describe
 from sparseffn.ffn.collect import CollectedStats, collect_stats
+from sparseffn.ffn.expert_parallel import shard_experts, unshard_experts
 from sparseffn.ffn.feedforward import FeedForward, configured_by
 from sparseffn.ffn.methods import (
     build,
@@ -53,5 +54,7 @@ __all__ = [
     "parse_options",
     "register",
     "set_batch_group",
+    "shard_experts",
     "unregister",
+    "unshard_experts",
 ]

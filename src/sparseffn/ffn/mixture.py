@@ -6,13 +6,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseffn import ops
+from sparseffn.errors import UserError
 from sparseffn.ffn.block_config import INDEX_BYTES, GatedConfig, require
 from sparseffn.ffn.feedforward import (
     FeedForward,
@@ -28,6 +29,9 @@ from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.routing_stats import Routed
 from sparseffn.ops.activations import hidden_units
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 LOGIT_BYTES = 4
 
@@ -160,6 +164,9 @@ class Experts(nn.Module):
     `gate_keys [E, d_model, G]`.
     """
 
+    is_sharded: bool = False
+    """Whether they are spread over processes, as DTensors; `shard_experts` sets it."""
+
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
         self.config = config
@@ -173,10 +180,33 @@ class Experts(nn.Module):
         c = self.config
         # For one token the search for a parameter that is not there is a percent of the layer.
         gate_keys = self.gate_keys if c.gated else None
+        if self.is_sharded:
+            return self._dispatched(x_TD, gates_TK, indices_TK)
         return ops.experts(
             x_TD, self.keys, self.values, gates_TK, indices_TK, gate_keys=gate_keys, activation=c.activation,
             dropout=c.dropout if self.training else 0.0, inner_k=c.survivors,
         )  # fmt: skip
+
+    def _dispatched(self, x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor) -> Tensor:
+        """The same where other processes hold most experts."""
+        c = self.config
+        keys, values, gate_keys = (cast("DTensor", getattr(self, name)) for name in ("keys", "values", "gate_keys"))
+        return ops.dispatched_experts(
+            x_TD, keys.to_local(), values.to_local(), gates_TK, indices_TK, keys.device_mesh.get_group(),
+            gate_keys=gate_keys.to_local() if c.gated else None, activation=c.activation,
+            dropout=c.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def require_whole(self) -> None:
+        """Raise for what needs all experts in this process.
+
+        Raises:
+            UserError: they are sharded.
+        """
+        if self.is_sharded:
+            raise UserError(
+                "the experts must all be in this process to look at their pairs; got sharded ones; fix: unshard_experts(model)"
+            )
 
     def extra_repr(self) -> str:
         return parameter_shapes(self)
@@ -241,6 +271,7 @@ class Mixture(FeedForward):
 
     def coefficients_TF(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """`s[e] act(k_i . x)` for the pairs of selected experts, or the largest of these; zero elsewhere."""
+        self.experts.require_whole()
         c = self.config
         selection = self.router(x_TD, None, length).selection()
         tokens_R, experts_R, gate_keys = selection.tokens(), selection.indices, self.experts.gate_keys
@@ -266,6 +297,7 @@ class Mixture(FeedForward):
 
     def reference_TD(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """Equation 12, token by token and expert by expert."""
+        self.experts.require_whole()
         scores_TE = self.router.reference(x_TD, length)
         keys, values, gate_keys = self.experts.keys, self.experts.values, self.experts.gate_keys
         zero = sum((0 * p.sum() for p in self.experts.parameters()), x_TD.new_zeros(()))
@@ -308,6 +340,7 @@ class Mixture(FeedForward):
         return [experts, Ranking(alpha_TF[selected_TF].view(len(x_TD), -1), survivors, of_pairs=True)]
 
     def keys_matrix(self) -> Tensor:
+        self.experts.require_whole()
         return self.experts.keys.transpose(1, 2).flatten(0, 1)
 
     def gate_keys_matrix(self) -> Tensor | None:
@@ -316,6 +349,7 @@ class Mixture(FeedForward):
 
     def values_matrix(self) -> Tensor:
         """Values of all experts, `[N_E G, d_model]`."""
+        self.experts.require_whole()
         return self.experts.values.flatten(0, 1)
 
 

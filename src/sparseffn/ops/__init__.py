@@ -10,6 +10,7 @@ from sparseffn.ops.blocks import product_key_rows, topk_rows
 from sparseffn.ops.columns import topk
 from sparseffn.ops.counts import batch_entropy, routing_counts
 from sparseffn.ops.cvmm import cvmm
+from sparseffn.ops.expert_dispatch import dispatched_experts
 from sparseffn.ops.experts import experts
 from sparseffn.ops.route import GateName, route
 from sparseffn.ops.router_logits import router_logits
@@ -24,6 +25,7 @@ __all__ = [
     "balanced_assignment",
     "batch_entropy",
     "cvmm",
+    "dispatched_experts",
     "experts",
     "explain_backend",
     "list_backends",

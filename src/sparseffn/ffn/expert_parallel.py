@@ -1,0 +1,126 @@
+"""Expert parallelism: the experts of a mixture are spread over the processes of a mesh, the tokens go to them.
+
+    mesh = init_device_mesh("cuda", (8,), mesh_dim_names=("ep",))
+    sharded = shard_experts(model, mesh)        # every mixture's experts.keys, values and gate_keys, E / 8 experts a process
+    y = model(x)                                # each process its own tokens, all processes together
+
+Routers, and everything else, stay whole on every process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from sparseffn.errors import UserError
+from sparseffn.ffn.block_config import require
+from sparseffn.ffn.mixture import Mixture
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
+    """Spread the experts of every mixture in `model` over a mesh of one dimension; process r keeps the r-th part of them.
+
+    Afterwards `experts.keys`, `experts.values` and `experts.gate_keys` are DTensors sharded over their first dimension, made of
+    the weights of the mesh's first process. A layer then computes what it computed, in training and in evaluation, wherever
+    the experts lie: rows go to the owners of their experts by all-to-all, however uneven the loads, and come back. All
+    processes of the mesh must run the layer together, backward too; a process may have no tokens.
+
+    Gradients: of experts they are over the tokens of all processes, divided by the number of processes, that is the gradient of
+    the mean of their losses. Give the other parameters the same by averaging over the processes, as DDP does, which must
+    leave the experts alone:
+
+        sharded = shard_experts(model, mesh)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
+        model = DistributedDataParallel(model)
+
+    An optimiser whose steps take many tensors at once needs the experts in a parameter group of their own. Balancing losses and
+    other batch-wide quantities are over all processes after `set_batch_group(model, BatchGroup(mesh.get_group()))`.
+
+    Args:
+        model: a layer, or any module with some; other methods' layers are left as they are.
+        mesh: of one dimension; of a larger mesh the slice, `mesh["ep"]`.
+
+    Returns:
+        Names of the sharded parameters in `model`.
+
+    Raises:
+        UserError: `model` holds no mixture, the mesh has several dimensions or is of another device, the number of experts does
+            not divide by its processes, or a layer has an inner top-K or is distributed already. Nothing has changed then.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mixtures = _mixtures(model)
+    require(mesh.ndim == 1, "mesh", "of one dimension", f"{mesh.ndim} of them", 'pass a slice of it, mesh["ep"]')
+    for name, layer in mixtures.items():
+        _check(name, layer, mesh)
+    names = []
+    for name, layer in mixtures.items():
+        for parameter, weight in list(layer.experts.named_parameters()):
+            sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+            layer.experts.register_parameter(parameter, nn.Parameter(sharded, requires_grad=weight.requires_grad))
+            names.append(f"{name}.experts.{parameter}".lstrip("."))
+        layer.experts.is_sharded = True
+    return names
+
+
+def unshard_experts(model: nn.Module) -> None:
+    """Undo `shard_experts`: every process gets all experts, as they are now. All processes of the mesh must call it together.
+
+    Raises:
+        UserError: `model` holds no mixture.
+    """
+    for layer in _mixtures(model).values():
+        if not layer.experts.is_sharded:
+            continue
+        for parameter, weight in list(layer.experts.named_parameters()):
+            whole = cast("DTensor", weight.detach()).full_tensor()
+            layer.experts.register_parameter(parameter, nn.Parameter(whole, requires_grad=weight.requires_grad))
+        layer.experts.is_sharded = False
+
+
+def _mixtures(model: nn.Module) -> dict[str, Mixture]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Mixture)}
+    if not found:
+        raise UserError(
+            "`model` must hold a mixture of experts; got none; fix: build one, `SigmaMoE(...)`, with experts to spread"
+        )
+    return found
+
+
+def _check(name: str, layer: Mixture, mesh: DeviceMesh) -> None:
+    """Raises as `shard_experts` documents."""
+    config, size, keys = layer.config, mesh.size(), layer.experts.keys
+    where = f" in {name}" if name else ""
+    require(
+        config.n_experts % size == 0,
+        "n_experts",
+        f"divisible by the {size} processes of the mesh{where}",
+        config.n_experts,
+        "take a mesh or a number of experts that fits",
+    )
+    require(
+        config.survivors is None,
+        "inner_k",
+        f"none where experts are sharded{where}, as it compares units of experts on several processes",
+        config.survivors,
+        "leave inner_k out",
+    )
+    require(
+        type(keys.data) is Tensor,
+        "model",
+        f"of whole tensors{where}",
+        type(keys.data).__name__,
+        "shard the experts first, and once",
+    )
+    require(
+        keys.device.type == mesh.device_type,
+        "mesh",
+        f"of the device of the experts{where}, {keys.device.type}",
+        mesh.device_type,
+        f"model.to({mesh.device_type!r}) first",
+    )
