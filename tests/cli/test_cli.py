@@ -26,6 +26,7 @@ COMMANDS = (
     "match",
     "compare",
     "train",
+    "plan",
     "eval",
     "generate",
     "export",

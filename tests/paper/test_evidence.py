@@ -9,7 +9,7 @@ import pytest
 from micro_tables import MakeTable
 
 from sparseffn.paper.corpus_choice import Corpora
-from sparseffn.paper.costs import Speed, dry_run, forward_flops
+from sparseffn.paper.costs import Speed, dry_run
 from sparseffn.paper.evidence import (
     COLUMN,
     STAGES,
@@ -26,6 +26,7 @@ from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.scales import Scale, get_scale
+from sparseffn.training.step_costs import forward_flops
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "match": (settings.Matched, "describe:match"),
     "compare": (settings.Compare, "runs:compare_methods"),
     "train": (settings.Train, "runs:train_run"),
+    "plan": (settings.Plan, "plan:plan_run"),
     "eval": (settings.Eval, "runs:evaluate_run"),
     "generate": (settings.Generate, "runs:generate"),
     "export": (settings.Export, "export:export"),

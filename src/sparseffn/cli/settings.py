@@ -210,6 +210,45 @@ class Train(Trained):
 
 
 @settings_class
+class Plan(Printed):
+    """What a training run asks of each device, before it is started: memory, and bytes of communication in a step.
+
+    Nothing is trained: a stated model, which docs/devices.md holds against measured runs. --gpus 1 is one device. With
+    --memory also the largest batch that fits; exits with 1 where this one does not.
+
+    Examples:
+      sparseffn plan --method sigma-moe --preset wt-b --gpus 64 --precision bfloat16 --memory 80GB
+      sparseffn plan --method dense --preset wt-b --gpus 8 --strategy fsdp --batch 512 --json
+      sparseffn plan --method sigma-moe n_experts=32 --preset wt-b --gpus 16 --expert-parallel 4
+    """
+
+    method: Words
+    """method, then its options as key=value"""
+    preset: str = "tiny"
+    """tiny, small, wt-s, wt-s-star, wt-b or e8"""
+    backbone: Backbone = "transformer-xl"
+    """model around the feedforward blocks"""
+    vocab_size: int = 8000
+    """vocabulary of the model"""
+    gpus: int = 1
+    """devices, of one process each"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: parameters and optimiser whole on every device; fsdp: sharded over them"""
+    expert_parallel: int = 1
+    """devices that a layer's experts are spread over"""
+    precision: Precision = "float32"
+    """float32, or autocast to bfloat16 or float16"""
+    batch: MaybeInt = None
+    """streams of a step, over all devices (default: the preset's)"""
+    context: MaybeInt = None
+    """tokens of a window, and of the memory before it (default: the preset's)"""
+    accumulation: int = 1
+    """micro-batches of a step"""
+    memory: MaybeText = None
+    """memory of a device, as 80GB or 24GiB"""
+
+
+@settings_class
 class Eval(Places, Machine, Printed):
     """Evaluate a run's model: every token of a split is predicted once.
 

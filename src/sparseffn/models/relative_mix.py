@@ -74,17 +74,29 @@ def relative_mix(
     Returns:
         `[B, L, H, C]` in the inputs' common dtype; softmax in float32 at least.
     """
-    if block_elements is None:
-        block_elements = _CPU_BLOCK if k_BSHC.device.type == "cpu" else _DEVICE_BLOCK
-        min_rows = _MIN_ROWS
-    else:
-        min_rows = 1
-    n_queries, n_keys, n_heads = content_BLHC.shape[1], k_BSHC.shape[1], k_BSHC.shape[2]
-    rows = max(min_rows, block_elements // (n_keys * n_heads))
-    sequences = max(1, block_elements // (n_queries * n_keys * n_heads))
+    sequences, rows = _block_shape(content_BLHC.shape, k_BSHC.shape[1], k_BSHC.device.type, block_elements)
     mixed = _RelativeMix.apply(content_BLHC, position_BLHC, k_BSHC, r_NHC, v_BSHC, padding_BS, sequences, rows)
     assert isinstance(mixed, Tensor), "autograd functions return the tensor of their forward"
     return mixed
+
+
+def _block_shape(
+    shape_BLHC: tuple[int, ...], n_keys: int, device_type: str, block_elements: int | None = None
+) -> tuple[int, int]:
+    """Sequences and queries of a block."""
+    if block_elements is None:
+        block_elements, min_rows = _CPU_BLOCK if device_type == "cpu" else _DEVICE_BLOCK, _MIN_ROWS
+    else:
+        min_rows = 1
+    _, n_queries, n_heads, _ = shape_BLHC
+    rows = max(min_rows, block_elements // (n_keys * n_heads))
+    return max(1, block_elements // (n_queries * n_keys * n_heads)), rows
+
+
+def scores_held(batch: int, n_queries: int, n_heads: int, n_keys: int, device_type: str) -> int:
+    """Scores of the largest block, `[Z, L, S]`: what `relative_mix` works on at a time, in a few tensors of this size."""
+    sequences, rows = _block_shape((batch, n_queries, n_heads, 0), n_keys, device_type)
+    return min(batch, sequences) * min(n_queries, rows) * n_heads * n_keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
-"""What a run costs, before it is run: FLOPs in closed form, memory and time as estimates that say what they rest on.
+"""What a run costs, before it is run: FLOPs and memory in closed form, time as an estimate that says what it rests on.
 
-FLOPs count 2 for each multiply-add of a matrix product; backward is twice the forward, and what a kernel computes again is not
-counted. Time on a GPU is FLOPs over the stated share of the stated peak, no more than that.
+Time on a GPU is FLOPs over the stated share of the stated peak, no more than that.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparseffn.accounting import BACKWARD_OVER_FORWARD
 from sparseffn.bench.step import Step, StepShape
 from sparseffn.bench.timing import interleaved, medians
 from sparseffn.models import TransformerXLConfig
@@ -22,50 +20,18 @@ from sparseffn.paper.table_rows import convention_percent, counted_percent, size
 from sparseffn.paper.tables import DENSE, SIGMA
 from sparseffn.results.table_result import DryRunResult, PlannedRun, Totals
 from sparseffn.training import TrainConfig
+from sparseffn.training.planner import plan
+from sparseffn.training.step_costs import step_flops
 
 # NVIDIA's data sheet of the A100 80GB SXM: 312 TFLOP/s in bfloat16, dense. The share is an assumption: matrix products of these
 # widths keep a GPU less than half busy.
 GPU_NAME, GPU_PEAK, GPU_SHARE = "A100 80GB", 312e12, 0.3
-# Weights, gradients and Adam's two moments, float32.
-_STATE_BYTES = 16
-_FLOAT = 4
 # Vocabulary of the timed models: about that of `ptb` characters, so small that it does not matter.
 _TIMED_VOCABULARY = 64
 
 
-def forward_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
-    """FLOPs a token of a training forward: attention over the memory too, blocks with selector, output."""
-    width, n_keys = model.n_heads * model.d_head, train.context + train.memory
-    # Query and output of the window; keys and values of the memory as well.
-    projections = 2 * model.d_model * width * (2 + 2 * n_keys / train.context)
-    # The distances are the same for all sequences.
-    positions = 2 * model.d_model * width * (n_keys + 1) / (train.batch * train.context)
-    mixing = 2 * width * (2 * n_keys + n_keys + 1)
-    layer = projections + positions + mixing + model.ffn.forward_flops(training=True)
-    return model.n_layers * layer + 2 * model.d_model * model.vocab_size
-
-
-def step_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
-    """FLOPs of one training step."""
-    return (1 + BACKWARD_OVER_FORWARD) * forward_flops(model, train) * train.tokens_per_step
-
-
 def training_flops(model: TransformerXLConfig, train: TrainConfig) -> float:
     return step_flops(model, train) * train.steps
-
-
-def memory_bytes(model: TransformerXLConfig, train: TrainConfig) -> float:
-    """Parameters with their optimiser state, and what a step keeps for backward in float32: an estimate."""
-    width, ratio = model.n_heads * model.d_head, 1 + train.memory / train.context
-    n_tokens = train.tokens_per_step // train.accumulation
-    # Both layer norms' inputs and outputs, of the memory too in attention; residual and projected sums.
-    wide = (2 * ratio + 4) * model.d_model
-    # Queries plain and with each bias, keys, values, the mixed values.
-    heads = (4 + 2 * ratio) * width
-    layer = (wide + heads) * _FLOAT * n_tokens + model.ffn.saved_bytes(n_tokens, _FLOAT)
-    # Logits, their softmax and its gradient.
-    logits = 3 * model.vocab_size * _FLOAT * n_tokens
-    return _STATE_BYTES * model.num_params() + model.n_layers * layer + logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +103,7 @@ def dry_run(tables: Sequence[PlannedTable], speed: Speed, counted: Sequence[str]
         here=f"estimate: FLOPs / {speed.basis}",
         gpu=f"estimate: FLOPs / ({GPU_PEAK / 1e12:.0f} TFLOP/s, peak of an {GPU_NAME} in bfloat16, x {GPU_SHARE:.0%} "
         "assumed utilisation)",
-        memory="estimate: 16 bytes a parameter, and what a step keeps for backward in float32",
+        memory="estimate: the peak of a step on one GPU, as `sparseffn plan` prints it",
     )
 
 
@@ -159,7 +125,7 @@ def planned_run(planned: PlannedTable, cell: PlannedCell, speed: Speed, corpus: 
         corpus_missing=column.reason,
         params=model.num_params(),
         training_flops=flops,
-        memory_bytes=memory_bytes(model, train),
+        memory_bytes=plan(model, train).memory.peak,
         tokens=train.steps * train.tokens_per_step,
         seconds_here=train.steps * speed.step_s(model, train),
         seconds_gpu=flops / (GPU_PEAK * GPU_SHARE),
