@@ -16,6 +16,7 @@ ORDER = [
     "stats",
     "results",
     "devices",
+    "distribution",
     "ops",
     "data",
     "ffn",

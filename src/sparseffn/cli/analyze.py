@@ -10,6 +10,7 @@ import torch
 
 from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
+from sparseffn.cli.launched import led
 from sparseffn.cli.output import Progress, can_draw, check_out, check_seeds, log, parse_duration, show, use_machine
 from sparseffn.cli.settings import Analyze, Places, Study
 from sparseffn.data import Split
@@ -58,6 +59,7 @@ def analyzed(
     return analyze_run(folder, corpus, device=device, splits=splits, max_tokens=max_tokens, on_progress=on_progress)
 
 
+@led
 def study_selectors(settings: Study) -> int:
     """Measure what is missing, write the tables, the page and the figures, print the tables."""
     device = use_machine(settings)

@@ -138,8 +138,9 @@ def clock(seconds: float) -> str:
 class Progress:
     """Progress of training runs: a bar in a terminal, a line now and then elsewhere. Goes to standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.console = console(stderr=True)
+        self.console.quiet = quiet
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:

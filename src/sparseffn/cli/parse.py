@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 import shutil
 import textwrap
@@ -56,6 +57,9 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "doctor": (settings.Doctor, "describe:doctor"),
 }
 
+SEVERAL = ("train", "eval", "compare", "study", "reproduce table", "reproduce figure", "reproduce evidence")
+"""Commands that several processes, started by torchrun, may run together."""
+
 GROUPS = {
     "": """Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
 
@@ -95,6 +99,9 @@ def run(words: Sequence[str]) -> int:
         SystemExit: help was asked for and is printed.
     """
     name, rest = _command(list(words))
+    n = os.environ.get("WORLD_SIZE", "1")
+    if name not in SEVERAL and n not in ("", "1"):
+        raise UserError(f"`{name}` must run in one process; got {n} of a launcher; fix: start it without torchrun")
     chosen, function = COMMANDS[name]
     parsed = parse(name, chosen, rest)
     module, function_name = function.split(":")

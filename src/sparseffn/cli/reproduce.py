@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparseffn.cli.launched import led
 from sparseffn.cli.output import (
     Progress,
     can_draw,
@@ -55,6 +56,7 @@ TABLES = "runs/evidence"
 """Folder that is proposed for the tables of the evidence."""
 
 
+@led
 def tables(settings: ReproduceTable) -> int:
     """Run each table's missing runs, then print it as the pool knows it."""
     device = use_machine(settings)
@@ -160,6 +162,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
 
 
+@led
 def evidence(settings: ReproduceEvidence) -> int:
     """Go on with the missing runs while the budget lasts, then print how all of them stand."""
     device = use_machine(settings)

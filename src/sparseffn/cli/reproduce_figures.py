@@ -12,6 +12,7 @@ from pathlib import Path
 from sparseffn.cli.analyze import analyzed
 from sparseffn.cli.bench import measure_figures
 from sparseffn.cli.bench_settings import BenchFigures
+from sparseffn.cli.launched import led
 from sparseffn.cli.output import can_draw, check_out, print_files, print_json, use_machine
 from sparseffn.cli.reproduce_settings import ReproduceFigure
 from sparseffn.ops import requested_backend
@@ -27,6 +28,7 @@ from sparseffn.results.figures_result import FiguresOfPaper, ReproducedFigure
 from sparseffn.storage import write_json, write_text
 
 
+@led
 def figures(settings: ReproduceFigure) -> int:
     """Draw figures of the paper; one that lacks its run beside one that has it is listed as not drawn, with the reason.
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from sparseffn.cli.launched import launched, led
 from sparseffn.cli.output import Progress, can_draw, check_seeds, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import printable
 from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
 from sparseffn.comparison.experiment import OVERRIDES
 from sparseffn.data import Tokenizer, load_corpus, to_metric
+from sparseffn.distribution import World
 from sparseffn.errors import UserError
 from sparseffn.evaluation import evaluate
 from sparseffn.models.generation import generate_tokens
@@ -49,6 +51,11 @@ def one_method(words: tuple[str, ...], flag: str) -> MethodChoice:
 
 def train_run(settings: Train) -> int:
     """Train a model matched to the preset's dense one."""
+    with launched(settings) as world:
+        return _train_run(settings, world)
+
+
+def _train_run(settings: Train, world: World) -> int:
     device = use_machine(settings)
     choice = one_method(settings.method, "--method")
     preset = dataclasses.replace(get_preset(settings.preset), backbone=settings.backbone, **overrides(settings))
@@ -56,7 +63,7 @@ def train_run(settings: Train) -> int:
     config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
     corpus = load_corpus(settings.corpus, **settings.corpus_options())
     matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
-    with Progress() as progress:
+    with Progress(quiet=not world.leads) as progress:
         progress.log(f"{matched.label}: {matched.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
         result = train(
             matched.model,
@@ -66,9 +73,12 @@ def train_run(settings: Train) -> int:
             device=device,
             non_finite=settings.non_finite,
             keep=settings.keep,
+            strategy=settings.strategy,
             on_step=progress.run(matched.label, settings.seed, 0, 1),
-            on_metrics=_tensorboard(settings.out) if settings.tensorboard else None,
+            on_metrics=_tensorboard(settings.out) if settings.tensorboard and world.leads else None,
         )
+    if not world.leads:
+        return 0
     losses = {split: to_metric(nats, corpus.unit) for split, nats in (("valid", result.valid), ("test", result.test))}
     if settings.json:
         metrics = {f"{split}_metric": value for split, (_, value) in losses.items()}
@@ -97,6 +107,7 @@ def _tensorboard(out: str) -> Callable[[dict[str, Any]], None]:
     return write
 
 
+@led
 def compare_methods(settings: Compare) -> int:
     """Compare, write the table and the page, print the table."""
     device = use_machine(settings)
@@ -124,13 +135,20 @@ def compare_methods(settings: Compare) -> int:
 
 def evaluate_run(settings: Eval) -> int:
     """Evaluate a checkpoint."""
+    with launched(settings) as world:
+        return _evaluate_run(settings, world)
+
+
+def _evaluate_run(settings: Eval, world: World) -> int:
     model, folder = load_run_model(settings.run, checkpoint=settings.checkpoint, device=use_machine(settings))
     run = RunSettings.read(folder)
     corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
     chosen = run.train.evaluation
     chosen |= {"memory": settings.memory} if settings.memory is not None else {}
     chosen |= {"batch": settings.eval_batch} if settings.eval_batch is not None else {}
-    outcome = evaluate(model, corpus.tokens(settings.split), **chosen)
+    outcome = evaluate(model, corpus.tokens(settings.split), world=world, **chosen)
+    if not world.leads:
+        return 0
     metric, value = to_metric(outcome.nats_per_token, corpus.unit)
     bits = outcome.nats_per_token * outcome.n_predictions / corpus.n_bytes(settings.split) / math.log(2)
     data = {

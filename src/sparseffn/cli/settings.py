@@ -181,6 +181,7 @@ class Train(Trained):
     Examples:
       sparseffn train --method sigma-moe --steps 300 --out runs/sigma
       sparseffn train --method topk k=128 --corpus ptb --data-dir ptb/ --preset small --out runs/topk
+      torchrun --nproc-per-node 2 -m sparseffn train --method sigma-moe --strategy fsdp --out runs/two
     """
 
     method: Words
@@ -201,6 +202,8 @@ class Train(Trained):
     """steps between checkpoints (default: those of every other point)"""
     keep: int = 2
     """checkpoints that are kept, the last ones; the best on validation is kept besides"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """of several processes under torchrun: a whole model in each, or a shard of every tensor (FSDP2)"""
     non_finite: Literal["stop", "skip"] = "stop"
     """a step whose loss or gradient is not finite ends the run, or is left out and noted; ten in a row end it all the same"""
     tensorboard: Flag = False

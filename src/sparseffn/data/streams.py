@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -33,8 +33,8 @@ class TrainingStreams(ABC):
         """Windows in one pass over the corpus; memory starts anew after the last."""
 
     @abstractmethod
-    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Window `i`: inputs and targets, both int64 of shape `[batch, context]`.
+    def window(self, i: int, streams: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Window `i`: inputs and targets, both int64 of shape `[batch, context]`; of some streams, in their order, or of all.
 
         Raises:
             IndexError: there is no such window, or it is not the next one of documents.
@@ -76,10 +76,11 @@ class ContiguousStreams(TrainingStreams):
         # The last input of a stream needs a target.
         return (self._stream_length - 1) // self.context
 
-    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self, i: int, streams: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= i < self.n_windows:
             raise IndexError(f"window must be in 0 .. {self.n_windows - 1}; got {i}; fix: take it modulo n_windows")
-        starts = i * self.context + np.arange(self.batch) * self._stream_length
+        wanted = np.arange(self.batch) if streams is None else np.asarray(streams)
+        starts = i * self.context + wanted * self._stream_length
         return _inputs_and_targets([self.tokens[start : start + self.context + 1] for start in starts])
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -114,11 +115,13 @@ class DocumentStreams(TrainingStreams):
         """Without end: an epoch's end is no break."""
         return sys.maxsize
 
-    def window(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self, i: int, streams: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if i != self._next:
             raise IndexError(f"window must be {self._next}, the next one of a stream; got {i}; fix: ask in order, or restore")
         self._next += 1
-        return _inputs_and_targets([self._take(stream) for stream in range(self.batch)])
+        # All streams take from one sequence of documents: each must go on, whoever reads it.
+        rows = [self._take(stream) for stream in range(self.batch)]
+        return _inputs_and_targets(rows if streams is None else [rows[stream] for stream in streams])
 
     def _take(self, stream: int) -> np.ndarray:
         """The next `context + 1` tokens of a stream; the last one comes again as the next window's first input."""

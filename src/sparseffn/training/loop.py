@@ -5,11 +5,17 @@ on from its last checkpoint when it is called again, with bit-identical losses. 
 and number of threads, which decide the order of sums and the draws of dropout; on a GPU some of PyTorch's sums have a fixed
 order only under `torch.use_deterministic_algorithms(True)`. On another device a run goes on as well, and `metrics.jsonl` tells
 from which step.
+
+Several processes take the steps together where a launcher started them (see `distribution`), each with its own streams of the
+batch. The mathematics is that of one process: a run goes on in any other number of them. The first one writes the files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -22,22 +28,26 @@ import torch
 from torch import Tensor
 
 from sparseffn.data import Corpus, TrainingStreams, Unit
-from sparseffn.devices import device_name, find_device, generator_states, restore_generators
+from sparseffn.devices import device_name, find_device
+from sparseffn.distribution import World
 from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_name
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.models import ModelConfig, build_model, keyed_generator
+from sparseffn.models import ModelConfig, build_model
 from sparseffn.storage import file_digest, sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
+from sparseffn.training.generators import all_generators, restore_own_generators, seed_generators
 from sparseffn.training.health import COLLAPSE_FROM, LossSpikes, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
+from sparseffn.training.replicas import Strategy, replicate
 from sparseffn.training.restore import load_weights
 from sparseffn.training.result import TrainResult
 from sparseffn.training.run_folder import RunFolder
 from sparseffn.training.snapshots import routes_to_experts, save_snapshot, snapshot
 from sparseffn.training.stepper import StepNumbers, Stepper, read_steps
+from sparseffn.training.together import announce
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +89,8 @@ def train(
     device: str | torch.device = "auto",
     non_finite: NonFinite = "stop",
     keep: int = KEPT,
+    world: World | None = None,
+    strategy: Strategy = "ddp",
     on_step: OnStep | None = None,
     on_metrics: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
@@ -95,14 +107,19 @@ def train(
         non_finite: what becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves the step
             out, notes it in `metrics.jsonl` and in the result, and goes on; ten in a row end the run all the same.
         keep: checkpoints that are kept, the last ones; the best on validation is kept besides.
-        on_step: called after every step, on a GPU for several steps together.
-        on_metrics: called with each record of a step or a validation that is written to `metrics.jsonl`.
+        world: the processes that train, which must all call this with the same arguments and see the same folder; None: those
+            that `torch.distributed` has joined, or this one alone.
+        strategy: of several processes; see `replicas`.
+        on_step: called after every step, on a GPU for several steps together; in the first process alone.
+        on_metrics: called with each record of a step or a validation that is written to `metrics.jsonl`; likewise.
 
     Returns:
         Final validation and test loss; a finished run returns its result immediately.
 
     Raises:
-        UserError: sizes do not fit, there is no such device, the folder is of another config, or a checkpoint is damaged.
+        UserError: sizes do not fit, there is no such device, the folder is of another config, or a checkpoint is damaged; in
+            all processes what one of them is refused.
+        OtherProcessError: another process failed.
         NonFiniteLossError: a loss became non-finite; the message names tensors, tokens and the last checkpoint before it.
         Interrupted: a signal ended the run; it goes on when it is called again.
     """
@@ -110,26 +127,33 @@ def train(
         raise unknown_name("`non_finite`", non_finite, ("stop", "skip"))
     if keep < 1:
         raise UserError(f"`keep` must be at least 1; got {keep}; fix: leave it out to keep the last {KEPT}")
-    folder, device = RunFolder(out), find_device(device)
+    folder, device, world = RunFolder(out), find_device(device), world or World.here()
     if model_config.vocab_size != corpus.tokenizer.vocab_size:
         raise UserError(
             f"`vocab_size` must be the corpus's {corpus.tokenizer.vocab_size}; got {model_config.vocab_size}; "
             "fix: build the model's config from the corpus"
         )
-    # A corpus that is too small for a window is refused before anything is written.
-    streams = corpus.training_streams(batch=config.batch, context=config.context, seed=config.seed)
     identity = run_config(model_config, config, corpus)
-    folder.check(identity)
-    if folder.result_path.exists():
-        return TrainResult.read(folder.result_path)
-    with sole_writer(folder.path):
-        fresh = folder.open(identity, device=str(device))
-        for note in config.notes if fresh else ():
-            _log.warning(note)
-        folder.note_corpus(corpus)
+    if world.announces:
+        run = {"model": model_config.to_json(), "config": config.to_json(), "out": str(Path(out).absolute())}
+        announce(world, {**run, "device": device.type, "non_finite": non_finite, "strategy": strategy}, corpus)
+    with world.fail_together(), contextlib.ExitStack() as stack:
+        world.agree(
+            "the settings of a run",
+            {**identity, "out": str(folder.path.absolute()), "strategy": strategy, "non_finite": non_finite},
+        )
+        world.share(config.batch // config.accumulation, "streams of a micro-batch, `batch / accumulation`,")
+        with world.together():
+            # A corpus that is too small for a window is refused before anything is written.
+            streams = corpus.training_streams(batch=config.batch, context=config.context, seed=config.seed)
+            finished = _open(folder, identity, corpus, config, device, stack) if world.leads else None
+        finished = _shared(finished, world)
+        if finished is not None:
+            return finished
         model = build_model(model_config)
         model.init_parameters(config.seed)
-        stepper = Stepper(model.to(device), config, goes_on=non_finite == "skip")
+        replica = replicate(model.to(device), config, world, strategy)
+        stepper = Stepper(model, config, goes_on=non_finite == "skip", world=world, replica=replica)
         run = _Run(stepper, corpus, streams, folder, non_finite, keep, on_step, on_metrics)
         try:
             return run.run()
@@ -141,6 +165,32 @@ def train(
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory(config, model_config, str(device), run.step, run.last_good()) from error
+
+
+def _open(
+    folder: RunFolder,
+    identity: dict[str, Any],
+    corpus: Corpus,
+    config: TrainConfig,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> TrainResult | None:
+    """Claim the folder for the run, as long as the stack is open; returns the result of a run that is finished."""
+    folder.check(identity)
+    if folder.result_path.exists():
+        return TrainResult.read(folder.result_path)
+    stack.enter_context(sole_writer(folder.path))
+    fresh = folder.open(identity, device=str(device))
+    for note in config.notes if fresh else ():
+        _log.warning(note)
+    folder.note_corpus(corpus)
+    return None
+
+
+def _shared(result: TrainResult | None, world: World) -> TrainResult | None:
+    """The first process's result, in all of them."""
+    said = json.loads(world.texts("null" if result is None else json.dumps(dataclasses.asdict(result)))[0])
+    return result if world.leads or said is None else TrainResult(**{**said, "notes": tuple(said["notes"])})
 
 
 def run_config(model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -176,38 +226,51 @@ class _Run:
     """Steps in a row, up to now, that were left out."""
 
     def __post_init__(self) -> None:
-        self.model, self.config = self.stepper.model, self.stepper.config
+        self.model, self.config, self.world = self.stepper.model, self.stepper.config, self.stepper.world
 
     def run(self) -> TrainResult:
         """Train to the last step, evaluate, write the result."""
-        torch.manual_seed(self.config.seed)
         self._resume()
-        self.spikes = LossSpikes(record["loss"] for record in self.folder.read_metrics() if "loss" in record)
+        with self.world.together():
+            before = self.folder.read_metrics() if self.world.leads else []
+        self.spikes = LossSpikes(record["loss"] for record in before if "loss" in record)
         self.model.train()
         with Interruption() as interruption:
             while self.step < self.config.steps:
                 self._take_step()
-                leaves = interruption.number is not None
-                validates, saves = self._is_due(self.config.eval_every), leaves or self._is_due(self.config.checkpoint_every)
-                if validates or saves or self._is_due(READ_EVERY.get(self.stepper.device.type, 10)):
+                validates, saves = self._is_due(self.config.eval_every), self._is_due(self.config.checkpoint_every)
+                reads = validates or saves or self._is_due(READ_EVERY.get(self.stepper.device.type, 10))
+                # Several processes leave after the same step: they hear of each other's signals where they read.
+                signal = interruption.number or 0
+                if not self.world.is_alone:
+                    signal = self.world.max(signal, self.stepper.device) if reads else 0
+                if reads or signal:
                     self._read_steps()
                 if validates:
                     self._validate()
-                if saves:
+                if saves or signal:
                     self.save()
-                if interruption.number is not None and leaves:
-                    raise self._interrupted(interruption.number)
+                if signal:
+                    raise self._interrupted(signal)
             interruption.all_is_saved = True
             return self._finish()
 
     def _finish(self) -> TrainResult:
         """Evaluate, write the result."""
+        valid, test = self._evaluate_whole("valid"), self._evaluate_whole("test")
+        with self.world.together():
+            result = self._write_result(valid, test) if self.world.leads else None
+        result = _shared(result, self.world)
+        assert result is not None, "the first process has one"
+        return result
+
+    def _write_result(self, valid: float, test: float) -> TrainResult:
         n_skipped = self.folder.n_skipped()
         left_out = f"{n_skipped} step{'s were' if n_skipped > 1 else ' was'} left out: loss or gradient were not finite"
         result = TrainResult(
             steps=self.step,
-            valid=self._evaluate_whole("valid"),
-            test=self._evaluate_whole("test"),
+            valid=valid,
+            test=test,
             seconds=self.seconds,
             notes=(*self.config.notes, *([left_out] if n_skipped else [])),
         )
@@ -223,7 +286,7 @@ class _Run:
         window = self.step % self.streams.n_windows
         if window == 0:
             self.stepper.forget()
-        self.window = self.streams.window(window)
+        self.window = self.streams.window(window, self.stepper.own_streams)
         self.unread.append(self.stepper.take(*self.window, lr=self.config.lr_at(self.step)))
         self.step += 1
 
@@ -264,7 +327,10 @@ class _Run:
         window = (self.step - 1) % self.streams.n_windows
         device = self.stepper.device
         inputs, targets = (tokens.to(device) for tokens in self.window)
-        return where_not_finite(self.model, self.stepper.token_losses, inputs, targets, window)
+        found = self.world.texts(where_not_finite(self.model, self.stepper.token_losses, inputs, targets, window))
+        if self.world.is_alone:
+            return found[0]
+        return "; ".join(f"process {rank}: {where}" for rank, where in enumerate(found) if where)
 
     def _interrupted(self, number: int) -> Interrupted:
         return Interrupted(
@@ -284,7 +350,8 @@ class _Run:
         self._record({"step": self.step, "valid": self.valid[1]})
         if routes_to_experts(self.model):
             selections = snapshot(self.model, self.corpus, self.config)
-            save_snapshot(self.folder.path, self.step, selections)
+            if self.world.leads:
+                save_snapshot(self.folder.path, self.step, selections)
             if self.step >= COLLAPSE_FROM and isinstance(self.model.config.ffn, MixtureConfig):
                 self._warn(self.step, collapse(selections, self.model.config.ffn))
 
@@ -296,20 +363,24 @@ class _Run:
     def _evaluate_whole(self, split: str) -> float:
         """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
         evaluation = self._evaluate(split)
-        losses = io.BytesIO()
-        np.save(losses, evaluation.window_nats)
-        write_bytes(self.folder.window_losses_path(split), losses.getvalue())
+        if self.world.leads:
+            losses = io.BytesIO()
+            np.save(losses, evaluation.window_nats)
+            write_bytes(self.folder.window_losses_path(split), losses.getvalue())
         return evaluation.nats_per_token
 
     def _evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
         try:
-            return evaluate(self.model, getattr(self.corpus, split), max_tokens=max_tokens, **self.config.evaluation)
+            tokens = getattr(self.corpus, split)
+            return evaluate(self.model, tokens, max_tokens=max_tokens, world=self.world, **self.config.evaluation)
         except NonFiniteError as error:
             raise NonFiniteLossError(
                 f"{error}; {split} after step {self.step}. Last good checkpoint: {self.last_good()}"
             ) from None
 
     def _report(self, step: int, numbers: StepNumbers, seconds: float) -> None:
+        if not self.world.leads:
+            return
         record: dict[str, Any] = {"step": step, "loss": numbers.loss, "balance_loss": numbers.balance_loss}
         if numbers.finite:
             record["grad_norm"] = numbers.grad_norm
@@ -331,19 +402,24 @@ class _Run:
             self.on_step(report)
 
     def _record(self, record: dict[str, Any]) -> None:
+        if not self.world.leads:
+            return
         self.folder.append_metrics(record)
         if self.on_metrics is not None:
             self.on_metrics(record)
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on, of all processes."""
         streams = {f"stream.{key}": value for key, value in self.streams.state().items()}
-        # The CPU's goes by the name that it had when it was the only one.
-        states = generator_states(self.stepper.device)
-        generators = {"rng" if kind == "cpu" else f"rng.{kind}": state for kind, state in states.items()}
+        tensors = {**self.stepper.tensors(), **streams, **all_generators(self.stepper.device, self.world)}
+        with self.world.together():
+            if self.world.leads:
+                self._write_checkpoint(tensors)
+
+    def _write_checkpoint(self, tensors: dict[str, Tensor]) -> None:
         checkpoint = Checkpoint(
             step=self.step,
-            tensors={**self.stepper.tensors(), **streams, **generators},
+            tensors=tensors,
             seconds=self.seconds,
             scaler=self.stepper.scaler.state_dict(),
             run=self.folder.digest(),
@@ -355,27 +431,34 @@ class _Run:
     def _resume(self) -> None:
         """Take up the last checkpoint, or start where there is none."""
         found, device = list_checkpoints(self.folder.checkpoints), self.stepper.device
-        if not found:
-            self.folder.rewind_metrics(-1)
-            self.folder.note_device(0, device_name(device))
+        last = self.world.texts(found[-1].name if found else "")[0]
+        if not last:
+            seed_generators(self.config.seed, self.world)
+            self._rewind(-1)
             self._validate()
             return
-        path, checkpoint = found[-1], load_checkpoint(found[-1], run=self.folder.digest())
-        load_weights(self.model, path, checkpoint)
-        generators = {"cpu": checkpoint.tensors.get("rng", torch.zeros(0)), **checkpoint.group("rng")}
-        # A device that the run comes to later draws its own numbers, not those of the first steps again.
-        anew = keyed_generator(self.config.seed, f"step {checkpoint.step}").initial_seed()
-        try:
-            self.stepper.restore(checkpoint)
-            self.streams.restore(checkpoint.group("stream"))
-            restore_generators(generators, device, seed=anew)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"`{path}` must hold the state of this run; got another one ({error}); "
-                "fix: restore config.json and the checkpoint together"
-            ) from None
+        path = self.folder.checkpoints / last
+        with self.world.together():
+            checkpoint = load_checkpoint(path, run=self.folder.digest())
+        with self.world.together():
+            try:
+                load_weights(self.model, path, checkpoint, place=self.stepper.replica.place)
+                self.stepper.restore(checkpoint)
+                self.streams.restore(checkpoint.group("stream"))
+                restore_own_generators(checkpoint, device, self.world, seed=self.config.seed)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"`{path}` must hold the state of this run; got another one ({error}); "
+                    "fix: restore config.json and the checkpoint together"
+                ) from None
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        self.folder.rewind_metrics(self.step)
-        self.folder.note_device(self.step, device_name(device))
+        self._rewind(self.step)
+
+    def _rewind(self, step: int) -> None:
+        """Drop the metrics after a step, from which on this device is used."""
+        with self.world.together():
+            if self.world.leads:
+                self.folder.rewind_metrics(step)
+                self.folder.note_device(max(step, 0), device_name(self.stepper.device))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 
 from sparseffn.data import Corpus, CorpusOrigin, Tokenizer, tokenizer_from_json
 from sparseffn.devices import find_device
@@ -193,14 +195,20 @@ def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
         ) from None
 
 
-def load_weights(model: LanguageModel, path: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters into a model.
+def load_weights(
+    model: LanguageModel, path: Path, checkpoint: Checkpoint, *, place: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> None:
+    """Put a checkpoint's parameters into a model; `place` brings a whole tensor to where the model's is, in shards or not.
 
     Raises:
         UserError: they are another model's.
     """
     try:
-        model.load_state_dict(checkpoint.group("model"))
+        tensors = checkpoint.group("model")
+        if place is not None:
+            own = model.state_dict()
+            tensors = {name: place(value, own[name]) if name in own else value for name, value in tensors.items()}
+        model.load_state_dict(tensors)
     except RuntimeError:
         raise _another_model(path) from None
 

@@ -7,6 +7,7 @@ ahead; a step that must not be taken is therefore skipped by the optimiser itsel
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sparseffn.devices import autocast, to_device
+from sparseffn.distribution import World
 from sparseffn.errors import UserError
 from sparseffn.evaluation import token_losses
 from sparseffn.ffn import FeedForward
 from sparseffn.models import LanguageModel, Memory
 from sparseffn.training.checkpoint import Checkpoint
 from sparseffn.training.config import TrainConfig
+from sparseffn.training.replicas import Alone, Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +51,34 @@ class StepNumbers:
 class Stepper:
     """Takes training steps: the model, its optimiser, the scale of its loss in float16, and the memory of each micro-batch."""
 
-    def __init__(self, model: LanguageModel, config: TrainConfig, *, goes_on: bool = False) -> None:
-        """`goes_on`: whether steps may follow one that is not finite, as they always do where the host runs ahead."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        *,
+        goes_on: bool = False,
+        world: World | None = None,
+        replica: Replica | None = None,
+    ) -> None:
+        """Make the optimiser.
+
+        Args:
+            model: on its device.
+            config: the run's.
+            goes_on: whether steps may follow one that is not finite, as they always do where the host runs ahead.
+            world: the processes that take the steps, each with its own streams of every micro-batch; None: this one alone.
+            replica: the model among them.
+        """
         self.model, self.config = model, config
+        self.world, self.replica = world or World(), replica or Alone(model)
         self.device = model.embedding.weight.device
-        self.optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config, groups=self.replica.groups())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         # Streams belong to a micro-batch, and so does their memory.
         self.memories: list[Memory | None] = [None] * config.accumulation
         self._parameters = dict(model.named_parameters())
+        self.own_streams = self._own_streams_of_a_batch()
+        """Of a window's streams those that this process learns from, micro-batch by micro-batch."""
         self._clears_memory = goes_on or self.device.type != "cpu"
         self.token_losses = torch.zeros(0)
         """`[batch, context]` of the last step, on the model's device."""
@@ -66,8 +88,8 @@ class Stepper:
         self.memories = [None] * self.config.accumulation
 
     def take(self, inputs: Tensor, targets: Tensor, lr: float) -> Tensor:
-        """One optimiser step on int64 tokens `[batch, context]`, left out on the device where the loss or a gradient is not
-        finite; returns float64 `[4]` on the model's device, for `read_steps`.
+        """One optimiser step on this process's int64 tokens `[batch / processes, context]`, left out on the device where the
+        loss or a gradient is not finite in any process; returns float64 `[4]` on the model's device, for `read_steps`.
 
         Raises:
             UserError: a method has a balancing weight but its loss reaches no parameter.
@@ -80,14 +102,16 @@ class Stepper:
         token_losses = []
         micro_batches = zip(*(to_device(x, self.device).chunk(n) for x in (inputs, targets)), strict=True)
         for i, (tokens, wanted) in enumerate(micro_batches):
-            losses, balance, self.memories[i] = training_losses(self.model, tokens, wanted, self.memories[i], config)
-            loss = losses.mean()
-            token_losses.append(losses.detach())
-            self.scaler.scale((loss + balance) / n).backward()
+            with self.replica.accumulating(last=i == n - 1):
+                losses, balance, self.memories[i] = training_losses(self.replica.run, tokens, wanted, self.memories[i], config)
+                loss = losses.mean()
+                token_losses.append(losses.detach())
+                self.scaler.scale((loss + balance) / n).backward()
             total += torch.stack((loss.detach(), balance.detach()))
         scale = self.scaler.scale(torch.ones((), device=self.device))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = self.replica.clip(config.clip)
+        total = self.world.mean(total)
         self._update(total[0], norm)
         if self._clears_memory:
             self._clear_memory_of(total[0])
@@ -95,31 +119,44 @@ class Stepper:
         return torch.cat((total, torch.stack((norm, scale))))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Model, optimiser and memories by name, for a checkpoint."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """Model, optimiser and memories by name, for a checkpoint: whole, however many processes there are. All of them must
+        call this.
+        """
+        whole = self.replica.whole
+        tensors = {f"model.{name}": whole(value) for name, value in self.model.state_dict().items()}
         for name, parameter in self._parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer.{name}::{field}": value for field, value in state.items()}
+            tensors |= {f"optimizer.{name}::{field}": whole(value) for field, value in state.items()}
         for i, memory in enumerate(self.memories):
-            tensors |= {f"memory.{i}.{layer}": states for layer, states in enumerate(memory or ())}
+            tensors |= {f"memory.{i}.{layer}": self.world.gather(states) for layer, states in enumerate(memory or ())}
         return tensors
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up optimiser, scale and memories of a checkpoint, tensor by tensor and without casts, on the model's device.
+        """Take up parameters, optimiser, scale and memories of a checkpoint, tensor by tensor and without casts, on the model's
+        device.
 
         Raises:
             KeyError, ValueError: a tensor is not this model's.
         """
+        place = self.replica.place
         for key, value in checkpoint.group("optimizer").items():
             name, field = key.rsplit("::", 1)
             if value.ndim and value.shape != self._parameters[name].shape:
                 raise ValueError(f"`{key}` of shape {list(value.shape)}")
-            self.optimizer.state[self._parameters[name]][field] = value.to(self.device)
+            parameter = self._parameters[name]
+            self.optimizer.state[parameter][field] = place(value, parameter) if value.ndim else value.to(self.device)
         self.scaler.load_state_dict(dict(checkpoint.scaler))
         memories = checkpoint.group("memory")
         for i in range(self.config.accumulation):
             keys = [f"{i}.{layer}" for layer in range(len(self.model.layers))]
-            self.memories[i] = tuple(memories[key].to(self.device) for key in keys if key in memories) or None
+            found = (memories[key] for key in keys if key in memories)
+            own = (states[self.world.share(len(states), "streams of a memory")] for states in found)
+            self.memories[i] = tuple(states.to(self.device) for states in own) or None
+
+    def _own_streams_of_a_batch(self) -> list[int]:
+        size = self.config.batch // self.config.accumulation
+        own = range(size)[self.world.share(size, "streams of a micro-batch, `batch / accumulation`,")]
+        return [i * size + stream for i in range(self.config.accumulation) for stream in own]
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
         if self.scaler.is_enabled():
@@ -148,9 +185,11 @@ def read_steps(steps: list[Tensor], config: TrainConfig) -> list[StepNumbers]:
 
 
 def training_losses(
-    model: LanguageModel, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
+    model: torch.nn.Module, tokens: Tensor, targets: Tensor, memory: Memory | None, config: TrainConfig
 ) -> tuple[Tensor, Tensor, Memory]:
     """Cross-entropy of each token and balancing loss of a micro-batch, and the memory for the next.
+
+    `model` is a `LanguageModel`, or what runs one in several processes.
 
     Raises:
         UserError: a method has a balancing weight but its loss reaches no parameter.
@@ -179,10 +218,13 @@ def check_balance(model: torch.nn.Module, balance: Tensor) -> None:
         )
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam (betas 0.9 and 0.999) or AdamW.
+def make_optimizer(
+    model: torch.nn.Module, config: TrainConfig, *, groups: Sequence[Sequence[torch.nn.Parameter]] = ()
+) -> torch.optim.Optimizer:
+    """Adam (betas 0.9 and 0.999) or AdamW of a model's parameters, or of groups of them.
 
     Fused: about 3 times as fast on a CPU (measured), and the one kind that leaves a step out without asking the host.
     """
     make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return make(model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+    parameters = [{"params": list(group)} for group in groups] or model.parameters()
+    return make(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)

@@ -1,0 +1,154 @@
+"""A model in the processes of a run: whole in each of them (DDP), or a shard in each (FSDP2). Both are PyTorch's.
+
+Gradients are means over the processes either way: with equally many tokens in each, those of the whole batch's mean loss.
+Everything that leaves a run, as checkpoints do, is whole: no file depends on how many processes made it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from sparseffn.distribution import World
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ffn import RoutingStats
+from sparseffn.models import LanguageModel
+from sparseffn.models.language_model import ModelOutput
+from sparseffn.training.config import TrainConfig
+
+Strategy = Literal["ddp", "fsdp"]
+"""`ddp`: parameters and optimiser whole in every process; `fsdp`: sharded over them, gathered layer by layer."""
+
+
+class Replica(ABC):
+    """This process's part of a model in training."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.run: nn.Module = model
+        """What a training step calls."""
+
+    @abstractmethod
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Around a micro-batch: gradients are exchanged with the last one alone."""
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradient; returns its norm over the whole model."""
+        return self.whole(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters in the groups that an optimiser can take together."""
+        return [list(self.model.parameters())]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """A parameter or a tensor of the optimiser as a single process has it."""
+        return x
+
+    def place(self, x: Tensor, like: Tensor) -> Tensor:
+        """A whole tensor where `like` is, and sharded as it."""
+        return x.to(like.device)
+
+
+@final
+class Alone(Replica):
+    """One process."""
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@final
+class Replicated(Replica):
+    """A whole model in every process, whose gradients DDP averages while the backward pass goes on."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
+        devices = [model.embedding.weight.device] if model.embedding.weight.device.type == "cuda" else None
+        self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        self.run = self._ddp
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last else self._ddp.no_sync()
+
+
+@final
+class Sharded(Replica):
+    """A shard of every tensor in each process: FSDP2, a layer at a time and the rest as the root's."""
+
+    def __init__(self, model: LanguageModel, world: World) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        super().__init__(model)
+        # What a layer or the model returns must be seen as tensors: the hooks on them gather parameters for the backward pass.
+        for kind in (ModelOutput, RoutingStats):
+            _show_tensors(kind)
+        # Nobody writes in place to the memory and the losses that are views of what the model returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # A scalar has no dimension to be sharded along.
+        self._scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+        for module in (*model.layers, model):
+            fully_shard(module, ignored_params=set(self._scalars))
+        self._root, self._world = cast(FSDPModule, model), world
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        self._root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        sharded = [parameter for parameter in self.model.parameters() if parameter.ndim > 0]
+        return [group for group in (sharded, self._scalars) if group]
+
+    def clip(self, max_norm: float) -> Tensor:
+        for scalar in self._scalars:
+            if scalar.grad is not None:
+                self._world.mean(scalar.grad)
+        gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups()]
+        norm = torch.stack([self.whole(nn.utils.get_total_norm(group)) for group in gradients]).norm()
+        for group in self.groups():
+            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        return norm
+
+    def whole(self, x: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+    def place(self, x: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        x = x.to(like.device)
+        return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+
+
+def _show_tensors(kind: type) -> None:
+    """Have PyTorch see the fields of a dataclass, once a process."""
+    try:
+        torch.export.register_dataclass(kind)
+    except ValueError as error:
+        if "already registered" not in str(error):
+            raise
+
+
+def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy: Strategy) -> Replica:
+    """A model on its device, made ready for the processes that train it.
+
+    Raises:
+        UserError: the strategy is unknown, or the precision does not go with it.
+    """
+    if strategy not in ("ddp", "fsdp"):
+        raise unknown_name("`strategy`", strategy, ("ddp", "fsdp"))
+    if world.is_alone:
+        return Alone(model)
+    if strategy == "ddp":
+        return Replicated(model)
+    if config.precision == "float16":
+        raise UserError(
+            "`precision` must be float32 or bfloat16 with strategy fsdp; got float16, whose scaled gradients are looked at by "
+            "shard; fix: --precision bfloat16, or --strategy ddp"
+        )
+    return Sharded(model, world)

@@ -1,0 +1,66 @@
+"""A script that several processes run: `together.py JOBS DATA CACHE`; each job of the JSON file is a run to be trained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseffn.data import load_corpus
+from sparseffn.distribution import joined
+from sparseffn.errors import UserError
+from sparseffn.models import model_config_from_json
+from sparseffn.storage import read_json
+from sparseffn.training import TrainConfig, train
+
+jobs, data, cache = sys.argv[1:]
+
+
+def fault(kind: str, step: int) -> None:
+    """What befalls this process after a step."""
+    if kind == f"killed {step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == f"fails {step}":
+        raise ZeroDivisionError("a fault of this process alone")
+    if kind == f"terminated {step}":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(job: dict[str, Any], rank: int) -> None:
+    """Train; what one process alone is to suffer is named by its rank."""
+    torch.set_default_dtype(getattr(torch, job.get("dtype", "float32")))
+    config = TrainConfig.from_json({**job["train"], **job.get("only", {}).get(str(rank), {})})
+    befalls = job.get("faults", {}).get(str(rank), "")
+    corpus = load_corpus("text", data_dir=data, cache_dir=cache)
+    if befalls:
+        window, taken = corpus.training_streams, 0
+
+        def counted(**settings: Any) -> Any:
+            streams = window(**settings)
+            read = streams.window
+
+            def next_window(*args: Any) -> Any:
+                nonlocal taken
+                fault(befalls, taken)
+                taken += 1
+                return read(*args)
+
+            streams.window = next_window
+            return streams
+
+        object.__setattr__(corpus, "training_streams", counted)
+    train(model_config_from_json(job["model"]), config, corpus, job["out"], strategy=job.get("strategy", "ddp"))
+
+
+torch.set_num_threads(1)
+with joined("cpu") as world:
+    try:
+        for job in read_json(Path(jobs)):
+            run(job, world.rank)
+    except (UserError, KeyboardInterrupt) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(2)
