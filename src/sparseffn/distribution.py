@@ -293,6 +293,9 @@ def joined(device: str = "auto") -> Iterator[World]:
     token = _JOINED.set(world)
     try:
         yield world
+        # Gloo may abort a process whose peers are still in their last exchange.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
     finally:
         _JOINED.reset(token)
         with contextlib.suppress(Exception):

@@ -109,10 +109,10 @@ def evaluate(
     if not world.is_alone:
         count = int(world.sum(torch.tensor(count, device=device)))
         total, means = world.sum(total), world.gather(means)
-    means = means.flatten().cpu()
     nats = float(total) / max(count, 1)
     if not np.isfinite(nats):
         raise NonFiniteLossError(f"the evaluation loss must be finite; got {nats}; fix: train with a lower lr, or in float32")
+    means = means.flatten().cpu()
     return Evaluation(nats_per_token=nats, n_predictions=count, window_nats=means[~means.isnan()].numpy())
 
 

@@ -104,7 +104,9 @@ def test_generation_names_every_device(ffn: FFNConfig) -> None:
 def test_a_training_step_reads_no_number(ffn: FFNConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device there are none; every tensor of a step is there, losses and gradient norm included."""
     # PyTorch's fused optimisers have no kernel there.
-    monkeypatch.setattr(stepping, "make_optimizer", lambda net, config, groups: torch.optim.RMSprop(net.parameters(), foreach=True))
+    monkeypatch.setattr(
+        stepping, "make_optimizer", lambda net, config, groups: torch.optim.RMSprop(net.parameters(), foreach=True)
+    )
     stepper = Stepper(model(ffn).to(META).train(), CONFIG)
     with refusing():
         done = [stepper.take(*window(i), lr=1e-3) for i in range(2)]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sparseffn.data import load_corpus
-from sparseffn.distribution import joined
-from sparseffn.errors import UserError
+from sparseffn.distribution import LostProcessError, joined
+from sparseffn.errors import Interrupted, UserError
 from sparseffn.models import model_config_from_json
 from sparseffn.storage import read_json
 from sparseffn.training import TrainConfig, train
@@ -57,10 +57,20 @@ def run(job: dict[str, Any], rank: int) -> None:
 
 
 torch.set_num_threads(1)
+code = 0
 with joined("cpu") as world:
-    try:
-        for job in read_json(Path(jobs)):
+    for job in read_json(Path(jobs)):
+        try:
             run(job, world.rank)
-    except (UserError, KeyboardInterrupt) as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.exit(2)
+        except UserError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            code = 2
+            if isinstance(error, LostProcessError):
+                break
+        except Interrupted as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            code = error.exit_code
+            break
+# A process that lost others has nothing left to take leave of.
+sys.stderr.flush()
+os._exit(code)

@@ -116,7 +116,7 @@ class BatchGroup:
 
     def seed(self, seed: int) -> None:
         """Start all generators from a seed, the same on every rank."""
-        self._seed = seed
+        self.first_seed = seed
         self._generators: dict[str, torch.Generator] = {}
         self._restored: dict[str, Tensor] = {}
         self._replays = False
@@ -150,7 +150,7 @@ class BatchGroup:
     def _generator(self, device: torch.device) -> torch.Generator:
         """That of a device, made at its first use."""
         if device.type not in self._generators:
-            generator = torch.Generator(device).manual_seed(self._seed)
+            generator = torch.Generator(device).manual_seed(self.first_seed)
             if device.type in self._restored:
                 generator.set_state(self._restored.pop(device.type))
             self._generators[device.type] = generator

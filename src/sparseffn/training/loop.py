@@ -411,7 +411,11 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on, of all processes."""
         streams = {f"stream.{key}": value for key, value in self.streams.state().items()}
-        tensors = {**self.stepper.tensors(), **streams, **all_generators(self.stepper.device, self.world)}
+        tensors = {
+            **self.stepper.tensors(),
+            **streams,
+            **all_generators(self.stepper.device, self.world, self.stepper.replica.batch),
+        }
         with self.world.together():
             if self.world.leads:
                 self._write_checkpoint(tensors)
@@ -445,7 +449,7 @@ class _Run:
                 load_weights(self.model, path, checkpoint, place=self.stepper.replica.place)
                 self.stepper.restore(checkpoint)
                 self.streams.restore(checkpoint.group("stream"))
-                restore_own_generators(checkpoint, device, self.world, seed=self.config.seed)
+                restore_own_generators(checkpoint, device, self.world, self.stepper.replica.batch, seed=self.config.seed)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 if isinstance(error, UserError):
                     raise

@@ -1,7 +1,8 @@
 """A model in the processes of a run: whole in each of them (DDP), or a shard in each (FSDP2). Both are PyTorch's.
 
 Gradients are means over the processes either way: with equally many tokens in each, those of the whole batch's mean loss.
-Everything that leaves a run, as checkpoints do, is whole: no file depends on how many processes made it.
+What routers compute over a batch is over that of all processes. Everything that leaves a run, as checkpoints do, is whole: no
+file depends on how many processes made it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sparseffn.distribution import World
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn import RoutingStats
+from sparseffn.ffn import BatchGroup, RoutingStats, set_batch_group
 from sparseffn.models import LanguageModel
 from sparseffn.models.language_model import ModelOutput
 from sparseffn.training.config import TrainConfig
@@ -28,8 +29,8 @@ Strategy = Literal["ddp", "fsdp"]
 class Replica(ABC):
     """This process's part of a model in training."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, batch: BatchGroup | None = None) -> None:
+        self.model, self.batch = model, batch
         self.run: nn.Module = model
         """What a training step calls."""
 
@@ -66,8 +67,8 @@ class Alone(Replica):
 class Replicated(Replica):
     """A whole model in every process, whose gradients DDP averages while the backward pass goes on."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: LanguageModel, batch: BatchGroup) -> None:
+        super().__init__(model, batch)
         devices = [model.embedding.weight.device] if model.embedding.weight.device.type == "cuda" else None
         self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         self.run = self._ddp
@@ -80,10 +81,10 @@ class Replicated(Replica):
 class Sharded(Replica):
     """A shard of every tensor in each process: FSDP2, a layer at a time and the rest as the root's."""
 
-    def __init__(self, model: LanguageModel, world: World) -> None:
+    def __init__(self, model: LanguageModel, batch: BatchGroup, world: World) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        super().__init__(model)
+        super().__init__(model, batch)
         # What a layer or the model returns must be seen as tensors: the hooks on them gather parameters for the backward pass.
         for kind in (ModelOutput, RoutingStats):
             _show_tensors(kind)
@@ -144,11 +145,14 @@ def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy:
         raise unknown_name("`strategy`", strategy, ("ddp", "fsdp"))
     if world.is_alone:
         return Alone(model)
-    if strategy == "ddp":
-        return Replicated(model)
-    if config.precision == "float16":
+    if strategy == "fsdp" and config.precision == "float16":
         raise UserError(
             "`precision` must be float32 or bfloat16 with strategy fsdp; got float16, whose scaled gradients are looked at by "
             "shard; fix: --precision bfloat16, or --strategy ddp"
         )
-    return Sharded(model, world)
+    import torch.distributed as dist
+
+    # Of its own, as gradients are exchanged while the backward pass of routers communicates.
+    batch = BatchGroup(cast(dist.ProcessGroup, dist.new_group()), seed=config.seed, even=True)
+    set_batch_group(model, batch)
+    return Replicated(model, batch) if strategy == "ddp" else Sharded(model, batch, world)
