@@ -119,18 +119,18 @@ SHORT = {"seeds": [7, 8], "looks": [2], "bounds": [12.8]}
 
 
 def test_runs_are_planned_and_a_record_outlives_the_pool(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
-    """All candidates of a seed before the next; widths, schedules and seeds are the rule's; other settings do not count."""
+    """A seed after the other, later candidates last; widths, schedules, seeds are the rule's; other settings do not count."""
     rule = msgspec.structs.replace(rules()["control"], **SHORT)
     runs = experiment_runs(rule, Request(scale=micro, corpora=corpora))
-    assert [run.seed for run in runs] == [7] * 5 + [8] * 5
-    assert [run.label for run in runs[:5]] == [candidate.name for candidate in rule.candidates]
-    widths = [run.spec.model.ffn.to_json().get("d_ff") for run in runs[:5]]
-    assert widths[2::2] == [257, 32] and runs[3].spec.train.steps == 2 and runs[0].spec.train.steps == 4
+    assert [run.seed for run in runs] == [7] * 3 + [8] * 3 + [7, 7, 8, 8]
+    assert [run.label for run in (*runs[:3], *runs[6:8])] == [candidate.name for candidate in rule.candidates]
+    widths = [run.spec.model.ffn.to_json().get("d_ff") for run in runs]
+    assert widths[2] == 257 and widths[7] == 32 and runs[6].spec.train.steps == 2 and runs[0].spec.train.steps == 4
     pool = Pool(tmp_path / "pool")
-    for run in runs[:5]:
+    for run in runs[:3]:
         assert execute(pool, run.spec).finished
     first = experiment_result("control", rule, runs, pool)
-    assert len(first.runs) == 5 and first.contrasts[0].n_finished == 1 and first.contrasts[0].verdict is None
+    assert len(first.runs) == 3 and first.contrasts[0].n_finished == 1 and first.contrasts[0].verdict is None
     path = tmp_path / "control.json"
     write_json(path, first)
     empty = Pool(tmp_path / "none")

@@ -1,6 +1,6 @@
 """Experiments by the rules of `rules.toml`: their runs, the compact record of those that are finished, and the verdicts.
 
-    runs = experiment_runs(rule, request)              # what to train, all candidates of a seed before the next seed
+    runs = experiment_runs(rule, request)              # what to train, in this order
     result = experiment_result("control", rule, runs, pool, held)
 
 A record keeps each run's losses, so that verdicts can be made anew where the pool of runs is gone; runs of other settings have
@@ -20,7 +20,7 @@ from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
 from sparseffn.paper.pool import Finished, Pool, RunSpec
 from sparseffn.paper.published import published_values
-from sparseffn.paper.rules import Contrast, PublishedPair, Rule
+from sparseffn.paper.rules import Contrast, PublishedPair, Rule, in_order
 from sparseffn.paper.table_rows import sized
 from sparseffn.paper.tables import get_table
 from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, PlannedCandidate
@@ -43,15 +43,14 @@ def experiment_runs(rule: Rule, request: Request) -> list[NamedRun]:
     corpus = request.corpora.of(column.column)
     rows = {row.key: row for row in table.rows}
     runs = []
-    for seed in rule.seeds:
-        for candidate in rule.candidates:
-            ffn = sized(rows[candidate.row], column.column, column.vocab_size).ffn
-            if candidate.d_ff is not None:
-                ffn = ffn.replace(d_ff=candidate.d_ff)
-            shortened = dataclasses.replace(column, steps=max(1, round(candidate.steps_share * column.steps)))
-            train = train_settings(shortened, rows[candidate.row].method, request, seed)
-            spec = RunSpec(model=column.column.model(ffn, column.vocab_size), train=train, corpus=corpus)
-            runs.append(NamedRun(label=candidate.name, seed=seed, spec=spec))
+    for seed, candidate in in_order(rule):
+        ffn = sized(rows[candidate.row], column.column, column.vocab_size).ffn
+        if candidate.d_ff is not None:
+            ffn = ffn.replace(d_ff=candidate.d_ff)
+        shortened = dataclasses.replace(column, steps=max(1, round(candidate.steps_share * column.steps)))
+        train = train_settings(shortened, rows[candidate.row].method, request, seed)
+        spec = RunSpec(model=column.column.model(ffn, column.vocab_size), train=train, corpus=corpus)
+        runs.append(NamedRun(label=candidate.name, seed=seed, spec=spec))
     return runs
 
 

@@ -127,12 +127,24 @@ def measure_start(config: TopKMixtureConfig, dense: BlockScale, inputs: Inputs, 
     layer = _build(config, seed, inputs.x_TD.device)
     assert isinstance(layer, Mixture), "mixtures' configs build mixtures"
     own = dataclasses.asdict(_scale(layer, inputs))
-    with torch.no_grad():
-        routing = layer.router(inputs.x_TD, None)
-    counts = torch.bincount(routing.indices_TK.flatten(), minlength=config.n_experts)
     ratios = BlockScale(**{name: value / getattr(dense, name) for name, value in own.items()})
-    norms = layer.router.selector.detach().norm(dim=1)
-    return Start(ratios=ratios, load=measure_load(counts, norms), gate_square=float(routing.weights_TK.square().mean()))
+    load, weights_TK = _routed(layer, config, inputs)
+    return Start(ratios=ratios, load=load, gate_square=float(weights_TK.square().mean()))
+
+
+def start_load(config: TopKMixtureConfig, inputs: Inputs, *, seed: int) -> Load:
+    """Of a mixture with the parameters of a seed, without a gradient: cheap enough for many seeds."""
+    layer = _build(config, seed, inputs.x_TD.device)
+    assert isinstance(layer, Mixture), "mixtures' configs build mixtures"
+    return _routed(layer, config, inputs)[0]
+
+
+@torch.no_grad()
+def _routed(layer: Mixture, config: TopKMixtureConfig, inputs: Inputs) -> tuple[Load, Tensor]:
+    """The experts' load, and the weights of the selections."""
+    routing = layer.router(inputs.x_TD, None)
+    counts = torch.bincount(routing.indices_TK.flatten(), minlength=config.n_experts)
+    return measure_load(counts, layer.router.selector.norm(dim=1)), routing.weights_TK
 
 
 def _scale(layer: FeedForward, inputs: Inputs) -> BlockScale:

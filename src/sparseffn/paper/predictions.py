@@ -188,11 +188,20 @@ def load_variation_on(x_TD: Array, config: TopKMixtureConfig, n_tokens: int) -> 
         x_TD: a sample of the tokens, at least two.
         n_tokens: tokens whose load is counted, for what is left to chance.
     """
-    law = ranking(config)
-    angles, excess = _joint_excess(config.k / config.n_experts)
+    return load_variation_of_pairs(mean_excess(x_TD, config.k / config.n_experts), config, n_tokens)
+
+
+def mean_excess(x_TD: Array, share: float) -> float:
+    """Over pairs of tokens: `P(both select an expert) / share^2 - 1`, share being K / N_E."""
+    angles, excess = _joint_excess(share)
     units = x_TD / np.linalg.norm(x_TD, axis=1, keepdims=True)
-    cosines = np.clip(units @ units.T, -1, 1)[~np.eye(len(units), dtype=bool)]
-    mean = float(np.interp(np.arcsin(cosines), angles, excess).mean())
+    cosines = np.clip(units @ units.T, -1, 1)[np.triu_indices(len(units), 1)]
+    return float(np.interp(np.arcsin(cosines), angles, excess).mean())
+
+
+def load_variation_of_pairs(mean: float, config: TopKMixtureConfig, n_tokens: int) -> float:
+    """`load_variation_on` from its mean over pairs, which does not depend on the selector's norms."""
+    law = ranking(config)
     norms = law.elasticity**2 / (2 * config.d_model) if law.equal_norm else 0.0
     return math.sqrt(max(0.0, mean - norms) + _chance_part(config, n_tokens))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -23,6 +24,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of a dense block, in place of the column's."""
     steps_share: float = 1.0
     """Of the column's steps; the learning rate decays over those that are left."""
+    later: bool = False
+    """Whether its runs come after those of the others, for all seeds up to a look."""
 
 
 class PublishedPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,3 +89,13 @@ def rules() -> Mapping[str, Rule]:
     """Every experiment by name, the most decisive first."""
     text = resources.files("sparseffn.paper").joinpath("rules.toml").read_text(encoding="utf-8")
     return {name: msgspec.convert(found, Rule) for name, found in tomllib.loads(text).items()}
+
+
+def in_order(rule: Rule) -> list[tuple[int, Candidate]]:
+    """Seeds and candidates as they are trained: up to each look all of a seed before the next, then those that come later."""
+    order: list[tuple[int, Candidate]] = []
+    for start, end in itertools.pairwise([0, *rule.looks]):
+        for later in (False, True):
+            chosen = [candidate for candidate in rule.candidates if candidate.later == later]
+            order += [(seed, candidate) for seed in rule.seeds[start:end] for candidate in chosen]
+    return order

@@ -117,7 +117,8 @@ class _Study:
         for point in scale.grid.points:
             path = self._point_path(point)
             if not path.exists():
-                rows = measure_point(point, scale.grid, self.corpus, range(scale.start_seeds), self.device)
+                seeds, more = range(scale.start_seeds), range(scale.load_seeds)
+                rows = measure_point(point, scale.grid, self.corpus, seeds, self.device, more)
                 write_json(path, _Point(rows))
                 self.progress.log(f"at initialisation: {point.name}")
                 self.check_time()

@@ -67,7 +67,9 @@ class StudyScale:
     eval_tokens: int
     """First tokens of validation and test that decide a run's final losses."""
     start_seeds: int
-    """Seeds of the measurements at initialisation."""
+    """Seeds of the measurements at initialisation but for the load."""
+    load_seeds: int = 0
+    """Of the load, which costs less; 0: the same."""
 
     def to_json(self) -> dict[str, Any]:
         return msgspec.json.decode(msgspec.json.encode(self))
@@ -88,6 +90,7 @@ CPU = StudyScale(
     ),
     eval_tokens=32768,
     start_seeds=5,
+    load_seeds=100,
 )
 
 

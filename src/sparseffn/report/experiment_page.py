@@ -23,8 +23,8 @@ def _plan(result: ExperimentResult) -> str:
     ]
     looks = ", ".join(f"{n} seeds with {bound:.2f}" for n, bound in zip(result.looks, result.bounds, strict=True))
     notes = (
-        f"Seeds {result.seeds[0]} to {result.seeds[-1]}, all candidates of one before the next. Looks and bounds of |t|: "
-        f"{looks}; together they decide {100 * result.alpha:.2g}% of comparisons without a difference.",
+        f"Seeds {result.seeds[0]} to {result.seeds[-1]}. Looks and bounds of |t|: {looks}; "
+        f"together they decide {100 * result.alpha:.2g}% of comparisons without a difference.",
     )
     head = ("candidate", "parameters", "steps", "block", "finished")
     return markdown_table(Table.of(head, rows, title=result.question, notes=notes))

@@ -36,7 +36,9 @@ class StudySizes(msgspec.Struct, frozen=True, kw_only=True):
     eval_tokens: int
     """First tokens of validation and test that the losses are of."""
     start_seeds: int
-    """Seeds of the measurements at initialisation."""
+    """Seeds of the measurements at initialisation but for the load."""
+    load_seeds: int = 0
+    """Of the load; 0: the same."""
 
 
 class StartRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,8 @@ class StartRow(msgspec.Struct, frozen=True, kw_only=True):
     """gaussian or text."""
     init: str
     selector: str
+    load_seeds: int = 0
+    """Seeds of the load; 0: as many as of all else."""
     measured: dict[str, tuple[float, float, float] | None]
     """Median, least and greatest over seeds; None where a quantity has no meaning."""
     predicted: dict[str, float | None]
