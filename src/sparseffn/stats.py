@@ -121,6 +121,28 @@ def verdict(claimed: Claimed, found: Difference | None, *, margin: float = 0.0) 
     return "bounded" if -margin < found.low and found.high < margin else "undecided"
 
 
+def p_value(found: Difference, freedom: int) -> float:
+    """Two-sided, of a difference whose interval is Student's with these degrees of freedom: below 5% where it excludes zero."""
+    from scipy.special import stdtr
+
+    towards_zero = found.difference - found.low if found.difference > 0 else found.high - found.difference
+    if not towards_zero:
+        return 1.0 if not found.difference else 0.0
+    return 2 * float(stdtr(freedom, -abs(found.difference) / towards_zero * student_quantile(freedom)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values of several comparisons, corrected for their number (Holm 1979): at 5% one of them errs in 5% of cases.
+
+    The least is multiplied by their number, the next by one less, none is below the one before; valid however they depend.
+    """
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected
+
+
 class MeanStd(msgspec.Struct, frozen=True, kw_only=True):
     """Of the runs of one method."""
 

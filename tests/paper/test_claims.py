@@ -58,7 +58,8 @@ def test_page_holds_what_the_results_say() -> None:
     """Made anew, every block is the one on the page; a figure that was edited by hand is found."""
     text = PAGE.read_text(encoding="utf-8")
     assert with_blocks(text, RESULTS) == text
-    assert {found[3] for found in BLOCK.finditer(text)} == set(evidence_blocks(RESULTS / "evidence"))
+    shown = {found[3] for found in BLOCK.finditer(text) if found[2] == "evidence"}
+    assert shown == set(evidence_blocks(RESULTS / "evidence"))
     for block in BLOCK.finditer(text):
         edited = text[: block.start()] + re.sub(r"\d", "7", block[0]) + text[block.end() :]
         assert edited != text and with_blocks(edited, RESULTS) == text
@@ -112,15 +113,17 @@ def test_rows_that_no_table_compares_go_through_dense() -> None:
     cell = Cell(row=0, column=0, status="counted")
     far, near = found(0.2, 0.4), found(0.0, 0.2, covers_seeds=False, n_seeds=1)
     cells = {
-        released: Measured(label="released", cell=structs.replace(cell, against_dense=far)),
-        paper: Measured(label="paper", cell=structs.replace(cell, against_dense=near)),
+        released: Measured(label="released", table="table6", freedom=3, cell=structs.replace(cell, against_dense=far)),
+        paper: Measured(label="paper", table="table6", freedom=3, cell=structs.replace(cell, against_dense=near)),
     }
     assert difference(cells, released, paper) == (far.less(near), True)
     direct = found(0.2, 0.3)
-    cells[released] = Measured(label="released", cell=structs.replace(cells[released].cell, against_paper_form=direct))
+    cells[released] = Measured(
+        label="released", table="table6", freedom=3, cell=structs.replace(cells[released].cell, against_paper_form=direct)
+    )
     assert difference(cells, released, paper) == (direct, False)
     assert difference(cells, released, DENSE) == (far, False)
-    cells[paper] = Measured(label="paper", cell=cell)
+    cells[paper] = Measured(label="paper", table="table6", freedom=3, cell=cell)
     assert difference(cells, paper, released) == (None, False)
 
 
@@ -139,14 +142,29 @@ def test_interval_of_the_text_alone_decides_no_claim() -> None:
     assert claims and {(claim.verdict, claim.reason) for claim in claims} == {("undecided", "one seed")}
 
 
+def test_verdicts_stand_after_correction_for_their_number() -> None:
+    """As Holm's procedure has them, of p values that the intervals imply; a margin that was chosen later decides nothing."""
+    claims = [claim for claim in decide(tables(), None).claims if claim.topic == "loss" and claim.numbers != "-"]
+    equal, tested = ([c for c in claims if (c.claimed == "equal or better") == wanted] for wanted in (True, False))
+    assert {(c.verdict, c.reason) for c in equal} == {("undecided", "no margin stood before the runs")}
+    ordered = sorted(tested, key=lambda claim: claim.p or 1.0)
+    for rank, claim in enumerate(ordered):
+        assert claim.difference is not None and claim.p is not None and claim.p_corrected is not None
+        assert (claim.p < 0.05) == claim.difference.decided
+        assert claim.p_corrected >= min(1.0, claim.p * (len(ordered) - rank)) and (claim.verdict == "undecided") == (
+            claim.p_corrected >= 0.05
+        )
+
+
 @pytest.mark.parametrize(
     ("loads", "verdict"),
     [
-        ([(2.4, 4.0), (1.1, 4.0)], "contradicted"),
+        ([(2.4, 8.0), (1.1, 4.0)], "contradicted"),
         ([(3.9, 4.0), (30.0, 32.0)], "confirmed"),
         ([(3.9, 4.0), (3.9, 32.0)], "undecided"),
+        ([(1.1, 4.0), (1.2, 4.0)], "undecided"),
     ],
-    ids=["none", "all", "one"],
+    ids=["none", "all", "one", "no room"],
 )
 def test_collapse_is_near_the_most_that_there_can_be(loads: list[tuple[float, float]], verdict: str) -> None:
     """A load says nothing without N_E / K."""

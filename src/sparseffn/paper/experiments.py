@@ -19,8 +19,8 @@ from msgspec import structs
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
 from sparseffn.paper.pool import Finished, Pool, RunSpec
-from sparseffn.paper.published import published_values
-from sparseffn.paper.rules import Contrast, PublishedPair, Rule, in_order
+from sparseffn.paper.published import published_percent
+from sparseffn.paper.rules import Contrast, Rule, in_order
 from sparseffn.paper.table_rows import sized
 from sparseffn.paper.tables import get_table
 from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, PlannedCandidate
@@ -218,10 +218,3 @@ def _verdict(
     effect = found.published_percent
     excluded = effect is not None and not found.low_percent <= effect <= found.high_percent
     return ("bounded", "the published effect is excluded") if excluded else ("undecided", None)
-
-
-def published_percent(pair: PublishedPair) -> float:
-    """A published difference in percent of the other row's loss, on WT-S; perplexities are taken to their logarithms."""
-    values = published_values(pair.table)
-    ours, theirs = (math.log(values[label, "WT-S"]) for label in (pair.row, pair.other))
-    return 100 * (ours - theirs) / theirs

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
+import msgspec
+
 # Value by (published label of the row, column); what the paper did not evaluate is absent.
 Values = Mapping[tuple[str, str], float]
 
@@ -32,6 +34,21 @@ def vocabulary(column: str) -> int:
 def published_values(table: str) -> Values:
     """Published values of tables 1 to 7 and 10."""
     return {key: value for key, value in _every_cell(table).items() if not math.isnan(value)}
+
+
+class PublishedPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two rows of a table whose difference the paper gives."""
+
+    table: str
+    row: str
+    other: str
+
+
+def published_percent(pair: PublishedPair) -> float:
+    """A published difference in percent of the other row's loss, on WT-S; perplexities are taken to their logarithms."""
+    values = published_values(pair.table)
+    ours, theirs = (math.log(values[label, "WT-S"]) for label in (pair.row, pair.other))
+    return 100 * (ours - theirs) / theirs
 
 
 def rows_of(table: str) -> tuple[str, ...]:

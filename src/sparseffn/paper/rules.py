@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from sparseffn.errors import UserError
+from sparseffn.paper.published import PublishedPair
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,14 +27,6 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of the column's steps; the learning rate decays over those that are left."""
     later: bool = False
     """Whether its runs come after those of the others, for all seeds up to a look."""
-
-
-class PublishedPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Two rows of a table whose difference the paper gives."""
-
-    table: str
-    row: str
-    other: str
 
 
 class Contrast(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

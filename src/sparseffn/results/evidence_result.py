@@ -41,6 +41,7 @@ class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
 
     numbers: str
     """Of `StatedClaim`; "-" for a released form, which no claim is about."""
+    topic: Literal["loss", "load", "speed"]
     words: str
     claimed: Claimed | None = None
     """Of a difference."""
@@ -48,6 +49,14 @@ class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
     """None where nothing was run."""
     reason: str | None = None
     """Why it is undecided, where no interval says so."""
+    published_percent: float | None = None
+    """Difference of losses in percent of the second row's, on WT-S."""
+    percent: Difference | None = None
+    """`difference` in percent of the second row's mean loss."""
+    p: float | None = None
+    """Of a difference that is tested against zero."""
+    p_corrected: float | None = None
+    """For the number of claims that are."""
     seeds: list[int] = []
     """Number of seeds of each measurement."""
     difference: Difference | None = None
@@ -74,8 +83,8 @@ class ClaimsResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", 
     version: Literal[1] = 1
     unit: str
     """Of differences."""
-    margin: float
-    """By how much "equal or better" may be worse."""
+    room: float
+    """N_E / K below which nothing is said of collapse."""
     flat: float
     """Exponent of time over N_E below which it counts as almost flat."""
     steep: float
