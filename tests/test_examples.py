@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch.distributed as dist
 
 from sparseffn.contract import check_method, run_check
 from sparseffn.ffn import list_methods, method_class, unregister
@@ -48,6 +49,17 @@ def test_layer_in_a_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
         float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines() if "step" in line
     )
     assert last < first / 2
+
+
+def test_expert_parallel_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one process of one: the experts are sharded over it all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        load("expert_parallel").main(steps=31)
+    finally:
+        dist.destroy_process_group()
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 2
 
 
 def test_faster_experts_agree(capsys: pytest.CaptureFixture[str]) -> None:
