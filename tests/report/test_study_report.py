@@ -13,10 +13,11 @@ import pytest
 from sparseffn.errors import UserError
 from sparseffn.report.formats import NOT_MEASURED, ranged, significant
 from sparseffn.report.generated_blocks import BLOCK, with_blocks
+from sparseffn.report.study_contrasts import contrast_table, drift_table
 from sparseffn.report.study_plots import along, study_plots
 from sparseffn.report.study_report import TITLES, read_study, study_page, study_tables
 from sparseffn.results.study_result import StudyResult
-from sparseffn.stats import Difference, MeanStd
+from sparseffn.stats import Difference, MeanStd, p_value
 from sparseffn.storage import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def test_page_holds_what_the_results_say() -> None:
     """Made anew, the tables are those on the page; a figure that was edited by hand is found."""
     text = (ROOT / "docs" / "why-this-selector.md").read_text(encoding="utf-8")
     assert with_blocks(text, ROOT / "results") == text
-    assert {found[3] for found in BLOCK.finditer(text)} == set(NAMES)
+    assert {found[3] for found in BLOCK.finditer(text)} == {*NAMES, "all"}
     block = next(BLOCK.finditer(text))
     edited = text[: block.start()] + re.sub(r"\d\.\d", "7.7", block[0]) + text[block.end() :]
     assert edited != text and with_blocks(edited, ROOT / "results") == text
@@ -97,14 +98,37 @@ def test_differences_and_verdicts_are_those_of_the_file() -> None:
         other,
         valid=MeanStd(mean=2.5, std=None, n=1),
         against_first={"valid": wide, "test": alone, "dead": wide},
-        verdicts={"valid": "undecided", "test": "undecided"},
     )
     tables = study_tables(msgspec.structs.replace(result, variants=[first, shown]))
     loss, selectors = tables["loss"].rows[1], tables["selector differences"].rows[0]
     assert [cell.text for cell in loss.cells][3] == "2.5000"
-    assert [cell.text for cell in loss.cells][5:] == ["+0.2000 ± 0.4000", "undecided", "+0.5000", "undecided"]
+    assert [cell.text for cell in loss.cells][5:] == ["+0.2000 ± 0.4000", "+0.5000"]
     assert [cell.text for cell in selectors.cells][2:5] == [NOT_MEASURED, "+0.2000 ± 0.4000", NOT_MEASURED]
-    assert [cell.text for cell in tables["loss"].rows[0].cells][5:] == [NOT_MEASURED] * 4
+    assert [cell.text for cell in tables["loss"].rows[0].cells][5:] == [NOT_MEASURED] * 2
+
+
+def test_verdicts_are_corrected_for_all_studies_together() -> None:
+    """Switch and softmax before top-k exclude 0 alone, and stand no longer among eight; one seed is not tested."""
+    together = contrast_table([committed(name) for name in NAMES])
+    rows = {row.cells[0].text: [cell.text for cell in row.cells[1:]] for row in together.rows}
+    assert len(rows) == 8 and {row[4] for row in rows.values()} == {"undecided"}
+    variants = committed("init").variants
+    alone = {v.name: p_value(v.against_first["test"], 11) for v in variants[1:]}
+    assert alone["switch, equal-norm"] < 0.05 < float(rows["switch, equal-norm less shared, equal-norm"][3])
+    single = Difference(difference=0.5, low=0.5, high=0.5, decided=False, covers_seeds=False, n_seeds=1)
+    one = msgspec.structs.replace(variants[1], against_first={"test": single})
+    (lone,) = contrast_table([msgspec.structs.replace(committed("init"), variants=[variants[0], one])]).rows
+    assert [cell.text for cell in lone.cells][1:] == [*[NOT_MEASURED] * 2, "+24.48%", NOT_MEASURED, "undecided", "1"]
+
+
+def test_load_over_training_is_the_difference_of_probes() -> None:
+    """At each probe, and 0 where variants start alike."""
+    table = drift_table([committed("balance")])
+    neither = {column.name: cell.text for column, cell in zip(table.columns, table.rows[1].cells, strict=True)}
+    first, _, variant, *_ = committed("balance").variants
+    pairs = list(zip(variant.runs, first.runs, strict=True))
+    gaps = [run.probes[-1].load_entropy - base.probes[-1].load_entropy for run, base in pairs]
+    assert neither["step 0"] == "+0.000 ± 0.000" and neither["step 300"].startswith(f"{sum(gaps) / len(gaps):+.3f}")
 
 
 def test_numbers_have_three_digits() -> None:
@@ -125,7 +149,7 @@ def test_result_without_comparisons_is_refused(tmp_path: Path) -> None:
     """As version 0.1 wrote it; its runs are used again."""
     result, path = raw("balance"), tmp_path / "study-balance.json"
     for variant in result["variants"]:
-        for key in ("valid", "test", "start", "end", "against_first", "verdicts"):
+        for key in ("valid", "test", "start", "end", "against_first"):
             variant.pop(key, None)
     path.write_text(json.dumps(result))
     with pytest.raises(UserError, match="must hold `valid` and `against_first` of every variant; got neither in one; fix: run"):

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -30,6 +29,7 @@ from sparseffn.paper.predictions import gate_square, interference_bounds
 from sparseffn.paper.study_runs import CPU, StudyScale, Training, block_config, shortened, variants
 from sparseffn.paper.study_start import Point, measure_point, rounded
 from sparseffn.results import study_result as results
+from sparseffn.results.bench_result import Environment
 from sparseffn.stats import Difference, difference, mean_std
 from sparseffn.storage import read, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
@@ -90,6 +90,7 @@ class _Point(msgspec.Struct, frozen=True):
     """`OUT/start/SIZE.json`."""
 
     rows: list[results.StartRow]
+    environment: Environment | None = None
 
 
 class _Study:
@@ -119,7 +120,7 @@ class _Study:
             if not path.exists():
                 seeds, more = range(scale.start_seeds), range(scale.load_seeds)
                 rows = measure_point(point, scale.grid, self.corpus, seeds, self.device, more)
-                write_json(path, _Point(rows))
+                write_json(path, _Point(rows, measured_on(self.device)))
                 self.progress.log(f"at initialisation: {point.name}")
                 self.check_time()
 
@@ -158,8 +159,9 @@ class _Study:
             own = [outcome for label, _, outcome in runs if label == name and outcome is not None]
             rows.append(_variant(name, choice, settings.scale.preset, own, first=rows[0] if rows else None))
         points = settings.scale.grid.points if settings.study == "init" else []
-        measured = [path for point in points if (path := self._point_path(point)).exists()]
         fix = "remove the file and run the same command again"
+        paths = [self._point_path(point) for point in points]
+        measured = [read(path, _Point, fix=fix) for path in paths if path.exists()]
         corpus = ("corpus", "tokenizer", "unit", "vocab_size", "digest", "python_version")
         sizes = {"study": settings.study, "n_seeds": settings.n_seeds, **settings.scale.to_json()}
         return results.StudyResult(
@@ -173,7 +175,8 @@ class _Study:
                 if outcome is None
             ],
             corpus={key: self.corpus.info[key] for key in corpus if key in self.corpus.info},
-            start=[row for path in measured for row in read(path, _Point, fix=fix).rows],
+            start=[row for point in measured for row in point.rows],
+            start_environment=measured[-1].environment if measured else None,
             missing_sizes=[point.name for point in points if not self._point_path(point).exists()],
         )
 
@@ -196,7 +199,6 @@ def _variant(
         start=_means([run.probes[0] for run in runs]),
         end=_means([run.probes[-1] for run in runs]),
         against_first=against,
-        verdicts={split: better_or_worse(against[split]) for split in ("valid", "test") if split in against},
     )
 
 
@@ -221,13 +223,6 @@ def differences(runs: Sequence[results.StudyRun], base: Sequence[results.StudyRu
         name: difference({run.seed: of(run) for run in runs}, {run.seed: of(run) for run in base})
         for name, of in quantities.items()
     }
-
-
-def better_or_worse(found: Difference) -> Literal["better", "worse", "undecided"]:
-    """Of a loss."""
-    if not found.decided:
-        return "undecided"
-    return "better" if found.difference < 0 else "worse"
 
 
 def _means(probes: Sequence[results.SelectorProbe]) -> dict[str, float]:

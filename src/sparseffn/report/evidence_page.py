@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sparseffn.report import formats
 from sparseffn.report.markdown import markdown_table
+from sparseffn.report.study_report import read_study
 from sparseffn.report.table import Table
 from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, EvidenceResult
 from sparseffn.results.table_result import Cell, TableResult
@@ -50,6 +51,7 @@ def evidence_blocks(folder: Path) -> dict[str, str]:
         "released": _losses(claims, released=True),
         "compute": _compute(tables["table3"]),
         "rows": _rows(cells),
+        "disagree": _disagreement(cells, folder.parent),
     }
 
 
@@ -82,6 +84,44 @@ def _rows(cells: Cells) -> str:
     head = ("row", "seeds", "test", "minus dense", "minus sigma-MoE", "largest over mean load, training; validation")
     notes = (f"Without a result: {'; '.join(lacking)}.",) if lacking else ()
     return markdown_table(Table.of(head, rows, notes=notes))
+
+
+# Rows that both pages have: label here, study there, variant.
+_SHARED = (
+    ("softmax before top-k (no renorm.)", "competition", "softmax before top-k"),
+    ("softmax after top-k (renorm.)", "competition", "softmax after top-k"),
+    ("standard init", "init", "standard, equal-norm"),
+    ("no reg (gamma=0, delta=0)", "balance", "neither"),
+)
+
+
+def _disagreement(cells: Cells, results: Path) -> str:
+    """The same comparison in the tables of the evidence and in the studies: loss in percent, load as each has it."""
+    sigma, rows = cells["sigma-moe", "paper"], []
+    for label, name, variant_name in _SHARED:
+        cell, study = cells[label, "paper"], read_study(results / f"study-{name}.json")
+        first, variant = study.variants[0], next(one for one in study.variants if one.name == variant_name)
+        here, there = cell.against_sigma_moe, variant.against_first
+        if here is None or cell.load is None or not there or sigma.load is None or sigma.mean is None or first.test is None:
+            continue
+        unit = sigma.mean / 100
+        rows.append(
+            (
+                label,
+                f"{here.difference / unit:+.2f}% [{here.low / unit:+.2f}%, {here.high / unit:+.2f}%]",
+                _plus_minus(there["test"].in_unit(first.test.mean / 100), 2, "%"),
+                f"{cell.load.valid - sigma.load.valid:+.2f}",
+                _plus_minus(there["largest_over_mean"], 2),
+                _plus_minus(there["load_entropy"], 3),
+            )
+        )
+    head = ("less sigma-MoE", "loss here", "loss there", "busiest expert here", "busiest expert there", "entropy there")
+    notes = ("Test losses in percent of sigma-MoE's. Busiest expert: largest over mean load. Intervals are not corrected.",)
+    return markdown_table(Table.of(head, rows, notes=notes))
+
+
+def _plus_minus(found: Difference, digits: int, unit: str = "") -> str:
+    return f"{found.difference:+.{digits}f}{unit} ± {found.half_width:.{digits}f}{unit}"
 
 
 def _behind(labelled: tuple[str, Cell]) -> tuple[bool, float]:

@@ -111,8 +111,6 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     end: dict[str, float] = {}
     against_first: dict[str, Difference] = {}
     """This variant less the first one, paired by seed: of `valid`, `test` and the last probe's `SELECTOR_QUANTITIES`."""
-    verdicts: dict[str, Literal["better", "worse", "undecided"]] = {}
-    """Of `valid` and `test`."""
 
 
 class MissingRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,5 +130,7 @@ class StudyResult(msgspec.Struct, frozen=True, kw_only=True):
     corpus: dict[str, Any]
     start: list[StartRow] = []
     """Of study init."""
+    start_environment: Environment | None = None
+    """Of `start`."""
     missing_sizes: list[str] = []
     """Sizes whose initialisation is not measured yet."""
