@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """What a process waits for the others; the longest that only one of them works is a checkpoint's writing."""
+JOIN_TIMEOUT = datetime.timedelta(minutes=2)
+"""What a process waits for the others to come: a launcher starts all of them together."""
 MESSAGE_AFTER = 10.0
 """Seconds that a process waits for the message of one that failed: it may still be on its way out of its step."""
 
@@ -281,7 +283,7 @@ def joined(device: str = "auto") -> Iterator[World]:
             )
         torch.cuda.set_device(gpu)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
         own = PrefixStore("sparseffn", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:

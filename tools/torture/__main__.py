@@ -26,11 +26,29 @@ import time
 from pathlib import Path
 
 from fuzz import fuzz_commands, fuzz_reads, read_cache, read_run, read_shards
-from kills import disturb, fill_disk, kill
+from kills import disturb, fill_disk, kill, kill_one_of_two
 from tally import Tally
-from victims import SONG, make_corpus, make_victims
+from victims import SONG, Pair, make_corpus, make_victims
 
-CLASSES = {"kill": 0.4, "terminate": 0.1, "disk-full": 0.1, "run-folders": 0.1, "caches": 0.05, "shards": 0.05, "commands": 0.2}
+CLASSES = {
+    "kill": 0.3,
+    "one-of-two": 0.1,
+    "terminate": 0.1,
+    "disk-full": 0.1,
+    "run-folders": 0.1,
+    "caches": 0.05,
+    "shards": 0.05,
+    "commands": 0.2,
+}
+    "kill": 0.3,
+    "one-of-two": 0.1,
+    "terminate": 0.1,
+    "disk-full": 0.1,
+    "run-folders": 0.1,
+    "caches": 0.05,
+    "shards": 0.05,
+    "commands": 0.2,
+}
 """Faults by class, each with its share of the time."""
 
 
@@ -73,6 +91,9 @@ def torture(name: str, options: argparse.Namespace, work: Path, tally: Tally, dr
             disturb(victims, options.kills, place, tally, functools.partial(kill, number=signal.SIGKILL, draw=draw))
         case "terminate":
             disturb(victims, options.kills // 4, place, tally, functools.partial(kill, number=signal.SIGTERM, draw=draw))
+        case "one-of-two":
+            pairs = [Pair(victim) for victim in victims]
+            disturb(pairs, options.kills // 4, place, tally, functools.partial(kill_one_of_two, draw=draw))
         case "disk-full":
             disturb(victims, options.kills // 4, place, tally, functools.partial(fill_disk, draw=draw))
         case "run-folders":

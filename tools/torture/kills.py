@@ -8,12 +8,12 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 
 from tally import Tally
-from victims import Victim, everything, in_child
+from victims import Pair, Victim, everything, in_child, wait
 
 MAX_FAULTS = 5
 """Faults of one run, after which it may end."""
@@ -22,7 +22,7 @@ MAX_FAULTS = 5
 class Reference:
     """What a victim is without faults, and how long it takes."""
 
-    def __init__(self, victim: Victim, folder: Path) -> None:
+    def __init__(self, victim: Victim | Pair, folder: Path) -> None:
         self.victim, started = victim, time.perf_counter()
         _, status = os.waitpid(in_child(lambda: victim.train(folder / "whole"), folder / "log"), 0)
         assert status == 0, (folder / "log").read_text()
@@ -42,6 +42,20 @@ def kill(reference: Reference, out: Path, number: int, draw: random.Random) -> i
     return None if code == 128 + number else code
 
 
+def kill_one_of_two(reference: Reference, out: Path, draw: random.Random) -> int | None:
+    """Train in two processes and kill one of them at a random moment; None where the other one ended too, with a message."""
+    assert isinstance(reference.victim, Pair), "of two processes"
+    log = out.with_suffix(".log")
+    children = reference.victim.start(out, log)
+    time.sleep(draw.uniform(0.0, 0.7 * reference.seconds))
+    killed = draw.choice(children)
+    os.kill(killed, signal.SIGKILL)
+    codes = {child: wait(child) for child in children}
+    other = next(code for child, code in codes.items() if child != killed)
+    # Either was done before the other was killed, or the killed one was.
+    return None if codes[killed] == -signal.SIGKILL and other in (0, 2) else max(codes.values())
+
+
 def fill_disk(reference: Reference, out: Path, draw: random.Random) -> int | None:
     """Train where no file may be larger than a random size, as on a disk that is full; None where the run was refused."""
 
@@ -57,7 +71,7 @@ def fill_disk(reference: Reference, out: Path, draw: random.Random) -> int | Non
 
 
 def disturb(
-    victims: list[Victim], n_faults: int, folder: Path, tally: Tally, fault: Callable[[Reference, Path], int | None]
+    victims: Sequence[Victim | Pair], n_faults: int, folder: Path, tally: Tally, fault: Callable[[Reference, Path], int | None]
 ) -> None:
     """Disturb runs of all victims in turn until there were enough faults; each then goes on to its end and is compared."""
     references: dict[str, Reference] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from sparseffn.data import Corpus, load_corpus
+from sparseffn.distribution import joined
 from sparseffn.errors import Interrupted, UserError
 from sparseffn.ffn import list_methods, method_class
 from sparseffn.models import DecoderConfig, ModelConfig, TransformerXLConfig
@@ -47,6 +49,40 @@ class Victim:
 
     def train(self, out: Path) -> None:
         train(self.model, self.config, self.corpus, out, device="cpu")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run of two processes."""
+
+    victim: Victim
+
+    @property
+    def name(self) -> str:
+        return f"{self.victim.name}, two processes"
+
+    def start(self, out: Path, log: Path) -> list[int]:
+        """The numbers of two children that train together; the second one's output goes beside the log."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs = (log, log.with_suffix(".second"))
+        return [in_child(lambda rank=rank: self._train(out, rank, port), path) for rank, path in enumerate(logs)]
+
+    def train(self, out: Path) -> int:
+        """Train in two children of this process; the exit code is that of one that failed, if one did."""
+        codes = [wait(child) for child in self.start(out, out.with_suffix(".first"))]
+        return next((code for code in codes if code), 0)
+
+    def _train(self, out: Path, rank: int, port: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with joined("cpu"):
+            self.victim.train(out)
+
+
+def wait(child: int) -> int:
+    """The exit code of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def make_corpus(folder: Path) -> Corpus:
