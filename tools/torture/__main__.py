@@ -40,15 +40,6 @@ CLASSES = {
     "shards": 0.05,
     "commands": 0.2,
 }
-    "kill": 0.3,
-    "one-of-two": 0.1,
-    "terminate": 0.1,
-    "disk-full": 0.1,
-    "run-folders": 0.1,
-    "caches": 0.05,
-    "shards": 0.05,
-    "commands": 0.2,
-}
 """Faults by class, each with its share of the time."""
 
 
