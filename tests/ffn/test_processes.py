@@ -107,7 +107,13 @@ def others(group: BatchGroup) -> dict[str, Any]:
     group.restore(states)
     drawn.append(group.draw(torch.rand, 3, 2, device=x.device))
     ranks = torch.tensor(group.rank + 1.0)
+    broken = ""
+    try:
+        BatchGroup(even=True).draw(torch.rand, 3 + group.rank, 2, device=x.device)
+    except UserError as error:
+        broken = str(error)
     return {
+        "broken promise": broken,
         "copy shares": copy.deepcopy(layer).router.batch_group is group,
         "pickled": [sent.batch_group, sent.router.batch_group],
         "evaluation": alone,
@@ -174,6 +180,11 @@ def test_copies_share_the_group_and_pickles_leave_it(reports: list[dict[str, Any
 def test_generator_states_are_put_back(reports: list[dict[str, Any]]) -> None:
     """The draw after it is the one that followed, and not the next one."""
     assert [report["others"]["draws again"] for report in reports] == [[True, False]] * 2
+
+
+def test_a_broken_promise_of_even_rows_is_one_error_on_all_ranks(reports: list[dict[str, Any]]) -> None:
+    """Not a collective of other sizes, which kills a process."""
+    assert ["got 3, 4 tokens on the ranks" in report["others"]["broken promise"] for report in reports] == [True, True]
 
 
 def test_sums_are_over_all_ranks_or_those_before(reports: list[dict[str, Any]]) -> None:

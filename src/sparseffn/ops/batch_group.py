@@ -52,7 +52,7 @@ class BatchGroup:
         group: the processes; None: all.
         seed: of the generators, the same on every rank.
         even: the promise that every rank always holds equally many rows. Without it ranks tell each other before they gather or
-            draw, which is one collective more and on a GPU waits for it.
+            draw, and a GPU waits for that. On a CPU they do so in any case, and a broken promise is an error on every rank.
 
     Raises:
         UserError: PyTorch cannot run several processes here, or they have not been brought together yet.
@@ -92,10 +92,20 @@ class BatchGroup:
         return self.stack(x.detach())[: self.rank].sum(dim=0)
 
     def rows(self, n_rows: int, device: torch.device) -> Rows:
-        """Where the rows of all ranks lie, of which `n_rows` are this one's."""
-        if self.even:
+        """Where the rows of all ranks lie, of which `n_rows` are this one's.
+
+        Raises:
+            UserError: on a CPU, the ranks hold differently many although all were to hold equally many.
+        """
+        if self.even and device.type != "cpu":
             return Rows(self, (n_rows,) * self.size)
-        return Rows(self, tuple(self.stack(torch.tensor(n_rows, device=device)).tolist()))
+        counts = tuple(self.stack(torch.tensor(n_rows, device=device)).tolist())
+        if self.even and min(counts) < max(counts):
+            raise UserError(
+                f"`even` must be true of every batch; got {', '.join(map(str, counts))} tokens on the ranks; "
+                "fix: give all equally many, or make the BatchGroup without even=True"
+            )
+        return Rows(self, counts)
 
     def draw(
         self, make: Draw, n_rows: int, n_columns: int, *, device: torch.device, dtype: torch.dtype | None = None
