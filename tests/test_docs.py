@@ -47,6 +47,9 @@ def lines_typed(page: Path) -> list[list[str]]:
 def _bare(words: list[str]) -> list[str]:
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if words[0] == "torchrun":
+        # What it starts in each process.
+        words = words[words.index("-m") + 1 :]
     return words[2:] if words[:2] == ["python", "-m"] else words
 
 
