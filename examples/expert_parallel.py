@@ -23,7 +23,7 @@ def main(steps: int = 40) -> None:
     target = nn.Sequential(nn.Linear(32, 32), nn.Tanh()).to(device)
     model = nn.Sequential(nn.LayerNorm(32), sparseffn.SigmaMoE(d_model=32, n_experts=8, expert_size=32, k=2)).to(device)
     sharded = shard_experts(model, mesh)
-    set_batch_group(model, BatchGroup(mesh.get_group(), even=True))
+    set_batch_group(model, BatchGroup(even=True))
     DDP._set_params_and_buffers_to_ignore_for_model(model, sharded)
     wrapped = DDP(model)
     named = dict(model.named_parameters())

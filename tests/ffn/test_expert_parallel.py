@@ -57,7 +57,7 @@ def whole_grad(parameter: nn.Parameter, size: int) -> Tensor:
 
 def differences(config: FFNConfig, variant: str, mesh: DeviceMesh, training: bool) -> dict[str, float]:
     """Of a sharded layer on this rank's rows from the layer on all rows."""
-    rank, size = mesh.get_rank(), mesh.size()
+    rank, size = dist.get_rank(), mesh.size()
     single, spread = drawn(config).train(training), Spread.of(variant, config.d_model, rank, size)
     layer, group, x_all = copy.deepcopy(single), BatchGroup(), spread.x.clone().requires_grad_()
     torch.manual_seed(SEED)
@@ -113,7 +113,7 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
         "odd": lambda: shard_experts(other, mesh),
         "inner_k": lambda: shard_experts(inner, mesh),
         "twice": lambda: shard_experts(layer, mesh),
-        "mesh": lambda: shard_experts(CONFIGS["gated"].build(), init_device_mesh("cpu", (1, size))),
+        "mesh": lambda: shard_experts(CONFIGS["gated"].build(), init_device_mesh("cpu", (1, 1, size))),
         "coefficients": lambda: layer.coefficients(torch.zeros(2, 6)),
         "reference": lambda: layer.reference(torch.zeros(2, 6)),
         "keys": lambda: layer.keys_matrix(),
@@ -160,6 +160,9 @@ def work(rank: int, size: int, folder: str) -> None:
         if training or variant == "empty"
     }
     found["ddp"] = with_ddp(mesh)
+    # Every process, or every second one, holds all experts.
+    for name, shape in (("replicas", (size, 1)), ("both", (2, size // 2))):
+        found[name] = differences(CONFIGS["gated"], "masked", init_device_mesh("cpu", shape), True)
     leave(rank, folder, {"differences": found, "refusals": refusals(mesh), "others": others(mesh)})
 
 
@@ -169,7 +172,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str,
     yield run(work, 2, tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "ddp"])
+@pytest.mark.parametrize("name", [*CONFIGS, "ddp", "replicas", "both"])
 def test_a_sharded_layer_is_the_layer(name: str, reports: list[dict[str, Any]]) -> None:
     """Outputs and all gradients to 1e-9, whatever the loads; under DDP the weights after two steps."""
     assert any(case.startswith(name) for case in reports[0]["differences"])
@@ -186,10 +189,10 @@ def test_a_layer_on_four_processes_is_the_layer(tmp_path: Path) -> None:
     ("case", "words"),
     [
         ("dense", "`model` must hold a mixture"),
-        ("odd", "`n_experts` must be divisible by the 2 processes of the mesh in 1; got 3"),
+        ("odd", "`n_experts` must be divisible by the 2 processes that share them in 1; got 3"),
         ("inner_k", "`inner_k` must be none"),
         ("twice", "`model` must be of whole tensors; got 'DTensor'"),
-        ("mesh", "`mesh` must be of one dimension; got '2 of them'"),
+        ("mesh", "`mesh` must be of one or two dimensions; got '3 of them'"),
         *((call, "fix: unshard_experts(model)") for call in ("coefficients", "reference", "keys", "values")),
         ("nothing changed", "True"),
     ],

@@ -23,45 +23,47 @@ if TYPE_CHECKING:
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """Spread the experts of every mixture in `model` over a mesh of one dimension; process r keeps the r-th part of them.
+    """Spread the experts of every mixture in `model` over the last dimension of a mesh; its process r keeps the r-th part.
 
     Afterwards `experts.keys`, `experts.values` and `experts.gate_keys` are DTensors sharded over their first dimension, made of
     the weights of the mesh's first process. A layer then computes what it computed, in training and in evaluation, wherever
     the experts lie: rows go to the owners of their experts by all-to-all, however uneven the loads, and come back. All
     processes of the mesh must run the layer together, backward too; a process may have no tokens.
 
-    Gradients: of experts they are over the tokens of all processes, divided by the number of processes, that is the gradient of
-    the mean of their losses. Give the other parameters the same by averaging over the processes, as DDP does, which must
-    leave the experts alone:
+    Gradients: of experts they are over the tokens of all processes of the mesh, divided by their number, that is the gradient
+    of the mean of the processes' losses. Give the other parameters the same by averaging over the processes, as DDP does,
+    which must leave the experts alone:
 
         sharded = shard_experts(model, mesh)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
         model = DistributedDataParallel(model)
 
     An optimiser whose steps take many tensors at once needs the experts in a parameter group of their own. Balancing losses and
-    other batch-wide quantities are over all processes after `set_batch_group(model, BatchGroup(mesh.get_group()))`.
+    other batch-wide quantities are over all processes after `set_batch_group(model, BatchGroup())`.
 
     Args:
         model: a layer, or any module with some; other methods' layers are left as they are.
-        mesh: of one dimension; of a larger mesh the slice, `mesh["ep"]`.
+        mesh: of all processes that train, with one dimension, or with two: replicas, and the parts of the experts.
 
     Returns:
         Names of the sharded parameters in `model`.
 
     Raises:
-        UserError: `model` holds no mixture, the mesh has several dimensions or is of another device, the number of experts does
-            not divide by its processes, or a layer has an inner top-K or is distributed already. Nothing has changed then.
+        UserError: `model` holds no mixture, the mesh has more than two dimensions or is of another device, the number of
+            experts is not divisible by the last one, or a layer has an inner top-K or is distributed already. Nothing has
+            changed then.
     """
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mixtures = _mixtures(model)
-    require(mesh.ndim == 1, "mesh", "of one dimension", f"{mesh.ndim} of them", 'pass a slice of it, mesh["ep"]')
+    require(mesh.ndim <= 2, "mesh", "of one or two dimensions", f"{mesh.ndim} of them", 'pass a slice of it, mesh["dp", "ep"]')
+    placements = [*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0)]
     for name, layer in mixtures.items():
         _check(name, layer, mesh)
     names = []
     for name, layer in mixtures.items():
         for parameter, weight in list(layer.experts.named_parameters()):
-            sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+            sharded = distribute_tensor(weight.detach(), mesh, placements)
             layer.experts.register_parameter(parameter, nn.Parameter(sharded, requires_grad=weight.requires_grad))
             names.append(f"{name}.experts.{parameter}".lstrip("."))
         layer.experts.is_sharded = True
@@ -94,12 +96,12 @@ def _mixtures(model: nn.Module) -> dict[str, Mixture]:
 
 def _check(name: str, layer: Mixture, mesh: DeviceMesh) -> None:
     """Raises as `shard_experts` documents."""
-    config, size, keys = layer.config, mesh.size(), layer.experts.keys
+    config, size, keys = layer.config, mesh.size(mesh.ndim - 1), layer.experts.keys
     where = f" in {name}" if name else ""
     require(
         config.n_experts % size == 0,
         "n_experts",
-        f"divisible by the {size} processes of the mesh{where}",
+        f"divisible by the {size} processes that share them{where}",
         config.n_experts,
         "take a mesh or a number of experts that fits",
     )

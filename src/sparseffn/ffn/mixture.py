@@ -191,10 +191,11 @@ class Experts(nn.Module):
         """The same where other processes hold most experts."""
         c = self.config
         keys, values, gate_keys = (cast("DTensor", getattr(self, name)) for name in ("keys", "values", "gate_keys"))
+        mesh = keys.device_mesh
         return ops.dispatched_experts(
-            x_TD, keys.to_local(), values.to_local(), gates_TK, indices_TK, keys.device_mesh.get_group(),
-            gate_keys=gate_keys.to_local() if c.gated else None, activation=c.activation,
-            dropout=c.dropout if self.training else 0.0,
+            x_TD, keys.to_local(), values.to_local(), gates_TK, indices_TK, mesh.get_group(mesh.ndim - 1),
+            replicas=mesh.get_group(0) if mesh.ndim > 1 else None, gate_keys=gate_keys.to_local() if c.gated else None,
+            activation=c.activation, dropout=c.dropout if self.training else 0.0,
         )  # fmt: skip
 
     def require_whole(self) -> None:

@@ -81,7 +81,7 @@ class BatchGroup:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks of a tensor that has one shape on all of them, differentiable."""
-        return _Sum.apply(x, self.group)
+        return sum_over(x, self.group)
 
     def stack(self, x: Tensor) -> Tensor:
         """`[W, ...]`: each rank's tensor, of one shape on all of them, differentiable."""
@@ -191,6 +191,11 @@ class Rows:
         """This rank's of the rows of all ranks."""
         first, last = list(itertools.pairwise((0, *itertools.accumulate(self.counts))))[self.group.rank]
         return x[first:last]
+
+
+def sum_over(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks of a group of a tensor that has one shape on all of them, differentiable."""
+    return _Sum.apply(x, group)
 
 
 class _Sum(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparseffn.ops.batch_group import sum_over
 from sparseffn.ops.experts import experts
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def dispatched_experts(
     indices: Tensor,
     group: ProcessGroup | None,
     *,
+    replicas: ProcessGroup | None = None,
     gate_keys: Tensor | None = None,
     activation: str = "relu",
     dropout: float = 0.0,
@@ -48,7 +50,8 @@ def dispatched_experts(
     """`ops.experts` over the tokens of this rank and the experts of all ranks of a group.
 
     All ranks must call it together, forward and backward, those without tokens too. Gradients of this rank's experts are sums
-    over the tokens of all ranks, divided by their number W: means of the ranks' losses, like the gradients that DDP averages.
+    over the tokens of all ranks, those of `replicas` too, divided by their number: of the mean of the ranks' losses, as are the
+    gradients that DDP averages.
 
     Args:
         x: `[T, D]`, T may differ between ranks and be 0.
@@ -57,6 +60,7 @@ def dispatched_experts(
         gates: `[T, K]`, as `experts` takes them.
         indices: int64 `[T, K]`, 0 to E - 1.
         group: the ranks; None: all.
+        replicas: ranks that hold this rank's experts too, one of each group; None: there is one group.
         gate_keys: `[E / W, D, G]`.
         activation: as `experts` knows them.
         dropout: rate at which hidden units are removed.
@@ -68,8 +72,8 @@ def dispatched_experts(
     sent = _exchange_counts(gates, indices, len(keys), group)
     tokens_R = sent.rows_R // k
     rows_SD = _AllToAll.apply(x.index_select(0, tokens_R), sent.to_ranks, sent.from_ranks, group)
-    own_keys, own_values = _MeanGradient.apply(keys, size), _MeanGradient.apply(values, size)
-    own_gate_keys = None if gate_keys is None else _MeanGradient.apply(gate_keys, size)
+    own_keys, own_values = (_MeanGradient.apply(weight, size, replicas) for weight in (keys, values))
+    own_gate_keys = None if gate_keys is None else _MeanGradient.apply(gate_keys, size, replicas)
     ones_S1, experts_S1 = gates.new_ones(len(rows_SD), 1), sent.experts_S[:, None]
     out_SD = experts(
         rows_SD, own_keys, own_values, ones_S1, experts_S1, gate_keys=own_gate_keys, activation=activation, dropout=dropout
@@ -110,13 +114,15 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _MeanGradient(torch.autograd.Function):
-    """A weight; its gradient is divided by the number of ranks."""
+    """A weight; its gradient is the mean over the ranks of all replicas, of which those of one are added up already."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, size: int) -> Tensor:
-        ctx.size = size
+    def forward(ctx: Any, weight: Tensor, size: int, replicas: ProcessGroup | None) -> Tensor:
+        ctx.size, ctx.replicas = size, replicas
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad / ctx.size, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.replicas is None:
+            return grad / ctx.size, None, None
+        return sum_over(grad, ctx.replicas) / (ctx.size * dist.get_world_size(ctx.replicas)), None, None
