@@ -7,8 +7,13 @@ Everything that trains, evaluates, generates or measures is given a `torch.devic
 
 from __future__ import annotations
 
+import os
+import re
+import resource
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -49,6 +54,36 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
 def device_name(device: torch.device) -> str:
     """The device as results name it: `cpu`, or the GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes that this process may use on the device: a GPU's, or on a CPU what is available to it and no limit forbids."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not sys.platform.startswith("linux"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mapped, own = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in Path("/proc/self/statm").read_text().split()[:2])
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    limits = _limits_of_groups()
+    limits += [1024 * int(found[1]) + own] if found else []
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    # Libraries map much more than they use.
+    limits += [] if most == resource.RLIM_INFINITY else [most - (mapped - own)]
+    return min(limits)
+
+
+def _limits_of_groups() -> list[int]:
+    """Limits of the control groups that this process is in, as containers and batch systems set them; version 2 and 1."""
+    root, found = Path("/sys/fs/cgroup"), []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        top, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+        if kinds in ("", "memory"):
+            own = top / path.lstrip("/")
+            # Inside a container its own group is the top one, whatever its name.
+            found += [folder / name for folder in (own, *own.parents, top) if folder.is_relative_to(top)]
+    texts = [file.read_text().strip() for file in found if file.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from measured_memory import measured_kept, measured_peak, stepper_after
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseffn.cli import main
 from sparseffn.comparison.matched import match_methods, parse_methods
+from sparseffn.devices import memory_there
 from sparseffn.ffn import list_methods
 from sparseffn.models import ModelConfig
 from sparseffn.models.backbones import Backbone
 from sparseffn.models.presets import PRESETS, get_preset
-from sparseffn.training import TrainConfig, from_preset
-from sparseffn.training.planner import Layout, PlannedStrategy, largest_batch, plan
+from sparseffn.training import TrainConfig, failures, from_preset
+from sparseffn.training.planner import Layout, largest_batch, plan
+from sparseffn.training.replicas import Strategy
 from sparseffn.training.step_costs import kept_bytes, step_flops
 
 CPU = Layout(device_type="cpu")
@@ -141,7 +148,7 @@ def test_methods_that_balance_the_batch_gather_its_logits() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_largest_batch_fits_and_no_larger_one(strategy: PlannedStrategy) -> None:
+def test_the_largest_batch_fits_and_no_larger_one(strategy: Strategy) -> None:
     """Where none does, it is 0."""
     model, config = run_of("topk", batch=8, accumulation=2)
     layout, memory = Layout(gpus=4, strategy=strategy), 10**9
@@ -208,3 +215,35 @@ def test_every_preset_and_method_is_planned(preset: str, backbone: Backbone) -> 
         assert sharded.memory.parameters < many.memory.parameters == one.memory.parameters
         assert sharded.memory.peak < many.memory.peak < one.memory.peak
         assert 0 < many.communication.total < sharded.communication.total
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of addresses are Linux's")
+def test_a_limit_of_addresses_is_what_is_there() -> None:
+    """Less what libraries map; without a limit no more than the machine has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    whole = memory_there(torch.device("cpu"))
+    assert 0 < whole <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mapped, own = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in Path("/proc/self/statm").read_text().split()[:2])
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28, before[1]))
+    try:
+        assert memory_there(torch.device("cpu")) == pytest.approx(own + 2**28, rel=0.05)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_out_of_memory_names_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More micro-batches of the same batch, or a smaller batch; processes share the memory."""
+    model, config = run_of("sigma-moe", "small", batch=64, context=256)
+
+    def message(memory: float, layout: Layout | None = None) -> str:
+        monkeypatch.setattr(failures, "memory_there", lambda device: round(memory))
+        return str(failures.out_of_memory(config, model, "cpu", 3, "none", layout))
+
+    parts = re.search(r"fix: --accumulation (\d+) ", message(2e9))
+    assert parts is not None
+    counts = int(parts[1]), int(parts[1]) // 2
+    peaks = [plan(model, dataclasses.replace(config, accumulation=n), CPU).memory.peak for n in counts]
+    assert peaks[0] <= 0.9 * 2e9 - 0.5e9 < peaks[1]
+    assert re.search(r"fix: --batch \d+ \(the largest that is planned to fit\)", message(0.95e9))
+    assert "fix: a smaller --context" in message(0.6e9)
+    assert "with 16 streams of 256 tokens" in (shared := message(8e9, Layout(gpus=4))) and "1.86 GiB are there" in shared

@@ -187,7 +187,9 @@ def test_no_memory_is_explained(
 
     monkeypatch.setattr(loop, "read_steps", fails)
     with pytest.raises(
-        UserError, match=r"after step 1, with 2 streams of 16 tokens and .* fix: --accumulation 4 .*parts of 1\)"
+        UserError,
+        match=r"after step 1, with 2 streams of 16 tokens and .* planned to take 4\d\d\.\d\d KiB, and [\d.,]+ GiB are there; "
+        r"fix: --accumulation 4 \(the batch in parts of 1, planned 3\d\d\.\d\d KiB\) in a new --out",
     ):
         train(model, config, corpus, tmp_path / "run")
     error = RuntimeError("something else")

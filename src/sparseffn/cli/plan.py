@@ -12,7 +12,7 @@ from sparseffn.comparison import MatchedMethod, match_methods
 from sparseffn.errors import UserError
 from sparseffn.models.presets import get_preset
 from sparseffn.training import from_preset
-from sparseffn.training.planner import CommunicationPlan, Layout, MemoryPlan, Plan, largest_batch, plan
+from sparseffn.training.planner import CommunicationPlan, Layout, MemoryPlan, Plan, in_bytes, largest_batch, plan
 
 _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -93,14 +93,6 @@ def _print_communication(sent: CommunicationPlan, settings: PlanSettings) -> Non
 def _verdict(batch: int, given: float, largest: int, *, fits: bool) -> str:
     most = f"the largest batch that fits is {largest}" if largest else "no batch does"
     return f"batch {batch} {'fits' if fits else 'does not fit'} {in_bytes(given)} a device; {most}"
-
-
-def in_bytes(size: float) -> str:
-    """`812 B`, `3.25 KiB`, `1.20 GiB`."""
-    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= step:
-            return f"{size / step:,.2f} {unit}"
-    return f"{size:,.0f} B"
 
 
 def parse_bytes(text: str) -> float:

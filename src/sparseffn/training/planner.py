@@ -13,9 +13,10 @@ Communication of a device, in bytes that it sends in a step:
     DDP     2 (n - 1) / n x 4 P: a ring's reduce-scatter and all-gather (Patarasuk 2009), once a step.
     FSDP2   (n - 1) / n x 4 P for each all-gather: two of each layer a micro-batch, one of the rest, which stays gathered;
             and for the reduce-scatter, once a step (Rajbhandari 2020, arXiv 1910.02054).
-    routers 2 (n - 1) / n x the batch-wide sums: E floats a balancing loss and layer, forward and backward, and the routing
-            statistics, 2 E + 2 numbers of 8 bytes. Batch-wide selection (BASE, S-BASE) gathers all logits of a micro-batch,
-            (n - 1) x T x E floats a layer.
+    routers 2 (n - 1) / n x the batch-wide sums: the routing statistics, 2 E + 2 numbers of 8 bytes a layer and micro-batch, and
+            for Switch's loss and CV^2 E floats. The entropy's log-sum-exps, E + 1 floats, are gathered from each device, and
+            their gradients summed: 3 (n - 1) x 4 (E + 1). Batch-wide selection (BASE, S-BASE) gathers all logits of a
+            micro-batch and which count: (n - 1) x T (4 E + 1).
     experts over n_e devices: 4 all-to-alls, of T K d_model numbers each, (n_e - 1) / n_e of them to others: tokens there and
             back, and their gradients (Lepikhin 2020, arXiv 2006.16668). Loads are taken to be even.
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn.base import BASEConfig
@@ -34,9 +35,18 @@ from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
-from sparseffn.training.step_costs import FLOAT, KeptBytes, MicroBatch, attention_work, block_work, kept_bytes, step_flops
+from sparseffn.training.replicas import Strategy
+from sparseffn.training.step_costs import (
+    FLOAT,
+    INDEX,
+    KeptBytes,
+    MicroBatch,
+    attention_work,
+    block_work,
+    kept_bytes,
+    step_flops,
+)
 
-PlannedStrategy = Literal["ddp", "fsdp"]
 # Gathered at a time under FSDP: the layer that computes, the next one, and the buffer in which that one arrives.
 _GATHERED_LAYERS = 3
 # A layer's gradient, and the copy of it that is scattered.
@@ -50,15 +60,15 @@ class Layout:
     """Devices, and what is spread over them."""
 
     gpus: int = 1
-    strategy: PlannedStrategy = "ddp"
+    strategy: Strategy = "ddp"
     """`ddp`: parameters and optimiser whole on every device; `fsdp`: sharded over them."""
     expert_parallel: int = 1
     """Devices that the experts of a layer are spread over; each such group holds all of them."""
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(PlannedStrategy):
-            raise unknown_name("`--strategy`", self.strategy, get_args(PlannedStrategy))
+        if self.strategy not in get_args(Strategy):
+            raise unknown_name("`--strategy`", self.strategy, get_args(Strategy))
         if not 1 <= self.gpus <= _MOST_GPUS:
             raise UserError(f"`--gpus` must be 1 to {_MOST_GPUS}; got {self.gpus}; fix: --gpus 1 is one device")
         if self.expert_parallel < 1 or self.gpus % self.expert_parallel:
@@ -187,6 +197,14 @@ def largest_batch(model: ModelConfig, train: TrainConfig, layout: Layout, memory
     return low * layout.gpus * train.accumulation
 
 
+def in_bytes(size: float) -> str:
+    """`812 B`, `3.25 KiB`, `1.20 GiB`."""
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= step:
+            return f"{size / step:,.2f} {unit}"
+    return f"{size:,.0f} B"
+
+
 def memory_plan(model: ModelConfig, batch: MicroBatch, layout: Layout, *, accumulation: int = 1) -> MemoryPlan:
     """Memory of a device with a micro-batch."""
     held = _Held.of(model, layout)
@@ -197,7 +215,9 @@ def memory_plan(model: ModelConfig, batch: MicroBatch, layout: Layout, *, accumu
     works = attention_work(model, batch), block_work(model.ffn, batch)
     remembered = _remembered(model, batch, accumulation)
     gathered = held.gathered(accumulation)
-    walk = _backward_peak(kept, logits, works, held, grads_are_there=accumulation > 1)
+    # DDP's gradients are views of its buckets, which stay.
+    stay = accumulation > 1 or (layout.gpus > 1 and layout.strategy == "ddp")
+    walk = _backward_peak(kept, logits, works, held, grads_are_there=stay)
     return MemoryPlan(
         parameters=held.total,
         gradients=held.total,
@@ -311,10 +331,11 @@ def _some_divisors(n: int) -> str:
 
 
 def _dispatched_bytes(model: ModelConfig, batch: MicroBatch, layout: Layout) -> int:
-    """Rows that a layer keeps of tokens that came from elsewhere, and of what came back."""
+    """Rows that a layer keeps of tokens that came from elsewhere, and in float32 of what came back, with their places."""
     if layout.expert_parallel == 1 or not isinstance(model.ffn, MixtureConfig):
         return 0
-    return 2 * batch.n_tokens * model.ffn.n_selected * model.d_model * batch.itemsize
+    rows = batch.n_tokens * model.ffn.n_selected
+    return rows * (model.d_model * (batch.itemsize + FLOAT) + 3 * INDEX)
 
 
 def _communication(model: ModelConfig, batch: MicroBatch, layout: Layout, accumulation: int) -> CommunicationPlan:
@@ -331,23 +352,28 @@ def _communication(model: ModelConfig, batch: MicroBatch, layout: Layout, accumu
     return CommunicationPlan(
         gradients=round(gradients),
         parameters=round(parameters),
-        routers=accumulation * model.n_layers * _router_bytes(model, batch, n),
+        routers=accumulation * model.n_layers * _router_bytes(model, batch, layout),
         experts=round(accumulation * model.n_layers * _all_to_alls(model, batch, spread)),
     )
 
 
-def _router_bytes(model: ModelConfig, batch: MicroBatch, n: int) -> int:
+def _router_bytes(model: ModelConfig, batch: MicroBatch, layout: Layout) -> int:
     """Of one layer's batch-wide quantities in one micro-batch."""
-    ffn = model.ffn
+    n, ffn = layout.gpus, model.ffn
     if n == 1:
         return 0
+    ring = 2 * (n - 1) / n
     n_units = ffn.n_experts if isinstance(ffn, MixtureConfig) else ffn.n_channels
-    statistics = 8 * (2 * n_units + 2)
-    losses = sum(2 * FLOAT * n_units for weight in ffn.balancing().values() if weight > 0)
-    sums = round(2 * (n - 1) / n * (statistics + losses))
+    # Counts, weights, tokens and lost selections in one tensor of float64.
+    statistics = ring * 8 * (2 * n_units + 2)
+    # Log-sum-exps of each device and its number of tokens: gathered, and their gradients summed.
+    log_shares = (1 + 2) * (n - 1) * FLOAT * (n_units + 1)
+    sums = ring * FLOAT * n_units
+    losses = {"entropy": log_shares, "slot_entropy": log_shares, "switch": log_shares + sums, "cv": 2 * sums}
+    balance = sum(losses.get(name, sums) for name, weight in ffn.balancing().items() if weight > 0)
     gathers = isinstance(ffn, BASEConfig) or (isinstance(ffn, SBASEConfig) and ffn.sinkhorn == "correct")
-    logits = (n - 1) * batch.n_tokens * n_units * FLOAT if gathers else 0
-    return sums + logits
+    logits = (n - 1) * batch.n_tokens * (n_units * FLOAT + 1) if gathers else 0
+    return round(statistics + balance + logits)
 
 
 def _all_to_alls(model: ModelConfig, batch: MicroBatch, spread: int) -> float:
