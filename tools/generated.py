@@ -1,4 +1,7 @@
-"""Write the generated text of the README and of docs/, or check that it is there: `tools/generated.py [--check] [PAGE ...]`."""
+"""Write the generated text of the README and of docs/, or check that it is there: `tools/generated.py [--check] [PAGE ...]`.
+
+The check also asks whether what pages conclude follows from the results (`sentences.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from sentences import failing
 
 from sparseffn.report.generated_blocks import with_blocks
 from sparseffn.report.markdown import markdown_table
@@ -29,9 +34,12 @@ def main(words: list[str]) -> int:
             stale.append(name)
             if "--check" not in words:
                 path.write_text(wanted, encoding="utf-8")
-    if stale and "--check" in words:
-        sys.stderr.write(f"the generated text of {', '.join(stale)} is out of date; run `make readme`\n")
-    return int(bool(stale) and "--check" in words)
+    if "--check" not in words:
+        return 0
+    lines = [f"the generated text of {', '.join(stale)} is out of date; run `make readme`"] if stale else []
+    lines += failing(ROOT)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
+    return int(bool(lines))
 
 
 def with_methods(text: str) -> str:

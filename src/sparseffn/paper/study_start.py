@@ -112,12 +112,22 @@ def measure_point(
             measured, wanted = _summary([_flat(start) for start, _ in pairs], [prediction for _, prediction in pairs])
             # The order of logits, hence the load, does not depend on how the experts start: it stands with the first scheme.
             if init != INITS[0]:
-                measured, wanted = ({k: v for k, v in of.items() if k not in LOAD} for of in (measured, wanted))
+                measured = {key: value for key, value in measured.items() if key not in LOAD}
+                wanted = {key: value for key, value in wanted.items() if key not in LOAD}
             elif load_seeds:
                 of_loads, wanted_loads = loads[selector]
                 measured, wanted = measured | of_loads, wanted | wanted_loads
-            fields = {"input": source, "init": init, "selector": selector, "load_seeds": len(load_seeds) or len(seeds)}
-            rows.append(StartRow(**dataclasses.asdict(point), **fields, measured=measured, predicted=wanted))
+            rows.append(
+                StartRow(
+                    **dataclasses.asdict(point),
+                    input=source,
+                    init=init,
+                    selector=selector,
+                    load_seeds=len(load_seeds) or len(seeds),
+                    measured=measured,
+                    predicted=wanted,
+                )
+            )
     return rows
 
 

@@ -1,0 +1,199 @@
+"""Sentences of docs/ that conclude something from results: each must stand on its page, and follow from the files.
+
+`tools/generated.py --check` asks both, so that neither a figure nor the words about it change alone. Blocks need no entry.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sparseffn.report.study_contrasts import contrast_table
+from sparseffn.report.study_report import read_study
+from sparseffn.results.evidence_result import ClaimsResult
+from sparseffn.results.study_result import StartRow, StudyResult, Variant
+from sparseffn.results.table_result import Cell, TableResult
+from sparseffn.stats import difference
+from sparseffn.storage import read, read_json
+
+WHY, RESULTS, STATISTICS = (f"docs/{name}.md" for name in ("why-this-selector", "results", "statistics"))
+STUDIES = ("init", "competition", "balance")
+
+
+class Found:
+    """What the files of results say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def studies(self) -> dict[str, StudyResult]:
+        return {name: read_study(self.folder / f"study-{name}.json") for name in STUDIES}
+
+    def load(self, source: str, rows: str, *, n_experts: int = 32, k: int = 4) -> StartRow:
+        """At initialisation."""
+        (found,) = [
+            row
+            for row in self.loads(source)
+            if (row.selector, row.n_experts, row.k, row.expert_size) == (rows, n_experts, k, 64)
+        ]
+        return found
+
+    def loads(self, source: str) -> list[StartRow]:
+        start = self.studies["init"].start
+        return [row for row in start if (row.input, row.init, row.n_layers) == (source, "shared", 4)]
+
+    def variants(self) -> Iterator[tuple[Variant, Variant]]:
+        """The first of each study, and every other."""
+        for study in self.studies.values():
+            for variant in study.variants[1:]:
+                yield study.variants[0], variant
+
+    def gap(self, name: str, step: int) -> float:
+        """Of load entropy, to the baseline."""
+        ((first, variant),) = [pair for pair in self.variants() if pair[1].name == name]
+        at = [{run.seed: p.load_entropy for run in of.runs for p in run.probes if p.step == step} for of in (variant, first)]
+        return difference(*at).difference
+
+    def cell(self, table: str, label: str) -> Cell:
+        found = read(self.folder / "evidence" / f"{table}.json", TableResult, fix="run `make evidence` again")
+        return next(cell for cell in found.cells if found.rows[cell.row].label == label)
+
+    def claims(self) -> ClaimsResult:
+        return read(self.folder / "evidence" / "claims.json", ClaimsResult, fix="run `make evidence` again")
+
+
+def _ratio(row: StartRow, key: str = "variation") -> float:
+    measured, predicted = row.measured[key], row.predicted[key]
+    assert measured is not None and predicted is not None, key
+    return measured[0] / predicted
+
+
+def _median(row: StartRow, key: str = "variation") -> float:
+    measured = row.measured[key]
+    assert measured is not None, key
+    return measured[0]
+
+
+def _explained(found: Found, n_experts: int) -> float:
+    return _median(found.load("gaussian", "free", n_experts=n_experts), "norm_correlation") ** 2
+
+
+def _paired(found: Found) -> list[float]:
+    sigma, dense = found.cell("table3", "sigma-moe"), found.cell("table3", "dense")
+    return [round(ours - theirs, 4) for ours, theirs in zip(sigma.values, dense.values, strict=True)]
+
+
+def _includes_zero(values: list[float]) -> bool:
+    gap = difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
+    return not gap.decided
+
+
+def _rates(found: Found) -> dict[float, list[float]]:
+    rates = read_json(found.folder / "learning-rates.json", fix="-")["cpu"]["rates"]
+    return {rate["lr"]: rate["valid"] for rate in rates}
+
+
+def _chosen_rate(found: Found) -> bool:
+    """2e-3 the best of one seed, 4e-3 of the other and of the mean."""
+    rates = _rates(found)
+    best = [min(rates, key=lambda lr, seed=seed: rates[lr][seed]) for seed in range(2)]
+    return len(rates) == 4 and best == [0.002, 0.004] and min(rates, key=lambda lr: statistics.fmean(rates[lr])) == 0.004
+
+
+def _all_undecided(found: Found) -> bool:
+    return all(row.cells[-2].text == "undecided" for row in contrast_table(list(found.studies.values())).rows)
+
+
+def _decided_here(found: Found) -> list[str]:
+    """Of the claims that studies test too."""
+    claims = [claim for claim in found.claims().claims if claim.numbers in ("10", "11", "12")]
+    return [claim.words.partition(": ")[2] for claim in claims if claim.verdict != "undecided"]
+
+
+def _lowest_baseline(found: Found) -> bool:
+    return all(first.test.mean < v.test.mean and first.valid.mean < v.valid.mean for first, v in found.variants())  # type: ignore[union-attr]
+
+
+def _shrinking(found: Found) -> bool:
+    """Wider after 50 steps than at the end, and for the missing entropy loss the reverse."""
+    shrink = ("softmax before top-k", "softmax after top-k", "standard, equal-norm", "switch, equal-norm")
+    return all(abs(found.gap(name, 50)) > abs(found.gap(name, 300)) for name in shrink) and all(
+        abs(found.gap(name, 50)) < abs(found.gap(name, 300)) for name in ("neither", "expert dropout")
+    )
+
+
+def _equal_halves(found: Found) -> bool:
+    free, equal = (_median(found.load("gaussian", rows, k=16)) for rows in ("free", "equal-norm"))
+    return abs(free / equal - 1) < 0.01
+
+
+def _unevenness(found: Found) -> list[int]:
+    """Of 32 experts on text over Gaussian tokens, free rows and rows of one norm."""
+    return [round(_median(found.load("text", r)) / _median(found.load("gaussian", r))) for r in ("free", "equal-norm")]
+
+
+def _cosines(found: Found) -> bool:
+    rows = found.loads("text")
+    return all(abs(1 / _ratio(row) - 1) < 0.055 for row in rows if row.k >= 4) and all(
+        1.05 < 1 / _ratio(row) < 1.25 for row in rows if row.k < 4
+    )
+
+
+@dataclass(frozen=True)
+class Sentence:
+    page: str
+    words: str
+    """As they stand on the page; where lines break does not matter."""
+    holds: Callable[[Found], bool]
+
+
+SENTENCES = (
+    Sentence(WHY, "the median of 100 seeds within 7% of the prediction at every size", lambda f: (
+        all(abs(_ratio(row) - 1) < 0.07 and row.load_seeds == 100 for row in f.loads("gaussian"))
+    )),
+    Sentence(WHY, "the norm explains 78% (16 experts) to 91% (64) of it", lambda f: (
+        [round(100 * _explained(f, n)) for n in (16, 64)] == [78, 91]
+    )),
+    Sentence(WHY, "have the same load to 1%", _equal_halves),
+    Sentence(WHY, "the load of 32 experts is 13 (free rows) to 38 times (equal norms) as uneven", lambda f: (
+        _unevenness(f) == [13, 38]
+    )),
+    Sentence(WHY, "predict the unevenness to within 5% for K of 4 and more", _cosines),
+    Sentence(WHY, "6.5 measured against 4.5 predicted for 32 experts, 40 against 13 for 256", lambda f: (
+        all(
+            (round(_median(row, "largest_over_mean"), d), round(row.predicted["largest_over_mean"] or 0, d)) == wanted
+            for n, d, wanted in ((32, 1, (6.5, 4.5)), (256, None, (40, 13)))
+            for row in [f.load("text", "equal-norm", n_experts=n)]
+        )
+    )),
+    Sentence(WHY, "Corrected for their number none is decided", _all_undecided),
+    Sentence(WHY, "which happens to be the lowest of the nine means", _lowest_baseline),
+    Sentence(WHY, "are wider after 50 steps than at the end, only that of the missing entropy loss grows", _shrinking),
+    Sentence(RESULTS, "its own three pairs leave it undecided", lambda f: _includes_zero(_paired(f))),
+    Sentence(RESULTS, "none of these differences is decided on either page but for softmax before top-k here", lambda f: (
+        _all_undecided(f) and _decided_here(f) == ["softmax before top-k (no renorm.) is worse than sigma-moe"]
+    )),
+    Sentence(RESULTS, "it is the best of one seed, twice the rate that of the other and of the mean", _chosen_rate),
+    Sentence(STATISTICS, "are -0.0095, +0.0123 and -0.0078 bits; paired and not pooled they decide nothing", lambda f: (
+        _paired(f) == [-0.0095, 0.0123, -0.0078] and _includes_zero(_paired(f))
+    )),
+    Sentence(STATISTICS, "0.612 of them", lambda f: (
+        round(read_json(f.folder / "step-times.json", fix="-")["over_dense"]["sigma-moe"], 3) == 0.612
+    )),
+)  # fmt: skip
+
+
+def failing(root: Path) -> list[str]:
+    """What is wrong, a line for each sentence that is not on its page or does not follow."""
+    found, lines = Found(root / "results"), []
+    for sentence in SENTENCES:
+        text = " ".join((root / sentence.page).read_text(encoding="utf-8").split())
+        if sentence.words not in text:
+            lines.append(f"{sentence.page} no longer says {sentence.words!r}; change tools/sentences.py with it")
+        elif not sentence.holds(found):
+            lines.append(f"{sentence.page} says {sentence.words!r}, which does not follow from results/")
+    return lines
