@@ -121,6 +121,11 @@ def verdict(claimed: Claimed, found: Difference | None, *, margin: float = 0.0) 
     return "bounded" if -margin < found.low and found.high < margin else "undecided"
 
 
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """`ours - theirs` of every seed that both have."""
+    return [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+
+
 def p_value(found: Difference, freedom: int) -> float:
     """Two-sided, of a difference whose interval is Student's with these degrees of freedom: below 5% where it excludes zero."""
     from scipy.special import stdtr

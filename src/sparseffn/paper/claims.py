@@ -22,7 +22,7 @@ from sparseffn.paper.published import PublishedPair, published_percent
 from sparseffn.results.bench_result import LayerResult
 from sparseffn.results.evidence_result import ClaimsResult, DecidedClaim, Growth, StatedClaim
 from sparseffn.results.table_result import Cell, TableResult
-from sparseffn.stats import Claimed, Difference, Verdict, holm, p_value, seed_noise, verdict
+from sparseffn.stats import Claimed, Difference, Verdict, holm, p_value, paired, seed_noise, verdict
 
 # A row: its published label, and whether it is the released form.
 Key = tuple[str, bool]
@@ -169,7 +169,8 @@ def _row_claim(cells: Mapping[Key, Measured], claim: RowClaim) -> DecidedClaim:
     if found is None:
         return decided
     assert other.cell.mean is not None, "what has a difference is measured"
-    decided = structs.replace(decided, percent=found.in_unit(other.cell.mean / 100))
+    losses = [dict(zip(measured.cell.seeds, measured.cell.values, strict=True)) for measured in (row, other)]
+    decided = structs.replace(decided, percent=found.in_unit(other.cell.mean / 100), values=paired(*losses))
     if not found.covers_seeds:
         return structs.replace(decided, verdict="undecided", reason="one seed")
     if claim.claimed == "equal or better":

@@ -51,6 +51,8 @@ class DecidedClaim(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is undecided, where no interval says so."""
     published_percent: float | None = None
     """Difference of losses in percent of the second row's, on WT-S."""
+    values: list[float] = []
+    """The difference of each common seed."""
     percent: Difference | None = None
     """`difference` in percent of the second row's mean loss."""
     p: float | None = None
