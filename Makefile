@@ -13,6 +13,8 @@ PART ?=
 WHEELS ?= runs/wheels
 GPU_OUT ?= results/gpu
 GPU_OPTIONS ?=
+# Tests that run side by side in `make test`, one thread each.
+JOBS ?= 2
 
 .PHONY: help setup demo test test-slow fuzz torture lint format docs readme evidence gpu gpu-wheels clean
 
@@ -43,7 +45,7 @@ demo: setup
 	$(BIN)/sparseffn compare --methods $(DEMO_METHODS) --budget $(DEMO_BUDGET) --out $(DEMO_OUT)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

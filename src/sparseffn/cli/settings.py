@@ -203,7 +203,7 @@ class Train(Trained):
     keep: int = 2
     """checkpoints that are kept, the last ones; the best on validation is kept besides"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """of several processes under torchrun: a whole model in each, or a shard of every tensor (FSDP2)"""
+    """of several processes under torchrun: a whole model in each, or by FSDP2 a shard of every tensor"""
     non_finite: Literal["stop", "skip"] = "stop"
     """a step whose loss or gradient is not finite ends the run, or is left out and noted; ten in a row end it all the same"""
     tensorboard: Flag = False

@@ -22,7 +22,7 @@ from sparseffn.report.markdown import markdown_table
 from sparseffn.report.study_contrasts import contrast_table, drift_table
 from sparseffn.report.study_report import read_study, study_tables
 from sparseffn.report.table import Table
-from sparseffn.results.bench_result import LayerResult, LayerTime
+from sparseffn.results.bench_result import Environment, ExpertsResult, ExpertsTime, LayerResult, LayerTime
 from sparseffn.results.convert_result import read_conversions
 from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.processes_result import ROUNDING_STEPS, ProcessesResult
@@ -89,11 +89,14 @@ def _processes(results: Path) -> str:
 
 
 def _speed(results: Path) -> str:
-    """sigma-MoE's time over dense and over Hugging Face's fastest, by tokens and shape; then what `make gpu` found."""
-    path = results / "bench-layer-paper-2-cores.json"
+    """Times of a layer in both types, and of gated experts; then what `make gpu` found."""
+    layers = [_layer_speed(results / f"bench-layer-paper-2-cores{dtype}.json") for dtype in ("", "-bfloat16")]
+    return "\n".join((*layers, _experts_speed(results / "bench-experts-2-cores.json"), gpu_markdown(results / "gpu")))
+
+
+def _layer_speed(path: Path) -> str:
+    """sigma-MoE's time over dense and over Hugging Face's fastest, by tokens and shape."""
     result = read(path, LayerResult, fix="measure again")
-    machine, note = result.environment, f"all of it: {path.relative_to(results.parent)}"
-    device = f"{machine.threads} cores of {machine.cpu}" if machine.device == "cpu" else machine.device
     ours = {(row.shape, row.tokens): row for row in result.rows if row.label == "sigma-moe" and not row.peer}
     configs = {shape.name: shape.methods["sigma-moe"] for shape in result.shapes if "sigma-moe" in shape.methods}
     head = ["tokens", "pass"]
@@ -105,8 +108,41 @@ def _speed(results: Path) -> str:
         cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_shapes) else ""
         rows.append([f"{tokens:,}{cold}", "forward", *_ratios([row and row.forward for row in of_shapes])])
         rows.append(["", "forward + backward", *_ratios([row and row.training for row in of_shapes])])
-    table = Table.of(head, rows, n_words=2, title=f"{device}, {result.settings.dtype}", notes=(note,))
-    return "\n".join((markdown_table(table), gpu_markdown(results / "gpu")))
+    title = f"{_machine(result.environment)}, {result.settings.dtype}"
+    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+
+
+def _experts_speed(path: Path) -> str:
+    """Gated experts' time over that of the fastest of Hugging Face's implementations, by tokens, shape and type."""
+    result = read(path, ExpertsResult, fix="measure again")
+    ours = [row for row in result.rows if not row.peer]
+    kinds = list(dict.fromkeys((row.shape, row.dtype) for row in ours))
+    found = {(row.shape, row.dtype, row.tokens): row for row in ours}
+    rows: list[list[str]] = []
+    for tokens in sorted({row.tokens for row in ours}):
+        of_kinds = [found.get((*kind, tokens)) for kind in kinds]
+        cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_kinds) else ""
+        for name, times in (
+            ("forward", [row and row.forward for row in of_kinds]),
+            ("forward + backward", [row and row.training for row in of_kinds]),
+        ):
+            if any(times):
+                rows.append([f"{tokens:,}{cold}", name, *(_over_hf(time) for time in times)])
+    head = ["tokens", "pass", *(f"{shape}, {dtype}" for shape, dtype in kinds)]
+    title = f"{_machine(result.environment)}, gated experts (D x I x E x K) over Hugging Face's fastest"
+    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+
+
+def _machine(machine: Environment) -> str:
+    return f"{machine.threads} cores of {machine.cpu}" if machine.device == "cpu" else machine.device
+
+
+def _source(path: Path) -> str:
+    return f"all of it: {path.relative_to(path.parents[1])}"
+
+
+def _over_hf(time: ExpertsTime | None) -> str:
+    return "-" if time is None or time.over_fastest_hf is None else f"{time.over_fastest_hf.over:.2f}"
 
 
 def _ratios(times: list[LayerTime | None]) -> list[str]:
