@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 def join(rank: int, size: int, folder: str) -> None:
     """Begin the work of one of the processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=patience)
 
 
 def leave(rank: int, folder: str, report: dict[str, Any]) -> None:
