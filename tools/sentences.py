@@ -151,7 +151,20 @@ class Sentence:
     holds: Callable[[Found], bool]
 
 
+def _within(found: Found, source: str, keys: tuple[str, ...], tolerance: float) -> bool:
+    """Medians of output and gradients at every size and scheme."""
+    rows = [row for row in found.studies["init"].start if row.input == source and row.selector == "equal-norm"]
+    return all(abs(_ratio(row, key) - 1) < tolerance for row in rows for key in keys)
+
+
 SENTENCES = (
+    Sentence(WHY, "every median of 5 seeds is within 5% of the prediction", lambda f: (
+        f.studies["init"].settings.start_seeds == 5 and _within(f, "gaussian", ("output",), 0.05)
+    )),
+    Sentence(WHY, "On text the medians are within 18%", lambda f: _within(f, "text", ("output",), 0.18)),
+    Sentence(WHY, "**Gradients (3): hold on isotropic tokens**, the medians within 5%", lambda f: (
+        _within(f, "gaussian", ("keys", "values", "input"), 0.05)
+    )),
     Sentence(WHY, "the median of 100 seeds within 7% of the prediction at every size", lambda f: (
         all(abs(_ratio(row) - 1) < 0.07 and row.load_seeds == 100 for row in f.loads("gaussian"))
     )),

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from micro_tables import MakeTable
+from msgspec import structs
 
+from sparseffn.errors import UserError
+from sparseffn.paper import evidence
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.costs import Speed, dry_run
 from sparseffn.paper.evidence import (
@@ -19,13 +22,17 @@ from sparseffn.paper.evidence import (
     evidence_items,
     evidence_result,
     evidence_tables,
+    lacking_runs,
+    listed_items,
     run_until_budget,
 )
 from sparseffn.paper.execution import execute
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
+from sparseffn.paper.rules import rules
 from sparseffn.paper.scales import Scale, get_scale
+from sparseffn.storage import write_json
 from sparseffn.training.step_costs import forward_flops
 
 
@@ -90,6 +97,29 @@ def test_budget_stops_before_what_does_not_fit(request_micro: Request, tmp_path:
     assert go(15.0) == 1 and go(100.0) == 1 and go(100.0) == 0
     assert started == [("dense", 0), ("sigma-moe", 0), ("dense", 1), ("sigma-moe", 1)]
     assert {run.status for run in evidence_result(items, pool).runs} == {"finished"}
+
+
+def test_tables_whose_runs_are_gone_are_known(request_micro: Request, tmp_path: Path) -> None:
+    """Of a record in the folder, the finished runs that the pool has not; none where there is no record or none is finished."""
+    items, pool = evidence_items(request_micro, SHORT), Pool(tmp_path / "pool")
+    assert lacking_runs(tmp_path, items, pool) == []
+    stored = evidence_result(items, pool)
+    write_json(tmp_path / "evidence.json", stored)
+    assert lacking_runs(tmp_path, items, pool) == []
+    runs = [structs.replace(run, status="finished") for run in stored.runs]
+    write_json(tmp_path / "evidence.json", structs.replace(stored, runs=runs))
+    assert lacking_runs(tmp_path, items, pool) == items
+
+
+def test_experiments_are_listed_around_the_tables(request_micro: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first before, the others after; parts by name, and a name that nothing has is refused."""
+    planned = {name: structs.replace(rule, scale="micro") for name, rule in rules().items()}
+    monkeypatch.setattr(evidence, "rules", lambda: planned)
+    names = list(dict.fromkeys(item.table for item in listed_items(request_micro)))
+    assert names == ["control", "table3", "table10", "table1", "table6", "ablations"]
+    assert {item.table for item in listed_items(request_micro, ("ablations", "table1"))} == {"ablations", "table1"}
+    with pytest.raises(UserError, match="control"):
+        listed_items(request_micro, ("controls",))
 
 
 def test_estimate_is_of_the_same_model_else_by_flops(request_micro: Request) -> None:

@@ -16,6 +16,7 @@ from sparseffn.cli.output import (
     check_seeds,
     clock,
     console,
+    log,
     parse_duration,
     print_files,
     print_json,
@@ -33,6 +34,7 @@ from sparseffn.paper.evidence import (
     evidence_result,
     evidence_tables,
     experiments,
+    lacking_runs,
     listed_items,
     run_until_budget,
 )
@@ -171,15 +173,7 @@ def evidence(settings: ReproduceEvidence) -> int:
     if settings.budget is not None:
         _train(items, pool, parse_duration(settings.budget), device)
     result = evidence_result(items, pool)
-    index: list[Path] = []
-    if settings.out is not None:
-        _write_experiments(request, pool, settings.out, settings.only)
-    if settings.out is not None and not settings.only:
-        bench = None if settings.bench is None else read(Path(settings.bench), LayerResult, fix="run `sparseffn bench layer`")
-        found = [table_result(planned, pool) for planned in evidence_tables(request, pool)]
-        write_json(Path(settings.out) / "evidence.json", evidence_result(evidence_items(request), pool))
-        write_json(Path(settings.out) / "claims.json", decide(found, bench))
-        index = _write_tables({table.table: table for table in found}, settings.out)
+    index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
     if settings.json:
         print_json(result)
         return 0
@@ -204,12 +198,32 @@ def evidence(settings: ReproduceEvidence) -> int:
     return 0
 
 
-def _write_experiments(request: Request, pool: Pool, out: str, only: Collection[str]) -> None:
+def _write_evidence(request: Request, pool: Pool, settings: ReproduceEvidence, out: Path) -> list[Path]:
+    """Records of experiments, tables and claims; tables whose runs the pool lacks stay as they are, and are decided again."""
+    _write_experiments(request, pool, out, settings.only)
+    if settings.only:
+        return []
+    items = evidence_items(request)
+    index: list[Path] = []
+    if lacking := lacking_runs(out, items, pool):
+        log(f"the tables of {out} stay as they are: the pool has not {len(lacking)} of the runs that they are of")
+        names = dict.fromkeys(item.table for item in items)
+        found = [read(out / f"{name}.json", TableResult, fix="run with the pool that it is of") for name in names]
+    else:
+        found = [table_result(planned, pool) for planned in evidence_tables(request, pool)]
+        write_json(out / "evidence.json", evidence_result(items, pool))
+        index = _write_tables({table.table: table for table in found}, str(out))
+    bench = None if settings.bench is None else read(Path(settings.bench), LayerResult, fix="run `sparseffn bench layer`")
+    write_json(out / "claims.json", decide(found, bench))
+    return index
+
+
+def _write_experiments(request: Request, pool: Pool, out: Path, only: Collection[str]) -> None:
     """The record of each experiment; runs that an earlier one holds stay in it where the pool does not have them."""
     for name, rule in experiments(request).items():
         if only and name not in only:
             continue
-        path = Path(out) / f"{name}.json"
+        path = out / f"{name}.json"
         held = read(path, ExperimentResult, fix="remove it") if path.exists() else None
         write_json(path, experiment_result(name, rule, experiment_runs(rule, request), pool, held))
 

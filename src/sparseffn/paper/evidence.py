@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ from sparseffn.paper.pool import Finished, Pool, RunSpec
 from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
+from sparseffn.storage import read
 
 COLUMN = "WT-S"
 # Evaluation and counting on top of training, before any run has shown it.
@@ -182,6 +184,15 @@ def evidence_result(items: Sequence[Item], pool: Pool) -> EvidenceResult:
             )
         )
     return EvidenceResult(column=COLUMN, runs=runs)
+
+
+def lacking_runs(out: Path, items: Sequence[Item], pool: Pool) -> list[Item]:
+    """Runs that an earlier record in a folder has finished and the pool does not: its tables could not be made again."""
+    path = out / "evidence.json"
+    if not path.exists():
+        return []
+    held = {run.digest for run in read(path, EvidenceResult, fix="remove it").runs if run.status == "finished"}
+    return [item for item in items if item.spec.digest in held and pool.status(item.spec).kind != "finished"]
 
 
 def run_until_budget(
