@@ -145,19 +145,21 @@ def _losses(found: ClaimsResult, *, released: bool) -> str:
     claims = [claim for claim in found.claims if claim.topic == "loss" and (claim.numbers == "-") == released]
     rows = [
         (
-            *(() if released else (claim.numbers,)),
-            claim.words + (f" ({_THROUGH})" if claim.through_dense else ""),
+            ("" if released else f"{claim.numbers}: ")
+            + short_words(claim.words)
+            + (f" ({_THROUGH})" if claim.through_dense else ""),
+            # Why they are open stands below.
+            claim.verdict or "" if claim.claimed == "equal or better" else _verdict(claim),
             *(() if released else (formats.signed_percent(claim.published_percent),)),
             *_percent(claim),
-            "-" if claim.p_corrected is None else _p(claim.p_corrected),
-            _verdict(claim),
+            formats.NOT_MEASURED if claim.p_corrected is None else _p(claim.p_corrected),
             str(claim.seeds[0]),
         )
         for claim in claims
     ]
     n_tested = sum(claim.p is not None for claim in claims)
     notes = [
-        f"First row less second in percent of the second row's loss, in brackets in {found.unit}; negative is better. p is "
+        f"First row less second in percent of the second row's loss (in {found.unit} below); negative is better. p is "
         f"corrected for the {n_tested} comparisons that are tested (Holm), the intervals are not. Decided: p below 5%.",
     ]
     if not released:
@@ -169,40 +171,45 @@ def _losses(found: ClaimsResult, *, released: bool) -> str:
             f"'{_THROUGH.capitalize()}': the difference of two differences from dense, with the widths of both intervals, "
             "hence too wide.",
         )
-    head = ("claims", "in words", "published") if not released else ("in words",)
-    head = (*head, "measured", "interval", "p", "verdict", "seeds")
-    return markdown_table(Table.of(head, rows, n_words=1 if released else 2, notes=notes))
+    head = ("in words", "verdict", *(() if released else ("published",)), "measured", "interval", "p", "seeds")
+    return markdown_table(Table.of(head, rows, n_words=2, notes=notes))
+
+
+def short_words(words: str) -> str:
+    """Of a claim, without what the whole column has."""
+    words = words.replace("pkm, parameters,", "pkm").replace("(no top-K, as released)", "(released)")
+    return words.replace(" (renorm.)", "").replace(" (no renorm.)", "").replace("no reg (gamma=0, delta=0)", "no entropy loss")
 
 
 def _percent(claim: DecidedClaim) -> tuple[str, str]:
-    percent, bits = claim.percent, claim.difference
-    if percent is None or bits is None:
+    percent = claim.percent
+    if percent is None:
         return formats.NOT_MEASURED, formats.NOT_MEASURED
     low, high = map(formats.signed_percent, (percent.low, percent.high))
-    return f"{formats.signed_percent(percent.difference)} ({bits.difference:+.3f})", f"[{low}, {high}]"
+    return formats.signed_percent(percent.difference), f"[{low}, {high}]"
 
 
 def _p(value: float) -> str:
-    return "under 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _figures(found: ClaimsResult, topic: str) -> str:
     """Claims of load or of speed."""
     claims = [claim for claim in found.claims if claim.topic == topic]
     if topic == "load":
-        head = ("claims", "in words", "largest over mean load", "verdict", "seeds")
+        head = ("claims", "in words", "verdict", "largest over mean load", "seeds")
         note = (
             "Of the worst layer on validation, means over seeds. 'Collapse': nearer to the most that there can be, N_E / K, "
             f"than to even; nothing is said where N_E / K is below {found.room:g}. The paper's is 32."
         )
     else:
-        head = ("claims", "in words", "times", "verdict", "seeds")
+        head = ("claims", "in words", "verdict", "times", "seeds")
         note = (
             f"On a CPU. 'Almost flat': time grows by a power of N_E below {found.flat:g}; contradicted above {found.steep:g}. "
             "All else is undecided."
         )
-    rows = [(c.numbers, c.words, _figure(c), _verdict(c), ", ".join(map(str, c.seeds)) or "-") for c in claims]
-    return markdown_table(Table.of(head, rows, n_words=3, notes=(note,)))
+    rows = [(c.numbers, c.words, _verdict(c), _figure(c), ", ".join(map(str, c.seeds)) or "-") for c in claims]
+    return markdown_table(Table.of(head, rows, n_words=4, notes=(note,)))
 
 
 def _verdict(claim: DecidedClaim) -> str:

@@ -44,20 +44,20 @@ def _verdicts(result: ExperimentResult) -> str:
     rows = [
         (
             one.words,
+            _verdict(one),
             formats.signed_percent(one.published_percent),
             *_measured(one),
-            _verdict(one),
             f"{one.n_seeds or one.n_finished} of {len(result.seeds)}",
         )
         for one in result.contrasts
     ]
-    head = ("in words", "published", "measured", "interval", "on validation", "verdict", "seeds")
+    head = ("in words", "verdict", "published", "measured", "interval", "validation", "seeds")
     notes = (
         f"In percent of the loss of {result.reference} in nats, whole test split, paired by seed; negative is better. "
         "Published: column WT-S, logarithms of perplexities. The interval is the mean and as many standard errors as the bound "
-        "of the look.",
+        f"of the look; looks are at {' and '.join(map(str, result.looks))} seeds.",
     )
-    return markdown_table(Table.of(head, rows, notes=notes))
+    return markdown_table(Table.of(head, rows, n_words=2, notes=notes))
 
 
 def _measured(one: DecidedContrast) -> tuple[str, str, str]:
@@ -68,8 +68,10 @@ def _measured(one: DecidedContrast) -> tuple[str, str, str]:
 
 
 def _verdict(one: DecidedContrast) -> str:
-    words = one.verdict or ("none yet" if one.claimed or not one.n_seeds else "")
-    return ": ".join(filter(None, (words, one.reason)))
+    """With its reason, but for a contrast before its first look, whose seeds say it."""
+    if not one.n_seeds:
+        return "none yet" if one.claimed else formats.NOT_MEASURED
+    return ": ".join(filter(None, (one.verdict, one.reason)))
 
 
 def _seeds(result: ExperimentResult) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sparseffn.report.evidence_page import short_words
 from sparseffn.report.plotting import FONT_SIZE, GREY, INK, PALETTE, TEXT_WIDTH, Plot, drawing, finished, standalone_svg
 from sparseffn.report.study_report import read_study
 from sparseffn.results.evidence_result import ClaimsResult
@@ -62,8 +63,7 @@ def claim_rows(found: ClaimsResult) -> list[ForestRow]:
 
 def _less(words: str) -> str:
     """A claim's two rows as a difference, without what its table has."""
-    pair = words.rpartition(": ")[2].removesuffix(" or is better")
-    pair = pair.replace("pkm, parameters,", "pkm").replace("(no top-K, as released)", "(released)")
+    pair = short_words(words).rpartition(": ")[2].removesuffix(" or is better")
     return re.sub(r" is worse than | is better than | equals ", " less ", pair)
 
 
