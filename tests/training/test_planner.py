@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*list(KINDS)[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[2:])])
 @pytest.mark.parametrize("method", list_methods())
 def test_kept_bytes_are_those_that_autograd_keeps(method: str, kind: str) -> None:
     """Of a whole forward pass with its loss and statistics, every method, either backbone and precision."""

@@ -127,7 +127,9 @@ def implementation(operation: str, tensor: Tensor, backend: str = "auto") -> Ker
     if name == "auto":
         load()
         return None
-    chosen = _runnable(name, tensor.device, tensor.dtype)
+    # Indices that come first say nothing of the dtype that is computed in; what does is checked with the operation.
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+    chosen = _runnable(name, tensor.device, dtype)
     if chosen.functions is None:
         load()
         if has_kernel(operation, tensor.device.type):
