@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +120,9 @@ def assert_same(several: list[dict[str, Any]], one: list[dict[str, Any]]) -> Non
             assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-9, abs=1e-9), (key, b["step"])
 
 
-def check_equal(place: Place, n: int, models: dict[str, ModelConfig], *, sharded: Collection[str] = ()) -> None:
-    """Train each model in n processes, those that are named in shards, and in one."""
-    ways = {name: "fsdp" if name in sharded else "ddp" for name in models}
+def check_equal(place: Place, n: int, models: dict[str, ModelConfig], ways: dict[str, str]) -> None:
+    """Train each model in n processes, by the way that is named or else by DDP, and in one."""
+    ways = dict.fromkeys(models, "ddp") | ways
     jobs = [place.job(f"{name}-{n}-{ways[name]}", model, strategy=ways[name]) for name, model in models.items()]
     for code, error in place.launch(n, jobs):
         assert code == 0, error
@@ -134,19 +133,31 @@ def check_equal(place: Place, n: int, models: dict[str, ModelConfig], *, sharded
 
 def test_two_processes_train_every_method_as_one_does(place: Place) -> None:
     """Balancing losses, batch-wide routing and the routers' random numbers are of the whole batch."""
-    check_equal(place, 2, examples(each=1), sharded=["sigma-moe-0", "s-base-0"])
+    models = examples(each=1) | {name: examples()[name] for name in ("sigma-moe-1", "s-base-1")}
+    ways = {"sigma-moe-0": "fsdp", "s-base-0": "fsdp", "sigma-moe-1": "ep", "s-base-1": "ep"}
+    check_equal(place, 2, models, ways)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_processes_with_shards_train_every_method_as_one_does(place: Place, n: int) -> None:
-    check_equal(place, n, examples(), sharded=list(examples()))
+    check_equal(place, n, examples(), dict.fromkeys(examples(), "fsdp"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_processes_train_every_example_as_one_does(place: Place, n: int) -> None:
-    check_equal(place, n, examples())
+    check_equal(place, n, examples(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_with_experts_of_their_own_train_as_one_does(place: Place, n: int) -> None:
+    """Mixtures whose number of experts they divide."""
+    models = {name: model for name, model in examples().items() if getattr(model.ffn, "n_experts", 1) % n == 0}
+    models = {name: model for name, model in models.items() if getattr(model.ffn, "survivors", None) is None}
+    assert len(models) > 2
+    check_equal(place, n, models, dict.fromkeys(models, "ep"))
 
 
 def sigma(dropout: float = 0.0) -> ModelConfig:

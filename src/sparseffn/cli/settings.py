@@ -202,8 +202,8 @@ class Train(Trained):
     """steps between checkpoints (default: those of every other point)"""
     keep: int = 2
     """checkpoints that are kept, the last ones; the best on validation is kept besides"""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """of several processes under torchrun: a whole model in each, or by FSDP2 a shard of every tensor"""
+    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
+    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
     non_finite: Literal["stop", "skip"] = "stop"
     """a step whose loss or gradient is not finite ends the run, or is left out and noted; ten in a row end it all the same"""
     tensorboard: Flag = False

@@ -1,4 +1,4 @@
-"""A model in the processes of a run: whole in each of them (DDP), or a shard in each (FSDP2). Both are PyTorch's.
+"""A model in the processes of a run: whole in each (DDP), whole but for the experts, or a shard in each (FSDP2).
 
 Gradients are means over the processes either way: with equally many tokens in each, those of the whole batch's mean loss.
 What routers compute over a batch is over that of all processes. Everything that leaves a run, as checkpoints do, is whole: no
@@ -7,23 +7,25 @@ file depends on how many processes made it.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, cast, final
+from typing import Literal, cast, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sparseffn.distribution import World
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn import BatchGroup, RoutingStats, set_batch_group
+from sparseffn.ffn import BatchGroup, RoutingStats, set_batch_group, shard_experts
 from sparseffn.models import LanguageModel
 from sparseffn.models.language_model import ModelOutput
 from sparseffn.training.config import TrainConfig
 
-Strategy = Literal["ddp", "fsdp"]
-"""`ddp`: parameters and optimiser whole in every process; `fsdp`: sharded over them, gathered layer by layer."""
+Strategy = Literal["ddp", "ep", "fsdp"]
+"""`ddp`: parameters and optimiser whole in every process; `ep`: but each process has its part of a mixture's experts, to which
+the tokens go; `fsdp`: every tensor sharded, gathered layer by layer."""
 
 
 class Replica(ABC):
@@ -77,8 +79,57 @@ class Replicated(Replica):
         return nullcontext() if last else self._ddp.no_sync()
 
 
+class _InParts(Replica):
+    """A model some of whose tensors are DTensors, which go to the optimiser apart from the others."""
+
+    @abstractmethod
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The whole parameters, and those in shards."""
+
+    def clip(self, max_norm: float) -> Tensor:
+        gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups()]
+        norm = torch.stack([self.whole(nn.utils.get_total_norm(group)) for group in gradients]).norm()
+        for group in self.groups():
+            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        return norm
+
+    def whole(self, x: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return x.full_tensor() if isinstance(x, DTensor) else x
+
+    def place(self, x: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        x = x.to(like.device)
+        return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+
+
 @final
-class Sharded(Replica):
+class Spread(_InParts):
+    """Experts spread over the processes, whose gradients are means over all tokens; DDP averages those of the rest."""
+
+    def __init__(self, model: LanguageModel, batch: BatchGroup, world: World) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        super().__init__(model, batch)
+        device = model.embedding.weight.device
+        self._spread = set(shard_experts(model, init_device_mesh(device.type, (world.size,))))
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self._spread)
+        devices = [device] if device.type == "cuda" else None
+        self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        self.run = self._ddp
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last else self._ddp.no_sync()
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        named = list(self.model.named_parameters())
+        return [[p for name, p in named if (name in self._spread) == spread] for spread in (False, True)]
+
+
+@final
+class Sharded(_InParts):
     """A shard of every tensor in each process: FSDP2, a layer at a time and the rest as the root's."""
 
     def __init__(self, model: LanguageModel, batch: BatchGroup, world: World) -> None:
@@ -102,37 +153,20 @@ class Sharded(Replica):
 
     def groups(self) -> list[list[nn.Parameter]]:
         sharded = [parameter for parameter in self.model.parameters() if parameter.ndim > 0]
-        return [group for group in (sharded, self._scalars) if group]
+        return [group for group in (self._scalars, sharded) if group]
 
     def clip(self, max_norm: float) -> Tensor:
         for scalar in self._scalars:
             if scalar.grad is not None:
                 self._world.mean(scalar.grad)
-        gradients = [[p.grad for p in group if p.grad is not None] for group in self.groups()]
-        norm = torch.stack([self.whole(nn.utils.get_total_norm(group)) for group in gradients]).norm()
-        for group in self.groups():
-            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-        return norm
-
-    def whole(self, x: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
-        return x.full_tensor() if isinstance(x, DTensor) else x
-
-    def place(self, x: Tensor, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        x = x.to(like.device)
-        return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+        return super().clip(max_norm)
 
 
 def _show_tensors(kind: type) -> None:
-    """Have PyTorch see the fields of a dataclass, once a process."""
-    try:
+    """Have PyTorch see the fields of a dataclass; a second time says the same again."""
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.filterwarnings("ignore", message=".*already registered")
         torch.export.register_dataclass(kind)
-    except ValueError as error:
-        if "already registered" not in str(error):
-            raise
 
 
 def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy: Strategy) -> Replica:
@@ -141,18 +175,20 @@ def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy:
     Raises:
         UserError: the strategy is unknown, or the precision does not go with it.
     """
-    if strategy not in ("ddp", "fsdp"):
-        raise unknown_name("`strategy`", strategy, ("ddp", "fsdp"))
+    if strategy not in get_args(Strategy):
+        raise unknown_name("`strategy`", strategy, get_args(Strategy))
     if world.is_alone:
         return Alone(model)
-    if strategy == "fsdp" and config.precision == "float16":
+    if strategy != "ddp" and config.precision == "float16":
         raise UserError(
-            "`precision` must be float32 or bfloat16 with strategy fsdp; got float16, whose scaled gradients are looked at by "
-            "shard; fix: --precision bfloat16, or --strategy ddp"
+            f"`precision` must be float32 or bfloat16 with strategy {strategy}; got float16, whose scaled gradients are looked "
+            "at by shard; fix: --precision bfloat16, or --strategy ddp"
         )
     import torch.distributed as dist
 
     # Of its own, as gradients are exchanged while the backward pass of routers communicates.
     batch = BatchGroup(cast(dist.ProcessGroup, dist.new_group()), seed=config.seed, even=True)
     set_batch_group(model, batch)
-    return Replicated(model, batch) if strategy == "ddp" else Sharded(model, batch, world)
+    if strategy == "ddp":
+        return Replicated(model, batch)
+    return Spread(model, batch, world) if strategy == "ep" else Sharded(model, batch, world)
