@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import structs
 
+from sparseffn.analysis.pairs import pair_numbers
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
 from sparseffn.paper.pool import Finished, Pool, RunSpec
@@ -23,8 +24,16 @@ from sparseffn.paper.published import published_percent
 from sparseffn.paper.rules import Contrast, Rule, in_order
 from sparseffn.paper.table_rows import sized
 from sparseffn.paper.tables import get_table
-from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, PlannedCandidate
+from sparseffn.results.comparison_result import UsageCounts
+from sparseffn.results.experiment_result import (
+    DecidedContrast,
+    ExperimentResult,
+    ExperimentRun,
+    PairNumbers,
+    PlannedCandidate,
+)
 from sparseffn.stats import Verdict
+from sparseffn.storage import read
 
 # Losses of one split by candidate, then by seed, in nats.
 Losses = Mapping[str, Mapping[int, float]]
@@ -110,10 +119,18 @@ def _record(run: NamedRun, finished: Finished) -> ExperimentRun:
         train_s=finished.train_s,
         wall_s=finished.wall_s,
         load=finished.load,
+        pairs=_pairs(finished),
         digest=run.spec.digest,
         version=str(made_by.get("sparseffn", "unknown")),
         sources=str(made_by.get("sources", "unknown")),
     )
+
+
+def _pairs(finished: Finished) -> PairNumbers | None:
+    """From what a run wrote of the use of its experts."""
+    path = finished.folder.path / "usage.json"
+    together = read(path, UsageCounts, fix="remove the run's folder").cooccurrence if path.exists() else None
+    return None if together is None else pair_numbers(together.matrix)
 
 
 def losses_of(runs: Sequence[ExperimentRun], split: str) -> Losses:

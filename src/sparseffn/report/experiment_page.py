@@ -8,12 +8,21 @@ from collections.abc import Mapping, Sequence
 from sparseffn.report import formats
 from sparseffn.report.markdown import markdown_table
 from sparseffn.report.table import Table
-from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, PairNumbers
+from sparseffn.stats import difference
+
+SIGMA = "sigma-MoE"
 
 
 def experiment_blocks(result: ExperimentResult) -> dict[str, str]:
     """Text of every block by name."""
-    return {"plan": _plan(result), "verdicts": _verdicts(result), "seeds": _seeds(result), "time": _time(result)}
+    return {
+        "plan": _plan(result),
+        "verdicts": _verdicts(result),
+        "seeds": _seeds(result),
+        "pairs": _pairs(result),
+        "time": _time(result),
+    }
 
 
 def _plan(result: ExperimentResult) -> str:
@@ -81,6 +90,29 @@ def _seeds(result: ExperimentResult) -> str:
     seeds = sorted({run.seed for run in result.runs})
     rows = [(str(seed), *(_bits(losses.get((name, seed))) for name in names)) for seed in seeds]
     return markdown_table(Table.of(("seed", *names), rows, notes=(f"Bits per {result.corpus['unit']}, test.",)))
+
+
+def _pairs(result: ExperimentResult) -> str:
+    """Claim 28: how many pairs of experts there are in effect, run by run, and the share of an independent choice."""
+    found = [(run.candidate, run.seed, run.pairs) for run in result.runs if run.pairs is not None]
+    rows = [
+        (name, str(seed), f"{one.effective:.1f}", f"{one.independent:.1f}", str(one.possible), f"{_richness(one):.1%}")
+        for name, seed, one in found
+    ]
+    notes = ["Exponential of the entropy of pairs selected for one token, middle layer, beginning of validation."]
+    shares = {seed: _richness(one) for name, seed, one in found if name == SIGMA}
+    if len(shares) > 1:
+        share = difference(shares, dict.fromkeys(shares, 0.0))
+        notes.append(
+            f"{SIGMA}: {share.difference:.1%} of an independent choice, 95% interval of Student's t over {share.n_seeds} seeds "
+            f"[{share.low:.1%}, {share.high:.1%}]."
+        )
+    head = ("candidate", "seed", "pairs in effect", "independent, same loads", "possible", "share of independent")
+    return markdown_table(Table.of(head, rows, notes=notes))
+
+
+def _richness(one: PairNumbers) -> float:
+    return one.effective / one.independent
 
 
 def _bits(nats: float | None) -> str:

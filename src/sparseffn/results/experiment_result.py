@@ -10,6 +10,16 @@ from sparseffn.results.table_result import Load
 from sparseffn.stats import Verdict
 
 
+class PairNumbers(msgspec.Struct, frozen=True, kw_only=True):
+    """How richly the experts of a layer are combined; see `analysis.pairs`."""
+
+    effective: float
+    """Pairs that tokens select: the exponential of their entropy."""
+    independent: float
+    """Of an independent choice with the same loads."""
+    possible: int
+
+
 class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
     """A finished run."""
 
@@ -21,6 +31,8 @@ class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
     train_s: float
     wall_s: float
     load: Load | None = None
+    pairs: PairNumbers | None = None
+    """Of experts in the middle layer, on the beginning of validation; None where a token selects one or none."""
     digest: str
     """Of model, training settings and corpus."""
     version: str
