@@ -25,7 +25,7 @@ _MEMORY = {
     "feedforward": "kept by feedforward blocks",
     "output": "kept by embedding, output and loss",
     "casts": "parameters in the precision of autocast",
-    "gathered": "gathered by FSDP",
+    "buffers": "buffers of DDP or FSDP",
     "work": "work of one layer",
     "peak": "peak, as gradients come while activations go",
 }

@@ -53,6 +53,10 @@ class BASEConfig(MixtureConfig):
     def from_shape(cls, shape: BlockShape) -> BASEConfig:
         return super(BASEConfig, cls).from_shape(shape.with_one_expert())
 
+    @property
+    def selects_over_batch(self) -> bool:
+        return True
+
     @classmethod
     def identity_example(cls) -> BASEConfig:
         return cls(d_model=8, n_experts=1, expert_size=12)

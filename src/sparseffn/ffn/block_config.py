@@ -114,6 +114,19 @@ class FFNConfig(ABC):
     def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
         """Bytes that a training forward of T tokens keeps for backward, without parameters and without the block's input."""
 
+    def input_bytes(self, n_tokens: int, *, half: bool = False) -> int:
+        """Bytes of x that a training forward keeps: float32, or under autocast (`half`) a copy in two bytes."""
+        return n_tokens * self.d_model * (2 if half else 4)
+
+    def work_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Bytes that the block works in at a time, beside what it keeps: gradients of its units before and after activation."""
+        return 2 * n_tokens * self.active_channels * itemsize
+
+    @property
+    def selects_over_batch(self) -> bool:
+        """Whether training selects over a whole batch, whose logits each process needs if it is spread over several."""
+        return False
+
     @property
     def revision(self) -> int:
         """Which revision of what the method computes under this config; stored runs of another revision are other runs."""

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseffn.ffn.block_config import FFNConfig, GatedConfig
+from sparseffn.ffn.block_config import INDEX_BYTES, FFNConfig, GatedConfig
 from sparseffn.ffn.feedforward import FeedForward, configured_by, gate_std, scaled_std, truncated_normal_
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.options import option
@@ -74,6 +74,15 @@ class DenseConfig(TwoMatricesConfig):
         """u once or twice, gated both of its factors, and with dropout its mask and the dropped u."""
         tensors = saved_activations(self.activation, self.dropout, gated=self.gated)
         return n_tokens * self.d_ff * tensors * itemsize
+
+    def input_bytes(self, n_tokens: int, *, half: bool = False) -> int:
+        """Under autocast gated keys take a copy of their own."""
+        copies = 2 if self.gated and half else 1
+        return copies * GatedConfig.input_bytes(self, n_tokens, half=half)
+
+    def work_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Statistics need more: of each unit whether it is not 0, and that as a whole number, to be summed."""
+        return n_tokens * self.d_ff * max(2 * itemsize, 1 + INDEX_BYTES)
 
     @property
     def active_channels(self) -> int:

@@ -94,6 +94,11 @@ class MixtureConfig(GatedConfig):
         rows = self.n_selected * INDEX_BYTES
         return n_tokens * (hidden + rows + self._router_bytes()) + self._batch_bytes()
 
+    def input_bytes(self, n_tokens: int, *, half: bool = False) -> int:
+        """The router takes x in float32 whatever the experts take."""
+        router = 4 * n_tokens * self.d_model if half else 0
+        return router + GatedConfig.input_bytes(self, n_tokens, half=half)
+
     @property
     def _kept_products(self) -> int:
         """Numbers that the operation keeps of a hidden unit."""

@@ -56,6 +56,11 @@ class SBASEConfig(TopKMixtureConfig):
         return SBASE(self)
 
     @property
+    def selects_over_batch(self) -> bool:
+        """As released each sequence is balanced by itself."""
+        return self.sinkhorn == "correct"
+
+    @property
     def revision(self) -> int:
         """2: the released form balances each sequence by itself; version 0.1 took the whole batch."""
         return 2 if self.sinkhorn == "released" else 1

@@ -69,6 +69,10 @@ class TopKConfig(TwoMatricesConfig):
         left = self.d_ff if self.dropout > 0 else 0
         return n_tokens * (self.k * (INDEX_BYTES + (1 + slopes) * itemsize) + left)
 
+    def work_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Every score, from which it selects, if that is more."""
+        return n_tokens * max(2 * self.k, self.d_ff) * itemsize
+
     @property
     def active_channels(self) -> int:
         return self.k

@@ -17,8 +17,8 @@ Communication of a device, in bytes that it sends in a step:
             for Switch's loss and CV^2 E floats. The entropy's log-sum-exps, E + 1 floats, are gathered from each device, and
             their gradients summed: 3 (n - 1) x 4 (E + 1). Batch-wide selection (BASE, S-BASE) gathers all logits of a
             micro-batch and which count: (n - 1) x T (4 E + 1).
-    experts over n_e devices: 4 all-to-alls, of T K d_model numbers each, (n_e - 1) / n_e of them to others: tokens there and
-            back, and their gradients (Lepikhin 2020, arXiv 2006.16668). Loads are taken to be even.
+    experts over n_e devices: 4 all-to-alls, of T K d_model numbers each, (n_e - 1) / n_e of them to others: tokens there, in
+            float32, and back, and their gradients (Lepikhin 2020, arXiv 2006.16668); E counts. Loads are taken to be even.
 
 Allocators' fragments, the library's own memory (about 0.5 GB a GPU) and NCCL's buffers are not in it.
 """
@@ -30,9 +30,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.replicas import Strategy
@@ -42,7 +40,6 @@ from sparseffn.training.step_costs import (
     KeptBytes,
     MicroBatch,
     attention_work,
-    block_work,
     kept_bytes,
     step_flops,
 )
@@ -118,8 +115,8 @@ class MemoryPlan:
     """The same of embedding and output, and the two gradients of the logits."""
     casts: int
     """Copies of parameters in the precision of autocast."""
-    gathered: int
-    """What FSDP holds whole at a time: parameters and gradients."""
+    buffers: int
+    """What the strategy needs beside: FSDP holds parameters and gradients whole at a time, DDP gradients of micro-batches."""
     work: int
     """Room that the backward pass of one layer works in."""
     peak: int
@@ -212,11 +209,12 @@ def memory_plan(model: ModelConfig, batch: MicroBatch, layout: Layout, *, accumu
     dispatched = _dispatched_bytes(model, batch, layout)
     kept = dataclasses.replace(kept, feedforward=kept.feedforward + dispatched)
     logits = batch.n_tokens * model.vocab_size * FLOAT
-    works = attention_work(model, batch), block_work(model.ffn, batch)
+    works = attention_work(model, batch), model.ffn.work_bytes(batch.n_tokens, batch.itemsize)
     remembered = _remembered(model, batch, accumulation)
-    gathered = held.gathered(accumulation)
-    # DDP's gradients are views of its buckets, which stay.
-    stay = accumulation > 1 or (layout.gpus > 1 and layout.strategy == "ddp")
+    # DDP's gradients are views of its buckets, which stay; those of micro-batches that it does not exchange lie beside them.
+    buckets = layout.gpus > 1 and layout.strategy == "ddp"
+    stay = accumulation > 1 or buckets
+    buffers = held.gathered(accumulation) + (held.total if buckets and accumulation > 1 else 0)
     walk = _backward_peak(kept, logits, works, held, grads_are_there=stay)
     return MemoryPlan(
         parameters=held.total,
@@ -227,9 +225,9 @@ def memory_plan(model: ModelConfig, batch: MicroBatch, layout: Layout, *, accumu
         feedforward=model.n_layers * kept.feedforward,
         output=kept.output + 2 * logits,
         casts=kept.casts,
-        gathered=gathered,
+        buffers=buffers,
         work=max(works),
-        peak=3 * held.total + remembered + gathered + walk,
+        peak=3 * held.total + remembered + buffers + walk,
     )
 
 
@@ -285,16 +283,16 @@ def _backward_peak(kept: KeptBytes, logits: int, works: tuple[int, int], held: _
     """The largest sum of what is kept, gradients and room to work in, from the loss down to the first layer."""
     there = held.total if grads_are_there else 0
     come = 0 if grads_are_there else 1
-    attention_work, block_work = works
+    of_attention, of_block = works
     live = kept.total + there
     peak = live + 2 * logits
     live += come * held.rest // 2 // held.shards - kept.output
     for layer in reversed(range(kept.n_layers)):
         # A shared layer's gradient comes once.
         new = come if layer >= kept.n_layers - held.n_blocks else 0
-        peak = max(peak, live + block_work)
+        peak = max(peak, live + of_block)
         live += new * held.feedforward // held.shards - kept.feedforward
-        peak = max(peak, live + attention_work)
+        peak = max(peak, live + of_attention)
         live += new * held.attention // held.shards - kept.attention
     return max(peak, held.total)
 
@@ -331,11 +329,11 @@ def _some_divisors(n: int) -> str:
 
 
 def _dispatched_bytes(model: ModelConfig, batch: MicroBatch, layout: Layout) -> int:
-    """Rows that a layer keeps of tokens that came from elsewhere, and in float32 of what came back, with their places."""
+    """What a layer keeps of each row that went elsewhere or came from there: x, what came back, and places."""
     if layout.expert_parallel == 1 or not isinstance(model.ffn, MixtureConfig):
         return 0
     rows = batch.n_tokens * model.ffn.n_selected
-    return rows * (model.d_model * (batch.itemsize + FLOAT) + 3 * INDEX)
+    return rows * (model.d_model * (2 * FLOAT + batch.itemsize) + 4 * INDEX)
 
 
 def _communication(model: ModelConfig, batch: MicroBatch, layout: Layout, accumulation: int) -> CommunicationPlan:
@@ -371,8 +369,7 @@ def _router_bytes(model: ModelConfig, batch: MicroBatch, layout: Layout) -> int:
     sums = ring * FLOAT * n_units
     losses = {"entropy": log_shares, "slot_entropy": log_shares, "switch": log_shares + sums, "cv": 2 * sums}
     balance = sum(losses.get(name, sums) for name, weight in ffn.balancing().items() if weight > 0)
-    gathers = isinstance(ffn, BASEConfig) or (isinstance(ffn, SBASEConfig) and ffn.sinkhorn == "correct")
-    logits = (n - 1) * batch.n_tokens * (n_units * FLOAT + 1) if gathers else 0
+    logits = (n - 1) * batch.n_tokens * (n_units * FLOAT + 1) if ffn.selects_over_batch else 0
     return round(statistics + balance + logits)
 
 
@@ -380,5 +377,6 @@ def _all_to_alls(model: ModelConfig, batch: MicroBatch, spread: int) -> float:
     """Of one layer: tokens there and back, forward and backward."""
     if spread == 1 or not isinstance(model.ffn, MixtureConfig):
         return 0.0
-    rows = batch.n_tokens * model.ffn.n_selected * model.d_model * batch.itemsize
-    return 4 * rows * (spread - 1) / spread
+    numbers = batch.n_tokens * model.ffn.n_selected * model.d_model
+    counts = INDEX * model.ffn.n_experts
+    return (numbers * (2 * FLOAT + 2 * batch.itemsize) + counts) * (spread - 1) / spread

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 
 from sparseffn.accounting import BACKWARD_OVER_FORWARD
 from sparseffn.devices import Precision
-from sparseffn.ffn import FFNConfig
-from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.mixture import MixtureConfig
-from sparseffn.ffn.topk import TopKConfig
 from sparseffn.models import ModelConfig, TransformerXLConfig
 from sparseffn.models.decoder_config import DecoderConfig
 from sparseffn.models.relative_mix import scores_held
@@ -27,8 +24,6 @@ FLOAT = 4
 """Bytes of what is float32 whatever the precision: parameters, gradients, moments, residual stream, norms, losses."""
 INDEX = 8
 """Bytes of a token's number."""
-# Bytes a unit of the dense block's statistics: whether it is not 0, and that as a whole number, to be summed.
-_COUNTING = 9
 # Score matrices that the attention's backward pass holds of a block: scores, position scores, gradients of weights and scores.
 _SCORE_TENSORS = 4
 
@@ -124,13 +119,14 @@ def kept_bytes(model: ModelConfig, batch: MicroBatch) -> KeptBytes:
     stream = batch.n_tokens * model.d_model
     mask = stream * batch.mask_bytes(batch.itemsize) if dropped else 0
     norm = _norm_bytes(model, batch, batch.n_tokens)
+    block = model.ffn.input_bytes(batch.n_tokens, half=batch.half) + model.ffn.saved_bytes(batch.n_tokens, batch.itemsize)
     # What a product takes of a norm's output is a copy in two bytes, or that output itself.
     wide_mask = stream * batch.mask_bytes(FLOAT) if dropped else 0
     log_shares = batch.n_tokens * model.vocab_size * FLOAT
     output = 2 * wide_mask + norm + stream * batch.itemsize + log_shares + 2 * batch.n_tokens * INDEX
     return KeptBytes(
         attention=attention + mask,
-        feedforward=norm + _block_input(model.ffn, batch) + model.ffn.saved_bytes(batch.n_tokens, batch.itemsize) + mask,
+        feedforward=norm + block + mask,
         output=output,
         casts=_casts(model) if batch.half else 0,
         n_layers=model.n_layers,
@@ -144,16 +140,6 @@ def _norm_bytes(model: ModelConfig, batch: MicroBatch, n: int) -> int:
     # Not fused on a CPU, where it also keeps what it is before its weights.
     tensors = 2 if batch.device_type == "cpu" else 1
     return n * (tensors * model.d_model + 1) * FLOAT
-
-
-def _block_input(ffn: FFNConfig, batch: MicroBatch) -> int:
-    """x of a feedforward block: float32 for a router, and a copy for each operation that multiplies it in two bytes."""
-    stream = batch.n_tokens * ffn.d_model
-    if not batch.half:
-        return stream * FLOAT
-    if isinstance(ffn, MixtureConfig):
-        return stream * (FLOAT + batch.itemsize)
-    return stream * batch.itemsize * (2 if isinstance(ffn, DenseConfig) and ffn.gated else 1)
 
 
 def _relative_attention(model: TransformerXLConfig, batch: MicroBatch) -> int:
@@ -189,16 +175,6 @@ def _casts(model: ModelConfig) -> int:
     left_out = model.d_model * width + 2 * width + 1 if isinstance(model, TransformerXLConfig) else 0
     attention = model.attention_params() - left_out
     return 2 * (model.n_blocks * (attention + block) + model.d_model * model.vocab_size)
-
-
-def block_work(ffn: FFNConfig, batch: MicroBatch) -> int:
-    """Room that a feedforward block works in: gradients of its units before and after the activation; in the dense block what
-    counts the units that are not 0; in Top-K every score, from which it selects.
-    """
-    active, all_units = 2 * ffn.active_channels * batch.itemsize, ffn.n_channels
-    if isinstance(ffn, DenseConfig):
-        return batch.n_tokens * max(active, _COUNTING * all_units)
-    return batch.n_tokens * (max(active, all_units * batch.itemsize) if isinstance(ffn, TopKConfig) else active)
 
 
 def attention_work(model: ModelConfig, batch: MicroBatch) -> int:
