@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sentences import failing
 
-from sparseffn.report.forest import stale_forests, write_forests
 from sparseffn.report.generated_blocks import with_blocks
 from sparseffn.report.markdown import markdown_table
+from sparseffn.report.pictures import stale_pictures, write_pictures
 from sparseffn.report.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +36,9 @@ def main(words: list[str]) -> int:
             if "--check" not in words:
                 path.write_text(wanted, encoding="utf-8")
     if "--check" not in words:
-        write_forests(ROOT / "results", ROOT / "docs")
+        write_pictures(ROOT / "results", ROOT / "docs")
         return 0
-    stale += [f"docs/{name}.svg" for name in stale_forests(ROOT / "results", ROOT / "docs")]
+    stale += [f"docs/{name}.svg" for name in stale_pictures(ROOT / "results", ROOT / "docs")]
     lines = [f"the generated text of {', '.join(stale)} is out of date; run `make readme`"] if stale else []
     lines += failing(ROOT)
     sys.stderr.writelines(f"{line}\n" for line in lines)

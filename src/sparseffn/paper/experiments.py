@@ -111,6 +111,7 @@ def experiment_result(
 
 def _record(run: NamedRun, finished: Finished) -> ExperimentRun:
     made_by = finished.environment
+    points = [record for record in finished.folder.read_metrics() if "valid" in record]
     return ExperimentRun(
         candidate=run.label,
         seed=run.seed,
@@ -118,6 +119,7 @@ def _record(run: NamedRun, finished: Finished) -> ExperimentRun:
         valid=finished.result.valid,
         train_s=finished.train_s,
         wall_s=finished.wall_s,
+        curve=[(record["step"], round(record["valid"], 4)) for record in points],
         load=finished.load,
         pairs=_pairs(finished),
         digest=run.spec.digest,

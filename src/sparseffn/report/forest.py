@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from sparseffn.report.evidence_page import short_words
-from sparseffn.report.plotting import FONT_SIZE, GREY, INK, PALETTE, TEXT_WIDTH, Plot, drawing, finished, standalone_svg
-from sparseffn.report.study_report import read_study
+from sparseffn.report.plotting import FONT_SIZE, GREY, INK, PALETTE, TEXT_WIDTH, Plot, drawing, finished
 from sparseffn.results.evidence_result import ClaimsResult
 from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.study_result import StudyResult
 from sparseffn.stats import paired
-from sparseffn.storage import json_digest, read, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +22,6 @@ _HEIGHT, _MARGIN = 0.36, 0.9
 # Seeds beside each other in a row, in heights of it.
 _SPREAD = 0.16
 _LABEL = 44
-_FIX = "run `make evidence` again"
 
 
 class ForestRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,8 +103,8 @@ def experiment_rows(result: ExperimentResult) -> list[ForestRow]:
     ]
 
 
-def forest_plot(rows: Sequence[ForestRow], *, name: str, title: str) -> Plot:
-    """Rows from top to bottom; the description has the digest of what is drawn."""
+def forest_plot(rows: Sequence[ForestRow], *, name: str, title: str, mark: str = "") -> Plot:
+    """Rows from top to bottom; `mark` is added to the description."""
     n_dots = sum(len(row.values) for row in rows)
     caption = (
         f"{title}. Negative is better; dots are seeds ({n_dots}), lines 95% intervals not corrected for their number, "
@@ -121,7 +117,7 @@ def forest_plot(rows: Sequence[ForestRow], *, name: str, title: str) -> Plot:
         axes.set(xlabel="difference of test losses, % (negative: the first is better)", ylim=(-0.6, len(rows) - 0.4))
         axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in reversed(rows)], fontsize=FONT_SIZE - 1)
         axes.grid(visible=False, axis="y")
-        return finished(figure, name=name, title=title, caption=caption, description=f"{caption} {_mark(rows)}", pixels=False)
+        return finished(figure, name=name, title=title, caption=caption, description=f"{caption} {mark}", pixels=False)
 
 
 def _draw(axes: Axes, height: int, row: ForestRow) -> None:
@@ -135,37 +131,3 @@ def _draw(axes: Axes, height: int, row: ForestRow) -> None:
 
 def _shortened(label: str) -> str:
     return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}\u2026"
-
-
-def _mark(rows: Sequence[ForestRow]) -> str:
-    return f"data {json_digest(msgspec.to_builtins(list(rows)))}"
-
-
-def forests(results: Path) -> Mapping[str, tuple[str, list[ForestRow]]]:
-    """Title and rows of each picture by its name."""
-    claims = read(results / "evidence" / "claims.json", ClaimsResult, fix=_FIX)
-    control = read(results / "evidence" / "control.json", ExperimentResult, fix=_FIX)
-    studies = [read_study(results / f"study-{name}.json") for name in ("init", "competition", "balance")]
-    found = {
-        "forest-claims": ("Losses of the tables", claim_rows(claims)),
-        "forest-studies": ("Losses of the short trainings", study_rows(studies)),
-        "forest-control": ("The control", experiment_rows(control)),
-    }
-    return {name: (title, rows) for name, (title, rows) in found.items() if rows}
-
-
-def write_forests(results: Path, folder: Path) -> None:
-    """The pictures that are not of these results."""
-    for name in stale_forests(results, folder):
-        title, rows = forests(results)[name]
-        write_text(folder / f"{name}.svg", standalone_svg(forest_plot(rows, name=name, title=title)))
-
-
-def stale_forests(results: Path, folder: Path) -> list[str]:
-    """Names of those that are not there or are of other results; how a version of matplotlib draws them does not matter."""
-    stale = []
-    for name, (_, rows) in forests(results).items():
-        path = folder / f"{name}.svg"
-        if not path.exists() or _mark(rows) not in path.read_text(encoding="utf-8"):
-            stale.append(name)
-    return stale

@@ -30,6 +30,8 @@ class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
     valid: float
     train_s: float
     wall_s: float
+    curve: list[tuple[int, float]] = []
+    """Step and nats of each point of the validation curve."""
     load: Load | None = None
     pairs: PairNumbers | None = None
     """Of experts in the middle layer, on the beginning of validation; None where a token selects one or none."""

@@ -1,16 +1,20 @@
-"""Forest plots: every seed is a dot, published effects are drawn, and a picture of other results is found."""
+"""Pictures of the evidence: every seed is a dot, courses are means over seeds, and a picture of other results is found."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from sparseffn.report.forest import ForestRow, claim_rows, experiment_rows, forest_plot, forests, stale_forests, write_forests
+from sparseffn.report.forest import ForestRow, claim_rows, experiment_rows, forest_plot
+from sparseffn.report.pictures import pictures, stale_pictures, write_pictures
+from sparseffn.report.study_report import read_study
+from sparseffn.report.training_plots import load_courses, loss_courses
 from sparseffn.results.evidence_result import ClaimsResult
-from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun
 from sparseffn.storage import read, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +23,8 @@ RESULTS = ROOT / "results"
 
 def test_pictures_in_the_documentation_are_those_of_the_results(tmp_path: Path) -> None:
     """Another value in a file makes one stale; written anew it is not."""
-    assert stale_forests(RESULTS, ROOT / "docs") == []
+    assert stale_pictures(RESULTS, ROOT / "docs") == []
+    assert all((ROOT / "docs" / f"{picture.name}.svg").exists() for picture in pictures(RESULTS))
     results = tmp_path / "results"
     shutil.copytree(RESULTS, results)
     path = results / "evidence" / "claims.json"
@@ -27,19 +32,19 @@ def test_pictures_in_the_documentation_are_those_of_the_results(tmp_path: Path) 
     claims["claims"][0]["values"][0] += 0.001
     write_json(path, claims)
     shutil.copy(ROOT / "docs" / "forest-studies.svg", tmp_path)
-    assert stale_forests(results, tmp_path)[0] == "forest-claims"
-    write_forests(results, tmp_path)
-    assert stale_forests(results, tmp_path) == []
+    assert stale_pictures(results, tmp_path)[0] == "forest-claims"
+    write_pictures(results, tmp_path)
+    assert stale_pictures(results, tmp_path) == []
 
 
 def test_rows_are_the_claims_with_all_their_seeds() -> None:
     """Values in percent have the mean of the difference; words become a difference of two rows."""
-    _, rows = forests(RESULTS)["forest-claims"]
+    claims = read(RESULTS / "evidence" / "claims.json", ClaimsResult, fix="")
+    rows = claim_rows(claims)
     sigma = next(row for row in rows if row.label == "sigma-moe less dense")
     assert len(sigma.values) == 3 and sum(sigma.values) / 3 == pytest.approx(sigma.mean, abs=1e-3)
     assert sigma.published == pytest.approx(-0.34, abs=0.01)
-    claims = read(RESULTS / "evidence" / "claims.json", ClaimsResult, fix="")
-    assert len(claim_rows(claims)) == len(rows) < len(claims.claims)
+    assert len(rows) < len(claims.claims)
 
 
 def test_seeds_beyond_a_look_are_drawn() -> None:
@@ -51,6 +56,23 @@ def test_seeds_beyond_a_look_are_drawn() -> None:
     control = read(RESULTS / "evidence" / "control.json", ExperimentResult, fix="")
     (row,) = experiment_rows(msgspec.structs.replace(control, contrasts=[contrast]))
     assert row.values == pytest.approx([-1.0, -3.0, -5.0]) and (row.mean, row.low, row.high) == (-2.0, -3.0, -1.0)
+
+
+def test_courses_are_means_over_common_seeds() -> None:
+    """Of candidates that have a run; loads are paired differences."""
+    control = read(RESULTS / "evidence" / "control.json", ExperimentResult, fix="")
+    run = ExperimentRun(
+        candidate="dense", seed=1, test=1.0, valid=1.0, train_s=1.0, wall_s=1.0, digest="a", version="1", sources="b",
+        curve=[(0, 4.0), (10, 2.0)],
+    )  # fmt: skip
+    other = msgspec.structs.replace(run, candidate="sigma-MoE", curve=[(0, 4.0), (10, 1.0)])
+    lone = msgspec.structs.replace(run, seed=2, curve=[(0, 9.0), (10, 9.0)])
+    courses = {one.label: one for one in loss_courses(msgspec.structs.replace(control, runs=[run, other, lone]))}
+    assert set(courses) == {"dense", "sigma-MoE"} and courses["dense"].n_seeds == 1
+    assert courses["dense"].values == pytest.approx([4.0 / math.log(2), 2.0 / math.log(2)])
+    assert loss_courses(msgspec.structs.replace(control, runs=[])) == []
+    found = {one.label: one for one in load_courses([read_study(RESULTS / "study-balance.json")])}
+    assert found["neither"].values[-1] == pytest.approx(-0.0737, abs=1e-4) and found["neither"].values[0] == 0
 
 
 def test_long_labels_are_shortened_and_all_dots_are_drawn() -> None:

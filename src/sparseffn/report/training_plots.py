@@ -1,0 +1,87 @@
+"""What changes while the runs of the evidence train: losses of an experiment's candidates, loads of the studies' variants."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+
+from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style
+from sparseffn.results.experiment_result import ExperimentResult
+from sparseffn.results.study_result import StudyResult, Variant
+from sparseffn.stats import paired
+
+
+class Course(msgspec.Struct, frozen=True, kw_only=True):
+    """A quantity over steps, a mean over seeds."""
+
+    label: str
+    steps: list[int]
+    values: list[float]
+    n_seeds: int
+
+
+def loss_courses(result: ExperimentResult) -> list[Course]:
+    """Validation loss in bits, over the seeds that every candidate with a run has; none without such a seed."""
+    curves = {
+        one.name: {run.seed: run.curve for run in result.runs if run.candidate == one.name and run.curve}
+        for one in result.candidates
+    }
+    curves = {name: by_seed for name, by_seed in curves.items() if by_seed}
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in curves.values()))) if curves else []
+    courses = []
+    for name, by_seed in curves.items():
+        if seeds:
+            steps = [step for step, _ in by_seed[seeds[0]]]
+            values = [statistics.fmean(by_seed[seed][i][1] for seed in seeds) / math.log(2) for i in range(len(steps))]
+            courses.append(Course(label=name, steps=steps, values=values, n_seeds=len(seeds)))
+    return courses
+
+
+def load_courses(results: Sequence[StudyResult]) -> list[Course]:
+    """Load entropy less that of the first variant of the study, paired by seed."""
+    courses = []
+    for result in results:
+        first, *others = result.variants
+        for variant in others:
+            steps = sorted({probe.step for run in variant.runs for probe in run.probes})
+            gaps = [paired(_entropies(variant, step), _entropies(first, step)) for step in steps]
+            if gaps and gaps[0]:
+                means = [statistics.fmean(gap) for gap in gaps]
+                courses.append(Course(label=variant.name, steps=steps, values=means, n_seeds=len(gaps[0])))
+    return courses
+
+
+def _entropies(variant: Variant, step: int) -> dict[int, float]:
+    """By seed."""
+    return {run.seed: probe.load_entropy for run in variant.runs for probe in run.probes if probe.step == step}
+
+
+def loss_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
+    """Learning curves, from the first point on that is not the start."""
+    return _plot(courses, name=name, title=title, mark=mark, height="validation loss, bits", start=1)
+
+
+def load_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
+    """Below 0 is less even than the baseline."""
+    return _plot(courses, name=name, title=title, mark=mark, height="load entropy / log N_E, difference", start=0)
+
+
+def _plot(courses: Sequence[Course], *, name: str, title: str, mark: str, height: str, start: int) -> Plot:
+    lines = [
+        Line(one.label, [float(step) for step in one.steps[start:]], one.values[start:], pointed_style(i))
+        for i, one in enumerate(courses)
+    ]
+    n = courses[0].n_seeds
+    caption = f"{title}. Means over {n} seed{'s' if n > 1 else ''}."
+    return line_plot(
+        lines,
+        name=name,
+        title=title,
+        caption=caption,
+        axes_names=("training step", height),
+        description=f"{caption} {mark}",
+        pixels=False,
+    )
