@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ REFUSED = {
         "--method switch --gpus 16 --expert-parallel 16",
         r"must divide the 8 experts of a layer; got 16; fix: one of 1, 2",
     ),
+    "inner": ("--method sigma-moe inner_k=64 --gpus 4 --expert-parallel 2", r"`inner_k` must be none .* got 64"),
+    "float16": ("--method dense --gpus 4 --strategy fsdp --precision float16", r"`--precision` must be float32 or bfloat16"),
     "memory": ("--method dense --memory 80XB", r"`--memory` must be a size such as 80GB or 24GiB; got '80XB'"),
     "no-memory": ("--method dense --memory 0GB", r"`--memory` must be a size .* got '0GB'"),
     "two": ("--method dense topk", r"`--method` must name one method"),
@@ -248,3 +251,17 @@ def test_out_of_memory_names_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"fix: --batch \d+ \(the largest that is planned to fit\)", message(0.95e9))
     assert "fix: a smaller --context" in message(0.6e9)
     assert "with 16 streams of 256 tokens" in (shared := message(8e9, Layout(gpus=4))) and "1.86 GiB are there" in shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "s-base"), ("fsdp", "sigma-moe"), ("experts over 2", "sigma-moe")])
+def test_two_processes_send_what_is_planned(strategy: str, method: str, tmp_path: Path) -> None:
+    """The collectives that a step calls, each at what a ring sends of it; with experts spread, loads are a little uneven."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tool, out = Path(__file__).parents[2] / "tools" / "planned.py", tmp_path / "run.json"
+    words = ["--worker", out, "--strategy", strategy, "--method", method, "--accumulation", "1"]
+    subprocess.run([*launcher, tool, *words], check=True, capture_output=True)
+    run = json.loads(out.read_text())
+    within = 0.1 if strategy == "experts over 2" else 1e-4
+    assert run["counted_sent"] == pytest.approx(run["planned_sent"], rel=within)
+    assert run["measured_peak"] == pytest.approx(run["planned_peak"], rel=PEAK_WITHIN)

@@ -160,11 +160,13 @@ def plan(model: ModelConfig, train: TrainConfig, layout: Layout | None = None) -
     """What a step asks of each device.
 
     Raises:
-        UserError: streams or experts cannot be spread evenly over the devices.
+        UserError: streams or experts cannot be spread evenly over the devices, or the run would be refused.
     """
     layout = layout or Layout()
     batch = layout.micro_batch(train)
     _check_experts(model, layout)
+    if layout.gpus > 1 and layout.strategy == "fsdp" and train.precision == "float16":
+        raise UserError("`--precision` must be float32 or bfloat16 with fsdp; got float16; fix: --precision bfloat16")
     flops = step_flops(model, train)
     return Plan(
         params=model.num_params(),
@@ -317,6 +319,8 @@ def _check_experts(model: ModelConfig, layout: Layout) -> None:
         return
     if not isinstance(ffn, MixtureConfig):
         raise UserError(f"`--expert-parallel` must be 1 for {ffn.name}, which has no experts; got {n}; fix: leave it out")
+    if ffn.survivors is not None:
+        raise UserError(f"`inner_k` must be none where experts are spread; got {ffn.survivors}; fix: leave it out")
     if ffn.n_experts % n:
         raise UserError(
             f"`--expert-parallel` must divide the {ffn.n_experts} experts of a layer; got {n}; "
