@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from sparseffn.paper.experiments import experiment_result, experiment_runs, judg
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.rules import Rule, rules
-from sparseffn.paper.scales import Scale
+from sparseffn.paper.scales import Scale, get_scale
 from sparseffn.paper.sequential import error_rate, t_bounds
 from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
 from sparseffn.storage import read, write_json
@@ -113,6 +114,25 @@ def test_open_claims_are_bounded_where_the_published_effect_is_excluded() -> Non
     assert contrasts({}, 9, 0.001, "ablations")["11"].verdict == "undecided"
     assert contrasts({"standard init": -0.05}, 12, name="ablations")["11"].verdict == "confirmed"
     assert contrasts({"standard init": 0.05}, 12, name="ablations")["11"].verdict == "contradicted"
+
+
+def test_slope_is_the_change_of_the_gap_per_doubling() -> None:
+    """64 experts 0.04 nats behind their dense block, 16 equal: 0.02 a doubling, 1.5% of the loss; published are 0.6%."""
+    found = contrasts({"64 experts": 0.06, "dense for 64": 0.1}, 4, name="experts")["slope"]
+    assert found.verdict == "confirmed" and found.percent == pytest.approx(100 * 0.02 / 1.3, rel=0.1)
+    assert found.published_percent == pytest.approx((1.446 + 0.344) / 3, abs=0.01)
+    narrow = contrasts({}, 4, 0.0001, name="experts")["slope"]
+    assert narrow.verdict == "bounded" and narrow.high_percent is not None and narrow.high_percent < 0.1
+
+
+def test_experts_are_matched_to_their_dense_blocks(corpora: Corpora) -> None:
+    """In parameters of the whole model within 0.1%, at the scale that the rule is for."""
+    request = Request(scale=get_scale("cpu"), corpora=dataclasses.replace(corpora, scale=get_scale("cpu")))
+    runs = experiment_runs(rules()["experts"], request)
+    sizes = {run.label: run.spec.model.num_params() for run in runs}
+    assert [run.label for run in runs[:4]] == ["16 experts", "dense for 16", "64 experts", "dense for 64"]
+    for n in (16, 64):
+        assert sizes[f"{n} experts"] == pytest.approx(sizes[f"dense for {n}"], rel=1e-3)
 
 
 SHORT = {"seeds": [7, 8], "looks": [2], "bounds": [12.8]}

@@ -80,7 +80,7 @@ class ReproduceEvidence(Runs):
     list: Annotated[Flag, _WORK] = False
     """print the order and what is done; train nothing"""
     only: Words = ()
-    """only these parts: control ablations table3 table10 table1 table6"""
+    """only these parts: control ablations experts table3 table10 table1 table6"""
     bench: MaybeText = None
     """a result of `bench layer`, for the claims on speed in OUT/claims.json (default: they stay open)"""
 

@@ -1,8 +1,8 @@
 """`reproduce evidence`: the runs that decide the paper's claims at scale cpu, most decisive first, within a budget of time.
 
 First the control, by rules that stood before its runs; then the headline, dense against sigma-MoE, with three seeds; the core
-rows of table 10 with two; Top-K and product keys with two; last the ablations, by rules again. Each call goes on with what is
-missing and starts no run that would not fit.
+rows of table 10 with two; Top-K and product keys with two; last the other experiments, by rules again. Each call goes on with
+what is missing and starts no run that would not fit.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def experiment_runs(rule: Rule, request: Request) -> list[NamedRun]:
     runs = []
     for seed, candidate in in_order(rule):
         ffn = sized(rows[candidate.row], column.column, column.vocab_size).ffn
-        if candidate.d_ff is not None:
-            ffn = ffn.replace(d_ff=candidate.d_ff)
+        sizes = {"d_ff": candidate.d_ff, "n_experts": candidate.n_experts}
+        ffn = ffn.replace(**{name: size for name, size in sizes.items() if size is not None})
         shortened = dataclasses.replace(column, steps=max(1, round(candidate.steps_share * column.steps)))
         train = train_settings(shortened, rows[candidate.row].method, request, seed)
         spec = RunSpec(model=column.column.model(ffn, column.vocab_size), train=train, corpus=corpus)
@@ -158,7 +158,7 @@ def _judged(rule: Rule, contrast: Contrast, test: Losses, valid: Losses, needed:
         name=contrast.name,
         words=contrast.words,
         claimed=contrast.claimed,
-        published_percent=None if contrast.published is None else published_percent(contrast.published),
+        published_percent=sum(map(published_percent, contrast.published)) if contrast.published else None,
         n_finished=len(values),
         values=values,
     )

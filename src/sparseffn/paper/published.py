@@ -42,13 +42,16 @@ class PublishedPair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     table: str
     row: str
     other: str
+    column: str = "WT-S"
+    weight: float = 1.0
+    """In a sum of differences."""
 
 
 def published_percent(pair: PublishedPair) -> float:
-    """A published difference in percent of the other row's loss, on WT-S; perplexities are taken to their logarithms."""
+    """A published difference in percent of the other row's loss, times its weight; of perplexities the logarithms."""
     values = published_values(pair.table)
-    ours, theirs = (math.log(values[label, "WT-S"]) for label in (pair.row, pair.other))
-    return 100 * (ours - theirs) / theirs
+    ours, theirs = (math.log(values[label, pair.column]) for label in (pair.row, pair.other))
+    return pair.weight * 100 * (ours - theirs) / theirs
 
 
 def rows_of(table: str) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Key in table 10, whose settings it has."""
     d_ff: int | None = None
     """Of a dense block, in place of the column's."""
+    n_experts: int | None = None
+    """Of a mixture, in place of the column's, with its K and G."""
     steps_share: float = 1.0
     """Of the column's steps; the learning rate decays over those that are left."""
     later: bool = False
@@ -39,7 +41,8 @@ class Contrast(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Below 0, above 0, or nothing: only the interval is asked for."""
     needs: str | None = None
     """Contrast that must be confirmed before this one says anything."""
-    published: PublishedPair | None = None
+    published: Sequence[PublishedPair] = ()
+    """Whose weighted sum the paper gives for it."""
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
