@@ -40,7 +40,8 @@ from sparseffn.models.presets import get_preset
 from sparseffn.results.planned_result import PlannedResult, PlannedRun
 from sparseffn.storage import environment, write_json
 from sparseffn.training import from_preset
-from sparseffn.training.planner import Layout, plan
+from sparseffn.training.layout import Layout
+from sparseffn.training.planner import plan
 from sparseffn.training.replicas import replicate
 from sparseffn.training.stepper import Stepper, training_losses
 

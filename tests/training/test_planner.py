@@ -26,7 +26,8 @@ from sparseffn.models import ModelConfig
 from sparseffn.models.backbones import Backbone
 from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.training import TrainConfig, failures, from_preset
-from sparseffn.training.planner import Layout, largest_batch, plan
+from sparseffn.training.layout import Layout
+from sparseffn.training.planner import largest_batch, plan
 from sparseffn.training.replicas import Strategy
 from sparseffn.training.step_costs import kept_bytes, step_flops
 
@@ -136,6 +137,13 @@ def test_experts_are_spread() -> None:
     rows = config.context * model.ffn.n_selected * model.d_model * 4  # pyright: ignore[reportAttributeAccessIssue]
     counts = 8 * model.ffn.n_experts  # pyright: ignore[reportAttributeAccessIssue]
     assert spread.communication.experts == model.n_layers * (4 * rows + counts) * 3 // 4
+
+
+def test_shards_of_spread_experts_are_of_their_copies() -> None:
+    """FSDP leaves each of n devices 1 / n of all parameters, however experts are spread first."""
+    model, config = run_of("sigma-moe", batch=8)
+    held = [plan(model, config, Layout(gpus=8, strategy="fsdp", expert_parallel=n)).memory.parameters for n in (1, 4)]
+    assert held == pytest.approx([4 * model.num_params() / 8] * 2, rel=1e-3)
 
 
 def test_methods_that_balance_the_batch_gather_its_logits() -> None:

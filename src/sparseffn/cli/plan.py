@@ -12,7 +12,10 @@ from sparseffn.comparison import MatchedMethod, match_methods
 from sparseffn.errors import UserError
 from sparseffn.models.presets import get_preset
 from sparseffn.training import from_preset
-from sparseffn.training.planner import CommunicationPlan, Layout, MemoryPlan, Plan, in_bytes, largest_batch, plan
+from sparseffn.training.layout import Layout
+from sparseffn.training.planned_memory import MemoryPlan
+from sparseffn.training.planned_sends import CommunicationPlan
+from sparseffn.training.planner import Plan, in_bytes, largest_batch, plan
 
 _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

@@ -2,8 +2,9 @@
 
 from sparseffn.errors import Interrupted
 from sparseffn.training.config import TrainConfig, from_preset
+from sparseffn.training.layout import Layout
 from sparseffn.training.loop import NonFiniteLossError, train
-from sparseffn.training.planner import Layout, Plan, largest_batch, plan
+from sparseffn.training.planner import Plan, largest_batch, plan
 from sparseffn.training.restore import RunSettings, load_run_corpus, load_run_model, load_run_tokenizer
 from sparseffn.training.result import TrainResult
 from sparseffn.training.run_folder import RunFolder

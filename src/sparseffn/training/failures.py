@@ -11,7 +11,9 @@ from sparseffn.devices import memory_there
 from sparseffn.errors import UserError
 from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
-from sparseffn.training.planner import Layout, in_bytes, largest_batch, memory_plan, plan
+from sparseffn.training.layout import Layout
+from sparseffn.training.planned_memory import memory_plan
+from sparseffn.training.planner import in_bytes, largest_batch, plan
 
 # What no plan has: fragments of the allocator, and PyTorch's own code and state (a process that has imported it holds 0.4 GB,
 # one with a CUDA context about half a GB of the GPU).

@@ -41,7 +41,7 @@ from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped
 from sparseffn.training.generators import all_generators, restore_own_generators, seed_generators
 from sparseffn.training.health import COLLAPSE_FROM, LossSpikes, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
-from sparseffn.training.planner import Layout
+from sparseffn.training.layout import Layout
 from sparseffn.training.replicas import Strategy, replicate
 from sparseffn.training.restore import load_weights
 from sparseffn.training.result import TrainResult

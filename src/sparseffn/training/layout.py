@@ -1,0 +1,91 @@
+"""Devices that a run is spread over, and what must divide by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from sparseffn.errors import UserError, unknown_name
+from sparseffn.ffn.mixture import MixtureConfig
+from sparseffn.models import ModelConfig
+from sparseffn.training.config import TrainConfig
+from sparseffn.training.replicas import Strategy
+from sparseffn.training.step_costs import MicroBatch
+
+# More than anybody has.
+_MOST_GPUS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Devices, and what is spread over them."""
+
+    gpus: int = 1
+    strategy: Strategy = "ddp"
+    """`ddp`: parameters and optimiser whole on every device; `fsdp`: sharded over them."""
+    expert_parallel: int = 1
+    """Devices that the experts of a layer are spread over; each such group holds all of them."""
+    device_type: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise unknown_name("`--strategy`", self.strategy, get_args(Strategy))
+        if not 1 <= self.gpus <= _MOST_GPUS:
+            raise UserError(f"`--gpus` must be 1 to {_MOST_GPUS}; got {self.gpus}; fix: --gpus 1 is one device")
+        if self.expert_parallel < 1 or self.gpus % self.expert_parallel:
+            raise UserError(
+                f"`--expert-parallel` must divide --gpus {self.gpus}; got {self.expert_parallel}; "
+                f"fix: one of {_some_divisors(self.gpus)}"
+            )
+
+    def micro_batch(self, train: TrainConfig) -> MicroBatch:
+        """What one device computes at a time.
+
+        Raises:
+            UserError: the streams do not divide.
+        """
+        parts = self.gpus * train.accumulation
+        if train.batch % parts:
+            down = train.batch - train.batch % parts
+            fits = f"{down} or {down + parts}" if down else str(parts)
+            raise UserError(
+                f"`--batch` must be a multiple of gpus x accumulation = {self.gpus} x {train.accumulation}; got {train.batch}; "
+                f"fix: --batch {fits}"
+            )
+        return MicroBatch(
+            n_streams=train.batch // parts,
+            context=train.context,
+            memory=train.memory,
+            precision=train.precision,
+            device_type=self.device_type,
+        )
+
+
+def expert_params(model: ModelConfig) -> int:
+    """Parameters of a layer's experts."""
+    ffn = model.ffn
+    return ffn.n_products * ffn.n_channels * ffn.d_model if isinstance(ffn, MixtureConfig) else 0
+
+
+def check_experts(model: ModelConfig, layout: Layout) -> None:
+    """Refuse experts that cannot be spread as they are to be.
+
+    Raises:
+        UserError: the method has none, or they do not divide.
+    """
+    n, ffn = layout.expert_parallel, model.ffn
+    if n == 1:
+        return
+    if not isinstance(ffn, MixtureConfig):
+        raise UserError(f"`--expert-parallel` must be 1 for {ffn.name}, which has no experts; got {n}; fix: leave it out")
+    if ffn.survivors is not None:
+        raise UserError(f"`inner_k` must be none where experts are spread; got {ffn.survivors}; fix: leave it out")
+    if ffn.n_experts % n:
+        raise UserError(
+            f"`--expert-parallel` must divide the {ffn.n_experts} experts of a layer; got {n}; "
+            f"fix: one of {_some_divisors(ffn.n_experts)}, or another expert_size"
+        )
+
+
+def _some_divisors(n: int) -> str:
+    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
