@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 from sparseffn.errors import UserError
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.execution import execute
-from sparseffn.paper.experiments import experiment_result, experiment_runs, judged
+from sparseffn.paper.experiments import experiment_result, experiment_runs, judged, losses_of
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.rules import Rule, rules
@@ -34,6 +34,16 @@ def test_bounds_in_the_file_are_those_of_the_simulation(name: str) -> None:
     n_draws = 400_000
     noise = 3 * (rule.alpha / n_draws) ** 0.5
     assert rule.alpha * 0.9 - noise < error_rate(rule.looks, rule.bounds, n_draws=n_draws, seed=2) < rule.alpha + noise
+
+
+@pytest.mark.parametrize("name", list(rules()))
+def test_committed_verdicts_are_those_of_the_committed_runs(name: str) -> None:
+    """By the rule as it stands; whoever changes a loss or the rule decides again."""
+    path = Path(__file__).parents[2] / "results" / "evidence" / f"{name}.json"
+    record, rule = read(path, ExperimentResult, fix=""), rules()[name]
+    assert record.contrasts == judged(rule, losses_of(record.runs, "test"), losses_of(record.runs, "valid"))
+    assert (record.seeds, record.looks, record.bounds) == (list(rule.seeds), list(rule.looks), list(rule.bounds))
+    assert {run.candidate for run in record.runs} <= {candidate.name for candidate in rule.candidates}
 
 
 def test_seeds_are_fresh() -> None:
