@@ -122,7 +122,8 @@ def _bits(nats: float | None) -> str:
 def _time(result: ExperimentResult) -> str:
     hours = sum(run.wall_s for run in result.runs) / 3600
     made = makers([run.sources for run in result.runs])
-    return f"{len(result.runs)} of {len(result.seeds) * len(result.candidates)} runs, {hours:.1f} hours of one thread{made}.\n"
+    planned = len(result.seeds) * len(result.candidates)
+    return f"{len(result.runs)} of {planned} runs, {hours:.1f} hours of one thread beside other work{made}.\n"
 
 
 def makers(sources: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def forest_plot(rows: Sequence[ForestRow], *, name: str, title: str, mark: str =
     """Rows from top to bottom; `mark` is added to the description."""
     n_dots = sum(len(row.values) for row in rows)
     caption = (
-        f"{title}. Negative is better; dots are seeds ({n_dots}), lines 95% intervals not corrected for their number, "
+        f"{title}. Negative is better; dots are seeds ({n_dots}), lines the intervals of the table, "
         "diamonds what was published."
     )
     with drawing(width=TEXT_WIDTH, height=_MARGIN + _HEIGHT * len(rows)) as (figure, axes):
