@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from sparseffn.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -57,6 +58,9 @@ class World:
         self.announces = False
         """Whether the others wait to hear what this process trains."""
         self._n_said, self._n_efforts = 0, 0
+        self._agreed: Exception | None = None
+        self._broken_by: str | None = None
+        self._second_group: ProcessGroup | None = None
 
     @classmethod
     def here(cls) -> World:
@@ -78,6 +82,23 @@ class World:
     def is_alone(self) -> bool:
         return self.size == 1
 
+    def second_group(self) -> ProcessGroup:
+        """The same processes in a group of their own, for what goes on beside the first one's exchanges; made once."""
+        if self._second_group is None:
+            import torch.distributed as dist
+
+            self._second_group = cast("ProcessGroup", dist.new_group())
+        return self._second_group
+
+    def agreed(self, error: Exception) -> Exception:
+        """An error that every process has here, after which they can go on together."""
+        self._agreed = error
+        return error
+
+    def is_agreed(self, error: Exception) -> bool:
+        """Whether all processes have the error, or its like."""
+        return error is self._agreed
+
     def share(self, n: int, what: str) -> slice:
         """This process's part of n things in order.
 
@@ -86,8 +107,10 @@ class World:
         """
         if n % self.size:
             fits = next(k for k in range(self.size, 0, -1) if n % k == 0)
-            raise UserError(
-                f"{what} must be a multiple of the {self.size} processes; got {n}; fix: change it, or start {fits} of them"
+            raise self.agreed(
+                UserError(
+                    f"{what} must be a multiple of the {self.size} processes; got {n}; fix: change it, or start {fits} of them"
+                )
             )
         each = n // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
@@ -144,29 +167,34 @@ class World:
         if other is not None:
             a, b = json.loads(said[0]), json.loads(said[other])
             first, theirs = _difference(a, b), _difference(b, a)
-            raise UserError(
+            message = (
                 f"{what} must be the same in all {self.size} processes; got {first} in process 0 and {theirs} in process "
                 f"{other}; fix: start all of them with the same command, on the same files"
             )
+            raise self.agreed(UserError(message))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Do what may fail in one process alone, as reading a file: what one of them is refused, all of them are.
+        """Do what may fail in one process alone, as reading a file: the error of one of them ends it in all.
 
         Raises:
-            UserError: this process's own error, or that of the first process that has one.
+            Exception: this process's own.
+            OtherProcessError: with the text of the first process that has one.
         """
-        own: UserError | None = None
+        if self.is_alone:
+            yield
+            return
+        own: Exception | None = None
         try:
             yield
-        except UserError as error:
+        except Exception as error:
             own = error
-        said = self.texts("" if own is None else str(own))
+        said = self.texts("" if own is None else _in_words(own))
         if own is not None:
-            raise own
+            raise self.agreed(own)
         for rank, text in enumerate(said):
             if text:
-                raise OtherProcessError(f"{text} (process {rank} of {self.size})")
+                raise self.agreed(OtherProcessError(f"{text} (process {rank} of {self.size})"))
 
     def say(self, value: object) -> None:
         """Leave a value (JSON) for the others, who hear all that was said, one after the other."""
@@ -185,31 +213,34 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Tell the others of an error that ends this process, and end with theirs where they have gone.
+        """Tell the others of an error that this process has alone, and end with theirs where they have gone.
 
         Raises:
-            OtherProcessError: another process is gone.
+            LostProcessError: another process is gone, or an error of one alone has parted them before.
         """
+        if self._broken_by is not None:
+            raise LostProcessError(f"the processes must be in step; they are not any more: {self._broken_by}")
         # One that failed in an earlier run, which a comparison went on without, failed then.
         self._n_efforts += 1
         try:
             yield
-        except OtherProcessError:
-            raise
-        except RuntimeError as error:
-            if self.is_alone or not _lost_connection(error):
-                self._tell(error)
-                raise
-            raise LostProcessError(self._what_failed(error)) from error
         except Exception as error:
+            if self.is_alone or self.is_agreed(error):
+                raise
+            self._broken_by = self._broken_by or _in_words(error)
+            if isinstance(error, LostProcessError):
+                raise
+            if _lost_connection(error):
+                raise LostProcessError(self._what_failed(error)) from error
             self._tell(error)
             raise
 
     def _tell(self, error: Exception) -> None:
-        if self._store is not None and not self.is_alone:
+        if self._store is not None:
             with contextlib.suppress(Exception):
-                what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                self._store.set(f"{_FAILED}/{self._n_efforts}", json.dumps([self.rank, what]))
+                # The first one to fail: the others may fail by it.
+                said = json.dumps([self.rank, _in_words(error)])
+                self._store.compare_set(f"{_FAILED}/{self._n_efforts}", "", said)
 
     def _what_failed(self, error: Exception) -> str:
         said: list[Any] | None = None
@@ -225,12 +256,16 @@ class World:
         return f"a process of {self.size} must not go away; process {self.rank} lost it ({_first_line(error)}); {after}"
 
 
-def _lost_connection(error: RuntimeError) -> bool:
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _lost_connection(error: Exception) -> bool:
     """Whether a collective failed because another process is not there any more; gloo raises no error of its own."""
     import torch.distributed as dist
 
     words = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "gloo", "NCCL", "Socket")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 def _first_line(error: Exception) -> str:
@@ -259,7 +294,10 @@ def joined(device: str = "auto") -> Iterator[World]:
     Raises:
         UserError: the environment is incomplete, or no other process comes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if not n_processes.isdecimal():
+        raise UserError(f"WORLD_SIZE must be a number of processes; got {n_processes!r}; fix: start them with torchrun")
+    if int(n_processes) <= 1:
         yield World()
         return
     import torch.distributed as dist

@@ -170,19 +170,35 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_processes_that_disagree_are_all_refused(place: Place) -> None:
-    """Other settings, a batch that they do not divide, a file that one of them cannot use: one message, nothing written."""
+    """Other settings, a batch that they do not divide, a text that one of them cannot read: one message, nothing written."""
     jobs = [
         place.job("other", sigma(), only={"1": {"lr": 0.1}}),
         place.job("odd", sigma(), train={**CONFIG.to_json(), "batch": 6, "accumulation": 2}),
-        place.job("large", sigma(), train={**CONFIG.to_json(), "batch": 4000}),
+        place.job("unread", sigma(), faults={"1": "reads nothing"}),
     ]
     ended = place.launch(2, jobs)
     assert [code for code, _ in ended] == [2, 2]
     for _, error in ended:
         assert re.search(r"must be the same in all 2 processes; got lr = 0.005 in process 0 and lr = 0.1 in process 1", error)
         assert re.search(r"must be a multiple of the 2 processes; got 3; fix: change it, or start 1 of them", error)
-        assert re.search(r"must have at least batch x \(context \+ 1\)", error)
-    assert not any((place.path / name).exists() for name in ("other", "odd", "large"))
+        assert "the text must be there; got none; fix: bring it" in error
+    assert "OtherProcessError: the text must be there; got none; fix: bring it (process 1 of 2)" in ended[0][1]
+    assert not any((place.path / name / "checkpoints").exists() for name in ("other", "odd", "unread"))
+
+
+def test_a_run_that_ends_in_one_process_ends_in_all_and_the_next_one_begins(place: Place) -> None:
+    """An error of the first one's caller, losses that are not finite: whole, spread or in shards."""
+    wild = {**CONFIG.to_json(), "lr": 1e30, "warmup": 0, "steps": 6}
+    jobs = [place.job("stopped", sigma(), faults={"0": "callback 2"})]
+    four = examples()["sigma-moe-1"]
+    jobs += [place.job(f"wild-{way}", four, train=wild, strategy=way) for way in ("ddp", "ep", "fsdp")]
+    jobs += [place.job("after", sigma())]
+    (first, said), (second, heard) = place.launch(2, jobs)
+    assert (first, second) == (2, 2), (said, heard)
+    assert "Stop: enough" in said and "OtherProcessError: Stop: enough (process 0 of 2)" in heard
+    for error in (said, heard):
+        assert error.count("NonFiniteLossError: loss and gradient must be finite") == 3, error
+    assert (place.path / "after" / "result.json").exists()
 
 
 def test_a_run_goes_on_in_any_number_of_processes(place: Place) -> None:

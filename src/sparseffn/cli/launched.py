@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+from sparseffn.cli.output import use_machine
 from sparseffn.cli.settings import Machine
-from sparseffn.distribution import LostProcessError, World, joined
+from sparseffn.distribution import World, joined
 from sparseffn.errors import Interrupted, UserError
 from sparseffn.training.together import follow, leading
 
@@ -30,19 +32,20 @@ def launched(settings: Machine) -> Iterator[World]:
             with world.fail_together():
                 world.agree("the settings of the command", dataclasses.asdict(settings))  # pyright: ignore[reportArgumentType]
                 yield world
-        except LostProcessError:
-            raise
         except UserError as error:
-            _end_silently(world, 2, error)
+            if not world.leads and world.is_agreed(error):
+                _end_silently(2, error)
             raise
         except Interrupted as error:
-            _end_silently(world, error.exit_code, error)
+            if not world.leads:
+                _end_silently(error.exit_code, error)
             raise
 
 
-def _end_silently(world: World, code: int, error: BaseException) -> None:
-    if not world.leads:
-        raise SystemExit(code) from error
+def _end_silently(code: int, error: BaseException) -> NoReturn:
+    """Leave the word to the first process, which a launcher ends as soon as another one has ended."""
+    time.sleep(1.0)
+    raise SystemExit(code) from error
 
 
 def led(command: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -56,6 +59,7 @@ def led(command: Callable[[Any], int]) -> Callable[[Any], int]:
             if world.leads:
                 with leading(world):
                     return command(settings)
+            use_machine(settings)
             return follow(world)
 
     return run

@@ -25,6 +25,7 @@ from sparseffn.models.generation import generate_tokens
 from sparseffn.models.presets import get_preset
 from sparseffn.report.comparison_report import comparison_table, write_comparison
 from sparseffn.training import RunSettings, from_preset, load_run_corpus, load_run_model, load_run_tokenizer, train
+from sparseffn.training.restore import find_checkpoint
 
 
 def overrides(settings: Trained) -> dict[str, Any]:
@@ -56,13 +57,14 @@ def train_run(settings: Train) -> int:
 
 
 def _train_run(settings: Train, world: World) -> int:
-    device = use_machine(settings)
-    choice = one_method(settings.method, "--method")
-    preset = dataclasses.replace(get_preset(settings.preset), backbone=settings.backbone, **overrides(settings))
     names = ("optimizer", "weight_decay", "accumulation", "precision", "eval_every", "checkpoint_every")
-    config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
-    corpus = load_corpus(settings.corpus, **settings.corpus_options())
-    matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
+    with world.together():
+        device = use_machine(settings)
+        choice = one_method(settings.method, "--method")
+        preset = dataclasses.replace(get_preset(settings.preset), backbone=settings.backbone, **overrides(settings))
+        config = from_preset(preset, steps=settings.steps, seed=settings.seed, **_given(settings, names))
+        corpus = load_corpus(settings.corpus, **settings.corpus_options())
+        matched = match_methods([choice], preset, corpus.tokenizer.vocab_size)[0]
     with Progress(quiet=not world.leads) as progress:
         progress.log(f"{matched.label}: {matched.model.num_params():,} parameters, corpus {corpus.name} {corpus.digest[:12]}")
         result = train(
@@ -140,9 +142,11 @@ def evaluate_run(settings: Eval) -> int:
 
 
 def _evaluate_run(settings: Eval, world: World) -> int:
-    model, folder = load_run_model(settings.run, checkpoint=settings.checkpoint, device=use_machine(settings))
-    run = RunSettings.read(folder)
-    corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
+    with world.together():
+        model, folder = load_run_model(settings.run, checkpoint=settings.checkpoint, device=use_machine(settings))
+        run = RunSettings.read(folder)
+        corpus = load_run_corpus(folder.path, data_dir=settings.data_dir, cache_dir=settings.cache_dir)
+    world.agree("the checkpoint", find_checkpoint(folder, settings.checkpoint).name)
     chosen = run.train.evaluation
     chosen |= {"memory": settings.memory} if settings.memory is not None else {}
     chosen |= {"batch": settings.eval_batch} if settings.eval_batch is not None else {}

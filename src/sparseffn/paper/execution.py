@@ -12,6 +12,7 @@ from sparseffn.analysis import UsageCounter
 from sparseffn.comparison.outcome import count_usage
 from sparseffn.data import Corpus, evaluation_windows
 from sparseffn.devices import find_device, to_device
+from sparseffn.distribution import LostProcessError
 from sparseffn.errors import NonFiniteError, UserError
 from sparseffn.ffn import collect_stats
 from sparseffn.models import LanguageModel
@@ -40,6 +41,8 @@ def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device:
         pool.failure_path(spec).unlink(missing_ok=True)
         try:
             _run(pool, spec, on_step, device)
+        except LostProcessError:
+            raise
         except Exception as error:
             # Whatever it is, a full disk or a connection that dropped, the runs after it may do.
             return _recorded(pool, spec, error)

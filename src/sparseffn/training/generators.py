@@ -53,6 +53,7 @@ def restore_own_generators(
     if batch is None:
         restore_generators(alone | of_batch, device, seed=anew)
         return
+    batch.seed(keyed_generator(seed, f"step {checkpoint.step}, batch").initial_seed())
     batch.restore(of_batch or alone)
     own = checkpoint.group(f"process.{world.rank}") if not world.leads else alone if of_batch else {}
     if own:

@@ -57,7 +57,14 @@ def where_not_finite(model: LanguageModel, losses: Tensor, inputs: Tensor, targe
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+    return [name for name, tensor in tensors if not bool(_own(tensor).isfinite().all())]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, without asking others."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _some(names: Sequence[str]) -> str:
@@ -69,9 +76,12 @@ def _some(names: Sequence[str]) -> str:
 def _first_module(model: LanguageModel, inputs: Tensor, targets: Tensor) -> str | None:
     """The first module whose output on a window, without memory and dropout, is not finite.
 
-    Only on the CPU: elsewhere a router that is not finite is an assertion of the device, which ends every work on it.
+    Only where the whole model is in this process, and on the CPU: elsewhere a router that is not finite is an assertion of the
+    device, which ends every work on it.
     """
     if inputs.device.type != "cpu" or next(model.parameters()).device.type != "cpu":
+        return None
+    if any(_own(parameter) is not parameter for parameter in model.parameters()):
         return None
     seen: list[str] = []
 

@@ -35,7 +35,7 @@ from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.models import ModelConfig, build_model
 from sparseffn.storage import file_digest, sole_writer, write_bytes
-from sparseffn.training.checkpoint import KEPT, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from sparseffn.training.checkpoint import KEPT, MANIFEST, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
 from sparseffn.training.generators import all_generators, restore_own_generators, seed_generators
@@ -299,30 +299,37 @@ class _Run:
         read = read_steps(self.unread, self.config)
         step, seconds = self.step - len(read), (time.perf_counter() - self.started) / len(read)
         self.unread.clear()
-        for numbers in read:
-            step += 1
-            self.seconds += seconds
-            if numbers.finite or numbers.overflowed:
-                self.skipped = 0
-                self._report(step, numbers, seconds)
-            else:
-                self._not_taken(step, numbers)
+        failed: tuple[int, StepNumbers] | None = None
+        with self.world.together():
+            for numbers in read:
+                step += 1
+                self.seconds += seconds
+                if numbers.finite or numbers.overflowed:
+                    self.skipped = 0
+                    self._report(step, numbers, seconds)
+                elif not self._leave_out(step, numbers):
+                    failed = step, numbers
+                    break
+        if failed is not None:
+            raise self.world.agreed(self._not_taken(*failed))
 
-    def _not_taken(self, step: int, numbers: StepNumbers) -> None:
-        """A step that is not finite: end the run, or note it."""
-        what = f"loss {numbers.loss} and gradient norm {numbers.grad_norm}"
+    def _leave_out(self, step: int, numbers: StepNumbers) -> bool:
+        """Whether a step that is not finite is noted and the run goes on."""
         self.skipped += 1
-        if self.non_finite == "skip" and self.skipped <= MAX_SKIPPED:
-            self._record({"step": step, "skipped": what})
-            return
+        goes_on = self.non_finite == "skip" and self.skipped <= MAX_SKIPPED
+        if goes_on:
+            self._record({"step": step, "skipped": _what(numbers)})
+        return goes_on
+
+    def _not_taken(self, step: int, numbers: StepNumbers) -> NonFiniteLossError:
         # No checkpoint is written before the steps are read. Of those before the last nothing is left to look at.
         where = self._where() if step == self.step else ""
         remedy = "lower lr or raise warmup in a new --out" + (
             "" if self.skipped > 1 else ", or leave such steps out, `--non-finite skip`"
         )
-        raise NonFiniteLossError(
-            f"loss and gradient must be finite; got {what} at step {step}, which was not taken{where and f' ({where})'}; "
-            f"fix: {remedy}. Last good checkpoint: {self.last_good()}"
+        return NonFiniteLossError(
+            f"loss and gradient must be finite; got {_what(numbers)} at step {step}, which was not "
+            f"taken{where and f' ({where})'}; fix: {remedy}. Last good checkpoint: {self.last_good()}"
         )
 
     def _where(self) -> str:
@@ -349,13 +356,13 @@ class _Run:
     def _validate(self) -> None:
         """A point of the validation curve, and the routing at it."""
         self.valid = self.step, self._evaluate("valid", self.config.eval_tokens).nats_per_token
-        self._record({"step": self.step, "valid": self.valid[1]})
-        if routes_to_experts(self.model):
-            selections = snapshot(self.model, self.corpus, self.config)
-            if self.world.leads:
+        selections = snapshot(self.model, self.corpus, self.config) if routes_to_experts(self.model) else None
+        with self.world.together():
+            self._record({"step": self.step, "valid": self.valid[1]})
+            if selections is not None and self.world.leads:
                 save_snapshot(self.folder.path, self.step, selections)
-            if self.step >= COLLAPSE_FROM and isinstance(self.model.config.ffn, MixtureConfig):
-                self._warn(self.step, collapse(selections, self.model.config.ffn))
+                if self.step >= COLLAPSE_FROM and isinstance(self.model.config.ffn, MixtureConfig):
+                    self._warn(self.step, collapse(selections, self.model.config.ffn))
 
     def _warn(self, step: int, warning: str | None) -> None:
         if warning is not None:
@@ -365,10 +372,11 @@ class _Run:
     def _evaluate_whole(self, split: str) -> float:
         """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
         evaluation = self._evaluate(split)
-        if self.world.leads:
-            losses = io.BytesIO()
-            np.save(losses, evaluation.window_nats)
-            write_bytes(self.folder.window_losses_path(split), losses.getvalue())
+        losses = io.BytesIO()
+        np.save(losses, evaluation.window_nats)
+        with self.world.together():
+            if self.world.leads:
+                write_bytes(self.folder.window_losses_path(split), losses.getvalue())
         return evaluation.nats_per_token
 
     def _evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
@@ -376,9 +384,8 @@ class _Run:
             tokens = getattr(self.corpus, split)
             return evaluate(self.model, tokens, max_tokens=max_tokens, world=self.world, **self.config.evaluation)
         except NonFiniteError as error:
-            raise NonFiniteLossError(
-                f"{error}; {split} after step {self.step}. Last good checkpoint: {self.last_good()}"
-            ) from None
+            message = f"{error}; {split} after step {self.step}. Last good checkpoint: {self.last_good()}"
+            raise self.world.agreed(NonFiniteLossError(message)) from None
 
     def _report(self, step: int, numbers: StepNumbers, seconds: float) -> None:
         if not self.world.leads:
@@ -446,6 +453,7 @@ class _Run:
         path = self.folder.checkpoints / last
         with self.world.together():
             checkpoint = load_checkpoint(path, run=self.folder.digest())
+        self.world.agree(f"{last} of the run", file_digest(path / MANIFEST))
         with self.world.together():
             try:
                 load_weights(self.model, path, checkpoint, place=self.stepper.replica.place)
@@ -468,3 +476,7 @@ class _Run:
             if self.world.leads:
                 self.folder.rewind_metrics(step)
                 self.folder.note_device(max(step, 0), device_name(self.stepper.device))
+
+
+def _what(numbers: StepNumbers) -> str:
+    return f"loss {numbers.loss} and gradient norm {numbers.grad_norm}"

@@ -35,6 +35,8 @@ class Replica(ABC):
         self.model, self.batch = model, batch
         self.run: nn.Module = model
         """What a training step calls."""
+        self.is_whole = True
+        """Whether this process has every tensor as a single one has it."""
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
@@ -81,6 +83,10 @@ class Replicated(Replica):
 
 class _InParts(Replica):
     """A model some of whose tensors are DTensors, which go to the optimiser apart from the others."""
+
+    def __init__(self, model: LanguageModel, batch: BatchGroup) -> None:
+        super().__init__(model, batch)
+        self.is_whole = False
 
     @abstractmethod
     def groups(self) -> list[list[nn.Parameter]]:
@@ -184,10 +190,8 @@ def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy:
             f"`precision` must be float32 or bfloat16 with strategy {strategy}; got float16, whose scaled gradients are looked "
             "at by shard; fix: --precision bfloat16, or --strategy ddp"
         )
-    import torch.distributed as dist
-
-    # Of its own, as gradients are exchanged while the backward pass of routers communicates.
-    batch = BatchGroup(cast(dist.ProcessGroup, dist.new_group()), seed=config.seed, even=True)
+    # Of a group of its own, as gradients are exchanged while the backward pass of routers communicates.
+    batch = BatchGroup(world.second_group(), seed=config.seed, even=True)
     set_batch_group(model, batch)
     if strategy == "ddp":
         return Replicated(model, batch)

@@ -122,11 +122,20 @@ class Stepper:
         """Model, optimiser and memories by name, for a checkpoint: whole, however many processes there are. All of them must
         call this.
         """
-        whole = self.replica.whole
-        tensors = {f"model.{name}": whole(value) for name, value in self.model.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+
+        def put(name: str, value: Tensor) -> None:
+            """Made whole in all processes, kept by the one that writes it, where it is there once more outside the device."""
+            made = self.replica.whole(value)
+            if self.world.leads:
+                tensors[name] = made if self.replica.is_whole else made.cpu()
+
+        for name, value in self.model.state_dict().items():
+            put(f"model.{name}", value)
         for name, parameter in self._parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer.{name}::{field}": whole(value) for field, value in state.items()}
+            for field, value in state.items():
+                put(f"optimizer.{name}::{field}", value)
         for i, memory in enumerate(self.memories):
             tensors |= {f"memory.{i}.{layer}": self.world.gather(states) for layer, states in enumerate(memory or ())}
         return tensors

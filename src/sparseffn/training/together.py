@@ -66,8 +66,11 @@ def follow(world: World) -> int:
         run = dict(said)
         model, config = model_config_from_json(run.pop("model")), TrainConfig.from_json(run.pop("config"))
         corpus = _open(run.pop("corpus"), run.pop("tokenizer"), run.pop("digest"), run.pop("evaluated"))
-        with contextlib.suppress(UserError):
+        try:
             train(model, config, corpus, run.pop("out"), world=world, **run)
+        except UserError as error:
+            if not world.is_agreed(error):
+                raise
     return 0
 
 
