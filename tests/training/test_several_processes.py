@@ -139,15 +139,10 @@ def test_two_processes_train_every_method_as_one_does(place: Place) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 4])
-def test_processes_with_shards_train_every_method_as_one_does(place: Place, n: int) -> None:
-    check_equal(place, n, examples(), dict.fromkeys(examples(), "fsdp"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 4])
-def test_processes_train_every_example_as_one_does(place: Place, n: int) -> None:
-    check_equal(place, n, examples(), {})
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_four_processes_train_every_method_as_one_does(place: Place, way: str) -> None:
+    models = examples(each=1)
+    check_equal(place, 4, models, dict.fromkeys(models, way))
 
 
 @pytest.mark.slow
