@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sparseffn
-from sparseffn.ffn import BatchGroup, set_batch_group, shard_experts
+from sparseffn.ffn import BatchGroup, replicate_rest, set_batch_group, shard_experts
 
 
 def main(steps: int = 40) -> None:
@@ -24,8 +23,7 @@ def main(steps: int = 40) -> None:
     model = nn.Sequential(nn.LayerNorm(32), sparseffn.SigmaMoE(d_model=32, n_experts=8, expert_size=32, k=2)).to(device)
     sharded = shard_experts(model, mesh)
     set_batch_group(model, BatchGroup(even=True))
-    DDP._set_params_and_buffers_to_ignore_for_model(model, sharded)
-    wrapped = DDP(model)
+    wrapped = replicate_rest(model)
     named = dict(model.named_parameters())
     experts, rest = [named[n] for n in sharded], [p for n, p in named.items() if n not in sharded]
     optimizer = torch.optim.Adam([{"params": experts}, {"params": rest}], lr=3e-3)

@@ -237,7 +237,8 @@ class World:
 
     def _tell(self, error: Exception) -> None:
         if self._store is not None:
-            with contextlib.suppress(Exception):
+            # The store may be gone with the process that had it.
+            with contextlib.suppress(RuntimeError):
                 # The first one to fail: the others may fail by it.
                 said = json.dumps([self.rank, _in_words(error)])
                 self._store.compare_set(f"{_FAILED}/{self._n_efforts}", "", said)
@@ -246,7 +247,7 @@ class World:
         said: list[Any] | None = None
         key, waits_until = f"{_FAILED}/{self._n_efforts}", time.monotonic() + MESSAGE_AFTER
         # The store lives with the launcher, or in process 0, and may be gone as well.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(RuntimeError):
             while said is None and self._store is not None and time.monotonic() < waits_until:
                 said = json.loads(self._store.get(key)) if self._store.check([key]) else None
                 time.sleep(0.05)

@@ -15,10 +15,9 @@ from processes import PARTS, SEED, Spread, difference, join, leave, loss_of, run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from sparseffn.errors import UserError
-from sparseffn.ffn import BatchGroup, FFNConfig, set_batch_group, shard_experts, unshard_experts
+from sparseffn.ffn import BatchGroup, FFNConfig, replicate_rest, set_batch_group, shard_experts, unshard_experts
 from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
@@ -85,8 +84,7 @@ def with_ddp(mesh: DeviceMesh) -> dict[str, float]:
     model, spread = copy.deepcopy(single), Spread.of("even", 6, rank, size)
     names = shard_experts(model, mesh)
     set_batch_group(model, BatchGroup(mesh.get_group(), even=True))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    wrapped = DistributedDataParallel(model)
+    wrapped = replicate_rest(model)
     own = dict(model.named_parameters())
     groups = [{"params": [own[name] for name in names]}, {"params": [p for name, p in own.items() if name not in names]}]
     for net, optimizer, rows in (

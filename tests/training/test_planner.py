@@ -26,9 +26,8 @@ from sparseffn.models import ModelConfig
 from sparseffn.models.backbones import Backbone
 from sparseffn.models.presets import PRESETS, get_preset
 from sparseffn.training import TrainConfig, failures, from_preset
-from sparseffn.training.layout import Layout
+from sparseffn.training.layout import Kept, Layout
 from sparseffn.training.planner import largest_batch, plan
-from sparseffn.training.replicas import Strategy
 from sparseffn.training.step_costs import kept_bytes, step_flops
 
 CPU = Layout(device_type="cpu")
@@ -158,7 +157,7 @@ def test_methods_that_balance_the_batch_gather_its_logits() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_largest_batch_fits_and_no_larger_one(strategy: Strategy) -> None:
+def test_the_largest_batch_fits_and_no_larger_one(strategy: Kept) -> None:
     """Where none does, it is 0."""
     model, config = run_of("topk", batch=8, accumulation=2)
     layout, memory = Layout(gpus=4, strategy=strategy), 10**9
@@ -172,14 +171,14 @@ REFUSED = {
     "no-device": ("--method dense --gpus 0", r"`--gpus` must be 1 to .*; got 0; fix: --gpus 1 is one device"),
     "batch": (
         "--method dense --gpus 3",
-        r"`--batch` must be a multiple of gpus x accumulation = 3 x 1; got 16.*--batch 15 or 18",
+        r"`--batch` must be a multiple of processes x accumulation = 3 x 1; got 16.*--batch 15 or 18",
     ),
     "small-batch": ("--method dense --gpus 32", r"must be a multiple .* got 16; fix: --batch 32"),
     "spread": ("--method sigma-moe --gpus 4 --expert-parallel 3", r"`--expert-parallel` must divide --gpus 4; got 3"),
-    "no-experts": ("--method dense --gpus 4 --expert-parallel 2", r"must be 1 for dense, which has no experts; got 2"),
+    "no-experts": ("--method dense --gpus 4 --expert-parallel 2", r"over 1 device for dense, which has none; got 2"),
     "experts": (
         "--method switch --gpus 16 --expert-parallel 16",
-        r"must divide the 8 experts of a layer; got 16; fix: one of 1, 2",
+        r"must divide the 8 of a layer; got 16; fix: one of 1, 2",
     ),
     "inner": ("--method sigma-moe inner_k=64 --gpus 4 --expert-parallel 2", r"`inner_k` must be none .* got 64"),
     "float16": ("--method dense --gpus 4 --strategy fsdp --precision float16", r"`--precision` must be float32 or bfloat16"),

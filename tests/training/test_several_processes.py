@@ -175,7 +175,7 @@ def test_processes_that_disagree_are_all_refused(place: Place) -> None:
     assert [code for code, _ in ended] == [2, 2]
     for _, error in ended:
         assert re.search(r"must be the same in all 2 processes; got lr = 0.005 in process 0 and lr = 0.1 in process 1", error)
-        assert re.search(r"must be a multiple of the 2 processes; got 3; fix: change it, or start 1 of them", error)
+        assert re.search(r"`--batch` must be a multiple of processes x accumulation = 2 x 2; got 6; fix: --batch 4 or 8", error)
         assert "the text must be there; got none; fix: bring it" in error
     assert "OtherProcessError: the text must be there; got none; fix: bring it (process 1 of 2)" in ended[0][1]
     assert not any((place.path / name / "checkpoints").exists() for name in ("other", "odd", "unread"))

@@ -7,7 +7,7 @@ and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, 
 
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, GatedConfig, describe
 from sparseffn.ffn.collect import CollectedStats, collect_stats
-from sparseffn.ffn.expert_parallel import shard_experts, unshard_experts
+from sparseffn.ffn.expert_parallel import replicate_rest, shard_experts, unshard_experts
 from sparseffn.ffn.feedforward import FeedForward, configured_by
 from sparseffn.ffn.methods import (
     build,
@@ -53,6 +53,7 @@ __all__ = [
     "option",
     "parse_options",
     "register",
+    "replicate_rest",
     "set_batch_group",
     "shard_experts",
     "unregister",

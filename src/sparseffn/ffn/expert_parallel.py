@@ -9,8 +9,9 @@ Routers, and everything else, stay whole on every process.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparseffn.errors import UserError
@@ -20,6 +21,7 @@ from sparseffn.ffn.mixture import Mixture
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
@@ -31,12 +33,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
     processes of the mesh must run the layer together, backward too; a process may have no tokens.
 
     Gradients: of experts they are over the tokens of all processes of the mesh, divided by their number, that is the gradient
-    of the mean of the processes' losses. Give the other parameters the same by averaging over the processes, as DDP does,
-    which must leave the experts alone:
-
-        sharded = shard_experts(model, mesh)
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
-        model = DistributedDataParallel(model)
+    of the mean of the processes' losses. `replicate_rest` gives the other parameters the same.
 
     An optimiser whose steps take many tensors at once needs the experts in a parameter group of their own. Balancing losses and
     other batch-wide quantities are over all processes after `set_batch_group(model, BatchGroup())`.
@@ -68,6 +65,27 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
             names.append(f"{name}.experts.{parameter}".lstrip("."))
         layer.experts.is_sharded = True
     return names
+
+
+def replicate_rest(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """`model`, whose experts `shard_experts` has sharded, under DDP, which averages the gradients of everything else.
+
+    Parameters and buffers that are whole become those of the first process. `options` are `DistributedDataParallel`'s.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter.data, DTensor) and parameter.requires_grad]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor.data, DTensor):
+            dist.broadcast(tensor.detach(), src=0)
+    # DDP takes the parameters that need a gradient when it is made.
+    for parameter in sharded:
+        parameter.requires_grad_(False)
+    replicated = DistributedDataParallel(model, init_sync=False, **options)
+    for parameter in sharded:
+        parameter.requires_grad_(True)
+    return replicated
 
 
 def unshard_experts(model: nn.Module) -> None:

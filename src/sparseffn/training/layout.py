@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
-from sparseffn.training.replicas import Strategy
 from sparseffn.training.step_costs import MicroBatch
+
+Strategy = Literal["ddp", "ep", "fsdp"]
+"""`ddp`: parameters and optimiser whole in every process; `ep`: but each process has its part of a mixture's experts, to which
+the tokens go; `fsdp`: every tensor sharded, gathered layer by layer."""
+Kept = Literal["ddp", "fsdp"]
 
 # More than anybody has.
 _MOST_GPUS = 2**20
@@ -21,21 +25,49 @@ class Layout:
     """Devices, and what is spread over them."""
 
     gpus: int = 1
-    strategy: Strategy = "ddp"
+    strategy: Kept = "ddp"
     """`ddp`: parameters and optimiser whole on every device; `fsdp`: sharded over them."""
     expert_parallel: int = 1
     """Devices that the experts of a layer are spread over; each such group holds all of them."""
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise unknown_name("`--strategy`", self.strategy, get_args(Strategy))
+        if self.strategy not in get_args(Kept):
+            raise unknown_name("`--strategy`", self.strategy, get_args(Kept))
         if not 1 <= self.gpus <= _MOST_GPUS:
             raise UserError(f"`--gpus` must be 1 to {_MOST_GPUS}; got {self.gpus}; fix: --gpus 1 is one device")
         if self.expert_parallel < 1 or self.gpus % self.expert_parallel:
             raise UserError(
                 f"`--expert-parallel` must divide --gpus {self.gpus}; got {self.expert_parallel}; "
                 f"fix: one of {_some_divisors(self.gpus)}"
+            )
+
+    @classmethod
+    def of(cls, n_processes: int, strategy: Strategy, device_type: str) -> Layout:
+        """That of a run in so many processes.
+
+        Raises:
+            UserError: there is no such strategy.
+        """
+        if strategy not in get_args(Strategy):
+            raise unknown_name("`strategy`", strategy, get_args(Strategy))
+        if strategy == "ep":
+            return cls(gpus=n_processes, expert_parallel=n_processes, device_type=device_type)
+        return cls(gpus=n_processes, strategy=strategy, device_type=device_type)
+
+    def check(self, model: ModelConfig, train: TrainConfig) -> None:
+        """Refuse a run that cannot be spread so.
+
+        Raises:
+            UserError: streams or experts do not divide, the method has no experts to spread, or shards have scaled gradients.
+        """
+        self.micro_batch(train)
+        _check_experts(model, self.expert_parallel)
+        in_shards = self.strategy == "fsdp" or self.expert_parallel > 1
+        if self.gpus > 1 and in_shards and train.precision == "float16":
+            raise UserError(
+                "`--precision` must be float32 or bfloat16 where parameters are in shards; got float16, whose scaled gradients "
+                "are looked at by shard; fix: --precision bfloat16"
             )
 
     def micro_batch(self, train: TrainConfig) -> MicroBatch:
@@ -49,8 +81,8 @@ class Layout:
             down = train.batch - train.batch % parts
             fits = f"{down} or {down + parts}" if down else str(parts)
             raise UserError(
-                f"`--batch` must be a multiple of gpus x accumulation = {self.gpus} x {train.accumulation}; got {train.batch}; "
-                f"fix: --batch {fits}"
+                f"`--batch` must be a multiple of processes x accumulation = {self.gpus} x {train.accumulation}; "
+                f"got {train.batch}; fix: --batch {fits}"
             )
         return MicroBatch(
             n_streams=train.batch // parts,
@@ -67,22 +99,18 @@ def expert_params(model: ModelConfig) -> int:
     return ffn.n_products * ffn.n_channels * ffn.d_model if isinstance(ffn, MixtureConfig) else 0
 
 
-def check_experts(model: ModelConfig, layout: Layout) -> None:
-    """Refuse experts that cannot be spread as they are to be.
-
-    Raises:
-        UserError: the method has none, or they do not divide.
-    """
-    n, ffn = layout.expert_parallel, model.ffn
+def _check_experts(model: ModelConfig, n: int) -> None:
+    """Refuse experts that cannot be spread over n devices."""
+    ffn = model.ffn
     if n == 1:
         return
     if not isinstance(ffn, MixtureConfig):
-        raise UserError(f"`--expert-parallel` must be 1 for {ffn.name}, which has no experts; got {n}; fix: leave it out")
+        raise UserError(f"experts can be spread over 1 device for {ffn.name}, which has none; got {n}; fix: spread none")
     if ffn.survivors is not None:
         raise UserError(f"`inner_k` must be none where experts are spread; got {ffn.survivors}; fix: leave it out")
     if ffn.n_experts % n:
         raise UserError(
-            f"`--expert-parallel` must divide the {ffn.n_experts} experts of a layer; got {n}; "
+            f"the devices that share experts must divide the {ffn.n_experts} of a layer; got {n}; "
             f"fix: one of {_some_divisors(ffn.n_experts)}, or another expert_size"
         )
 

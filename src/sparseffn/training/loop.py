@@ -41,8 +41,8 @@ from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped
 from sparseffn.training.generators import all_generators, restore_own_generators, seed_generators
 from sparseffn.training.health import COLLAPSE_FROM, LossSpikes, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
-from sparseffn.training.layout import Layout
-from sparseffn.training.replicas import Strategy, replicate
+from sparseffn.training.layout import Layout, Strategy
+from sparseffn.training.replicas import replicate
 from sparseffn.training.restore import load_weights
 from sparseffn.training.result import TrainResult
 from sparseffn.training.run_folder import RunFolder
@@ -143,8 +143,9 @@ def train(
             "the settings of a run",
             {**identity, "out": str(folder.path.absolute()), "strategy": strategy, "non_finite": non_finite},
         )
-        world.share(config.batch // config.accumulation, "streams of a micro-batch, `batch / accumulation`,")
         with world.together():
+            layout = Layout.of(world.size, strategy, device.type)
+            layout.check(model_config, config)
             # A corpus that is too small for a window is refused before anything is written.
             streams = corpus.training_streams(batch=config.batch, context=config.context, seed=config.seed)
             finished = _open(folder, identity, corpus, config, device, stack) if world.leads else None
@@ -165,7 +166,6 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            layout = Layout(gpus=world.size, strategy=strategy)
             raise out_of_memory(config, model_config, str(device), run.step, run.last_good(), layout) from error
 
 

@@ -28,10 +28,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from sparseffn.errors import UserError
 from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
-from sparseffn.training.layout import Layout, check_experts
+from sparseffn.training.layout import Layout
 from sparseffn.training.planned_memory import MemoryPlan, memory_plan
 from sparseffn.training.planned_sends import CommunicationPlan, communication_plan
 from sparseffn.training.step_costs import step_flops
@@ -62,10 +61,8 @@ def plan(model: ModelConfig, train: TrainConfig, layout: Layout | None = None) -
         UserError: streams or experts cannot be spread evenly over the devices, or the run would be refused.
     """
     layout = layout or Layout()
+    layout.check(model, train)
     batch = layout.micro_batch(train)
-    check_experts(model, layout)
-    if layout.gpus > 1 and layout.strategy == "fsdp" and train.precision == "float16":
-        raise UserError("`--precision` must be float32 or bfloat16 with fsdp; got float16; fix: --precision bfloat16")
     flops = step_flops(model, train)
     return Plan(
         params=model.num_params(),
