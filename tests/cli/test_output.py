@@ -16,7 +16,7 @@ from rich.console import Console
 from sparseffn.cli.output import Progress, Speed, clock, parse_duration, print_json, print_rows
 from sparseffn.cli.process import printable, write_any_text
 from sparseffn.errors import UserError
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 TEXT = "step 3/12  3.607 bits per byte  12,346 tokens/s  3:07 left"
 

@@ -16,7 +16,7 @@ from sparseffn.models import TransformerXL, TransformerXLConfig
 from sparseffn.models.presets import get_preset
 from sparseffn.training import RunFolder, TrainConfig, load_run_model, train
 from sparseffn.training.checkpoint import list_checkpoints
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 from sparseffn.training.stepper import make_optimizer, training_losses
 
 from .sharded import SMALL_PES2O, open_small, write_shards

@@ -20,7 +20,7 @@ from sparseffn.paper.planned import PlannedTable
 from sparseffn.paper.pool import Pool, RunSpec, makers_note, window_losses
 from sparseffn.storage import json_digest, write_json
 from sparseffn.training import TrainResult
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 
 def run_table(planned: PlannedTable, pool: Pool) -> list[RunSpec]:

@@ -22,7 +22,7 @@ from sparseffn.models import TransformerXLConfig
 from sparseffn.storage import json_digest, read_json, write_json
 from sparseffn.training import RunFolder, TrainConfig, TrainResult, load_run_model, train
 from sparseffn.training.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 
 @pytest.fixture(scope="module")

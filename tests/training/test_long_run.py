@@ -12,7 +12,7 @@ import pytest
 from sparseffn.data import Corpus
 from sparseffn.models import TransformerXLConfig
 from sparseffn.training import RunFolder, TrainConfig, train
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 STEPS, FROM = 5000, 500
 PAGE = os.sysconf("SC_PAGE_SIZE")

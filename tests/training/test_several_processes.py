@@ -25,6 +25,7 @@ from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.models import ModelConfig, TransformerXLConfig
 from sparseffn.training import RunFolder, TrainConfig, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint
+from sparseffn.training.journal import StepReport
 
 SCRIPT = Path(__file__).with_name("together.py")
 CONFIG = TrainConfig(
@@ -91,11 +92,11 @@ class Place:
                 process.kill()
         return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
-    def alone(self, name: str, model: ModelConfig) -> list[dict[str, Any]]:
+    def alone(self, name: str, model: ModelConfig, **more: Any) -> list[dict[str, Any]]:
         """The metrics of a run of this process, in float64."""
         torch.set_default_dtype(torch.float64)
         try:
-            train(model, CONFIG, self.corpus, self.path / name)
+            train(model, CONFIG, self.corpus, self.path / name, **more)
         finally:
             torch.set_default_dtype(torch.float32)
         return self.metrics(name)
@@ -160,6 +161,15 @@ def sigma(dropout: float = 0.0) -> ModelConfig:
     return model_of(ffn, dropout)
 
 
+class EnoughError(Exception):
+    """Ends a run of this process."""
+
+
+def stop_after_4(report: StepReport) -> None:
+    if report.step == 5:
+        raise EnoughError
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(list_checkpoints(out / "checkpoints")[-1]).group("model")
 
@@ -197,12 +207,16 @@ def test_a_run_that_ends_in_one_process_ends_in_all_and_the_next_one_begins(plac
 
 
 def test_a_run_goes_on_in_any_number_of_processes(place: Place) -> None:
-    """Two processes are terminated, one goes on with what they left, as if nothing had been."""
+    """Two processes are terminated, one goes on with what they left, as if nothing had been; and two with what one left."""
     straight = place.alone("straight", sigma())
     ended = place.launch(2, [place.job("moved", sigma(), strategy="fsdp", faults={"1": "terminated 3"})])
     assert [code for code, _ in ended] == [143, 143], ended
     assert all("interrupted after step 4 of 6" in error for _, error in ended)
     assert_same(place.alone("moved", sigma()), straight)
+    with pytest.raises(EnoughError):
+        place.alone("joined", sigma(), on_step=stop_after_4)
+    assert [code for code, _ in place.launch(2, [place.job("joined", sigma(), strategy="ep")])] == [0, 0]
+    assert_same(place.metrics("joined"), straight)
 
 
 def test_a_killed_process_ends_the_others_soon_and_nothing_is_lost(place: Place) -> None:

@@ -17,7 +17,7 @@ from sparseffn.errors import Interrupted, UserError
 from sparseffn.models import model_config_from_json
 from sparseffn.storage import read_json
 from sparseffn.training import TrainConfig, train
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 jobs, data, cache = sys.argv[1:]
 

@@ -22,7 +22,7 @@ from sparseffn.data import to_metric
 from sparseffn.devices import device_name, find_device
 from sparseffn.errors import UserError
 from sparseffn.report import Table, print_table, print_tables
-from sparseffn.training.loop import OnStep, StepReport
+from sparseffn.training.journal import OnStep, StepReport
 
 # Seconds between lines of progress where there is no terminal to draw a bar in, and those that a speed is the mean of.
 _LINE_EVERY = 15.0

@@ -126,6 +126,7 @@ def compare_methods(settings: Compare) -> int:
         overrides=overrides(settings),
         precision=settings.precision,
         device=str(device),
+        strategy=settings.strategy,
     )
     draws = can_draw()
     with Progress() as progress:

@@ -99,6 +99,8 @@ class Trained(Tokens, Machine, Printed):
     """largest gradient norm (default: the preset's)"""
     precision: Precision = "float32"
     """float32, or autocast to bfloat16 or float16 (with a gradient scaler)"""
+    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
+    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
 
 
 @settings_class
@@ -202,8 +204,6 @@ class Train(Trained):
     """steps between checkpoints (default: those of every other point)"""
     keep: int = 2
     """checkpoints that are kept, the last ones; the best on validation is kept besides"""
-    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
-    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
     non_finite: Literal["stop", "skip"] = "stop"
     """a step whose loss or gradient is not finite ends the run, or is left out and noted; ten in a row end it all the same"""
     tensorboard: Flag = False

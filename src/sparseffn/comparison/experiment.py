@@ -25,6 +25,7 @@ from sparseffn.errors import UserError, unknown_name
 from sparseffn.models.backbones import BACKBONES, Backbone
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.training import RunFolder, TrainConfig, from_preset
+from sparseffn.training.layout import Strategy
 
 OVERRIDES = ("lr", "batch", "context", "warmup", "clip")
 """Settings of a preset that a user may change."""
@@ -52,6 +53,8 @@ class CompareSettings:
     precision: Precision = "float32"
     device: str = "auto"
     """Where models are trained, evaluated and timed; a comparison may go on on another one."""
+    strategy: Strategy = "ddp"
+    """Of several processes, whose number may change as well."""
 
     def __post_init__(self) -> None:
         if not self.methods:

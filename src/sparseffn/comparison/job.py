@@ -19,7 +19,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.results.comparison_result import ComparisonResult
 from sparseffn.storage import read, sole_writer, write_json
 from sparseffn.training import NonFiniteLossError, load_run_model, train
-from sparseffn.training.loop import OnStep
+from sparseffn.training.journal import OnStep
 
 
 class Progress(Protocol):
@@ -83,7 +83,8 @@ def _train(comparison: Comparison, plan: Plan, progress: Progress) -> Mapping[tu
         on_step = progress.run(candidate.label, seed, position, len(runs))
         path, config = comparison.run_folder(candidate.label, seed).path, comparison.train_config(plan.steps, seed)
         try:
-            train(candidate.model, config, comparison.corpus, path, device=comparison.device, on_step=on_step)
+            strategy, device = comparison.settings.strategy, comparison.device
+            train(candidate.model, config, comparison.corpus, path, device=device, strategy=strategy, on_step=on_step)
             if seed == seeds[0] and not (path / "usage.json").exists():
                 model, _ = load_run_model(path, device=comparison.device)
                 count_usage(model, config, comparison.corpus, path)

@@ -20,7 +20,7 @@ from sparseffn.paper.pool import FORMAT, Pool, RunSpec, RunSummary, Status
 from sparseffn.results.table_result import Load
 from sparseffn.storage import write_json
 from sparseffn.training import TrainConfig, load_run_model, train
-from sparseffn.training.loop import OnStep
+from sparseffn.training.journal import OnStep
 
 logger = logging.getLogger(__name__)
 

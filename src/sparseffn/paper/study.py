@@ -33,7 +33,7 @@ from sparseffn.results.bench_result import Environment
 from sparseffn.stats import Difference, difference, mean_std
 from sparseffn.storage import read, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 
 
 @dataclass(frozen=True, kw_only=True)

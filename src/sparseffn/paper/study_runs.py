@@ -28,7 +28,7 @@ from sparseffn.storage import read, write_json
 from sparseffn.training import RunFolder, TrainResult, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparseffn.training.config import from_preset
-from sparseffn.training.loop import StepReport
+from sparseffn.training.journal import StepReport
 from sparseffn.training.restore import SHORTENED, load_weights
 
 # Tokens of validation that a probe reads.

@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseffn.data import Corpus, TrainingStreams, Unit
+from sparseffn.data import Corpus, TrainingStreams
 from sparseffn.devices import device_name, find_device
 from sparseffn.distribution import World
 from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_name
@@ -39,8 +38,9 @@ from sparseffn.training.checkpoint import KEPT, MANIFEST, Checkpoint, list_check
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
 from sparseffn.training.generators import all_generators, restore_own_generators, seed_generators
-from sparseffn.training.health import COLLAPSE_FROM, LossSpikes, collapse, where_not_finite
+from sparseffn.training.health import COLLAPSE_FROM, collapse, where_not_finite
 from sparseffn.training.interruption import Interruption
+from sparseffn.training.journal import Journal, OnMetrics, OnStep
 from sparseffn.training.layout import Layout, Strategy
 from sparseffn.training.replicas import replicate
 from sparseffn.training.restore import load_weights
@@ -62,25 +62,6 @@ NonFinite = Literal["stop", "skip"]
 """What becomes of a run whose loss or gradient is not finite in a step, which is not taken either way."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one step did, for a progress bar."""
-
-    step: int
-    """Steps done."""
-    n_steps: int
-    loss: float
-    """Cross-entropy in nats a token, without the balancing loss."""
-    balance_loss: float
-    unit: Unit
-    """What a token is, which sets the metric of the loss."""
-    tokens_per_s: float
-    seconds_left: float
-
-
-OnStep = Callable[[StepReport], None]
-
-
 def train(
     model_config: ModelConfig,
     config: TrainConfig,
@@ -93,7 +74,7 @@ def train(
     world: World | None = None,
     strategy: Strategy = "ddp",
     on_step: OnStep | None = None,
-    on_metrics: Callable[[dict[str, Any]], None] | None = None,
+    on_metrics: OnMetrics | None = None,
 ) -> TrainResult:
     """Train a model in a run folder, or go on where the folder's last checkpoint stands.
 
@@ -156,7 +137,8 @@ def train(
         model.init_parameters(config.seed)
         replica = replicate(model.to(device), config, world, strategy)
         stepper = Stepper(model, config, goes_on=non_finite == "skip", world=world, replica=replica)
-        run = _Run(stepper, corpus, streams, folder, non_finite, keep, on_step, on_metrics)
+        journal = Journal(folder, config, corpus.unit, speaks=world.leads, on_step=on_step, on_metrics=on_metrics)
+        run = _Run(stepper, corpus, streams, folder, journal, non_finite, keep)
         try:
             return run.run()
         except torch.AcceleratorError as error:
@@ -212,10 +194,9 @@ class _Run:
     corpus: Corpus
     streams: TrainingStreams
     folder: RunFolder
+    journal: Journal
     non_finite: NonFinite
     keep: int
-    on_step: OnStep | None
-    on_metrics: Callable[[dict[str, Any]], None] | None
     step: int = 0
     seconds: float = 0.0
     unread: list[Tensor] = field(default_factory=list)
@@ -234,8 +215,7 @@ class _Run:
         """Train to the last step, evaluate, write the result."""
         self._resume()
         with self.world.together():
-            before = self.folder.read_metrics() if self.world.leads else []
-        self.spikes = LossSpikes(record["loss"] for record in before if "loss" in record)
+            self.journal.go_on()
         self.model.train()
         with Interruption() as interruption:
             while self.step < self.config.steps:
@@ -306,7 +286,7 @@ class _Run:
                 self.seconds += seconds
                 if numbers.finite or numbers.overflowed:
                     self.skipped = 0
-                    self._report(step, numbers, seconds)
+                    self.journal.report(step, numbers, seconds=seconds, seconds_of_all=self.seconds)
                 elif not self._leave_out(step, numbers):
                     failed = step, numbers
                     break
@@ -318,7 +298,7 @@ class _Run:
         self.skipped += 1
         goes_on = self.non_finite == "skip" and self.skipped <= MAX_SKIPPED
         if goes_on:
-            self._record({"step": step, "skipped": _what(numbers)})
+            self.journal.record({"step": step, "skipped": _what(numbers)})
         return goes_on
 
     def _not_taken(self, step: int, numbers: StepNumbers) -> NonFiniteLossError:
@@ -358,16 +338,11 @@ class _Run:
         self.valid = self.step, self._evaluate("valid", self.config.eval_tokens).nats_per_token
         selections = snapshot(self.model, self.corpus, self.config) if routes_to_experts(self.model) else None
         with self.world.together():
-            self._record({"step": self.step, "valid": self.valid[1]})
+            self.journal.record({"step": self.step, "valid": self.valid[1]})
             if selections is not None and self.world.leads:
                 save_snapshot(self.folder.path, self.step, selections)
                 if self.step >= COLLAPSE_FROM and isinstance(self.model.config.ffn, MixtureConfig):
-                    self._warn(self.step, collapse(selections, self.model.config.ffn))
-
-    def _warn(self, step: int, warning: str | None) -> None:
-        if warning is not None:
-            _log.warning("step %d: %s", step, warning)
-            self._record({"step": step, "warning": warning})
+                    self.journal.warn(self.step, collapse(selections, self.model.config.ffn))
 
     def _evaluate_whole(self, split: str) -> float:
         """The final loss on a split; the losses of its windows are kept for paired comparisons of runs."""
@@ -386,36 +361,6 @@ class _Run:
         except NonFiniteError as error:
             message = f"{error}; {split} after step {self.step}. Last good checkpoint: {self.last_good()}"
             raise self.world.agreed(NonFiniteLossError(message)) from None
-
-    def _report(self, step: int, numbers: StepNumbers, seconds: float) -> None:
-        if not self.world.leads:
-            return
-        record: dict[str, Any] = {"step": step, "loss": numbers.loss, "balance_loss": numbers.balance_loss}
-        if numbers.finite:
-            record["grad_norm"] = numbers.grad_norm
-        record["lr"] = self.config.lr_at(step - 1)
-        if self.config.precision == "float16":
-            record["loss_scale"] = numbers.loss_scale
-        self._record({**record, "time_s": round(self.seconds, 4)})
-        self._warn(step, self.spikes.note(numbers.loss))
-        if self.on_step is not None:
-            report = StepReport(
-                step=step,
-                n_steps=self.config.steps,
-                loss=numbers.loss,
-                balance_loss=numbers.balance_loss,
-                unit=self.corpus.unit,
-                tokens_per_s=self.config.tokens_per_step / seconds,
-                seconds_left=(self.config.steps - step) * self.seconds / step,
-            )
-            self.on_step(report)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        if not self.world.leads:
-            return
-        self.folder.append_metrics(record)
-        if self.on_metrics is not None:
-            self.on_metrics(record)
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on, of all processes."""
