@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparseffn.cli import describe, main, output
-from sparseffn.cli.settings import Eval
+from sparseffn.cli.run_settings import Eval
 from sparseffn.matching import Match
 from sparseffn.ops.cpu import build
 

@@ -12,7 +12,8 @@ from sparseffn.analysis import analyze_run
 from sparseffn.analysis.run import finished_run
 from sparseffn.cli.launched import led
 from sparseffn.cli.output import Progress, can_draw, check_out, check_seeds, log, parse_duration, show, use_machine
-from sparseffn.cli.settings import Analyze, Places, Study
+from sparseffn.cli.run_settings import Analyze, Study
+from sparseffn.cli.settings import Places
 from sparseffn.data import Split
 from sparseffn.paper.study import StudySettings, study
 from sparseffn.report.analysis_plots import analysis_plots

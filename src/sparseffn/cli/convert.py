@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseffn.cli.output import can_draw, check_out, log, show, use_machine
+from sparseffn.cli.run_settings import Convert
 from sparseffn.cli.runs import one_method
-from sparseffn.cli.settings import Convert
 from sparseffn.errors import UserError
 from sparseffn.ffn import method_class, parse_options
 from sparseffn.report.convert_report import conversion_tables, facts_line, write_conversion

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from sparseffn.cli.output import print_json
-from sparseffn.cli.settings import Export
+from sparseffn.cli.run_settings import Export
 from sparseffn.errors import UserError
 from sparseffn.report.comparison_report import comparison_table
 from sparseffn.report.markdown import markdown_table

@@ -21,7 +21,7 @@ from tyro._arguments import ArgumentDefinition
 
 from sparseffn.cli import bench_settings as bench
 from sparseffn.cli import reproduce_settings as reproduce
-from sparseffn.cli import settings
+from sparseffn.cli import run_settings, settings
 from sparseffn.errors import UserError, nearest_names, unknown_name
 
 Settings = TypeVar("Settings")
@@ -30,14 +30,14 @@ Settings = TypeVar("Settings")
 COMMANDS: dict[str, tuple[type[Any], str]] = {
     "methods": (settings.Methods, "describe:methods"),
     "match": (settings.Matched, "describe:match"),
-    "compare": (settings.Compare, "runs:compare_methods"),
-    "train": (settings.Train, "runs:train_run"),
-    "plan": (settings.Plan, "plan:plan_run"),
-    "eval": (settings.Eval, "runs:evaluate_run"),
-    "generate": (settings.Generate, "runs:generate"),
-    "export": (settings.Export, "export:export"),
-    "analyze": (settings.Analyze, "analyze:analyze"),
-    "convert": (settings.Convert, "convert:convert_model"),
+    "compare": (run_settings.Compare, "runs:compare_methods"),
+    "train": (run_settings.Train, "runs:train_run"),
+    "plan": (run_settings.Plan, "plan:plan_run"),
+    "eval": (run_settings.Eval, "runs:evaluate_run"),
+    "generate": (run_settings.Generate, "runs:generate"),
+    "export": (run_settings.Export, "export:export"),
+    "analyze": (run_settings.Analyze, "analyze:analyze"),
+    "convert": (run_settings.Convert, "convert:convert_model"),
     "bench layer": (bench.BenchLayer, "bench:layer"),
     "bench experts": (bench.BenchExperts, "bench:experts"),
     "bench hf": (bench.BenchHf, "bench:hf"),
@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "reproduce table": (reproduce.ReproduceTable, "reproduce:tables"),
     "reproduce figure": (reproduce.ReproduceFigure, "reproduce_figures:figures"),
     "reproduce evidence": (reproduce.ReproduceEvidence, "reproduce:evidence"),
-    "study": (settings.Study, "analyze:study_selectors"),
+    "study": (run_settings.Study, "analyze:study_selectors"),
     "data list": (settings.DataList, "data:list_all"),
     "data prepare": (settings.DataPrepare, "data:prepare"),
     "data check": (settings.DataCheck, "data:check"),

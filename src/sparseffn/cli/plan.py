@@ -6,8 +6,8 @@ import dataclasses
 import re
 
 from sparseffn.cli.output import print_json, print_rows
+from sparseffn.cli.run_settings import Plan as PlanSettings
 from sparseffn.cli.runs import one_method
-from sparseffn.cli.settings import Plan as PlanSettings
 from sparseffn.comparison import MatchedMethod, match_methods
 from sparseffn.errors import UserError
 from sparseffn.models.presets import get_preset

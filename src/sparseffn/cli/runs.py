@@ -14,7 +14,7 @@ import torch
 from sparseffn.cli.launched import launched, led
 from sparseffn.cli.output import Progress, can_draw, check_seeds, parse_duration, print_json, print_rows, show, use_machine
 from sparseffn.cli.process import printable
-from sparseffn.cli.settings import Compare, Eval, Generate, Train, Trained
+from sparseffn.cli.run_settings import Compare, Eval, Generate, Train, Trained
 from sparseffn.comparison import CompareSettings, MethodChoice, compare, match_methods, parse_methods
 from sparseffn.comparison.experiment import OVERRIDES
 from sparseffn.data import Tokenizer, load_corpus, to_metric
