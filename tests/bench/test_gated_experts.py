@@ -29,7 +29,9 @@ def measured(*tokens: int, dtypes: tuple[str, ...] = ("float32",)) -> ExpertsRes
 
 
 @needs_transformers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("n_tokens", [3, 70], ids=["forward", "training"])
 def test_all_candidates_agree_with_float64(n_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and the three of transformers; where they are trained, in the gradients of the shared weights too."""

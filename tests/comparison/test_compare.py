@@ -133,7 +133,7 @@ def uninterrupted(song: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("when", "saved"), [("step", 6), ("saving", 4)])
+@pytest.mark.parametrize(("when", "saved"), [("step", 6), pytest.param("saving", 4, marks=pytest.mark.slow)])
 def test_killed_comparison_goes_on_bit_by_bit(when: str, saved: int, song: str, tmp_path: Path, uninterrupted: Path) -> None:
     """SIGKILL between two checkpoints of the second run, and while one is written: every line is the same in the end."""
     out = tmp_path / "out"

@@ -27,7 +27,8 @@ NEEDS = {"avx2": "avx2", "avx512": "avx512vl"}
 CHECKER = str(Path(__file__).with_name("check_kernels.py"))
 
 
-@pytest.mark.parametrize("target", [name if name == "avx2" else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_numbers_are_right_there_too(target: str, tmp_path: Path) -> None:
     """Experts in every type with their gradients, routes, rows."""
     if target in NEEDS and NEEDS[target] not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
