@@ -2,9 +2,10 @@
 
     python tools/learning_rates.py base
     python tools/learning_rates.py cpu --seeds 2 --lr 1e-3 2e-3 4e-3 8e-3
+    python tools/learning_rates.py cpu --seeds 2 --lr 1e-3 2e-3 4e-3 8e-3 --d-model 48
 
-made results/learning-rates.json, to which a test holds the settings of `paper.scales`. The test split takes no part: in its
-place stands the part of validation that the rates are compared on.
+made results/learning-rates.json, to which a test holds the settings of `paper.scales` and `paper/rules.toml`. The test split
+takes no part: in its place stands the part of validation that the rates are compared on.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ EVAL_TOKENS = 65_536
 STEPS = 200
 
 
-def try_learning_rates(scale_name: str, rates: list[float], n_seeds: int, data_dir: str | None) -> None:
+def try_learning_rates(
+    scale_name: str, rates: list[float], n_seeds: int, data_dir: str | None, d_model: int | None = None
+) -> None:
     """Train once for every rate and seed; rates that the file holds already stay, and it is written after every rate.
 
     Raises:
         UserError: the file holds rates of the scale with other settings; anything that `train` raises.
     """
     scale = get_scale(scale_name)
-    column = scale.column("WT-S")
+    column = scale.column("WT-S").resized(d_model=d_model)
     corpus = without_test(Corpora(scale=scale, choice=CorpusChoice(data_dir=data_dir)).of(column))
     vocab_size = corpus.tokenizer.vocab_size
     model = column.model(sized(DENSE, column, vocab_size).ffn, vocab_size)
@@ -55,6 +58,7 @@ def try_learning_rates(scale_name: str, rates: list[float], n_seeds: int, data_d
         "valid_tokens": len(corpus.valid),
         "metric": metric,
     }
+    scale_name += f", d_model {d_model}" if d_model else ""
     kept = read(RESULTS, dict[str, dict[str, Any]], fix="restore the file") if RESULTS.exists() else {}
     before = kept.get(scale_name, settings)
     if any(before[name] != value for name, value in settings.items()):
@@ -84,5 +88,6 @@ if __name__ == "__main__":
     parser.add_argument("data_dir", nargs="?", help="Penn Treebank, characters (default: where the corpus is looked for)")
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, 100), metavar="N")
+    parser.add_argument("--d-model", type=int, help="another width, with heads and experts in proportion")
     given = parser.parse_args()
-    try_learning_rates(given.scale, given.lr, given.seeds, given.data_dir)
+    try_learning_rates(given.scale, given.lr, given.seeds, given.data_dir, given.d_model)

@@ -11,6 +11,7 @@ import pytest
 from scipy.special import stdtrit
 
 from sparseffn.errors import UserError
+from sparseffn.paper.collapse import collapses, has_collapsed
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.execution import execute
 from sparseffn.paper.experiments import experiment_result, experiment_runs, judged, losses_of
@@ -19,7 +20,7 @@ from sparseffn.paper.pool import Pool
 from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.scales import Scale, get_scale
 from sparseffn.paper.sequential import error_rate, t_bounds
-from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, LayerLoads
 from sparseffn.storage import read, write_json
 
 
@@ -42,14 +43,17 @@ def test_committed_verdicts_are_those_of_the_committed_runs(name: str) -> None:
     path = Path(__file__).parents[2] / "results" / "evidence" / f"{name}.json"
     record, rule = read(path, ExperimentResult, fix=""), rules()[name]
     assert record.contrasts == judged(rule, losses_of(record.runs, "test"), losses_of(record.runs, "valid"))
+    assert record.collapses == collapses(rule, record.runs)
     assert (record.seeds, record.looks, record.bounds) == (list(rule.seeds), list(rule.looks), list(rule.bounds))
     assert {run.candidate for run in record.runs} <= {candidate.name for candidate in rule.candidates}
 
 
 def test_seeds_are_fresh() -> None:
-    """No run of the tables, of the studies or of the other experiments has them."""
-    seeds = [seed for rule in rules().values() for seed in rule.seeds]
-    assert len(set(seeds)) == len(seeds) and min(seeds) >= 100
+    """No run of the tables, of the studies or of the other experiments has them, but for an experiment that shares runs."""
+    own = [seed for rule in rules().values() for seed in rule.seeds if rule.shares is None]
+    assert len(set(own)) == len(own) and min(own) >= 100
+    for rule in rules().values():
+        assert rule.shares is None or set(rule.seeds) <= set(rules()[rule.shares].seeds)
 
 
 def losses(rule: Rule, gains: dict[str, float], n: int, noise: float = 0.001) -> dict[str, dict[int, float]]:
@@ -143,6 +147,67 @@ def test_experts_are_matched_to_their_dense_blocks(corpora: Corpora) -> None:
     assert [run.label for run in runs[:4]] == ["16 experts", "dense for 16", "64 experts", "dense for 64"]
     for n in (16, 64):
         assert sizes[f"{n} experts"] == pytest.approx(sizes[f"dense for {n}"], rel=1e-3)
+
+
+def loads(entropy: list[float], dead: list[float]) -> LayerLoads:
+    """At the start, in the middle and at the end."""
+    return LayerLoads(steps=[0, 500, 1000], entropy=entropy, dead=dead)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "dead", "fallen"),
+    [
+        ([0.9, 0.6, 0.4], [0.0, 0.1, 0.2], True),
+        ([0.9, 0.6, 0.51], [0.0, 0.4, 0.55], True),
+        ([0.9, 0.6, 0.51], [0.0, 0.4, 0.5], False),
+        # Uneven from the start, or in the middle, and on the mend.
+        ([0.2, 0.3, 0.45], [0.9, 0.8, 0.6], False),
+        ([0.9, 0.45, 0.45], [0.0, 0.55, 0.55], False),
+    ],
+)
+def test_layer_has_collapsed_where_its_load_is_uneven_and_grows_more_so(
+    entropy: list[float], dead: list[float], fallen: bool
+) -> None:
+    assert has_collapsed(loads(entropy, dead)) == fallen
+
+
+def test_collapse_is_confirmed_where_every_seed_has_a_layer_that_fell() -> None:
+    rule, even, fallen = rules()["collapse"], loads([1.0] * 3, [0.0] * 3), loads([0.9, 0.5, 0.2], [0.0, 0.5, 0.8])
+    layers = {
+        "sigma-MoE": ([even], [even]),
+        "softmax after top-k": ([even, fallen], [fallen, fallen]),
+        "softmax after top-k, released": ([even], [fallen]),
+        "Switch": ([even], [even]),
+        "Switch, released": ([fallen],),
+    }
+    runs = [
+        ExperimentRun(
+            candidate=name, seed=seed, test=1.0, valid=1.0, train_s=1, wall_s=1, loads=of, digest="", version="", sources=""
+        )
+        for name, seeds in layers.items()
+        for seed, of in enumerate(seeds)
+    ]
+    found = {one.candidate: (one.n_collapsed, one.n_finished, one.verdict) for one in collapses(rule, runs)}
+    assert found == {
+        "sigma-MoE": (0, 2, None),
+        "softmax after top-k": (2, 2, "confirmed"),
+        "softmax after top-k, released": (1, 2, "undecided"),
+        "Switch": (0, 2, "contradicted"),
+        "Switch, released": (1, 1, None),
+    }
+
+
+def test_loads_are_read_from_a_run(micro: Scale, corpora: Corpora, tmp_path: Path) -> None:
+    """One entry for each snapshot and layer; a record keeps them."""
+    rule = msgspec.structs.replace(rules()["collapse"], **SHORT)
+    run, *others = experiment_runs(rule, Request(scale=micro, corpora=corpora))
+    pool = Pool(tmp_path / "pool")
+    assert execute(pool, run.spec).finished
+    (record,) = experiment_result("collapse", rule, [run, *others], pool).runs
+    assert len(record.loads) == run.spec.model.n_layers
+    for layer in record.loads:
+        assert layer.steps[0] == 0 and layer.steps[-1] == run.spec.train.steps
+        assert all(0.5 < entropy <= 1 for entropy in layer.entropy) and len(layer.dead) == len(layer.steps)
 
 
 SHORT = {"seeds": [7, 8], "looks": [2], "bounds": [12.8]}

@@ -31,7 +31,7 @@ def over_training(
         source=source,
         n_tokens=n_tokens,
         points=[
-            LoadAtStep(step=step, layers=[load_of(_counts(rows, n_experts)) for rows in snapshots[step]]) for step in steps
+            LoadAtStep(step=step, layers=[load_of(counts_of(rows, n_experts)) for rows in snapshots[step]]) for step in steps
         ],
         stability=[
             OverlapOfSteps(
@@ -68,5 +68,6 @@ def _sets(rows_TK: Tensor, n_experts: int) -> Tensor:
     return chosen_TE.scatter_(1, slots_TK, True)[:, :n_experts]
 
 
-def _counts(rows_TK: Tensor, n_experts: int) -> Tensor:
+def counts_of(rows_TK: Tensor, n_experts: int) -> Tensor:
+    """Selections of each expert, `[E]`, from a layer of a snapshot: int16 `[n_tokens, K]`, -1 where nothing was selected."""
     return torch.bincount(rows_TK.long().flatten() % (n_experts + 1), minlength=n_experts + 1)[:n_experts]

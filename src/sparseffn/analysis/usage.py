@@ -39,6 +39,15 @@ def load_of(counts: Tensor) -> Load:
     return Load(entropy=_evenness(counts), largest_over_mean=float(counts.max()) / mean if mean > 0 else 1.0)
 
 
+def dead_share(counts: Tensor) -> float:
+    """Share of the units with under 1% of the mean load."""
+    return _n_dead(counts) / len(counts)
+
+
+def _n_dead(counts: Tensor) -> int:
+    return int((counts < DEAD_SHARE * float(counts.sum()) / len(counts)).sum())
+
+
 def _evenness(amounts: Tensor) -> float:
     """Entropy of the shares over its maximum, log n; 0 where one unit takes everything."""
     if len(amounts) < 2 or float(amounts.sum()) == 0:
@@ -93,8 +102,7 @@ class LayerUsage:
     @property
     def n_dead(self) -> int:
         """Units with under 1% of the mean load."""
-        mean = float(self.counts.sum()) / len(self.counts)
-        return int((self.counts < DEAD_SHARE * mean).sum())
+        return _n_dead(self.counts)
 
     def load(self, layer: int) -> LayerLoad:
         return LayerLoad(

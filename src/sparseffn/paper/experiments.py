@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from msgspec import structs
 
 from sparseffn.analysis.pairs import pair_numbers
+from sparseffn.paper.collapse import collapses, layer_loads
+from sparseffn.paper.costs import training_flops
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
 from sparseffn.paper.pool import Finished, Pool, RunSpec
@@ -53,12 +55,14 @@ def experiment_runs(rule: Rule, request: Request) -> list[NamedRun]:
     rows = {row.key: row for row in table.rows}
     runs = []
     for seed, candidate in in_order(rule):
-        ffn = sized(rows[candidate.row], column.column, column.vocab_size).ffn
-        sizes = {"d_ff": candidate.d_ff, "n_experts": candidate.n_experts}
-        ffn = ffn.replace(**{name: size for name, size in sizes.items() if size is not None})
-        shortened = dataclasses.replace(column, steps=max(1, round(candidate.steps_share * column.steps)))
-        train = train_settings(shortened, rows[candidate.row].method, request, seed)
-        spec = RunSpec(model=column.column.model(ffn, column.vocab_size), train=train, corpus=corpus)
+        own = column.column.resized(
+            d_model=candidate.d_model, n_experts=candidate.n_experts, d_ff=candidate.d_ff, lr=candidate.lr
+        )
+        ffn = sized(rows[candidate.row], own, column.vocab_size).ffn
+        steps = max(1, round(candidate.steps_share * column.steps))
+        planned = dataclasses.replace(column, column=own, steps=steps)
+        train = train_settings(planned, rows[candidate.row].method, request, seed)
+        spec = RunSpec(model=own.model(ffn, column.vocab_size), train=train, corpus=corpus)
         runs.append(NamedRun(label=candidate.name, seed=seed, spec=spec))
     return runs
 
@@ -79,7 +83,7 @@ def experiment_result(
     found = []
     for run in runs:
         finished = pool.status(run.spec).finished
-        record = known.get(run.spec.digest) if finished is None else _record(run, finished)
+        record = known.get(run.spec.digest) if finished is None else _record(run, finished, with_loads=bool(rule.collapse))
         if record is not None:
             found.append(record)
     first = {run.label: run.spec for run in reversed(runs)}
@@ -96,6 +100,7 @@ def experiment_result(
             PlannedCandidate(
                 name=label,
                 params=spec.model.num_params(),
+                flops=round(training_flops(spec.model, spec.train) / (spec.train.steps * spec.train.tokens_per_step)),
                 steps=spec.train.steps,
                 ffn={"method": spec.model.ffn.name, **spec.model.ffn.to_json()},
             )
@@ -106,10 +111,11 @@ def experiment_result(
         },
         runs=found,
         contrasts=judged(rule, losses_of(found, "test"), losses_of(found, "valid")),
+        collapses=collapses(rule, found),
     )
 
 
-def _record(run: NamedRun, finished: Finished) -> ExperimentRun:
+def _record(run: NamedRun, finished: Finished, *, with_loads: bool) -> ExperimentRun:
     made_by = finished.environment
     points = [record for record in finished.folder.read_metrics() if "valid" in record]
     return ExperimentRun(
@@ -122,6 +128,7 @@ def _record(run: NamedRun, finished: Finished) -> ExperimentRun:
         curve=[(record["step"], round(record["valid"], 4)) for record in points],
         load=finished.load,
         pairs=_pairs(finished),
+        loads=layer_loads(finished.folder.path, run.spec.model.ffn.to_json()["n_experts"]) if with_loads else [],
         digest=run.spec.digest,
         version=str(made_by.get("sparseffn", "unknown")),
         sources=str(made_by.get("sources", "unknown")),

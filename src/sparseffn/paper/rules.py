@@ -21,10 +21,14 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     name: str
     row: str
     """Key in table 10, whose settings it has."""
+    d_model: int | None = None
+    """In place of the column's; see `Column.resized` for what follows it."""
     d_ff: int | None = None
     """Of a dense block, in place of the column's."""
     n_experts: int | None = None
-    """Of a mixture, in place of the column's, with its K and G."""
+    """Of a mixture with the column's K and G; one of other G has as many pairs."""
+    lr: float | None = None
+    """In place of the column's."""
     steps_share: float = 1.0
     """Of the column's steps; the learning rate decays over those that are left."""
     later: bool = False
@@ -55,18 +59,24 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     reference: str
     """Candidate whose loss percentages are of."""
     seeds: Sequence[int]
+    shares: str | None = None
+    """Experiment that has some of its runs too, with the same seeds."""
     looks: Sequence[int]
     alpha: float
     power: float
     bounds: Sequence[float]
     candidates: Sequence[Candidate]
-    contrasts: Sequence[Contrast]
+    contrasts: Sequence[Contrast] = ()
+    collapse: Sequence[str] = ()
+    """Candidates that are claimed to collapse; see `paper.collapse`."""
 
     def __post_init__(self) -> None:
         names = {candidate.name for candidate in self.candidates}
-        wanted = {self.reference, *(name for contrast in self.contrasts for name in contrast.weights)}
+        wanted = {self.reference, *self.collapse, *(name for contrast in self.contrasts for name in contrast.weights)}
         if unknown := sorted(wanted - names):
-            raise UserError(f"`weights` and `reference` must name candidates; got {unknown}; fix: one of {sorted(names)}")
+            raise UserError(
+                f"`weights`, `collapse` and `reference` must name candidates; got {unknown}; fix: one of {sorted(names)}"
+            )
         if len(self.looks) != len(self.bounds) or list(self.looks) != sorted(set(self.looks)):
             raise UserError(f"`looks` must ascend, with a bound each; got {list(self.looks)}, bounds {list(self.bounds)}")
         if self.looks[-1] != len(self.seeds) or len(set(self.seeds)) != len(self.seeds):

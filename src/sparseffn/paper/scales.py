@@ -76,6 +76,32 @@ class Column:
         """Pairs here for one published pair."""
         return self.shape.expert_size / self.published.shape.expert_size
 
+    def resized(
+        self,
+        *,
+        d_model: int | None = None,
+        n_experts: int | None = None,
+        d_ff: int | None = None,
+        lr: float | None = None,
+    ) -> Column:
+        """The column in another size: what is given, and what follows from it.
+
+        Args:
+            d_model: heads and experts are as wide in proportion; the dense block has the mixture's parameters again.
+            n_experts: of the mixture alone.
+            d_ff: of the dense block.
+            lr: learning rate.
+        """
+        preset, shape = self.preset, self.shape
+        if d_model is not None:
+            expert_size = shape.expert_size * d_model // shape.d_model
+            d_ff = dense_width(d_model, shape.n_experts, expert_size) if d_ff is None else d_ff
+            shape = dataclasses.replace(shape, d_model=d_model, expert_size=expert_size)
+            preset = dataclasses.replace(preset, d_head=preset.d_head * d_model // self.shape.d_model)
+        sizes = {name: size for name, size in (("n_experts", n_experts), ("d_ff", d_ff)) if size is not None}
+        preset = dataclasses.replace(preset, shape=dataclasses.replace(shape, **sizes), lr=preset.lr if lr is None else lr)
+        return dataclasses.replace(self, preset=preset)
+
     @property
     def standard_dropout(self) -> float:
         """Inside the experts of rows that have it: where the scale's model has none, the published model's."""
@@ -138,12 +164,15 @@ def released_clip(column: str, method: str) -> float | None:
     return 0.1 if small_words and method in ("dense", "topk") else None
 
 
+def dense_width(d_model: int, n_experts: int, expert_size: int) -> int:
+    """d_ff of the dense block with a mixture's parameters: its selector counts, and so does each dense pair's bias."""
+    return round((2 * d_model * n_experts * expert_size + n_experts * d_model - d_model) / (2 * d_model + 1))
+
+
 def scaled(published: Preset, template: Preset, *, expert_size: int) -> Preset:
     """A published preset's mixture (N_E, K, delta, gamma) at the width, depth and training settings of a template."""
     paper, small = published.shape, template.shape
-    n_pairs = paper.n_experts * expert_size
-    # The mixture's parameters, selector included, over those of one dense pair with its bias.
-    d_ff = round((2 * small.d_model * n_pairs + paper.n_experts * small.d_model - small.d_model) / (2 * small.d_model + 1))
+    d_ff = dense_width(small.d_model, paper.n_experts, expert_size)
     shape = dataclasses.replace(
         paper, d_model=small.d_model, n_layers=small.n_layers, d_ff=d_ff, expert_size=expert_size, dropout=small.dropout
     )

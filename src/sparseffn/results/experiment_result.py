@@ -20,6 +20,16 @@ class PairNumbers(msgspec.Struct, frozen=True, kw_only=True):
     possible: int
 
 
+class LayerLoads(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's load while a run trained, on the same tokens of validation at each step."""
+
+    steps: list[int]
+    entropy: list[float]
+    """Of the experts' shares of the selections over its maximum, log N_E."""
+    dead: list[float]
+    """Share of the experts with under 1% of the mean load."""
+
+
 class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
     """A finished run."""
 
@@ -35,6 +45,8 @@ class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
     load: Load | None = None
     pairs: PairNumbers | None = None
     """Of experts in the middle layer, on the beginning of validation; None where a token selects one or none."""
+    loads: list[LayerLoads] = []
+    """By layer, of experiments about collapse."""
     digest: str
     """Of model, training settings and corpus."""
     version: str
@@ -45,6 +57,8 @@ class ExperimentRun(msgspec.Struct, frozen=True, kw_only=True):
 class PlannedCandidate(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     params: int
+    flops: float | None = None
+    """Of training one token, the whole model: 2 for each multiply-add."""
     steps: int
     ffn: dict[str, Any]
 
@@ -78,6 +92,18 @@ class DecidedContrast(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
+class DecidedCollapse(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a candidate: how many of its runs collapsed; see `paper.collapse`."""
+
+    candidate: str
+    claimed: bool
+    """Whether the paper shows that it does."""
+    n_finished: int
+    n_collapsed: int
+    verdict: Verdict | None = None
+    """Of what is claimed, once all seeds are finished."""
+
+
 class ExperimentResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="paper-experiment"):
     version: int = 1
     name: str
@@ -93,3 +119,4 @@ class ExperimentResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="kin
     corpus: dict[str, Any]
     runs: list[ExperimentRun]
     contrasts: list[DecidedContrast]
+    collapses: list[DecidedCollapse] = []
