@@ -21,6 +21,7 @@ from sparseffn.comparison import CompareSettings, NoProgress, compare, match_met
 from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.outcome import _spread, _too_large
 from sparseffn.comparison.schedule import make_plan
+from sparseffn.distribution import World
 from sparseffn.errors import UnmatchedError, UserError
 from sparseffn.ffn import list_methods
 from sparseffn.models import TransformerXL
@@ -196,6 +197,16 @@ def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="must allow at least 20 steps"):
         compare(settings(song, "dense", steps=None, budget_s=0.1), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_method_that_processes_cannot_share_is_refused_first(
+    song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of the methods too, before the first is trained or a folder is made."""
+    monkeypatch.setattr(World, "here", lambda: World(0, 2))
+    with pytest.raises(UserError, match="experts can be spread over 1 device for dense, which has none; got 2"):
+        compare(settings(song, "sigma-moe", "dense", strategy="ep"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_second_comparison_in_a_folder_is_refused(song: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from sparseffn.cli import main, reproduce
 from sparseffn.cli.parse import parse
 from sparseffn.cli.reproduce import TABLES
 from sparseffn.cli.reproduce_settings import ReproduceEvidence, ReproduceFigure, ReproduceTable
+from sparseffn.distribution import World
 from sparseffn.errors import UserError
 from sparseffn.paper import scales
 from sparseffn.paper.corpus_choice import Corpora
@@ -140,3 +141,31 @@ def test_dry_run_says_once_why_no_corpus_is_open(capsys: pytest.CaptureFixture[s
     assert main(["reproduce", "table", "table5", "table3", "--scale", "paper", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("opens no published corpus") == 1 and "leave out --dry-run" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        ("table table3 --columns WT-S --strategy ep", "got 'dense, WT-S': experts can be spread over 1 device for dense"),
+        ("evidence --budget 1h --strategy ep", "got 'dense': experts can be spread"),
+        ("table table3 --columns WT-S --jobs 2", "`--jobs` must be 1 where several processes share each run; got 2"),
+    ],
+    ids=["table", "evidence", "jobs"],
+)
+def test_rows_that_processes_cannot_share_are_refused_first(
+    words: str, got: str, cpu: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sigma-MoE could be spread over two; nothing of it is trained either."""
+    monkeypatch.setattr(World, "here", lambda: World(0, 2))
+    monkeypatch.setattr("sparseffn.paper.jobs.execute", lambda *args, **kwargs: pytest.fail("trained"))
+    assert main(["reproduce", *words.split(), *cpu]) == 2
+    assert got in capsys.readouterr().err
+
+
+def test_strategy_reaches_the_training(cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each run; what it does there is held in tests/training."""
+    seen = []
+    monkeypatch.setattr("sparseffn.paper.execution.train", lambda *args, **how: seen.append(how["strategy"]))
+    words = ["table", "table3", "--columns", "WT-S", "--rows", "sigma-moe", "--strategy", "fsdp"]
+    main(["reproduce", *words, *cpu])
+    assert seen == ["fsdp"]

@@ -39,7 +39,7 @@ from sparseffn.paper.evidence import (
     run_until_budget,
 )
 from sparseffn.paper.experiments import experiment_result, experiment_runs
-from sparseffn.paper.jobs import run_all, run_here
+from sparseffn.paper.jobs import check_layouts, run_all, run_here
 from sparseffn.paper.measured import table_result
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
@@ -53,6 +53,7 @@ from sparseffn.results.bench_result import LayerResult
 from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.table_result import DryRunResult, PaperTable, TableResult
 from sparseffn.storage import default_cache_dir, read, write_json
+from sparseffn.training.layout import Strategy
 
 TABLES = "runs/evidence"
 """Folder that is proposed for the tables of the evidence."""
@@ -75,7 +76,8 @@ def tables(settings: ReproduceTable) -> int:
     pool = _pool(settings)
     if not settings.view:
         with Progress() as progress:
-            run_all(reproduction.runs(), pool, jobs=settings.jobs, device=str(device), progress=progress)
+            how = {"device": str(device), "strategy": settings.strategy, "progress": progress}
+            run_all(reproduction.runs(), pool, jobs=settings.jobs, **how)
     results = reproduction.results(pool)
     index = [] if settings.out is None else _write_tables(results, settings.out)
     found = list(results.values())
@@ -171,7 +173,7 @@ def evidence(settings: ReproduceEvidence) -> int:
     request, pool = _request(settings), _pool(settings)
     items = listed_items(request, settings.only)
     if settings.budget is not None:
-        _train(items, pool, parse_duration(settings.budget), device)
+        _train(items, pool, parse_duration(settings.budget), device, settings.strategy)
     result = evidence_result(items, pool)
     index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
     if settings.json:
@@ -238,12 +240,14 @@ def _list_command(settings: ReproduceEvidence) -> str:
     return shlex.join(words)
 
 
-def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device) -> None:
+def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device, strategy: Strategy) -> None:
     wanted = [item for item in items if pool.status(item.spec).wanted]
+    check_layouts(wanted, device=str(device), strategy=strategy)
     position = {item.spec.digest: place for place, item in enumerate(wanted)}
     with Progress() as progress:
 
         def run(item: Item) -> None:
-            run_here(item, pool, position[item.spec.digest], len(wanted), device=str(device), progress=progress)
+            how = {"device": str(device), "strategy": strategy, "progress": progress}
+            run_here(item, pool, position[item.spec.digest], len(wanted), **how)
 
         run_until_budget(items, pool, budget_s, run, device=device, log=progress.log)

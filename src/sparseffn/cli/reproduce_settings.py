@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg, create_mutex_group
 
-from sparseffn.cli.settings import Flag, Machine, MaybeInt, MaybeText, Places, Printed, Tokens, Words, settings_class
+from sparseffn.cli.settings import Flag, Machine, MaybeInt, MaybeText, Places, Printed, Spread, Tokens, Words, settings_class
 
 # Evidence either trains, for as long as it may, or lists what there is.
 _WORK = create_mutex_group(required=True, title="work")
 
 
 @settings_class
-class Runs(Tokens, Machine, Printed):
+class Runs(Tokens, Spread, Printed):
     """What is trained, for tables and for evidence."""
 
     corpus: MaybeText = None
@@ -39,6 +39,7 @@ class ReproduceTable(Runs):
       sparseffn reproduce table table7                         # counted, no training
       sparseffn reproduce table table3 --data-dir ptb/ --columns WT-S --seeds 3
       sparseffn reproduce table table10 --corpus stdlib --columns WT-S --rows dense sigma-moe
+      torchrun --nproc-per-node 2 -m sparseffn reproduce table table3 --data-dir ptb/ --strategy fsdp
     """
 
     names: Annotated[Positional[tuple[str, ...]], arg(metavar="NAME ...", help_behavior_hint="")]

@@ -16,6 +16,7 @@ from sparseffn.cli.settings import (
     Precision,
     Printed,
     Run,
+    Spread,
     Tokens,
     Words,
     settings_class,
@@ -28,7 +29,7 @@ _LENGTH = create_mutex_group(required=False, title="length")
 
 
 @settings_class
-class Trained(Tokens, Machine, Printed):
+class Trained(Tokens, Spread, Printed):
     """What `train` and `compare` share."""
 
     corpus: str = "stdlib"
@@ -49,8 +50,6 @@ class Trained(Tokens, Machine, Printed):
     """largest gradient norm (default: the preset's)"""
     precision: Precision = "float32"
     """float32, or autocast to bfloat16 or float16 (with a gradient scaler)"""
-    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
-    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
 
 
 @settings_class

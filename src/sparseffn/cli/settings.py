@@ -54,6 +54,14 @@ class Machine:
 
 
 @settings_class
+class Spread(Machine):
+    """Of what trains in several processes."""
+
+    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
+    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
+
+
+@settings_class
 class Places:
     data_dir: MaybeText = None
     """your file or folder, for text, or with a copy of a published corpus (default: as prepared, or as the run had it)"""

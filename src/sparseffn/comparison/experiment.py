@@ -21,11 +21,12 @@ import torch
 from sparseffn.comparison.matched import MatchedMethod, MethodChoice, match_methods
 from sparseffn.data import Corpus, load_corpus
 from sparseffn.devices import Precision, find_device
+from sparseffn.distribution import World
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.models.backbones import BACKBONES, Backbone
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.training import RunFolder, TrainConfig, from_preset
-from sparseffn.training.layout import Strategy
+from sparseffn.training.layout import Layout, Strategy
 
 OVERRIDES = ("lr", "batch", "context", "warmup", "clip")
 """Settings of a preset that a user may change."""
@@ -96,6 +97,10 @@ class Comparison:
         corpus = load_corpus(settings.corpus, **options)
         candidates = match_methods(settings.methods, preset, corpus.tokenizer.vocab_size)
         opened = cls(settings=settings, out=out, device=device, preset=preset, corpus=corpus, candidates=candidates)
+        layout = Layout.of(World.here().size, settings.strategy, device.type)
+        for candidate in candidates:
+            # The last method too, before the first one is trained.
+            layout.check(candidate.model, opened.train_config(settings.steps, settings.seeds[0]))
         RunFolder(out).check(opened.identity)
         return opened
 
@@ -122,8 +127,8 @@ class Comparison:
             "digest": self.corpus.digest,
         }
 
-    def train_config(self, steps: int, seed: int) -> TrainConfig:
-        """Hyperparameters of a run: those of `train`."""
+    def train_config(self, steps: int | None, seed: int) -> TrainConfig:
+        """Hyperparameters of a run: those of `train`; None: the preset's steps."""
         return from_preset(self.preset, steps=steps, seed=seed, precision=self.settings.precision)
 
     def check_labels(self, path: Path, found: Mapping[str, object], prefix: str = "", *, fix: str) -> None:

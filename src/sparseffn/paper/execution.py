@@ -21,6 +21,7 @@ from sparseffn.results.table_result import Load
 from sparseffn.storage import write_json
 from sparseffn.training import TrainConfig, load_run_model, train
 from sparseffn.training.journal import OnStep
+from sparseffn.training.layout import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 _LOAD_WINDOWS = 16
 
 
-def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device: str = "auto") -> Status:
+def execute(
+    pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device: str = "auto", strategy: Strategy = "ddp"
+) -> Status:
     """Do a run on a device unless it is finished, failed for good, or another process is at it; returns how it then stands."""
     with pool.claimed(spec) as ours:
         if not ours:
@@ -40,7 +43,7 @@ def execute(pool: Pool, spec: RunSpec, on_step: OnStep | None = None, *, device:
             pool.set_aside(spec)
         pool.failure_path(spec).unlink(missing_ok=True)
         try:
-            _run(pool, spec, on_step, device)
+            _run(pool, spec, on_step, device, strategy)
         except LostProcessError:
             raise
         except Exception as error:
@@ -67,11 +70,11 @@ def _recorded(pool: Pool, spec: RunSpec, error: Exception) -> Status:
     return pool.status(spec)
 
 
-def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str) -> None:
+def _run(pool: Pool, spec: RunSpec, on_step: OnStep | None, device: str, strategy: Strategy) -> None:
     folder, started = pool.folder(spec), time.perf_counter()
     # An interrupted run has seconds of training behind it.
     before = max((record["time_s"] for record in folder.read_metrics() if "time_s" in record), default=0.0)
-    result = train(spec.model, spec.train, spec.corpus, folder.path, device=device, on_step=on_step)
+    result = train(spec.model, spec.train, spec.corpus, folder.path, device=device, strategy=strategy, on_step=on_step)
     load = None
     if spec.model.ffn.unit == "experts":
         model, _ = load_run_model(folder.path, device=find_device(device))

@@ -16,12 +16,14 @@ import torch
 
 from sparseffn.comparison import Progress
 from sparseffn.data import CorpusOrigin
+from sparseffn.distribution import World
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.paper.costs import training_flops
 from sparseffn.paper.execution import execute
 from sparseffn.paper.pool import Pool, RunSpec
-from sparseffn.training import TrainConfig
+from sparseffn.training import Layout, TrainConfig
+from sparseffn.training.layout import Strategy
 
 # As the command sets it for itself: glibc keeps freed memory, see malloc's mallopt.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -36,15 +38,20 @@ class NamedRun:
     spec: RunSpec
 
 
-def run_all(runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, progress: Progress) -> None:
+def run_all(
+    runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, progress: Progress, strategy: Strategy = "ddp"
+) -> None:
     """Do every run that may give a result; what fails is reported and does not stop the rest.
 
     Raises:
-        UserError: `jobs` is not positive.
+        UserError: `jobs` is not positive, or not 1 in one of several processes; or `check_layouts` refuses a run.
     """
     if jobs < 1:
         raise UserError(f"`--jobs` must be at least 1; got {jobs}; fix: --jobs 1")
+    if jobs > 1 and not World.here().is_alone:
+        raise UserError(f"`--jobs` must be 1 where several processes share each run; got {jobs}; fix: leave one of both out")
     wanted = [run for run in runs if pool.status(run.spec).wanted]
+    check_layouts(wanted, device=device, strategy=strategy)
     if len(wanted) < len(runs):
         progress.log(f"{len(runs) - len(wanted)} of {len(runs)} runs are there already, or failed for good")
     if wanted:
@@ -52,13 +59,36 @@ def run_all(runs: Sequence[NamedRun], pool: Pool, *, jobs: int, device: str, pro
         progress.log(f"{len(wanted)} to do, {flops:.1e} FLOPs of training; --dry-run estimates how long that takes")
     if jobs == 1:
         for position, run in enumerate(wanted):
-            run_here(run, pool, position, len(wanted), device=device, progress=progress)
+            run_here(run, pool, position, len(wanted), device=device, progress=progress, strategy=strategy)
     else:
         _run_in_processes(wanted, pool, jobs, device, progress)
 
 
-def run_here(run: NamedRun, pool: Pool, position: int, n_runs: int, *, device: str, progress: Progress) -> None:
-    status = execute(pool, run.spec, progress.run(run.label, run.seed, position, n_runs), device=device)
+def check_layouts(runs: Sequence[NamedRun], *, device: str, strategy: Strategy) -> None:
+    """Refuse runs of which one cannot be spread over the processes of this command, before any of them is trained.
+
+    Raises:
+        UserError: there is such a run; it is named.
+    """
+    n = World.here().size
+    layout = Layout.of(n, strategy, torch.device(device).type)
+    for run in runs:
+        try:
+            layout.check(run.spec.model, run.spec.train)
+        except UserError as error:
+            # The remedy of one run, another batch say, is none of a table's.
+            why, *_ = str(error).split("; fix:")
+            raise UserError(
+                f"every run must be one that {n} processes can share by --strategy {strategy}; got {run.label!r}: {why}; "
+                "fix: leave its row out, or choose another --strategy or number of processes"
+            ) from None
+
+
+def run_here(
+    run: NamedRun, pool: Pool, position: int, n_runs: int, *, device: str, progress: Progress, strategy: Strategy = "ddp"
+) -> None:
+    on_step = progress.run(run.label, run.seed, position, n_runs)
+    status = execute(pool, run.spec, on_step, device=device, strategy=strategy)
     if status.reason is not None:
         progress.log(f"{run.label}, seed {run.seed}: {status.reason}")
 
