@@ -251,7 +251,7 @@ class World:
             while said is None and self._store is not None and time.monotonic() < waits_until:
                 said = json.loads(self._store.get(key)) if self._store.check([key]) else None
                 time.sleep(0.05)
-        after = "fix: the same command goes on from the last checkpoint"
+        after = "fix: the same command goes on from the last checkpoint, or begins anew where there is none"
         if said is not None and said[0] != self.rank:
             return f"process {said[0]} of {self.size} failed, and process {self.rank} with it: {said[1]}"
         return f"a process of {self.size} must not go away; process {self.rank} lost it ({_first_line(error)}); {after}"

@@ -212,7 +212,9 @@ def test_interrupted_command_exits_with_130(monkeypatch: pytest.MonkeyPatch, cap
     """With what to do next."""
     monkeypatch.setattr(describe, "list_methods", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["methods"]) == 130
-    assert capsys.readouterr().err == "sparseffn: interrupted; the same command goes on from the last checkpoint\n"
+    assert capsys.readouterr().err == (
+        "sparseffn: interrupted; the same command begins again, a run at its last checkpoint where it has one\n"
+    )
 
 
 def test_accumulation_is_noted_once(song: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

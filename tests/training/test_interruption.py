@@ -53,22 +53,64 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(
 
 def test_a_second_signal_ends_it_at_once_and_other_handlers_stay() -> None:
     """One that the program set, or that it ignores, is not ours; nor is another thread's."""
-    with Interruption() as interruption:
+    with Interruption(lambda: "it goes on from the last checkpoint") as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.number == signal.SIGTERM
         with pytest.raises(Interrupted, match="goes on from the last checkpoint"):
             os.kill(os.getpid(), signal.SIGINT)
     own = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interruption():
+        with Interruption(str):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, own)
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(Interruption().__enter__().number))
+    thread = threading.Thread(target=lambda: seen.append(Interruption(str).__enter__().number))
     thread.start()
     thread.join()
     assert seen == [None] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("steps", "saved"),
+    [
+        (1, "it had not reached its first checkpoint, so nothing of it was saved; the same command begins anew"),
+        (7, r"its last checkpoint is \S+step-00000005; the same command goes on from there"),
+    ],
+    ids=["before-the-first-checkpoint", "after-it"],
+)
+def test_a_run_that_ends_within_a_step_names_what_was_saved(
+    steps: int, saved: str, tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """By a second signal, which does not wait for the step."""
+
+    def on_step(report: Any) -> None:
+        if report.step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=f"interrupted; {saved}"):
+        train(model, config, corpus, tmp_path / "run", on_step=on_step)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    number: signal.Signals,
+    tmp_path: Path,
+    corpus: Corpus,
+    model: TransformerXLConfig,
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the fresh model is validated; the same command then trains it as if nothing had been."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sparseffn.training.loop._Run._validate", lambda run: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="nothing of it was saved; the same command begins anew") as caught:
+            train(model, config, corpus, tmp_path / "run")
+    assert caught.value.exit_code == 128 + number
+    result, whole = (train(model, config, corpus, tmp_path / name) for name in ("run", "whole"))
+    assert (result.valid, result.test) == (whole.valid, whole.test)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_the_command_says_where_it_stands(

@@ -42,5 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparseffn: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sparseffn: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "sparseffn: interrupted; the same command begins again, a run at its last checkpoint where it has one",
+            file=sys.stderr,
+        )
         return 130

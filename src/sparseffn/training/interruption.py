@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self, final
 
@@ -20,7 +21,9 @@ class Interruption:
     Outside the main thread, and where the program has a handler of its own or ignores the signal, nothing is changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, how_to_go_on: Callable[[], str]) -> None:
+        """From a function that says how a run that ends where it is goes on."""
+        self._how_to_go_on = how_to_go_on
         self.number: int | None = None
         """The signal that came, if one did."""
         self.all_is_saved = False
@@ -39,5 +42,5 @@ class Interruption:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.all_is_saved or self.number is not None:
-            raise Interrupted("interrupted; the same command goes on from the last checkpoint", number)
+            raise Interrupted(f"interrupted; {self._how_to_go_on()}", number)
         self.number = number

@@ -213,11 +213,14 @@ class _Run:
 
     def run(self) -> TrainResult:
         """Train to the last step, evaluate, write the result."""
-        self._resume()
-        with self.world.together():
-            self.journal.go_on()
-        self.model.train()
-        with Interruption() as interruption:
+        with Interruption(self._how_to_go_on) as interruption:
+            # Before the first step nothing would be lost; several processes end after the same step all the same.
+            interruption.all_is_saved = self.world.is_alone
+            self._resume()
+            with self.world.together():
+                self.journal.go_on()
+            self.model.train()
+            interruption.all_is_saved = False
             while self.step < self.config.steps:
                 self._take_step()
                 validates, saves = self._is_due(self.config.eval_every), self._is_due(self.config.checkpoint_every)
@@ -332,6 +335,12 @@ class _Run:
         """The checkpoint that a run that failed goes on from."""
         found = list_checkpoints(self.folder.checkpoints)
         return found[-1] if found else "none, the run had not reached its first"
+
+    def _how_to_go_on(self) -> str:
+        """Where a run stands that ends in the middle of a step, or before its first one."""
+        if found := list_checkpoints(self.folder.checkpoints):
+            return f"its last checkpoint is {found[-1]}; the same command goes on from there"
+        return "it had not reached its first checkpoint, so nothing of it was saved; the same command begins anew"
 
     def _validate(self) -> None:
         """A point of the validation curve, and the routing at it."""
