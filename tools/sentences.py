@@ -1,4 +1,4 @@
-"""Sentences of docs/ that conclude something from results: each must stand on its page, and follow from the files.
+"""Sentences of README.md and docs/ that conclude from results: each must stand on its page, and follow from the files.
 
 `tools/generated.py --check` asks both, so that neither a figure nor the words about it change alone. Blocks need no entry.
 """
@@ -14,11 +14,13 @@ from pathlib import Path
 from sparseffn.report.study_contrasts import contrast_table
 from sparseffn.report.study_report import read_study
 from sparseffn.results.evidence_result import ClaimsResult
+from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.study_result import StartRow, StudyResult, Variant
 from sparseffn.results.table_result import Cell, TableResult
 from sparseffn.stats import difference
 from sparseffn.storage import read, read_json
 
+README = "README.md"
 WHY, RESULTS, STATISTICS = (f"docs/{name}.md" for name in ("why-this-selector", "results", "statistics"))
 STUDIES = ("init", "competition", "balance")
 
@@ -61,6 +63,13 @@ class Found:
     def cell(self, table: str, label: str) -> Cell:
         found = read(self.folder / "evidence" / f"{table}.json", TableResult, fix="run `make evidence` again")
         return next(cell for cell in found.cells if found.rows[cell.row].label == label)
+
+    def interval(self, experiment: str, contrast: str) -> tuple[float, float]:
+        """In percent of the loss, as tables round it further; of a contrast whose last look is done."""
+        found = read(self.folder / "evidence" / f"{experiment}.json", ExperimentResult, fix="run `make evidence` again")
+        (one,) = [one for one in found.contrasts if one.name == contrast]
+        assert one.n_seeds == found.looks[-1] and one.low_percent is not None and one.high_percent is not None, contrast
+        return round(one.low_percent, 1), round(one.high_percent, 1)
 
     def claims(self) -> ClaimsResult:
         return read(self.folder / "evidence" / "claims.json", ClaimsResult, fix="run `make evidence` again")
@@ -191,6 +200,15 @@ SENTENCES = (
         _all_undecided(f) and _decided_here(f) == ["softmax before top-k (no renorm.) is worse than sigma-moe"]
     )),
     Sentence(RESULTS, "it is the best of one seed, twice the rate that of the other and of the mean", _chosen_rate),
+    Sentence(RESULTS, "from dense lies between -0.7% and +1.0%: neither the published gain nor a small loss", lambda f: (
+        f.interval("control", "equal parameters") == (-0.7, 1.0)
+    )),
+    Sentence(RESULTS, "better than the dense block of its own FLOPs by 3.3% to 4.8%", lambda f: (
+        f.interval("control", "equal FLOPs") == (-4.8, -3.3)
+    )),
+    Sentence(README, "to +1.0% of its loss; it is better than a dense block of the same FLOPs by 3.3% to 4.8%", lambda f: (
+        f.interval("control", "equal parameters") == (-0.7, 1.0) and f.interval("control", "equal FLOPs") == (-4.8, -3.3)
+    )),
     Sentence(STATISTICS, "are -0.0095, +0.0123 and -0.0078 bits; paired and not pooled they decide nothing", lambda f: (
         _paired(f) == [-0.0095, 0.0123, -0.0078] and _includes_zero(_paired(f))
     )),

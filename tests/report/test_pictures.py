@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,10 +12,12 @@ import pytest
 
 from sparseffn.report.forest import ForestRow, claim_rows, experiment_rows, forest_plot
 from sparseffn.report.pictures import pictures, stale_pictures, write_pictures
+from sparseffn.report.plotting import standalone_svg
+from sparseffn.report.scaling_plots import over_flops, over_params, params_plot
 from sparseffn.report.study_report import read_study
-from sparseffn.report.training_plots import load_courses, loss_courses
+from sparseffn.report.training_plots import collapse_courses, load_courses, loss_courses
 from sparseffn.results.evidence_result import ClaimsResult
-from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, PlannedCandidate
 from sparseffn.storage import read, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +83,37 @@ def test_long_labels_are_shortened_and_all_dots_are_drawn() -> None:
     row = ForestRow(label="a" * 80, values=[0.1, 0.2, 0.3], mean=0.2, low=0.0, high=0.4, published=0.5)
     plot = forest_plot([row, row], name="forest-test", title="A test")
     assert "dots are seeds (6)" in plot.caption and "a" * 43 + "\u2026" in plot.svg and "a" * 60 not in plot.svg
+
+
+def run_of(candidate: str, seed: int, test: float, **more: object) -> ExperimentRun:
+    given = {"valid": test, "train_s": 1.0, "wall_s": 1.0, "digest": "", "version": "", "sources": "", **more}
+    return msgspec.convert({"candidate": candidate, "seed": seed, "test": test, **given}, ExperimentRun)
+
+
+def record(names: Sequence[str], runs: list[ExperimentRun]) -> ExperimentResult:
+    """Candidates of 1, 2, ... million parameters, and a tenth of it in FLOPs."""
+    control = read(RESULTS / "evidence" / "control.json", ExperimentResult, fix="")
+    planned = [
+        PlannedCandidate(name=name, params=(i + 1) * 10**6, flops=(i + 1) * 1e5, steps=1, ffn={})
+        for i, name in enumerate(names)
+    ]
+    return msgspec.structs.replace(control, candidates=planned, runs=runs)
+
+
+def test_loss_over_size_has_the_seeds_that_all_candidates_have() -> None:
+    """A line for each method through the means of its widths, in bits, with the range of seeds."""
+    names = ["dense, 8", "dense, 16", "sigma-MoE, 8"]
+    runs = [run_of(name, seed, (2 + i + seed) * math.log(2)) for i, name in enumerate(names) for seed in (0, 1)]
+    runs.append(run_of("dense, 8", 2, 99.0))
+    dense, sigma = over_params(record(names, runs))
+    assert (dense.label, dense.n_seeds, sigma.label) == ("dense", 2, "sigma-MoE")
+    assert dense.points == [pytest.approx((1e6, 2.5, 2, 3)), pytest.approx((2e6, 3.5, 3, 4))]
+    assert [point[0] for point in over_flops(record(names, runs))[0].points] == [1e5, 2e5]
+    assert over_params(record(names, runs[:4])) == [], "a width lacks every run"
+    assert "parameters" in standalone_svg(params_plot([dense, sigma], name="a", title="A"))
+
+
+def test_evenness_is_that_of_the_worst_layer() -> None:
+    loads = [{"steps": [0, 10], "entropy": [0.9, low], "dead": [0.0, 0.0]} for low in (0.8, 0.3)]
+    (course,) = collapse_courses(record(["switch"], [run_of("switch", seed, 1.0, loads=loads) for seed in (0, 1)]))
+    assert (course.steps, course.values, course.n_seeds) == ([0, 10], [0.9, 0.3], 2)

@@ -1,4 +1,4 @@
-"""Sentences of docs/ that conclude something are found where the page or the results change alone."""
+"""Sentences of the README and of docs/ that conclude something are found where the page or the results change alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for name in ("docs", "results"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
 
 

@@ -13,7 +13,14 @@ import msgspec
 from sparseffn.report.forest import claim_rows, experiment_rows, forest_plot, study_rows
 from sparseffn.report.plotting import Plot, standalone_svg
 from sparseffn.report.study_report import read_study
-from sparseffn.report.training_plots import load_courses, load_plot, loss_courses, loss_plot
+from sparseffn.report.training_plots import (
+    collapse_courses,
+    evenness_plot,
+    load_courses,
+    load_plot,
+    loss_courses,
+    loss_plot,
+)
 from sparseffn.results.evidence_result import ClaimsResult
 from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.storage import json_digest, read, write_text
@@ -32,13 +39,16 @@ class Picture:
 def pictures(results: Path) -> list[Picture]:
     """Those that there are results for."""
     claims = read(results / "evidence" / "claims.json", ClaimsResult, fix=_FIX)
-    control = read(results / "evidence" / "control.json", ExperimentResult, fix=_FIX)
+    control, collapse = (
+        read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX) for name in ("control", "collapse")
+    )
     studies = [read_study(results / f"study-{name}.json") for name in ("init", "competition", "balance")]
     found: list[tuple[str, str, list[Any], Callable[..., Plot]]] = [
         ("forest-claims", "Losses of the tables", claim_rows(claims), forest_plot),
         ("forest-control", "The control", experiment_rows(control), forest_plot),
         ("forest-studies", "Losses of the short trainings", study_rows(studies), forest_plot),
         ("curves-control", "Learning curves of the control", loss_courses(control), loss_plot),
+        ("loads-collapse", "Evenness of the load over training", collapse_courses(collapse), evenness_plot),
         ("loads-studies", "Evenness of the load over training, less the baseline's", load_courses(studies), load_plot),
     ]
     made = []

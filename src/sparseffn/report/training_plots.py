@@ -54,6 +54,21 @@ def load_courses(results: Sequence[StudyResult]) -> list[Course]:
     return courses
 
 
+def collapse_courses(result: ExperimentResult) -> list[Course]:
+    """Load entropy of the most uneven layer, over the seeds that every candidate has; none without such a seed."""
+    loads = {
+        one.name: {run.seed: run.loads for run in result.runs if run.candidate == one.name and run.loads}
+        for one in result.candidates
+    }
+    seeds = sorted(set.intersection(*map(set, loads.values()))) if loads else []
+    courses = []
+    for name, by_seed in loads.items() if seeds else ():
+        lowest = [[min(values) for values in zip(*(one.entropy for one in by_seed[seed]), strict=True)] for seed in seeds]
+        means = [statistics.fmean(values) for values in zip(*lowest, strict=True)]
+        courses.append(Course(label=name, steps=by_seed[seeds[0]][0].steps, values=means, n_seeds=len(seeds)))
+    return courses
+
+
 def _entropies(variant: Variant, step: int) -> dict[int, float]:
     """By seed."""
     return {run.seed: probe.load_entropy for run in variant.runs for probe in run.probes if probe.step == step}
@@ -67,6 +82,11 @@ def loss_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "
 def load_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
     """Below 0 is less even than the baseline."""
     return _plot(courses, name=name, title=title, mark=mark, height="load entropy / log N_E, difference", start=0)
+
+
+def evenness_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
+    """1 is even; a run whose line falls below a half has collapsed."""
+    return _plot(courses, name=name, title=title, mark=mark, height="load entropy / log N_E, worst layer", start=0)
 
 
 def _plot(courses: Sequence[Course], *, name: str, title: str, mark: str, height: str, start: int) -> Plot:
