@@ -14,10 +14,21 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from sparseffn import storage
 from sparseffn.errors import UserError
-from sparseffn.storage import Count, Positive, PositiveInt, read, write_folder, write_json, write_text
+from sparseffn.storage import (
+    Count,
+    Positive,
+    PositiveInt,
+    environment,
+    matrix_products,
+    read,
+    write_folder,
+    write_json,
+    write_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,3 +199,30 @@ def test_a_sealed_file_is_refused_when_it_was_changed(data: Any, tmp_path: Path)
         read(path, kind, fix="remove it")
     write_json(path, data)
     assert read(path, kind, fix="-") == data
+
+
+@pytest.mark.parametrize(
+    ("built", "parallel", "found"),
+    [
+        (
+            "  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605 for Intel(R) 64\n"
+            "  - Intel(R) MKL-DNN v3.12.0 (Git Hash 80afa7)\n  - Build settings: BLAS_INFO=mkl, USE_MKLDNN=ON, USE_MPI=OFF",
+            "OpenMP 201511\n\tomp_get_max_threads() : 2\nIntel(R)\n\tmkl_get_max_threads() : 1\n",
+            ("mkl, oneDNN on", "MKL 2024.2, oneDNN 3.12.0", "omp 2, mkl 1"),
+        ),
+        ("  - Build settings: BLAS_INFO=accelerate, USE_MKLDNN=OFF", "", ("accelerate, oneDNN off", "unknown", "unknown")),
+        ("", "", ("unknown, oneDNN off", "unknown", "unknown")),
+    ],
+    ids=["linux", "macos", "nothing"],
+)
+def test_library_of_matrix_products_is_known(built: str, parallel: str, found: tuple[str, ...]) -> None:
+    """From what PyTorch prints of itself, whatever that lacks."""
+    assert tuple(matrix_products(built, parallel).values()) == found
+
+
+def test_environment_has_the_library_of_matrix_products_and_its_threads() -> None:
+    """Those of this process: bits depend on them."""
+    here = environment()
+    assert {"blas", "blas_version", "blas_threads", "cpu_capability"} <= set(here)
+    assert here["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert here["blas_threads"] == "unknown" or str(torch.get_num_threads()) in here["blas_threads"]

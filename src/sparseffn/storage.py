@@ -354,12 +354,31 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "numpy": np.__version__,
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(CPU_INFO),
+        **matrix_products(torch.__config__.show(), torch.__config__.parallel_info()),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
     }
     if found["device"].startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def matrix_products(built: str, parallel: str) -> dict[str, str]:
+    """What multiplies matrices on the CPU, from PyTorch's own words: the last bits of a result depend on it."""
+    name, onednn = re.search(r"BLAS_INFO=(\w+)", built), re.search(r"USE_MKLDNN=(ON|1)\b", built)
+    versions = {
+        "MKL": r"Math Kernel Library Version ([\w.]+)",
+        "oneDNN": r"MKL-DNN v([\w.]+)",
+        "OpenBLAS": r"OpenBLAS ([\d.]+)",
+    }
+    found = [f"{library} {said[1]}" for library, words in versions.items() if (said := re.search(words, built))]
+    threads = re.findall(r"(\w+)_get_max_threads\(\) : (\d+)", parallel)
+    return {
+        "blas": f"{name[1] if name else 'unknown'}, oneDNN {'on' if onednn else 'off'}",
+        "blas_version": ", ".join(found) or "unknown",
+        "blas_threads": ", ".join(f"{library} {n}" for library, n in threads) or "unknown",
+    }
 
 
 @cache

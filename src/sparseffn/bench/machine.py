@@ -51,13 +51,6 @@ def memory_bytes(device: torch.device | None = None) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def blas() -> str:
-    """The library of the matrix products, as PyTorch was configured."""
-    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    name = found[1] if found else "unknown"
-    return f"{name}, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
-
-
 def version_of(package: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:
@@ -85,8 +78,6 @@ def measured_on(device: torch.device) -> Environment:
     facts = {
         **environment(str(device)),
         "device": device_name(device),
-        "blas": blas(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": cache,
         "last_level_cache_source": source,
         "memory_bytes": memory_bytes(device),

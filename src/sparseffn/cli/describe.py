@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparseffn.accounting import count_block
-from sparseffn.bench.machine import blas, cpp_compiler, version_of
+from sparseffn.bench.machine import cpp_compiler, version_of
 from sparseffn.cli.output import print_json, print_rows
 from sparseffn.cli.runs import one_method
 from sparseffn.cli.settings import Doctor, Matched, Methods
@@ -171,7 +171,6 @@ def doctor(settings: Doctor) -> int:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     facts: dict[str, Any] = {
         **environment(),
-        "blas": blas(),
         **{f"backend on {device.type}": _first_backend(device) for device in devices},
         **{f"backend {b.name}": "; ".join(_how_it_runs(b, device) for device in devices) for b in list_backends()},
         "C++ compiler": cpp_compiler(),

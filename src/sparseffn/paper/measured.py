@@ -150,7 +150,9 @@ def _environment(runs: Sequence[Finished]) -> dict[str, Any]:
     here = environment()
     if not runs:
         return here
-    values = {name: {str(run.environment.get(name, "unknown")) for run in runs} for name in here}
+    # What no run wrote down, as those of earlier versions, is left out.
+    known = [name for name in here if any(name in run.environment for run in runs)]
+    values = {name: {str(run.environment.get(name, "unknown")) for run in runs} for name in known}
     return {name: " or ".join(sorted(several)) for name, several in values.items()}
 
 

@@ -33,6 +33,7 @@ class Environment(Record, frozen=True, kw_only=True):
     device: str
     """`cpu`, or the name of the GPU."""
     blas: str
+    """The library of matrix products that PyTorch was built with."""
     cpu_capability: str
     last_level_cache_bytes: int
     last_level_cache_source: str
@@ -41,6 +42,9 @@ class Environment(Record, frozen=True, kw_only=True):
     load_average: float
     date: str
     sources: str = ""
+    blas_version: str | None = None
+    blas_threads: str | None = None
+    """Of the library and of OpenMP, which may differ from `threads` by the variables of either."""
     packages: dict[str, str] = {}
     """Versions of other packages whose kernels may have been timed."""
     compiler: str | None = None
