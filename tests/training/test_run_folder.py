@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from song_text import TEXT
@@ -15,7 +18,7 @@ from sparseffn.data import Corpus, load_corpus
 from sparseffn.errors import UserError
 from sparseffn.models import TransformerXLConfig
 from sparseffn.storage import cpu_name, digest_of, json_digest, sources_digest, write_json
-from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_corpus, train
+from sparseffn.training import RunFolder, RunSettings, TrainConfig, load_run_corpus, loop, train
 from sparseffn.training.checkpoint import list_checkpoints
 from sparseffn.training.loop import run_config
 
@@ -59,6 +62,25 @@ def test_run_says_which_code_made_it_and_goes_on_with_other_code(
         (tmp_path / str(number) / name).write_text(text)
         digests.add(sources_digest(tmp_path / str(number)))
     assert len(digests) == 5 and sources_digest(tmp_path / "4") == digest_of()
+
+
+def test_result_has_the_time_that_checkpoints_took(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still otherwise: after steps 5, 10 and 12; what goes on from step 10 knows of step 5."""
+    write, now = loop.save_checkpoint, [0.0]
+
+    def slow(*args: Any, **more: Any) -> Path:
+        now[0] += 1.0
+        return write(*args, **more)
+
+    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    result = train(model, config, corpus, tmp_path / "run")
+    assert (result.saving_seconds, result.seconds) == (3.0, 0.0)
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    assert train(model, config, corpus, tmp_path / "run").saving_seconds == 2.0
 
 
 def test_folder_of_another_config_is_refused_and_left_alone(

@@ -40,6 +40,8 @@ class Checkpoint:
     """`model.*`, `optimizer.*`, `memory.*`, `stream.*`, and states of generators: `rng` of the CPU, `rng.cuda`."""
     seconds: float
     """Time spent in training steps."""
+    saving_seconds: float = 0.0
+    """Time spent in writing the checkpoints before this one."""
     scaler: Mapping[str, float | int] = field(default_factory=dict)
     """State of the gradient scaler, where there is one."""
     run: str | None = None
@@ -60,6 +62,7 @@ class _Format(msgspec.Struct):
 
 class _Extra(msgspec.Struct):
     seconds: float
+    saving_seconds: float = 0.0
     scaler: dict[str, float | int] = {}
     run: str | None = None
     tokenizer: str | None = None
@@ -96,6 +99,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, kept: int = KEPT) -
             "digest": file_digest(temporary / STATE),
             "extra": {
                 "seconds": checkpoint.seconds,
+                "saving_seconds": checkpoint.saving_seconds,
                 "scaler": dict(checkpoint.scaler),
                 "run": checkpoint.run,
                 "tokenizer": checkpoint.tokenizer,
@@ -159,6 +163,7 @@ def load_checkpoint(path: Path, *, run: str | None = None) -> Checkpoint:
         step=manifest.step,
         tensors=tensors,
         seconds=extra.seconds,
+        saving_seconds=extra.saving_seconds,
         scaler=extra.scaler,
         run=extra.run,
         tokenizer=extra.tokenizer,

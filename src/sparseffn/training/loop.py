@@ -199,6 +199,7 @@ class _Run:
     keep: int
     step: int = 0
     seconds: float = 0.0
+    saving_seconds: float = 0.0
     unread: list[Tensor] = field(default_factory=list)
     """What the last steps did, still on the device."""
     started: float = 0.0
@@ -257,6 +258,7 @@ class _Run:
             valid=valid,
             test=test,
             seconds=self.seconds,
+            saving_seconds=self.saving_seconds,
             notes=(*self.config.notes, *([left_out] if n_skipped else [])),
         )
         result.write(self.folder)
@@ -373,6 +375,7 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on, of all processes."""
+        started = time.perf_counter()
         streams = {f"stream.{key}": value for key, value in self.streams.state().items()}
         tensors = {
             **self.stepper.tensors(),
@@ -382,12 +385,14 @@ class _Run:
         with self.world.together():
             if self.world.leads:
                 self._write_checkpoint(tensors)
+        self.saving_seconds += time.perf_counter() - started
 
     def _write_checkpoint(self, tensors: dict[str, Tensor]) -> None:
         checkpoint = Checkpoint(
             step=self.step,
             tensors=tensors,
             seconds=self.seconds,
+            saving_seconds=self.saving_seconds,
             scaler=self.stepper.scaler.state_dict(),
             run=self.folder.digest(),
             tokenizer=file_digest(self.folder.tokenizer_path),
@@ -421,7 +426,7 @@ class _Run:
                     f"`{path}` must hold the state of this run; got another one ({error}); "
                     "fix: restore config.json and the checkpoint together"
                 ) from None
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.step, self.seconds, self.saving_seconds = checkpoint.step, checkpoint.seconds, checkpoint.saving_seconds
         self._rewind(self.step)
 
     def _rewind(self, step: int) -> None:

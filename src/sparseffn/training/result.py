@@ -38,6 +38,8 @@ class TrainResult:
     test: float
     seconds: float
     """Time spent in training steps."""
+    saving_seconds: float = 0.0
+    """Time that training waited for checkpoints to be written, but for the last one before each interruption."""
     notes: tuple[str, ...] = ()
     """What one must know of the settings to read the numbers; also logged once, when the run begins."""
 
