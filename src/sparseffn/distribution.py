@@ -203,13 +203,18 @@ class World:
         self._store.set(f"{_SAID}/{self._n_said}", json.dumps(value))
 
     def heard(self) -> str | None:
-        """The next value that the first process said, as JSON text; None as long as there is none."""
+        """The next value that the first process said, as JSON text, removed by the last to hear; None if there is none."""
         assert self._store is not None, "made by `joined`"
         key = f"{_SAID}/{self._n_said + 1}"
         if not self._store.check([key]):
             return None
         self._n_said += 1
-        return self._store.get(key).decode()
+        text, listeners = self._store.get(key).decode(), f"{key}/heard"
+        # A reproduction of a thousand runs would leave as many of them, with their corpora's tokenizers.
+        if self._store.add(listeners, 1) == self.size - 1:
+            self._store.delete_key(key)
+            self._store.delete_key(listeners)
+        return text
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:

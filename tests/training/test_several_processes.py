@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 from song_text import TEXT
+from torch.distributed import HashStore
 
 from sparseffn.data import Corpus, load_corpus
+from sparseffn.distribution import World
 from sparseffn.ffn import FFNConfig, list_methods
 from sparseffn.ffn.methods import method_class
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
@@ -172,6 +174,20 @@ def stop_after_4(report: StepReport) -> None:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(list_checkpoints(out / "checkpoints")[-1]).group("model")
+
+
+@pytest.mark.parametrize("order", [(1, 2, 1, 2), (1, 1, 2, 2)], ids=["in-turn", "one-behind"])
+def test_what_was_said_is_removed_when_everybody_has_heard_it(order: tuple[int, ...]) -> None:
+    """And no sooner: each hears all of it, and the store does not grow."""
+    store = HashStore()
+    worlds = [World(rank, 3, store) for rank in range(3)]
+    n_before = store.num_keys()
+    for value in ("a run", None):
+        worlds[0].say(value)
+    assert [worlds[rank].heard() for rank in order].count('"a run"') == 2
+    assert store.num_keys() == n_before and worlds[1].heard() is None
+    worlds[0].say("the next")
+    assert worlds[1].heard() == worlds[2].heard() == '"the next"'
 
 
 def test_processes_that_disagree_are_all_refused(place: Place) -> None:
