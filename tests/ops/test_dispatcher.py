@@ -146,6 +146,28 @@ def test_vmap_is_a_loop(inner_k: int | None) -> None:
     torch.testing.assert_close(over_indices, torch.stack([ops.experts(x, keys, values, gates, one) for one in chosen]))
 
 
+def test_rows_of_values_that_are_not_finite_cost_who_reads_them() -> None:
+    """Under transforms too, where a product over all rows computes them; their weights' gradients show it."""
+    values, weights = torch.randn(9, 4, dtype=F64), torch.randn(2, 6, 3, dtype=F64)
+    indices = torch.randint(9, (2, 6, 3))
+    hit = ((indices == 2) | (indices == 5)).any(-1)
+    assert 0 < int(hit.sum()) < hit.numel()
+
+    def rows(weights: Tensor, indices: Tensor) -> Tensor:
+        return ops.weighted_rows(values, indices, weights)
+
+    def slopes(weights: Tensor, indices: Tensor) -> Tensor:
+        return torch.func.grad(lambda w: rows(w, indices).square().sum())(weights)
+
+    before = [torch.vmap(f)(weights, indices) for f in (rows, slopes)]
+    values[2, 1], values[5] = torch.nan, torch.inf
+    for was, f in zip(before, (rows, slopes), strict=True):
+        found = torch.vmap(f)(weights, indices)
+        assert torch.equal(found[~hit], was[~hit])
+        assert found[hit].isnan().any(dim=-1).all()
+    assert rows(weights[0], indices[0])[~hit[0]].isfinite().all()
+
+
 def test_batched_gradients_are_a_loop() -> None:
     """`is_grads_batched`."""
     function, x = of_x()

@@ -30,10 +30,16 @@ def check_weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Non
 
 
 def weighted_rows_plain(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """A product over all rows; those that a token does not choose have weight zero."""
+    """A product over all rows; those that a token does not choose have weight zero.
+
+    Zero times a row that is not finite is NaN: such a row counts as zeros, and its NaN comes by the weights of who chose it.
+    """
     wide = torch.promote_types(values.dtype, torch.float32)
-    every_TN = weights.new_zeros(indices.shape[0], values.shape[0], dtype=wide).scatter_add(1, indices, weights.to(wide))
-    return (every_TN @ values.to(wide)).to(values.dtype)
+    finite_ND = values.isfinite()
+    factor_N = torch.where(finite_ND.all(dim=1), 1.0, torch.nan).to(wide)
+    weights_TK = weights.to(wide) * factor_N[indices]
+    every_TN = weights.new_zeros(indices.shape[0], values.shape[0], dtype=wide).scatter_add(1, indices, weights_TK)
+    return (every_TN @ torch.where(finite_ND, values, 0.0).to(wide)).to(values.dtype)
 
 
 def weighted_rows_eager(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ _weighted_rows = define(
     kept=Kept(
         returns="",
         fake=_fake_rows,
-        backward="Tensor grad_y, Tensor values, Tensor indices, Tensor weights",
+        backward="Tensor grad_y, Tensor values, Tensor indices, Tensor weights, bool[]? needed=None",
         gradients=("values", "weights"),
     ),
 )
@@ -74,8 +80,8 @@ def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor, *, backend: 
         backend: see `ops.backends`.
 
     Returns:
-        `[T, D]` in the dtype of `values`, under autocast in autocast's. NaN and infinity of a weight reach
-        its token's row alone; under transforms of `torch.func` those of a row of `values` reach all.
+        `[T, D]` in the dtype of `values`, under autocast in autocast's. NaN and infinity of a weight, or of a row of `values`,
+        reach the rows of the tokens concerned alone; under transforms of `torch.func` the whole of such a row is NaN.
 
     Raises:
         UserError: ranks, shapes, dtypes or devices do not fit together, `K` is 0, or an index is that of no row.
