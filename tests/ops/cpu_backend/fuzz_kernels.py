@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from block_draws import product_key_block, topk_block
 from expert_cases import DTYPES, LAYOUTS, NAMES, UNITS, Case, Options, Problem
 from torch import Tensor
 from variants import compile_variant, kernel_files, run_with
@@ -186,7 +187,7 @@ def assignment(draw: random.Random) -> None:
     near(*totals)
 
 
-KERNELS = (experts, routes, logits, rows, selection, assignment)
+KERNELS = (experts, routes, logits, rows, selection, assignment, topk_block, product_key_block)
 
 
 def poisoned(arguments: list[str]) -> int:
