@@ -20,7 +20,7 @@ from sparseffn.ops._checks import require_one_device, require_one_dtype, require
 from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
 from sparseffn.ops.backends import call
 from sparseffn.ops.columns import topk
-from sparseffn.ops.library import Kept, define
+from sparseffn.ops.library import Kept, define, flops_of_pairs
 from sparseffn.ops.plain import upcast
 from sparseffn.ops.rows import product_key_topk, weighted_rows
 
@@ -117,8 +117,10 @@ _topk_rows = define(
         returns="Tensor slopes",
         fake=_fake_topk_kept,
         backward=f"Tensor? grad_y, Tensor? grad_coefficients, {_TENSORS.format('')}float keep_scale, str activation, "
-        "float alpha, float limit, bool by_norm, bool by_magnitude, Tensor indices, Tensor coefficients, Tensor slopes",
+        "float alpha, float limit, bool by_norm, bool by_magnitude, Tensor indices, Tensor coefficients, Tensor slopes, "
+        "bool[]? needed=None",
         gradients=("x", "keys", "values", "gate_keys", "key_bias", "gate_bias", "value_bias"),
+        flops_of_backward=flops_of_pairs,
     ),
 )
 
@@ -237,8 +239,10 @@ _product_key_rows = define(
     kept=Kept(
         returns="Tensor slopes",
         fake=_fake_reads_kept,
-        backward=f"Tensor? grad_y, Tensor? grad_coefficients, {_READS}, Tensor indices, Tensor coefficients, Tensor slopes",
+        backward=f"Tensor? grad_y, Tensor? grad_coefficients, {_READS}, Tensor indices, Tensor coefficients, Tensor slopes, "
+        "bool[]? needed=None",
         gradients=("x", "keys_a", "keys_b", "values"),
+        flops_of_backward=flops_of_pairs,
     ),
 )
 

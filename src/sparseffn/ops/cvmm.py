@@ -6,6 +6,7 @@ Shapes: see ops/README.md.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,14 +66,20 @@ def _products(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _gradients(grad: Tensor, x: Tensor, sel: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, x: Tensor, sel: Tensor, weight: Tensor, needed: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    of_x, of_weight = needed or (True, True)
     order, bounds = _sorted(sel, weight.shape[0])
-    grad_x, grad_weight = gradient_like(x), gradient_like(weight).zero_()
+    grad_x = gradient_like(x) if of_x else x.new_empty(0)
+    grad_weight = gradient_like(weight).zero_() if of_weight else x.new_empty(0)
     for e, (start, stop) in enumerate(bounds):
         if start < stop:
             rows = order[start:stop]
-            grad_x[rows] = grad[rows] @ weight[e].t()
-            grad_weight[e] = x[rows].t() @ grad[rows]
+            if of_x:
+                grad_x[rows] = grad[rows] @ weight[e].t()
+            if of_weight:
+                grad_weight[e] = x[rows].t() @ grad[rows]
     return grad_x, grad_weight
 
 
@@ -93,7 +100,7 @@ _cvmm = define(
     kept=Kept(
         returns="",
         fake=_fake,
-        backward="Tensor grad_y, Tensor x, Tensor sel, Tensor weight",
+        backward="Tensor grad_y, Tensor x, Tensor sel, Tensor weight, bool[]? needed=None",
         gradients=("x", "weight"),
         kernels=(_products, _gradients),
     ),

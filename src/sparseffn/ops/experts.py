@@ -21,7 +21,7 @@ from sparseffn.errors import UserError
 from sparseffn.ops._checks import check_indices, require_one_device, require_one_dtype, require_shapes
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
 from sparseffn.ops.backends import call
-from sparseffn.ops.library import Kept, define
+from sparseffn.ops.library import Kept, define, flops_of_pairs
 from sparseffn.ops.plain import experts_plain
 
 
@@ -156,8 +156,10 @@ _experts = define(
         returns="Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
         fake=_fake_kept,
         backward=f"Tensor grad_y, {_ARGUMENTS.replace('=None', '').replace('=1.0', '').split(' str activation')[0]} "
-        "str activation, float alpha, float limit, int? inner_k, Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
+        "str activation, float alpha, float limit, int? inner_k, Tensor hidden, Tensor positions, Tensor order, "
+        "Tensor offsets, bool[]? needed=None",
         gradients=("x", "keys", "values", "gates", "gate_keys", "key_bias", "gate_bias", "value_bias"),
+        flops_of_backward=flops_of_pairs,
     ),
 )
 

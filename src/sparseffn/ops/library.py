@@ -6,7 +6,7 @@ An operation NAME is up to four schemas of the library `sparseffn`:
     NAME_plain(arguments) -> outputs                  the composition that transforms look into: it reads no values on the host
     NAME_eager(arguments) -> outputs                  another one, which may; what runs where there are no kernels
     NAME_kept(arguments) -> (outputs..., kept...)     what a step of training runs forward
-    NAME_backward(grad_OUTPUT..., arguments, outputs and kept, by name) -> gradients, named as the arguments are
+    NAME_backward(grad_OUTPUT..., arguments, outputs and kept, by name, needed) -> gradients, named as the arguments are
 
 The C++ of `cpu/csrc` brings autograd, autocast and the CPU's kernels; `dispatch.cpp` says how. It is compiled and loaded when
 the first operation is called, which reaches what is registered here for every device. Where it cannot be compiled, the
@@ -16,6 +16,7 @@ composition is the operation. All but the kernels stands where an operation is d
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +38,9 @@ Function = Callable[..., Any]
 # From shapes, and values of arguments that are no tensors, in the order of the schema.
 Flops = Callable[..., int]
 
+# Of NAME_backward over those of NAME, by the names of the gradients that are wanted and of those that there could be.
+FlopsOfBackward = Callable[[set[str], set[str]], float]
+
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by its name."""
 
@@ -50,11 +54,12 @@ class Kept:
     fake: Function
     """All results of NAME_kept for fake tensors."""
     backward: str
-    """Arguments of NAME_backward."""
+    """Arguments of NAME_backward. `bool[]? needed` gets which of the gradients are wanted, in their order; None: all. Those of
+    frozen weights are not."""
     gradients: tuple[str, ...]
     """Arguments that have one, in the order of NAME_backward's results; an empty tensor stands for one that is left out."""
-    flops_of_backward: int = 2
-    """FLOPs of NAME_backward over those of NAME: a product for each factor."""
+    flops_of_backward: FlopsOfBackward = lambda wanted, _: len(wanted)
+    """FLOPs of NAME_backward over those of NAME: a product for each factor whose gradient is wanted."""
     kernels: tuple[Function, Function] | None = None
     """NAME_kept and NAME_backward for every device that has none of its own; None: they are the library's."""
 
@@ -257,13 +262,24 @@ def _register_flops(operation: Operation, flops: Flops, kept: Kept | None) -> No
     def backward(*shapes: Any, **_: Any) -> int:
         assert kept is not None, "an operation without gradient has no backward"
         given = dict(zip(_names(kept.backward), shapes, strict=False))
-        return kept.flops_of_backward * flops(*map(given.get, operation.arguments))
+        there = {gradient for gradient in kept.gradients if given.get(gradient) is not None}
+        needed = given.get("needed") or [True] * len(kept.gradients)
+        wanted = there.intersection(itertools.compress(kept.gradients, needed))
+        return round(kept.flops_of_backward(wanted, there) * flops(*map(given.get, operation.arguments)))
 
     library = torch.ops.sparseffn
     register_flop_formula(getattr(library, name))(forward)
     if kept is not None:
         register_flop_formula(getattr(library, f"{name}_kept"))(forward)
         register_flop_formula(getattr(library, f"{name}_backward"))(backward)
+
+
+def flops_of_pairs(wanted: set[str], there: set[str]) -> float:
+    """`FlopsOfBackward` of key-value pairs: back through the values, back through the keys, and each weight's own product."""
+    keys = {name for name in there if name.startswith(("keys", "gate_keys"))}
+    through_values = bool(wanted - {"values", "value_bias"})
+    through_keys = len(keys) if "x" in wanted else 0
+    return (through_values + through_keys + len(wanted & (keys | {"values"}))) / (len(keys) + 1)
 
 
 def runs_in_backward() -> bool:
@@ -275,10 +291,15 @@ def _gradients_like(kept: Kept) -> Function:
     """NAME_backward for fake tensors: gradients in the memory order of their arguments."""
     names = _names(kept.backward)
     places = [names.index(gradient) for gradient in kept.gradients]
+    choice = names.index("needed") if "needed" in names else len(names)
     optional = next(i for i, name in enumerate(names) if not name.startswith("grad_"))
 
     def fake(*arguments: Any) -> Any:
-        given = [arguments[place] if place < len(arguments) else None for place in places]
+        needed = (arguments[choice] if choice < len(arguments) else None) or [True] * len(places)
+        given = [
+            arguments[place] if place < len(arguments) and wanted else None
+            for place, wanted in zip(places, needed, strict=True)
+        ]
         some = arguments[optional]
         found: tuple[Any, ...] = tuple(some.new_empty(0) if t is None else gradient_like(t) for t in given)
         return found if len(kept.gradients) > 1 else next(iter(found))

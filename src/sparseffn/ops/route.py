@@ -60,7 +60,7 @@ _route = define(
         returns="Tensor shares",
         fake=_fake_kept,
         backward="Tensor? grad_logits, Tensor? grad_gates, Tensor x, Tensor selector, int k, str gate, Tensor indices, "
-        "Tensor gates, Tensor shares",
+        "Tensor gates, Tensor shares, bool[]? needed=None",
         gradients=("x", "selector"),
     ),
 )

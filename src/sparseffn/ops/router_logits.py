@@ -42,7 +42,12 @@ _router_logits = define(
     plain=router_logits_plain,
     fake=_fake,
     flops=lambda x, selector: 2 * x[0] * x[1] * selector[0],
-    kept=Kept(returns="", fake=_fake, backward="Tensor grad_logits, Tensor x, Tensor selector", gradients=("x", "selector")),
+    kept=Kept(
+        returns="",
+        fake=_fake,
+        backward="Tensor grad_logits, Tensor x, Tensor selector, bool[]? needed=None",
+        gradients=("x", "selector"),
+    ),
 )
 
 

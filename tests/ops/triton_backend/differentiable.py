@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sparseffn.ops.triton import operations
 
+# Of the arguments from the gate keys on: backward takes all of them.
+_DEFAULTS = (None, None, None, None, None, 1.0, "relu", 1.702, 7.0, None)
+
 
 class _Experts(torch.autograd.Function):
     @staticmethod
@@ -69,7 +72,7 @@ def experts(*arguments: Any) -> Tensor:
     """As `ops.experts`' schema; the kernels for evaluation where nothing is differentiated."""
     if not torch.is_grad_enabled():
         return operations.experts(*arguments)
-    return _Experts.apply(*arguments, *[None] * (9 - len(arguments)))
+    return _Experts.apply(*arguments, *_DEFAULTS[len(arguments) - 5 :])
 
 
 def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,6 +157,50 @@ def launches_are_few() -> str:
     return "; ".join(said)
 
 
+def unneeded_gradients_launch_nothing() -> None:
+    """Each gradient alone has the bits that it has beside the others; of x no product for a weight is launched, and so on."""
+    given = leaves(gated=True)
+    x, selector, keys, values, gate_keys = (leaf.detach() for leaf in given.values())
+    logits, indices, gates, shares = operations.route_kept(x, selector, K, "sigmoid")
+    biases = (torch.randn(E, G), torch.randn(E, G), torch.randn(E, D))
+    arguments = (x, keys, values, gates, indices, gate_keys, *biases, None, 1.0, "silu", 1.0, 1.0, None)
+    y, *kept = operations.experts_kept(*arguments)
+    calls: dict[str, tuple[Callable[..., tuple[Tensor, ...]], int, dict[int, str]]] = {
+        "experts": (
+            lambda *needed: operations.experts_backward(y, *arguments, *kept, *needed),
+            8,
+            {0: "experts_bwd_x", 1: "experts_bwd_keys", 2: "experts_bwd_values", 4: "experts_bwd_keys"}
+            | dict.fromkeys((5, 6, 7), "experts_bwd_bias"),
+        ),
+        "route": (
+            lambda *needed: operations.route_backward(
+                logits, gates, x, selector, K, "sigmoid", indices, gates, shares, *needed
+            ),
+            2,
+            {0: "route_bwd_x", 1: "route_bwd_selector"},
+        ),
+        "cvmm": (
+            lambda *needed: operations.cvmm_backward(x @ keys[0], x, indices[:, 0], keys, *needed),
+            2,
+            {0: "experts_down", 1: "experts_bwd_keys"},
+        ),
+        "weighted_rows": (
+            lambda *needed: operations.weighted_rows_backward(x, selector, indices, gates, *needed),
+            2,
+            {0: "weighted_rows_bwd_values", 1: "weighted_rows_bwd_weights"},
+        ),
+    }
+    for name, (call, n, kernels) in calls.items():
+        whole = call()
+        for i in range(n):
+            with LaunchCount() as count:
+                found = call([j == i for j in range(n)])
+            assert [bool(t.numel()) for t in found] == [j == i for j in range(n)], name
+            assert torch.equal(found[i], whole[i]), (name, i)
+            launched = {kernel for kernel in kernels.values() if any(each.startswith(kernel) for each in count.found)}
+            assert launched == ({kernels[i]} if i in kernels else set()), (name, i, count.found)
+
+
 def statistics_are_right() -> None:
     """Counts, summed weights, entropies and their gradients, over several blocks of tokens; indices of no unit do not count."""
     generator = torch.Generator().manual_seed(4)

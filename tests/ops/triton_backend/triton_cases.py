@@ -244,6 +244,7 @@ CHECKS = (
     "nan_stays_in_its_row",
     "nan_is_chosen_first",
     "launches_are_few",
+    "unneeded_gradients_launch_nothing",
     "statistics_are_right",
     "statistics_launch_four",
     "counting_sees_launches",

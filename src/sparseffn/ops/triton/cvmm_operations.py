@@ -5,6 +5,7 @@ Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,12 +37,17 @@ def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
 cvmm_kept = cvmm
 
 
-def cvmm_backward(grad_y: Tensor, x: Tensor, sel: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the matrices."""
+def cvmm_backward(
+    grad_y: Tensor, x: Tensor, sel: Tensor, weight: Tensor, needed: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the matrices, those that are needed."""
+    of_x, of_weight = needed or (True, True)
     grad, x = with_lines(grad_y), with_lines(x)
     with device_of(x):
         rows = sort_rows(sel.contiguous(), weight.shape[0])
-        return _products("cvmm_bwd_x", rows, grad, weight.mT), _weight_gradient(rows, x, grad, weight)
+        grad_x = _products("cvmm_bwd_x", rows, grad, weight.mT) if of_x else x.new_empty(0)
+        grad_weight = _weight_gradient(rows, x, grad, weight) if of_weight else x.new_empty(0)
+    return grad_x, grad_weight
 
 
 def _products(name: str, rows: Rows, x: Tensor, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ values, one adds up a token's rows. Backward reads the same order. Shapes: see o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from sparseffn.ops.triton.launch import (
 from sparseffn.ops.triton.tuning import cdiv
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_GRADIENTS = ("x", "keys", "values", "gates", "gate_keys", "key_bias", "gate_bias", "value_bias")
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,33 @@ def _down(p: Problem, rows: Rows, a: Tensor) -> Tensor:
 
 
 def experts_backward(grad_y: Tensor, *rest: Any) -> Gradients:
-    """Gradients of x, keys, values, gates, gate keys and the three biases; empty for what is not there."""
-    *arguments, hidden, positions, order, offsets = rest
+    """Gradients of x, keys, values, gates, gate keys and the three biases; empty for what is not there, or not needed."""
+    n = len(fields(Problem))
+    arguments, (hidden, positions, order, offsets, *choice) = rest[:n], rest[n:]
+    needed = dict(zip(_GRADIENTS, next(iter(choice), None) or [True] * len(_GRADIENTS), strict=True))
     p, rows = Problem.of(*arguments), Rows(order.contiguous(), offsets.contiguous())
     grad, hidden = with_lines(grad_y), hidden.contiguous()
     with device_of(p.x):
         if p.inner_k is not None:
             p, hidden = _spread(p, rows, hidden, positions)
         grad_hidden, alpha, grad_gates = _backward_hidden(p, rows, grad, hidden)
-        grad_x = sum_tokens(_backward_x(p, rows, grad_hidden), p.x.shape[0])
-        grad_keys, grad_gate_keys = _backward_keys(p, rows, grad_hidden)
-        grad_values = _backward_values(p, rows, alpha, grad)
-        key_bias, gate_bias, value_bias = _backward_biases(p, rows, grad_hidden, grad)
-    return grad_x, grad_keys, grad_values, grad_gates, grad_gate_keys, key_bias, gate_bias, value_bias
+        none = p.x.new_empty
+        grad_x = sum_tokens(_backward_x(p, rows, grad_hidden), p.x.shape[0]) if needed["x"] else none(0)
+        grad_keys, grad_gate_keys = none(0), none(0)
+        if needed["keys"] or (p.gated and needed["gate_keys"]):
+            grad_keys, grad_gate_keys = _backward_keys(p, rows, grad_hidden)
+        grad_values = _backward_values(p, rows, alpha, grad) if needed["values"] else none(0)
+        biases = {name: getattr(p, name) if needed[name] else None for name in ("key_bias", "gate_bias", "value_bias")}
+        found = (
+            grad_x,
+            grad_keys,
+            grad_values,
+            grad_gates,
+            grad_gate_keys,
+            *_backward_biases(p, rows, grad_hidden, grad, **biases),
+        )
+    # One kernel makes the gradients of keys and gate keys, one those of gates and hidden units.
+    return tuple(g if wanted else none(0) for g, wanted in zip(found, needed.values(), strict=True))  # pyright: ignore[reportReturnType]
 
 
 def _backward_hidden(p: Problem, rows: Rows, grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,9 +254,12 @@ def _backward_values(p: Problem, rows: Rows, alpha: Tensor, grad: Tensor) -> Ten
     return out
 
 
-def _backward_biases(p: Problem, rows: Rows, grad_hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_biases(
+    p: Problem, rows: Rows, grad_hidden: Tensor, grad: Tensor, *,
+    key_bias: Tensor | None, gate_bias: Tensor | None, value_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     none, k = p.x.new_empty(0), p.indices.shape[1]
-    key, gate, value = (None if b is None else torch.empty_like(b) for b in (p.key_bias, p.gate_bias, p.value_bias))
+    key, gate, value = (None if b is None else torch.empty_like(b) for b in (key_bias, gate_bias, value_bias))
 
     def launch(sums: Tensor, gates: Tensor | None, n_width: int, out: tuple[Tensor | None, Tensor | None], n: int) -> None:
         sizes = {"N": n_width, "K": k, "ROW": sums.stride(0), "BLOCK_K": BIAS_ROWS, "BLOCK_N": BIAS_COLUMNS, **FUSION}

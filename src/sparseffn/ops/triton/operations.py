@@ -5,6 +5,8 @@ Shapes: see ops/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sparseffn.ops.triton import sums
@@ -66,18 +68,24 @@ def weighted_rows_kept(values: Tensor, indices: Tensor, weights: Tensor) -> Tens
     return weighted_rows(values, indices, weights)
 
 
-def weighted_rows_backward(grad_y: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the value table and of the weights."""
+def weighted_rows_backward(
+    grad_y: Tensor, values: Tensor, indices: Tensor, weights: Tensor, needed: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the value table and of the weights, those that are needed."""
+    of_values, of_weights = needed or (True, True)
     check_tensors(grad_y=grad_y, values=values, indices=indices, weights=weights)
     indices, weights = indices.contiguous(), weights.contiguous()
     (n_tokens, n_k), (n_values, n_width) = indices.shape, values.shape
-    grad_values, grad_weights = values.new_empty(n_values, n_width), weights.new_empty(n_tokens, n_k)
+    grad_values = values.new_empty((n_values, n_width) if of_values else 0)
+    grad_weights = weights.new_empty(n_tokens, n_k) if of_weights else values.new_empty(0)
     options = sum_options(n_width)
     with device_of(values):
-        pointers, n_programs = (grad_y, values, indices, grad_weights), n_tokens * cdiv(n_k, options["BLOCK_J"])
-        strides = (*grad_y.stride(), *values.stride())
-        start(sums.weighted_rows_bwd_weights_kernel, n_programs, *pointers, n_values, n_k, n_width, *strides, **options)
-        order, starts = segments(indices.flatten(), n_values)
-        pointers, n_programs = (grad_y, weights, order, starts, grad_values), n_values * cdiv(n_width, options["BLOCK_D"])
-        start(sums.weighted_rows_bwd_values_kernel, n_programs, *pointers, n_k, n_width, *grad_y.stride(), **options)
+        if of_weights:
+            pointers, n_programs = (grad_y, values, indices, grad_weights), n_tokens * cdiv(n_k, options["BLOCK_J"])
+            strides = (*grad_y.stride(), *values.stride())
+            start(sums.weighted_rows_bwd_weights_kernel, n_programs, *pointers, n_values, n_k, n_width, *strides, **options)
+        if of_values:
+            order, starts = segments(indices.flatten(), n_values)
+            pointers, n_programs = (grad_y, weights, order, starts, grad_values), n_values * cdiv(n_width, options["BLOCK_D"])
+            start(sums.weighted_rows_bwd_values_kernel, n_programs, *pointers, n_k, n_width, *grad_y.stride(), **options)
     return grad_values, grad_weights

@@ -5,6 +5,7 @@ Two launches forward: the logits, then top-K and gates. Four backward. Shapes: s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,18 +46,25 @@ def router_logits(x: Tensor, selector: Tensor) -> Tensor:
 router_logits_kept = router_logits
 
 
-def router_logits_backward(grad_logits: Tensor, x: Tensor, selector: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the selector."""
+def router_logits_backward(
+    grad_logits: Tensor, x: Tensor, selector: Tensor, needed: Sequence[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the selector, those that are needed."""
+    of_x, of_selector = needed or (True, True)
     grad, x, selector = grad_logits.contiguous(), with_lines(x), with_lines(selector)
     (n_tokens, n_width), n_experts = x.shape, selector.shape[0]
-    grad_x, grad_selector = x.new_empty(x.shape), selector.new_empty(selector.shape)
+    grad_x = x.new_empty(x.shape if of_x else 0)
+    grad_selector = selector.new_empty(selector.shape) if of_selector else x.new_empty(0)
     block_e = min(_EXPERTS, max(MIN_BLOCK, next_power_of_2(n_experts)))
     sizes = {"D": n_width, "N_EXPERTS": n_experts, "BLOCK_T": TOKENS, "BLOCK_E": block_e, "BLOCK_D": WIDTH, **FUSION}
     n_stretches = cdiv(n_width, WIDTH)
     with device_of(x):
-        arguments = (grad, selector, grad_x, n_tokens)
-        n_programs = cdiv(n_tokens, TOKENS) * n_stretches
-        start(router.route_bwd_x_kernel, n_programs, *arguments, SELECTOR_ROW=selector.stride(0), **sizes)
+        if of_x:
+            arguments = (grad, selector, grad_x, n_tokens)
+            n_programs = cdiv(n_tokens, TOKENS) * n_stretches
+            start(router.route_bwd_x_kernel, n_programs, *arguments, SELECTOR_ROW=selector.stride(0), **sizes)
+        if not of_selector:
+            return grad_x, grad_selector
         n_programs = n_stretches * cdiv(n_experts, block_e)
         n_parts = parts_of(n_tokens, 1, n_programs)
         parts = grad.new_empty(n_parts * selector.numel()) if n_parts > 1 else grad_selector
@@ -102,9 +110,9 @@ def _ranks(logits: Tensor, k: int, gate: str) -> tuple[int, dict[str, Any]]:
 
 def route_backward(
     grad_logits: Tensor | None, grad_gates: Tensor | None, x: Tensor, selector: Tensor, k: int, gate: str, indices: Tensor,
-    gates: Tensor, shares: Tensor,
+    gates: Tensor, shares: Tensor, needed: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and of the selector."""
+    """Gradients of x and of the selector, those that are needed."""
     whole = gates.new_empty(x.shape[0], selector.shape[0])
     through_logits, through_gates = (None if g is None else g.contiguous() for g in (grad_logits, grad_gates))
     with device_of(x):
@@ -112,4 +120,4 @@ def route_backward(
         kept = (indices.contiguous(), gates.contiguous(), shares.contiguous())
         arguments = (through_logits, through_gates, *kept, whole, x.shape[0])
         start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
-    return router_logits_backward(whole, x, selector)
+    return router_logits_backward(whole, x, selector, needed)

@@ -124,18 +124,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_rows_kept_cpu(SPARSEFFN_TOPK_ARG
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_rows_backward_cpu(
     const MaybeTensor& grad_y, const MaybeTensor& grad_coefficients, SPARSEFFN_TOPK_ARGUMENTS, const Tensor& indices,
-    const Tensor& coefficients, const Tensor& slopes) {
+    const Tensor& coefficients, const Tensor& slopes, Needed::Flags flags) {
     const TopKInputs in = SPARSEFFN_TOPK_INPUTS;
+    const Needed needed(flags, 7, "topk_rows_backward");
     in.check();
     const Tensor sent = grad_y ? grad_y->contiguous() : zeros_like(in.x, in.x), sent_coefficients = in_order(grad_coefficients);
     const Tensor chosen = indices.contiguous(), kept = coefficients.contiguous(), kept_slopes = slopes.contiguous();
     TORCH_CHECK(in.keys.numel() > 0, "sparseffn::topk_rows_backward: keys must have elements; got ", in.keys.sizes());
     check_kept("topk_rows_backward", in.x, in.tokens(), in.k, in.keys.size(0), in.has_slopes() ? in.parts() * in.k : 0, sent,
                sent_coefficients, chosen, kept, kept_slopes);
-    const Tensor d_value_bias = in.value_bias.defined() ? at::sum(sent, 0) : empty_like(in.value_bias, in.x);
-    const auto make = in.tokens() ? empty_like : zeros_like;
-    const Tensor d_x = make(in.x, in.x), d_keys = make(in.keys, in.x), d_values = make(in.values, in.x);
-    const Tensor d_gate_keys = make(in.gate_keys, in.x), d_key_bias = make(in.key_bias, in.x), d_gate_bias = make(in.gate_bias, in.x);
+    const auto of = [&](size_t i, const Tensor& argument) {
+        const auto make = in.tokens() ? empty_like : zeros_like;
+        return needed.made(i, in.x.options(), [&] { return make(argument, in.x); });
+    };
+    const Tensor d_value_bias = needed[6] && in.value_bias.defined() ? at::sum(sent, 0) : empty_like(Tensor(), in.x);
+    const Tensor d_x = of(0, in.x), d_keys = of(1, in.keys), d_values = of(2, in.values), d_gate_keys = of(3, in.gate_keys);
+    const Tensor d_key_bias = of(4, in.key_bias), d_gate_bias = of(5, in.gate_bias);
     if (in.tokens())
         with_type(type_of(in.x), [&](auto* tag) {
             using S = std::remove_pointer_t<decltype(tag)>;
@@ -209,18 +213,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_key_rows_kept_cpu(const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> product_key_rows_backward_cpu(
     const MaybeTensor& grad_y, const MaybeTensor& grad_coefficients, const Tensor& x, const Tensor& keys_a, const Tensor& keys_b,
     const Tensor& values, int64_t k, std::string_view activation, const Tensor& indices, const Tensor& coefficients,
-    const Tensor& slopes) {
+    const Tensor& slopes, Needed::Flags flags) {
     const ReadsInputs in(x, keys_a, keys_b, values, k, activation);
+    const Needed needed(flags, 4, "product_key_rows_backward");
     const auto wide = wide_type(x);
+    const auto of = [&](size_t i, auto&& make) { return needed.made(i, x.options(), make); };
     if (in.tokens() == 0)
-        return {zeros_like(in.x, x), laid_like(zeros_like(in.keys_a, x), keys_a), laid_like(zeros_like(in.keys_b, x), keys_b),
-                zeros_like(in.values, x)};
+        return {of(0, [&] { return zeros_like(in.x, x); }), of(1, [&] { return laid_like(zeros_like(in.keys_a, x), keys_a); }),
+                of(2, [&] { return laid_like(zeros_like(in.keys_b, x), keys_b); }), of(3, [&] { return zeros_like(in.values, x); })};
     const Tensor sent = grad_y ? grad_y->contiguous() : zeros_like(in.x, x), sent_coefficients = in_order(grad_coefficients);
     const Tensor chosen = indices.contiguous(), kept = coefficients.contiguous(), kept_slopes = slopes.contiguous();
     const int64_t reads = in.heads() * in.k;
     check_kept("product_key_rows_backward", in.x, in.tokens(), reads, in.values.size(0), in.has_slopes() ? reads : 0, sent,
                sent_coefficients, chosen, kept, kept_slopes);
-    const Tensor d_values = empty_like(in.values, x);
+    const Tensor d_values = of(3, [&] { return empty_like(in.values, x); });
     const Tensor d_a = at::empty({in.tokens(), in.heads() * keys_a.size(1)}, x.options().dtype(wide));
     const Tensor d_b = at::empty({in.tokens(), in.heads() * keys_b.size(1)}, x.options().dtype(wide));
     with_type(type_of(in.x), [&](auto* tag) {
@@ -229,13 +235,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_key_rows_backward_cpu(
         product_keys_backward(in.problem<S>(chosen, kept, kept_slopes), pointer_of<S>(sent), pointer_of<S>(sent_coefficients),
                               pointer<S>(d_values), pointer<C>(d_a), pointer<C>(d_b));
     });
-    const Tensor rows = in.x.to(wide), d_x = at::empty(in.x.sizes(), d_a.options());
-    const auto half = [&](const Tensor& t, int64_t which) { return t.narrow(1, which * in.half(), in.half()); };
-    half(d_x, 0).copy_(at::mm(d_a, in.keys_a.flatten(0, 1).to(wide)));
-    half(d_x, 1).copy_(at::mm(d_b, in.keys_b.flatten(0, 1).to(wide)));
     const auto type = x.scalar_type();
-    return {d_x.to(type), laid_like(at::mm(d_a.t(), half(rows, 0)).view(keys_a.sizes()).to(type), keys_a),
-            laid_like(at::mm(d_b.t(), half(rows, 1)).view(keys_b.sizes()).to(type), keys_b), d_values};
+    const auto half = [&](const Tensor& t, int64_t which) { return t.narrow(1, which * in.half(), in.half()); };
+    const auto d_x = [&] {
+        const Tensor d = at::empty(in.x.sizes(), d_a.options());
+        half(d, 0).copy_(at::mm(d_a, in.keys_a.flatten(0, 1).to(wide)));
+        half(d, 1).copy_(at::mm(d_b, in.keys_b.flatten(0, 1).to(wide)));
+        return d.to(type);
+    };
+    const auto d_keys = [&](const Tensor& d, int64_t which, const Tensor& keys) {
+        return laid_like(at::mm(d.t(), half(in.x.to(wide), which)).view(keys.sizes()).to(type), keys);
+    };
+    return {of(0, d_x), of(1, [&] { return d_keys(d_a, 0, keys_a); }), of(2, [&] { return d_keys(d_b, 1, keys_b); }), d_values};
 }
 
 std::tuple<Tensor, Tensor> product_key_topk_cpu(const Tensor& scores_a, const Tensor& scores_b, int64_t k) {
@@ -305,17 +316,21 @@ Tensor weighted_rows_cpu(const Tensor& values, const Tensor& indices, const Tens
 }
 
 std::tuple<Tensor, Tensor> weighted_rows_backward_cpu(const Tensor& grad_y, const Tensor& values, const Tensor& indices,
-                                                      const Tensor& weights) {
+                                                      const Tensor& weights, Needed::Flags flags) {
     const TableInputs in(values, indices, weights);
+    const Needed needed(flags, 2, "weighted_rows_backward");
+    const auto of = [&](size_t i, auto&& make) { return needed.made(i, values.options(), make); };
     const Tensor sent = grad_y.contiguous();
     check_like("weighted_rows_backward", sent, {indices.size(0), values.size(1)}, values.scalar_type(), "grad_y");
-    if (sent.numel() == 0) return {zeros_like(values, values), zeros_like(weights, weights)};
-    Tensor d_values = empty_like(values, values), d_weights = at::empty(in.weights.sizes(), in.weights.options());
+    if (sent.numel() == 0)
+        return {of(0, [&] { return zeros_like(values, values); }), of(1, [&] { return zeros_like(weights, weights); })};
+    const Tensor d_values = of(0, [&] { return empty_like(values, values); });
+    const Tensor d_weights = of(1, [&] { return at::empty(in.weights.sizes(), in.weights.options()); });
     with_type(type_of(values), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         row_gradients(in.table<S>(), pointer_of<S>(sent), pointer<S>(d_values), pointer<compute_t<S>>(d_weights));
     });
-    return {d_values, d_weights.to(weights.scalar_type())};
+    return {d_values, needed[1] ? d_weights.to(weights.scalar_type()) : d_weights};
 }
 
 }  // namespace

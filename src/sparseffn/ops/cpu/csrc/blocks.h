@@ -25,12 +25,13 @@ template <class S> struct TopK {
     int parts() const { return gate_keys ? 2 : 1; }
 };
 
+// Those that nobody waits for are null.
 template <class S> struct TopKGradients {
     const S* y;
-    const S* coefficients;                 // may be null
+    const S* coefficients;  // may be null
     S* x;
-    S *keys, *gate_keys, *values;          // gate_keys may be null
-    S *key_bias, *gate_bias;               // may be null
+    S *keys, *gate_keys, *values;
+    S *key_bias, *gate_bias;
 };
 
 template <class S> void topk_forward(const TopK<S>& p, S* y);
@@ -52,6 +53,7 @@ template <class S> struct ProductKeys {
 };
 
 template <class S> void product_keys_forward(const ProductKeys<S>& p, S* y);
+// `grad_values` may be null.
 template <class S>
 void product_keys_backward(const ProductKeys<S>& p, const S* grad_y, const S* grad_coefficients, S* grad_values,
                            compute_t<S>* grad_a, compute_t<S>* grad_b);
@@ -71,6 +73,7 @@ template <class S> struct Table {
 };
 
 template <class S> void sum_rows(const Table<S>& t, S* y);
+// Either gradient may be null.
 template <class S> void row_gradients(const Table<S>& t, const S* grad, S* grad_values, compute_t<S>* grad_weights);
 
 // The k largest of each row of scores, and the k largest sums of two halves' scores, largest first.

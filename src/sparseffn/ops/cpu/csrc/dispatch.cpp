@@ -7,6 +7,8 @@
 //     NAME_kept(arguments) -> (outputs..., kept...)       what a step of training runs forward
 //     NAME_backward(grad_OUTPUT..., what it needs of arguments, outputs and kept, by name) -> gradients named as arguments
 //
+// An argument `needed` of NAME_backward gets which of these gradients somebody waits for; the others are left out.
+//
 // Under transforms of torch.func, forward-mode AD and where gradients are differentiated or batched, NAME_plain is what runs, and
 // differentiates itself. ops/library.py calls sparseffn_library::differentiate for each operation once this is loaded.
 #include <ATen/autocast_mode.h>
@@ -56,8 +58,8 @@ bool is_tensor(const c10::Argument& argument) {
 
 // Where an argument of NAME_backward comes from.
 struct Source {
-    enum Kind { kGradient, kArgument, kOutput } kind;
-    size_t index;
+    enum Kind { kGradient, kArgument, kOutput, kNeeded } kind;
+    size_t index = 0;
 };
 
 // An operation's four schemas, and how they fit together.
@@ -80,6 +82,10 @@ struct Family {
             if (is_tensor(schema.arguments()[i])) tensors.push_back(i);
         for (const auto& argument : backward.schema().arguments()) {
             const std::string& wanted = argument.name();
+            if (wanted == "needed") {
+                sources.push_back({Source::kNeeded});
+                continue;
+            }
             const bool gradient = wanted.rfind("grad_", 0) == 0;
             const auto output = place(outputs, gradient ? wanted.substr(5) : wanted);
             if (gradient) {
@@ -200,10 +206,11 @@ struct Recorded : torch::autograd::Function<Recorded> {
         const std::vector<IValue> rest(arguments.begin(), arguments.end());
         const variable_list saved = ctx->get_saved_variables();
         const variable_list tensors(saved.begin(), saved.begin() + family.tensors.size());
+        const std::vector<bool> needed = needed_of(*ctx, tensors);
         variable_list results(tensors.size());
         if (std::any_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) {
-            if (at::GradMode::is_enabled() || is_watched(grads)) differentiably(family, rest, tensors, grads, results);
-            else by_kernel(family, rest, tensors, saved, grads, results);
+            if (at::GradMode::is_enabled() || is_watched(grads)) differentiably(family, rest, tensors, needed, grads, results);
+            else by_kernel(family, rest, tensors, needed, saved, grads, results);
         }
         variable_list given;
         for (size_t i = 0; i < tensors.size(); ++i)
@@ -213,27 +220,39 @@ struct Recorded : torch::autograd::Function<Recorded> {
         return given;
     }
 
+    // Which of the arguments' gradients this pass wants: not those of frozen ones, nor of ones beside those it was asked for.
+    static std::vector<bool> needed_of(const AutogradContext& ctx, const variable_list& tensors) {
+        std::vector<bool> needed;
+        size_t input = 0;
+        for (const Tensor& t : tensors) needed.push_back(t.defined() && ctx.needs_input_grad(input++));
+        return needed;
+    }
+
     static void by_kernel(const Family& family, const std::vector<IValue>& arguments, const variable_list& tensors,
-                          const variable_list& saved, const variable_list& grads, variable_list& results) {
+                          const std::vector<bool>& needed, const variable_list& saved, const variable_list& grads,
+                          variable_list& results) {
+        c10::List<bool> asked;
+        for (const size_t at : family.gradients) asked.push_back(needed[at]);
         const Stack whole = with_tensors(family, arguments, tensors);
         Stack stack;
         for (const Source& source : family.sources) {
             const size_t i = source.index;
             if (source.kind == Source::kGradient) stack.push_back(value_of(grads[i]));
             else if (source.kind == Source::kOutput) stack.push_back(saved[tensors.size() + i]);
+            else if (source.kind == Source::kNeeded) stack.emplace_back(asked);
             else stack.push_back(whole[i]);
         }
         at::AutoDispatchBelowADInplaceOrView below;
         family.backward.callBoxed(stack);
         for (size_t i = 0; i < stack.size(); ++i) {
             const size_t at = family.gradients[i];
-            if (tensors[at].defined()) results[at] = stack[i].toTensor();
+            if (needed[at]) results[at] = stack[i].toTensor();
         }
     }
 
     // By the composition, computed again: its gradients can themselves be differentiated, and batched.
     static void differentiably(const Family& family, const std::vector<IValue>& arguments, const variable_list& tensors,
-                               const variable_list& grads, variable_list& results) {
+                               const std::vector<bool>& needed, const variable_list& grads, variable_list& results) {
         const bool create_graph = at::GradMode::is_enabled();
         const at::AutoGradMode recorded(true);
         // Its arguments are those that the kernels had, cast or not.
@@ -241,7 +260,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
         variable_list inputs(tensors), wanted, outputs, given;
         std::vector<size_t> places;
         for (size_t i = 0; i < inputs.size(); ++i) {
-            if (!inputs[i].defined() || !inputs[i].requires_grad()) continue;
+            if (!needed[i] || !inputs[i].requires_grad()) continue;
             // Its alias: one input may have been computed from another, whose gradient must not come through it.
             inputs[i] = inputs[i].view_as(inputs[i]);
             wanted.push_back(inputs[i]);

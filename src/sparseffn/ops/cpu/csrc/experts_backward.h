@@ -96,6 +96,12 @@ void weights_of_few(const Problem<S>& p, int64_t rows, const compute_t<S>* const
     else outer_of_few(hidden, tokens, rows, p.size, p.width, to, ld, ws.padded, ws.padded_rows);
 }
 
+// The gradient of a row's gate, of which its units sent `sum`.
+template <class S, class T>
+void send_gate(const Problem<S>& p, const Gradients<S>& g, int64_t e, int64_t row, const T* gy, compute_t<S> sum) {
+    if (g.gates) g.gates[p.routing.order[row]] = sum + through_value_bias(p, e, gy);
+}
+
 // All gradients of one expert in use, all of whose rows are taken at once.
 template <class S>
 void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, const compute_t<S>* x, const compute_t<S>* gy,
@@ -110,47 +116,48 @@ void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, cons
         ws.to[i] = d + i * p.size;
     }
     multiply<To::kPut, S>(ws.sent.data(), rows, p.values.of(e).transposed(), p.width, p.size, ws.to.data(), ws.scratch);
-    for (int64_t i = 0; i < rows; ++i) {
-        g.gates[p.routing.order[first + i]] =
-            through_activation(p, first + i, {0, p.size}, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr,
-                               scaled + i * p.size) +
-            through_value_bias(p, e, ws.sent[i]);
-        ws.to[i] = gx + p.routing.token(first + i) * p.width;
+    for (int64_t i = 0; i < rows; ++i)
+        send_gate(p, g, e, first + i, ws.sent[i],
+                  through_activation(p, first + i, {0, p.size}, d + i * p.size, d_gate ? d_gate + i * p.size : nullptr,
+                                     scaled + i * p.size));
+    if (gx) {
+        for (int64_t i = 0; i < rows; ++i) ws.to[i] = gx + p.routing.token(first + i) * p.width;
+        to_inputs(p, e, rows, ws, kDotRows);
     }
-    to_inputs(p, e, rows, ws, kDotRows);
-    weights_of_few(p, rows, ws.inputs.data(), ws.d_rows.data(), g.keys.by_rows(), g.keys.of(e), g.keys.ld(), ws);
-    if (p.gate_keys)
+    if (g.keys) weights_of_few(p, rows, ws.inputs.data(), ws.d_rows.data(), g.keys.by_rows(), g.keys.of(e), g.keys.ld(), ws);
+    if (g.gate_keys)
         weights_of_few(p, rows, ws.inputs.data(), ws.gate_rows.data(), g.gate_keys.by_rows(), g.gate_keys.of(e),
                        g.gate_keys.ld(), ws);
-    weights_of_few(p, rows, ws.sent.data(), ws.scaled_rows.data(), !g.values.by_rows(), g.values.of(e), g.values.ld(), ws);
+    if (g.values)
+        weights_of_few(p, rows, ws.sent.data(), ws.scaled_rows.data(), !g.values.by_rows(), g.values.of(e), g.values.ld(), ws);
     bias_gradients(p, g, e, gy, ws.bias, [&](int64_t r) { return d + (r - first) * p.size; },
                    [&](int64_t r) { return d_gate + (r - first) * p.size; });
 }
 
 // Gradients of an expert that no token chose.
 template <class S> void set_gradients_to_zero(const Problem<S>& p, const Gradients<S>& g, int64_t e) {
-    set_to_zero(g.keys, e, p.width, p.size);
+    if (g.keys) set_to_zero(g.keys, e, p.width, p.size);
     if (g.gate_keys) set_to_zero(g.gate_keys, e, p.width, p.size);
-    set_to_zero(g.values, e, p.size, p.width);
+    if (g.values) set_to_zero(g.values, e, p.size, p.width);
     for (S* bias : {g.key_bias, g.gate_bias})
         if (bias) std::memset(static_cast<void*>(bias + e * p.size), 0, p.size * sizeof(S));
     if (g.value_bias) std::memset(static_cast<void*>(g.value_bias + e * p.width), 0, p.width * sizeof(S));
 }
 
 // Each thread goes through some experts, one after the other while their weights are in its cache, and adds to gradients of x
-// of its own, which are summed up at the end.
+// of its own, which are summed up at the end; without `gx` nobody waits for these.
 template <class S>
 void backward_by_experts(const Problem<S>& p, const Gradients<S>& g, const Division& division, const compute_t<S>* x,
                          const compute_t<S>* gy, compute_t<S>* gx) {
     using C = compute_t<S>;
-    const int64_t n = p.routing.tokens * p.width, most = std::max<int64_t>(division.most_rows, 1), units = most * p.size;
+    const int64_t n = gx ? p.routing.tokens * p.width : 0, most = std::max<int64_t>(division.most_rows, 1), units = most * p.size;
     Buffer<C> partial(n * (p.threads - 1));
     Buffer<C> hidden(p.threads * 3 * units);
     std::vector<BackwardWorkspace<S>> all = backward_workspaces(p, most, false);
 #pragma omp parallel num_threads(p.threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        C* mine = thread == 0 ? gx : partial.data() + (thread - 1) * n;
+        C* mine = thread == 0 || !gx ? gx : partial.data() + (thread - 1) * n;
         std::fill(mine, mine + n, C(0));
         C* d = hidden.data() + thread * 3 * units;
         const Range own = division.runs.of(thread, threads);
@@ -235,7 +242,7 @@ inline Chunks chunks_of(const Routing& routing, int threads) {
 }
 
 // Many tokens: each thread takes some chunks, then adds to the inputs of its own tokens, then takes parts of gradients of
-// weights.
+// weights. Without `gx` nobody waits for the inputs'.
 template <class S>
 void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const compute_t<S>* x, const compute_t<S>* gy,
                         compute_t<S>* gx) {
@@ -247,9 +254,10 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
     int64_t most = kChunk;
     for (int64_t e = 0; e < routing.experts; ++e) most = std::max(most, routing.offsets[e + 1] - routing.offsets[e]);
     std::vector<BackwardWorkspace<S>> all = backward_workspaces(p, most, true);
-    std::vector<WeightGradient<S>> weights{{p, x, d.data(), g.keys, g.keys.by_rows()}};
-    if (p.gate_keys) weights.push_back({p, x, d_gate.data(), g.gate_keys, g.gate_keys.by_rows()});
-    weights.push_back({p, gy, scaled.data(), g.values, !g.values.by_rows()});
+    std::vector<WeightGradient<S>> weights;
+    if (g.keys) weights.push_back({p, x, d.data(), g.keys, g.keys.by_rows()});
+    if (g.gate_keys) weights.push_back({p, x, d_gate.data(), g.gate_keys, g.gate_keys.by_rows()});
+    if (g.values) weights.push_back({p, gy, scaled.data(), g.values, !g.values.by_rows()});
     int64_t parts = 1;  // the first are the biases
     for (const WeightGradient<S>& w : weights) parts += w.parts;
 
@@ -267,13 +275,12 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
             multiply<To::kPut, S>(ws.sent.data(), rows.end - rows.begin, p.values.of(e).transposed(), p.width, p.size,
                                   ws.to.data(), ws.scratch, Way{{}, nullptr, 0});
             for (int64_t r = rows.begin; r < rows.end; ++r)
-                g.gates[routing.order[r]] =
-                    through_activation(p, r, {0, p.size}, d.data() + r * p.size,
-                                       p.gate_keys ? d_gate.data() + r * p.size : nullptr, scaled.data() + r * p.size) +
-                    through_value_bias(p, e, ws.sent[r - rows.begin]);
+                send_gate(p, g, e, r, ws.sent[r - rows.begin],
+                          through_activation(p, r, {0, p.size}, d.data() + r * p.size,
+                                             p.gate_keys ? d_gate.data() + r * p.size : nullptr, scaled.data() + r * p.size));
         }
 #pragma omp barrier
-        const Range tokens = part_of(routing.tokens, thread, threads);
+        const Range tokens = gx ? part_of(routing.tokens, thread, threads) : Range{0, 0};
         std::fill(gx + tokens.begin * p.width, gx + tokens.end * p.width, C(0));
         for (int64_t e = 0; e < routing.experts; ++e)
             in_chunks(routing.rows_of(e, tokens), [&](Range rows) {
@@ -328,6 +335,7 @@ template <class S> void backward(const Problem<S>& problem, const Gradients<S>& 
     if constexpr (std::is_same_v<S, C>) {
         run(g.x);
     } else {
+        if (!g.x) return run(nullptr);
         Buffer<C> wide(n);
         run(wide.data());
 #pragma omp parallel for num_threads(p.threads) schedule(static)

@@ -151,14 +151,14 @@ struct HiddenGradients {
     Buffer<bf16> d, d_gate, scaled;
     Buffer<float> gates;
 
-    HiddenGradients(const Problem<bf16>& p, const Panels& panels)
+    HiddenGradients(const Problem<bf16>& p, const Panels& panels, bool for_values)
         : d(p.routing.rows() * p.size),
           d_gate(p.gate_keys ? p.routing.rows() * p.size : 0),
-          scaled(p.routing.rows() * p.size),
+          scaled(for_values ? p.routing.rows() * p.size : 0),
           gates(p.routing.rows() * panels.n) {}
 };
 
-inline void hidden_gradients_of(const Problem<bf16>& p, const bf16* gy, const UnitsPart& part, const UnitsPart& following,
+inline void hidden_gradients_of(const Problem<bf16>& p, const Gradients<bf16>& g, const UnitsPart& part, const UnitsPart& following,
                                 const Panels& panels, PairWorkspace& ws, HiddenGradients& h) {
     const Matrices<bf16> values = p.values.transposed();
     const int64_t n_units = part.n_units();
@@ -167,14 +167,14 @@ inline void hidden_gradients_of(const Problem<bf16>& p, const bf16* gy, const Un
     pack_panel(part.of(values), p.width, n_units, ws.panel.data());
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
         const int64_t n = std::min(kWaiting, part.rows.end - first);
-        for (int64_t i = 0; i < n; ++i) ws.rows[i] = gy + p.routing.token(first + i) * p.width;
+        for (int64_t i = 0; i < n; ++i) ws.rows[i] = g.y + p.routing.token(first + i) * p.width;
         put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, next, lines, ws.units.data());
         for (int64_t i = 0; i < n; ++i) {
             const int64_t at = (first + i) * p.size + part.units.begin;
             float scaled[kPanelColumns], *d = ws.units.data() + i * kPanelColumns, *d_gate = nullptr;
             if (p.gate_keys) d_gate = ws.gate_units.data() + i * kPanelColumns;
             h.gates[(first + i) * panels.n + part.panel] = through_activation(p, first + i, part.units, d, d_gate, scaled);
-            keep_row(scaled, n_units, h.scaled.data() + at);
+            if (g.values) keep_row(scaled, n_units, h.scaled.data() + at);
             keep_row(d, n_units, h.d.data() + at);
             if (d_gate) keep_row(d_gate, n_units, h.d_gate.data() + at);
         }
@@ -186,28 +186,29 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
     const Panels panels(p.size, 1);
     const std::vector<UnitsPart> parts = units_parts(routing, panels);
     const TokenParts inputs(p);
-    HiddenGradients h(p, panels);
+    HiddenGradients h(p, panels, static_cast<bool>(g.values));
     auto all = one_for_each_thread<PairWorkspace>(p.threads, p, inputs.most());
     const OuterShape shape(routing, std::max(p.width, p.size), p.threads);
     auto outer = one_for_each_thread<OuterWorkspace>(p.threads, p, shape);
     const RowsTimes products[] = {{h.d.data(), p.keys.transposed(), p.size},
                                   {p.gate_keys ? h.d_gate.data() : nullptr, p.gate_keys.transposed(), p.size}};
     const Factor x{p.x, p.width, &routing}, gy{g.y, p.width, &routing};
-    std::vector<PairedGradient> weights{{x, {h.d.data(), p.size, nullptr}, g.keys, shape}};
-    if (p.gate_keys) weights.push_back({x, {h.d_gate.data(), p.size, nullptr}, g.gate_keys, shape});
-    weights.push_back({{h.scaled.data(), p.size, nullptr}, gy, g.values, shape});
+    std::vector<PairedGradient> weights;
+    if (g.keys) weights.push_back({x, {h.d.data(), p.size, nullptr}, g.keys, shape});
+    if (g.gate_keys) weights.push_back({x, {h.d_gate.data(), p.size, nullptr}, g.gate_keys, shape});
+    if (g.values) weights.push_back({{h.scaled.data(), p.size, nullptr}, gy, g.values, shape});
     int64_t per_expert = 1;  // the first are the biases
     for (const PairedGradient& w : weights) per_expert += w.parts();
-    const int64_t n_parts = static_cast<int64_t>(parts.size());
+    const int64_t n_parts = static_cast<int64_t>(parts.size()), n_inputs = g.x ? inputs.n() : 0;
 #pragma omp parallel num_threads(p.threads)
     {
         PairWorkspace& ws = all[omp_get_thread_num()];
         OuterWorkspace& own = outer[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < n_parts; ++i)
-            hidden_gradients_of(p, g.y, parts[i], parts[std::min(i + p.threads, n_parts - 1)], panels, ws, h);
+            hidden_gradients_of(p, g, parts[i], parts[std::min(i + p.threads, n_parts - 1)], panels, ws, h);
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < inputs.n(); ++i)
+        for (int64_t i = 0; i < n_inputs; ++i)
             sum_of_rows(p, products, nullptr, inputs.tokens_of(i), inputs.columns_of(i), ws, g.x);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t unit = 0; unit < routing.experts * per_expert; ++unit) {
@@ -216,7 +217,7 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
             if (part-- == 0) {
                 bias_gradients(p, g, e, g.y, own.bias, [&](int64_t r) { return h.d.data() + r * p.size; },
                                [&](int64_t r) { return h.d_gate.data() + r * p.size; });
-                for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1]; ++r) {
+                for (int64_t r = routing.offsets[e]; r < routing.offsets[e + 1] && g.gates; ++r) {
                     float sum = through_value_bias(p, e, g.y + routing.token(r) * p.width);
                     for (int64_t i = 0; i < panels.n; ++i) sum += h.gates[r * panels.n + i];
                     g.gates[routing.order[r]] = sum;

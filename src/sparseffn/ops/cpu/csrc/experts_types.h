@@ -35,12 +35,13 @@ template <class S> struct Problem {
     }
 };
 
+// Those that nobody waits for are null.
 template <class S> struct Gradients {
     using C = compute_t<S>;
     const S* y;  // in
     S* x;
     OutMatrices<S> keys, gate_keys, values;  // each with lines of rows or of columns
-    S *key_bias, *gate_bias, *value_bias;    // where there are biases
+    S *key_bias, *gate_bias, *value_bias;
     C* gates;
 };
 

@@ -63,20 +63,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_kept_cpu(const Tensor& x, const
 constexpr int64_t kFewTokens = 128;
 
 // Gradients of x and the selector from that of the logits.
-std::tuple<Tensor, Tensor> selector_product_backward(const RouteInputs& in, const Tensor& d_logits) {
+std::tuple<Tensor, Tensor> selector_product_backward(const RouteInputs& in, const Tensor& d_logits, const Needed& needed) {
     const auto selector_type = in.selector.scalar_type(), wide = d_logits.scalar_type();
     const bool many = in.routes.tokens >= kFewTokens && in.x.scalar_type() == wide;
+    const auto options = in.x.options();
     if (many || in.routes.tokens == 0)
-        return {at::mm(d_logits, in.selector.to(wide)).to(in.x.scalar_type()), at::mm(d_logits.t(), in.x.to(wide)).to(selector_type)};
-    Tensor grad_x = at::empty(in.x.sizes(), in.x.options()), grad_selector = at::empty(in.selector.sizes(), d_logits.options());
-    selector_gradients(in.routes, d_logits.const_data_ptr(), grad_x.mutable_data_ptr(), grad_selector.mutable_data_ptr());
-    return {grad_x, grad_selector.to(selector_type)};
+        return {needed.made(0, options, [&] { return at::mm(d_logits, in.selector.to(wide)).to(in.x.scalar_type()); }),
+                needed.made(1, options, [&] { return at::mm(d_logits.t(), in.x.to(wide)).to(selector_type); })};
+    Tensor grad_x = needed.made(0, options, [&] { return at::empty(in.x.sizes(), options); });
+    Tensor grad_selector = needed.made(1, options, [&] { return at::empty(in.selector.sizes(), d_logits.options()); });
+    selector_gradients(in.routes, d_logits.const_data_ptr(), data_of_mutable(grad_x), data_of_mutable(grad_selector));
+    return {grad_x, needed[1] ? grad_selector.to(selector_type) : grad_selector};
 }
 
 std::tuple<Tensor, Tensor> route_backward_cpu(const MaybeTensor& grad_logits, const MaybeTensor& grad_gates, const Tensor& x,
                                               const Tensor& selector, int64_t k, std::string_view gate, const Tensor& indices,
-                                              const Tensor& gates, const Tensor& shares) {
+                                              const Tensor& gates, const Tensor& shares, Needed::Flags flags) {
     const RouteInputs in(x, selector, k, gate);
+    const Needed needed(flags, 2, "route_backward");
     const int64_t tokens = in.routes.tokens, experts = in.routes.experts;
     const Tensor through_logits = in_order(grad_logits), through_gates = in_order(grad_gates);
     const Tensor chosen = indices.contiguous(), weights = gates.contiguous(), all = shares.contiguous();
@@ -90,7 +94,7 @@ std::tuple<Tensor, Tensor> route_backward_cpu(const MaybeTensor& grad_logits, co
     Tensor d_logits = at::empty({tokens, experts}, weights.options());
     logits_gradient(in.routes, pointer_of<int64_t>(chosen), data_of(weights), data_of(all), data_of(through_logits),
                     data_of(through_gates), data_of_mutable(d_logits));
-    return selector_product_backward(in, d_logits);
+    return selector_product_backward(in, d_logits, needed);
 }
 
 Tensor router_logits_cpu(const Tensor& x, const Tensor& selector) {
@@ -100,11 +104,13 @@ Tensor router_logits_cpu(const Tensor& x, const Tensor& selector) {
     return logits;
 }
 
-std::tuple<Tensor, Tensor> router_logits_backward_cpu(const Tensor& grad_logits, const Tensor& x, const Tensor& selector) {
+std::tuple<Tensor, Tensor> router_logits_backward_cpu(const Tensor& grad_logits, const Tensor& x, const Tensor& selector,
+                                                      Needed::Flags flags) {
     const RouteInputs in(x, selector, 1, "sigmoid");
+    const Needed needed(flags, 2, "router_logits_backward");
     const Tensor d_logits = grad_logits.contiguous();
     check_like("router_logits_backward", d_logits, {in.routes.tokens, in.routes.experts}, wide_type(x), "grad_logits");
-    return selector_product_backward(in, d_logits);
+    return selector_product_backward(in, d_logits, needed);
 }
 
 // ---- assignment
@@ -264,20 +270,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_kept_cpu(SPARSEFFN_EX
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_cpu(
     const Tensor& grad_y, SPARSEFFN_EXPERTS_ARGUMENTS, const Tensor& hidden, const Tensor& positions, const Tensor& order,
-    const Tensor& offsets) {
+    const Tensor& offsets, Needed::Flags flags) {
     const ExpertsInputs in = SPARSEFFN_EXPERTS_INPUTS;
+    const Needed needed(flags, 8, "experts_backward");
     in.check();
     const Tensor grad = grad_y.contiguous(), kept = hidden.contiguous(), sorted = order.contiguous(), edges = offsets.contiguous();
     const Tensor survivors = positions.contiguous();
     check_like("experts_backward", grad, in.x.sizes(), in.x.scalar_type(), "grad_y");
     in.check_kept(kept, survivors, sorted, edges);
     TORCH_CHECK(keys.numel() > 0, "sparseffn::experts_backward: keys must have elements; got ", keys.sizes());
-    Tensor d_x = at::empty(in.x.sizes(), in.x.options()), d_gates = at::empty(in.gates.sizes(), in.gates.options());
-    const auto none = [&] { return at::empty({0}, in.x.options()); };
-    Tensor d_keys = gradient_like(keys), d_values = gradient_like(values);
-    Tensor d_gate_keys = gate_keys ? gradient_like(*gate_keys) : none();
-    const auto bias = [&](const Tensor& of) { return of.defined() ? at::empty(of.sizes(), of.options()) : none(); };
-    Tensor d_key_bias = bias(in.key_bias), d_gate_bias = bias(in.gate_bias), d_value_bias = bias(in.value_bias);
+    const auto options = in.x.options();
+    const auto flat = [&](size_t i, const Tensor& of) {
+        return needed.made(i, options, [&] { return of.defined() ? at::empty(of.sizes(), of.options()) : at::empty({0}, options); });
+    };
+    const auto weight = [&](size_t i, const MaybeTensor& of) {
+        return needed.made(i, options, [&] { return of ? gradient_like(*of) : at::empty({0}, options); });
+    };
+    Tensor d_x = flat(0, in.x), d_keys = weight(1, in.keys), d_values = weight(2, in.values), d_gates = flat(3, in.gates);
+    Tensor d_gate_keys = weight(4, in.gate_keys), d_key_bias = flat(5, in.key_bias), d_gate_bias = flat(6, in.gate_bias);
+    Tensor d_value_bias = flat(7, in.value_bias);
     with_type(type_of(in.x), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         using C = compute_t<S>;

@@ -260,9 +260,9 @@ template <class C> void selector_gradients_in(const Routes& r, const C* d, void*
         with_type(r.x.type, [&](auto* tag) {
             using X = std::remove_pointer_t<decltype(tag)>;
             if constexpr (std::is_same_v<compute_t<X>, C>)
-                x_gradient(r, d, selector.data(), part_of(r.tokens, i, parts), all[i].padded.data(), static_cast<X*>(grad_x));
+                if (grad_x) x_gradient(r, d, selector.data(), part_of(r.tokens, i, parts), all[i].padded.data(), static_cast<X*>(grad_x));
         });
-        selector_gradient(r, d, all[i].columns, all[i].x, grad_selector);
+        if (grad_selector) selector_gradient(r, d, all[i].columns, all[i].x, grad_selector);
     }
 }
 

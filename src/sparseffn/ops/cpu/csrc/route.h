@@ -32,7 +32,8 @@ void scores(const Routes& routes, void* logits);
 void logits_gradient(const Routes& routes, const int64_t* indices, const void* gates, const void* shares, const void* grad_logits,
                      const void* grad_gates, void* out);
 
-// From it those of x, in its own type, and of the selector, in the type of the logits; at least one token.
+// From it those of x, in its own type, and of the selector, in the type of the logits, where they are not null; at least one
+// token.
 void selector_gradients(const Routes& routes, const void* d_logits, void* grad_x, void* grad_selector);
 
 }  // namespace sparseffn

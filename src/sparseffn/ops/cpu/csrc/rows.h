@@ -364,14 +364,15 @@ template <class S> void row_gradients(const Table<S>& t, const S* grad, S* grad_
     using C = compute_t<S>;
     Grouping pairs(t.tokens, t.k, t.rows, kGradientTokens);
     Lines<C> sent(t.tokens, t.width);
-    RowSums<S> to(grad_values, t.rows, t.width);
+    RowSums<S> to(grad_values, grad_values ? t.rows : 0, t.width);
     auto spaces = row_spaces<S>(t.width, t.threads);
 #pragma omp parallel num_threads(t.threads)
     {
         RowSpace<S>& ws = spaces[omp_get_thread_num()];
         group_and_take(pairs, t.indices, [&](int64_t token) { sent.take(grad + token * t.width, token, t.width); });
         for_groups(pairs, [&](int64_t s, int64_t group, bool first, bool last) {
-            dot_pairs(t, pairs, s, group, ws.group, sent, grad_weights);
+            if (grad_weights) dot_pairs(t, pairs, s, group, ws.group, sent, grad_weights);
+            if (!grad_values) return;
             ws.sums.clear(kGroupRows);
             add_outer_pairs(pairs, s, group, t.indices, t.weights, t.k, sent, ws.sums);
             to.put(group, ws.sums, first, last);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -67,6 +68,25 @@ inline Tensor gradient_like(const Tensor& weight) {
     }
     return at::empty(weight.sizes(), weight.options());
 }
+
+// Which of its gradients a backward is asked for, in their order: all where nothing is said. One that is left out is empty.
+class Needed {
+  public:
+    using Flags = std::optional<c10::List<bool>>;
+
+    Needed(const Flags& flags, size_t gradients, const char* operation) : flags_(flags) {
+        TORCH_CHECK(!flags || flags->size() == gradients, "sparseffn::", operation, ": `needed` must have ", gradients,
+                    " entries; got ", flags ? flags->size() : 0);
+    }
+    bool operator[](size_t i) const { return !flags_ || flags_->get(i); }
+    // What make() gives where gradient i is asked for.
+    template <class Make> Tensor made(size_t i, const at::TensorOptions& options, Make&& make) const {
+        return (*this)[i] ? make() : at::empty({0}, options);
+    }
+
+  private:
+    const Flags& flags_;
+};
 
 // What an operation kept for its backward is looked at like any other: whoever calls the second by itself may pass anything.
 inline void check_like(const char* operation, const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {

@@ -65,8 +65,8 @@ template <class S> void topk_backward(const TopK<S>& p, const TopKGradients<S>& 
     Grouping pairs(p.tokens, p.k, p.units, kGradientTokens);
     Lines<C> x(p.tokens, p.width), y(p.tokens, p.width);
     Buffer<C> d(n_pairs), d_gate(p.gate_keys ? n_pairs : 0), key_bias(p.units), gate_bias(p.units);
-    RowSums<S> to_keys(g.keys, p.units, p.width), to_values(g.values, p.units, p.width);
-    RowSums<S> to_gate_keys(g.gate_keys, p.gate_keys ? p.units : 0, p.width);
+    const auto rows_of = [&](S* gradient) { return RowSums<S>(gradient, gradient ? p.units : 0, p.width); };
+    RowSums<S> to_keys = rows_of(g.keys), to_values = rows_of(g.values), to_gate_keys = rows_of(g.gate_keys);
     auto spaces = row_spaces<S>(p.width, p.threads);
     std::fill_n(key_bias.data(), p.units, C(0));
     std::fill_n(gate_bias.data(), p.units, C(0));
@@ -85,9 +85,9 @@ template <class S> void topk_backward(const TopK<S>& p, const TopKGradients<S>& 
             };
             dot_pairs(values, pairs, s, group, ws.group, y, d.data());
             through_chain(p, g, pairs, s, group, d.data(), p.gate_keys ? d_gate.data() : nullptr);
-            outer(coefficients.data(), y, to_values);
-            outer(d.data(), x, to_keys);
-            if (p.gate_keys) outer(d_gate.data(), x, to_gate_keys);
+            if (g.values) outer(coefficients.data(), y, to_values);
+            if (g.keys) outer(d.data(), x, to_keys);
+            if (g.gate_keys) outer(d_gate.data(), x, to_gate_keys);
             if (g.key_bias) add_bias(pairs, s, group, p, d.data(), key_bias.data());
             if (g.gate_bias) add_bias(pairs, s, group, p, d_gate.data(), gate_bias.data());
         });
@@ -96,6 +96,7 @@ template <class S> void topk_backward(const TopK<S>& p, const TopKGradients<S>& 
         if (g.key_bias) g.key_bias[i] = narrow<S>(key_bias[i]);
         if (g.gate_bias) g.gate_bias[i] = narrow<S>(gate_bias[i]);
     }
+    if (!g.x) return;
     Table<S> keys{p.keys, p.indices, d.data(), p.units, p.width, p.tokens, p.k, p.threads};
     keys.more_values = p.gate_keys;
     keys.more_weights = d_gate.data();
