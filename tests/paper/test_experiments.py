@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,6 +23,8 @@ from sparseffn.paper.scales import Scale, get_scale
 from sparseffn.paper.sequential import error_rate, t_bounds
 from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun, LayerLoads
 from sparseffn.storage import read, write_json
+
+SWEEP = Path(__file__).parents[2] / "results" / "learning-rates.json"
 
 
 @pytest.mark.parametrize("name", list(rules()))
@@ -147,6 +150,29 @@ def test_experts_are_matched_to_their_dense_blocks(corpora: Corpora) -> None:
     assert [run.label for run in runs[:4]] == ["16 experts", "dense for 16", "64 experts", "dense for 64"]
     for n in (16, 64):
         assert sizes[f"{n} experts"] == pytest.approx(sizes[f"dense for {n}"], rel=1e-3)
+
+
+def test_scaling_is_matched_at_every_width_and_its_slopes_are_of_least_squares(corpora: Corpora) -> None:
+    """Dense and mixture within 0.1%; the slopes' weights follow from the parameters; rates are the best of the sweep."""
+    rule = rules()["scaling"]
+    request = Request(scale=get_scale("cpu"), corpora=dataclasses.replace(corpora, scale=get_scale("cpu")))
+    specs = {run.label: run.spec for run in experiment_runs(rule, request)}
+    widths = (48, 96, 128, 224)
+    x = np.log2([specs[f"dense, {width}"].model.num_params() for width in widths])
+    slopes = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    by_name = {contrast.name: contrast.weights for contrast in rule.contrasts}
+    sweep = read(SWEEP, dict[str, dict[str, Any]], fix="")
+    for width, slope in zip(widths, slopes, strict=True):
+        sigma, dense, narrow = (f"{name}, {width}" for name in ("sigma-MoE", "dense", "dense of K G"))
+        assert specs[sigma].model.num_params() == pytest.approx(specs[dense].model.num_params(), rel=1e-3)
+        assert specs[narrow].model.ffn.to_json()["d_ff"] == round(specs[dense].model.ffn.to_json()["d_ff"] / 4)
+        assert by_name["slope of the gap"][sigma] == pytest.approx(slope, abs=2e-3) == -by_name["slope of the gap"][dense]
+        assert by_name["slope of the width"][dense] == pytest.approx(slope, abs=2e-3)
+        rates = sweep["cpu" if width == 128 else f"cpu, d_model {width}"]["rates"]
+        tried = {rate["lr"]: rate["mean"] for rate in rates}
+        best = min(tried, key=lambda lr: tried[lr])
+        assert min(tried) < best < max(tried)
+        assert {specs[name].train.lr for name in (sigma, dense, narrow)} == {best}
 
 
 def loads(entropy: list[float], dead: list[float]) -> LayerLoads:

@@ -12,6 +12,7 @@ import msgspec
 
 from sparseffn.report.forest import claim_rows, experiment_rows, forest_plot, study_rows
 from sparseffn.report.plotting import Plot, standalone_svg
+from sparseffn.report.scaling_plots import flops_plot, over_flops, over_params, params_plot
 from sparseffn.report.study_report import read_study
 from sparseffn.report.training_plots import (
     collapse_courses,
@@ -39,8 +40,8 @@ class Picture:
 def pictures(results: Path) -> list[Picture]:
     """Those that there are results for."""
     claims = read(results / "evidence" / "claims.json", ClaimsResult, fix=_FIX)
-    control, collapse = (
-        read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX) for name in ("control", "collapse")
+    control, scaling, collapse = (
+        read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX) for name in ("control", "scaling", "collapse")
     )
     studies = [read_study(results / f"study-{name}.json") for name in ("init", "competition", "balance")]
     found: list[tuple[str, str, list[Any], Callable[..., Plot]]] = [
@@ -48,6 +49,9 @@ def pictures(results: Path) -> list[Picture]:
         ("forest-control", "The control", experiment_rows(control), forest_plot),
         ("forest-studies", "Losses of the short trainings", study_rows(studies), forest_plot),
         ("curves-control", "Learning curves of the control", loss_courses(control), loss_plot),
+        ("forest-scaling", "Scaling", experiment_rows(scaling), forest_plot),
+        ("scaling-params", "Loss over parameters", over_params(scaling), params_plot),
+        ("scaling-flops", "Loss over training FLOPs", over_flops(scaling), flops_plot),
         ("loads-collapse", "Evenness of the load over training", collapse_courses(collapse), evenness_plot),
         ("loads-studies", "Evenness of the load over training, less the baseline's", load_courses(studies), load_plot),
     ]
