@@ -81,6 +81,15 @@ def write_bytes(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}")
+
+
+def partial_of(path: Path) -> str | None:
+    """The name of the file that `write_bytes` was at when its process was killed, where `path` is what it left of it."""
+    found = _PARTIAL.fullmatch(path.name)
+    return found[1] if found is not None and path.is_file() else None
+
+
 _UNFINISHED = ".writing-"
 
 
@@ -115,9 +124,12 @@ def write_folder(path: Path, *, replace: bool = False, fix: str = "") -> Iterato
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what killed processes left of folders in `parent`; only where no other process writes there."""
+    """Remove what killed processes left of folders and files in `parent`; only where no other process writes there."""
     for leftover in parent.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in parent.glob(".*"):
+        if partial_of(leftover) is not None:
+            leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

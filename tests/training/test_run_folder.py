@@ -43,6 +43,27 @@ def test_tokenizer_of_a_run_is_whole_or_absent(
     assert (tmp_path / "run" / "tokenizer.json").read_text() == corpus.tokenizer.to_json()
 
 
+def test_a_run_that_was_killed_within_its_first_file_goes_on(
+    tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
+) -> None:
+    """What it left of `config.json` is nobody else's file, and is removed; one of another name is left alone."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        # As a killed process does: neither moved nor tidied up.
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, config, corpus, out)
+    assert any(path.name.startswith(".config.json.") for path in out.iterdir())
+    assert train(model, config, corpus, out).steps == 12
+    assert {path.name for path in out.glob(".*")} == {".lock"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.0123456789abcdef").write_text("mine")
+    with pytest.raises(UserError, match="which holds other files"):
+        train(model, config, corpus, tmp_path / "other")
+    assert (tmp_path / "other" / ".notes.0123456789abcdef").exists()
+
+
 def test_run_says_which_code_made_it_and_goes_on_with_other_code(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
 ) -> None:
@@ -172,8 +193,13 @@ def test_a_folder_of_another_version_is_refused_by_its_name(
 def test_damaged_settings_are_refused_with_their_path_and_one_remedy(
     tmp_path: Path, corpus: Corpus, model: TransformerXLConfig, config: TrainConfig
 ) -> None:
-    """The field by its whole path."""
+    """The field by its whole path; a whole number that no float holds is out of range too."""
     folder = RunFolder(tmp_path)
+    write_json(tmp_path / "config.json", run_config(model, config, corpus) | {"train": {**config.to_json(), "lr": 10**400}})
+    with pytest.raises(
+        UserError, match=r"`train\.lr` must be a number that is computed with; got one of 1329 bits; fix: restore"
+    ):
+        RunSettings.read(folder)
     write_json(tmp_path / "config.json", run_config(model, config, corpus) | {"train": {**config.to_json(), "seed": -1}})
     with pytest.raises(UserError, match=r"damaged file: `train\.seed` must be at least 0; got -1; fix: restore") as caught:
         RunSettings.read(folder)

@@ -120,21 +120,30 @@ def train_command(folder: Path) -> list[str]:
 
 
 def run_command(words: list[str], log: Path) -> tuple[int, str]:
-    """Exit code and output of a command in a child that has bounded time and memory."""
+    """Exit code and output of a command in a child of bounded memory, `COMMAND_LIMIT_S` of processor time or without any."""
 
     def work() -> int:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MORE_MEMORY, resource.RLIM_INFINITY))
         return main(words)
 
-    child, end = in_child(work, log), time.monotonic() + COMMAND_LIMIT_S
+    child, waited, used, seen = in_child(work, log), 0.0, 0.0, time.monotonic()
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
+        time.sleep(0.01)
+        before, seen = seen, time.monotonic()
+        # A busy machine, or one that stops both of us for a while, is no hang.
+        waited = waited + min(seen - before, 1.0) if (now := processor_s(child)) == used else 0.0
+        if (used := now) > COMMAND_LIMIT_S or waited > COMMAND_LIMIT_S:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return HANG, "hangs"
-        time.sleep(0.01)
     return os.waitstatus_to_exitcode(ended[1]), log.read_text(errors="replace")
+
+
+def processor_s(process: int) -> float:
+    """Seconds of processor that a child has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def numbers_of(output: str) -> object:
@@ -144,7 +153,8 @@ def numbers_of(output: str) -> object:
         data = json.loads(output[begin:]) if begin >= 0 else output
     except ValueError:
         return output
-    return {key: value for key, value in data.items() if key != "seconds"} if isinstance(data, dict) else data
+    clocks = ("seconds", "saving_seconds")
+    return {key: value for key, value in data.items() if key not in clocks} if isinstance(data, dict) else data
 
 
 def fuzz_commands(n: int, work: Path, strangers: list[Path], tally: Tally, draw: random.Random) -> None:

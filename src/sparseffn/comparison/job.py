@@ -17,7 +17,7 @@ from sparseffn.comparison.outcome import DENSE, LayerTimes, count_usage, summari
 from sparseffn.comparison.schedule import Plan, find_plan
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.results.comparison_result import ComparisonResult
-from sparseffn.storage import read, sole_writer, write_json
+from sparseffn.storage import read, remove_unfinished, sole_writer, write_json
 from sparseffn.training import NonFiniteLossError, load_run_model, train
 from sparseffn.training.journal import OnStep
 
@@ -61,6 +61,7 @@ def compare(settings: CompareSettings, out: Path | str, *, progress: Progress | 
         found = candidate.match
         progress.log(f"{candidate.label}: {found.model_params:,} parameters ({found.residual_percent:+.3f}% against dense)")
     with sole_writer(comparison.out):
+        remove_unfinished(comparison.out)
         plan = find_plan(comparison, started)
         tokens = comparison.preset.batch * comparison.preset.context
         progress.log(f"{plan.steps} steps of {tokens:,} tokens for every method")

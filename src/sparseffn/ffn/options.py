@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -115,6 +116,10 @@ def check_fields(config: object) -> None:
 _REMEDIES = {int: "pass a whole number", float: "pass a number", bool: "pass true or false", str: "pass text"}
 
 
+# Of a whole number that a float can hold; JSON has larger ones.
+_MOST_BITS = sys.float_info.max_exp - 1
+
+
 def _check(info: FieldInfo, value: object) -> None:
     if value is None and info.optional:
         return
@@ -128,9 +133,13 @@ def _check(info: FieldInfo, value: object) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and info.kind is not bool):
         raise _wrong_type(info, value)
     if isinstance(value, int | float) and info.kind is not bool:
-        o = info.option
+        o, fix = info.option, "fix: pass a number in this range"
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise UserError(
+                f"`{info.name}` must be a number that is computed with; got one of {value.bit_length()} bits; {fix}"
+            )
         if not (o.low <= value <= o.high and value < o.below) or not math.isfinite(value):
-            raise UserError(f"`{info.name}` must be {o.range_text()}; got {value!r}; fix: pass a number in this range")
+            raise UserError(f"`{info.name}` must be {o.range_text()}; got {value!r}; {fix}")
 
 
 def _wrong_type(info: FieldInfo, value: object) -> UserError:

@@ -33,7 +33,7 @@ from sparseffn.errors import Interrupted, NonFiniteError, UserError, unknown_nam
 from sparseffn.evaluation import Evaluation, NonFiniteLossError, evaluate
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.models import ModelConfig, build_model
-from sparseffn.storage import file_digest, sole_writer, write_bytes
+from sparseffn.storage import file_digest, remove_unfinished, sole_writer, write_bytes
 from sparseffn.training.checkpoint import KEPT, MANIFEST, Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.failures import is_out_of_memory, out_of_memory, stopped_by_device
@@ -164,6 +164,7 @@ def _open(
     if folder.result_path.exists():
         return TrainResult.read(folder.result_path)
     stack.enter_context(sole_writer(folder.path))
+    remove_unfinished(folder.path)
     fresh = folder.open(identity, device=str(device))
     for note in config.notes if fresh else ():
         _log.warning(note)

@@ -16,7 +16,18 @@ import msgspec
 from sparseffn import __version__
 from sparseffn.data import Corpus
 from sparseffn.errors import UserError
-from sparseffn.storage import LOCK, Count, environment, json_digest, read, read_json, write_json, write_text, writing
+from sparseffn.storage import (
+    LOCK,
+    Count,
+    environment,
+    json_digest,
+    partial_of,
+    read,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 
 
 class _Line(msgspec.Struct):
@@ -88,12 +99,15 @@ class RunFolder:
                     f"`out` must be a new folder or one of the same config; got {self.path}, where "
                     f"{'; '.join(differences[:3])}; fix: {self._other_config_fix()}"
                 )
-        # What only says that somebody writes here is no file of something else.
-        elif self.path.exists() and (not self.path.is_dir() or any(file.name != LOCK for file in self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or not all(map(self._is_of_no_run, self.path.iterdir()))):
             raise UserError(
                 f"`out` must be a new folder or one of this run; got {self.path}, which holds other files; "
                 "fix: choose another --out"
             )
+
+    def _is_of_no_run(self, file: Path) -> bool:
+        """Whether a file says no more than that somebody writes here, or was killed when the config was to be written."""
+        return file.name == LOCK or partial_of(file) == self.config_path.name
 
     def digest(self) -> str:
         """Digest of the run's config: what its checkpoints and its result are of.
