@@ -16,11 +16,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
-from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import PushToHubMixin, hub
 
 import sparseffn.hf
+from hf.folder_hub import FolderHub
 from sparseffn.cli import main
 from sparseffn.data import evaluation_windows
 from sparseffn.evaluation import evaluate
@@ -121,39 +120,30 @@ def test_an_earlier_checkpoint_claims_no_results(run: Path, tmp_path: Path, caps
 
 
 class TestPush:
-    """`push_to_hub`, the hub replaced by a note of what it would get."""
+    """`push_to_hub`, the hub replaced by a folder."""
 
     @pytest.fixture
-    def pushed(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
+        return FolderHub(tmp_path, monkeypatch)
 
-        def upload(_: object, working_dir: str, repo_id: str, *args: object, **kwargs: object) -> None:
-            found.update(
-                {file.name: "" if file.suffix == ".safetensors" else file.read_text() for file in Path(working_dir).iterdir()}
-            )
+    def test_an_exported_model_has_its_card_with_results(self, exported: Path, hub: FolderHub) -> None:
+        """And what the hub then holds is the same model, with its tokenizer."""
+        model = AutoModelForCausalLM.from_pretrained(exported)
+        model.push_to_hub("me/sigma")
+        assert hub.commits == [{"config.json", "generation_config.json", "model.safetensors", "README.md"}]
+        AutoTokenizer.from_pretrained(exported).push_to_hub("me/sigma")
+        pushed = hub.root / "me" / "sigma"
+        assert (pushed / "README.md").read_text() == (exported / "README.md").read_text()
+        ids = AutoTokenizer.from_pretrained(pushed)(SONG[:60], return_tensors="pt").input_ids
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(pushed)(ids).logits, model(ids).logits)
 
-        class Hub:
-            def create_repo(self, repo_id: str, **kwargs: object) -> Hub:
-                self.repo_id = repo_id
-                return self
-
-        monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
-        monkeypatch.setattr(hub, "hf_api", Hub)
-        monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("an empty card"))
-        return found
-
-    def test_an_exported_model_has_its_card_with_results(self, exported: Path, pushed: dict[str, str]) -> None:
-        AutoModelForCausalLM.from_pretrained(exported).push_to_hub("me/sigma")
-        assert {"config.json", "model.safetensors"} <= set(pushed)
-        assert pushed["README.md"] == (exported / "README.md").read_text()
-
-    def test_a_changed_model_claims_no_results(self, exported: Path, pushed: dict[str, str]) -> None:
+    def test_a_changed_model_claims_no_results(self, exported: Path, hub: FolderHub) -> None:
         model = AutoModelForCausalLM.from_pretrained(exported)
         with torch.no_grad():
             model.transformer.norm.weight.add_(1)
         model.push_to_hub("me/sigma")
-        assert "# me/sigma" in pushed["README.md"]
-        assert "## Results" not in pushed["README.md"]
+        card = (hub.root / "me" / "sigma" / "README.md").read_text()
+        assert "# me/sigma" in card and "## Results" not in card
 
 
 class TestRefused:

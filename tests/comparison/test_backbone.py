@@ -74,17 +74,29 @@ def test_its_runs_are_read_like_any_other(compared: tuple[list[str], Path], capf
     assert "`memory_length` must be 0: a decoder has no memory; got 4" in capfd.readouterr().err
 
 
-def test_its_runs_are_exported(compared: tuple[list[str], Path], tmp_path: Path) -> None:
-    """As a decoder of transformers, whose card has the comparison's table."""
+def test_its_runs_are_exported_and_pushed(
+    compared: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a decoder of transformers, whose card has the comparison's table; what the hub gets is loaded again as it was."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
-    run, to = run_path(compared[1], "sigma-moe", 0), tmp_path / "hub"
+    from hf.folder_hub import FolderHub
+
+    run, to = run_path(compared[1], "sigma-moe", 0), tmp_path / "exported"
     assert main(["export", str(run), "--to", str(to)]) == 0
-    hub = transformers.AutoModelForCausalLM.from_pretrained(to)
-    tokens, (model, _) = torch.tensor([[1, 2, 3]]), load_run_model(run)
-    assert type(hub).__name__ == "SparseFFNForCausalLM" and hub.config.max_position_embeddings == 16
-    assert torch.equal(hub(tokens).logits, model(tokens).logits)
-    card = (to / "README.md").read_text()
-    assert "A decoder language model" in card and "2 of keys and values" in card and "| dense | 1.75 M |" in card
+    exported = transformers.AutoModelForCausalLM.from_pretrained(to)
+    hub = FolderHub(tmp_path, monkeypatch)
+    exported.push_to_hub("me/sigma", max_shard_size="2MB")
+    transformers.AutoTokenizer.from_pretrained(to).push_to_hub("me/sigma")
+    assert "model.safetensors.index.json" in hub.commits[0]
+    assert sum(name.endswith(".safetensors") for name in hub.commits[0]) > 2
+    (model, _), pushed = load_run_model(run), tmp_path / "me" / "sigma"
+    tokens = transformers.AutoTokenizer.from_pretrained(pushed)("12 bottles", return_tensors="pt").input_ids
+    for folder in (to, pushed):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert type(loaded).__name__ == "SparseFFNForCausalLM" and loaded.config.max_position_embeddings == 16
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        card = (folder / "README.md").read_text()
+        assert "A decoder language model" in card and "2 of keys and values" in card and "| dense | 1.75 M |" in card
 
 
 def test_another_backbone_is_another_comparison(compared: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,17 @@ Nothing is claimed that the folder's own files do not hold: a card has results o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from sparseffn.accounting import count_block
 from sparseffn.ffn import FFNConfig
 from sparseffn.ffn.options import field_infos
-from sparseffn.storage import file_digest, write_text
+from sparseffn.storage import write_text
 
 CARD = "README.md"
 
@@ -103,9 +107,20 @@ def write_card(model: Any, folder: str | Path, card: str) -> None:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files of weights."""
-    digests = [{file.name: file_digest(file) for file in folder.glob("*.safetensors")} for folder in (one, other)]
-    return digests[0] == digests[1] and bool(digests[0])
+    """Whether two folders hold the same parameters, in whatever files."""
+    with ExitStack() as stack:
+        ours, theirs = (_opened(folder, stack) for folder in (one, other))
+        return (
+            bool(ours)
+            and ours.keys() == theirs.keys()
+            and all(torch.equal(file.get_tensor(name), theirs[name].get_tensor(name)) for name, file in ours.items())
+        )
+
+
+def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """The file of each parameter, of which nothing is read yet."""
+    files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def _front_matter(method: str) -> str:
