@@ -30,8 +30,9 @@ SPACE_MARK = "\u2581"
 WORD = re.compile(r" ?[^ \t\n]+| ")
 # The same in a line, where a tab is a character as others.
 WORD_OF_LINE = re.compile(r" ?[^ ]+| ")
-# Different words of a training text that are held: some 200 MB. Where a text has more, the rarest go (`_thinned`).
-MAX_WORDS = 2_000_000
+# Different words of a training text that are held: some 350 MB, and 400 MB while SentencePiece learns from them. Where a text
+# has more, the rarest go (`_thinned`).
+MAX_WORDS = 1_000_000
 # Bytes of a text up to which SentencePiece is given its lines, which it holds all at the same time with 6 times as much beside
 # them; of a longer text it is given the words, once each.
 MAX_BYTES_OF_LINES = 64 << 20
@@ -83,9 +84,9 @@ class BpeTokenizer(Tokenizer):
         Pieces do not reach over a space, so that the model is the one of the lines, but for tabs, which separate words here,
         and for the rarest words where there are more than `MAX_WORDS`.
         """
-        counted = sorted(_word_counts(texts).items(), key=lambda item: (-item[1], item[0]))
-        words = (f"{part}\t{count}" for word, count in counted for part in _short(word))
-        return cls._train(words, vocab_size, input_format="tsv")
+        # The most frequent last, where they are taken from.
+        counted = sorted(_word_counts(texts).items(), key=lambda item: (-item[1], item[0]))[::-1]
+        return cls._train(_handed_over(counted), vocab_size, input_format="tsv")
 
     @classmethod
     def _train(cls, sentences: Iterator[str], vocab_size: int | None, **options: str) -> Self:
@@ -200,6 +201,13 @@ def _short(line: str) -> Iterator[str]:
             part.append(cut)
             n_bytes += size
     yield "".join(part)
+
+
+def _handed_over(counted: list[tuple[str, int]]) -> Iterator[str]:
+    """Words with their counts, from the last on, each let go as it is handed over: SentencePiece has all of them then."""
+    while counted:
+        word, count = counted.pop()
+        yield from (f"{part}\t{count}" for part in _short(word))
 
 
 def _word_counts(texts: Iterable[str]) -> Counter[str]:
