@@ -132,7 +132,7 @@ def product_key_block(draw: random.Random) -> None:
 
     def sums(x: Tensor, keys_a: Tensor, keys_b: Tensor) -> Tensor:
         u_a, u_b = (
-            torch.einsum("td,hnd->thn", part, keys) for part, keys in zip(x.chunk(2, dim=1), (keys_a, keys_b), strict=True)
+            torch.einsum("bd,hnd->bhn", part, keys) for part, keys in zip(x.chunk(2, dim=1), (keys_a, keys_b), strict=True)
         )
         return (u_b[..., :, None] + u_a[..., None, :]).flatten(2)
 
