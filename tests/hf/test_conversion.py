@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from hf.dense import build
 from sparseffn.cli import main
 from sparseffn.errors import UserError
-from sparseffn.hf import held_out
+from sparseffn.hf import Split, Upcycle, held_out
 from sparseffn.hf.conversion import ConvertSettings, convert
-from sparseffn.report.convert_report import conversion_page, conversion_tables, conversions_table
+from sparseffn.report.convert_report import USUAL_FILL, conversion_page, conversion_tables, conversions_table
 from sparseffn.results.convert_result import ConvertResult, read_conversion
 from sparseffn.storage import file_digest
 
@@ -218,8 +218,15 @@ def test_seeds_share_a_row(converted: ConvertResult) -> None:
     (row,) = conversions_table([converted, other, upcycled]).rows
     assert [cell.text for cell in row.cells][:4] == ["sigma-moe n_experts=6 k=2 from split", "3 + 23", "544 / 136", "33.3%"]
     assert row.cells[-1].text == "2" and " ± 0.00, " in row.cells[-4].text
-    (row,) = conversions_table([converted, other, upcycled], upcycled=True).rows
-    assert row.cells[0].text.endswith("from upcycle") and row.cells[-1].text == "1"
+    redrawn = structs.replace(upcycled, facts=structs.replace(upcycled.facts, fill_options={"redraw": 0.5}))
+    rows = conversions_table([converted, other, upcycled, redrawn], upcycled=True).rows
+    assert [row.cells[0].text.partition("from ")[2] for row in rows] == ["upcycle", "upcycle redraw=0.5"]
+    assert [row.cells[-1].text for row in rows] == ["1", "1"]
+
+
+def test_usual_options_are_the_fills_own() -> None:
+    """A description leaves out what nobody chose."""
+    assert {**vars(Split()), **vars(Upcycle())} == USUAL_FILL
 
 
 def test_the_command(settings: ConvertSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import to_builtins
 
@@ -22,6 +23,9 @@ _READING = (
     "over the square of that, a mean over tokens, on the dense model's own inputs. Active pairs are those that a token uses. "
     "Both models are timed in turns on one sequence; FLOPs are those of the feedforward blocks alone."
 )
+
+# Options of the ways to fill as they are where nobody chooses (`sparseffn.hf`, which needs the extra).
+USUAL_FILL: Mapping[str, Any] = {"by": "coactivation", "rounds": 10, "router_steps": 200, "redraw": 0.0}
 
 
 def write_conversion(result: ConvertResult, folder: Path, *, drawn: bool = True) -> list[Path]:
@@ -43,9 +47,12 @@ def facts_line(result: ConvertResult) -> str:
 
 
 def described(facts: ConvertFacts) -> str:
-    """Method, options and way to fill, as one types them: `sigma-moe n_experts=64 k=32 from split`."""
-    options = [f"{key}={formats.setting(value)}" for key, value in facts.options.items()]
-    return " ".join([facts.method, *options, "from", facts.fill])
+    """Method and way to fill with their options, as one types them: `sigma-moe n_experts=2 k=1 from upcycle redraw=0.5`."""
+    unusual = {key: value for key, value in facts.fill_options.items() if value != USUAL_FILL.get(key)}
+    options, of_fill = (
+        [f"{key}={formats.setting(value)}" for key, value in given.items()] for given in (facts.options, unusual)
+    )
+    return " ".join([facts.method, *options, "from", facts.fill, *of_fill])
 
 
 def conversion_tables(result: ConvertResult) -> list[Table]:
