@@ -60,6 +60,8 @@ def test_table_and_page_name_the_backbone(compared: tuple[list[str], Path]) -> N
     assert result.methods[1].ffn_flops_vs_dense == pytest.approx(0.128, abs=0.01)
     page, table = (out / "page.html").read_text(), (out / "table.md").read_text()
     assert "Decoders as Llama&#39;s with 2 layers" in page and "gated by SiLU" in page and "backbone llama" in table
+    # SiLU is never zero: nothing is to be seen in how many channels are active.
+    assert "Active channels" not in page and result.methods[0].active
 
 
 def test_its_runs_are_read_like_any_other(compared: tuple[list[str], Path], capfd: pytest.CaptureFixture[str]) -> None:

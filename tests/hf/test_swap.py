@@ -227,6 +227,7 @@ def test_the_report_counts_what_is_there() -> None:
     assert (report[0].params_before, report[0].params_after) == (before, after)
     assert report[0].flops_before == 2 * 3 * 32 * D_FF and report[0].n_active / report[0].n_pairs == 0.5
     assert "model.layers.1.mlp  LlamaMLP  sigma-moe  48     24" in str(report)
+    assert "save it by sparseffn.hf.save_converted(model, FOLDER)" in str(report)
 
 
 def test_a_shared_block_is_replaced_wherever_it_stands() -> None:

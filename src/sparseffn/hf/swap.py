@@ -62,7 +62,7 @@ class Planned:
 
 @final
 class Replaced(tuple[ReplacedBlock, ...]):
-    """The report of `replace_ffn`, a record for each block; printed, a table."""
+    """The report of `replace_ffn`, a record for each block; printed, a table, and how such a model is saved."""
 
     __slots__ = ()
 
@@ -76,7 +76,10 @@ class Replaced(tuple[ReplacedBlock, ...]):
             for r in self
         ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows))
+        table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+        return "\n".join(
+            [*table, "save it by sparseffn.hf.save_converted(model, FOLDER): its own save_pretrained cannot be loaded"]
+        )
 
 
 def replace_ffn(

@@ -77,8 +77,12 @@ def usage_plots(result: ComparisonResult) -> list[Plot]:
 
 
 def active_plots(result: ComparisonResult) -> list[Plot]:
-    """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule)."""
-    return _plots(result, "active", active_plot)
+    """Active channels per layer, a figure for every method that has them measured (the dense model, as a rule).
+
+    None where all of them always are, as with SiLU, which is hardly ever zero.
+    """
+    layers = [layer for method in result.methods for layer in method.active or ()]
+    return _plots(result, "active", active_plot) if any(layer.mean < layer.total for layer in layers) else []
 
 
 def cooccurrence_plots(result: ComparisonResult) -> list[Plot]:

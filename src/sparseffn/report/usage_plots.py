@@ -91,9 +91,10 @@ def active_plot(layers: Sequence[ActiveChannels], shown: Shown, *, pixels: bool 
         totals = " or ".join(map(formats.integer, sorted({layer.total for layer in layers})))
         share = fmean(layer.mean / layer.total for layer in layers)
         description = f"On average over the layers {formats.percent(share)} of the {totals} {unit} are active"
+        saved = "; the rest of the block's work multiplies by zero, and a sparse method can save it" if share < 1 else ""
         caption = (
             f"Number of {unit} with a non-zero coefficient per token: mean (point) and standard deviation over tokens "
-            f"(bar). {description}; the rest of the block's work multiplies by zero, and a sparse method can save it."
+            f"(bar). {description}{saved}."
         )
         return plotting.finished(figure, name=shown.name, title=title, caption=caption, description=description, pixels=pixels)
 
