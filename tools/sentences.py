@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from sparseffn.paper.collapse import middle_of
 from sparseffn.report.study_contrasts import contrast_table
 from sparseffn.report.study_report import read_study
 from sparseffn.results.evidence_result import ClaimsResult
-from sparseffn.results.experiment_result import ExperimentResult
+from sparseffn.results.experiment_result import ExperimentResult, ExperimentRun
 from sparseffn.results.study_result import StartRow, StudyResult, Variant
 from sparseffn.results.table_result import Cell, TableResult
 from sparseffn.stats import difference
@@ -64,9 +65,15 @@ class Found:
         found = read(self.folder / "evidence" / f"{table}.json", TableResult, fix="run `make evidence` again")
         return next(cell for cell in found.cells if found.rows[cell.row].label == label)
 
+    def experiment(self, name: str) -> ExperimentResult:
+        return read(self.folder / "evidence" / f"{name}.json", ExperimentResult, fix="run `make evidence` again")
+
+    def of(self, experiment: str, candidate: str) -> list[ExperimentRun]:
+        return [run for run in self.experiment(experiment).runs if run.candidate == candidate]
+
     def interval(self, experiment: str, contrast: str) -> tuple[float, float]:
         """In percent of the loss, as tables round it further; of a contrast that had a look."""
-        found = read(self.folder / "evidence" / f"{experiment}.json", ExperimentResult, fix="run `make evidence` again")
+        found = self.experiment(experiment)
         (one,) = [one for one in found.contrasts if one.name == contrast]
         assert one.n_seeds in found.looks and one.low_percent is not None and one.high_percent is not None, contrast
         return round(one.low_percent, 1), round(one.high_percent, 1)
@@ -152,6 +159,23 @@ def _cosines(found: Found) -> bool:
     )
 
 
+def _evening_out(found: Found) -> bool:
+    """Of the experiment on collapse."""
+    runs = found.experiment("collapse").runs
+    worse = [
+        (run.candidate, run.seed) for run in runs for layer in run.loads if layer.entropy[-1] < layer.entropy[middle_of(layer)]
+    ]
+    return len(runs) == 10 and worse == [("Switch, released", 300), ("softmax after top-k, released", 301)]
+
+
+def _dead_as_released(found: Found) -> bool:
+    dead = {
+        run.candidate: min(max(layer.dead[-1] for layer in other.loads) for other in found.of("collapse", run.candidate))
+        for run in found.experiment("collapse").runs
+    }
+    return all((share > 0) == name.endswith("released") for name, share in dead.items())
+
+
 @dataclass(frozen=True)
 class Sentence:
     page: str
@@ -206,6 +230,8 @@ SENTENCES = (
     Sentence(RESULTS, "better than the dense block of its own FLOPs by 3.3% to 4.8%", lambda f: (
         f.interval("control", "equal FLOPs") == (-4.8, -3.3)
     )),
+    Sentence(RESULTS, "in the middle, but for one layer of one run of each released form", _evening_out),
+    Sentence(RESULTS, "end with dead experts, those of the paper with none", _dead_as_released),
     Sentence(RESULTS, "whose schedule ends when sigma-MoE's does by 6.1% to 11.8% (4 seeds)", lambda f: (
         f.interval("control", "equal time") == (-11.8, -6.1)
     )),

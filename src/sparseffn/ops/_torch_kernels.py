@@ -12,37 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The mode of embedding_bag that adds up.
-_SUM = 0
-
 
 def weighted_rows(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """See `ops.weighted_rows`."""
     return F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
-
-
-def weighted_rows_backward(grad_y: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the value table and of the weights."""
-    if indices.numel() == 0:
-        return torch.zeros_like(values), torch.zeros_like(weights)
-    # The table's gradient is summed in float32 or wider; embedding_bag's backward has no half precision on the CPU.
-    wide = torch.promote_types(values.dtype, torch.float32)
-    n_bags, k = indices.shape
-    grad_y, table, scales, flat = (
-        grad_y.to(wide).contiguous(),
-        values.to(wide),
-        weights.to(wide).flatten(),
-        indices.flatten(),
-    )
-    offsets = torch.arange(n_bags, device=flat.device) * k
-    bag_of_row = torch.arange(n_bags, device=flat.device).repeat_interleave(k)
-    sizes = offsets.new_full((n_bags,), k)
-    aten = torch.ops.aten
-    grad_values = aten._embedding_bag_dense_backward(
-        grad_y, flat, bag_of_row, sizes, offsets.new_empty(0), table.shape[0], False, _SUM, scales, -1
-    )
-    grad_weights = aten._embedding_bag_per_sample_weights_backward(grad_y, table, flat, offsets, bag_of_row, _SUM, -1)
-    return grad_values.to(values.dtype), grad_weights.view(n_bags, k).to(weights.dtype)
 
 
 def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:

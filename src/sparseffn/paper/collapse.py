@@ -38,9 +38,14 @@ def layer_loads(folder: Path, n_experts: int) -> list[LayerLoads]:
     ]
 
 
+def middle_of(loads: LayerLoads) -> int:
+    """Which of the steps is nearest to half of the training."""
+    return min(range(len(loads.steps)), key=lambda i: abs(loads.steps[i] - loads.steps[-1] / 2))
+
+
 def has_collapsed(loads: LayerLoads) -> bool:
     """At the last step, and further than in the middle of training."""
-    middle = min(range(len(loads.steps)), key=lambda i: abs(loads.steps[i] - loads.steps[-1] / 2))
+    middle = middle_of(loads)
     entropies, dead = (loads.entropy[middle], loads.entropy[-1]), (loads.dead[middle], loads.dead[-1])
     uneven = entropies[1] < LEAST_ENTROPY and entropies[1] < entropies[0]
     return uneven or (dead[1] > MOST_DEAD and dead[1] > dead[0])

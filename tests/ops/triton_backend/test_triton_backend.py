@@ -14,7 +14,7 @@ import torch
 import sparseffn
 from sparseffn import ops
 from sparseffn.errors import UserError
-from sparseffn.ops.triton import OPERATIONS, REGISTERED, triton_backend, tuning
+from sparseffn.ops.triton import REGISTERED, triton_backend, tuning
 from sparseffn.ops.triton.tuning import Situation, Tile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -61,19 +61,6 @@ def test_gpu_takes_triton_first() -> None:
     """It stands before `torch`, which serves what it cannot compute."""
     names = [backend.name for backend in ops.list_backends()]
     assert names.index("triton") < names.index("torch")
-
-
-def test_kernels_have_the_signatures_of_the_torch_backend() -> None:
-    """One name for one tensor in both."""
-    pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64")
-    from inspect import signature
-
-    from sparseffn.ops import _torch_kernels
-    from sparseffn.ops.triton import operations
-
-    for name in OPERATIONS:
-        ours, plain = getattr(operations, name), getattr(_torch_kernels, name)
-        assert list(signature(ours).parameters) == list(signature(plain).parameters)
 
 
 def test_registered_operations_take_the_arguments_of_their_schemas() -> None:

@@ -23,9 +23,6 @@ from sparseffn.ops.library import kernels_missing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Functions of `operations.py` that a caller names the backend for.
-OPERATIONS = ("weighted_rows", "weighted_rows_backward")
-
 # Those that PyTorch's dispatcher finds for tensors on a GPU.
 REGISTERED = (
     "experts",
