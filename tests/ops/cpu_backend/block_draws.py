@@ -1,7 +1,9 @@
 """Drawn Top-K blocks and product-key memories, held against their equations over the units that the kernels chose.
 
 In float64 the choice is that of a stable sort and results agree to rounding. In other dtypes the choice is as good, and a
-result errs at most twice as much as PyTorch's products in that dtype, but for some roundings: of a few sums these may be lucky.
+result errs at most twice as much as PyTorch's products in that dtype, but for some roundings, in which these may be lucky:
+those of a few terms, or of a sum of n terms twice their square root. PyTorch's own float32 products of 265 to 319 terms err 2
+to 6 times as much in one order as in another.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from sparseffn.ops.activations import ACTIVATIONS, hidden_units
 F64 = torch.float64
 ROUNDINGS = 8
 # Of the largest score: scores are computed in float32 or wider.
-SCORE_ERROR = 1e-4
+SCORE_ERROR, SCORE_ERROR_F64 = 1e-4, 1e-12
 Inputs = dict[str, Tensor]
 
 
@@ -55,7 +57,8 @@ def hold(
         # A gradient is a sum over tokens, whose terms may cancel.
         scale = true.abs().max().clamp_min(len(rounded["x"]) ** 0.5)
         error = (ours.double() - true).abs().max()
-        limit = 2 * (theirs.double() - true).abs().max() + ROUNDINGS * torch.finfo(dtype).eps * scale
+        roundings = max(ROUNDINGS, 2 * len(rounded["x"]) ** 0.5)
+        limit = 2 * (theirs.double() - true).abs().max() + roundings * torch.finfo(dtype).eps * scale
         if dtype == F64:
             limit = 1e-12 * scale
         assert bool(error <= limit), f"{name}: error {error:.3g}, at most {limit:.3g} is allowed"
@@ -69,10 +72,14 @@ def check_choice(ranks: Tensor, indices: Tensor, dtype: torch.dtype) -> None:
     assert bool((ordered.diff(dim=-1) > 0).all()), "a unit is chosen twice"
     best = ranks.sort(dim=-1, descending=True, stable=True)
     if dtype == F64:
-        assert torch.equal(ordered, best.indices[..., :k].sort(dim=-1).values)
-    elif ranks.numel():
-        worst = ranks.gather(-1, indices).min(dim=-1).values
-        assert bool((worst >= best.values[..., k - 1] - SCORE_ERROR * ranks.abs().max()).all()), "a larger unit is left out"
+        same = (ordered == best.indices[..., :k].sort(dim=-1).values).all(dim=-1)
+        # A GELU that saturates is -0.0 here, and in the kernel's arithmetic perhaps 1e-20 below it: no tie.
+        saturated = ((ranks == 0) & ranks.signbit()).any(dim=-1)
+        assert bool((same | saturated).all()), "the choice is not a stable sort's"
+    if ranks.numel():
+        allowed = SCORE_ERROR_F64 if dtype == F64 else SCORE_ERROR
+        worst, least = ranks.gather(-1, indices).min(dim=-1).values, best.values[..., k - 1]
+        assert bool((worst >= least - allowed * ranks.abs().max()).all()), "a larger unit is left out"
 
 
 def topk_block(draw: random.Random) -> None:

@@ -31,8 +31,8 @@ template <class S> class Chain {
     C scale_;
 };
 
-// Gradients of the biases of a group's units, by way of the pairs' gradients.
-template <class S> void add_bias(const Grouping& pairs, int64_t s, int64_t group, const TopK<S>& p, const compute_t<S>* d, compute_t<S>* bias) {
+// Gradients of the biases of a group's units, by way of the pairs' gradients; of many tokens, hence in double.
+template <class S> void add_bias(const Grouping& pairs, int64_t s, int64_t group, const TopK<S>& p, const compute_t<S>* d, double* bias) {
     const int64_t first = pairs.tokens(s).begin * p.k;
     pairs.in_runs(s, group, [&](int64_t, const int32_t* pair, int n) {
         for (int q = 0; q < n; ++q) bias[p.indices[first + pair[q]]] += d[first + pair[q]];
@@ -64,12 +64,11 @@ template <class S> void topk_backward(const TopK<S>& p, const TopKGradients<S>& 
     Table<S> values{p.values, p.indices, coefficients.data(), p.units, p.width, p.tokens, p.k, p.threads};
     Grouping pairs(p.tokens, p.k, p.units, kGradientTokens);
     Lines<C> x(p.tokens, p.width), y(p.tokens, p.width);
-    Buffer<C> d(n_pairs), d_gate(p.gate_keys ? n_pairs : 0), key_bias(p.units), gate_bias(p.units);
+    Buffer<C> d(n_pairs), d_gate(p.gate_keys ? n_pairs : 0);
     const auto rows_of = [&](S* gradient) { return RowSums<S>(gradient, gradient ? p.units : 0, p.width); };
     RowSums<S> to_keys = rows_of(g.keys), to_values = rows_of(g.values), to_gate_keys = rows_of(g.gate_keys);
     auto spaces = row_spaces<S>(p.width, p.threads);
-    std::fill_n(key_bias.data(), p.units, C(0));
-    std::fill_n(gate_bias.data(), p.units, C(0));
+    std::vector<double> key_bias(g.key_bias ? p.units : 0), gate_bias(g.gate_bias ? p.units : 0);
 #pragma omp parallel num_threads(p.threads)
     {
         RowSpace<S>& ws = spaces[omp_get_thread_num()];
@@ -93,8 +92,8 @@ template <class S> void topk_backward(const TopK<S>& p, const TopKGradients<S>& 
         });
     }
     for (int64_t i = 0; i < p.units; ++i) {
-        if (g.key_bias) g.key_bias[i] = narrow<S>(key_bias[i]);
-        if (g.gate_bias) g.gate_bias[i] = narrow<S>(gate_bias[i]);
+        if (g.key_bias) g.key_bias[i] = narrow<S>(static_cast<C>(key_bias[i]));
+        if (g.gate_bias) g.gate_bias[i] = narrow<S>(static_cast<C>(gate_bias[i]));
     }
     if (!g.x) return;
     Table<S> keys{p.keys, p.indices, d.data(), p.units, p.width, p.tokens, p.k, p.threads};
