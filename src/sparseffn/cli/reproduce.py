@@ -76,8 +76,14 @@ def tables(settings: ReproduceTable) -> int:
     pool = _pool(settings)
     if not settings.view:
         with Progress() as progress:
-            how = {"device": str(device), "strategy": settings.strategy, "progress": progress}
-            run_all(reproduction.runs(), pool, jobs=settings.jobs, **how)
+            run_all(
+                reproduction.runs(),
+                pool,
+                jobs=settings.jobs,
+                device=str(device),
+                strategy=settings.strategy,
+                progress=progress,
+            )
     results = reproduction.results(pool)
     index = [] if settings.out is None else _write_tables(results, settings.out)
     found = list(results.values())
@@ -247,7 +253,7 @@ def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device,
     with Progress() as progress:
 
         def run(item: Item) -> None:
-            how = {"device": str(device), "strategy": strategy, "progress": progress}
-            run_here(item, pool, position[item.spec.digest], len(wanted), **how)
+            place = position[item.spec.digest]
+            run_here(item, pool, place, len(wanted), device=str(device), strategy=strategy, progress=progress)
 
         run_until_budget(items, pool, budget_s, run, device=device, log=progress.log)

@@ -32,10 +32,12 @@ def _plan(result: ExperimentResult) -> str:
         for one in result.candidates
     ]
     looks = ", ".join(f"{n} seeds with {bound:.2f}" for n, bound in zip(result.looks, result.bounds, strict=True))
-    notes = (
-        f"Seeds {result.seeds[0]} to {result.seeds[-1]}. Looks and bounds of |t|: {looks}; "
-        f"together they decide {100 * result.alpha:.2g}% of comparisons without a difference.",
-    )
+    note = f"Seeds {result.seeds[0]} to {result.seeds[-1]}."
+    # Where nothing is compared, the seeds decide by themselves.
+    if result.contrasts:
+        error = f"together they decide {100 * result.alpha:.2g}% of comparisons without a difference"
+        note += f" Looks and bounds of |t|: {looks}; {error}."
+    notes = (note,)
     head = ("candidate", "parameters", "steps", "block", "finished")
     return markdown_table(Table.of(head, rows, title=result.question, notes=notes))
 

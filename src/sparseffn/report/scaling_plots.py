@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sparseffn.report import formats
-from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style
+from sparseffn.report.plotting import Line, Plot, pointed_style
+from sparseffn.report.training_plots import plot_of_means
 from sparseffn.results.experiment_result import ExperimentResult, PlannedCandidate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Course(msgspec.Struct, frozen=True, kw_only=True):
+class SizeCourse(msgspec.Struct, frozen=True, kw_only=True):
     """A method over sizes."""
 
     label: str
@@ -29,17 +30,17 @@ class Course(msgspec.Struct, frozen=True, kw_only=True):
     n_seeds: int
 
 
-def over_params(result: ExperimentResult) -> list[Course]:
+def over_params(result: ExperimentResult) -> list[SizeCourse]:
     """Loss over parameters of the whole model."""
     return _courses(result, lambda candidate: float(candidate.params))
 
 
-def over_flops(result: ExperimentResult) -> list[Course]:
+def over_flops(result: ExperimentResult) -> list[SizeCourse]:
     """Loss over FLOPs of training one token."""
     return _courses(result, lambda candidate: candidate.flops or 0.0)
 
 
-def _courses(result: ExperimentResult, size: Callable[[PlannedCandidate], float]) -> list[Course]:
+def _courses(result: ExperimentResult, size: Callable[[PlannedCandidate], float]) -> list[SizeCourse]:
     """Of the widths that are finished; none before a seed is whole."""
     losses = {one.name: {run.seed: run.test for run in result.runs if run.candidate == one.name} for one in result.candidates}
     held = {name: by_seed for name, by_seed in losses.items() if by_seed}
@@ -52,35 +53,26 @@ def _courses(result: ExperimentResult, size: Callable[[PlannedCandidate], float]
             if one.name.rpartition(", ")[0] == method:
                 bits = [losses[one.name][seed] / math.log(2) for seed in seeds]
                 points.append((size(one), statistics.fmean(bits), min(bits), max(bits)))
-        courses.append(Course(label=method, points=sorted(points), n_seeds=len(seeds)))
+        courses.append(SizeCourse(label=method, points=sorted(points), n_seeds=len(seeds)))
     return courses
 
 
-def params_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
+def params_plot(courses: Sequence[SizeCourse], *, name: str, title: str, mark: str = "") -> Plot:
     return _plot(courses, name=name, title=title, mark=mark, width="parameters")
 
 
-def flops_plot(courses: Sequence[Course], *, name: str, title: str, mark: str = "") -> Plot:
+def flops_plot(courses: Sequence[SizeCourse], *, name: str, title: str, mark: str = "") -> Plot:
     return _plot(courses, name=name, title=title, mark=mark, width="FLOPs of training one token")
 
 
-def _plot(courses: Sequence[Course], *, name: str, title: str, mark: str, width: str) -> Plot:
+def _plot(courses: Sequence[SizeCourse], *, name: str, title: str, mark: str, width: str) -> Plot:
     lines = []
     for i, one in enumerate(courses):
         x, y, _, _ = (list(values) for values in zip(*one.points, strict=True))
         lines.append(Line(one.label, x, y, pointed_style(i), points=one.points))
-    n = courses[0].n_seeds
-    caption = f"{title}. Means over {n} seed{'s' if n > 1 else ''}, bars from the least to the greatest."
-    return line_plot(
-        lines,
-        name=name,
-        title=title,
-        caption=caption,
-        axes_names=(width, "test loss, bits"),
-        adjust=_log_width,
-        description=f"{caption} {mark}",
-        pixels=False,
-    )
+    axes_names = (width, "test loss, bits")
+    n_seeds = courses[0].n_seeds
+    return plot_of_means(lines, n_seeds, name=name, title=title, mark=mark, axes_names=axes_names, adjust=_log_width)
 
 
 def _log_width(axes: Axes) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,6 +13,9 @@ from sparseffn.report.plotting import Line, Plot, line_plot, pointed_style
 from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.study_result import StudyResult, Variant
 from sparseffn.stats import paired
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Course(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,14 +98,29 @@ def _plot(courses: Sequence[Course], *, name: str, title: str, mark: str, height
         Line(one.label, [float(step) for step in one.steps[start:]], one.values[start:], pointed_style(i))
         for i, one in enumerate(courses)
     ]
-    n = courses[0].n_seeds
-    caption = f"{title}. Means over {n} seed{'s' if n > 1 else ''}."
+    return plot_of_means(lines, courses[0].n_seeds, name=name, title=title, mark=mark, axes_names=("training step", height))
+
+
+def plot_of_means(
+    lines: Sequence[Line],
+    n_seeds: int,
+    *,
+    name: str,
+    title: str,
+    mark: str,
+    axes_names: tuple[str, str],
+    adjust: Callable[[Axes], object] = lambda axes: None,
+) -> Plot:
+    """Lines through means over seeds; ranges, where lines have points, are from the least to the greatest seed."""
+    ranges = ", bars from the least to the greatest" if lines[0].points else ""
+    caption = f"{title}. Means over {n_seeds} seed{'s' if n_seeds > 1 else ''}{ranges}."
     return line_plot(
         lines,
         name=name,
         title=title,
         caption=caption,
-        axes_names=("training step", height),
+        axes_names=axes_names,
+        adjust=adjust,
         description=f"{caption} {mark}",
         pixels=False,
     )
