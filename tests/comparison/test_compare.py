@@ -85,6 +85,7 @@ def test_comparison_is_complete(song: str, tmp_path: Path) -> None:
     dense, sigma, topk = result.methods
     assert dense.active and not dense.usage and sigma.usage and sigma.cooccurrence
     assert sigma.ffn_flops_vs_dense and sigma.ffn_flops_vs_dense < 0.2 and dense.ffn_flops_vs_dense == 1.0
+    assert dense.layer_time_forward_vs_dense == dense.layer_time_training_vs_dense == 1.0, "its own time"
     # 2 of 16 experts, 64 of 2048 channels.
     assert [row.ffn_flops_convention for row in result.methods] == [1.0, 2 / 16, 64 / 2048]
     table = markdown_table(comparison_table(result))

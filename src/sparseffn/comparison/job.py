@@ -101,11 +101,15 @@ def _time_layers(comparison: Comparison, progress: Progress) -> LayerTimes:
     path = comparison.out / "layers.json"
     if not path.exists():
         progress.log("timing one layer of each method, in turn")
-        blocks = {DENSE: comparison.preset.block(DenseConfig)} | {c.label: c.config for c in comparison.candidates}
+        dense = comparison.preset.block(DenseConfig)
+        # The dense block itself may be a candidate: timed twice, it would not take its own time.
+        of_label = {c.label: DENSE if c.config == dense else c.label for c in comparison.candidates}
+        blocks = {DENSE: dense} | {c.label: c.config for c in comparison.candidates if of_label[c.label] != DENSE}
         n_tokens = comparison.preset.batch * comparison.preset.context
         # As the run computes its products: those of mixed precision are in the narrow type.
         dtype = DTYPES[comparison.settings.precision]
-        write_json(path, time_layers(blocks, n_tokens=n_tokens, dtype=dtype, device=comparison.device), seal=True)
+        timed = time_layers(blocks, n_tokens=n_tokens, dtype=dtype, device=comparison.device)
+        write_json(path, timed | {label: timed[block] for label, block in of_label.items()}, seal=True)
     fix = "remove the file and run the same command again, which times the layers anew"
     times = read(path, LayerTimes, fix=fix)
     comparison.check_labels(path, times, fix=fix)
