@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from hf.dense import build
+from hf.folder_hub import FolderHub
 from sparseffn.cli import main
 from sparseffn.errors import UserError
 from sparseffn.hf import Split, Upcycle, held_out
@@ -102,6 +103,27 @@ def test_the_result_is_measured_and_the_folder_loads(converted: ConvertResult, s
     assert converted.active_share == pytest.approx(1 / 3)
     assert {path.name for path in settings.out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert not (settings.out / "work").exists()
+
+
+def test_the_card_has_the_measured_numbers(
+    converted: ConvertResult, settings: ConvertSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes to the hub with the model, as long as that is the one that was measured."""
+    card = (settings.out / "README.md").read_text()
+    assert f"| dense | {converted.dense.perplexity:.2f} |  |" in card
+    assert f"| distilled, 3 + 23 steps | {converted.converted.perplexity:.2f} | {converted.converted.change:+.2%} [" in card
+    assert f"| decoding, 16 tokens | {converted.speeds[1].before:,.1f} |" in card
+    assert "| pairs that take part | 24 of 72 in all replaced blocks (33.3%) |" in card
+    assert "| filled from the dense blocks by | `split` |" in card
+    assert "| base model | model, of the family `llama` |" in card and str(settings.model) not in card
+    assert 'tokenizer = AutoTokenizer.from_pretrained("out")' in card
+    hub, model = FolderHub(tmp_path, monkeypatch), AutoModelForCausalLM.from_pretrained(settings.out)
+    model.push_to_hub("me/cheaper")
+    assert (hub.root / "me" / "cheaper" / "README.md").read_text() == card
+    with torch.no_grad():
+        model.model.model.norm.weight.add_(1)
+    model.push_to_hub("me/cheaper")
+    assert "## Results" not in (hub.root / "me" / "cheaper" / "README.md").read_text()
 
 
 class Killed(Exception):

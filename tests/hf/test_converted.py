@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf.dense import build, ids
+from hf.folder_hub import FolderHub
 from sparseffn.errors import UserError
-from sparseffn.hf import ConvertedForCausalLM, replace_ffn, save_converted
+from sparseffn.hf import ConvertedForCausalLM, Upcycle, replace_ffn, save_converted
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sigma-moe"), ("gpt2", "topk"), ("gemma3", "switch")])
@@ -81,3 +82,47 @@ def test_a_folder_that_lacks_a_parameter_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] == "sparseffn_converted" and config["text_config"]["model_type"] == "llama"
     assert type(AutoConfig.from_pretrained(tmp_path / "model").get_text_config()).__name__ == "LlamaConfig"
+
+
+def test_the_card_says_what_was_replaced(tmp_path: Path) -> None:
+    """In what, by what, filled how; losses and a licence are claimed of none."""
+    model = build("llama")
+    model.name_or_path = "people/llama-tiny"
+    replace_ffn(model, "topk", 0, k=12)
+    replace_ffn(model, "sigma-moe", 0, init=Upcycle(redraw=0.5), n_experts=3, k=1)
+    card = (save_converted(model, tmp_path / "cheaper") / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "\nbase_model: people/llama-tiny\n" in card
+    assert "\n- topk\n- sigma-moe\n---" in card and "license" not in card and "## Results" not in card
+    assert "| replaced | `model.layers.*.mlp`, * = 0 to 1 |" in card
+    assert "| filled from the dense blocks by | `same`, `upcycle redraw=0.5` |" in card
+    assert f"| parameters | {model.num_parameters():,} |" in card
+    # 12 of 48 and one expert of three, each of 48.
+    assert "| pairs that take part | 60 of 192 in all replaced blocks (31.2%) |" in card
+    assert 'AutoModelForCausalLM.from_pretrained("cheaper")' in card and "AutoTokenizer" not in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "cheaper").save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["base_model"] == "people/llama-tiny" and again["blocks"]["model.layers.1.mlp"]["fill"] == "upcycle redraw=0.5"
+
+
+def test_a_folders_name_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    """Nor does a card tell where the folder was."""
+    build("llama").save_pretrained(tmp_path / "somewhere" / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "somewhere" / "tiny")
+    replace_ffn(model, "topk", k=12)
+    card = (save_converted(model, tmp_path / "cheaper") / "README.md").read_text()
+    assert (
+        "| base model | tiny, of the family `llama` |" in card
+        and "This is tiny, in which 2 dense feedforward blocks became" in card
+    )
+    assert "base_model" not in card and "somewhere" not in card
+
+
+def test_what_is_pushed_has_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was never saved has it too; the hub's folder is loaded again as it was."""
+    hub, model = FolderHub(tmp_path, monkeypatch), build("llama")
+    replace_ffn(model, "topk", k=12)
+    ConvertedForCausalLM.wrap(model).push_to_hub("me/cheaper")
+    assert hub.commits == [{"config.json", "generation_config.json", "model.safetensors", "README.md"}]
+    pushed = tmp_path / "me" / "cheaper"
+    assert 'AutoModelForCausalLM.from_pretrained("me/cheaper")' in (pushed / "README.md").read_text()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(pushed)(ids()).logits, model(ids()).logits)

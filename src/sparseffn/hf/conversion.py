@@ -35,8 +35,9 @@ from sparseffn.hf.calibration import StoredInputs, digest_of_ids, read_windows
 from sparseffn.hf.converted import ConvertedForCausalLM
 from sparseffn.hf.dense_blocks import Layers
 from sparseffn.hf.distillation import Distil, EndToEnd, block_error, distil_block
-from sparseffn.hf.fill import Fill
+from sparseffn.hf.fill import Fill, mark_fill
 from sparseffn.hf.held_out import speeds, window_nats
+from sparseffn.hf.model_card import CARD
 from sparseffn.hf.swap import Planned, find_fill, keyed_generator, plan, put, visit_inputs, with_dropout
 from sparseffn.results.convert_result import (
     ConvertedBlock,
@@ -47,7 +48,7 @@ from sparseffn.results.convert_result import (
     read_conversion,
 )
 from sparseffn.stats import difference
-from sparseffn.storage import environment, json_digest, read_json, sole_writer, write_folder, write_json
+from sparseffn.storage import environment, json_digest, read_json, sole_writer, write_folder, write_json, write_text
 
 Progress = Callable[[str], None]
 
@@ -290,12 +291,14 @@ class _Job:
         return result
 
     def _deliver(self, result: ConvertResult) -> None:
-        """Model and tokenizer, then the result; the work folder goes last, with the mark that it is not finished."""
+        """Model, tokenizer and card, then the result; the work folder goes last, with the mark that it is not finished."""
         self.progress(f"writing {self.settings.out}")
         made = self.work / "model"
         with write_folder(made, replace=True) as folder:
-            ConvertedForCausalLM.wrap(self.model).save_pretrained(folder)
+            converted = ConvertedForCausalLM.wrap(self.model)
+            converted.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+            write_text(folder / CARD, converted.card(self.settings.out.resolve().name, has_tokenizer=True, result=result))
         for path in made.iterdir():
             target = self.settings.out / path.name
             if target.is_dir():
@@ -327,6 +330,7 @@ class _Job:
     def _layer(self, stage: str, name: str) -> FeedForward:
         layer = self.plans[name].empty().eval()
         layer.load_state_dict(load_file(self._stored(stage, name)))
+        mark_fill(layer, self.way.described())
         return layer
 
     def _modules(self, stage: str) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ family's dense blocks with weights drawn at random. Inside is the family's own m
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, final
 
@@ -30,6 +31,9 @@ from transformers.initialization import no_init_weights
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, config_from_json
+from sparseffn.hf.converted_card import converted_card
+from sparseffn.hf.fill import fill_of, mark_fill
+from sparseffn.hf.model_card import write_card
 from sparseffn.hf.swap import put
 from sparseffn.storage import write_folder
 
@@ -44,7 +48,9 @@ class ConvertedConfig(PreTrainedConfig):
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     blocks: dict[str, dict[str, Any]] | None = None
-    """By module name: `config`, as `FFNConfig.to_json` gives it, and `dropout` on the output."""
+    """By module name: `config`, as `FFNConfig.to_json` gives it, `dropout` on the output, and `fill`, how it began."""
+    base_model: str | None = None
+    """Name of the model that the blocks were replaced in; of a folder its last part."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -84,7 +90,7 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
         blocks = _replaced(model)
         if not blocks:
             raise UserError("`model` must have replaced feedforward blocks; got none; fix: call replace_ffn first")
-        config = ConvertedConfig(text_config=model.config, blocks=blocks, dtype=model.dtype)
+        config = ConvertedConfig(text_config=model.config, blocks=blocks, base_model=_base_name(model), dtype=model.dtype)
         with torch.device("meta"), no_init_weights():
             wrapped = cls(config)
         wrapped.model = model
@@ -108,6 +114,23 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{' and others' if len(missing) > 3 else ''}; fix: convert the model again"
             )
         return (model, info) if wants_info else model
+
+    def card(self, name: str, **parts: Any) -> str:
+        """The model card: what was replaced, and how it is loaded; `parts` are further arguments of `converted_card`."""
+        return converted_card(
+            name,
+            model_type=MODEL_TYPE,
+            family=self.config.text_config.model_type,
+            base_model=self.config.base_model,
+            blocks=self.config.blocks or {},
+            n_params=self.num_parameters(),
+            **parts,
+        )
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """`push_to_hub` with our card in place of the hub's empty one."""
+        write_card(self, working_dir, self.card(repo_id))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def forward(
         self,
@@ -152,7 +175,9 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def save_converted(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
-    """Write a model whose blocks were replaced, whole or not at all, as `AutoModelForCausalLM.from_pretrained` loads it.
+    """Write a model whose blocks were replaced, with a model card, as `AutoModelForCausalLM.from_pretrained` loads it.
+
+    The folder is written whole or not at all.
 
     Raises:
         UserError: none of its blocks is replaced, or the folder has something in it.
@@ -165,6 +190,7 @@ def save_converted(model: PreTrainedModel, folder: str | Path, tokenizer: PreTra
         wrapped.save_pretrained(made)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
+        write_card(wrapped, made, wrapped.card(folder.resolve().name, has_tokenizer=tokenizer is not None))
     return folder
 
 
@@ -176,6 +202,7 @@ def register_converted() -> None:
 
 def _built(block: dict[str, Any]) -> nn.Module:
     layer = config_from_json(block["config"]).build()
+    mark_fill(layer, block.get("fill"))
     return nn.Sequential(layer, nn.Dropout(block["dropout"])) if block["dropout"] else layer
 
 
@@ -199,5 +226,12 @@ def _replaced(model: nn.Module) -> dict[str, dict[str, Any]]:
         dropout = 0.0
         if isinstance(parent, nn.Sequential) and len(parent) == 2 and isinstance(parent[1], nn.Dropout):
             name, dropout = name.rpartition(".")[0], parent[1].p
-        found[name] = {"config": module.config.to_json(), "dropout": dropout}
+        found[name] = {"config": module.config.to_json(), "dropout": dropout, "fill": fill_of(module)}
     return found
+
+
+def _base_name(model: PreTrainedModel) -> str | None:
+    """What the model was loaded as: its name on the hub, or the last part of a path, which says nothing of a machine."""
+    name = model.name_or_path
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return name if is_on_hub else Path(name).resolve().name if name else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, final
 
 import torch
@@ -49,6 +49,12 @@ class Fill(ABC):
     def fill(self, layer: FeedForward, block: DenseBlock, inputs_TD: Tensor | None, generator: torch.Generator) -> None:
         """Set the parameters of a new layer, on the CPU or on the block's device, in the block's dtype."""
 
+    def described(self) -> str:
+        """The way and its unusual options, as one types them: `upcycle redraw=0.5`."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(self)}
+        usual = {field.name: field.default for field in fields(self)}
+        return " ".join([self.name, *(f"{name}={value}" for name, value in chosen.items() if value != usual[name])])
+
     def config(self, config_class: type[FFNConfig], block: DenseBlock, options: Mapping[str, Any], n_layers: int) -> FFNConfig:
         """The config of the block's replacement.
 
@@ -66,6 +72,16 @@ class Fill(ABC):
                     "fix: init='random' lets you choose it"
                 )
         return make_config(config_class, {"n_layers": n_layers, **following, **options})
+
+
+def mark_fill(layer: FeedForward, described: str | None) -> None:
+    """Note on a layer how it was filled, which no parameter and no config says."""
+    layer.filled_from = described
+
+
+def fill_of(layer: FeedForward) -> str | None:
+    """What `mark_fill` noted; None: nothing."""
+    return vars(layer).get("filled_from")
 
 
 @final

@@ -67,31 +67,25 @@ def model_card(
     """
     counts = count_block(ffn)
     model = {
-        "feedforward blocks": f"{ffn.name}: {_options(ffn)}",
+        "feedforward blocks": f"{ffn.name}: {options_of(ffn)}",
         "parameters": f"{n_params:,}",
         **sizes,
         "parameters of a block": f"{counts.total_params:,}, {counts.active_params:,} of them active for a token",
         "FLOPs a token of a block": f"{counts.forward_flops:,}",
         "pairs that take part": f"{ffn.active_channels:,} of {ffn.n_channels:,} ({counts.active_fraction:.1%})",
     }
-    loading = _LOADING.format(
-        model_type=model_type,
-        path=name,
-        tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
-        tokenizer_line=f'\ntokenizer = AutoTokenizer.from_pretrained("{name}")' if has_tokenizer else "",
-    )
     parts = [
-        _front_matter(ffn.name),
+        front_matter(ffn.name),
         f"# {name}",
         f"A {kind} language model with feedforward blocks `{ffn.name}`: {ffn.summary} ({ffn.paper}.)",
-        loading.strip(),
+        how_to_load(name, model_type, has_tokenizer=has_tokenizer),
         *notes,
-        "## Model\n\n" + _rows(model),
+        "## Model\n\n" + rows(model),
     ]
     if results:
         parts.append(f"## Results\n\n{results.strip()}")
     if training:
-        parts.append("## Training\n\n" + _rows(training))
+        parts.append("## Training\n\n" + rows(training))
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,13 +117,25 @@ def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
-def _front_matter(method: str) -> str:
-    """What the hub reads."""
-    tags = "\n".join(f"- {tag}" for tag in ("sparseffn", method))
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tags}\n---"
+def front_matter(*methods: str, base_model: str | None = None) -> str:
+    """What the hub reads; `base_model` is a name on the hub, whose card has the licence."""
+    base = "" if base_model is None else f"base_model: {base_model}\n"
+    tags = "\n".join(f"- {tag}" for tag in ("sparseffn", *methods))
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}tags:\n{tags}\n---"
 
 
-def _options(ffn: FFNConfig) -> str:
+def how_to_load(name: str, model_type: str, *, has_tokenizer: bool) -> str:
+    """The section that says so; `name` is what is loaded, a folder or a name on the hub."""
+    text = _LOADING.format(
+        model_type=model_type,
+        path=name,
+        tokenizer_import=", AutoTokenizer" if has_tokenizer else "",
+        tokenizer_line=f'\ntokenizer = AutoTokenizer.from_pretrained("{name}")' if has_tokenizer else "",
+    )
+    return text.strip()
+
+
+def options_of(ffn: FFNConfig) -> str:
     """What is set of a block, without the sizes of the model: `n_experts=16, expert_size=128, k=4`."""
     given = {info.name: getattr(ffn, info.name) for info in field_infos(type(ffn)).values()}
     defaults = {info.name: info.default for info in field_infos(type(ffn)).values()}
@@ -137,6 +143,6 @@ def _options(ffn: FFNConfig) -> str:
     return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _rows(cells: Mapping[str, str]) -> str:
+def rows(cells: Mapping[str, str]) -> str:
     """A table of two columns without a heading."""
     return "\n".join(["| | |", "| :-- | :-- |", *(f"| {key} | {value} |" for key, value in cells.items())])

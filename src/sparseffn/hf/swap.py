@@ -18,7 +18,7 @@ from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FeedForward, FFNConfig, method_class
 from sparseffn.ffn.dense import TwoMatricesConfig
 from sparseffn.hf.dense_blocks import DenseBlock, Layers, Reader, find_blocks, read_block
-from sparseffn.hf.fill import Fill, Random, Same, Upcycle
+from sparseffn.hf.fill import Fill, Random, Same, Upcycle, mark_fill
 from sparseffn.hf.split import Split
 from sparseffn.results.convert_result import ReplacedBlock
 from sparseffn.storage import digest_of
@@ -168,6 +168,7 @@ def filled(one: Planned, fill: Fill, inputs_TD: Tensor | None, seed: int) -> Fee
     """The new layer, filled; what is drawn depends on the seed and the block's name alone."""
     layer = one.empty()
     fill.fill(layer, one.block, inputs_TD, keyed_generator(seed, one.name))
+    mark_fill(layer, fill.described())
     return layer.train(one.training).requires_grad_(one.trains)
 
 
