@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch.distributed as dist
 from processes import PARTS, SEED, Spread, difference, join, leave, loss_of, run, wrong
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sparseffn.errors import UserError
-from sparseffn.ffn import BatchGroup, FFNConfig, replicate_rest, set_batch_group, shard_experts, unshard_experts
+from sparseffn.ffn import BatchGroup, FFNConfig, replicate_rest, set_batch_group, shard_experts, shard_rest, unshard_experts
 from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
@@ -33,6 +34,9 @@ CONFIGS: dict[str, FFNConfig] = {
     "softmax": SoftmaxMoEConfig(d_model=6, n_experts=4, expert_size=5, k=2, activation="gelu"),
     "base": BASEConfig(d_model=6, n_experts=4, expert_size=5),
 }
+
+
+FSDP_WAYS = ("rest", "units", "replicas", "experts copied", "experts sharded", "drawn apart")
 
 
 def drawn(config: FFNConfig) -> nn.Module:
@@ -99,6 +103,72 @@ def with_ddp(mesh: DeviceMesh) -> dict[str, float]:
     return {name: difference(p, dict(single.named_parameters())[name]) for name, p in model.named_parameters()}
 
 
+def with_fsdp(way: str, mesh: DeviceMesh) -> dict[str, float]:
+    """The same under FSDP2, its shards whole again at the end, and of the gradients before the last step."""
+    rank, size = mesh.get_rank(), mesh.size()
+    torch.manual_seed(2)
+    single = nn.Sequential(nn.Linear(6, 6), drawn(CONFIGS["sigma-moe"].replace(expert_dropout=0.0)), nn.Linear(6, 6)).double()
+    model, spread = copy.deepcopy(single), Spread.of("even", 6, rank, size)
+    parts = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "ep"))
+    over = {"experts copied": parts, "experts sharded": parts["ep"]}.get(way, mesh)
+    shard_experts(model, over)
+    if way == "experts sharded":
+        # As owners of the same experts are the others' replicas, PyTorch may shard these once more.
+        fully_shard(model[1].experts, mesh=parts["dp"])
+    if way == "drawn apart" and rank > 0:
+        with torch.no_grad():
+            model[0].bias.add_(1.0)
+    shard_rest(model, parts if way == "replicas" else mesh, units=[model[0], model[1]] if way == "units" else ())
+    set_batch_group(model, BatchGroup(mesh.get_group(), even=True))
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kinds.setdefault(parameter.device_mesh, []).append(parameter)
+    for net, optimizer, rows in (
+        (single, torch.optim.Adam(single.parameters(), lr=0.1), slice(None)),
+        (model, torch.optim.Adam([{"params": kind} for kind in kinds.values()], lr=0.1), spread.own),
+    ):
+        for _ in range(2):
+            optimizer.zero_grad()
+            (net(spread.x[rows]) * spread.weights[rows]).mean().backward()
+            optimizer.step()
+    wanted = dict(single.named_parameters())
+    found = {name: difference(p.full_tensor(), wanted[name]) for name, p in model.named_parameters()}
+    return found | {f"{name}.grad": difference(p.grad.full_tensor(), wanted[name].grad) for name, p in model.named_parameters()}
+
+
+def too_few(mesh: DeviceMesh) -> dict[str, str]:
+    """Gradients of the rest averaged over some of the processes that share experts: each process is its own part of them."""
+    parts = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "ep"))
+    alone, found = parts["dp"], {}
+
+    def forward(shard: Callable[[nn.Module, set[nn.Parameter]], object]) -> None:
+        model = nn.Sequential(nn.Linear(6, 6), CONFIGS["gated"].build())
+        shard_experts(model, parts["ep"])
+        shard(model, {p for p in model.parameters() if isinstance(p.data, DTensor)})
+        left.append(model)
+        model(torch.zeros(2, 6))
+
+    left: list[nn.Module] = []
+    group = dist.new_group([mesh.get_rank()], use_local_synchronization=True)
+    calls: dict[str, Callable[[nn.Module, set[nn.Parameter]], object]] = {
+        "fully_shard": lambda model, _: fully_shard(model, mesh=alone),
+        "fully_shard the rest": lambda model, experts: fully_shard(model, mesh=alone, ignored_params=experts),
+        "one unit": lambda model, _: (fully_shard(model[0], mesh=alone), shard_rest(model, mesh)),
+        "shard_rest": lambda model, _: shard_rest(model, alone),
+        "replicate_rest": lambda model, _: replicate_rest(model, process_group=group),
+    }
+    for name, call in calls.items():
+        try:
+            forward(call)
+        except UserError as error:
+            found[name] = str(error)
+    # What was refused is alive, and no other model suffers from it.
+    other = CONFIGS["gated"].build()
+    shard_experts(other, mesh)
+    other(torch.zeros(2, 6))
+    return found | {"left": str(len(left))}
+
+
 def refusals(mesh: DeviceMesh) -> dict[str, str]:
     """What cannot be sharded, or asked of a sharded layer, with the error."""
     layer = CONFIGS["sigma-moe"].build()
@@ -148,6 +218,8 @@ def others(mesh: DeviceMesh) -> dict[str, Any]:
 def work(rank: int, size: int, folder: str) -> None:
     """One of the processes."""
     warnings.simplefilter("error")
+    # Of what a linear layer returns for sequences; nobody writes to it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     join(rank, size, folder)
     mesh = init_device_mesh("cpu", (size,))
     found = {
@@ -158,10 +230,11 @@ def work(rank: int, size: int, folder: str) -> None:
         if training or variant == "empty"
     }
     found["ddp"] = with_ddp(mesh)
+    found |= {f"fsdp {way}": with_fsdp(way, mesh) for way in FSDP_WAYS}
     # Every process, or every second one, holds all experts.
     for name, shape in (("replicas", (size, 1)), ("both", (2, size // 2))):
         found[name] = differences(CONFIGS["gated"], "masked", init_device_mesh("cpu", shape), True)
-    leave(rank, folder, {"differences": found, "refusals": refusals(mesh), "others": others(mesh)})
+    leave(rank, folder, {"differences": found, "refusals": refusals(mesh), "few": too_few(mesh), "others": others(mesh)})
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +243,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str,
     yield run(work, 2, tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "ddp", "replicas", "both"])
+@pytest.mark.parametrize("name", [*CONFIGS, "ddp", "replicas", "both", *(f"fsdp {way}" for way in FSDP_WAYS)])
 def test_a_sharded_layer_is_the_layer(name: str, reports: list[dict[str, Any]]) -> None:
     """Outputs and all gradients to 1e-9, whatever the loads; under DDP the weights after two steps."""
     assert any(case.startswith(name) for case in reports[0]["differences"])
@@ -199,6 +272,14 @@ def test_what_does_not_work_is_refused_on_every_rank(case: str, words: str, repo
     """By one message, before anything is changed."""
     assert words in reports[0]["refusals"][case]
     assert reports[0]["refusals"] == reports[1]["refusals"]
+
+
+@pytest.mark.parametrize("call", ["fully_shard", "fully_shard the rest", "one unit", "shard_rest", "replicate_rest"])
+def test_a_mean_over_few_of_the_processes_that_share_experts_is_refused(call: str, reports: list[dict[str, Any]]) -> None:
+    """Before a wrong gradient: PyTorch's own call in the first forward pass, ours at once."""
+    for rank, report in enumerate(reports):
+        assert "must be of all processes that share experts, [0, 1], as gradients" in report["few"][call]
+        assert f"got [{rank}]; fix: shard_rest(model, mesh) or replicate_rest(model)" in report["few"][call]
 
 
 def test_sharded_experts_are_copied_and_put_together_again(reports: list[dict[str, Any]]) -> None:

@@ -137,7 +137,7 @@ def check_equal(place: Place, n: int, models: dict[str, ModelConfig], ways: dict
 def test_two_processes_train_every_method_as_one_does(place: Place) -> None:
     """Balancing losses, batch-wide routing and the routers' random numbers are of the whole batch."""
     models = examples(each=1) | {name: examples()[name] for name in ("sigma-moe-1", "s-base-1")}
-    ways = {"sigma-moe-0": "fsdp", "s-base-0": "fsdp", "sigma-moe-1": "ep", "s-base-1": "ep"}
+    ways = {"sigma-moe-0": "fsdp", "s-base-0": "fsdp", "sigma-moe-1": "ep", "s-base-1": "ep-fsdp"}
     check_equal(place, 2, models, ways)
 
 
@@ -150,12 +150,13 @@ def test_four_processes_train_every_method_as_one_does(place: Place, way: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-def test_processes_with_experts_of_their_own_train_as_one_does(place: Place, n: int) -> None:
+@pytest.mark.parametrize("way", ["ep", "ep-fsdp"])
+def test_processes_with_experts_of_their_own_train_as_one_does(place: Place, n: int, way: str) -> None:
     """Mixtures whose number of experts they divide."""
     models = {name: model for name, model in examples().items() if getattr(model.ffn, "n_experts", 1) % n == 0}
     models = {name: model for name, model in models.items() if getattr(model.ffn, "survivors", None) is None}
     assert len(models) > 2
-    check_equal(place, n, models, dict.fromkeys(models, "ep"))
+    check_equal(place, n, models, dict.fromkeys(models, way))
 
 
 def sigma(dropout: float = 0.0) -> ModelConfig:
@@ -212,13 +213,13 @@ def test_a_run_that_ends_in_one_process_ends_in_all_and_the_next_one_begins(plac
     wild = {**CONFIG.to_json(), "lr": 1e30, "warmup": 0, "steps": 6}
     jobs = [place.job("stopped", sigma(), faults={"0": "callback 2"})]
     four = examples()["sigma-moe-1"]
-    jobs += [place.job(f"wild-{way}", four, train=wild, strategy=way) for way in ("ddp", "ep", "fsdp")]
+    jobs += [place.job(f"wild-{way}", four, train=wild, strategy=way) for way in ("ddp", "ep", "fsdp", "ep-fsdp")]
     jobs += [place.job("after", sigma())]
     (first, said), (second, heard) = place.launch(2, jobs)
     assert (first, second) == (2, 2), (said, heard)
     assert "Stop: enough" in said and "OtherProcessError: Stop: enough (process 0 of 2)" in heard
     for error in (said, heard):
-        assert error.count("NonFiniteLossError: loss and gradient must be finite") == 3, error
+        assert error.count("NonFiniteLossError: loss and gradient must be finite") == 4, error
     assert (place.path / "after" / "result.json").exists()
 
 
@@ -231,7 +232,7 @@ def test_a_run_goes_on_in_any_number_of_processes(place: Place) -> None:
     assert_same(place.alone("moved", sigma()), straight)
     with pytest.raises(EnoughError):
         place.alone("joined", sigma(), on_step=stop_after_4)
-    assert [code for code, _ in place.launch(2, [place.job("joined", sigma(), strategy="ep")])] == [0, 0]
+    assert [code for code, _ in place.launch(2, [place.job("joined", sigma(), strategy="ep-fsdp")])] == [0, 0]
     assert_same(place.metrics("joined"), straight)
 
 

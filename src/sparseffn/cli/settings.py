@@ -57,8 +57,9 @@ class Machine:
 class Spread(Machine):
     """Of what trains in several processes."""
 
-    strategy: Literal["ddp", "ep", "fsdp"] = "ddp"
-    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, or in shards"""
+    strategy: Literal["ddp", "ep", "fsdp", "ep-fsdp"] = "ddp"
+    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, in shards, or in
+    shards but for experts spread over them"""
 
 
 @settings_class

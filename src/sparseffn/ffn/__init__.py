@@ -2,12 +2,12 @@
 
 What a method is made of stands beside them: `block_config` and `feedforward` (its two bases), `options` (its fields), `mixture`
 and `routers` (mixtures of experts), `routing_stats`, `collect`, and `methods`, the registry;
-`released_layers` loads what others trained.
+`released_layers` loads what others trained; `expert_parallel` and `gradient_means` spread experts over processes.
 """
 
 from sparseffn.ffn.block_config import BlockShape, FFNConfig, GatedConfig, describe
 from sparseffn.ffn.collect import CollectedStats, collect_stats
-from sparseffn.ffn.expert_parallel import replicate_rest, shard_experts, unshard_experts
+from sparseffn.ffn.expert_parallel import replicate_rest, shard_experts, shard_rest, unshard_experts
 from sparseffn.ffn.feedforward import FeedForward, configured_by
 from sparseffn.ffn.methods import (
     build,
@@ -56,6 +56,7 @@ __all__ = [
     "replicate_rest",
     "set_batch_group",
     "shard_experts",
+    "shard_rest",
     "unregister",
     "unshard_experts",
 ]

@@ -9,6 +9,7 @@ Routers, and everything else, stay whole on every process.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseffn.errors import UserError
 from sparseffn.ffn.block_config import require
+from sparseffn.ffn.gradient_means import ranks_of, require_all
 from sparseffn.ffn.mixture import Mixture
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> list[str]:
             sharded = distribute_tensor(weight.detach(), mesh, placements)
             layer.experts.register_parameter(parameter, nn.Parameter(sharded, requires_grad=weight.requires_grad))
             names.append(f"{name}.experts.{parameter}".lstrip("."))
-        layer.experts.is_sharded = True
+        layer.experts.is_sharded, layer.experts.means_are_right = True, False
     return names
 
 
@@ -71,10 +73,16 @@ def replicate_rest(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """`model`, whose experts `shard_experts` has sharded, under DDP, which averages the gradients of everything else.
 
     Parameters and buffers that are whole become those of the first process. `options` are `DistributedDataParallel`'s.
+
+    Raises:
+        UserError: its `process_group` lacks processes that share experts.
     """
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
+    averaging = set(dist.get_process_group_ranks(options.get("process_group")))
+    for mesh in _expert_meshes(model):
+        require_all(averaging, mesh, "`process_group`")
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter.data, DTensor) and parameter.requires_grad]
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor.data, DTensor):
@@ -86,6 +94,40 @@ def replicate_rest(model: nn.Module, **options: Any) -> DistributedDataParallel:
     for parameter in sharded:
         parameter.requires_grad_(True)
     return replicated
+
+
+def shard_rest(model: nn.Module, mesh: DeviceMesh, units: Iterable[nn.Module] = (), **options: Any) -> nn.Module:
+    """Put `model`, whose experts `shard_experts` has spread, under FSDP2, which shards and averages everything else.
+
+    `fully_shard` for each of the `units`, modules of the model in the order of their use, and then for the model, with the
+    experts among `ignored_params`: their owners keep them, and their gradients are means already. Parameters that are whole
+    become those of the mesh's first process.
+
+    Args:
+        model: with experts that are spread.
+        mesh: of all processes that train; FSDP2's, of one dimension, or of two (replicas, shards).
+        units: what is gathered together, commonly a layer.
+        options: `fully_shard`'s.
+
+    Returns:
+        `model`, changed in place.
+
+    Raises:
+        UserError: the mesh lacks processes that share experts; nothing has changed then.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for other in _expert_meshes(model):
+        require_all(ranks_of(mesh), other, "`mesh`")
+    ignored = {*options.pop("ignored_params", ()), *(p for p in model.parameters() if isinstance(p.data, DTensor))}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor.data, DTensor):
+            for dim in range(mesh.ndim):
+                dist.broadcast(tensor.detach(), group=mesh.get_group(dim), group_src=0)
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
+    return model
 
 
 def unshard_experts(model: nn.Module) -> None:
@@ -101,6 +143,12 @@ def unshard_experts(model: nn.Module) -> None:
             whole = cast("DTensor", weight.detach()).full_tensor()
             layer.experts.register_parameter(parameter, nn.Parameter(whole, requires_grad=weight.requires_grad))
         layer.experts.is_sharded = False
+
+
+def _expert_meshes(model: nn.Module) -> list[DeviceMesh]:
+    """Of its sharded experts."""
+    found = [m.experts.keys for m in model.modules() if isinstance(m, Mixture) and m.experts.is_sharded]
+    return [cast("DTensor", keys).device_mesh for keys in found]
 
 
 def _mixtures(model: nn.Module) -> dict[str, Mixture]:

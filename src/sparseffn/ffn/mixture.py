@@ -25,6 +25,7 @@ from sparseffn.ffn.feedforward import (
     parameter_shapes,
     scaled_std,
 )
+from sparseffn.ffn.gradient_means import require_fsdp_over_all
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Router, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.routing_stats import Routed
@@ -171,6 +172,8 @@ class Experts(nn.Module):
 
     is_sharded: bool = False
     """Whether they are spread over processes, as DTensors; `shard_experts` sets it."""
+    means_are_right: bool = False
+    """Whether FSDP2 was seen to average the other gradients over all these processes."""
 
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
@@ -197,6 +200,8 @@ class Experts(nn.Module):
         c = self.config
         keys, values, gate_keys = (cast("DTensor", getattr(self, name)) for name in ("keys", "values", "gate_keys"))
         mesh = keys.device_mesh
+        if not self.means_are_right and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.means_are_right = require_fsdp_over_all(self, mesh)
         return ops.dispatched_experts(
             x_TD, keys.to_local(), values.to_local(), gates_TK, indices_TK, mesh.get_group(mesh.ndim - 1),
             replicas=mesh.get_group(0) if mesh.ndim > 1 else None, gate_keys=gate_keys.to_local() if c.gated else None,

@@ -11,9 +11,9 @@ from sparseffn.models import ModelConfig
 from sparseffn.training.config import TrainConfig
 from sparseffn.training.step_costs import MicroBatch
 
-Strategy = Literal["ddp", "ep", "fsdp"]
+Strategy = Literal["ddp", "ep", "fsdp", "ep-fsdp"]
 """`ddp`: parameters and optimiser whole in every process; `ep`: but each process has its part of a mixture's experts, to which
-the tokens go; `fsdp`: every tensor sharded, gathered layer by layer."""
+the tokens go; `fsdp`: every tensor sharded, gathered layer by layer; `ep-fsdp`: but the experts spread, as `ep` does."""
 Kept = Literal["ddp", "fsdp"]
 
 # More than anybody has.
@@ -51,9 +51,9 @@ class Layout:
         """
         if strategy not in get_args(Strategy):
             raise unknown_name("`strategy`", strategy, get_args(Strategy))
-        if strategy == "ep":
-            return cls(gpus=n_processes, expert_parallel=n_processes, device_type=device_type)
-        return cls(gpus=n_processes, strategy=strategy, device_type=device_type)
+        spread = n_processes if strategy in ("ep", "ep-fsdp") else 1
+        kept: Kept = "fsdp" if strategy in ("fsdp", "ep-fsdp") else "ddp"
+        return cls(gpus=n_processes, strategy=kept, expert_parallel=spread, device_type=device_type)
 
     def check(self, model: ModelConfig, train: TrainConfig) -> None:
         """Refuse a run that cannot be spread so.

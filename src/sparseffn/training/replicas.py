@@ -90,4 +90,6 @@ def replicate(model: LanguageModel, config: TrainConfig, world: World, strategy:
     # Takes a second to import, which no other run needs.
     from sparseffn.training.replicas_in_parts import Sharded, Spread
 
-    return Spread(model, batch, world) if strategy == "ep" else Sharded(model, batch, world)
+    if strategy == "ep":
+        return Spread(model, batch, world)
+    return Sharded(model, batch, world, spread=strategy == "ep-fsdp")

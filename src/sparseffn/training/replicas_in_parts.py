@@ -10,11 +10,11 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparseffn.distribution import World
-from sparseffn.ffn import BatchGroup, RoutingStats, replicate_rest, shard_experts
+from sparseffn.ffn import BatchGroup, RoutingStats, replicate_rest, shard_experts, shard_rest
 from sparseffn.models import LanguageModel
 from sparseffn.models.language_model import ModelOutput
 from sparseffn.training.replicas import Replica
@@ -62,10 +62,16 @@ class Spread(_InParts):
 
 @final
 class Sharded(_InParts):
-    """A shard of every tensor in each process: FSDP2, a layer at a time and the rest as the root's."""
+    """A shard of every tensor in each process: FSDP2, a layer at a time and the rest as the root's.
 
-    def __init__(self, model: LanguageModel, batch: BatchGroup, world: World) -> None:
+    `spread`: but experts are spread over the processes, whole, and the tokens go to them.
+    """
+
+    def __init__(self, model: LanguageModel, batch: BatchGroup, world: World, *, spread: bool = False) -> None:
         super().__init__(model, batch)
+        mesh = init_device_mesh(model.embedding.weight.device.type, (world.size,))
+        if spread:
+            shard_experts(model, mesh)
         # What a layer or the model returns must be seen as tensors: the hooks on them gather parameters for the backward pass.
         for kind in (ModelOutput, RoutingStats):
             _show_tensors(kind)
@@ -73,8 +79,7 @@ class Sharded(_InParts):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # A scalar has no dimension to be sharded along.
         self._scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-        for module in (*model.layers, model):
-            fully_shard(module, ignored_params=set(self._scalars))
+        shard_rest(model, mesh, model.layers, ignored_params=self._scalars)
         self._root, self._world = cast(FSDPModule, model), world
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
