@@ -233,5 +233,7 @@ def _replaced(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _base_name(model: PreTrainedModel) -> str | None:
     """What the model was loaded as: its name on the hub, or the last part of a path, which says nothing of a machine."""
     name = model.name_or_path
+    if not name:
+        return None
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-    return name if is_on_hub else Path(name).resolve().name if name else None
+    return name if is_on_hub else Path(name).resolve().name

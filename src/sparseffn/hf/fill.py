@@ -76,7 +76,7 @@ class Fill(ABC):
 
 def mark_fill(layer: FeedForward, described: str | None) -> None:
     """Note on a layer how it was filled, which no parameter and no config says."""
-    layer.filled_from = described
+    vars(layer)["filled_from"] = described
 
 
 def fill_of(layer: FeedForward) -> str | None:
