@@ -19,8 +19,10 @@ from sparseffn.errors import UserError
 from sparseffn.hf.swap import visit_inputs
 from sparseffn.storage import digest_of, read, write_json
 
-# Lines that are tokenised together: pieces of a text's own, whatever the number of tokens that is asked for.
+# Lines that are tokenised together, pieces of a text's own, whatever the number of tokens that is asked for; and the characters
+# after which a line goes on as another, so that a text without line ends is read in pieces too.
 _LINES = 200
+_LINE = 1 << 14
 # Windows that the model is run on at a time.
 WINDOWS_AT_ONCE = 4
 
@@ -35,20 +37,25 @@ def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int, 
     if windows < 1:
         raise UserError(f"`tokens` must be at least one window of {context}; got {n_tokens}; fix: ask for more")
     wanted = skip + windows * context
-    found: list[int] = []
+    found, n_found = torch.empty(windows * context, dtype=torch.int64), 0
     try:
         with path.open(encoding="utf-8") as file:
-            while len(found) < wanted and (lines := list(islice(file, _LINES))):
-                found += tokenizer("".join(lines), add_special_tokens=False)["input_ids"]
+            lines = iter(lambda: file.readline(_LINE), "")
+            while n_found < wanted and (piece := "".join(islice(lines, _LINES))):
+                ids = torch.tensor(tokenizer(piece, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+                kept = ids[max(0, skip - n_found) : wanted - n_found]
+                at = max(0, n_found - skip)
+                found[at : at + len(kept)] = kept
+                n_found += len(ids)
     except OSError as error:
         raise UserError(f"`{path}` must be a text file; got {error.strerror or error}; fix: check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"`{path}` must be UTF-8 text; got {error.reason}; fix: convert it, as with iconv") from None
-    if len(found) < wanted:
+    if n_found < wanted:
         raise UserError(
-            f"`{path}` must have {wanted:,} tokens; got {len(found):,}; fix: a longer text, or fewer --tokens and --eval-tokens"
+            f"`{path}` must have {wanted:,} tokens; got {n_found:,}; fix: a longer text, or fewer --tokens and --eval-tokens"
         )
-    return torch.tensor(found[skip:wanted]).view(windows, context)
+    return found.view(windows, context)
 
 
 def digest_of_ids(ids: Tensor) -> str:

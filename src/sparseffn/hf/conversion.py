@@ -254,13 +254,15 @@ class _Job:
         last = "whole-blocks" if self.settings.n_end_to_end else self._trained
         trained = last != "filled"
         dense = self._nats("dense", self.dense)
-        filled_blocks = self._modules("filled")
-        filled = self._nats("filled", filled_blocks)
-        blocks = self._modules(last) if trained else filled_blocks
-        converted = self._nats("converted", blocks) if trained else filled
-        errors = {"filled": self._errors(filled_blocks)}
+        blocks = self._modules("filled")
+        filled = converted = self._nats("filled", blocks)
+        errors = {"filled": self._errors(blocks)}
+        if trained:
+            # The filled ones are let go before the others are read.
+            blocks.clear()
+            blocks = self._modules(last)
+            converted = self._nats("converted", blocks)
         errors["last"] = self._errors(blocks) if trained else errors["filled"]
-        del filled_blocks
         params_before = sum(p.numel() for _, p in _named(self.model))
         self.progress("measuring speed")
         measured = speeds(self.model, {"before": self.dense, "after": blocks}, self.held_out[:1])

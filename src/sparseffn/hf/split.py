@@ -24,6 +24,8 @@ from sparseffn.hf.fill import MixtureFill, set_experts
 # Tokens that a profile is over, and that contributions are summed over at a time: memory is d_ff or K d_model floats each.
 _PROFILE_TOKENS = 2048
 _CHUNK = 1024
+# Tokens that a router is fitted on, an n_experts floats each; its 200 steps of 1024 draw each of them six times.
+_ROUTER_TOKENS = 32_768
 SMALL_LOGIT = 0.05
 """Standard deviation of the fitted router's logits: gates deviate by a few percent from that of a logit of 0."""
 # Step of the router's fit by Adam, for inputs of root mean square 1.
@@ -68,6 +70,10 @@ class Split(MixtureFill):
             # Nothing to select: every gate is that of a logit of 0, and the layer is the dense block.
             layer.router.selector.zero_()
             return
+        if len(inputs_TD) > _ROUTER_TOKENS:
+            # In their order, which is faster to read from a mapped file.
+            tokens = torch.randperm(len(inputs_TD), generator=generator)[:_ROUTER_TOKENS].sort().values
+            inputs_TD = inputs_TD[tokens.to(inputs_TD.device)]
         energies_TE = contributions(block, pairs_EG, inputs_TD)
         selector = fitted_router(inputs_TD, energies_TE, k, self.router_steps, generator)
         layer.router.selector.copy_(selector)
@@ -120,21 +126,23 @@ def fitted_router(inputs_TD: Tensor, energies_TE: Tensor, k: int, steps: int, ge
     Minimises the cross-entropy of each expert's being among the K largest contributions, weighted by how much of the token's
     whole contribution hangs on it: a mistake between experts that add next to nothing costs next to nothing.
     """
-    x_TD = inputs_TD.float()
-    top = torch.zeros_like(energies_TE).scatter_(1, energies_TE.topk(k, dim=1).indices, 1.0)
-    share_TE = energies_TE.sqrt() / energies_TE.sqrt().mean(dim=1, keepdim=True).clamp_min(1e-20)
+    size = torch.stack([x_TD.float().square().sum(dtype=torch.float64) for x_TD in inputs_TD.split(_CHUNK)]).sum()
+    scale = float((size / inputs_TD.numel()).sqrt())
     with torch.enable_grad():
-        selector = torch.zeros(energies_TE.shape[1], x_TD.shape[1], device=x_TD.device, requires_grad=True)
-        optimizer = torch.optim.Adam([selector], lr=_LR / x_TD.square().mean().sqrt().clamp_min(1e-20).item())
+        selector = torch.zeros(energies_TE.shape[1], inputs_TD.shape[1], device=inputs_TD.device, requires_grad=True)
+        optimizer = torch.optim.Adam([selector], lr=_LR / max(scale, 1e-20))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
         for _ in range(steps):
-            rows = torch.randint(len(x_TD), (_ROUTER_BATCH,), generator=generator).to(x_TD.device)
-            logits = x_TD[rows] @ selector.t()
-            loss = F.binary_cross_entropy_with_logits(logits, top[rows], weight=share_TE[rows])
+            rows = torch.randint(len(inputs_TD), (_ROUTER_BATCH,), generator=generator).to(inputs_TD.device)
+            energies_BE = energies_TE[rows]
+            top_BE = torch.zeros_like(energies_BE).scatter_(1, energies_BE.topk(k, dim=1).indices, 1.0)
+            share_BE = energies_BE.sqrt() / energies_BE.sqrt().mean(dim=1, keepdim=True).clamp_min(1e-20)
+            logits_BE = inputs_TD[rows].float() @ selector.t()
+            loss = F.binary_cross_entropy_with_logits(logits_BE, top_BE, weight=share_BE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     selector = selector.detach()
-    logits = x_TD @ selector.t()
-    return selector * (SMALL_LOGIT / logits.std().clamp_min(1e-20))
+    logits_TE = torch.cat([x_TD.float() @ selector.t() for x_TD in inputs_TD.split(_CHUNK)])
+    return selector * (SMALL_LOGIT / logits_TE.std().clamp_min(1e-20))

@@ -6,6 +6,7 @@ report = replace_ffn(model, "sigma-moe", n_experts=32, k=16, calibration=input_i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,7 +218,9 @@ def visit_inputs(
     with evaluating(model):
         handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
         try:
-            model(input_ids.to(next(model.parameters()).device))
+            # A cache would hold keys and values of all layers for nothing.
+            without = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+            model(input_ids.to(next(model.parameters()).device), **without)
         except _AllSeen:
             pass
         finally:
