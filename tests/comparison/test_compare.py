@@ -189,7 +189,7 @@ def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str, tmp_path:
     plan = make_plan(Comparison.open(wanted, tmp_path / "out"), time.perf_counter())
     assert 20 < plan.steps < 60 / plan.step_s["sigma-moe"]
     comparison = Comparison.open(dataclasses.replace(wanted, budget_s=0.1), tmp_path / "out")
-    with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget"):
+    with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget [1-9]\d*s or more"):
         make_plan(comparison, time.perf_counter())
 
 

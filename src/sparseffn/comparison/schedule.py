@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -91,12 +92,17 @@ def _steps_within(left_s: float, step_s: float, budget_s: float) -> int:
     """Steps of all methods and seeds, each round of them taking `step_s`, in what is left of a budget."""
     steps = int(left_s / step_s)
     if steps < MIN_STEPS:
-        needed = (budget_s - left_s + MIN_STEPS * step_s) / 60
+        needed = budget_s - left_s + MIN_STEPS * step_s
         raise UserError(
-            f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s / 60:.1f}m, which allows "
-            f"{max(0, steps)}; fix: --budget {needed:.0f}m or more, fewer methods or seeds, or a smaller preset"
+            f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s:g}s, which allows "
+            f"{max(0, steps)}; fix: --budget {_duration(needed)} or more, fewer methods or seeds, or a smaller preset"
         )
     return steps
+
+
+def _duration(seconds: float) -> str:
+    """Not less, in what `--budget` takes."""
+    return f"{math.ceil(seconds)}s" if seconds < 600 else f"{math.ceil(seconds / 60)}m"
 
 
 def _model(candidate: MatchedMethod, device: torch.device) -> LanguageModel:
