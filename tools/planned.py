@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
@@ -40,7 +40,7 @@ from sparseffn.models.presets import get_preset
 from sparseffn.results.planned_result import PlannedResult, PlannedRun
 from sparseffn.storage import environment, write_json
 from sparseffn.training import from_preset
-from sparseffn.training.layout import Layout
+from sparseffn.training.layout import Layout, Strategy
 from sparseffn.training.planner import plan
 from sparseffn.training.replicas import replicate
 from sparseffn.training.stepper import Stepper, training_losses
@@ -54,6 +54,7 @@ WAYS = [(1, "-", method, 1) for method in list_methods()]
 WAYS += [(n, strategy, "sigma-moe", m) for strategy in ("ddp", "fsdp") for n, m in ((2, 1), (4, 1), (4, 2))]
 WAYS += [(2, "ddp", method, 1) for method in ("dense", "base", "s-base", "switch")]
 WAYS += [(2, "fsdp", "dense", 1), (2, SPREAD, "sigma-moe", 1), (4, SPREAD, "sigma-moe", 1)]
+WAYS += [(2, "ep-fsdp", "sigma-moe", 1), (4, "ep-fsdp", "sigma-moe", 1), (4, "ep-fsdp", "sigma-moe", 2)]
 
 
 class SentBytes(TorchDispatchMode):
@@ -111,12 +112,10 @@ def work(strategy: str, method: str, accumulation: int, out: str, *, counts_wire
     with joined("cpu") as world:
         built = build_model(model).train()
         built.init_parameters(0)
-        layout = Layout(
-            gpus=world.size,
-            strategy="fsdp" if strategy == "fsdp" else "ddp",
-            expert_parallel=2 if strategy == SPREAD else 1,
-            device_type="cpu",
-        )
+        if strategy == SPREAD:
+            layout = Layout(gpus=world.size, expert_parallel=2, device_type="cpu")
+        else:
+            layout = Layout.of(world.size, known(strategy), "cpu")
         planned = plan(model, config, layout)
         step, there = steps_of(built, config, world, strategy)
         for _ in range(3):
@@ -144,9 +143,7 @@ def steps_of(built: Any, config: Any, world: World, strategy: str) -> tuple[Call
     inputs, targets = (torch.randint(VOCABULARY, (own, config.context), generator=generator) for _ in "xy")
     if strategy == SPREAD:
         return spread_steps(built, config, world, inputs, targets)
-    stepper = Stepper(
-        built, config, world=world, replica=replicate(built, config, world, "fsdp" if strategy == "fsdp" else "ddp")
-    )
+    stepper = Stepper(built, config, world=world, replica=replicate(built, config, world, known(strategy)))
 
     def there() -> list[Tensor]:
         if strategy != "ddp":
@@ -157,6 +154,11 @@ def steps_of(built: Any, config: Any, world: World, strategy: str) -> tuple[Call
         return [*built.parameters(), *states, *memories, *gradients]
 
     return lambda: void(stepper.take(inputs, targets, lr=1e-4)), there
+
+
+def known(strategy: str) -> Strategy:
+    """That of a run in one process, which has none, is as good as any."""
+    return next((each for each in get_args(Strategy) if each == strategy), "ddp")
 
 
 def void(_: object) -> None:

@@ -73,14 +73,12 @@ def memory_plan(model: ModelConfig, batch: MicroBatch, layout: Layout, *, accumu
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """Bytes of parameters on one device: of a layer whole, as FSDP gathers it, and the parts that lie there for good."""
+    """Bytes of parameters on one device: what FSDP gathers whole, and the parts that lie there for good."""
 
-    attention: int
-    """Of one layer, with its norms."""
-    feedforward: int
-    """Of one layer, without experts that lie elsewhere."""
     rest: int
     """Embedding and output."""
+    gathered_layer: int
+    """What FSDP gathers of a layer: not experts of which the other devices have no copies."""
     own_attention: int
     own_feedforward: int
     own_rest: int
@@ -96,19 +94,14 @@ class _Held:
         # Experts that are spread have fewer copies to share.
         shards, of_experts = (layout.gpus, layout.gpus // layout.expert_parallel) if layout.strategy == "fsdp" else (1, 1)
         return cls(
-            attention=attention,
-            feedforward=router + experts,
             rest=rest,
+            gathered_layer=attention + router + (experts if of_experts > 1 else 0),
             own_attention=-(-attention // shards),
             own_feedforward=-(-router // shards) - (-experts // of_experts),
             own_rest=-(-rest // shards),
             n_blocks=model.n_blocks,
             sharded=shards > 1,
         )
-
-    @property
-    def layer(self) -> int:
-        return self.attention + self.feedforward
 
     @property
     def total(self) -> int:
@@ -119,10 +112,10 @@ class _Held:
         """What FSDP holds whole at a time; with accumulation whole gradients wait for the last micro-batch."""
         if not self.sharded:
             return 0
-        parameters = self.rest + min(_GATHERED_LAYERS, self.n_blocks) * self.layer
+        parameters = self.rest + min(_GATHERED_LAYERS, self.n_blocks) * self.gathered_layer
         if accumulation > 1:
-            return parameters + self.n_blocks * self.layer + self.rest
-        return parameters + max(_WHOLE_GRADIENTS * self.layer, self.rest)
+            return parameters + self.n_blocks * self.gathered_layer + self.rest
+        return parameters + max(_WHOLE_GRADIENTS * self.gathered_layer, self.rest)
 
 
 def _backward_peak(kept: KeptBytes, logits: int, works: tuple[int, int], held: _Held, *, grads_are_there: bool) -> int:
