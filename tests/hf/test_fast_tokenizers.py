@@ -38,6 +38,9 @@ PIECES = [
     "##x",
     "\u2581",
     "\x00",
+    # What stands for that byte inside.
+    "\u0100",
+    "<0x00>",
 ]
 
 
@@ -75,6 +78,25 @@ class TestSameTokens:
         for number in range(ours.vocab_size):
             if "\ufffd" not in (text := ours.decode([number])):
                 assert theirs.decode([number]) == text, number
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("bytes", 0), ("bpe", None), ("chars", None), ("seen-bytes", None), ("words", None)]
+)
+def test_the_end_of_a_text_is_what_no_text_has(name: str, number: int | None, tmp_path: Path) -> None:
+    """NUL where the vocabulary has it, as padding too; a text's own characters are never taken for it."""
+    pytest.importorskip("sentencepiece", reason="bpe needs it")
+    ours = fitted(name)
+    fast_tokenizer(ours).save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    if name not in ("bytes", "bpe"):
+        assert theirs.eos_token_id is None and theirs.pad_token_id is None
+        return
+    (end,) = ours.encode(b"\0")
+    assert theirs.eos_token_id == theirs.pad_token_id == end
+    assert theirs.decode([end]) == "\0" and theirs.decode([end], skip_special_tokens=True) == ""
+    padded = theirs(["a", "some text"], padding=True)
+    assert padded["input_ids"][0][-1] == end and 0 in padded["attention_mask"][0]
 
 
 def test_a_character_without_a_token_is_an_error() -> None:

@@ -4,6 +4,9 @@ of ours.
     bytes, seen-bytes    the bytes' printable stand-ins, one token each, no merges
     chars, words         a table of characters or words
     bpe                  SentencePiece's pieces and the merges that lead to them, other characters as their bytes
+
+A vocabulary with the character NUL, as those of `bytes` and `bpe` are, has it for the end of a text and for padding: hardly any
+text holds it, and its token stays what it was. Of other vocabularies every token is one of the training text.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -23,6 +26,8 @@ from sparseffn.errors import UserError
 
 # What `str.split` takes for white space; `\s` lacks the separators of ASCII.
 _WHITE_SPACE = Regex(r"[\s\x1c-\x1f\x85]+")
+# By its own name in every vocabulary that has it, so that a text's NUL is this token and nothing else is.
+_END_OF_TEXT = "\x00"
 # No word has a line end in it, so that every word but the first gets its space.
 _NO_PREFIX = "\n"
 
@@ -44,9 +49,12 @@ def fast_tokenizer(tokenizer: Tokenizer, *, model_max_length: int | None = None)
             f"`tokenizer` must be one that transformers can have, {known}; got {tokenizer.name!r}; "
             "fix: export without a tokenizer (--without-tokenizer)"
         )
+    made = make(tokenizer)
+    end = AddedToken(_END_OF_TEXT, special=True, normalized=False)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=make(tokenizer),
+        tokenizer_object=made,
         clean_up_tokenization_spaces=False,
+        **({} if made.token_to_id(_END_OF_TEXT) is None else {"eos_token": end, "pad_token": end}),
         **({} if model_max_length is None else {"model_max_length": model_max_length}),
     )
     assert len(fast) == tokenizer.vocab_size, "nothing is added to the vocabulary"
@@ -55,7 +63,7 @@ def fast_tokenizer(tokenizer: Tokenizer, *, model_max_length: int | None = None)
 
 def _of_bytes(values: Sequence[int]) -> FastTokenizer:
     """Byte `values[i]` is token i; a byte that is missing is an error, as a table has no token for what is unknown."""
-    letters = bytes_to_unicode()
+    letters = {**bytes_to_unicode(), 0: _END_OF_TEXT}
     fast = FastTokenizer(models.WordLevel({letters[value]: number for number, value in enumerate(values)}, unk_token=UNKNOWN))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), _single_characters()]
@@ -118,6 +126,8 @@ def _bpe(tokenizer: Tokenizer) -> FastTokenizer:
     pieces = [piece.replace(SPACE_MARK, " ") for piece in tokenizer.pieces()]
     # The piece for what is unknown, which no text has, as the others are spelled in bytes.
     pieces[0] = tokenizer.decode([0])
+    if _END_OF_TEXT not in pieces:
+        pieces[pieces.index("<0x00>")] = _END_OF_TEXT
     numbers = {piece: number for number, piece in enumerate(pieces)}
     merges: list[tuple[str, str]] = []
     for number in tokenizer.merged_pieces():
