@@ -62,8 +62,7 @@ class Stored(nn.Module):
         self.down_proj = drawn(shape.d_model, shape.expert_size)
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-        # Halves of lines first: autograd joins their gradients by a copy, those of transposed halves element by element.
-        keys, gate_keys = (half.transpose(1, 2) for half in self.gate_up_proj.chunk(2, dim=1))
+        keys, gate_keys = (half.transpose(1, 2) for half in ops.halves(self.gate_up_proj, dim=1))
         gates = gates.to(torch.promote_types(x.dtype, torch.float32))
         return ops.experts(x, keys, self.down_proj.transpose(1, 2), gates, indices, gate_keys=gate_keys, activation="silu")
 

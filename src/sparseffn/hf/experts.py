@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from sparseffn import ops
-from sparseffn.hf.formulas import Formula, formula_of, halves
+from sparseffn.hf.formulas import Formula, formula_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +58,17 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def _keys(m: Any, formula: Formula) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Keys and gate keys `[E, D, G]` and their biases, views of the module's parameters.
 
-    The parameter is split before it is transposed: the gradients of the halves are then joined in its own memory order.
+    The parameter is split before it is transposed: its gradient is then made in one piece.
     """
     if not m.has_gate:
         keys = m.up_proj if m.is_transposed else m.up_proj.transpose(1, 2)
         return keys, None, m.up_proj_bias if m.has_bias else None, None
-    keys, gate_keys = halves(m.gate_up_proj, formula.interleaved, dim=2 if m.is_transposed else 1)
+    keys, gate_keys = ops.halves(m.gate_up_proj, dim=2 if m.is_transposed else 1, interleaved=formula.interleaved)
     if not m.is_transposed:
         keys, gate_keys = keys.transpose(1, 2), gate_keys.transpose(1, 2)
     if not m.has_bias:
         return keys, gate_keys, None, None
-    key_bias, gate_bias = halves(m.gate_up_proj_bias, formula.interleaved, dim=1)
+    key_bias, gate_bias = ops.halves(m.gate_up_proj_bias, dim=1, interleaved=formula.interleaved)
     return keys, gate_keys, key_bias, gate_bias
 
 

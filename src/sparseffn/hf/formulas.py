@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations as hf
 
-from sparseffn.ops import explain_backend, requested_backend
+from sparseffn.ops import explain_backend, halves, requested_backend
 from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
 
 
@@ -152,7 +152,7 @@ def _computes(function: Callable[..., Tensor], gate: Gate) -> bool:
     stand_in = SimpleNamespace(act_fn=ACTIVATIONS["silu"], **numbers)
     with torch.no_grad(), torch.device("cpu"):
         products = torch.linspace(-3, 3, 7).unsqueeze(1) + torch.tensor([[0.0, 0.5, -0.3, 0.2, 1.1, -1.3]])
-        h, up = halves(products, gate.interleaved, dim=-1)
+        h, up = halves(products, dim=-1, interleaved=gate.interleaved)
         wanted = hidden_units(gate.formula(stand_in, "silu").activation, h, up, alpha=alpha, limit=limit)
         try:
             found = function(stand_in, products)
@@ -160,12 +160,3 @@ def _computes(function: Callable[..., Tensor], gate: Gate) -> bool:
         except (AttributeError, TypeError, RuntimeError):
             return False
         return found.shape == wanted.shape and math.isclose((found - wanted).abs().max().item(), 0.0, abs_tol=1e-5)
-
-
-def halves(both: Tensor, interleaved: bool, dim: int) -> tuple[Tensor, Tensor]:
-    """Views of what the activation acts on and of what it is multiplied with; their gradients are joined in one copy."""
-    if interleaved:
-        first, second = both.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
-    else:
-        first, second = both.chunk(2, dim=dim)
-    return first, second

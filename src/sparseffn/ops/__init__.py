@@ -12,6 +12,7 @@ from sparseffn.ops.counts import batch_entropy, routing_counts
 from sparseffn.ops.cvmm import cvmm
 from sparseffn.ops.expert_dispatch import dispatched_experts
 from sparseffn.ops.experts import experts
+from sparseffn.ops.halves import halves
 from sparseffn.ops.route import GateName, route
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
@@ -28,6 +29,7 @@ __all__ = [
     "dispatched_experts",
     "experts",
     "explain_backend",
+    "halves",
     "list_backends",
     "product_key_rows",
     "product_key_topk",

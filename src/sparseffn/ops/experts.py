@@ -157,7 +157,7 @@ _experts = define(
         fake=_fake_kept,
         backward=f"Tensor grad_y, {_ARGUMENTS.replace('=None', '').replace('=1.0', '').split(' str activation')[0]} "
         "str activation, float alpha, float limit, int? inner_k, Tensor hidden, Tensor positions, Tensor order, "
-        "Tensor offsets, bool[]? needed=None",
+        "Tensor offsets, bool[]? needed=None, bool joint=False",
         gradients=("x", "keys", "values", "gates", "gate_keys", "key_bias", "gate_bias", "value_bias"),
         flops_of_backward=flops_of_pairs,
     ),

@@ -55,7 +55,7 @@ class Kept:
     """All results of NAME_kept for fake tensors."""
     backward: str
     """Arguments of NAME_backward. `bool[]? needed` gets which of the gradients are wanted, in their order; None: all. Those of
-    frozen weights are not."""
+    frozen weights are not. `bool joint` says whether gradients may lie in one memory."""
     gradients: tuple[str, ...]
     """Arguments that have one, in the order of NAME_backward's results; an empty tensor stands for one that is left out."""
     flops_of_backward: FlopsOfBackward = lambda wanted, _: len(wanted)

@@ -7,7 +7,8 @@
 //     NAME_kept(arguments) -> (outputs..., kept...)       what a step of training runs forward
 //     NAME_backward(grad_OUTPUT..., what it needs of arguments, outputs and kept, by name) -> gradients named as arguments
 //
-// An argument `needed` of NAME_backward gets which of these gradients somebody waits for; the others are left out.
+// An argument `needed` of NAME_backward gets which of these gradients somebody waits for; the others are left out. An argument
+// `joint` gets whether gradients may share one memory: not in a graph, whose compiler believes what fakes say of them.
 //
 // Under transforms of torch.func, forward-mode AD and where gradients are differentiated or batched, NAME_plain is what runs, and
 // differentiates itself. ops/library.py calls sparseffn_library::differentiate for each operation once this is loaded.
@@ -58,7 +59,7 @@ bool is_tensor(const c10::Argument& argument) {
 
 // Where an argument of NAME_backward comes from.
 struct Source {
-    enum Kind { kGradient, kArgument, kOutput, kNeeded } kind;
+    enum Kind { kGradient, kArgument, kOutput, kNeeded, kJoint } kind;
     size_t index = 0;
 };
 
@@ -82,8 +83,8 @@ struct Family {
             if (is_tensor(schema.arguments()[i])) tensors.push_back(i);
         for (const auto& argument : backward.schema().arguments()) {
             const std::string& wanted = argument.name();
-            if (wanted == "needed") {
-                sources.push_back({Source::kNeeded});
+            if (wanted == "needed" || wanted == "joint") {
+                sources.push_back({wanted == "needed" ? Source::kNeeded : Source::kJoint});
                 continue;
             }
             const bool gradient = wanted.rfind("grad_", 0) == 0;
@@ -240,6 +241,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
             if (source.kind == Source::kGradient) stack.push_back(value_of(grads[i]));
             else if (source.kind == Source::kOutput) stack.push_back(saved[tensors.size() + i]);
             else if (source.kind == Source::kNeeded) stack.emplace_back(asked);
+            else if (source.kind == Source::kJoint) stack.emplace_back(!is_traced(tensors[0]));
             else stack.push_back(whole[i]);
         }
         at::AutoDispatchBelowADInplaceOrView below;

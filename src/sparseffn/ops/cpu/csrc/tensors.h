@@ -59,14 +59,40 @@ template <class S> inline const S* pointer_if_given(const Tensor& t) {
 template <class S> inline S* pointer(const Tensor& t) { return static_cast<S*>(data_of_mutable(t)); }
 inline Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tensor(); }
 
+// Whether an expert's matrix has lines of rows or of columns.
+inline bool has_lines(const Tensor& weight) { return weight.stride(1) == 1 || weight.stride(2) == 1; }
+
 // The memory of a weight's gradient: in the weight's order where that has lines of rows or of columns, else one after the other. As
 // ops/library.py says of fake tensors.
 inline Tensor gradient_like(const Tensor& weight) {
     if (weight.dim() == 3) {
         const Tensor same = at::empty_like(weight);
-        if (same.stride(1) == 1 || same.stride(2) == 1) return same;
+        if (has_lines(same)) return same;
     }
     return at::empty(weight.sizes(), weight.options());
+}
+
+// Whether two tensors are the halves of one without gaps: sides of it, or its even and odd lines.
+inline bool are_halves(const Tensor& a, const Tensor& b) {
+    if (!a.storage().is_alias_of(b.storage()) || a.sizes() != b.sizes() || a.strides() != b.strides()) return false;
+    std::vector<std::pair<int64_t, int64_t>> steps{{std::abs(b.storage_offset() - a.storage_offset()), 2}};
+    for (int64_t d = 0; d < a.dim(); ++d)
+        if (a.size(d) > 1) steps.emplace_back(a.stride(d), a.size(d));
+    std::sort(steps.begin(), steps.end());
+    int64_t reached = 1;
+    for (const auto& [step, count] : steps) {
+        if (step != reached) return false;
+        reached *= count;
+    }
+    return true;
+}
+
+// Memory of the gradients of two halves of a weight that lie like them in one: whoever joins them copies nothing.
+inline std::pair<Tensor, Tensor> gradients_like_halves(const Tensor& a, const Tensor& b) {
+    const Tensor whole = at::empty({2 * a.numel()}, a.options());
+    const int64_t first = std::min(a.storage_offset(), b.storage_offset());
+    return {whole.as_strided(a.sizes(), a.strides(), a.storage_offset() - first),
+            whole.as_strided(b.sizes(), b.strides(), b.storage_offset() - first)};
 }
 
 // Which of its gradients a backward is asked for, in their order: all where nothing is said. One that is left out is empty.
