@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_no_weight_is_copied(make: Callable[[], Any], monkeypatch: pytest.Monkey
         given.update(keys=keys, values=values, **{n: t for n, t in named.items() if isinstance(t, Tensor)})
         return ops.experts(x, keys, values, gates, indices, **named)
 
-    monkeypatch.setattr(experts, "ops", type("Ops", (), {"experts": staticmethod(seen)}))
+    monkeypatch.setattr(experts, "ops", SimpleNamespace(experts=seen, halves=ops.halves))
     experts.experts_forward(module, torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2))
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
     assert {t.untyped_storage().data_ptr() for t in given.values()} == storages

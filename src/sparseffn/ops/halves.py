@@ -60,8 +60,9 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        whole = None if torch.is_grad_enabled() or is_watched(grads) else _shared(*grads, ctx.dim, ctx.interleaved)
-        return _joined(*grads, ctx.dim, ctx.interleaved) if whole is None else whole, None, None
+        first, second = grads
+        whole = None if torch.is_grad_enabled() or is_watched(grads) else _shared(first, second, ctx.dim, ctx.interleaved)
+        return _joined(first, second, ctx.dim, ctx.interleaved) if whole is None else whole, None, None
 
 
 def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tensor | None:
