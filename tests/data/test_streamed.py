@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,20 @@ class TestStored:
         assert (before.info["train_shards"], after.info["train_shards"]) == ("4 of 4", "3 of 4")
 
     def test_a_changed_training_shard_is_another_corpus(self, shards: Path, cache_dir: Path) -> None:
-        """Its text is not read for that: a checksum ends it."""
+        """Before it is read."""
         before = open_small(SMALL_C4, shards, cache_dir)
         write_shard(shards / SMALL_C4.train.format(2), [document("c4-train.00002", i) for i in range(59, -1, -1)])
         assert open_small(SMALL_C4, shards, cache_dir).digest != before.digest
+
+    def test_every_part_of_a_shard_counts(self, tmp_path: Path, cache_dir: Path) -> None:
+        """A gzip file may be several, one after the other, each of which ends with a checksum of its own."""
+        digests = set()
+        for letter in "AZ":
+            folder = write_shards(tmp_path / letter, SMALL_C4)
+            shard = folder / SMALL_C4.train.format(0)
+            shard.write_bytes(gzip.compress(b'{"text": "%s"}\n' % letter.encode(), mtime=0) + shard.read_bytes())
+            digests.add(open_small(SMALL_C4, folder, cache_dir).digest)
+        assert len(digests) == 2
 
     def test_missing_shards_are_named(self, shards: Path, cache_dir: Path) -> None:
         """The validation shard, or all of training."""
@@ -162,7 +173,7 @@ class TestNetwork:
         place = Place(cache_dir=cache_dir / "other")
         remote = open_corpus(spec, place, tokenizer="bytes", network=True)
         local = open_small(SMALL_C4, shards, cache_dir)
-        # The address with its revision stands for the shards there, their checksums for those here.
+        # The address with its revision stands for the shards there, their bytes for those here.
         assert remote.digest != local.digest
         assert all((remote.tokens(split) == local.tokens(split)).all() for split in SPLITS)
         windows = [corpus.training_streams(batch=2, context=32).window(0)[0] for corpus in (remote, local)]

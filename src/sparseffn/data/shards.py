@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from sparseffn.errors import UserError
+from sparseffn.storage import file_digest
 
 # Bytes of the longest line of a shard, far above the longest document of the published ones.
 MAX_LINE = 64 << 20
@@ -47,12 +47,10 @@ def read_local(path: Path, skip: int = 0) -> Iterator[str]:
         raise _no_shard(path, error) from error
 
 
-def checksum(path: Path) -> str:
-    """Checksum and length of the text in a gzip file, which are its last eight bytes."""
+def shard_digest(path: Path) -> str:
+    """Digest of a shard's bytes, about a second a gigabyte: the checksum that ends a gzip file is of its last member alone."""
     try:
-        with path.open("rb") as stream:
-            stream.seek(-8, os.SEEK_END)
-            return stream.read().hex()
+        return file_digest(path)
     except OSError as error:
         raise _no_shard(path, error) from error
 

@@ -18,7 +18,7 @@ from sparseffn.data.bpe import BpeTokenizer
 from sparseffn.data.cache import TokenCache
 from sparseffn.data.download import OnProgress
 from sparseffn.data.registry import CorpusEntry
-from sparseffn.data.shards import ShuffledDocuments, checksum, read_local, read_remote
+from sparseffn.data.shards import ShuffledDocuments, read_local, read_remote, shard_digest
 from sparseffn.data.splits import Block, Place, SourceFile, Split
 from sparseffn.data.streams import DocumentStreams
 from sparseffn.data.tokenizer_base import Tokenizer
@@ -138,7 +138,8 @@ class StreamedSource:
         spec = self.spec
         rows = [(path, str(f.path), f.size, f.mtime_ns, f.ctime_ns) for path, f in sorted(self.files.items())]
         parts = (spec.url, spec.separator, spec.eval_documents, spec.fit_shards, list(self.shards), spec.evaluated, rows)
-        return digest_of(spec.name, json.dumps(parts))
+        # A cache of before counted shards by less than their bytes.
+        return digest_of(spec.name, "by all bytes", json.dumps(parts))
 
     @property
     def is_remote(self) -> bool:
@@ -167,9 +168,9 @@ class StreamedSource:
     def digested(self) -> tuple[str, ...]:
         """Which shards are streamed: what the content digest depends on beside the stored text.
 
-        A shard on the disk counts by the checksum that ends it, those on the hub by the revision in the address.
+        A shard on the disk counts by its bytes, which are read once for it, those on the hub by the revision in the address.
         """
-        shards = [(path, checksum(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
+        shards = [(path, shard_digest(self.files[path].path)) for path in self.shards] if self.files else [self.spec.url]
         return (json.dumps([shards, self.spec.separator, self.spec.fit_shards]),)
 
     def fit(self, tokenizer: str, vocab_size: int | None, on_progress: OnProgress | None = None) -> Tokenizer:
