@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install 'sparseffn[hf]'")
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sparseffn
@@ -74,15 +77,20 @@ def test_evaluates_without_the_balancing_loss(text: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_is_killed_and_goes_on_bit_by_bit(text: Path, tmp_path: Path) -> None:
-    """After 137 of 200 steps, by SIGKILL."""
-    options = ["steps=200", "save=40"]
+def test_is_killed_at_any_moment_and_goes_on_bit_by_bit(text: Path, tmp_path: Path) -> None:
+    """300 steps, three times broken off by SIGKILL: once as it begins a checkpoint, twice somewhere after one."""
+    options = ["steps=300", "save=20"]
+    seed = time.time_ns() % 10**6
+    draw, out = random.Random(seed), tmp_path / "killed"
     wanted = printed([sys.executable, SCRIPT, str(tmp_path / "whole"), str(text), *options])
-    killed = [sys.executable, SCRIPT, str(tmp_path / "killed"), str(text), *options]
-    assert run([*killed, "kill=137"]).returncode == -signal.SIGKILL
-    assert (tmp_path / "killed" / "checkpoint-120").is_dir() and not (tmp_path / "killed" / "model.safetensors").exists()
-    assert printed(killed) == wanted
-    assert len(wanted) == 200 and wanted[-1] < 1.5 < 5 < wanted[0]
+    for least, delay in ((2, 0.0), (6, draw.random()), (10, draw.random())):
+        checkpoint = out / f"checkpoint-{20 * (least + draw.randrange(3))}"
+        kill_after([sys.executable, SCRIPT, str(out), str(text), *options], checkpoint, delay)
+        assert not (out / "model.safetensors").exists(), seed
+    assert printed([sys.executable, SCRIPT, str(out), str(text), *options]) == wanted, seed
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), seed
+    assert len(wanted) == 300 and wanted[-1] < 1 < 5 < wanted[0]
 
 
 @pytest.mark.slow
@@ -94,13 +102,22 @@ def test_two_processes_are_one_with_twice_the_batch(text: Path, tmp_path: Path) 
     assert two == pytest.approx(train(tmp_path / "one", text, entropy="0"), rel=1e-5)
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(sparseffn.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(sparseffn.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def kill_after(command: list[str], path: Path, delay: float) -> None:
+    """Start a run, and kill it some seconds after a path is there."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+        while not path.exists():
+            assert process.poll() is None, f"it ended before {path.name}"
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
 
 
 def printed(command: list[str]) -> list[float]:
     """The losses that a run prints in its last line."""
-    done = run(command)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Transformers' Trainer on the bytes of a text, from OUT's last checkpoint on: `trained_by_trainer.py OUT TEXT [KEY=VALUE]`.
 
-Keys: steps, batch (of a process), accumulation, save (steps between checkpoints), kill (die by SIGKILL after a step), entropy
-(weight of the balancing loss; 0 switches dropout off too), checkpointing. The last line that is written is the losses of all
+Keys: steps, batch (of a process), accumulation, save (steps between checkpoints), entropy (weight of the balancing loss; 0
+switches dropout off too), checkpointing. The last line that is written is the losses of all
 logged steps as JSON.
 """
 
@@ -9,32 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparseffn.hf import SparseFFNConfig, SparseFFNForCausalLM
 
 LENGTH = 32
 DEFAULTS = {
-    "steps": "8", "batch": "4", "accumulation": "1", "save": "3", "kill": "0", "entropy": "0.01", "checkpointing": "0"
+    "steps": "8", "batch": "4", "accumulation": "1", "save": "3", "entropy": "0.01", "checkpointing": "0"
 }  # fmt: skip
-
-
-class Dies(TrainerCallback):
-    """By SIGKILL, after a step, whatever is saved or not."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def model(entropy: float) -> SparseFFNForCausalLM:
@@ -58,6 +46,17 @@ def rows(text: Path) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+def last_whole_checkpoint(out: Path) -> str | None:
+    """The last with a readable `trainer_state.json`, which Trainer writes last; what was broken off before is removed."""
+    while out.exists() and (last := get_last_checkpoint(str(out))):
+        try:
+            json.loads((Path(last) / "trainer_state.json").read_text())
+            return last
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
 def train(out: Path, text: Path, **words: str) -> list[float]:
     """The losses of all logged steps, those before an interruption included."""
     unknown = words.keys() - DEFAULTS.keys()
@@ -69,10 +68,8 @@ def train(out: Path, text: Path, **words: str) -> list[float]:
         disable_tqdm=True, seed=1, dataloader_pin_memory=False,
         activation_checkpointing=given["checkpointing"] == "1", gradient_accumulation_steps=int(given["accumulation"]),
     )  # fmt: skip
-    callbacks = [Dies(int(given["kill"]))] if int(given["kill"]) else []
-    trainer = Trainer(model=model(float(given["entropy"])), args=arguments, train_dataset=rows(text), callbacks=callbacks)
-    last = get_last_checkpoint(str(out)) if out.exists() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer = Trainer(model=model(float(given["entropy"])), args=arguments, train_dataset=rows(text))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(out))
     trainer.save_model()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
