@@ -14,7 +14,7 @@ import torch.distributed as dist
 from processes import PARTS, SEED, Spread, difference, join, leave, loss_of, run, wrong
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sparseffn.errors import UserError
@@ -136,6 +136,23 @@ def with_fsdp(way: str, mesh: DeviceMesh) -> dict[str, float]:
     return found | {f"{name}.grad": difference(p.grad.full_tensor(), wanted[name].grad) for name, p in model.named_parameters()}
 
 
+def in_bfloat16(mesh: DeviceMesh) -> dict[str, Any]:
+    """Under a policy that computes in bfloat16: dtypes, and how far that is from float32, in parts of its norm."""
+    single, spread = CONFIGS["gated"].build(), Spread.of("even", 6, mesh.get_rank(), mesh.size())
+    with torch.no_grad():
+        for parameter in single.parameters():
+            dist.broadcast(parameter.normal_(0.0, 0.5), 0)
+    layer, x = copy.deepcopy(single), spread.x[spread.own].float()
+    shard_experts(layer, mesh)
+    shard_rest(layer, mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    y = layer(x)
+    y.float().square().mean().backward()
+    single(spread.x.float()).square().mean().backward()
+    grad, wanted = layer.experts.keys.grad, single.experts.keys.grad
+    off = (y.float() - single(x)).norm() / single(x).norm(), (grad.full_tensor() - wanted).norm() / wanted.norm()
+    return {"dtypes": [str(y.dtype), str(grad.dtype)], "off": max(part.item() for part in off)}
+
+
 def too_few(mesh: DeviceMesh) -> dict[str, str]:
     """Gradients of the rest averaged over some of the processes that share experts: each process is its own part of them."""
     parts = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("dp", "ep"))
@@ -234,7 +251,17 @@ def work(rank: int, size: int, folder: str) -> None:
     # Every process, or every second one, holds all experts.
     for name, shape in (("replicas", (size, 1)), ("both", (2, size // 2))):
         found[name] = differences(CONFIGS["gated"], "masked", init_device_mesh("cpu", shape), True)
-    leave(rank, folder, {"differences": found, "refusals": refusals(mesh), "few": too_few(mesh), "others": others(mesh)})
+    leave(
+        rank,
+        folder,
+        {
+            "differences": found,
+            "refusals": refusals(mesh),
+            "few": too_few(mesh),
+            "bfloat16": in_bfloat16(mesh),
+            "others": others(mesh),
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +307,13 @@ def test_a_mean_over_few_of_the_processes_that_share_experts_is_refused(call: st
     for rank, report in enumerate(reports):
         assert "must be of all processes that share experts, [0, 1], as gradients" in report["few"][call]
         assert f"got [{rank}]; fix: shard_rest(model, mesh) or replicate_rest(model)" in report["few"][call]
+
+
+def test_experts_compute_in_the_dtype_of_the_rest(reports: list[dict[str, Any]]) -> None:
+    """Their gradients are in their own."""
+    for report in reports:
+        assert report["bfloat16"]["dtypes"] == ["torch.bfloat16", "torch.float32"]
+        assert report["bfloat16"]["off"] < 0.02
 
 
 def test_sharded_experts_are_copied_and_put_together_again(reports: list[dict[str, Any]]) -> None:

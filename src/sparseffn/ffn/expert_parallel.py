@@ -22,6 +22,7 @@ from sparseffn.ffn.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
@@ -100,8 +101,8 @@ def shard_rest(model: nn.Module, mesh: DeviceMesh, units: Iterable[nn.Module] = 
     """Put `model`, whose experts `shard_experts` has spread, under FSDP2, which shards and averages everything else.
 
     `fully_shard` for each of the `units`, modules of the model in the order of their use, and then for the model, with the
-    experts among `ignored_params`: their owners keep them, and their gradients are means already. Parameters that are whole
-    become those of the mesh's first process.
+    experts among `ignored_params`: their owners keep them, and their gradients are means already. With an `mp_policy` the
+    experts compute in its `param_dtype` too. Parameters that are whole become those of the mesh's first process.
 
     Args:
         model: with experts that are spread.
@@ -125,6 +126,10 @@ def shard_rest(model: nn.Module, mesh: DeviceMesh, units: Iterable[nn.Module] = 
         if not isinstance(tensor.data, DTensor):
             for dim in range(mesh.ndim):
                 dist.broadcast(tensor.detach(), group=mesh.get_group(dim), group_src=0)
+    policy: MixedPrecisionPolicy | None = options.get("mp_policy")
+    for layer in model.modules():
+        if isinstance(layer, Mixture) and layer.experts.is_sharded:
+            layer.experts.compute_dtype = policy.param_dtype if policy is not None else None
     for module in (*units, model):
         fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
     return model
@@ -142,7 +147,7 @@ def unshard_experts(model: nn.Module) -> None:
         for parameter, weight in list(layer.experts.named_parameters()):
             whole = cast("DTensor", weight.detach()).full_tensor()
             layer.experts.register_parameter(parameter, nn.Parameter(whole, requires_grad=weight.requires_grad))
-        layer.experts.is_sharded = False
+        layer.experts.is_sharded, layer.experts.compute_dtype = False, None
 
 
 def _expert_meshes(model: nn.Module) -> list[DeviceMesh]:

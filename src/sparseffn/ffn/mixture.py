@@ -172,6 +172,8 @@ class Experts(nn.Module):
 
     is_sharded: bool = False
     """Whether they are spread over processes, as DTensors; `shard_experts` sets it."""
+    compute_dtype: torch.dtype | None = None
+    """Of sharded experts beside FSDP2 that computes in another one than parameters have; `shard_rest` sets it."""
     means_are_right: bool = False
     """Whether FSDP2 was seen to average the other gradients over all these processes."""
 
@@ -205,7 +207,7 @@ class Experts(nn.Module):
         return ops.dispatched_experts(
             x_TD, keys.to_local(), values.to_local(), gates_TK, indices_TK, mesh.get_group(mesh.ndim - 1),
             replicas=mesh.get_group(0) if mesh.ndim > 1 else None, gate_keys=gate_keys.to_local() if c.gated else None,
-            activation=c.activation, dropout=c.dropout if self.training else 0.0,
+            activation=c.activation, dropout=c.dropout if self.training else 0.0, dtype=self.compute_dtype,
         )  # fmt: skip
 
     def require_whole(self) -> None:

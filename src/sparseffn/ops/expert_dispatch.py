@@ -46,6 +46,7 @@ def dispatched_experts(
     gate_keys: Tensor | None = None,
     activation: str = "relu",
     dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`ops.experts` over the tokens of this rank and the experts of all ranks of a group.
 
@@ -64,6 +65,7 @@ def dispatched_experts(
         gate_keys: `[E / W, D, G]`.
         activation: as `experts` knows them.
         dropout: rate at which hidden units are removed.
+        dtype: what the experts compute in, that of `x`; their gradients are averaged in their own. None: they are of one.
 
     Returns:
         `[T, D]`, as `experts` does.
@@ -72,8 +74,8 @@ def dispatched_experts(
     sent = _exchange_counts(gates, indices, len(keys), group)
     tokens_R = sent.rows_R // k
     rows_SD = _AllToAll.apply(x.index_select(0, tokens_R), sent.to_ranks, sent.from_ranks, group)
-    own_keys, own_values = (_MeanGradient.apply(weight, size, replicas) for weight in (keys, values))
-    own_gate_keys = None if gate_keys is None else _MeanGradient.apply(gate_keys, size, replicas)
+    own_keys, own_values = (_MeanGradient.apply(weight, size, replicas).to(dtype or weight.dtype) for weight in (keys, values))
+    own_gate_keys = None if gate_keys is None else _MeanGradient.apply(gate_keys, size, replicas).to(own_keys.dtype)
     ones_S1, experts_S1 = gates.new_ones(len(rows_SD), 1), sent.experts_S[:, None]
     out_SD = experts(
         rows_SD, own_keys, own_values, ones_S1, experts_S1, gate_keys=own_gate_keys, activation=activation, dropout=dropout
