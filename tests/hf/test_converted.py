@@ -38,6 +38,19 @@ def test_a_folder_loads_with_the_same_numbers(family: str, method: str, tmp_path
     assert type(again.model) is type(model)
 
 
+def test_a_loaded_model_gets_further_blocks(tmp_path: Path) -> None:
+    """Which its config and its card then name."""
+    model = build("llama")
+    replace_ffn(model, "topk", 0, k=12)
+    save_converted(model, tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    replace_ffn(loaded, "sigma-moe", init="upcycle", n_experts=3, k=1)
+    card = (save_converted(loaded, tmp_path / "second") / "README.md").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    assert torch.equal(again(ids()).logits, loaded(ids()).logits) and "`same`, `upcycle`" in card
+    assert list(again.config.blocks) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
 def test_generate_and_loss_are_the_family_s(tmp_path: Path) -> None:
     """With the cache, sampling settings and labels passed on; in bfloat16."""
     model = build("qwen3", torch.bfloat16)

@@ -27,8 +27,8 @@ _LINE = 1 << 14
 WINDOWS_AT_ONCE = 4
 
 
-def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int, context: int, *, skip: int = 0) -> Tensor:
-    """Token ids `[n, context]` of a text's tokens from `skip` on, `n_tokens` of them less what fills no window.
+def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int, context: int) -> Tensor:
+    """Token ids `[n, context]` of a text's first `n_tokens`, less what fills no window.
 
     Raises:
         UserError: there is no such file, it is no UTF-8, or it is too short.
@@ -36,16 +36,14 @@ def read_windows(path: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int, 
     windows = n_tokens // context
     if windows < 1:
         raise UserError(f"`tokens` must be at least one window of {context}; got {n_tokens}; fix: ask for more")
-    wanted = skip + windows * context
-    found, n_found = torch.empty(windows * context, dtype=torch.int64), 0
+    wanted = windows * context
+    found, n_found = torch.empty(wanted, dtype=torch.int64), 0
     try:
         with path.open(encoding="utf-8") as file:
             lines = iter(lambda: file.readline(_LINE), "")
             while n_found < wanted and (piece := "".join(islice(lines, _LINES))):
                 ids = torch.tensor(tokenizer(piece, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-                kept = ids[max(0, skip - n_found) : wanted - n_found]
-                at = max(0, n_found - skip)
-                found[at : at + len(kept)] = kept
+                found[n_found : n_found + len(ids)] = ids[: wanted - n_found]
                 n_found += len(ids)
     except OSError as error:
         raise UserError(f"`{path}` must be a text file; got {error.strerror or error}; fix: check the path") from None

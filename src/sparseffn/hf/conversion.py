@@ -383,9 +383,14 @@ def _facts_of(path: Path, ids: Tensor) -> TextFacts:
 
 def _texts(settings: ConvertSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     s = settings
-    calibration = read_windows(s.calibrate, tokenizer, s.tokens, s.context)
-    skip = 0 if s.held_out is not None else calibration.numel()
-    held_out = read_windows(s.held_out or s.calibrate, tokenizer, s.eval_tokens, s.context, skip=skip)
+    n_calibration, n_held_out = s.tokens // s.context, s.eval_tokens // s.context
+    if s.held_out is None:
+        # One after the other in their file, so that a text that is too short is told what both need.
+        windows = read_windows(s.calibrate, tokenizer, (n_calibration + n_held_out) * s.context, s.context)
+        calibration, held_out = windows[:n_calibration], windows[n_calibration:]
+    else:
+        calibration = read_windows(s.calibrate, tokenizer, s.tokens, s.context)
+        held_out = read_windows(s.held_out, tokenizer, s.eval_tokens, s.context)
     if len(held_out) < 2:
         raise UserError(f"`eval_tokens` must be at least two windows of {s.context}; got {s.eval_tokens}; fix: raise it")
     return calibration, held_out

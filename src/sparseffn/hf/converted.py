@@ -82,11 +82,13 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def wrap(cls, model: PreTrainedModel) -> ConvertedForCausalLM:
-        """The model as one that can be saved; parameters are shared.
+        """The model as one that can be saved, itself where it is one; parameters are shared.
 
         Raises:
             UserError: none of its blocks is replaced.
         """
+        if isinstance(model, ConvertedForCausalLM):
+            return model
         blocks = _replaced(model)
         if not blocks:
             raise UserError("`model` must have replaced feedforward blocks; got none; fix: call replace_ffn first")
@@ -114,6 +116,11 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{' and others' if len(missing) > 3 else ''}; fix: convert the model again"
             )
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As any model's; its config names the blocks that were replaced since, too."""
+        self.config.blocks = _replaced(self.model)
+        super().save_pretrained(*args, **kwargs)
 
     def card(self, name: str, **parts: Any) -> str:
         """The model card: what was replaced, and how it is loaded; `parts` are further arguments of `converted_card`."""
@@ -185,7 +192,7 @@ def save_converted(model: PreTrainedModel, folder: str | Path, tokenizer: PreTra
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"`folder` must be new or empty; got {str(folder)!r}; fix: choose another one")
-    wrapped = model if isinstance(model, ConvertedForCausalLM) else ConvertedForCausalLM.wrap(model)
+    wrapped = ConvertedForCausalLM.wrap(model)
     with write_folder(folder) as made:
         wrapped.save_pretrained(made)
         if tokenizer is not None:
