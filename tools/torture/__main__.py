@@ -83,7 +83,8 @@ def torture(name: str, options: argparse.Namespace, work: Path, tally: Tally, dr
         case "terminate":
             disturb(victims, options.kills // 4, place, tally, functools.partial(kill, number=signal.SIGTERM, draw=draw))
         case "one-of-two":
-            pairs = [Pair(victim) for victim in victims]
+            pairs = [Pair(victim, strategy) for victim in victims for strategy in victim.strategies()]
+            draw.shuffle(pairs)
             disturb(pairs, options.kills // 4, place, tally, functools.partial(kill_one_of_two, draw=draw))
         case "disk-full":
             disturb(victims, options.kills // 4, place, tally, functools.partial(fill_disk, draw=draw))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,6 +24,7 @@ from sparseffn.ffn import list_methods, method_class
 from sparseffn.models import DecoderConfig, ModelConfig, TransformerXLConfig
 from sparseffn.training import RunFolder, TrainConfig, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint
+from sparseffn.training.layout import Layout, Strategy
 
 TRACEBACK, HANG = 99, 98
 """Exit codes of a child that raised what no user should see, and of one that had to be ended."""
@@ -47,8 +49,17 @@ class Victim:
     config: TrainConfig
     corpus: Corpus
 
-    def train(self, out: Path) -> None:
-        train(self.model, self.config, self.corpus, out, device="cpu")
+    def train(self, out: Path, strategy: Strategy = "ddp") -> None:
+        train(self.model, self.config, self.corpus, out, device="cpu", strategy=strategy)
+
+    def strategies(self) -> list[Strategy]:
+        """By which two processes can train it."""
+        found: list[Strategy] = []
+        for strategy in get_args(Strategy):
+            with contextlib.suppress(UserError):
+                Layout.of(2, strategy, "cpu").check(self.model, self.config)
+                found.append(strategy)
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,11 @@ class Pair:
     """A run of two processes."""
 
     victim: Victim
+    strategy: Strategy
 
     @property
     def name(self) -> str:
-        return f"{self.victim.name}, two processes"
+        return f"{self.victim.name}, two processes by {self.strategy}"
 
     def start(self, out: Path, log: Path) -> list[int]:
         """The numbers of two children that train together; the second one's output goes beside the log."""
@@ -77,7 +89,7 @@ class Pair:
     def _train(self, out: Path, rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with joined("cpu"):
-            self.victim.train(out)
+            self.victim.train(out, self.strategy)
 
 
 def wait(child: int) -> int:
@@ -96,7 +108,7 @@ def make_victims(corpus: Corpus) -> list[Victim]:
     victims = []
     for i, name in enumerate(list_methods()):
         example = method_class(name).examples()[0]
-        sizes = {"d_model": 16, "n_layers": 2, "dropout": 0.1, "expert_dropout": 0.1}
+        sizes = {"d_model": 16, "n_layers": 2, "n_experts": 4, "dropout": 0.1, "expert_dropout": 0.1}
         ffn = dataclasses.replace(example, **{key: value for key, value in sizes.items() if hasattr(example, key)})
         kind = KINDS[i % len(KINDS)]
         model = TransformerXLConfig(
