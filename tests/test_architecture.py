@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,30 @@ def imported_rooms(path: Path) -> set[str]:
 def files() -> list[tuple[str, Path]]:
     """Every module with the room that it is in."""
     return [(p.relative_to(ROOT).parts[0].removesuffix(".py"), p) for p in sorted(ROOT.rglob("*.py"))]
+
+
+def private_parts_of_pytorch(path: Path) -> set[str]:
+    """What a file names of torch that begins with one underscore: imported, or reached through dots."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {ast.unparse(node)} if isinstance(node, ast.Attribute) else set()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        found |= {name for name in names if re.match(r"torch\.(.*\.)?_(?!_)", name)}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for room, p in files() if room != "ops"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_parts_of_pytorch_are_named_by_operations_alone(path: Path) -> None:
+    """One place to look where a release of PyTorch moves them."""
+    assert not private_parts_of_pytorch(path)
+
+
+def test_private_parts_of_pytorch_are_found() -> None:
+    """Those that operations do need."""
+    assert any(private_parts_of_pytorch(path) for room, path in files() if room == "ops")
 
 
 @pytest.mark.parametrize(("room", "path"), files(), ids=[str(p.relative_to(ROOT)) for _, p in files()])

@@ -7,10 +7,10 @@ are averaged by DDP or FSDP2, over processes that its caller chose.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseffn.errors import UserError
+from sparseffn.ops.fsdp_units import averaging_meshes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ def require_fsdp_over_all(experts: nn.Module, mesh: DeviceMesh) -> bool:
     Raises:
         UserError: as `require_all`.
     """
-    averaging = {id(other): other for other in _averaging_meshes(experts)}
+    averaging = {id(other): other for other in averaging_meshes(experts)}
     for other in averaging.values():
         require_all(ranks_of(other), mesh, "`mesh` of fully_shard")
     return bool(averaging)
@@ -51,29 +51,3 @@ def require_fsdp_over_all(experts: nn.Module, mesh: DeviceMesh) -> bool:
 
 def ranks_of(mesh: DeviceMesh) -> set[int]:
     return set(mesh.mesh.flatten().tolist())
-
-
-def _averaging_meshes(experts: nn.Module) -> Iterator[DeviceMesh]:
-    """Of all units of FSDP2 in the model that holds the experts, but those of sharded experts alone."""
-    # PyTorch has no public way from a module to the units around it; these names are the same from 2.9 to 2.14.
-    from torch.distributed._composable_state import _module_state_mapping
-
-    states: list[tuple[nn.Module, Any]] = [(m, reference()) for m, reference in list(_module_state_mapping.items())]
-    for module, state in states:
-        if _is_root(state) and any(inner is experts for inner in module.modules()):
-            for group in (group for unit in state._state_ctx.all_states for group in _groups(unit)):
-                if any(p.sharded_param.requires_grad and not p.is_dtensor for p in group.fsdp_params):
-                    yield group.mesh_info.mesh
-
-
-def _is_root(state: Any) -> bool:
-    """Whether it is FSDP2's of a module that was called itself, and knows of all units within."""
-    return bool(getattr(state, "_is_root", None)) and hasattr(state, "_state_ctx")
-
-
-def _groups(unit: Any) -> list[Any]:
-    """Of parameters: one or none until PyTorch 2.9, later any number."""
-    groups = getattr(unit, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [unit._fsdp_param_group]
-    return [group for group in groups if group is not None]
