@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparseffn.errors import UserError
 from sparseffn.ffn.block_config import require
 from sparseffn.ffn.gradient_means import ranks_of, require_all
-from sparseffn.ffn.mixture import Mixture
+from sparseffn.ffn.mixture import Experts, Mixture
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,12 +82,10 @@ def replicate_rest(model: nn.Module, **options: Any) -> DistributedDataParallel:
     from torch.nn.parallel import DistributedDataParallel
 
     averaging = set(dist.get_process_group_ranks(options.get("process_group")))
-    for mesh in _expert_meshes(model):
-        require_all(averaging, mesh, "`process_group`")
+    for experts in _spread_experts(model):
+        require_all(averaging, _mesh_of(experts), "`process_group`")
     sharded = [parameter for parameter in model.parameters() if isinstance(parameter.data, DTensor) and parameter.requires_grad]
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor.data, DTensor):
-            dist.broadcast(tensor.detach(), src=0)
+    _send_the_first_s(model, [None])
     # DDP takes the parameters that need a gradient when it is made.
     for parameter in sharded:
         parameter.requires_grad_(False)
@@ -119,17 +117,14 @@ def shard_rest(model: nn.Module, mesh: DeviceMesh, units: Iterable[nn.Module] = 
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    for other in _expert_meshes(model):
-        require_all(ranks_of(mesh), other, "`mesh`")
+    spread = _spread_experts(model)
+    for experts in spread:
+        require_all(ranks_of(mesh), _mesh_of(experts), "`mesh`")
     ignored = {*options.pop("ignored_params", ()), *(p for p in model.parameters() if isinstance(p.data, DTensor))}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor.data, DTensor):
-            for dim in range(mesh.ndim):
-                dist.broadcast(tensor.detach(), group=mesh.get_group(dim), group_src=0)
+    _send_the_first_s(model, [mesh.get_group(dim) for dim in range(mesh.ndim)])
     policy: MixedPrecisionPolicy | None = options.get("mp_policy")
-    for layer in model.modules():
-        if isinstance(layer, Mixture) and layer.experts.is_sharded:
-            layer.experts.compute_dtype = policy.param_dtype if policy is not None else None
+    for experts in spread:
+        experts.compute_dtype = None if policy is None else policy.param_dtype
     for module in (*units, model):
         fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
     return model
@@ -150,10 +145,22 @@ def unshard_experts(model: nn.Module) -> None:
         layer.experts.is_sharded, layer.experts.compute_dtype = False, None
 
 
-def _expert_meshes(model: nn.Module) -> list[DeviceMesh]:
-    """Of its sharded experts."""
-    found = [m.experts.keys for m in model.modules() if isinstance(m, Mixture) and m.experts.is_sharded]
-    return [cast("DTensor", keys).device_mesh for keys in found]
+def _spread_experts(model: nn.Module) -> list[Experts]:
+    return [m.experts for m in model.modules() if isinstance(m, Mixture) and m.experts.is_sharded]
+
+
+def _mesh_of(experts: Experts) -> DeviceMesh:
+    return cast("DTensor", experts.keys).device_mesh
+
+
+def _send_the_first_s(model: nn.Module, groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """Parameters and buffers that are whole become those of the first process of a group, of each in turn; None: of all."""
+    from torch.distributed.tensor import DTensor
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor.data, DTensor):
+            for group in groups:
+                dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 def _mixtures(model: nn.Module) -> dict[str, Mixture]:

@@ -33,7 +33,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, config_from_json
 from sparseffn.hf.converted_card import converted_card
 from sparseffn.hf.fill import fill_of, mark_fill
-from sparseffn.hf.model_card import write_card
+from sparseffn.hf.model_card import PushedWithCard, write_card
 from sparseffn.hf.swap import put
 from sparseffn.storage import write_folder
 
@@ -59,7 +59,7 @@ class ConvertedConfig(PreTrainedConfig):
 
 
 @final
-class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
+class ConvertedForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):
     """A causal language model of transformers, `model`, with the blocks that its config names replaced."""
 
     config_class = ConvertedConfig
@@ -133,11 +133,6 @@ class ConvertedForCausalLM(PreTrainedModel, GenerationMixin):
             n_params=self.num_parameters(),
             **parts,
         )
-
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """`push_to_hub` with our card in place of the hub's empty one."""
-        write_card(self, working_dir, self.card(repo_id))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def forward(
         self,

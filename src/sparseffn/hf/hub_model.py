@@ -11,13 +11,13 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import RoutingStats
-from sparseffn.hf.model_card import write_card
+from sparseffn.hf.model_card import PushedWithCard
 from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
 from sparseffn.models import keyed_generator
 from sparseffn.models.language_model import LanguageModel
 
 
-class HubModel(PreTrainedModel):
+class HubModel(PushedWithCard, PreTrainedModel):
     """A `LanguageModel`, which is the attribute that `base_model_prefix` names."""
 
     supports_gradient_checkpointing = True
@@ -72,11 +72,6 @@ class HubModel(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         assert isinstance(new_embeddings, nn.Linear), "transformers sets linear layers"
         self.network.output = new_embeddings
-
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """`push_to_hub` with our card in place of the hub's empty one."""
-        write_card(self, working_dir, self.card(repo_id))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, others: dict[str, Any]) -> Tensor:
         """The window `[B, L, D]`; from `others` goes what is asked for in vain.

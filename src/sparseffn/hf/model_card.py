@@ -100,6 +100,18 @@ def write_card(model: Any, folder: str | Path, card: str) -> None:
     write_text(Path(folder) / CARD, card)
 
 
+class PushedWithCard:
+    """A model of transformers that goes to the hub with our card, its `card(name)`, in place of the hub's empty one."""
+
+    def card(self, name: str, **parts: Any) -> str:
+        raise NotImplementedError
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """A step of `push_to_hub`."""
+        write_card(self, working_dir, self.card(repo_id))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two folders hold the same parameters, in whatever files."""
     with ExitStack() as stack:
