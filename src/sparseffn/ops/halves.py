@@ -46,8 +46,7 @@ def _joined(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tenso
     if not interleaved:
         return torch.cat((first, second), dim)
     # Not by `flatten`, which batched gradients do not know.
-    shape = [2 * size if d == dim else size for d, size in enumerate(first.shape)]
-    return torch.stack((first, second), dim + 1).reshape(shape)
+    return torch.stack((first, second), dim + 1).reshape(_shape_of_both(first, dim))
 
 
 class _Halves(torch.autograd.Function):
@@ -74,10 +73,13 @@ def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tenso
         return None
     if memory.nbytes() != 2 * first.nbytes:
         return None
-    shape = [2 * size if d == dim else size for d, size in enumerate(first.shape)]
-    whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(memory).view(shape)
+    whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(memory).view(_shape_of_both(first, dim))
     pairs = zip(_views(whole, dim, interleaved), (first, second), strict=True)
     return whole if all(_are_same(*pair) for pair in pairs) else None
+
+
+def _shape_of_both(half: Tensor, dim: int) -> list[int]:
+    return [2 * size if d == dim else size for d, size in enumerate(half.shape)]
 
 
 def _are_same(a: Tensor, b: Tensor) -> bool:

@@ -286,12 +286,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     const auto weight = [&](size_t i, const MaybeTensor& of) {
         return needed.made(i, options, [&] { return of ? gradient_like(*of) : at::empty({0}, options); });
     };
-    Tensor d_keys, d_gate_keys;
-    const bool halves = joint && in.gate_keys && needed[1] && needed[4] && has_lines(*in.keys) && are_halves(*in.keys, *in.gate_keys);
-    if (halves) std::tie(d_keys, d_gate_keys) = gradients_like_halves(*in.keys, *in.gate_keys);
-    else d_keys = weight(1, in.keys), d_gate_keys = weight(4, in.gate_keys);
-    Tensor d_x = flat(0, in.x), d_values = weight(2, in.values), d_gates = flat(3, in.gates), d_key_bias = flat(5, in.key_bias), d_gate_bias = flat(6, in.gate_bias);
-    Tensor d_value_bias = flat(7, in.value_bias);
+    const bool halves = joint && in.gate_keys && needed[1] && needed[4] && are_halves(*in.keys, *in.gate_keys);
+    auto [d_keys, d_gate_keys] = halves ? gradients_like_halves(*in.keys, *in.gate_keys)
+                                        : std::pair(weight(1, in.keys), weight(4, in.gate_keys));
+    Tensor d_x = flat(0, in.x), d_values = weight(2, in.values), d_gates = flat(3, in.gates);
+    Tensor d_key_bias = flat(5, in.key_bias), d_gate_bias = flat(6, in.gate_bias), d_value_bias = flat(7, in.value_bias);
     with_type(type_of(in.x), [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         using C = compute_t<S>;

@@ -72,9 +72,9 @@ inline Tensor gradient_like(const Tensor& weight) {
     return at::empty(weight.sizes(), weight.options());
 }
 
-// Whether two tensors are the halves of one without gaps: sides of it, or its even and odd lines.
+// Whether two weights are the halves of one without gaps: sides of it, or its even and odd lines.
 inline bool are_halves(const Tensor& a, const Tensor& b) {
-    if (!a.storage().is_alias_of(b.storage()) || a.sizes() != b.sizes() || a.strides() != b.strides()) return false;
+    if (!has_lines(a) || !a.storage().is_alias_of(b.storage()) || a.sizes() != b.sizes() || a.strides() != b.strides()) return false;
     std::vector<std::pair<int64_t, int64_t>> steps{{std::abs(b.storage_offset() - a.storage_offset()), 2}};
     for (int64_t d = 0; d < a.dim(); ++d)
         if (a.size(d) > 1) steps.emplace_back(a.stride(d), a.size(d));
