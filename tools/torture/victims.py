@@ -155,6 +155,7 @@ def in_child(work: Callable[[], object], log: Path) -> int:
         sys.stdout.write(f"refused: {error}\n")
         code = 2
     except BaseException:
+        # Nothing leaves a forked child but its log and its exit code, which says that this was no error of ours.
         traceback.print_exc()
     finally:
         sys.stdout.flush()

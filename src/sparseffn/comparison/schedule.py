@@ -95,13 +95,13 @@ def _steps_within(left_s: float, step_s: float, budget_s: float) -> int:
         needed = budget_s - left_s + MIN_STEPS * step_s
         raise UserError(
             f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s:g}s, which allows "
-            f"{max(0, steps)}; fix: --budget {_duration(needed)} or more, fewer methods or seeds, or a smaller preset"
+            f"{max(0, steps)}; fix: --budget {_as_budget(needed)} or more, fewer methods or seeds, or a smaller preset"
         )
     return steps
 
 
-def _duration(seconds: float) -> str:
-    """Not less, in what `--budget` takes."""
+def _as_budget(seconds: float) -> str:
+    """No less than this, as `--budget` takes it."""
     return f"{math.ceil(seconds)}s" if seconds < 600 else f"{math.ceil(seconds / 60)}m"
 
 

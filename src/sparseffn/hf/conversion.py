@@ -385,7 +385,7 @@ def _texts(settings: ConvertSettings, tokenizer: PreTrainedTokenizerBase) -> tup
     s = settings
     n_calibration, n_held_out = s.tokens // s.context, s.eval_tokens // s.context
     if s.held_out is None:
-        # One after the other in their file, so that a text that is too short is told what both need.
+        # Read as one, so that a text that is too short is refused with the number of tokens that both need.
         windows = read_windows(s.calibrate, tokenizer, (n_calibration + n_held_out) * s.context, s.context)
         calibration, held_out = windows[:n_calibration], windows[n_calibration:]
     else:

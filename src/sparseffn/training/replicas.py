@@ -53,7 +53,7 @@ class Replica(ABC):
 
     @property
     def ddp_options(self) -> dict[str, Any]:
-        """Of `DistributedDataParallel`."""
+        """Arguments of `DistributedDataParallel` that depend on where the model is; gradients are views of what is sent."""
         device = self.model.embedding.weight.device
         return {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
 
