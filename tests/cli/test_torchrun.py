@@ -66,3 +66,17 @@ def test_a_comparison_of_two_processes_is_that_of_one(folder: Path) -> None:
     assert refused.returncode != 0
     assert refused.stderr.count("sparseffn: experts can be spread over 1 device for dense") == 1
     assert not list(folder.glob("no/runs/*/*/checkpoints"))
+
+
+@pytest.mark.slow
+def test_a_row_of_the_paper_by_two_processes_is_that_of_one(folder: Path) -> None:
+    """The same run of the pool by its digest, whichever number of processes trains it; then nothing is left to train."""
+    words = ["reproduce", "table", "table10", "--corpus", "text", "--data-dir", "song.txt", "--columns", "WT-S", "--steps", "4"]
+    words += ["--rows", "sigma-moe", "--threads", "1", "--json", "--pool"]
+    done(folder, 1, *words, "one")
+    printed = done(folder, 2, *words, "two", "--strategy", "fsdp")
+    (one,), (two,) = (list((folder / pool).rglob("result.json")) for pool in ("one", "two"))
+    assert one.parent.name == two.parent.name
+    for loss in ("valid", "test"):
+        assert read_json(two)[loss] == pytest.approx(read_json(one)[loss], rel=1e-6)
+    assert json.loads(done(folder, 1, *words, "two", "--view"))["rows"] == json.loads(printed)["rows"]

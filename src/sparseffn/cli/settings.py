@@ -58,8 +58,7 @@ class Spread(Machine):
     """Of what trains in several processes."""
 
     strategy: Literal["ddp", "ep", "fsdp", "ep-fsdp"] = "ddp"
-    """of several processes, under torchrun: the model whole in each, whole but for experts spread over them, in shards, or in
-    shards but for experts spread over them"""
+    """under torchrun: the model whole in each process, experts spread over them (ep), in shards (fsdp), or both (ep-fsdp)"""
 
 
 @settings_class
