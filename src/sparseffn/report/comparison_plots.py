@@ -19,9 +19,8 @@ def curve_plots(result: ComparisonResult) -> list[Plot]:
         return []
     mark = ""
     if result.equal_time_s is not None:
-        unbroken = formats.seconds(result.equal_time_s).replace(" ", "\u00a0")
         mark = (
-            f" The dashed vertical line marks {unbroken}, when the fastest method had finished: "
+            f" The dashed vertical line marks {formats.seconds(result.equal_time_s)}, when the fastest method had finished: "
             "compare the heights there for quality at equal time."
         )
     return [

@@ -52,10 +52,10 @@ def lift(ratio: float) -> str:
 
 
 def seconds(duration: float | None) -> str:
-    """A duration in seconds: `0.213 s`, `61.2 s`, `4,210 s`."""
+    """A duration in seconds: `0.213 s`, `61.2 s`, `4,210 s`; no line breaks between number and unit."""
     if duration is None:
         return NOT_MEASURED
-    return f"{duration:.3g} s" if duration < 100 else f"{duration:,.0f} s"
+    return (f"{duration:.3g}" if duration < 100 else f"{duration:,.0f}") + "\u00a0s"
 
 
 def loss(value: float | None, metric: str) -> str:

@@ -160,8 +160,7 @@ def _losses(column: table_result.Column, *, trained: bool, published: bool) -> l
 
 def _validation(column: table_result.Column) -> list[Quantity]:
     metric, seconds, group = column.metric, column.equal_time_s, "validation"
-    # The space between a number and its unit does not break.
-    after = "at equal time" + (f" ({formats.seconds(seconds)})".replace(" s", "\u00a0s") if seconds is not None else "")
+    after = "at equal time" + (f" ({formats.seconds(seconds)})" if seconds is not None else "")
     return [
         Quantity(group, "at the end", group, lambda c: formats.loss(c.valid_mean, metric)),
         Quantity(group, after, f"{group} {after}", lambda c: formats.loss(c.equal_time, metric)),
