@@ -58,7 +58,7 @@ class Spread(Machine):
     """Of what trains in several processes."""
 
     strategy: Literal["ddp", "ep", "fsdp", "ep-fsdp"] = "ddp"
-    """under torchrun: the model whole in each process, experts spread over them (ep), in shards (fsdp), or both (ep-fsdp)"""
+    """under torchrun: the model whole in each process, its experts spread (ep), in shards (fsdp), or ep-fsdp, which is both"""
 
 
 @settings_class
