@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparseffn.cli.process import leave
 from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.distribution import World, joined
 from sparseffn.ffn import list_methods, shard_experts
@@ -259,4 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

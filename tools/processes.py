@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from sparseffn.cli.process import leave
 from sparseffn.comparison import match_methods, parse_methods
 from sparseffn.data import load_corpus
 from sparseffn.distribution import joined
@@ -99,4 +100,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

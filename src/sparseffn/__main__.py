@@ -1,14 +1,15 @@
-"""`python -m sparseffn` is the command `sparseffn`; from a source tree it says which packages are absent."""
+"""The command `sparseffn`, also as `python -m sparseffn`; from a source tree it says which packages are absent."""
 
 import sys
 
 
 def main() -> int:
-    """Run the command, or name the package that it lacks."""
+    """Run the command, or name the package that it lacks; of several processes, one ends here (`cli.process.leave`)."""
     try:
         from sparseffn.cli import main
+        from sparseffn.cli.process import leave
 
-        return main()
+        return leave(main())
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sparseffn"):
             raise

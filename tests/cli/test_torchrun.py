@@ -37,6 +37,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_one_of_several_processes_ends_before_the_interpreter_goes_away(n_processes: int) -> None:
+    """Threads of gloo that still free a tensor then would abort it (exit code -6); what was printed is not lost."""
+    program = (
+        "import atexit, sys; from sparseffn.__main__ import main; "
+        "atexit.register(print, 'the interpreter goes away'); print('printed'); sys.exit(main())"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "train", "--no-such-option"],
+        env={**os.environ, "WORLD_SIZE": str(n_processes)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "no-such-option" in ended.stderr
+    assert ended.stdout.splitlines() == ["printed", *["the interpreter goes away"] * (n_processes == 1)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "ep-fsdp"])
 def test_a_run_of_two_processes_is_evaluated_and_gone_on_from_by_one_and_two(strategy: str, folder: Path) -> None:

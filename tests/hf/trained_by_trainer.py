@@ -17,6 +17,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from sparseffn.cli.process import leave
 from sparseffn.hf import SparseFFNConfig, SparseFFNForCausalLM
 
 LENGTH = 32
@@ -78,3 +79,4 @@ if __name__ == "__main__":
     losses = train(Path(sys.argv[1]), Path(sys.argv[2]), **dict(word.split("=") for word in sys.argv[3:]))
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(json.dumps(losses) + "\n")
+    leave(0)

@@ -1,4 +1,4 @@
-"""What the command sets for its own process: what becomes of freed memory, and of characters that the output cannot show.
+"""What the command does about its own process: memory that it frees, characters that the output cannot show, its end.
 
 glibc maps each large block afresh, so that every pass over a new tensor pays for page faults: evaluation of a mixture at preset
 tiny is many times slower so. Importing the library leaves the allocator alone.
@@ -7,8 +7,10 @@ tiny is many times slower so. Importing the library leaves the allocator alone.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -70,6 +72,21 @@ def _nearest(character: str) -> str:
     """ASCII that may stand for a character: `x` for a multiplication sign, a letter without its accent, else `?`."""
     plain = unicodedata.normalize("NFKD", _ASCII.get(character, character))
     return "".join(c for c in plain if c.isascii()) or "?"
+
+
+def leave(code: int) -> int:
+    """End this process at once where a launcher such as `torchrun` started several; else return the exit code.
+
+    A thread of gloo may still free tensors of the last collective, for which it needs the interpreter. While that goes away, it
+    aborts the process instead ("terminate called without an active exception", exit code -6), and the launcher ends the others.
+    `destroy_process_group` waits for such threads only where nothing else holds the group, as DTensor's cache of meshes does.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def printable(text: str) -> str:
