@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from sparseffn.cli import main
-from sparseffn.paper import scales
+from sparseffn.paper import evidence, scales
 from sparseffn.paper.costs import Speed
+from sparseffn.paper.rules import rules
 from sparseffn.paper.scales import Scale
 
 Command = Callable[..., int]
@@ -83,6 +85,31 @@ def test_evidence_spends_its_budget_and_writes_tables(
     names = {path.stem for path in (tmp_path / "out").glob("*.json")}
     assert names == {"evidence", "claims", "table1", "table3", "table6", "table10"}
     assert reproduce("evidence", "--list") == 0 and "0 of 40 runs finished" in capsys.readouterr().out
+
+
+def test_runs_that_a_record_holds_are_not_trained_again(
+    reproduce: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an experiment, by the folder of its record; without that folder they are missing."""
+    experiment = rules()["control"]
+    candidates = [candidate for candidate in experiment.candidates if candidate.name in ("dense", "sigma-MoE")]
+    small = structs.replace(
+        experiment, scale="micro", seeds=(100, 101), looks=(2,), bounds=(9.0,), candidates=candidates, contrasts=()
+    )
+    monkeypatch.setattr(evidence, "rules", lambda: {"control": small})
+    words = ("evidence", "--only", "control", "--budget", "9m", "--json")
+    out = ("--out", str(tmp_path / "out"))
+
+    def statuses() -> list[str]:
+        return [run["status"] for run in printed(capsys)["runs"]]
+
+    assert reproduce(*words, *out) == 0 and statuses() == ["finished"] * 4
+    record = (tmp_path / "out" / "control.json").read_bytes()
+    (tmp_path / "pool").rename(tmp_path / "gone")
+    assert reproduce(*words, *out) == 0 and statuses() == ["recorded"] * 4
+    assert not list(tmp_path.glob("pool/**/result.json"))
+    assert (tmp_path / "out" / "control.json").read_bytes() == record
+    assert reproduce("evidence", "--only", "control", "--list") == 0 and "0 of 4 runs finished" in capsys.readouterr().out
 
 
 def test_dry_run_trains_nothing(

@@ -36,6 +36,7 @@ from sparseffn.paper.evidence import (
     experiments,
     lacking_runs,
     listed_items,
+    recorded_runs,
     run_until_budget,
 )
 from sparseffn.paper.experiments import experiment_result, experiment_runs
@@ -178,9 +179,11 @@ def evidence(settings: ReproduceEvidence) -> int:
     device = use_machine(settings)
     request, pool = _request(settings), _pool(settings)
     items = listed_items(request, settings.only)
+    recorded = {} if settings.out is None else recorded_runs(Path(settings.out), request)
     if settings.budget is not None:
-        _train(items, pool, parse_duration(settings.budget), device, settings.strategy)
-    result = evidence_result(items, pool)
+        wanted = [item for item in items if item.spec.digest not in recorded]
+        _train(wanted, pool, parse_duration(settings.budget), device, settings.strategy)
+    result = evidence_result(items, pool, recorded)
     index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
     if settings.json:
         print_json(result)

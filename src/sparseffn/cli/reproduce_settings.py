@@ -66,7 +66,8 @@ class ReproduceTable(Runs):
 class ReproduceEvidence(Runs):
     """Train the runs that decide the paper's claims, the most decisive first, one at a time, within a budget.
 
-    Each call goes on with what is missing, then prints how all runs stand.
+    Each call goes on with what is missing, then prints how all runs stand. An experiment's runs are missing where
+    neither the pool nor its record in --out holds them.
 
     Examples:
       sparseffn reproduce evidence --list

@@ -24,6 +24,7 @@ from sparseffn.paper.pool import Finished, Pool, RunSpec
 from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
+from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.storage import read
 
 COLUMN = "WT-S"
@@ -165,11 +166,19 @@ def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collect
     return dataclasses.replace(planned, cells=cells)
 
 
-def evidence_result(items: Sequence[Item], pool: Pool) -> EvidenceResult:
-    """The order and how each run stands."""
-    runs = []
+def recorded_runs(out: Path, request: Request) -> dict[str, float]:
+    """Seconds of the runs that records of experiments in a folder hold, by digest: verdicts do not need them in the pool."""
+    paths = [path for name in experiments(request) if (path := out / f"{name}.json").exists()]
+    records = [read(path, ExperimentResult, fix="remove it") for path in paths]
+    return {run.digest: run.wall_s for record in records for run in record.runs}
+
+
+def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, float] | None = None) -> EvidenceResult:
+    """The order and how each run stands; `recorded` is of `recorded_runs`."""
+    runs, recorded = [], recorded or {}
     for position, item in enumerate(items, 1):
         status = pool.status(item.spec)
+        is_recorded = status.finished is None and item.spec.digest in recorded
         runs.append(
             EvidenceRun(
                 position=position,
@@ -177,9 +186,9 @@ def evidence_result(items: Sequence[Item], pool: Pool) -> EvidenceResult:
                 label=item.label,
                 seed=item.seed,
                 why=item.why,
-                status=status.kind,
-                reason=status.reason,
-                wall_s=None if status.finished is None else status.finished.wall_s,
+                status="recorded" if is_recorded else status.kind,
+                reason=None if is_recorded else status.reason,
+                wall_s=recorded.get(item.spec.digest) if status.finished is None else status.finished.wall_s,
                 digest=item.spec.digest,
             )
         )

@@ -15,7 +15,8 @@ class EvidenceRun(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     seed: int
     why: str
-    status: Literal["finished", "missing", "failed"]
+    status: Literal["finished", "recorded", "missing", "failed"]
+    """`recorded` is finished by the record of an experiment, while the pool does not have the run."""
     reason: str | None = None
     wall_s: float | None = None
     digest: str
