@@ -25,6 +25,7 @@ from sparseffn.storage import (
     environment,
     matrix_products,
     read,
+    read_json,
     write_folder,
     write_json,
     write_text,
@@ -63,6 +64,9 @@ def test_json_comes_back_typed(tmp_path: Path) -> None:
     assert read(path, Stored, fix="-") == stored
     write_json(path, {"rate": Rate(lr=0.1), 1: [stored.runs[0]], "no": None})
     assert path.read_text() == '{\n "rate": {\n  "lr": 0.1\n },\n "1": [\n  {\n   "lr": 0.1\n  }\n ],\n "no": null\n}\n'
+    write_json(path, {"pairs": [[1, 2.5], [3, None]], "names": ["a\n[\n 1\n ]", "b"], "none": []})
+    assert path.read_text().count("\n") == 11 and "[1, 2.5],\n" in path.read_text()
+    assert read_json(path, fix="-")["names"] == ["a\n[\n 1\n ]", "b"]
     write_json(path, {"unknown": 1, "steps": 3, "valid": 2})
     assert read(path, Stored, fix="-") == Stored(steps=3, valid=2.0)
     write_json(path, Stored(steps=3, valid=np.float64(0.5)))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 from sparseffn.paper.collapse import middle_of
+from sparseffn.report.growth_report import growth_table
 from sparseffn.report.study_contrasts import contrast_table
 from sparseffn.report.study_report import read_study
+from sparseffn.results.bench_result import FiguresResult
 from sparseffn.results.evidence_result import ClaimsResult
 from sparseffn.results.experiment_result import ExperimentResult, ExperimentRun
 from sparseffn.results.study_result import StartRow, StudyResult, Variant
@@ -22,6 +25,7 @@ from sparseffn.stats import difference
 from sparseffn.storage import read, read_json
 
 README = "README.md"
+_GAP = {"sigma-MoE": 1.0, "dense": -1.0}
 WHY, RESULTS, STATISTICS = (f"docs/{name}.md" for name in ("why-this-selector", "results", "statistics"))
 STUDIES = ("init", "competition", "balance")
 
@@ -168,12 +172,103 @@ def _evening_out(found: Found) -> bool:
     return len(runs) == 10 and worse == [("Switch, released", 300), ("softmax after top-k, released", 301)]
 
 
+def _line(found: Found, *widths: int) -> dict[str, float]:
+    """Weights of the slope of sigma-MoE's gap to dense over the logarithm (base 2) of dense's parameters."""
+    size = {one.name: math.log2(one.params) for one in found.experiment("scaling").candidates}
+    x = [size[f"dense, {width}"] for width in widths]
+    mean = statistics.fmean(x)
+    slopes = [(value - mean) / sum((other - mean) ** 2 for other in x) for value in x]
+    ours, theirs = ({f"{name}, {w}": s * sign for w, s in zip(widths, slopes, strict=True)} for name, sign in _GAP.items())
+    return ours | theirs
+
+
+def _gap(width: int) -> dict[str, float]:
+    return {f"{name}, {width}": sign for name, sign in _GAP.items()}
+
+
+def _kept(width: int) -> dict[str, float]:
+    return {f"sigma-MoE, {width}": 1.0, f"dense, {width}": -0.5, f"dense of K G, {width}": -0.5}
+
+
+def _scaled(found: Found, weights: dict[str, float]) -> tuple[float, float]:
+    """Interval of a contrast that no rule planned, at the bound of the rule, in percent of the rule's reference."""
+    rule = found.experiment("scaling")
+    losses = {name: {run.seed: run.test for run in found.of("scaling", name)} for name in (*weights, rule.reference)}
+    unit = statistics.fmean(losses[rule.reference].values()) / 100
+    values = [sum(weight * losses[name][seed] for name, weight in weights.items()) / unit for seed in rule.seeds]
+    half = rule.bounds[-1] * statistics.stdev(values) / math.sqrt(len(values))
+    return round(statistics.fmean(values) - half, 1), round(statistics.fmean(values) + half, 1)
+
+
+def _open_gaps(found: Found) -> bool:
+    """Of all widths but the smallest."""
+    return all(low < 0 < high for low, high in (_scaled(found, _gap(width)) for width in (96, 128, 224)))
+
+
+def _largest_keeps(found: Found) -> bool:
+    return [width for width in (48, 96, 128, 224) if _scaled(found, _kept(width))[1] < 0] == [224]
+
+
+def _width_gains(found: Found) -> bool:
+    """What dense is better by than a quarter of its pairs: in the mean of the widths, and at 96 within the interval."""
+    gains = [{f"dense of K G, {width}": 1.0, f"dense, {width}": -1.0} for width in (48, 96, 128, 224)]
+    mean = {name: weight / 4 for gain in gains for name, weight in gain.items()}
+    return _scaled(found, mean) == (2.7, 6.8) and _scaled(found, gains[1])[0] < 0
+
+
+def _open_by_own_seeds(found: Found) -> bool:
+    """No claim on the tables' losses that is decided there is so by its own two seeds, paired, corrected as there."""
+    claims = [claim for claim in found.claims().claims if claim.topic == "loss" and claim.numbers != "-"]
+    tested, decided = [claim for claim in claims if claim.p is not None], 0
+    for claim in tested:
+        if claim.verdict in ("confirmed", "contradicted"):
+            t = abs(statistics.fmean(claim.values)) / (statistics.stdev(claim.values) / math.sqrt(2))
+            decided += len(claim.values) != 2 or (1 - 2 * math.atan(t) / math.pi) * len(tested) < 0.05
+    return not decided
+
+
+def _dying(found: Found) -> bool:
+    """Layers of the collapse experiment with more dead experts at the end than in the middle."""
+    more = [
+        (run.candidate, round(100 * layer.dead[middle_of(layer)]), round(100 * layer.dead[-1]))
+        for run in found.experiment("collapse").runs for layer in run.loads if layer.dead[-1] > layer.dead[middle_of(layer)]
+    ]  # fmt: skip
+    return (
+        len(more) == 3 and {name for name, *_ in more} == {"Switch, released"} and max(more, key=lambda m: m[2])[1:] == (6, 31)
+    )
+
+
+def _growths(found: Found) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
+    """Intervals of sigma-MoE's exponents of time and memory by figure."""
+    table = growth_table(read(found.folder / "bench-figures-2-cores.json", FiguresResult, fix="measure again"))
+
+    def interval(text: str) -> tuple[float, float]:
+        low, high = text.partition("[")[2].rstrip("]").split(", ")
+        return float(low), float(high)
+
+    return {row.cells[0].text: (interval(row.cells[3].text), interval(row.cells[5].text)) for row in table.rows}
+
+
+def _linear_times(found: Found) -> bool:
+    times = {figure: time for figure, (time, _) in _growths(found).items()}
+    return all(times[figure][0] <= 1 <= times[figure][1] for figure in ("2", "8", "10", "11")) and times["9"][1] > 0.25
+
+
+def _sublinear_memory(found: Found) -> bool:
+    memory = {figure: memory for figure, (_, memory) in _growths(found).items()}
+    return all(memory[figure][1] < 1 for figure in ("2", "10", "11")) and memory["9"] == (0.0, 0.0)
+
+
+def _no_better_at_96(found: Found) -> bool:
+    """Dense, by the means of seeds."""
+    small, large = (statistics.mean(run.test for run in found.of("scaling", f"dense, {width}")) for width in (48, 96))
+    return large >= small
+
+
 def _dead_as_released(found: Found) -> bool:
-    dead = {
-        run.candidate: min(max(layer.dead[-1] for layer in other.loads) for other in found.of("collapse", run.candidate))
-        for run in found.experiment("collapse").runs
-    }
-    return all((share > 0) == name.endswith("released") for name, share in dead.items())
+    """Every run of the released forms ends with dead experts, none of the others."""
+    runs = found.experiment("collapse").runs
+    return all(any(layer.dead[-1] > 0 for layer in run.loads) == run.candidate.endswith("released") for run in runs)
 
 
 @dataclass(frozen=True)
@@ -235,6 +330,25 @@ SENTENCES = (
     Sentence(RESULTS, "whose schedule ends when sigma-MoE's does by 6.1% to 11.8% (4 seeds)", lambda f: (
         f.interval("control", "equal time") == (-11.8, -6.1)
     )),
+    Sentence(RESULTS, "sigma-MoE keeps at least half of what the width gains", lambda f: f.interval("control", "kept")[1] < 0),
+    Sentence(RESULTS, "sigma-MoE keeps at least half of what the dense block gains by its width. Of single widths", lambda f: (
+        f.interval("scaling", "kept")[1] < 0
+    )),
+    Sentence(RESULTS, "only the largest does so beyond its interval", _largest_keeps),
+    Sentence(RESULTS, "sigma-MoE is worse than dense, by 2.3% to 2.8%", lambda f: _scaled(f, _gap(48)) == (2.3, 2.8)),
+    Sentence(RESULTS, "At the other three the interval of its difference from dense includes 0", _open_gaps),
+    Sentence(RESULTS, "falls by 0.4% to 0.9% with each doubling of the parameters", lambda f: (
+        f.interval("scaling", "slope of the gap") == (-0.9, -0.4) == _scaled(f, _line(f, 48, 96, 128, 224))
+    )),
+    Sentence(RESULTS, "without which the interval is from -1.9% to +1.4%", lambda f: (
+        _scaled(f, _line(f, 96, 128, 224)) == (-1.9, 1.4)
+    )),
+    Sentence(STATISTICS, "it is, by 2.7% to 6.8% in the mean of the widths, but at 0.60 million", _width_gains),
+    Sentence(RESULTS, "by the two seeds of its own rows none of them would be decided", _open_by_own_seeds),
+    Sentence(RESULTS, "Time over d_model is linear in figures 2 and 11", _linear_times),
+    Sentence(RESULTS, "less than linearly in d_model (figures 2 and 11) and in G, and not at all in N_E", _sublinear_memory),
+    Sentence(RESULTS, "in three layers of the released Switch, in one from 6% to 31%", _dying),
+    Sentence(RESULTS, "dense is no better there than at 0.15 million", _no_better_at_96),
     Sentence(README, "to +1.0% of its loss; it is better than a dense block of the same FLOPs by 3.3% to 4.8%", lambda f: (
         f.interval("control", "equal parameters") == (-0.7, 1.0) and f.interval("control", "equal FLOPs") == (-4.8, -3.3)
     )),

@@ -208,6 +208,8 @@ def write_json(path: Path, data: object, *, seal: bool = False) -> None:
     if seal:
         fields = json.loads(text)
         text = json.dumps({**fields, _SEAL: json_digest(fields)}, indent=1)
+    # A list of numbers is a line; no string holds a raw line end.
+    text = re.sub(r"\[\n([^][{}\"]*)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     write_text(path, text + "\n")
 
 

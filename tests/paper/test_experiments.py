@@ -240,6 +240,12 @@ def test_loads_are_read_from_a_run(micro: Scale, corpora: Corpora, tmp_path: Pat
     for layer in found.loads:
         assert layer.steps[0] == 0 and layer.steps[-1] == run.spec.train.steps
         assert all(0.5 < entropy <= 1 for entropy in layer.entropy) and len(layer.dead) == len(layer.steps)
+    # Another experiment that shares the run has it from that record, under its own name; the reverse lacks the loads.
+    other = msgspec.structs.replace(rules()["experts"], **SHORT)
+    shared, empty = experiment_runs(other, Request(scale=micro, corpora=corpora)), Pool(tmp_path / "none")
+    (known,) = experiment_result("experts", other, shared, empty, {found.digest: found}).runs
+    assert known == msgspec.structs.replace(found, candidate="64 experts", loads=[])
+    assert experiment_result("collapse", rule, [run, *others], empty, {known.digest: known}).runs == []
 
 
 SHORT = {"seeds": [7, 8], "looks": [2], "bounds": [12.8]}
@@ -261,10 +267,11 @@ def test_runs_are_planned_and_a_record_outlives_the_pool(micro: Scale, corpora: 
     path = tmp_path / "control.json"
     write_json(path, first)
     empty = Pool(tmp_path / "none")
-    again = experiment_result("control", rule, runs, empty, read(path, ExperimentResult, fix="-"))
+    recorded = {run.digest: run for run in read(path, ExperimentResult, fix="-").runs}
+    again = experiment_result("control", rule, runs, empty, recorded)
     assert again == first
     longer = experiment_runs(rule, Request(scale=micro, corpora=corpora, steps=5))
-    assert experiment_result("control", rule, longer, empty, first).runs == []
+    assert experiment_result("control", rule, longer, empty, recorded).runs == []
 
 
 @pytest.mark.parametrize(

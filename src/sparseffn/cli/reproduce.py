@@ -34,6 +34,7 @@ from sparseffn.paper.evidence import (
     evidence_result,
     evidence_tables,
     experiments,
+    is_recorded,
     lacking_runs,
     listed_items,
     recorded_runs,
@@ -51,7 +52,6 @@ from sparseffn.report.paper_plots import sweep_plots
 from sparseffn.report.paper_report import print_paper_table, write_index, write_paper_table
 from sparseffn.report.plotting import write_plots
 from sparseffn.results.bench_result import LayerResult
-from sparseffn.results.experiment_result import ExperimentResult
 from sparseffn.results.table_result import DryRunResult, PaperTable, TableResult
 from sparseffn.storage import default_cache_dir, read, write_json
 from sparseffn.training.layout import Strategy
@@ -181,7 +181,7 @@ def evidence(settings: ReproduceEvidence) -> int:
     items = listed_items(request, settings.only)
     recorded = {} if settings.out is None else recorded_runs(Path(settings.out), request)
     if settings.budget is not None:
-        wanted = [item for item in items if item.spec.digest not in recorded]
+        wanted = [item for item in items if not is_recorded(item, recorded)]
         _train(wanted, pool, parse_duration(settings.budget), device, settings.strategy)
     result = evidence_result(items, pool, recorded)
     index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
@@ -230,13 +230,13 @@ def _write_evidence(request: Request, pool: Pool, settings: ReproduceEvidence, o
 
 
 def _write_experiments(request: Request, pool: Pool, out: Path, only: Collection[str]) -> None:
-    """The record of each experiment; runs that an earlier one holds stay in it where the pool does not have them."""
+    """The record of each experiment; runs that earlier records hold stay where the pool does not have them."""
+    recorded = recorded_runs(out, request)
     for name, rule in experiments(request).items():
         if only and name not in only:
             continue
-        path = out / f"{name}.json"
-        held = read(path, ExperimentResult, fix="remove it") if path.exists() else None
-        write_json(path, experiment_result(name, rule, experiment_runs(rule, request), pool, held))
+        result = experiment_result(name, rule, experiment_runs(rule, request), pool, recorded)
+        write_json(out / f"{name}.json", result)
 
 
 def _list_command(settings: ReproduceEvidence) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,10 @@ def _row_claim(cells: Mapping[Key, Measured], claim: RowClaim) -> DecidedClaim:
         return decided
     assert other.cell.mean is not None, "what has a difference is measured"
     losses = [dict(zip(measured.cell.seeds, measured.cell.values, strict=True)) for measured in (row, other)]
-    decided = structs.replace(decided, percent=found.in_unit(other.cell.mean / 100), values=paired(*losses))
+    # Where the difference is from other runs of the other row, the seeds of these say nothing of it.
+    values = paired(*losses)
+    values = values if math.isclose(statistics.fmean(values), found.difference, abs_tol=1e-4) else []
+    decided = structs.replace(decided, percent=found.in_unit(other.cell.mean / 100), values=values)
     if not found.covers_seeds:
         return structs.replace(decided, verdict="undecided", reason="one seed")
     if claim.claimed == "equal or better":

@@ -17,14 +17,14 @@ import torch
 
 from sparseffn.errors import unknown_name
 from sparseffn.paper.costs import measured_step_s, training_flops
-from sparseffn.paper.experiments import experiment_runs
+from sparseffn.paper.experiments import experiment_runs, suffices
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Finished, Pool, RunSpec
 from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
-from sparseffn.results.experiment_result import ExperimentResult
+from sparseffn.results.experiment_result import ExperimentResult, ExperimentRun
 from sparseffn.storage import read
 
 COLUMN = "WT-S"
@@ -166,19 +166,27 @@ def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collect
     return dataclasses.replace(planned, cells=cells)
 
 
-def recorded_runs(out: Path, request: Request) -> dict[str, float]:
-    """Seconds of the runs that records of experiments in a folder hold, by digest: verdicts do not need them in the pool."""
+def recorded_runs(out: Path, request: Request) -> dict[str, ExperimentRun]:
+    """What records of experiments in a folder hold of runs, by digest: verdicts do not need these in the pool."""
     paths = [path for name in experiments(request) if (path := out / f"{name}.json").exists()]
-    records = [read(path, ExperimentResult, fix="remove it") for path in paths]
-    return {run.digest: run.wall_s for record in records for run in record.runs}
+    runs = [run for path in paths for run in read(path, ExperimentResult, fix="remove it").runs]
+    # Of a run that two experiments share, the record with loads.
+    return {run.digest: run for run in sorted(runs, key=lambda run: len(run.loads))}
 
 
-def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, float] | None = None) -> EvidenceResult:
+def is_recorded(item: Item, recorded: Mapping[str, ExperimentRun]) -> bool:
+    """Whether what is recorded of a run is all that its experiment asks."""
+    run, rule = recorded.get(item.spec.digest), rules().get(item.table)
+    return run is not None and rule is not None and suffices(run, rule)
+
+
+def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun] | None = None) -> EvidenceResult:
     """The order and how each run stands; `recorded` is of `recorded_runs`."""
     runs, recorded = [], recorded or {}
     for position, item in enumerate(items, 1):
         status = pool.status(item.spec)
-        is_recorded = status.finished is None and item.spec.digest in recorded
+        known = recorded[item.spec.digest] if status.finished is None and is_recorded(item, recorded) else None
+        wall_s = known.wall_s if known is not None else None
         runs.append(
             EvidenceRun(
                 position=position,
@@ -186,9 +194,9 @@ def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, fl
                 label=item.label,
                 seed=item.seed,
                 why=item.why,
-                status="recorded" if is_recorded else status.kind,
-                reason=None if is_recorded else status.reason,
-                wall_s=recorded.get(item.spec.digest) if status.finished is None else status.finished.wall_s,
+                status="recorded" if known is not None else status.kind,
+                reason=None if known is not None else status.reason,
+                wall_s=wall_s if status.finished is None else status.finished.wall_s,
                 digest=item.spec.digest,
             )
         )

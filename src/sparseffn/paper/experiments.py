@@ -68,7 +68,7 @@ def experiment_runs(rule: Rule, request: Request) -> list[NamedRun]:
 
 
 def experiment_result(
-    name: str, rule: Rule, runs: Sequence[NamedRun], pool: Pool, held: ExperimentResult | None = None
+    name: str, rule: Rule, runs: Sequence[NamedRun], pool: Pool, recorded: Mapping[str, ExperimentRun] | None = None
 ) -> ExperimentResult:
     """How an experiment stands.
 
@@ -77,15 +77,15 @@ def experiment_result(
         rule: what was planned.
         runs: those of `experiment_runs`.
         pool: where they are.
-        held: an earlier record, whose runs are kept where the pool does not have them.
+        recorded: runs of earlier records by digest, also of another experiment that shares them, for what the pool has not.
     """
-    known = {} if held is None else {run.digest: run for run in held.runs}
     found = []
     for run in runs:
         finished = pool.status(run.spec).finished
-        record = known.get(run.spec.digest) if finished is None else _record(run, finished, with_loads=bool(rule.collapse))
-        if record is not None:
-            found.append(record)
+        if finished is not None:
+            found.append(_record(run, finished, with_loads=bool(rule.collapse)))
+        elif (known := (recorded or {}).get(run.spec.digest)) is not None and suffices(known, rule):
+            found.append(structs.replace(known, candidate=run.label, loads=known.loads if rule.collapse else []))
     first = {run.label: run.spec for run in reversed(runs)}
     return ExperimentResult(
         name=name,
@@ -113,6 +113,11 @@ def experiment_result(
         contrasts=judged(rule, losses_of(found, "test"), losses_of(found, "valid")),
         collapses=collapses(rule, found),
     )
+
+
+def suffices(recorded: ExperimentRun, rule: Rule) -> bool:
+    """Whether the record of a run holds all that an experiment asks of it: that on collapse, the loads too."""
+    return bool(recorded.loads) or not rule.collapse
 
 
 def _record(run: NamedRun, finished: Finished, *, with_loads: bool) -> ExperimentRun:

@@ -148,8 +148,8 @@ def _losses(found: ClaimsResult, *, released: bool) -> str:
             ("" if released else f"{claim.numbers}: ")
             + short_words(claim.words)
             + (f" ({_THROUGH})" if claim.through_dense else ""),
-            # Why they are open stands below.
-            claim.verdict or "" if claim.claimed == "equal or better" else _verdict(claim),
+            # Why stands below.
+            "no verdict" if claim.claimed == "equal or better" and claim.reason else _verdict(claim),
             *(() if released else (formats.signed_percent(claim.published_percent),)),
             *_percent(claim),
             formats.NOT_MEASURED if claim.p_corrected is None else _p(claim.p_corrected),
@@ -164,8 +164,9 @@ def _losses(found: ClaimsResult, *, released: bool) -> str:
     ]
     if not released:
         notes.append(
-            "Published: column WT-S, logarithms of perplexities. 'Equals or is better' has no verdict here, as no margin stood "
-            "before the runs: the control tests sigma-MoE again.",
+            "Published: column WT-S, logarithms of perplexities; sigma-MoE's is that of table 3 for claim 1, of table 10 for "
+            "the others. 'Equals or is better' has no verdict here, as no margin stood before the runs: the control tests "
+            "sigma-MoE again.",
         )
         notes.append(
             f"'{_THROUGH.capitalize()}': the difference of two differences from dense, with the widths of both intervals, "

@@ -65,9 +65,9 @@ def _verdicts(result: ExperimentResult) -> str:
     ]
     head = ("in words", "verdict", "published", "measured", "interval", "validation", "seeds")
     notes = (
-        f"In percent of the loss of {result.reference} in nats, whole test split, paired by seed; negative is better. "
-        "Published: column WT-S, logarithms of perplexities. The interval is the mean and as many standard errors as the bound "
-        f"of the look; looks are at {' and '.join(map(str, result.looks))} seeds.",
+        f"In percent of the loss of '{result.reference}' in nats, whole test split, paired by seed; negative is better. "
+        "Published: logarithms of perplexities, column WT-S where the rule names no other. The interval is the mean and as "
+        f"many standard errors as the bound of the look; looks are at {' and '.join(map(str, result.looks))} seeds.",
     )
     return markdown_table(Table.of(head, rows, n_words=2, notes=notes))
 
