@@ -9,7 +9,12 @@ def main() -> int:
         from sparseffn.cli import main
         from sparseffn.cli.process import leave
 
-        return leave(main())
+        try:
+            code = main()
+        except SystemExit as ended:
+            # Help was printed, or a process leaves the word to the first one.
+            code = ended.code if isinstance(ended.code, int) else 0
+        return leave(code)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sparseffn"):
             raise

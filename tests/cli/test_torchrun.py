@@ -38,19 +38,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_one_of_several_processes_ends_before_the_interpreter_goes_away(n_processes: int) -> None:
+@pytest.mark.parametrize(("word", "code", "says"), [("--no-such-option", 2, "no-such-option"), ("--help", 0, "--strategy")])
+def test_one_of_several_processes_ends_before_the_interpreter_goes_away(
+    word: str, code: int, says: str, n_processes: int
+) -> None:
     """Threads of gloo that still free a tensor then would abort it (exit code -6); what was printed is not lost."""
     program = (
         "import atexit, sys; from sparseffn.__main__ import main; "
         "atexit.register(print, 'the interpreter goes away'); print('printed'); sys.exit(main())"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program, "train", "--no-such-option"],
+        [sys.executable, "-c", program, "train", word],
         env={**os.environ, "WORLD_SIZE": str(n_processes)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert ended.returncode == 2
-    assert "no-such-option" in ended.stderr
-    assert ended.stdout.splitlines() == ["printed", *["the interpreter goes away"] * (n_processes == 1)]
+    assert ended.returncode == code
+    assert says in ended.stderr + ended.stdout
+    assert ended.stdout.startswith("printed\n")
+    assert ended.stdout.endswith("the interpreter goes away\n") == (n_processes == 1)
 
 
 @pytest.mark.slow

@@ -245,6 +245,8 @@ def test_loads_are_read_from_a_run(micro: Scale, corpora: Corpora, tmp_path: Pat
     shared, empty = experiment_runs(other, Request(scale=micro, corpora=corpora)), Pool(tmp_path / "none")
     (known,) = experiment_result("experts", other, shared, empty, {found.digest: found}).runs
     assert known == msgspec.structs.replace(found, candidate="64 experts", loads=[])
+    old = msgspec.structs.replace(found, version="0.0.9")
+    assert experiment_result("experts", other, shared, empty, {found.digest: old}).runs == []
     assert experiment_result("collapse", rule, [run, *others], empty, {known.digest: known}).runs == []
 
 

@@ -81,7 +81,7 @@ def leave(code: int) -> int:
     aborts the process instead ("terminate called without an active exception", exit code -6), and the launcher ends the others.
     `destroy_process_group` waits for such threads only where nothing else holds the group, as DTensor's cache of meshes does.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -179,9 +179,10 @@ def evidence(settings: ReproduceEvidence) -> int:
     device = use_machine(settings)
     request, pool = _request(settings), _pool(settings)
     items = listed_items(request, settings.only)
-    recorded = {} if settings.out is None else recorded_runs(Path(settings.out), request)
+    recorded = {} if settings.out is None else recorded_runs(Path(settings.out), request, settings.only)
     if settings.budget is not None:
-        wanted = [item for item in items if not is_recorded(item, recorded)]
+        # Those that the pool has finished say how long others take.
+        wanted = [i for i in items if not is_recorded(i, recorded) or pool.status(i.spec).finished is not None]
         _train(wanted, pool, parse_duration(settings.budget), device, settings.strategy)
     result = evidence_result(items, pool, recorded)
     index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
@@ -231,7 +232,7 @@ def _write_evidence(request: Request, pool: Pool, settings: ReproduceEvidence, o
 
 def _write_experiments(request: Request, pool: Pool, out: Path, only: Collection[str]) -> None:
     """The record of each experiment; runs that earlier records hold stay where the pool does not have them."""
-    recorded = recorded_runs(out, request)
+    recorded = recorded_runs(out, request, only)
     for name, rule in experiments(request).items():
         if only and name not in only:
             continue

@@ -173,7 +173,8 @@ def _row_claim(cells: Mapping[Key, Measured], claim: RowClaim) -> DecidedClaim:
     losses = [dict(zip(measured.cell.seeds, measured.cell.values, strict=True)) for measured in (row, other)]
     # Where the difference is from other runs of the other row, the seeds of these say nothing of it.
     values = paired(*losses)
-    values = values if math.isclose(statistics.fmean(values), found.difference, abs_tol=1e-4) else []
+    if values and not math.isclose(statistics.fmean(values), found.difference, abs_tol=1e-4):
+        values = []
     decided = structs.replace(decided, percent=found.in_unit(other.cell.mean / 100), values=values)
     if not found.covers_seeds:
         return structs.replace(decided, verdict="undecided", reason="one seed")

@@ -166,10 +166,22 @@ def _with_held_seeds(table: Table, request: Request, pool: Pool, wanted: Collect
     return dataclasses.replace(planned, cells=cells)
 
 
-def recorded_runs(out: Path, request: Request) -> dict[str, ExperimentRun]:
-    """What records of experiments in a folder hold of runs, by digest: verdicts do not need these in the pool."""
-    paths = [path for name in experiments(request) if (path := out / f"{name}.json").exists()]
-    runs = [run for path in paths for run in read(path, ExperimentResult, fix="remove it").runs]
+def recorded_runs(out: Path, request: Request, only: Collection[str] = ()) -> dict[str, ExperimentRun]:
+    """What records of experiments in a folder hold of runs, by digest: verdicts do not need these in the pool.
+
+    Args:
+        out: the folder.
+        request: what is common to all.
+        only: names of experiments, whose records and those that share runs with them are read; empty for all.
+
+    Raises:
+        UserError: a record is damaged. It may be all that is left of its runs.
+    """
+    planned = experiments(request)
+    wanted = {name for name, rule in planned.items() if not only or name in only or rule.shares in only}
+    wanted |= {shared for name in wanted if (shared := planned[name].shares) is not None}
+    paths = [path for name in sorted(wanted) if (path := out / f"{name}.json").exists()]
+    runs = [run for path in paths for run in read(path, ExperimentResult, fix="restore it, or remove it with its runs").runs]
     # Of a run that two experiments share, the record with loads.
     return {run.digest: run for run in sorted(runs, key=lambda run: len(run.loads))}
 

@@ -1,7 +1,7 @@
 """Experiments by the rules of `rules.toml`: their runs, the compact record of those that are finished, and the verdicts.
 
     runs = experiment_runs(rule, request)              # what to train, in this order
-    result = experiment_result("control", rule, runs, pool, held)
+    result = experiment_result("control", rule, runs, pool, recorded)
 
 A record keeps each run's losses, so that verdicts can be made anew where the pool of runs is gone; runs of other settings have
 another digest, are not those that the rule plans and are left out.
@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import structs
 
+from sparseffn import __version__
 from sparseffn.analysis.pairs import pair_numbers
 from sparseffn.paper.collapse import collapses, layer_loads
 from sparseffn.paper.costs import training_flops
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
-from sparseffn.paper.pool import Finished, Pool, RunSpec
+from sparseffn.paper.pool import COMPATIBLE, Finished, Pool, RunSpec
 from sparseffn.paper.published import published_percent
 from sparseffn.paper.rules import Contrast, Rule, in_order
 from sparseffn.paper.table_rows import sized
@@ -116,8 +117,8 @@ def experiment_result(
 
 
 def suffices(recorded: ExperimentRun, rule: Rule) -> bool:
-    """Whether the record of a run holds all that an experiment asks of it: that on collapse, the loads too."""
-    return bool(recorded.loads) or not rule.collapse
+    """Whether the record of a run holds all that an experiment asks of it: on collapse, the loads; no version but ours."""
+    return recorded.version in (__version__, *COMPATIBLE) and (bool(recorded.loads) or not rule.collapse)
 
 
 def _record(run: NamedRun, finished: Finished, *, with_loads: bool) -> ExperimentRun:
