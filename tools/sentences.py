@@ -379,6 +379,7 @@ SENTENCES = (
     Sentence(RESULTS, '"almost flat" is open at 2,048', _flat_is_open),
     Sentence(RESULTS, "linearly in d_model in figures 2 and 11 (figure 8 leaves it open) and in G", _sublinear_memory),
     Sentence(RESULTS, "in three layers of the released Switch, in one from 6% to 31%", _dying),
+    Sentence(RESULTS, "lies outside the interval of -0.4% to +0.2%", lambda f: f.interval("experts", "slope") == (-0.4, 0.2)),
     Sentence(RESULTS, "dense is no better there than at 0.15 million", _no_better_at_96),
     Sentence(HF, "Granite reach theirs, all in float32; nothing else does", _reached_by_models),
     Sentence(HF, "of OLMoE's layer in bfloat16, 5.3 ms a token", _layer_of_olmoe),

@@ -40,8 +40,9 @@ class Picture:
 def pictures(results: Path) -> list[Picture]:
     """Those that there are results for."""
     claims = read(results / "evidence" / "claims.json", ClaimsResult, fix=_FIX)
-    control, scaling, collapse = (
-        read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX) for name in ("control", "scaling", "collapse")
+    control, scaling, collapse, experts = (
+        read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX)
+        for name in ("control", "scaling", "collapse", "experts")
     )
     studies = [read_study(results / f"study-{name}.json") for name in ("init", "competition", "balance")]
     found: list[tuple[str, str, list[Any], Callable[..., Plot]]] = [
@@ -50,6 +51,7 @@ def pictures(results: Path) -> list[Picture]:
         ("forest-studies", "Losses of the short trainings", study_rows(studies), forest_plot),
         ("curves-control", "Learning curves of the control", loss_courses(control), loss_plot),
         ("forest-scaling", "Scaling", experiment_rows(scaling), forest_plot),
+        ("forest-experts", "More experts", experiment_rows(experts), forest_plot),
         ("scaling-params", "Loss over parameters", over_params(scaling), params_plot),
         ("scaling-flops", "Loss over training FLOPs", over_flops(scaling), flops_plot),
         ("loads-collapse", "Evenness of the load over training", collapse_courses(collapse), evenness_plot),
