@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from msgspec import structs
+
+from sparseffn.paper.claims import FLAT, LEVEL, STEEP
 from sparseffn.paper.collapse import middle_of
-from sparseffn.report.growth_report import growth_table
+from sparseffn.paper.experiments import judged, losses_of
+from sparseffn.paper.rules import Contrast, rules
+from sparseffn.report.growth_report import Exponent, exponents, points_of
 from sparseffn.report.study_contrasts import contrast_table
 from sparseffn.report.study_report import read_study
 from sparseffn.results.bench_result import FiguresResult, WholeResult, WholeRow
 from sparseffn.results.evidence_result import ClaimsResult
-from sparseffn.results.experiment_result import ExperimentResult, ExperimentRun
+from sparseffn.results.experiment_result import DecidedContrast, ExperimentResult, ExperimentRun
 from sparseffn.results.study_result import StartRow, StudyResult, Variant
 from sparseffn.results.table_result import Cell, TableResult
-from sparseffn.stats import difference
+from sparseffn.stats import Difference, difference, holm, p_value
 from sparseffn.storage import read, read_json
 
 README, HF = "README.md", "docs/huggingface.md"
@@ -79,8 +84,7 @@ class Found:
         """In percent of the loss, as tables round it further; of a contrast that had a look."""
         found = self.experiment(experiment)
         (one,) = [one for one in found.contrasts if one.name == contrast]
-        assert one.n_seeds in found.looks and one.low_percent is not None and one.high_percent is not None, contrast
-        return round(one.low_percent, 1), round(one.high_percent, 1)
+        return _rounded(one)
 
     def claims(self) -> ClaimsResult:
         return read(self.folder / "evidence" / "claims.json", ClaimsResult, fix="run `make evidence` again")
@@ -107,9 +111,18 @@ def _paired(found: Found) -> list[float]:
     return [round(ours - theirs, 4) for ours, theirs in zip(sigma.values, dense.values, strict=True)]
 
 
+def _against_zero(values: list[float]) -> Difference:
+    return difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
+
+
 def _includes_zero(values: list[float]) -> bool:
-    gap = difference(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
-    return not gap.decided
+    return not _against_zero(values).decided
+
+
+def _rounded(one: DecidedContrast) -> tuple[float, float]:
+    """Its interval in percent of the loss, as tables round it further."""
+    assert one.n_seeds and one.low_percent is not None and one.high_percent is not None, one.name
+    return round(one.low_percent, 1), round(one.high_percent, 1)
 
 
 def _rates(found: Found) -> dict[float, list[float]]:
@@ -191,13 +204,10 @@ def _kept(width: int) -> dict[str, float]:
 
 
 def _scaled(found: Found, weights: dict[str, float]) -> tuple[float, float]:
-    """Interval of a contrast that no rule planned, at the bound of the rule, in percent of the rule's reference."""
-    rule = found.experiment("scaling")
-    losses = {name: {run.seed: run.test for run in found.of("scaling", name)} for name in (*weights, rule.reference)}
-    unit = statistics.fmean(losses[rule.reference].values()) / 100
-    values = [sum(weight * losses[name][seed] for name, weight in weights.items()) / unit for seed in rule.seeds]
-    half = rule.bounds[-1] * statistics.stdev(values) / math.sqrt(len(values))
-    return round(statistics.fmean(values) - half, 1), round(statistics.fmean(values) + half, 1)
+    """Interval of a contrast that the rule did not plan, as `Found.interval` has those that it did."""
+    rule = structs.replace(rules()["scaling"], contrasts=(Contrast(name="unplanned", words="", weights=weights),))
+    (one,) = judged(rule, losses_of(found.experiment("scaling").runs, "test"))
+    return _rounded(one)
 
 
 def _open_gaps(found: Found) -> bool:
@@ -219,10 +229,8 @@ def _width_gains(found: Found) -> bool:
 def _open_by_own_seeds(found: Found) -> bool:
     """No claim on the tables' losses is decided by its own two seeds, paired, corrected for the number that is tested."""
     tested = [c for c in found.claims().claims if c.topic == "loss" and c.numbers != "-" and c.p is not None]
-    if any(len(claim.values) != 2 for claim in tested):
-        return False
-    t = [abs(statistics.fmean(c.values)) / (statistics.stdev(c.values) / math.sqrt(2)) for c in tested]
-    return min(1 - 2 * math.atan(value) / math.pi for value in t) * len(tested) >= 0.05
+    two = all(len(claim.values) == 2 for claim in tested)
+    return two and min(holm([p_value(_against_zero(claim.values), freedom=1) for claim in tested])) >= LEVEL
 
 
 def _dying(found: Found) -> bool:
@@ -236,23 +244,19 @@ def _dying(found: Found) -> bool:
     )
 
 
-def _growths(found: Found) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
-    """Intervals of sigma-MoE's exponents of time and memory by figure."""
-    table = growth_table(read(found.folder / "bench-figures-2-cores.json", FiguresResult, fix="measure again"))
-
-    def interval(text: str) -> tuple[float, float]:
-        low, high = text.partition("[")[2].rstrip("]").split(", ")
-        return float(low), float(high)
-
-    return {row.cells[0].text: (interval(row.cells[3].text), interval(row.cells[5].text)) for row in table.rows}
+def _exponents(found: Found, quantity: str) -> dict[int, Exponent]:
+    """Of sigma-MoE, by figure."""
+    measured = read(found.folder / "bench-figures-2-cores.json", FiguresResult, fix="measure again")
+    fits = {figure: exponents(points_of(measured, figure))["sigma-moe", quantity] for figure in measured.figures}
+    return {figure: fit for figure, fit in fits.items() if fit is not None}
 
 
 def _linear_times(found: Found) -> bool:
     """Within how much of 1 the exponents over d_model and G are; of figure 8 nothing is known."""
-    times = {figure: time for figure, (time, _) in _growths(found).items()}
-    off = {figure: round(max(abs(low - 1), abs(high - 1)), 2) for figure, (low, high) in times.items()}
-    includes = all(low <= 1 <= high for low, high in (times[figure] for figure in ("2", "8", "10", "11")))
-    return includes and off["2"] <= 0.25 and off["11"] <= 0.06 and off["10"] <= 0.4 and off["8"] > 1
+    times = _exponents(found, "time")
+    off = {figure: round(max(1 - low, high - 1), 2) for figure, (_, low, high) in times.items()}
+    includes = all(times[figure][1] <= 1 <= times[figure][2] for figure in (2, 8, 10, 11))
+    return includes and off[2] <= 0.25 and off[11] <= 0.06 and off[10] <= 0.4 and off[8] > 1
 
 
 def _whole_rows(found: Found) -> list[WholeRow]:
@@ -279,14 +283,14 @@ def _layer_of_olmoe(found: Found) -> bool:
 
 
 def _flat_is_open(found: Found) -> bool:
-    low, high = _growths(found)["9"][0]
-    return low < 0.25 < high < 0.5
+    _, low, high = _exponents(found, "time")[9]
+    return low < FLAT < high < STEEP
 
 
 def _sublinear_memory(found: Found) -> bool:
-    memory = {figure: memory for figure, (_, memory) in _growths(found).items()}
-    less = all(memory[figure][1] < 1 for figure in ("2", "10", "11"))
-    return less and memory["8"][0] < 1 < memory["8"][1] and memory["9"] == (0.0, 0.0)
+    memory = {figure: (round(low, 2), round(high, 2)) for figure, (_, low, high) in _exponents(found, "memory").items()}
+    less = all(memory[figure][1] < 1 for figure in (2, 10, 11))
+    return less and memory[8][0] < 1 < memory[8][1] and memory[9] == (0.0, 0.0)
 
 
 def _no_better_at_96(found: Found) -> bool:

@@ -13,7 +13,9 @@ def main() -> int:
             code = main()
         except SystemExit as ended:
             # Help was printed, or a process leaves the word to the first one.
-            code = ended.code if isinstance(ended.code, int) else 0
+            if not isinstance(ended.code, int):
+                raise
+            code = ended.code
         return leave(code)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sparseffn"):

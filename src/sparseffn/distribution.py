@@ -300,7 +300,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     Raises:
         UserError: the environment is incomplete, or no other process comes.
     """
-    n_processes = os.environ.get("WORLD_SIZE", "1")
+    n_processes = os.environ.get("WORLD_SIZE") or "1"
     if not n_processes.isdecimal():
         raise UserError(f"WORLD_SIZE must be a number of processes; got {n_processes!r}; fix: start them with torchrun")
     if int(n_processes) <= 1:

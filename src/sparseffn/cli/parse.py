@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import os
 import re
 import shutil
 import textwrap
@@ -22,6 +21,7 @@ from tyro._arguments import ArgumentDefinition
 from sparseffn.cli import bench_settings as bench
 from sparseffn.cli import reproduce_settings as reproduce
 from sparseffn.cli import run_settings, settings
+from sparseffn.cli.process import launched_processes
 from sparseffn.errors import UserError, nearest_names, unknown_name
 
 Settings = TypeVar("Settings")
@@ -99,8 +99,8 @@ def run(words: Sequence[str]) -> int:
         SystemExit: help was asked for and is printed.
     """
     name, rest = _command(list(words))
-    n = os.environ.get("WORLD_SIZE", "1")
-    if name not in SEVERAL and n not in ("", "1"):
+    n = launched_processes()
+    if name not in SEVERAL and n != "1":
         raise UserError(f"`{name}` must run in one process; got {n} of a launcher; fix: start it without torchrun")
     chosen, function = COMMANDS[name]
     parsed = parse(name, chosen, rest)

@@ -74,14 +74,19 @@ def _nearest(character: str) -> str:
     return "".join(c for c in plain if c.isascii()) or "?"
 
 
+def launched_processes() -> str:
+    """How many processes a launcher such as `torchrun` says that it started, as it stands in the environment."""
+    return os.environ.get("WORLD_SIZE") or "1"
+
+
 def leave(code: int) -> int:
-    """End this process at once where a launcher such as `torchrun` started several; else return the exit code.
+    """End this process at once where it is one of several that a launcher started; else return the exit code.
 
     A thread of gloo may still free tensors of the last collective, for which it needs the interpreter. While that goes away, it
     aborts the process instead ("terminate called without an active exception", exit code -6), and the launcher ends the others.
     `destroy_process_group` waits for such threads only where nothing else holds the group, as DTensor's cache of meshes does.
     """
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+    if launched_processes() != "1":
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

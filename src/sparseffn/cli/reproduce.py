@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from sparseffn.paper.evidence import (
     evidence_result,
     evidence_tables,
     experiments,
-    is_recorded,
     lacking_runs,
     listed_items,
     recorded_runs,
     run_until_budget,
+    status_of,
 )
 from sparseffn.paper.experiments import experiment_result, experiment_runs
 from sparseffn.paper.jobs import check_layouts, run_all, run_here
@@ -52,6 +52,7 @@ from sparseffn.report.paper_plots import sweep_plots
 from sparseffn.report.paper_report import print_paper_table, write_index, write_paper_table
 from sparseffn.report.plotting import write_plots
 from sparseffn.results.bench_result import LayerResult
+from sparseffn.results.experiment_result import ExperimentRun
 from sparseffn.results.table_result import DryRunResult, PaperTable, TableResult
 from sparseffn.storage import default_cache_dir, read, write_json
 from sparseffn.training.layout import Strategy
@@ -181,11 +182,9 @@ def evidence(settings: ReproduceEvidence) -> int:
     items = listed_items(request, settings.only)
     recorded = {} if settings.out is None else recorded_runs(Path(settings.out), request, settings.only)
     if settings.budget is not None:
-        # Those that the pool has finished say how long others take.
-        wanted = [i for i in items if not is_recorded(i, recorded) or pool.status(i.spec).finished is not None]
-        _train(wanted, pool, parse_duration(settings.budget), device, settings.strategy)
+        _train(items, pool, recorded, parse_duration(settings.budget), device, settings.strategy)
     result = evidence_result(items, pool, recorded)
-    index = [] if settings.out is None else _write_evidence(request, pool, settings, Path(settings.out))
+    index = [] if settings.out is None else _write_evidence(request, pool, recorded, settings, Path(settings.out))
     if settings.json:
         print_json(result)
         return 0
@@ -210,9 +209,14 @@ def evidence(settings: ReproduceEvidence) -> int:
     return 0
 
 
-def _write_evidence(request: Request, pool: Pool, settings: ReproduceEvidence, out: Path) -> list[Path]:
+def _write_evidence(
+    request: Request, pool: Pool, recorded: Mapping[str, ExperimentRun], settings: ReproduceEvidence, out: Path
+) -> list[Path]:
     """Records of experiments, tables and claims; tables whose runs the pool lacks stay as they are, and are decided again."""
-    _write_experiments(request, pool, out, settings.only)
+    for name, rule in experiments(request).items():
+        if not settings.only or name in settings.only:
+            result = experiment_result(name, rule, experiment_runs(rule, request), pool, recorded)
+            write_json(out / f"{name}.json", result)
     if settings.only:
         return []
     items = evidence_items(request)
@@ -230,16 +234,6 @@ def _write_evidence(request: Request, pool: Pool, settings: ReproduceEvidence, o
     return index
 
 
-def _write_experiments(request: Request, pool: Pool, out: Path, only: Collection[str]) -> None:
-    """The record of each experiment; runs that earlier records hold stay where the pool does not have them."""
-    recorded = recorded_runs(out, request, only)
-    for name, rule in experiments(request).items():
-        if only and name not in only:
-            continue
-        result = experiment_result(name, rule, experiment_runs(rule, request), pool, recorded)
-        write_json(out / f"{name}.json", result)
-
-
 def _list_command(settings: ReproduceEvidence) -> str:
     """The command that writes the tables of the list, each row with the seeds that are planned or there, and trains nothing."""
     words = ["sparseffn", "reproduce", "evidence", "--list", "--out", TABLES]
@@ -250,8 +244,15 @@ def _list_command(settings: ReproduceEvidence) -> str:
     return shlex.join(words)
 
 
-def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device, strategy: Strategy) -> None:
-    wanted = [item for item in items if pool.status(item.spec).wanted]
+def _train(
+    items: list[Item],
+    pool: Pool,
+    recorded: Mapping[str, ExperimentRun],
+    budget_s: float,
+    device: torch.device,
+    strategy: Strategy,
+) -> None:
+    wanted = [item for item in items if status_of(item, pool, recorded).wanted]
     check_layouts(wanted, device=str(device), strategy=strategy)
     position = {item.spec.digest: place for place, item in enumerate(wanted)}
     with Progress() as progress:
@@ -260,4 +261,4 @@ def _train(items: list[Item], pool: Pool, budget_s: float, device: torch.device,
             place = position[item.spec.digest]
             run_here(item, pool, place, len(wanted), device=str(device), strategy=strategy, progress=progress)
 
-        run_until_budget(items, pool, budget_s, run, device=device, log=progress.log)
+        run_until_budget(items, pool, budget_s, run, recorded=recorded, device=device, log=progress.log)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -20,7 +21,7 @@ from sparseffn.paper.costs import measured_step_s, training_flops
 from sparseffn.paper.experiments import experiment_runs, suffices
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
-from sparseffn.paper.pool import Finished, Pool, RunSpec
+from sparseffn.paper.pool import Finished, Pool, RunSpec, Status
 from sparseffn.paper.rules import Rule, rules
 from sparseffn.paper.tables import Table, get_table
 from sparseffn.results.evidence_result import EvidenceResult, EvidenceRun
@@ -31,6 +32,7 @@ COLUMN = "WT-S"
 # Evaluation and counting on top of training, before any run has shown it.
 _OVERHEAD = 1.4
 _CPU = torch.device("cpu")
+_NOTHING: Mapping[str, ExperimentRun] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +188,20 @@ def recorded_runs(out: Path, request: Request, only: Collection[str] = ()) -> di
     return {run.digest: run for run in sorted(runs, key=lambda run: len(run.loads))}
 
 
-def is_recorded(item: Item, recorded: Mapping[str, ExperimentRun]) -> bool:
-    """Whether what is recorded of a run is all that its experiment asks."""
-    run, rule = recorded.get(item.spec.digest), rules().get(item.table)
-    return run is not None and rule is not None and suffices(run, rule)
+def status_of(item: Item, pool: Pool, recorded: Mapping[str, ExperimentRun]) -> Status:
+    """How a run stands in the pool; where that has no result, by what is recorded, if this is all that its experiment asks."""
+    status, run, rule = pool.status(item.spec), recorded.get(item.spec.digest), rules().get(item.table)
+    if status.finished is None and run is not None and rule is not None and suffices(run, rule):
+        return Status(kind="recorded", reason=None)
+    return status
 
 
-def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun] | None = None) -> EvidenceResult:
+def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun] = _NOTHING) -> EvidenceResult:
     """The order and how each run stands; `recorded` is of `recorded_runs`."""
-    runs, recorded = [], recorded or {}
+    runs = []
     for position, item in enumerate(items, 1):
-        status = pool.status(item.spec)
-        known = recorded[item.spec.digest] if status.finished is None and is_recorded(item, recorded) else None
-        wall_s = known.wall_s if known is not None else None
+        status = status_of(item, pool, recorded)
+        source = recorded[item.spec.digest] if status.kind == "recorded" else status.finished
         runs.append(
             EvidenceRun(
                 position=position,
@@ -206,9 +209,9 @@ def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, Ex
                 label=item.label,
                 seed=item.seed,
                 why=item.why,
-                status="recorded" if known is not None else status.kind,
-                reason=None if known is not None else status.reason,
-                wall_s=wall_s if status.finished is None else status.finished.wall_s,
+                status=status.kind,
+                reason=status.reason,
+                wall_s=None if source is None else source.wall_s,
                 digest=item.spec.digest,
             )
         )
@@ -230,6 +233,7 @@ def run_until_budget(
     budget_s: float,
     run: Callable[[Item], None],
     *,
+    recorded: Mapping[str, ExperimentRun] = _NOTHING,
     device: torch.device = _CPU,
     log: Callable[[str], None] = lambda text: None,
     clock: Callable[[], float] = time.monotonic,
@@ -242,6 +246,7 @@ def run_until_budget(
         pool: where runs are kept.
         budget_s: seconds.
         run: does one run.
+        recorded: of `recorded_runs`; what it holds is not missing.
         device: that the runs are on.
         log: receives what happens, in words.
         clock: seconds from any start.
@@ -253,7 +258,7 @@ def run_until_budget(
     started, n_started = clock(), 0
     specs = {item.spec.digest: item.spec for item in items}
     estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs, device))
-    statuses = {digest: pool.status(spec) for digest, spec in specs.items()}
+    statuses = {item.spec.digest: status_of(item, pool, recorded) for item in items}
     walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
     for item in items:
         if not statuses[item.spec.digest].wanted:

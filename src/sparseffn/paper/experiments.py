@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import structs
 
-from sparseffn import __version__
 from sparseffn.analysis.pairs import pair_numbers
 from sparseffn.paper.collapse import collapses, layer_loads
 from sparseffn.paper.costs import training_flops
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import Request, plan_table, train_settings
-from sparseffn.paper.pool import COMPATIBLE, Finished, Pool, RunSpec
+from sparseffn.paper.pool import Finished, Pool, RunSpec, is_compatible
 from sparseffn.paper.published import published_percent
 from sparseffn.paper.rules import Contrast, Rule, in_order
 from sparseffn.paper.table_rows import sized
@@ -118,7 +117,7 @@ def experiment_result(
 
 def suffices(recorded: ExperimentRun, rule: Rule) -> bool:
     """Whether the record of a run holds all that an experiment asks of it: on collapse, the loads; no version but ours."""
-    return recorded.version in (__version__, *COMPATIBLE) and (bool(recorded.loads) or not rule.collapse)
+    return is_compatible(recorded.version) and (bool(recorded.loads) or not rule.collapse)
 
 
 def _record(run: NamedRun, finished: Finished, *, with_loads: bool) -> ExperimentRun:

@@ -112,7 +112,8 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    kind: Literal["finished", "missing", "failed"]
+    kind: Literal["finished", "recorded", "missing", "failed"]
+    """`recorded` is of `evidence.status_of`: the pool has not the run, the record of an experiment has what matters of it."""
     reason: str | None
     """Why there is no result."""
     finished: Finished | None = None
@@ -125,6 +126,11 @@ class Status:
     def wanted(self) -> bool:
         """Whether running it may give a result."""
         return self.kind == "missing" or (self.kind == "failed" and not self.permanent)
+
+
+def is_compatible(version: str) -> bool:
+    """Whether runs of a version are used."""
+    return version in (__version__, *COMPATIBLE)
 
 
 class Pool:
@@ -153,7 +159,7 @@ class Pool:
             return Status(kind="missing", reason=foreign, stale=True)
         if (path := self.failure_path(spec)).exists():
             failure = read(path, Failure, fix="remove it")
-            if failure.version in (__version__, *COMPATIBLE):
+            if is_compatible(failure.version):
                 return Status(kind="failed", reason=failure.reason, permanent=failure.permanent)
         if (folder.path / "config.json").exists() and read_json(folder.path / "config.json", fix=_FIX) != spec.identity:
             return Status(kind="failed", reason=f"{folder.path} holds another run's config; {_FIX}")
@@ -170,7 +176,7 @@ class Pool:
         """Why what lies in a run's place may not be used; None where it may."""
         if folder.environment_path.exists():
             made_by = read(folder.environment_path, _MadeBy, fix=_FIX).sparseffn
-            if made_by not in (__version__, *COMPATIBLE):
+            if not is_compatible(made_by):
                 return f"made by version {made_by}; this is {__version__}"
         path = folder.path / "paper.json"
         if path.exists() and (found := read(path, RunSummary, fix=_FIX).format) != FORMAT:

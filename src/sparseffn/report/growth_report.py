@@ -15,6 +15,9 @@ from sparseffn.report.table import Table
 from sparseffn.results.bench_result import FigureLayer, FigurePoint, FiguresResult
 from sparseffn.stats import student_quantile
 
+Exponent = tuple[float, float, float]
+"""With the ends of its 95% interval."""
+
 _LAYERS = ("sigma-moe", "dense")
 _QUANTITIES: dict[str, Callable[[FigureLayer], float]] = {
     "time": lambda layer: layer.training.median_s,
@@ -22,7 +25,7 @@ _QUANTITIES: dict[str, Callable[[FigureLayer], float]] = {
 }
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float, float] | None:
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> Exponent | None:
     """By which power values grow, with the ends of its 95% interval; None for fewer than three sizes."""
     if len(sizes) < 3:
         return None
@@ -40,11 +43,11 @@ def growth_table(result: FiguresResult) -> Table:
     head = ("figure", "over", "held fixed", *(f"{name}, {quantity}" for quantity in _QUANTITIES for name in _LAYERS))
     rows: list[tuple[str, ...]] = []
     for number in result.figures:
-        points = sorted((point for point in result.points if point.figure == number), key=lambda point: point.value)
+        points = points_of(result, number)
         sweep = result.sweeps[str(number)]
         if points:
             span = f"{sweep.variable} {points[0].value:,} to {points[-1].value:,} ({len(points)})"
-            rows.append((str(number), span, sweep.fixed, *_exponents(points)))
+            rows.append((str(number), span, sweep.fixed, *map(_exponent, exponents(points).values())))
     machine = f"{result.environment.threads} cores of {result.environment.cpu}"
     notes = (
         f"Exponents: 1 is linear, 0 flat. Forward and backward of {result.settings.tokens:,} tokens, {result.settings.dtype}, "
@@ -53,10 +56,20 @@ def growth_table(result: FiguresResult) -> Table:
     return Table.of(head, rows, n_words=3, notes=notes)
 
 
-def _exponents(points: Sequence[FigurePoint]) -> list[str]:
-    found = []
-    for quantity in _QUANTITIES.values():
-        for name in _LAYERS:
-            fit = exponent([point.value for point in points], [quantity(point.layers[name]) for point in points])
-            found.append(formats.NOT_MEASURED if fit is None else f"{fit[0]:.2f} [{fit[1]:.2f}, {fit[2]:.2f}]")
-    return found
+def points_of(result: FiguresResult, figure: int) -> list[FigurePoint]:
+    """What was measured for a figure, by size."""
+    return sorted((point for point in result.points if point.figure == figure), key=lambda point: point.value)
+
+
+def exponents(points: Sequence[FigurePoint]) -> dict[tuple[str, str], Exponent | None]:
+    """By layer and quantity, in the order of the table."""
+    sizes = [point.value for point in points]
+    return {
+        (name, word): exponent(sizes, [quantity(point.layers[name]) for point in points])
+        for word, quantity in _QUANTITIES.items()
+        for name in _LAYERS
+    }
+
+
+def _exponent(fit: Exponent | None) -> str:
+    return formats.NOT_MEASURED if fit is None else f"{fit[0]:.2f} [{fit[1]:.2f}, {fit[2]:.2f}]"
