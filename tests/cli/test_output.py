@@ -135,3 +135,32 @@ def test_characters_have_ascii_stand_ins() -> None:
         stream.write("a \u00d7 b \u00b1 \u00e1 \u2192 \u4e2d \udcff")
         stream.flush()
         assert stream.buffer.getvalue() == b"a x b +- a -> ? ?"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "wanted"),
+    [
+        (("eval", "no-such-run"), {}, "1000"),
+        (("eval", "no-such-run"), {"GOMP_SPINCOUNT": "7"}, "7"),
+        (("eval", "no-such-run"), {"OMP_WAIT_POLICY": "active"}, ""),
+        (("methods", "--json"), {}, ""),
+    ],
+)
+def test_training_shares_cores(words: tuple[str, ...], given: dict[str, str], wanted: str) -> None:
+    """Before PyTorch is loaded, which reads it then; what the user has set stays, and other commands wait as they did."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    program = (
+        "import atexit, os, sys; from sparseffn.__main__ import main; "
+        "atexit.register(lambda: print('spins', os.environ.get('GOMP_SPINCOUNT', ''))); sys.exit(main())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in names} | given
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.stdout.splitlines()[-1] == f"spins {wanted}"
+
+
+def test_cores_are_shared_before_pytorch_is_loaded() -> None:
+    """Parsing a training command imports no PyTorch."""
+    program = "import sys; from sparseffn.cli import parse; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)

@@ -21,7 +21,7 @@ from tyro._arguments import ArgumentDefinition
 from sparseffn.cli import bench_settings as bench
 from sparseffn.cli import reproduce_settings as reproduce
 from sparseffn.cli import run_settings, settings
-from sparseffn.cli.process import launched_processes
+from sparseffn.cli.process import launched_processes, share_cores
 from sparseffn.errors import UserError, nearest_names, unknown_name
 
 Settings = TypeVar("Settings")
@@ -59,6 +59,9 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
 
 SEVERAL = ("train", "eval", "compare", "study", "reproduce table", "reproduce figure", "reproduce evidence")
 """Commands that several processes, started by torchrun, may run together."""
+
+TRAINING = (*SEVERAL, "convert")
+"""Commands that run for long, beside other work; a benchmark has the machine alone, and times single tokens."""
 
 GROUPS = {
     "": """Compare Transformer feedforward blocks at equal parameter count: Top-K, product keys, mixtures of experts.
@@ -104,6 +107,8 @@ def run(words: Sequence[str]) -> int:
         raise UserError(f"`{name}` must run in one process; got {n} of a launcher; fix: start it without torchrun")
     chosen, function = COMMANDS[name]
     parsed = parse(name, chosen, rest)
+    if name in TRAINING:
+        share_cores()
     module, function_name = function.split(":")
     return getattr(importlib.import_module(f"sparseffn.cli.{module}"), function_name)(parsed)
 
