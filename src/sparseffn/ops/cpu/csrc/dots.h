@@ -5,7 +5,6 @@
 
 #include "product.h"
 #include "shuffle.h"
-#include "stream.h"
 
 namespace sparseffn {
 
@@ -70,18 +69,21 @@ template <class C> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C> (&v)[4], C* 
     }
 }
 
-// Lines that are read side by side, and rows that meet them in registers.
+// Lines that are read side by side, and rows that meet them in registers. The lines after them are fetched meanwhile, each from
+// where the one before it is read: the hardware does not follow a line from page to page. Measured cold on two cores (Zen 5),
+// gated experts of bfloat16, 1 to 64 tokens: 1.3 to 1.9 times as fast as with memory fetched in its order 64 KiB ahead, which
+// is what two of these lines compete with.
 constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVectors == 4 ? 5 : 2;
 
-// sums[i][j] = a[i] . B[j], B's lines at ldb. `fetches` lines of the stream are fetched at each step.
+// sums[i][j] = a[i] . B[j], B's lines at ldb.
 template <class A, class S, int R, int N>
-SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int64_t depth, Stream* stream, int fetches,
-                                compute_t<S> (&sums)[R][N]) {
+SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int64_t depth, compute_t<S> (&sums)[R][N]) {
     using C = compute_t<S>;
     using M = Meeting<A, S>;
     Vec<C> acc[R][N] = {};
     const auto step = [&](int64_t k, auto get_a, auto get_b) {
         typename M::Register line[N];
+        for (int j = 0; j < N; ++j) __builtin_prefetch(b + (N + j) * ldb + k);
         for (int j = 0; j < N; ++j) line[j] = get_b(b + j * ldb + k);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
@@ -90,18 +92,9 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
             for (int j = 0; j < N; ++j) acc[i][j] = M::sum(acc[i][j], x, line[j]);
         }
     };
-    if (!stream || !stream->may_fetch()) fetches = 0;
-    const char* ahead = fetches ? stream->claim(depth / M::kStep * fetches) : nullptr;
     int64_t k = 0;
-    for (; k + M::kStep <= depth; k += M::kStep) {
-        if (ahead) {
-            for (int q = 0; q < fetches; ++q) __builtin_prefetch(ahead + q * kLine, 0, 2);
-            ahead += fetches * kLine;
-        } else {
-            for (int q = 0; q < fetches; ++q) stream->next();
-        }
+    for (; k + M::kStep <= depth; k += M::kStep)
         step(k, [](const A* p) { return M::get(p); }, [](const S* p) { return M::get(p); });
-    }
     // In lanes of their own: added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
     if (const int64_t n = depth - k)
         step(k, [n](const A* p) { return M::get_part(p, n); }, [n](const S* p) { return M::get_part(p, n); });
@@ -114,22 +107,14 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
 
 // Calls out(i, first column, columns, sums) for every row i of A and some lines of B at a time.
 template <class A, class S, class Out>
-inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Stream* stream,
-                         Out&& out) {
+inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
     using C = compute_t<S>;
     const auto block = [&](int64_t j, auto n) {
         constexpr int N = decltype(n)::value;
-        int fetches = 0;
-        if (stream) {
-            stream->take(N * depth * sizeof(S));
-            // As many at each step of a tile as spread a block's lines over all of its tiles.
-            const int64_t tiles = (rows + kDotTile - 1) / kDotTile, lines = N * Meeting<A, S>::kStep * sizeof(S) / kLine;
-            fetches = static_cast<int>((std::max<int64_t>(lines, 1) + tiles - 1) / tiles);
-        }
         const auto tile = [&](int64_t i, auto r) {
             constexpr int R = decltype(r)::value;
             C sums[R][N];
-            tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, stream, fetches, sums);
+            tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, sums);
             for (int q = 0; q < R; ++q) out(i + q, j, N, sums[q]);
         };
         int64_t i = 0;

@@ -52,7 +52,7 @@ void down_active(const Matrix<S>& b, int64_t n, int64_t size, int64_t width, con
             ws.rows[i] = ws.operands.data() + i * size;
             for (int64_t q = 0; q < count; ++q) ws.operands[i * size + q] = narrow<S>(units[i * size + ws.active[q]]);
         }
-        return product_lines(ws.rows.data(), n, count, width, nullptr, ws.to.data(),
+        return product_lines(ws.rows.data(), n, count, width, ws.to.data(),
                              [&](int64_t k) { return b.at(ws.active[k], 0); });
     }
 #endif
@@ -80,14 +80,14 @@ template <class S> bool takes_active(const Problem<S>& p, int64_t n) {
 // follows. `a` are the same as they are multiplied.
 template <class S, class A>
 void down(const Problem<S>& p, int64_t expert, Range rows, Range units, const A* const* a, const compute_t<S>* wide,
-          Workspace<S>& ws, compute_t<S>* y, Stream* stream = nullptr) {
+          Workspace<S>& ws, compute_t<S>* y, bool once = false) {
     const int64_t n = rows.end - rows.begin, size = units.end - units.begin;
     const Matrix<S> values = p.values.of(expert).from(units.begin, 0);
     if (p.value_bias && units.begin == 0) add_value_bias(p, expert, rows, y);
     for (int64_t i = 0; i < n; ++i) ws.to[i] = y + p.routing.token(rows.begin + i) * p.width;
     if (takes_active(p, n)) return down_active(values, n, size, p.width, wide, ws);
     const Fetch next = expert + 1 < p.routing.experts ? fetch(p.keys.of(expert + 1), p.width, p.size) : Fetch{};
-    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(values, n, next, stream));
+    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(values, n, next, once));
 }
 
 template <class F> void in_chunks(Range rows, F&& f) {
@@ -142,38 +142,12 @@ template <class S> Shares shares_of(const Problem<S>& p) {
     return shares;
 }
 
-// A matrix [rows, columns] at the end of a stream.
-template <class S> void add_to(Stream& stream, const Matrix<S>& m, int64_t rows, int64_t columns) {
-    constexpr int64_t bytes = sizeof(S);
-    if (m.column == 1) stream.add(m.data, rows, columns * bytes, m.row * bytes);
-    else stream.add(m.data, columns, rows * bytes, m.column * bytes);
-}
-
-// The matrices of a run of shares in the order in which they are read, those that are read once.
-template <class S> Stream stream_of(const Problem<S>& p, const Shares& shares, Range own) {
-    Stream stream;
-    for (int64_t i = own.begin; i < own.end; ++i) {
-        const auto [e, units] = shares.all[i];
-        const int64_t n = p.routing.offsets[e + 1] - p.routing.offsets[e], size = units.end - units.begin;
-        if (n > kChunk) continue;
-        const Matrix<S> keys = keys_of(p, e, units.begin), values = p.values.of(e).from(units.begin, 0);
-        if (reads_once(keys, n)) add_to(stream, keys, p.width, p.interleaved() ? 2 * size : size);
-        if (p.gate_keys && !p.interleaved())
-            if (const Matrix<S> gate_keys = p.gate_keys.of(e).from(0, units.begin); reads_once(gate_keys, n))
-                add_to(stream, gate_keys, p.width, size);
-        if (reads_once(values, n) && !takes_active(p, n)) add_to(stream, values, size, p.width);
-    }
-    return stream;
-}
-
 template <class S>
 void forward_by_experts(const Problem<S>& p, const Shares& shares, const operand_t<S>* x, compute_t<S>* y) {
     using C = compute_t<S>;
     const int64_t n = p.routing.tokens * p.width;
     Buffer<C> partial(n * (p.threads - 1));
     std::vector<Workspace<S>> all = workspaces(p);
-    std::vector<Stream> streams;
-    for (int t = 0; t < p.threads; ++t) streams.push_back(stream_of(p, shares, shares.runs.of(t, p.threads)));
 #pragma omp parallel num_threads(p.threads)
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -184,11 +158,11 @@ void forward_by_experts(const Problem<S>& p, const Shares& shares, const operand
         for (int64_t i = own.begin; i < own.end; ++i) {
             const auto [e, units] = shares.all[i];
             const Range all_rows{p.routing.offsets[e], p.routing.offsets[e + 1]};
-            Stream* stream = threads == p.threads && all_rows.end - all_rows.begin <= kChunk ? &streams[thread] : nullptr;
+            const bool once = all_rows.end - all_rows.begin <= kChunk;
             for (int64_t first = all_rows.begin; first < all_rows.end; first += kChunk) {
                 const Range rows{first, std::min(first + kChunk, all_rows.end)};
-                up(p, x, e, rows, units, ws, stream);
-                down(p, e, rows, units, ws.rows.data(), ws.units.data(), ws, mine, stream);
+                up(p, x, e, rows, units, ws, once);
+                down(p, e, rows, units, ws.rows.data(), ws.units.data(), ws, mine, once);
             }
         }
 #pragma omp barrier

@@ -78,13 +78,13 @@ void to_inputs(const Problem<S>& p, int64_t e, int64_t rows, BackwardWorkspace<S
             ws.joint_rows[i] = row;
         }
         multiply<To::kAdd, S>(ws.joint_rows.data(), rows, {keys.data, 1, keys.row}, 2 * p.size, p.width, ws.to.data(),
-                              ws.scratch, Way{{}, nullptr, dot_rows});
+                              ws.scratch, Way{{}, dot_rows});
         return;
     }
-    multiply<To::kAdd, S>(ws.d_rows.data(), rows, keys.transposed(), p.size, p.width, ws.to.data(), ws.scratch, Way{{}, nullptr, dot_rows});
+    multiply<To::kAdd, S>(ws.d_rows.data(), rows, keys.transposed(), p.size, p.width, ws.to.data(), ws.scratch, Way{{}, dot_rows});
     if (p.gate_keys)
         multiply<To::kAdd, S>(ws.gate_rows.data(), rows, p.gate_keys.of(e).transposed(), p.size, p.width, ws.to.data(),
-                              ws.scratch, Way{{}, nullptr, dot_rows});
+                              ws.scratch, Way{{}, dot_rows});
 }
 
 // Gradient of the weights of an expert between tokens' rows of `width` and hidden rows of `size`, [width, size], where
@@ -273,7 +273,7 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                 ws.to[r - rows.begin] = d.data() + r * p.size;
             }
             multiply<To::kPut, S>(ws.sent.data(), rows.end - rows.begin, p.values.of(e).transposed(), p.width, p.size,
-                                  ws.to.data(), ws.scratch, Way{{}, nullptr, 0});
+                                  ws.to.data(), ws.scratch, Way{{}, 0});
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 send_gate(p, g, e, r, ws.sent[r - rows.begin],
                           through_activation(p, r, {0, p.size}, d.data() + r * p.size,

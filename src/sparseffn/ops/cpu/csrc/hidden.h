@@ -66,11 +66,8 @@ template <class S> bool reads_once(const Matrix<S>& m, int64_t n) {
     return m.column == 1 ? !std::is_same_v<operand_t<S>, compute_t<S>> && n <= kOnceRows : m.row == 1;
 }
 
-// How n rows are multiplied by a matrix, with a stream where its thread reads each matrix once.
-template <class S> Way way_of(const Matrix<S>& m, int64_t n, Fetch next, Stream* stream) {
-    const bool once = stream && reads_once(m, n);
-    return {next, once ? stream : nullptr, n, once};
-}
+// How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
+template <class S> Way way_of(const Matrix<S>& m, int64_t n, Fetch next, bool once) { return {next, n, once && reads_once(m, n)}; }
 
 // Keys as they are multiplied: those of an expert, or with its gate keys in turns.
 template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
@@ -80,12 +77,12 @@ template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_
 
 // Products of the gathered rows with units `first..first + size` of the keys and gate keys, biases included.
 template <class S>
-void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Workspace<S>& ws, Stream* stream) {
+void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Workspace<S>& ws, bool once) {
     using C = compute_t<S>;
     const int64_t size = units.end - units.begin;
     const auto multiply_by = [&](const Matrix<S>& m, int64_t columns, C* u, Fetch next) {
         for (int64_t i = 0; i < n; ++i) ws.to[i] = u + i * columns;
-        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(m, n, next, stream));
+        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(m, n, next, once));
     };
     const Matrix<S> keys = keys_of(p, expert, units.begin), values = p.values.of(expert);
     if (!p.gate_keys) {
@@ -139,7 +136,7 @@ void activate_row(const Problem<S>& p, int64_t size, compute_t<S>* row, const co
 // ws.rows.
 template <class S>
 void up(const Problem<S>& p, const operand_t<S>* x, int64_t expert, Range rows, Range units, Workspace<S>& ws,
-        Stream* stream = nullptr) {
+        bool once = false) {
     using C = compute_t<S>;
     const int64_t n = rows.end - rows.begin, size = units.end - units.begin;
     for (int64_t i = 0; i < n; ++i) {
@@ -147,7 +144,7 @@ void up(const Problem<S>& p, const operand_t<S>* x, int64_t expert, Range rows, 
         if constexpr (Workspace<S>::kNarrows) ws.rows[i] = ws.operands.data() + i * size;
         else ws.rows[i] = ws.units.data() + i * size;
     }
-    up_products(p, expert, n, units, ws, stream);
+    up_products(p, expert, n, units, ws, once);
     for (int64_t i = 0; i < n; ++i) {
         C* row = ws.units.data() + i * size;
         activate_row(p, size, row, p.gate_keys ? ws.gate_units.data() + i * size : nullptr,

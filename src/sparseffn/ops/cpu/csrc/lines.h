@@ -5,11 +5,11 @@
 #include <algorithm>
 
 #include "product.h"
-#include "stream.h"
 
 namespace sparseffn {
 
-// Lines that are read side by side.
+// Lines that are read side by side. As many after them are fetched meanwhile. Measured cold on two cores (Zen 5), 32 experts of
+// 128 units at width 1,024, 64 tokens: 2.2 ms without, 0.53 so, 0.56 to 0.70 fetched further ahead.
 constexpr int kLinesAtOnce = 8;
 
 #if defined(SPARSEFFN_PAIRS)
@@ -55,19 +55,16 @@ SPARSEFFN_INLINE void add_lines(const bf16* const* a, int64_t at, int64_t rows, 
 
 // y[i] += a[i] B for rows of `depth` numbers, where B's row k is line_at(k).
 template <class LineAt>
-void product_lines(const bf16* const* a, int64_t rows, int64_t depth, int64_t columns, Stream* stream, float* const* y,
+void product_lines(const bf16* const* a, int64_t rows, int64_t depth, int64_t columns, float* const* y,
                    LineAt&& line_at) {
     for (int64_t k = 0; k < depth; k += kLinesAtOnce)
         with_constant<kLinesAtOnce>(static_cast<int>(std::min<int64_t>(kLinesAtOnce, depth - k)), [&](auto n) {
             constexpr int N = decltype(n)::value;
             const bf16* lines[N];
             for (int q = 0; q < N; ++q) lines[q] = line_at(k + q);
-            if (stream) stream->take(N * columns * sizeof(bf16));
             for (int64_t j = 0; j < columns; j += 32) {
-                for (int q = 0; q < N; ++q) {
-                    if (stream) stream->next();
-                    else if (k + N + q < depth) __builtin_prefetch(line_at(k + N + q) + j);
-                }
+                for (int q = 0; q < N; ++q)
+                    if (k + N + q < depth) __builtin_prefetch(line_at(k + N + q) + j);
                 const int64_t left = columns - j;
                 add_lines<N>(a, k, rows, lines, j, left >= 32 ? ~uint32_t(0) : (uint32_t(1) << left) - 1, y);
             }

@@ -100,7 +100,6 @@ enum class To { kPut, kAdd };
 // How a product goes about its matrix.
 struct Way {
     Fetch next{};                    // what comes next, fetched where B's rows are lines
-    Stream* stream = nullptr;        // memory in the order of reading, fetched where B is read once
     int64_t dot_rows = kDotRows;     // up to so many rows, columns that are lines are read in dot products
     bool once = false;               // whether B's lines are read once in their order, whatever their direction
 };
@@ -110,7 +109,7 @@ template <To Mode, class S, class A, class C = compute_t<S>>
 void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t columns, C* const* to, Scratch<S>& scratch,
               const Way& way = {}) {
     if (b.column != 1 && b.row == 1 && n <= way.dot_rows) {
-        product_dots<A, S>(a, n, b.data, b.column, depth, columns, way.stream, [&](int64_t i, int64_t j, int m, const C* sums) {
+        product_dots<A, S>(a, n, b.data, b.column, depth, columns, [&](int64_t i, int64_t j, int m, const C* sums) {
             for (int q = 0; q < m; ++q)
                 if constexpr (Mode == To::kAdd) to[i][j + q] += sums[q];
                 else to[i][j + q] = sums[q];
@@ -121,7 +120,7 @@ void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t 
     if constexpr (std::is_same_v<A, bf16>)
         if (way.once && b.column == 1) {
             for (int64_t i = 0; i < n && Mode == To::kPut; ++i) std::fill_n(to[i], columns, C(0));
-            return product_lines(a, n, depth, columns, way.stream, to, [&](int64_t k) { return b.at(k, 0); });
+            return product_lines(a, n, depth, columns, to, [&](int64_t k) { return b.at(k, 0); });
         }
 #endif
     if (b.column != 1) b = scratch.packed_of(b, depth, columns);

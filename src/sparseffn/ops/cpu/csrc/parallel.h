@@ -7,7 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <type_traits>
 #include <vector>
+
+#include "vectors.h"
 
 namespace sparseffn {
 
@@ -52,10 +56,10 @@ inline Runs runs_of(const std::vector<int64_t>& work, int threads) {
 }
 
 // Memory without the zeros of std::vector. Tests compile with SPARSEFFN_POISON, so that what is read unwritten shows: all bits
-// set are NaN in every floating type and -1 in every signed one.
+// set are NaN in every floating type and -1 in every signed one. It begins at a line of memory: two lines a load take longer.
 template <class T> class Buffer {
   public:
-    explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {
+    explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {
 #ifdef SPARSEFFN_POISON
         std::memset(static_cast<void*>(data_.get()), 0xFF, std::max<int64_t>(n, 1) * sizeof(T));
 #endif
@@ -66,7 +70,12 @@ template <class T> class Buffer {
     const T& operator[](int64_t i) const { return data_[i]; }
 
   private:
-    std::unique_ptr<T[]> data_;
+    static_assert(std::is_trivial_v<T>);
+    static constexpr std::align_val_t kAlignment{kLine};
+    struct Free {
+        void operator()(T* data) const { ::operator delete(data, kAlignment); }
+    };
+    std::unique_ptr<T[], Free> data_;
 };
 
 // Made before threads start: what one of them could not get would end the process.

@@ -4,7 +4,6 @@
 
 #include <vector>
 
-#include "stream.h"
 #include "vectors.h"
 
 // A tile's accumulators live in registers only where the tile is compiled into its caller.

@@ -163,7 +163,7 @@ template <class S> void select_few(const TopK<S>& p, const compute_t<S>* x, cons
     {
         const Range own = part_of(p.units, omp_get_thread_num(), omp_get_num_threads());
         const auto multiply = [&](const S* keys, C* to) {
-            product_dots<C, S>(rows.data(), p.tokens, keys + own.begin * p.width, p.width, p.width, own.end - own.begin, nullptr,
+            product_dots<C, S>(rows.data(), p.tokens, keys + own.begin * p.width, p.width, p.width, own.end - own.begin,
                                [&](int64_t i, int64_t j, int n, const C* sums) {
                                    std::copy_n(sums, n, to + i * p.units + own.begin + j);
                                });

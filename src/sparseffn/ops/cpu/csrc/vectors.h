@@ -13,6 +13,9 @@
 
 namespace sparseffn {
 
+// Bytes of a line of memory, as caches take it.
+constexpr int64_t kLine = 64;
+
 // Shape of a product tile: kRows x (kVectors registers) accumulators, a row of B and one broadcast must fit the register
 // file. AVX-512 and NEON have 32 registers, AVX2 and SSE have 16.
 #if defined(__AVX512F__)
