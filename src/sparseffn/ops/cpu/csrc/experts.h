@@ -87,7 +87,7 @@ void down(const Problem<S>& p, int64_t expert, Range rows, Range units, const A*
     for (int64_t i = 0; i < n; ++i) ws.to[i] = y + p.routing.token(rows.begin + i) * p.width;
     if (takes_active(p, n)) return down_active(values, n, size, p.width, wide, ws);
     const Fetch next = expert + 1 < p.routing.experts ? fetch(p.keys.of(expert + 1), p.width, p.size) : Fetch{};
-    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(values, n, next, once));
+    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(n, next, once));
 }
 
 template <class F> void in_chunks(Range rows, F&& f) {
@@ -158,11 +158,10 @@ void forward_by_experts(const Problem<S>& p, const Shares& shares, const operand
         for (int64_t i = own.begin; i < own.end; ++i) {
             const auto [e, units] = shares.all[i];
             const Range all_rows{p.routing.offsets[e], p.routing.offsets[e + 1]};
-            const bool once = all_rows.end - all_rows.begin <= kChunk;
             for (int64_t first = all_rows.begin; first < all_rows.end; first += kChunk) {
                 const Range rows{first, std::min(first + kChunk, all_rows.end)};
-                up(p, x, e, rows, units, ws, once);
-                down(p, e, rows, units, ws.rows.data(), ws.units.data(), ws, mine, once);
+                up(p, x, e, rows, units, ws, true);
+                down(p, e, rows, units, ws.rows.data(), ws.units.data(), ws, mine, true);
             }
         }
 #pragma omp barrier

@@ -61,13 +61,8 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
     for (int64_t g = 0; g < n; ++g) kept[g] = narrow<S>(row[g]);
 }
 
-// Whether n rows read a matrix's lines once and in their order.
-template <class S> bool reads_once(const Matrix<S>& m, int64_t n) {
-    return m.column == 1 ? !std::is_same_v<operand_t<S>, compute_t<S>> && n <= kOnceRows : m.row == 1;
-}
-
 // How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
-template <class S> Way way_of(const Matrix<S>& m, int64_t n, Fetch next, bool once) { return {next, n, once && reads_once(m, n)}; }
+inline Way way_of(int64_t n, Fetch next, bool once) { return {next, n, once && n <= kOnceRows}; }
 
 // Keys as they are multiplied: those of an expert, or with its gate keys in turns.
 template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
@@ -82,7 +77,7 @@ void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Wo
     const int64_t size = units.end - units.begin;
     const auto multiply_by = [&](const Matrix<S>& m, int64_t columns, C* u, Fetch next) {
         for (int64_t i = 0; i < n; ++i) ws.to[i] = u + i * columns;
-        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(m, n, next, once));
+        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(n, next, once));
     };
     const Matrix<S> keys = keys_of(p, expert, units.begin), values = p.values.of(expert);
     if (!p.gate_keys) {

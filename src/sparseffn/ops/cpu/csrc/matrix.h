@@ -101,7 +101,7 @@ enum class To { kPut, kAdd };
 struct Way {
     Fetch next{};                    // what comes next, fetched where B's rows are lines
     int64_t dot_rows = kDotRows;     // up to so many rows, columns that are lines are read in dot products
-    bool once = false;               // whether B's lines are read once in their order, whatever their direction
+    bool once = false;               // whether B's rows, where they are lines, are read once and in their order
 };
 
 // to[i] = or += a[i] B for n rows and B [depth, columns].
