@@ -18,6 +18,7 @@ import torch
 
 from sparseffn import storage
 from sparseffn.errors import UserError
+from sparseffn.results.bench_result import Spread
 from sparseffn.storage import (
     Count,
     Positive,
@@ -26,6 +27,7 @@ from sparseffn.storage import (
     matrix_products,
     read,
     read_json,
+    rounded,
     write_folder,
     write_json,
     write_text,
@@ -230,3 +232,11 @@ def test_environment_has_the_library_of_matrix_products_and_its_threads() -> Non
     assert {"blas", "blas_version", "blas_threads", "cpu_capability"} <= set(here)
     assert here["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert here["blas_threads"] == "unknown" or str(torch.get_num_threads()) in here["blas_threads"]
+
+
+def test_measurements_are_rounded_to_five_digits() -> None:
+    """Files stay small; whole numbers are kept, and types of a result are as JSON has them."""
+    data = {"a": [1.23456789e-5, 7], "b": (True, "x", None), "c": Spread(median_s=0.0123456, q1_s=2.0, q3_s=123456.7, n=7)}
+    assert rounded(data) == {
+        "a": [1.2346e-05, 7], "b": [True, "x", None], "c": {"median_s": 0.012346, "q1_s": 2.0, "q3_s": 123460.0, "n": 7}
+    }  # fmt: skip

@@ -143,8 +143,3 @@ def test_rows_of_the_readme_come_from_the_files(tmp_path: Path) -> None:
     assert "| float32 | wt-s | 1,024 |" in text and text.count("| float32 |") == 3
     assert "Unmeasured: triton-cases, layer-bf16, step-bf16" in text and "layer-fp32," not in text
     assert "unmeasured**" in gpu_markdown(tmp_path / "nothing")
-
-
-def test_figures_are_rounded_to_five_digits() -> None:
-    """Files stay small; whole numbers are kept."""
-    assert gpu._rounded({"a": [1.23456789e-5, 7], "b": (True, "x", None)}) == {"a": [1.2346e-05, 7], "b": [True, "x", None]}

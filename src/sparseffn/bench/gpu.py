@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -34,7 +33,7 @@ from sparseffn.results.gpu_result import (
     LaunchesResult,
     TilesResult,
 )
-from sparseffn.storage import read, read_json, write_bytes
+from sparseffn.storage import read, read_json, rounded, write_bytes
 
 ROOT = Path(__file__).parents[3]
 """Of the source tree: the Triton tests are not in the package."""
@@ -43,8 +42,6 @@ NEEDED = ("msgspec", "tyro", "docstring_parser", "typeguard", "filelock", "rich"
 WHEELS_FIX = "`make gpu-wheels` where there is a network, then `make gpu WHEELS=FOLDER`"
 LIMIT_S = 470.0
 """Of each part: machines are lent for ten minutes a command."""
-DIGITS = 5
-"""Significant digits of the numbers in results/gpu, which are many."""
 # Lines of a failed command's output that its file keeps.
 _ERROR_LINES = 12
 
@@ -243,7 +240,7 @@ def run_gpu(
         progress(f"{name}: {part.title}, at most {part.limit_s / 60:.0f} minutes")
         place = Place(device=device, work=work / name, rehearse=rehearse)
         done = run_part(part, place, environment)
-        write_bytes(path, msgspec.json.encode(_rounded(msgspec.to_builtins(done))) + b"\n")
+        write_bytes(path, msgspec.json.encode(rounded(done)) + b"\n")
         progress(f"{name}: {done.state} after {done.seconds:.0f} s{'' if done.state == 'done' else f'; see {place.log}'}")
         found.append(read(path, GpuPart, fix="remove it"))
     return found
@@ -325,12 +322,3 @@ def _probe(device: str) -> Environment:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise UserError("".join(last).partition("UserError: ")[2] or f"the device must answer; got {last}; fix: --device cuda")
     return msgspec.json.decode(done.stdout, type=Environment)
-
-
-def _rounded(data: Any) -> Any:
-    """Every float to `DIGITS` significant digits."""
-    if isinstance(data, float):
-        return float(f"{data:.{DIGITS}g}")
-    if isinstance(data, dict):
-        return {key: _rounded(value) for key, value in data.items()}
-    return [_rounded(value) for value in data] if isinstance(data, list | tuple) else data

@@ -52,7 +52,7 @@ from sparseffn.results.bench_result import (
     StepSettings,
     WholeSettings,
 )
-from sparseffn.storage import write_json
+from sparseffn.storage import rounded, write_json
 
 # Decides the parameters outside the blocks, within which methods are matched; bytes.
 _VOCABULARY = 256
@@ -221,7 +221,7 @@ def _deliver(measured: BenchResult, settings: Bench) -> int:
 def _write(result: BenchResult, out: str) -> list[Path]:
     """The result as JSON, as a page and, of the paper's figures, as drawings."""
     data = Path(out) / f"{result.kind}.json"
-    write_json(data, result)
+    write_json(data, rounded(result))
     return [data, *write_bench(result, out, drawn=can_draw())]
 
 
