@@ -1,6 +1,7 @@
 // Products with a matrix whose columns are lines of memory, as dot products: nothing is copied, and the matrix is read once.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "product.h"
@@ -41,31 +42,34 @@ template <> struct Meeting<bf16, bf16> {
 };
 #endif
 
-// Sums over the lanes of four registers, by halves as sum_of_lanes.
+// Two registers as one: of each, `2 Half` lanes lie together for each of its sums, whose first half and second are added.
 template <int Half, class V, int... Q> SPARSEFFN_INLINE V fold(const V& a, const V& b, std::integer_sequence<int, Q...>) {
     constexpr int n = sizeof...(Q);
-    // Of each register, `2 Half` lanes lie together for each of its rows: their first halves, then their second.
     const V first = SPARSEFFN_SHUFFLE(V, a, b, ((Q * 2 / n) * n + (Q % (n / 2)) / Half * 2 * Half + Q % Half)...);
     const V second = SPARSEFFN_SHUFFLE(V, a, b, ((Q * 2 / n) * n + (Q % (n / 2)) / Half * 2 * Half + Half + Q % Half)...);
     return first + second;
 }
 
-template <class C> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C> (&v)[4], C* sums) {
+// Sums over the lanes of four registers a row, by halves as sum_of_lanes, which is what is left where there is no room for them.
+template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C> (&v)[R][N], C (&sums)[R][N]) {
     constexpr int n = kLanes<C>;
-    if constexpr (n < 4) {
-        for (int j = 0; j < 4; ++j) sums[j] = sum_of_lanes<C>(v[j]);
+    if constexpr (N != 4 || n < 4) {
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) sums[i][j] = sum_of_lanes<C>(v[i][j]);
     } else {
         using Lanes = std::make_integer_sequence<int, n>;
-        const Vec<C> two = fold<n / 2>(v[0], v[1], Lanes{}), other = fold<n / 2>(v[2], v[3], Lanes{});
-        Vec<C> four = fold<n / 4>(two, other, Lanes{});
-        C lanes[n];
-        store(lanes, four);
-        for (int j = 0; j < 4; ++j) {
-            C* own = lanes + j * (n / 4);
-            for (int half = n / 8; half > 0; half /= 2)
-                for (int q = 0; q < half; ++q) own[q] += own[q + half];
-            sums[j] = own[0];
-        }
+        Vec<C> held[R];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+            held[i] = fold<n / 4>(fold<n / 2>(v[i][0], v[i][1], Lanes{}), fold<n / 2>(v[i][2], v[i][3], Lanes{}), Lanes{});
+        // Those of two rows, then of four, in one register.
+        if constexpr (n >= 8)
+#pragma GCC unroll 4
+            for (int i = 0; i < R; i += 2) held[i] = fold<n / 8>(held[i], held[i + 1 < R ? i + 1 : i], Lanes{});
+        if constexpr (n >= 16)
+#pragma GCC unroll 2
+            for (int i = 0; i < R; i += 4) held[i] = fold<n / 16>(held[i], held[i + 2 < R ? i + 2 : i], Lanes{});
+        for (int i = 0; i < R; i += n / 4) std::memcpy(sums[0] + i * N, &held[i], std::min(R - i, n / N) * N * sizeof(C));
     }
 }
 
@@ -98,11 +102,7 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
     // In lanes of their own: added one by one to the sum of lanes, up to 15 terms would each be rounded at its size.
     if (const int64_t n = depth - k)
         step(k, [n](const A* p) { return M::get_part(p, n); }, [n](const S* p) { return M::get_part(p, n); });
-    for (int i = 0; i < R; ++i) {
-        if constexpr (N == 4) sums_of_lanes<C>(acc[i], sums[i]);
-        else
-            for (int j = 0; j < N; ++j) sums[i][j] = sum_of_lanes<C>(acc[i][j]);
-    }
+    sums_of_lanes<C>(acc, sums);
 }
 
 // Calls out(i, first column, columns, sums) for every row i of A and some lines of B at a time.
@@ -117,9 +117,7 @@ inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ld
             tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, sums);
             for (int q = 0; q < R; ++q) out(i + q, j, N, sums[q]);
         };
-        int64_t i = 0;
-        for (; i + kDotTile <= rows; i += kDotTile) tile(i, std::integral_constant<int, kDotTile>{});
-        with_constant<kDotTile - 1>(static_cast<int>(rows - i), [&](auto r) { tile(i, r); });
+        in_tiles<kDotTile>(rows, tile);
     };
     int64_t j = 0;
     for (; j + kDotLines <= columns; j += kDotLines) block(j, std::integral_constant<int, kDotLines>{});

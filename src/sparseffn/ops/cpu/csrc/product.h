@@ -96,6 +96,17 @@ template <int Most, class F> inline void with_constant(int value, F&& f) {
     }
 }
 
+// Calls f(first, std::integral_constant<int, n>) for rows in tiles of n <= Most, as equal as they can be: in a tile of one or two
+// rows each sum waits for the product before it.
+template <int Most, class F> inline void in_tiles(int64_t rows, F&& f) {
+    const int64_t tiles = (rows + Most - 1) / Most;
+    for (int64_t first = 0, left = tiles; left > 0; --left) {
+        const int n = static_cast<int>((rows - first + left - 1) / left);
+        with_constant<Most>(n, [&](auto size) { f(first, size); });
+        first += n;
+    }
+}
+
 // B [depth, columns at ldb] as panels of whole vectors: the last one, if it is ragged, is copied into `padded`, zero-filled.
 template <class C, class S> struct Panel {
     const S* data;

@@ -179,9 +179,7 @@ SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const
                                  [&](int i, int64_t) { return static_cast<uint32_t>(row[i][depth - 1].bits); });
             for (int i = 0; i < R; ++i) out(first + i, acc[i]);
         };
-        int64_t i = 0;
-        for (; i + kPairRows <= rows; i += kPairRows) block(i, std::integral_constant<int, kPairRows>{});
-        with_constant<kPairRows - 1>(static_cast<int>(rows - i), [&](auto r) { block(i, r); });
+        in_tiles<kPairRows>(rows, block);
     });
 }
 

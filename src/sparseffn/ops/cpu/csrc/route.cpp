@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "dots.h"
 #include "parallel.h"
 #include "product.h"
 #include "select.h"
@@ -13,19 +14,6 @@
 
 namespace sparseffn {
 namespace {
-
-// Dot product in a fixed order.
-template <class C> inline C dot(const C* x, const C* w, int64_t n) {
-    Vec<C> even{}, odd{};
-    int64_t i = 0;
-    for (; i + 2 * kLanes<C> <= n; i += 2 * kLanes<C>) {
-        even += load(x + i) * load(w + i);
-        odd += load(x + i + kLanes<C>) * load(w + i + kLanes<C>);
-    }
-    C rest = 0;  // not onto the sum of lanes, at whose size each term would be rounded
-    for (; i < n; ++i) rest += x[i] * w[i];
-    return sum_of_lanes<C>(even + odd) + rest;
-}
 
 // Weights of the chosen experts, the first of which has the largest logit, and the shares of all where these are asked for.
 template <class C>
@@ -45,12 +33,18 @@ void gates_of(Gate kind, const C* logits, int64_t experts, const int64_t* chosen
         for (int64_t e = 0; e < experts; ++e) shares[e] = std::exp(logits[e] - top) / static_cast<C>(sum);
 }
 
-// From here on transposing the selector pays; below, each logit is a dot product.
+// From here on transposing the selector pays; below, each logit is a dot product of lines as they lie.
 constexpr int64_t kManyTokens = 128;
 // Rows that a thread takes at a time: upcast, they stay in its second-level cache.
 constexpr int64_t kRowsAtOnce = 96;
 
-// Rows of a matrix in the type of computation, up to kRowsAtOnce at a time: where they lie, or as a copy.
+template <class To> bool is(const Stored& matrix) {
+    bool same = false;
+    with_type(matrix.type, [&](auto* tag) { same = std::is_same_v<std::remove_pointer_t<decltype(tag)>, To>; });
+    return same;
+}
+
+// Rows of a matrix as C, up to kRowsAtOnce at a time: where they lie, or copied, if C is computed with.
 template <class C> class SomeRows {
   public:
     // With `padded`, they are always copied, zero-filled to whole panels of registers.
@@ -68,22 +62,19 @@ template <class C> class SomeRows {
                         rows_[i] = from;
                         continue;
                     }
-                C* to = copy_.data() + i * ld();
-                const int64_t columns = columns_.end - columns_.begin;
-                for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<C>(upcast(from[c]));
-                std::fill(to + columns, to + ld(), C(0));
-                rows_[i] = to;
+                if constexpr (std::is_same_v<compute_t<C>, C>) {
+                    C* to = copy_.data() + i * ld();
+                    const int64_t columns = columns_.end - columns_.begin;
+                    for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<C>(upcast(from[c]));
+                    std::fill(to + columns, to + ld(), C(0));
+                    rows_[i] = to;
+                }
             }
         });
         return rows_.data();
     }
 
   private:
-    template <class To> static bool is(const Stored& matrix) {
-        bool same = false;
-        with_type(matrix.type, [&](auto* tag) { same = std::is_same_v<std::remove_pointer_t<decltype(tag)>, To>; });
-        return same;
-    }
     int64_t ld() const {
         constexpr int64_t kPanel = kVectors * kLanes<C>;
         return (columns_.end - columns_.begin + kPanel - 1) / kPanel * kPanel;
@@ -120,46 +111,83 @@ template <class C> class Wide {
     const C* data_ = nullptr;
 };
 
-// What a thread needs. Made before threads start: what they cannot get must not end the process.
-template <class C> struct ScoreWorkspace {
-    SomeRows<C> x;
+// For dot products: upcast, they and some lines of the selector stay in its first-level cache.
+constexpr int64_t kRowsNear = 12;
+
+// What a thread needs, x as A. Made before threads start: what they cannot get must not end the process.
+template <class A, class C> struct ScoreWorkspace {
+    SomeRows<A> x;
     Buffer<Key<C>> keys;
     Buffer<C> padded;
 
-    explicit ScoreWorkspace(const Routes& r)
-        : x(r.x, r.width, {0, r.width}, false), keys(r.experts), padded(padded_size<C>(r.width, r.experts)) {}
+    ScoreWorkspace(const Routes& r, int64_t n_padded) : x(r.x, r.width, {0, r.width}, false), keys(r.experts), padded(n_padded) {}
 };
 
-// Calls then(token, its logits, workspace) for every token.
-template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& then) {
+// Calls score(x, first token, tokens, workspace), which writes logits, for some tokens at a time; then then(token, its logits,
+// keys) for each.
+template <class C, class A, class Score, class Then>
+void score_rows(const Routes& r, int64_t at_once, std::vector<ScoreWorkspace<A, C>>& all, const C* logits, Score&& score, Then&& then) {
+    ScoreWorkspace<A, C>& ws = all[omp_get_thread_num()];
+    const Range own = part_of(r.tokens, omp_get_thread_num(), omp_get_num_threads());
+    for (int64_t first = own.begin; first < own.end; first += at_once) {
+        const int64_t n = std::min(at_once, own.end - first);
+        score(ws.x.take(first, n), first, n, ws);
+        for (int64_t t = first; t < first + n; ++t) then(t, logits + t * r.experts, ws.keys);
+    }
+}
+
+// The selector's lines are read as they lie.
+template <class C, class A, class S, class F> void score_by_lines(const Routes& r, const S* selector, C* logits, F&& then) {
+    auto all = one_for_each_thread<ScoreWorkspace<A, C>>(r.threads, r, 0);
+    const int64_t at_once = std::is_same_v<A, C> ? kRowsNear : kRowsAtOnce;
+#pragma omp parallel num_threads(r.threads)
+    score_rows(
+        r, at_once, all, logits,
+        [&](const A* const* x, int64_t first, int64_t n, auto&) {
+            product_dots<A, S>(x, n, selector, r.width, r.width, r.experts,
+                               [&](int64_t i, int64_t e, int experts, const C* sums) {
+                                   std::copy_n(sums, experts, logits + (first + i) * r.experts + e);
+                               });
+        },
+        then);
+}
+
+// The selector is transposed, for products by panels of experts.
+template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&& then) {
     const Wide<C> selector(r.selector, r.experts * r.width);
-    const bool many = r.tokens >= kManyTokens;
-    Buffer<C> transposed(many ? r.width * r.experts : 0);
-    auto all = one_for_each_thread<ScoreWorkspace<C>>(r.threads, r);
+    Buffer<C> transposed(r.width * r.experts);
+    auto all = one_for_each_thread<ScoreWorkspace<C, C>>(r.threads, r, padded_size<C>(r.width, r.experts));
 #pragma omp parallel num_threads(r.threads)
     {
-        ScoreWorkspace<C>& ws = all[omp_get_thread_num()];
-        if (many) {
 #pragma omp for schedule(static)
-            for (int64_t first = 0; first < r.experts; first += kStrip)
-                transpose_rows(selector.data(), r.experts, r.width, r.width, first, transposed.data(), r.experts);
-        }
-        const Range own = part_of(r.tokens, omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t first = own.begin; first < own.end; first += kRowsAtOnce) {
-            const int64_t n = std::min(kRowsAtOnce, own.end - first);
-            const C* const* x = ws.x.take(first, n);
-            C* scores = logits + first * r.experts;
-            if (many)
+        for (int64_t first = 0; first < r.experts; first += kStrip)
+            transpose_rows(selector.data(), r.experts, r.width, r.width, first, transposed.data(), r.experts);
+        score_rows(
+            r, kRowsAtOnce, all, logits,
+            [&](const C* const* x, int64_t first, int64_t n, auto& ws) {
+                C* scores = logits + first * r.experts;
                 product<C, C>(x, n, transposed.data(), r.experts, r.width, r.experts, ws.padded.data(), Fetch{},
                               [&](int64_t i, int64_t column, int columns, const auto& acc) {
                                   put(scores + i * r.experts + column, acc, columns);
                               });
-            for (int64_t i = 0; i < n; ++i, scores += r.experts) {
-                for (int64_t e = 0; e < r.experts && !many; ++e) scores[e] = dot(x[i], selector.data() + e * r.width, r.width);
-                then(first + i, scores, ws.keys);
-            }
-        }
+            },
+            then);
     }
+}
+
+// Calls then(token, its logits, keys) for every token.
+template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& then) {
+    with_type(r.selector.type, [&](auto* tag) {
+        using S = std::remove_pointer_t<decltype(tag)>;
+        const S* selector = static_cast<const S*>(r.selector.data);
+        if constexpr (std::is_same_v<operand_t<S>, S> && std::is_same_v<compute_t<S>, C> && !std::is_same_v<S, C>) {
+            // As exact as in float, and nothing is copied.
+            if (is<S>(r.x)) return score_by_lines<C, S>(r, selector, logits, then);
+        }
+        if (r.tokens >= kManyTokens) return score_by_panels<C>(r, logits, then);
+        if constexpr (std::is_same_v<compute_t<S>, C>) score_by_lines<C, C>(r, selector, logits, then);
+        else score_by_lines<C, C>(r, Wide<C>(r.selector, r.experts * r.width).data(), logits, then);
+    });
 }
 
 template <class C> void route_in(const Routes& r, C* logits, int64_t* indices, C* gates, C* shares) {
