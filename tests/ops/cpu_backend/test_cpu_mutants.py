@@ -69,6 +69,8 @@ MUTANTS = {
     "ragged-dots-cut": Mutant(
         "dots.h", "if (const int64_t n = depth - k)", "if (const int64_t n = depth - k; n > 1)", "layouts"
     ),
+    "sums-of-the-row-before": Mutant("dots.h", "held[i + 1 < R ? i + 1 : i]", "held[i]", "layouts"),
+    "tile-of-rows-twice": Mutant("product.h", "first += n;", "first += n > 1 ? n - 1 : n;", "layouts"),
     "halves-swapped-where-interleaved": Mutant("hidden.h", "ws.joint[2 * i + 1]", "ws.joint[2 * i]", "layouts"),
     "interleaved-gradient-lost": Mutant(
         "experts_backward.h", "row[2 * g + 1] = ws.gate_rows[i][g]", "row[2 * g + 1] = ws.d_rows[i][g]", "layouts"
@@ -132,6 +134,7 @@ MUTANTS = {
         "routes",
         "route.cpp",
     ),
+    "scores-of-one-row": Mutant("route.cpp", "(first + i) * r.experts + e)", "first * r.experts + e)", "routes", "route.cpp"),
     "first-column-for-all": Mutant("transpose.h", "= a[i * lda + c];", "= a[i * lda];", "routes", "route.cpp"),
 }
 # Fresh memory is often zero, so that the numbers of this one may be right: only the poison tells.
