@@ -235,8 +235,8 @@ def test_environment_has_the_library_of_matrix_products_and_its_threads() -> Non
 
 
 def test_measurements_are_rounded_to_five_digits() -> None:
-    """Files stay small; whole numbers are kept, and types of a result are as JSON has them."""
-    data = {"a": [1.23456789e-5, 7], "b": (True, "x", None), "c": Spread(median_s=0.0123456, q1_s=2.0, q3_s=123456.7, n=7)}
-    assert rounded(data) == {
-        "a": [1.2346e-05, 7], "b": [True, "x", None], "c": {"median_s": 0.012346, "q1_s": 2.0, "q3_s": 123460.0, "n": 7}
-    }  # fmt: skip
+    """Files stay small; whole numbers and what was chosen are kept, and types of a result are as JSON has them."""
+    spread = Spread(median_s=0.0123456, q1_s=2.0, q3_s=123456.7, n=7)
+    assert rounded({"a": [1.23456789e-5, 7], "b": (True, "x", None)}) == {"a": [1.2346e-05, 7], "b": [True, "x", None]}
+    assert rounded(spread) == {"median_s": 0.012346, "q1_s": 2.0, "q3_s": 123460.0, "n": 7}
+    assert rounded({"settings": {"lr": 0.001234567}}) == {"settings": {"lr": 0.001234567}}

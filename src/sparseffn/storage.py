@@ -214,11 +214,14 @@ def write_json(path: Path, data: object, *, seal: bool = False) -> None:
 
 
 def rounded(data: object) -> Any:
-    """What JSON holds of measurements: every float to five significant digits, more than any timing has."""
+    """What JSON holds of measurements: floats to five significant digits, more than any timing has.
+
+    Those of `settings`, `shapes` and `blocks` are kept: they were chosen, and are compared with what is asked for again.
+    """
 
     def of(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: of(inner) for key, inner in value.items()}
+            return {key: inner if key in ("settings", "shapes", "blocks") else of(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [of(inner) for inner in value]
         return float(f"{value:.5g}") if isinstance(value, float) else value

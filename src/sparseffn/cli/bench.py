@@ -219,10 +219,10 @@ def _deliver(measured: BenchResult, settings: Bench) -> int:
 
 
 def _write(result: BenchResult, out: str) -> list[Path]:
-    """The result as JSON, as a page and, of the paper's figures, as drawings."""
+    """The result as JSON and, from that, as a page and, of the paper's figures, as drawings."""
     data = Path(out) / f"{result.kind}.json"
     write_json(data, rounded(result))
-    return [data, *write_bench(result, out, drawn=can_draw())]
+    return [data, *write_bench(read_bench(data), out, drawn=can_draw())]
 
 
 def figures(settings: BenchFigures) -> int:

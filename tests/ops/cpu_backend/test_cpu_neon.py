@@ -14,7 +14,7 @@ from sparseffn.ops.cpu import build
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PROGRAM = Path(__file__).with_name("products.cpp")
-FILES = ("experts_float.cpp", "experts_double.cpp", "experts_bf16.cpp", "experts_half.cpp", "instructions.cpp")
+FILES = ("experts_float.cpp", "experts_double.cpp", "experts_bf16.cpp", "experts_half.cpp", "route.cpp", "instructions.cpp")
 # Above the base, arithmetic of float16 and bfloat16 in registers, as Graviton 3 and Neoverse V1 have.
 TARGETS = {"armv8-a": "NEON", "armv8.2-a+bf16+fp16": "NEON"}
 

@@ -83,6 +83,53 @@ def test_outputs_and_gradients_are_near_the_truth(case: str, gate: str, dtype: t
             check_against_truth(name, *three, wide)
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("n_tokens", [4, 200], ids=["few", "many"])
+@pytest.mark.parametrize("selector_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_selector_of_another_type(dtype: torch.dtype, selector_dtype: torch.dtype, n_tokens: int) -> None:
+    """Logits are float64 with x in it, else float32; of few bits they are exact."""
+    x, selector = drawn(n_tokens, 6, 70)
+    got = results("cpu", [x.to(dtype), selector.to(selector_dtype)], 3, "sigmoid")
+    truth = results("reference", [x, selector], 3, "sigmoid")
+    wide = torch.promote_types(dtype, torch.float32)
+    assert [t.dtype for t in got] == [wide, wide, dtype, selector_dtype, torch.int64]
+    torch.testing.assert_close(got[0].double(), truth[0], atol=0.0, rtol=0.0)
+    assert torch.equal(got[4], truth[4])
+    for one, wanted, of in zip(got[1:4], truth[1:4], (wide, dtype, selector_dtype), strict=True):
+        near = 8 * torch.finfo(max(of, wide, key=lambda t: torch.finfo(t).eps)).eps
+        torch.testing.assert_close(one.double(), wanted, atol=near * float(wanted.abs().max()), rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("n_tokens", [4, 200], ids=["few", "many"])
+def test_logits_of_any_numbers_are_near_the_truth(n_tokens: int, dtype: torch.dtype) -> None:
+    """Rounded in sums, which numbers of few bits are not."""
+    x, selector = torch.randn(n_tokens, 333).to(dtype), torch.randn(9, 333).to(dtype)
+    got, plain, truth = (results(b, t, 2, "sigmoid")[0] for b, t in (
+        ("cpu", [x, selector]), ("torch", [x, selector]), ("reference", [x.double(), selector.double()])
+    ))  # fmt: skip
+    check_against_truth("route", got, plain, truth, torch.float32)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_bfloat16_token_has_the_same_logits_in_any_batch(n_threads: int) -> None:
+    """Where pairs of bfloat16 are multiplied; other types go another way from 128 tokens on."""
+    if "AVX512-BF16" not in build.instruction_sets():
+        pytest.skip("needs instructions for pairs of bfloat16")
+    x, selector = torch.randn(300, 333).bfloat16(), torch.randn(9, 333).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        whole = results("cpu", [x, selector], 2, "sigmoid")[0]
+        torch.set_num_threads(n_threads)
+        for first, n in ((0, 1), (17, 64), (100, 200)):
+            assert torch.equal(results("cpu", [x[first : first + n], selector], 2, "sigmoid")[0], whole[first : first + n])
+    finally:
+        torch.set_num_threads(before)
+
+
 @EVERY_GATE
 def test_fewer_numbers_than_a_register_holds(gate: str) -> None:
     """And none of the inputs in the order of its memory."""
@@ -103,10 +150,11 @@ def test_gradient_through_one_output_alone(gate: str, through: tuple[int, ...]) 
 
 
 @EVERY_GATE
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize("n_tokens", [4, 200], ids=["few", "many"])
-def test_non_finite_token_costs_its_own_row(gate: str, n_tokens: int) -> None:
+def test_non_finite_token_costs_its_own_row(gate: str, n_tokens: int, dtype: torch.dtype) -> None:
     """Its NaN is chosen first, so that its output shows it; all other rows keep their bits."""
-    inputs = [t.float() for t in drawn(n_tokens, 7, 33)]
+    inputs = [t.to(dtype) for t in drawn(n_tokens, 7, 33)]
     before = results("cpu", inputs, 3, gate)
     others = torch.arange(n_tokens) != 1
     for value in (torch.nan, -torch.nan, torch.inf):

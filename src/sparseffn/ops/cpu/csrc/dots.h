@@ -50,7 +50,7 @@ template <int Half, class V, int... Q> SPARSEFFN_INLINE V fold(const V& a, const
     return first + second;
 }
 
-// Sums over the lanes of four registers a row, by halves as sum_of_lanes, which is what is left where there is no room for them.
+// Sums over the lanes of R x N registers, by halves as sum_of_lanes: hence the same bits where that is what does it.
 template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C> (&v)[R][N], C (&sums)[R][N]) {
     constexpr int n = kLanes<C>;
     if constexpr (N != 4 || n < 4) {
@@ -63,13 +63,16 @@ template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C
         for (int i = 0; i < R; ++i)
             held[i] = fold<n / 4>(fold<n / 2>(v[i][0], v[i][1], Lanes{}), fold<n / 2>(v[i][2], v[i][3], Lanes{}), Lanes{});
         // Those of two rows, then of four, in one register.
-        if constexpr (n >= 8)
+        if constexpr (n >= 8) {
 #pragma GCC unroll 4
             for (int i = 0; i < R; i += 2) held[i] = fold<n / 8>(held[i], held[i + 1 < R ? i + 1 : i], Lanes{});
-        if constexpr (n >= 16)
+        }
+        if constexpr (n >= 16) {
 #pragma GCC unroll 2
             for (int i = 0; i < R; i += 4) held[i] = fold<n / 16>(held[i], held[i + 2 < R ? i + 2 : i], Lanes{});
-        for (int i = 0; i < R; i += n / 4) std::memcpy(sums[0] + i * N, &held[i], std::min(R - i, n / N) * N * sizeof(C));
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i += n / N) std::memcpy(&sums[i], &held[i], std::min(R - i, n / N) * sizeof sums[0]);
     }
 }
 

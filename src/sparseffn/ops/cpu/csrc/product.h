@@ -96,8 +96,8 @@ template <int Most, class F> inline void with_constant(int value, F&& f) {
     }
 }
 
-// Calls f(first, std::integral_constant<int, n>) for rows in tiles of n <= Most, as equal as they can be: in a tile of one or two
-// rows each sum waits for the product before it.
+// Calls f(first, std::integral_constant<int, n>) for rows in tiles of n <= Most, as equal as they can be: one of one or two
+// rows, left over, takes nearly as long as one of three, as each of its few sums waits for the product before.
 template <int Most, class F> inline void in_tiles(int64_t rows, F&& f) {
     const int64_t tiles = (rows + Most - 1) / Most;
     for (int64_t first = 0, left = tiles; left > 0; --left) {

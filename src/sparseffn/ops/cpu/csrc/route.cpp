@@ -33,10 +33,13 @@ void gates_of(Gate kind, const C* logits, int64_t experts, const int64_t* chosen
         for (int64_t e = 0; e < experts; ++e) shares[e] = std::exp(logits[e] - top) / static_cast<C>(sum);
 }
 
-// From here on transposing the selector pays; below, each logit is a dot product of lines as they lie.
+// From here on transposing the selector pays, but for what is multiplied as it is stored; below, each logit is a dot product of
+// lines as they lie.
 constexpr int64_t kManyTokens = 128;
-// Rows that a thread takes at a time: upcast, they stay in its second-level cache.
+// Rows that a thread takes at a time, in the type that is multiplied: they stay in its second-level cache.
 constexpr int64_t kRowsAtOnce = 96;
+// The same where few tokens are upcast for dot products: two tiles. More gained nothing from 12 to 96.
+constexpr int64_t kUpcastAtOnce = 12;
 
 template <class To> bool is(const Stored& matrix) {
     bool same = false;
@@ -44,13 +47,13 @@ template <class To> bool is(const Stored& matrix) {
     return same;
 }
 
-// Rows of a matrix as C, up to kRowsAtOnce at a time: where they lie, or copied, if C is computed with.
+// Rows of a matrix as C, up to `most` at a time: where they lie, or as copies. A C that is not computed with is the matrix's own.
 template <class C> class SomeRows {
   public:
     // With `padded`, they are always copied, zero-filled to whole panels of registers.
-    SomeRows(const Stored& matrix, int64_t width, Range columns, bool padded)
-        : matrix_(matrix), width_(width), columns_(columns), padded_(padded), rows_(kRowsAtOnce),
-          copy_(padded || !is<C>(matrix) ? kRowsAtOnce * ld() : 0) {}
+    SomeRows(const Stored& matrix, int64_t width, Range columns, bool padded, int64_t most = kRowsAtOnce)
+        : matrix_(matrix), width_(width), columns_(columns), padded_(padded), rows_(most),
+          copy_(padded || !is<C>(matrix) ? most * ld() : 0) {}
 
     const C* const* take(int64_t first, int64_t n) {
         with_type(matrix_.type, [&](auto* tag) {
@@ -111,16 +114,14 @@ template <class C> class Wide {
     const C* data_ = nullptr;
 };
 
-// For dot products: upcast, they and some lines of the selector stay in its first-level cache.
-constexpr int64_t kRowsNear = 12;
-
 // What a thread needs, x as A. Made before threads start: what they cannot get must not end the process.
 template <class A, class C> struct ScoreWorkspace {
     SomeRows<A> x;
     Buffer<Key<C>> keys;
     Buffer<C> padded;
 
-    ScoreWorkspace(const Routes& r, int64_t n_padded) : x(r.x, r.width, {0, r.width}, false), keys(r.experts), padded(n_padded) {}
+    ScoreWorkspace(const Routes& r, int64_t most, int64_t n_padded)
+        : x(r.x, r.width, {0, r.width}, false, most), keys(r.experts), padded(n_padded) {}
 };
 
 // Calls score(x, first token, tokens, workspace), which writes logits, for some tokens at a time; then then(token, its logits,
@@ -138,8 +139,8 @@ void score_rows(const Routes& r, int64_t at_once, std::vector<ScoreWorkspace<A, 
 
 // The selector's lines are read as they lie.
 template <class C, class A, class S, class F> void score_by_lines(const Routes& r, const S* selector, C* logits, F&& then) {
-    auto all = one_for_each_thread<ScoreWorkspace<A, C>>(r.threads, r, 0);
-    const int64_t at_once = std::is_same_v<A, C> ? kRowsNear : kRowsAtOnce;
+    constexpr int64_t at_once = std::is_same_v<A, C> ? kUpcastAtOnce : kRowsAtOnce;
+    auto all = one_for_each_thread<ScoreWorkspace<A, C>>(r.threads, r, at_once, 0);
 #pragma omp parallel num_threads(r.threads)
     score_rows(
         r, at_once, all, logits,
@@ -156,7 +157,7 @@ template <class C, class A, class S, class F> void score_by_lines(const Routes& 
 template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&& then) {
     const Wide<C> selector(r.selector, r.experts * r.width);
     Buffer<C> transposed(r.width * r.experts);
-    auto all = one_for_each_thread<ScoreWorkspace<C, C>>(r.threads, r, padded_size<C>(r.width, r.experts));
+    auto all = one_for_each_thread<ScoreWorkspace<C, C>>(r.threads, r, kRowsAtOnce, padded_size<C>(r.width, r.experts));
 #pragma omp parallel num_threads(r.threads)
     {
 #pragma omp for schedule(static)
@@ -181,12 +182,13 @@ template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& th
         using S = std::remove_pointer_t<decltype(tag)>;
         const S* selector = static_cast<const S*>(r.selector.data);
         if constexpr (std::is_same_v<operand_t<S>, S> && std::is_same_v<compute_t<S>, C> && !std::is_same_v<S, C>) {
-            // As exact as in float, and nothing is copied.
+            // As exact as in float, where no number is subnormal, and nothing is copied.
             if (is<S>(r.x)) return score_by_lines<C, S>(r, selector, logits, then);
         }
         if (r.tokens >= kManyTokens) return score_by_panels<C>(r, logits, then);
-        if constexpr (std::is_same_v<compute_t<S>, C>) score_by_lines<C, C>(r, selector, logits, then);
-        else score_by_lines<C, C>(r, Wide<C>(r.selector, r.experts * r.width).data(), logits, then);
+        if constexpr (std::is_same_v<compute_t<S>, C>) return score_by_lines<C, C>(r, selector, logits, then);
+        const Wide<C> wide(r.selector, r.experts * r.width);
+        score_by_lines<C, C>(r, wide.data(), logits, then);
     });
 }
 
