@@ -9,6 +9,7 @@ import pytest
 from micro_tables import MakeTable
 from msgspec import structs
 
+from sparseffn import __version__
 from sparseffn.errors import UserError
 from sparseffn.paper import evidence
 from sparseffn.paper.corpus_choice import Corpora
@@ -32,6 +33,7 @@ from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.rules import rules
 from sparseffn.paper.scales import Scale, get_scale
+from sparseffn.results.experiment_result import ExperimentRun
 from sparseffn.storage import write_json
 from sparseffn.training.step_costs import forward_flops
 
@@ -121,6 +123,25 @@ def test_experiments_are_listed_around_the_tables(request_micro: Request, monkey
     assert {item.table for item in listed_items(request_micro, ("ablations", "table1"))} == {"ablations", "table1"}
     with pytest.raises(UserError, match="control"):
         listed_items(request_micro, ("controls",))
+
+
+def test_what_changes_no_verdict_is_not_run(request_micro: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert is worse at the first look, of six seeds, and has no seventh; the others do not."""
+    planned = {name: structs.replace(rule, scale="micro") for name, rule in rules().items()}
+    monkeypatch.setattr(evidence, "rules", lambda: planned)
+    items, pool, started = listed_items(request_micro, ("ablations",)), Pool(tmp_path), []
+    recorded = {
+        item.spec.digest: ExperimentRun(
+            candidate=item.label, seed=item.seed, test=1.3 + 0.1 * item.label.startswith("K = 1") + 0.001 * (i % 5), valid=1.3,
+            train_s=1.0, wall_s=1.0, digest=item.spec.digest, version=__version__, sources="",
+        )
+        for i, item in enumerate(items[:42])
+    }  # fmt: skip
+    done = run_until_budget(items, pool, 1.0, started.append, recorded=recorded, clock=lambda: 0.0, estimate=lambda i, w: 1.0)
+    assert done == len(started) == 36 and {item.label for item in started} == {i.label for i in items} - {"K = 1, G 256"}
+    result = evidence_result(items, pool, recorded)
+    settled = [(run.label, run.seed) for run in result.runs if run.status == "settled"]
+    assert settled == [("K = 1, G 256", seed) for seed in range(206, 212)]
 
 
 def test_estimate_is_of_the_same_model_else_by_flops(request_micro: Request) -> None:

@@ -15,7 +15,7 @@ from sparseffn.errors import UserError
 from sparseffn.paper.collapse import collapses, has_collapsed
 from sparseffn.paper.corpus_choice import Corpora
 from sparseffn.paper.execution import execute
-from sparseffn.paper.experiments import experiment_result, experiment_runs, judged, losses_of
+from sparseffn.paper.experiments import awaited_seeds, experiment_result, experiment_runs, judged, losses_of
 from sparseffn.paper.planned import Request
 from sparseffn.paper.pool import Pool
 from sparseffn.paper.rules import Rule, rules
@@ -125,6 +125,19 @@ def test_a_later_look_does_not_take_back_what_an_earlier_one_decided() -> None:
     for seed in rule.seeds[4:]:
         found["dense"][seed] += 1.0
     assert judged(rule, found)[0].verdict == "confirmed"
+
+
+def test_seeds_beyond_the_look_that_decided_are_awaited_by_nobody() -> None:
+    """The reference serves all contrasts; what is not tested has every seed; a candidate of no contrast too."""
+    rule = rules()["ablations"]
+    gains = {"K = 1, G 256": -0.05}
+    assert set(awaited_seeds(rule, losses(rule, gains, 5)).values()) == {12}
+    decided = awaited_seeds(rule, losses(rule, gains, 6))
+    assert {name for name, n in decided.items() if n != 12} == {"K = 1, G 256"} and decided["K = 1, G 256"] == 6
+    assert set(awaited_seeds(rule, losses(rule, {"sigma-MoE": 0.05}, 6)).values()) == {6}
+    control, collapse = rules()["control"], rules()["collapse"]
+    assert awaited_seeds(control, losses(control, EQUAL, 4))["dense, d_ff 32"] == 8
+    assert set(awaited_seeds(collapse, losses(collapse, {}, 2)).values()) == {2}
 
 
 def test_open_claims_are_bounded_where_the_published_effect_is_excluded() -> None:

@@ -202,7 +202,9 @@ def evidence(settings: ReproduceEvidence) -> int:
     ]
     print_records(rows, n_words=6)
     done = [run.wall_s for run in result.runs if run.wall_s is not None]
-    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}")
+    settled = sum(run.status == "settled" for run in result.runs)
+    left_out = f", {settled} not needed as their comparisons are decided" if settled else ""
+    print(f"\n{len(done)} of {len(rows)} runs finished in {clock(sum(done))}{left_out}")
     if settings.out is None:
         print(f"their tables are written by:\n  {_list_command(settings)}")
     print_files(index)

@@ -67,7 +67,7 @@ class ReproduceEvidence(Runs):
     """Train the runs that decide the paper's claims, the most decisive first, one at a time, within a budget.
 
     Each call goes on with what is missing, then prints how all runs stand. An experiment's runs are missing where
-    neither the pool nor its record in --out holds them.
+    neither the pool nor its record in --out holds them, and are left out once its looks have decided what they are for.
 
     Examples:
       sparseffn reproduce evidence --list

@@ -18,7 +18,7 @@ import torch
 
 from sparseffn.errors import unknown_name
 from sparseffn.paper.costs import measured_step_s, training_flops
-from sparseffn.paper.experiments import experiment_runs, suffices
+from sparseffn.paper.experiments import awaited_seeds, experiment_runs, suffices
 from sparseffn.paper.jobs import NamedRun
 from sparseffn.paper.planned import PlannedTable, Request, plan_table
 from sparseffn.paper.pool import Finished, Pool, RunSpec, Status
@@ -196,11 +196,30 @@ def status_of(item: Item, pool: Pool, recorded: Mapping[str, ExperimentRun]) -> 
     return status
 
 
+def settled_runs(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun]) -> set[str]:
+    """Digests of runs, finished or not, whose losses change no verdict: what they are compared for is decided without them."""
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for item in items:
+        status = status_of(item, pool, recorded)
+        if item.table in rules() and (status.finished is not None or status.kind == "recorded"):
+            loss = recorded[item.spec.digest].test if status.finished is None else status.finished.result.test
+            losses.setdefault(item.table, {}).setdefault(item.label, {})[item.seed] = loss
+    awaited = {name: awaited_seeds(rules()[name], losses[name]) for name in losses}
+
+    def settled(item: Item) -> bool:
+        return item.table in awaited and rules()[item.table].seeds.index(item.seed) >= awaited[item.table][item.label]
+
+    # A run that two experiments share is settled for both.
+    return {item.spec.digest for item in items} - {item.spec.digest for item in items if not settled(item)}
+
+
 def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun] = _NOTHING) -> EvidenceResult:
     """The order and how each run stands; `recorded` is of `recorded_runs`."""
-    runs = []
+    runs, settled = [], settled_runs(items, pool, recorded)
     for position, item in enumerate(items, 1):
         status = status_of(item, pool, recorded)
+        if status.wanted and item.spec.digest in settled:
+            status = Status(kind="settled", reason="its comparisons are decided")
         source = recorded[item.spec.digest] if status.kind == "recorded" else status.finished
         runs.append(
             EvidenceRun(
@@ -239,7 +258,7 @@ def run_until_budget(
     clock: Callable[[], float] = time.monotonic,
     estimate: Callable[[Item, Mapping[str, float]], float] | None = None,
 ) -> int:
-    """Do the missing runs in order until the next one would not fit the budget.
+    """Do the missing runs in order until the next one would not fit the budget; those that change no verdict are left out.
 
     Args:
         items: the list.
@@ -261,7 +280,8 @@ def run_until_budget(
     statuses = {item.spec.digest: status_of(item, pool, recorded) for item in items}
     walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
     for item in items:
-        if not statuses[item.spec.digest].wanted:
+        # The run before may have decided what this one is for.
+        if not statuses[item.spec.digest].wanted or item.spec.digest in settled_runs(items, pool, recorded):
             continue
         needed, left = estimate(item, walls), budget_s - (clock() - started)
         if needed > left:

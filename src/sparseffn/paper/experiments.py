@@ -197,6 +197,19 @@ def _judged(rule: Rule, contrast: Contrast, test: Losses, valid: Losses, needed:
     return structs.replace(found, verdict=verdict, reason=reason)
 
 
+def awaited_seeds(rule: Rule, test: Losses) -> dict[str, int]:
+    """For each candidate, how many of the rule's seeds verdicts wait for: of decided ones those of the look that decided."""
+    seeds = dict.fromkeys((candidate.name for candidate in rule.candidates), 0)
+    # Candidates of no contrast are there for something else: for loads, say.
+    waiting = set(seeds).difference(*(contrast.weights for contrast in rule.contrasts))
+    for contrast, found in zip(rule.contrasts, judged(rule, test), strict=True):
+        is_decided = found.verdict in ("confirmed", "contradicted")
+        n = found.n_seeds if is_decided else len(rule.seeds)
+        for name in {rule.reference, *contrast.weights}:
+            seeds[name] = max(seeds[name], n)
+    return seeds | dict.fromkeys(waiting, len(rule.seeds))
+
+
 def _one_percent(rule: Rule, losses: Losses, n: int) -> float:
     """Of the reference's mean loss over the rule's first n seeds."""
     return statistics.fmean(losses[rule.reference][seed] for seed in rule.seeds[:n]) / 100

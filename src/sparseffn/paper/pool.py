@@ -112,8 +112,9 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    kind: Literal["finished", "recorded", "missing", "failed"]
-    """`recorded` is of `evidence.status_of`: the pool has not the run, the record of an experiment has what matters of it."""
+    kind: Literal["finished", "recorded", "missing", "failed", "settled"]
+    """Of `paper.evidence`: `recorded` is a run that the pool has not and the record of an experiment has; `settled` one that no
+    verdict waits for."""
     reason: str | None
     """Why there is no result."""
     finished: Finished | None = None

@@ -40,9 +40,9 @@ class Picture:
 def pictures(results: Path) -> list[Picture]:
     """Those that there are results for."""
     claims = read(results / "evidence" / "claims.json", ClaimsResult, fix=_FIX)
-    control, scaling, collapse, experts = (
+    control, scaling, collapse, experts, ablations = (
         read(results / "evidence" / f"{name}.json", ExperimentResult, fix=_FIX)
-        for name in ("control", "scaling", "collapse", "experts")
+        for name in ("control", "scaling", "collapse", "experts", "ablations")
     )
     studies = [read_study(results / f"study-{name}.json") for name in ("init", "competition", "balance")]
     found: list[tuple[str, str, list[Any], Callable[..., Plot]]] = [
@@ -52,6 +52,7 @@ def pictures(results: Path) -> list[Picture]:
         ("curves-control", "Learning curves of the control", loss_courses(control), loss_plot),
         ("forest-scaling", "Scaling", experiment_rows(scaling), forest_plot),
         ("forest-experts", "More experts", experiment_rows(experts), forest_plot),
+        ("forest-ablations", "The ablations", experiment_rows(ablations), forest_plot),
         ("scaling-params", "Loss over parameters", over_params(scaling), params_plot),
         ("scaling-flops", "Loss over training FLOPs", over_flops(scaling), flops_plot),
         ("loads-collapse", "Evenness of the load over training", collapse_courses(collapse), evenness_plot),

@@ -15,8 +15,9 @@ class EvidenceRun(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     seed: int
     why: str
-    status: Literal["finished", "recorded", "missing", "failed"]
-    """`recorded` is finished by the record of an experiment, while the pool does not have the run."""
+    status: Literal["finished", "recorded", "missing", "failed", "settled"]
+    """`recorded` is finished by the record of an experiment, while the pool does not have the run; `settled` is not run and not
+    missing either, as a look at fewer seeds has decided what it is for."""
     reason: str | None = None
     wall_s: float | None = None
     digest: str
