@@ -86,6 +86,11 @@ class Found:
         (one,) = [one for one in found.contrasts if one.name == contrast]
         return _rounded(one)
 
+    def decided_at(self, experiment: str, contrast: str) -> int:
+        """Seeds of the look that its verdict is of."""
+        (one,) = [one for one in self.experiment(experiment).contrasts if one.name == contrast]
+        return one.n_seeds
+
     def claims(self) -> ClaimsResult:
         return read(self.folder / "evidence" / "claims.json", ClaimsResult, fix="run `make evidence` again")
 
@@ -299,6 +304,13 @@ def _no_better_at_96(found: Found) -> bool:
     return large >= small
 
 
+def _left_open(found: Found) -> bool:
+    """Of the ablations: all but those of K are bounded, and none is worse by more than 0.8% of the loss."""
+    rest = [one for one in found.experiment("ablations").contrasts if not one.name.startswith("27")]
+    highs = [found.interval("ablations", one.name)[1] for one in rest]
+    return len(rest) == 4 and {one.verdict for one in rest} == {"bounded"} and min(highs) > 0 and max(highs) == 0.8
+
+
 def _dead_as_released(found: Found) -> bool:
     """Every run of the released forms ends with dead experts, none of the others."""
     runs = found.experiment("collapse").runs
@@ -385,10 +397,24 @@ SENTENCES = (
     Sentence(RESULTS, "in three layers of the released Switch, in one from 6% to 31%", _dying),
     Sentence(RESULTS, "lies outside the interval of -0.4% to +0.2%", lambda f: f.interval("experts", "slope") == (-0.4, 0.2)),
     Sentence(RESULTS, "dense is no better there than at 0.15 million", _no_better_at_96),
+    Sentence(RESULTS, "one expert of 256 is worse by 0.6% to 3.2%, decided at the first look", lambda f: (
+        f.interval("ablations", "27, K = 1") == (0.6, 3.2) and f.decided_at("ablations", "27, K = 1") == 6
+    )),
+    Sentence(RESULTS, "two of 128 by 0.1% to 1.7%", lambda f: f.interval("ablations", "27, K = 2") == (0.1, 1.7)),
+    Sentence(RESULTS, "both published effects lie within", lambda f: (
+        all(
+            one.low_percent < one.published_percent < one.high_percent
+            for one in f.experiment("ablations").contrasts if one.name.startswith("27")
+        )
+    )),
+    Sentence(RESULTS, "excludes the published effect, and none of the four is worse by more than 0.8%", _left_open),
     Sentence(HF, "of Qwen3 and Granite reach theirs, all in float32; nothing else does", _reached_by_models),
     Sentence(HF, "Of OLMoE's layer in bfloat16, 5.2 ms a token", _layer_of_olmoe),
     Sentence(README, "to +1.0% of its loss; it is better than a dense block of the same FLOPs by 3.3% to 4.8%", lambda f: (
         f.interval("control", "equal parameters") == (-0.7, 1.0) and f.interval("control", "equal FLOPs") == (-4.8, -3.3)
+    )),
+    Sentence(README, "Four small experts a token are better than one or two large ones; other choices", lambda f: (
+        _left_open(f) and all(f.interval("ablations", f"27, K = {k}")[0] > 0 for k in (1, 2))
     )),
     Sentence(STATISTICS, "are -0.0095, +0.0123 and -0.0078 bits; paired and not pooled they decide nothing", lambda f: (
         _paired(f) == [-0.0095, 0.0123, -0.0078] and _includes_zero(_paired(f))
