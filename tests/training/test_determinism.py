@@ -53,6 +53,6 @@ def test_threads_and_backends_change_no_more_than_rounding() -> None:
     passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=passive)
     differences = json.loads(done.stdout)
-    assert differences.keys() == {"threads", "backend"} and max(differences.values()) <= ROUNDING
-    # Sums in another order do differ: the test compares two things.
-    assert differences["backend"] > 0
+    assert differences.keys() == {"threads", "backend"} and all(d["losses"] <= ROUNDING for d in differences.values())
+    # Sums in another order do differ, if not always in a loss: the test compares two things.
+    assert differences["backend"]["tensors"] > 0
