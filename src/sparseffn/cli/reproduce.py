@@ -38,7 +38,7 @@ from sparseffn.paper.evidence import (
     listed_items,
     recorded_runs,
     run_until_budget,
-    status_of,
+    statuses,
 )
 from sparseffn.paper.experiments import experiment_result, experiment_runs
 from sparseffn.paper.jobs import check_layouts, run_all, run_here
@@ -254,7 +254,8 @@ def _train(
     device: torch.device,
     strategy: Strategy,
 ) -> None:
-    wanted = [item for item in items if status_of(item, pool, recorded).wanted]
+    stand = statuses(items, pool, recorded)
+    wanted = [item for item in items if stand[item.spec.digest].wanted]
     check_layouts(wanted, device=str(device), strategy=strategy)
     position = {item.spec.digest: place for place, item in enumerate(wanted)}
     with Progress() as progress:

@@ -188,38 +188,37 @@ def recorded_runs(out: Path, request: Request, only: Collection[str] = ()) -> di
     return {run.digest: run for run in sorted(runs, key=lambda run: len(run.loads))}
 
 
-def status_of(item: Item, pool: Pool, recorded: Mapping[str, ExperimentRun]) -> Status:
-    """How a run stands in the pool; where that has no result, by what is recorded, if this is all that its experiment asks."""
-    status, run, rule = pool.status(item.spec), recorded.get(item.spec.digest), rules().get(item.table)
-    if status.finished is None and run is not None and rule is not None and suffices(run, rule):
-        return Status(kind="recorded", reason=None)
-    return status
+def statuses(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun]) -> dict[str, Status]:
+    """How runs stand, by digest.
 
-
-def settled_runs(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun]) -> set[str]:
-    """Digests of runs, finished or not, whose losses change no verdict: what they are compared for is decided without them."""
-    losses: dict[str, dict[str, dict[int, float]]] = {}
-    for item in items:
-        status = status_of(item, pool, recorded)
-        if item.table in rules() and (status.finished is not None or status.kind == "recorded"):
-            loss = recorded[item.spec.digest].test if status.finished is None else status.finished.result.test
-            losses.setdefault(item.table, {}).setdefault(item.label, {})[item.seed] = loss
-    awaited = {name: awaited_seeds(rules()[name], losses[name]) for name in losses}
-
-    def settled(item: Item) -> bool:
-        return item.table in awaited and rules()[item.table].seeds.index(item.seed) >= awaited[item.table][item.label]
-
-    # A run that two experiments share is settled for both.
-    return {item.spec.digest for item in items} - {item.spec.digest for item in items if not settled(item)}
+    One that the pool has not is `recorded` where its record is all that its experiments ask, and `settled` where what it would
+    be compared for is decided without it.
+    """
+    planned = [(item, rules()[item.table]) for item in items if item.table in rules()]
+    asking: dict[str, list[Rule]] = {}
+    for item, rule in planned:
+        asking.setdefault(item.spec.digest, []).append(rule)
+    found = {item.spec.digest: pool.status(item.spec) for item in items}
+    tests = {digest: status.finished.result.test for digest, status in found.items() if status.finished is not None}
+    for digest in asking.keys() & recorded.keys() - tests.keys():
+        if all(suffices(recorded[digest], rule) for rule in asking[digest]):
+            found[digest] = Status(kind="recorded", reason=None)
+            tests[digest] = recorded[digest].test
+    losses: dict[str, dict[str, dict[int, float]]] = {item.table: {} for item, _ in planned}
+    for item, _ in planned:
+        if (test := tests.get(item.spec.digest)) is not None:
+            losses[item.table].setdefault(item.label, {})[item.seed] = test
+    awaited = {name: awaited_seeds(rules()[name], of) for name, of in losses.items()}
+    needed = {item.spec.digest for item, rule in planned if rule.seeds.index(item.seed) < awaited[item.table][item.label]}
+    settled = Status(kind="settled", reason="its comparisons are decided")
+    return found | {digest: settled for digest in asking.keys() - needed if found[digest].wanted}
 
 
 def evidence_result(items: Sequence[Item], pool: Pool, recorded: Mapping[str, ExperimentRun] = _NOTHING) -> EvidenceResult:
     """The order and how each run stands; `recorded` is of `recorded_runs`."""
-    runs, settled = [], settled_runs(items, pool, recorded)
+    runs, found = [], statuses(items, pool, recorded)
     for position, item in enumerate(items, 1):
-        status = status_of(item, pool, recorded)
-        if status.wanted and item.spec.digest in settled:
-            status = Status(kind="settled", reason="its comparisons are decided")
+        status = found[item.spec.digest]
         source = recorded[item.spec.digest] if status.kind == "recorded" else status.finished
         runs.append(
             EvidenceRun(
@@ -277,11 +276,10 @@ def run_until_budget(
     started, n_started = clock(), 0
     specs = {item.spec.digest: item.spec for item in items}
     estimate = estimate or (lambda item, walls: estimated_s(item.spec, walls, specs, device))
-    statuses = {item.spec.digest: status_of(item, pool, recorded) for item in items}
-    walls = {digest: _usual_s(status.finished) for digest, status in statuses.items() if status.finished is not None}
+    stand = statuses(items, pool, recorded)
+    walls = {digest: _usual_s(status.finished) for digest, status in stand.items() if status.finished is not None}
     for item in items:
-        # The run before may have decided what this one is for.
-        if not statuses[item.spec.digest].wanted or item.spec.digest in settled_runs(items, pool, recorded):
+        if not stand[item.spec.digest].wanted:
             continue
         needed, left = estimate(item, walls), budget_s - (clock() - started)
         if needed > left:
@@ -290,7 +288,9 @@ def run_until_budget(
             break
         run(item)
         n_started += 1
-        if (finished := pool.status(item.spec).finished) is not None:
+        # It may have decided what others are for.
+        stand = statuses(items, pool, recorded)
+        if (finished := stand[item.spec.digest].finished) is not None:
             walls[item.spec.digest] = _usual_s(finished)
     return n_started
 

@@ -199,15 +199,13 @@ def _judged(rule: Rule, contrast: Contrast, test: Losses, valid: Losses, needed:
 
 def awaited_seeds(rule: Rule, test: Losses) -> dict[str, int]:
     """For each candidate, how many of the rule's seeds verdicts wait for: of decided ones those of the look that decided."""
-    seeds = dict.fromkeys((candidate.name for candidate in rule.candidates), 0)
+    every = len(rule.seeds)
+    ends = [
+        ({rule.reference, *contrast.weights}, found.n_seeds if found.verdict in ("confirmed", "contradicted") else every)
+        for contrast, found in zip(rule.contrasts, judged(rule, test), strict=True)
+    ]
     # Candidates of no contrast are there for something else: for loads, say.
-    waiting = set(seeds).difference(*(contrast.weights for contrast in rule.contrasts))
-    for contrast, found in zip(rule.contrasts, judged(rule, test), strict=True):
-        is_decided = found.verdict in ("confirmed", "contradicted")
-        n = found.n_seeds if is_decided else len(rule.seeds)
-        for name in {rule.reference, *contrast.weights}:
-            seeds[name] = max(seeds[name], n)
-    return seeds | dict.fromkeys(waiting, len(rule.seeds))
+    return {one.name: max((n for names, n in ends if one.name in names), default=every) for one in rule.candidates}
 
 
 def _one_percent(rule: Rule, losses: Losses, n: int) -> float:

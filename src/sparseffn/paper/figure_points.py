@@ -36,7 +36,7 @@ from sparseffn.results.bench_result import (
     LayerSettings,
     Roof,
 )
-from sparseffn.storage import read, write_json
+from sparseffn.storage import read, rounded, write_json
 
 MOE = "sigma-moe"
 # Of the environment, what must be the same for points to stand in one figure.
@@ -152,7 +152,7 @@ class FigureFile:
         self._change(left_out=tuple(left for left in self.data.left_out if left.figure not in numbers))
 
     def write(self) -> None:
-        write_json(self.path, self.data)
+        write_json(self.path, rounded(self.data))
 
     def _change(self, **fields: tuple[Any, ...]) -> None:
         ordered = {name: tuple(sorted(entries, key=lambda e: (e.figure, e.value))) for name, entries in fields.items()}

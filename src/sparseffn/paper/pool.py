@@ -44,7 +44,7 @@ _FIX = "remove the run's folder and run the same command again"
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """`paper.json`."""
+    """What `execute` adds to a finished run, as `paper.json`."""
 
     format: int
     wall_s: Positive
@@ -61,7 +61,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _MadeBy(msgspec.Struct, frozen=True):
-    """Of `environment.json`."""
+    """The part of `environment.json` that says whether a run is used."""
 
     sparseffn: str
 
@@ -113,8 +113,7 @@ class Finished:
 @dataclass(frozen=True, kw_only=True)
 class Status:
     kind: Literal["finished", "recorded", "missing", "failed", "settled"]
-    """Of `paper.evidence`: `recorded` is a run that the pool has not and the record of an experiment has; `settled` one that no
-    verdict waits for."""
+    """`recorded` and `settled` are of `paper.evidence.statuses`."""
     reason: str | None
     """Why there is no result."""
     finished: Finished | None = None
