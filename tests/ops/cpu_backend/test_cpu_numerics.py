@@ -113,7 +113,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, Options, int]:
 TERMS = {"key_bias": "keys", "gate_bias": "gate_keys", "value_bias": "values"}
 
 
-def agree(case: Case, options: Options, dtype: torch.dtype, near: float) -> None:
+def assert_agreement(case: Case, options: Options, dtype: torch.dtype, near: float) -> None:
     """Kernels and PyTorch in float64, of the numbers that the dtype holds."""
     problem = case.draw(options, dtype)
     got, wanted = problem.results("cpu"), problem.results("torch", torch.float64)
@@ -129,7 +129,7 @@ def test_drawn_problems_agree_in_float64(problem: tuple[Case, Options, int]) -> 
     """Shapes, strides, routings, activations, gated, biased, dropout, inner top-K: to rounding."""
     case, options, seed = problem
     torch.manual_seed(seed)
-    agree(case, options, torch.float64, 1e-11)
+    assert_agreement(case, options, torch.float64, 1e-11)
 
 
 @settings(deadline=None, max_examples=200)
@@ -146,7 +146,7 @@ def test_drawn_problems_agree_in_low_precision(problem: tuple[Case, Options, int
     if activation == "clamped_swiglu":
         activation = "gelu_tanh"
     options = Options(options.layout, activation, options.gated, options.biased, options.dropout)
-    agree(case, options, dtype, 64 * torch.finfo(dtype).eps)
+    assert_agreement(case, options, dtype, 64 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("n_tokens", "draws"), [(12, 8), (640, 1)], ids=["few", "many"])

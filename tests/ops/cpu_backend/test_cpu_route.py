@@ -114,20 +114,21 @@ def test_logits_of_any_numbers_are_near_the_truth(n_tokens: int, dtype: torch.dt
     check_against_truth("route", got, plain, truth, torch.float32)
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_bfloat16_token_has_the_same_logits_in_any_batch(n_threads: int) -> None:
-    """Where pairs of bfloat16 are multiplied; other types go another way from 128 tokens on."""
-    if "AVX512-BF16" not in (build.instruction_sets() or ""):
-        pytest.skip("needs instructions for pairs of bfloat16")
-    x, selector = torch.randn(300, 333).bfloat16(), torch.randn(9, 333).bfloat16()
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_token_has_the_same_logits_in_any_batch(dtype: torch.dtype) -> None:
+    """Few tokens or many, by any number of threads; pairs of bfloat16, where there are instructions for them, go one way."""
+    x, selector = torch.randn(300, 333).to(dtype), torch.randn(9, 333).to(dtype)
+    before, found = torch.get_num_threads(), {}
     try:
-        whole = results("cpu", [x, selector], 2, "sigmoid")[0]
-        torch.set_num_threads(n_threads)
-        for first, n in ((0, 1), (17, 64), (100, 200)):
-            assert torch.equal(results("cpu", [x[first : first + n], selector], 2, "sigmoid")[0], whole[first : first + n])
+        for n_threads, first, n in ((1, 0, 1), (3, 17, 64), (1, 0, 127), (2, 100, 200), (3, 40, 128), (1, 0, 300)):
+            torch.set_num_threads(n_threads)
+            found[first, n] = results("cpu", [x[first : first + n], selector], 2, "sigmoid")[0]
     finally:
         torch.set_num_threads(before)
+    few, many = found[0, 127], found[0, 300]
+    by_pairs = dtype == torch.bfloat16 and "AVX512-BF16" in (build.instruction_sets() or "")
+    for (first, n), logits in found.items():
+        assert torch.equal(logits, (many if n >= 128 or by_pairs else few)[first : first + n]), (first, n)
 
 
 @EVERY_GATE

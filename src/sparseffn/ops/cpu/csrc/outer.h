@@ -33,9 +33,7 @@ void outer_of_few(const C* const* a, const C* const* b, int64_t rows, int64_t he
             for (int q = 0; q < R; ++q) put_narrowed(to + (i + q) * ld + first, acc[q], columns);
         }
     };
-    int64_t i = 0;
-    for (; i + kRows <= height; i += kRows) block(i, std::integral_constant<int, kRows>{});
-    with_constant<kRows - 1>(static_cast<int>(height - i), [&](auto r) { block(i, r); });
+    in_tiles<kRows>(height, block);
 }
 
 // to [height, columns] = sum over rows of a[row] b[row]^T; zero without rows.
@@ -74,9 +72,7 @@ void outer(const std::vector<const compute_t<S>*>& a, const std::vector<const co
                     else if constexpr (std::is_same_v<S, C>) put(to + (i + q) * ld + columns.begin, acc[q], width);
                 }
             };
-            int64_t i = 0;
-            for (; i + kRows <= height; i += kRows) block(i, std::integral_constant<int, kRows>{});
-            with_constant<kRows - 1>(static_cast<int>(height - i), [&](auto r) { block(i, r); });
+            in_tiles<kRows>(height, block);
         });
     }
     if (several)

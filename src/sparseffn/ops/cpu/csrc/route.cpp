@@ -47,7 +47,7 @@ template <class To> bool is(const Stored& matrix) {
     return same;
 }
 
-// Rows of a matrix as C, up to `most` at a time: where they lie, or as copies. A C that is not computed with is the matrix's own.
+// Rows of a matrix as C, up to `most` at a time: where they lie, or as copies.
 template <class C> class SomeRows {
   public:
     // With `padded`, they are always copied, zero-filled to whole panels of registers.
@@ -65,13 +65,11 @@ template <class C> class SomeRows {
                         rows_[i] = from;
                         continue;
                     }
-                if constexpr (std::is_same_v<compute_t<C>, C>) {
-                    C* to = copy_.data() + i * ld();
-                    const int64_t columns = columns_.end - columns_.begin;
-                    for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<C>(upcast(from[c]));
-                    std::fill(to + columns, to + ld(), C(0));
-                    rows_[i] = to;
-                }
+                C* to = copy_.data() + i * ld();
+                const int64_t columns = columns_.end - columns_.begin;
+                for (int64_t c = 0; c < columns; ++c) to[c] = narrow<C>(static_cast<compute_t<C>>(upcast(from[c])));
+                std::fill(to + columns, to + ld(), C{});
+                rows_[i] = to;
             }
         });
         return rows_.data();
@@ -258,9 +256,7 @@ template <class C> void selector_gradient(const Routes& r, const C* d, Range col
                     else put(to, acc[i], some);
                 }
             };
-            int64_t e = 0;
-            for (; e + kRows <= r.experts; e += kRows) block(e, std::integral_constant<int, kRows>{});
-            with_constant<kRows - 1>(static_cast<int>(r.experts - e), [&](auto size) { block(e, size); });
+            in_tiles<kRows>(r.experts, block);
         }
     }
 }
