@@ -67,7 +67,7 @@ def _verdicts(result: ExperimentResult) -> str:
     notes = (
         f"In percent of the loss of '{result.reference}' in nats, whole test split, paired by seed; negative is better. "
         "Published: logarithms of perplexities, column WT-S where the rule names no other. The interval is the mean and as "
-        f"many standard errors as the bound of the look; looks are at {' and '.join(map(str, result.looks))} seeds.",
+        f"many standard errors as the bound of the look; seeds of the looks: {', '.join(map(str, result.looks))}.",
     )
     return markdown_table(Table.of(head, rows, n_words=2, notes=notes))
 
