@@ -145,6 +145,41 @@ def test_results_are_the_same_from_run_to_run(n_tokens: int, drop: float) -> Non
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
+def in_large_pages(tensor: torch.Tensor) -> bool:
+    """Whether the system was asked for large pages for the middle of a tensor's memory."""
+    middle, here = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(edge, 16) for edge in first.split("-"))
+            here = begin <= middle < end
+        elif here and first == "VmFlags:":
+            return "hg" in rest
+    raise AssertionError("no mapping holds the tensor")
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without large pages on request")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joint", [False, True])
+def test_large_gradients_lie_in_large_pages(dtype: torch.dtype, joint: bool) -> None:
+    """Those of two tensors, and of the halves of one; a small one's pages are left as they are."""
+    d_model, n_experts, size = 64, 32, 2048
+    x = torch.randn(8, d_model).to(dtype)
+    weights = [
+        torch.randn(n_experts, 2 * size, d_model).to(dtype).requires_grad_(),
+        torch.randn(n_experts, size, d_model).to(dtype),
+    ]
+    both, values = weights[0], weights[1].requires_grad_()
+    keys, gate_keys = (half.transpose(1, 2) for half in (ops.halves(both, dim=1) if joint else both.chunk(2, 1)))
+    router = torch.randn(n_experts, d_model).to(dtype).requires_grad_()
+    _, indices, gates = ops.route(x, router, k=2, gate="sigmoid", backend="cpu")
+    ops.experts(x, keys, values, gates, indices, gate_keys=gate_keys, activation="silu", backend="cpu").sum().backward()
+    assert in_large_pages(values.grad)
+    assert in_large_pages(both.grad) or not joint
+    assert not in_large_pages(router.grad)
+
+
 @needs_compiler
 def test_autocast_computes_in_bfloat16() -> None:
     """As `nn.Linear`; the router stays in float32."""

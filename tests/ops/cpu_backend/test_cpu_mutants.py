@@ -100,6 +100,12 @@ MUTANTS = {
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
     ),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
+    "turn-as-if-never-short": Mutant(
+        "product_pairs.h", "std::min(kPairsBetween, depth / 2 - begin)", "kPairsBetween", "pairs", "experts_bf16.cpp"
+    ),
+    "turns-all-of-the-first-columns": Mutant(
+        "product_pairs.h", "panel + begin * N * kPairLanes", "panel", "pairs", "experts_bf16.cpp"
+    ),
     "last-row-paired-with-itself": Mutant("product_pairs.h", "both ? mask : 0", "mask", "pairs", "experts_bf16.cpp"),
     "every-first-for-every-second": Mutant(
         "product_pairs.h", "2 * (columns - c) - 1", "columns - c", "pairs", "experts_bf16.cpp"

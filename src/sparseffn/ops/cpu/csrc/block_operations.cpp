@@ -11,7 +11,7 @@ namespace sparseffn {
 namespace {
 
 Tensor zeros_like(const Tensor& t, const Tensor& x) { return at::zeros(t.defined() ? t.sizes() : at::IntArrayRef{0}, x.options()); }
-Tensor empty_like(const Tensor& t, const Tensor& x) { return at::empty(t.defined() ? t.sizes() : at::IntArrayRef{0}, x.options()); }
+Tensor empty_like(const Tensor& t, const Tensor& x) { return new_tensor(t.defined() ? t.sizes() : at::IntArrayRef{0}, x.options()); }
 
 Tensor laid_like(const Tensor& gradient, const Tensor& weight) { return gradient_like(weight).copy_(gradient); }
 
@@ -102,7 +102,7 @@ struct TopKInputs {
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_rows_with(const TopKInputs& in, bool keeps) {
     in.check();
     const auto options = in.x.options();
-    Tensor y = at::empty(in.x.sizes(), options), indices = at::empty({in.tokens(), in.k}, options.dtype(at::kLong));
+    Tensor y = new_tensor(in.x.sizes(), options), indices = at::empty({in.tokens(), in.k}, options.dtype(at::kLong));
     Tensor coefficients = at::empty({in.tokens(), in.k}, options), slopes;
     if (keeps) slopes = at::empty(in.has_slopes() ? at::IntArrayRef{in.tokens(), in.parts() * in.k} : at::IntArrayRef{0}, options);
     if (in.tokens())
@@ -188,7 +188,7 @@ struct ReadsInputs {
 std::tuple<Tensor, Tensor, Tensor, Tensor> product_key_rows_with(const ReadsInputs& in, bool keeps) {
     const auto options = in.x.options();
     const int64_t reads = in.heads() * in.k;
-    Tensor y = at::empty(in.x.sizes(), options), indices = at::empty({in.tokens(), reads}, options.dtype(at::kLong));
+    Tensor y = new_tensor(in.x.sizes(), options), indices = at::empty({in.tokens(), reads}, options.dtype(at::kLong));
     Tensor coefficients = at::empty({in.tokens(), reads}, options), slopes;
     if (keeps) slopes = at::empty(in.has_slopes() ? at::IntArrayRef{in.tokens(), reads} : at::IntArrayRef{0}, options);
     if (in.tokens())
@@ -306,7 +306,7 @@ struct TableInputs {
 
 Tensor weighted_rows_cpu(const Tensor& values, const Tensor& indices, const Tensor& weights) {
     const TableInputs in(values, indices, weights);
-    Tensor y = at::empty({indices.size(0), values.size(1)}, values.options());
+    Tensor y = new_tensor({indices.size(0), values.size(1)}, values.options());
     if (y.numel())
         with_type(type_of(values), [&](auto* tag) {
             using S = std::remove_pointer_t<decltype(tag)>;

@@ -98,7 +98,7 @@ inline void units_of(const Problem<bf16>& p, const UnitsPart& part, const UnitsP
     const Range units = part.units;
     const int64_t n_units = part.n_units();
     Coming keys = following.coming(p.keys, p.width), gate_keys = following.coming(p.gate_keys, p.width);
-    const int64_t lines = keys.share(part.tiles()), gate_lines = gate_keys.share(part.tiles());
+    const int64_t lines = keys.share(part.tiles(), p.width), gate_lines = gate_keys.share(part.tiles(), p.width);
     pack_panel(part.of(p.keys), p.width, n_units, ws.panel.data());
     if (p.gate_keys) pack_panel(part.of(p.gate_keys), p.width, n_units, ws.gate_panel.data());
     const auto bias = [&](const bf16* of, float* row) {
@@ -161,9 +161,13 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
         for (int m = 0; m < M; ++m) {
             const RowsTimes& product = products[m];
             if (!product.rows) continue;
+            // The panel after this one: of the next product, or of the first with the next expert.
+            const bool more = m + 1 < M && products[m + 1].rows;
+            const RowsTimes& after = products[more ? m + 1 : 0];
+            const int64_t expert = more ? e : e + 1;
             Coming next;
-            if (e + 1 < p.routing.experts) next = Coming(product.by.of(e + 1).from(0, columns.begin), product.depth, n);
-            const int64_t lines = next.share(tiles);
+            if (expert < p.routing.experts) next = Coming(after.by.of(expert).from(0, columns.begin), after.depth, n);
+            const int64_t lines = next.share(tiles, product.depth);
             pack_panel(product.by.of(e).from(0, columns.begin), product.depth, n, ws.panel.data());
             for (int64_t first = rows.begin; first < rows.end; first += kWaiting) {
                 const int64_t some = std::min(kWaiting, rows.end - first);

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> selector_product_backward(const RouteInputs& in, cons
     if (many || in.routes.tokens == 0)
         return {needed.made(0, options, [&] { return at::mm(d_logits, in.selector.to(wide)).to(in.x.scalar_type()); }),
                 needed.made(1, options, [&] { return at::mm(d_logits.t(), in.x.to(wide)).to(selector_type); })};
-    Tensor grad_x = needed.made(0, options, [&] { return at::empty(in.x.sizes(), options); });
+    Tensor grad_x = needed.made(0, options, [&] { return new_tensor(in.x.sizes(), options); });
     Tensor grad_selector = needed.made(1, options, [&] { return at::empty(in.selector.sizes(), d_logits.options()); });
     selector_gradients(in.routes, d_logits.const_data_ptr(), data_of_mutable(grad_x), data_of_mutable(grad_selector));
     return {grad_x, needed[1] ? grad_selector.to(selector_type) : grad_selector};
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInp
     const int64_t tokens = in.x.size(0), k = in.indices.size(1), experts = in.keys->size(0), size = in.keys->size(2);
     const int64_t parts = in.gate_keys ? 2 : 1;
     const auto whole = in.indices.options();
-    Tensor y = at::empty(in.x.sizes(), in.x.options());
+    Tensor y = new_tensor(in.x.sizes(), in.x.options());
     Tensor order, offsets, hidden, positions;
     // For one token, making tensors would take as long as the sort.
     Buffer<int64_t> own(keep_hidden ? 0 : tokens * k + experts + 1);
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInp
         hidden = at::empty({tokens, parts * *in.inner_k}, in.x.options());
         positions = at::empty({tokens, *in.inner_k}, whole.dtype(at::kInt));
     } else if (keep_hidden) {
-        hidden = at::empty({tokens * k, parts * size}, in.x.options());
+        hidden = new_tensor({tokens * k, parts * size}, in.x.options());
         positions = at::empty({0}, whole.dtype(at::kInt));
     }
     if (tokens)
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     TORCH_CHECK(keys.numel() > 0, "sparseffn::experts_backward: keys must have elements; got ", keys.sizes());
     const auto options = in.x.options();
     const auto flat = [&](size_t i, const Tensor& of) {
-        return needed.made(i, options, [&] { return of.defined() ? at::empty(of.sizes(), of.options()) : at::empty({0}, options); });
+        return needed.made(i, options, [&] { return of.defined() ? new_tensor(of.sizes(), of.options()) : at::empty({0}, options); });
     };
     const auto weight = [&](size_t i, const MaybeTensor& of) {
         return needed.made(i, options, [&] { return of ? gradient_like(*of) : at::empty({0}, options); });

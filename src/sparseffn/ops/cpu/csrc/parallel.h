@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "large_pages.h"
 #include "vectors.h"
 
 namespace sparseffn {
@@ -60,6 +61,7 @@ inline Runs runs_of(const std::vector<int64_t>& work, int threads) {
 template <class T> class Buffer {
   public:
     explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {
+        want_large_pages(data_.get(), n * sizeof(T));
 #ifdef SPARSEFFN_POISON
         std::memset(static_cast<void*>(data_.get()), 0xFF, std::max<int64_t>(n, 1) * sizeof(T));
 #endif

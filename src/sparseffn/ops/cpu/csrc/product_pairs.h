@@ -110,6 +110,12 @@ inline void pack_panel(const Matrix<bf16>& b, int64_t depth, int64_t columns, ui
         }
 }
 
+// Pairs of a product's depth between two turns of fetching what comes next. Fetched all at once, at the start of each tile, many
+// lines were not there in time: measured on two cores (Zen 5), 512 tokens of gated experts in bfloat16 took 10 to 15% longer.
+constexpr int64_t kPairsBetween = 16;
+
+inline int64_t turns_in(int64_t depth) { return (depth / 2 + kPairsBetween - 1) / kPairsBetween; }
+
 // Memory of a panel that is packed next, brought into the second-level cache by and by.
 class Coming {
   public:
@@ -122,8 +128,11 @@ class Coming {
         stride_ = (by_rows ? b.row : b.column) * static_cast<int64_t>(sizeof(bf16));
         lines_ = by_rows ? depth : columns;
     }
-    // As many of them as one of `times` equal parts, rounded up.
-    int64_t share(int64_t times) const { return times ? (lines_ * ((bytes_ + kLine - 1) / kLine) + times - 1) / times : 0; }
+    // Lines for each turn of so many tiles over a depth: an equal part, rounded up.
+    int64_t share(int64_t tiles, int64_t depth) const {
+        const int64_t turns = std::max<int64_t>(tiles * turns_in(depth), 1);
+        return (lines_ * ((bytes_ + kLine - 1) / kLine) + turns - 1) / turns;
+    }
     void fetch(int64_t n) {
         for (; n > 0 && lines_ > 0; --n) {
             __builtin_prefetch(line_ + at_, 0, 2);
@@ -155,8 +164,8 @@ SPARSEFFN_INLINE void tile_pairs(int64_t pairs, const uint32_t* panel, __m512 (&
     }
 }
 
-// Calls out(i, registers) for each row i of A times the panel. Rows of A are contiguous. With each tile so many lines of what
-// comes next are fetched.
+// Calls out(i, registers) for each row i of A times the panel. Rows of A are contiguous. In each turn so many lines of what comes
+// next are fetched.
 template <class Out>
 SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const uint32_t* panel, int64_t depth, int64_t columns, Coming& next,
                    int64_t lines, Out&& out) {
@@ -164,15 +173,18 @@ SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const
         constexpr int N = decltype(n)::value;
         const auto block = [&](int64_t first, auto r) {
             constexpr int R = decltype(r)::value;
-            next.fetch(lines);
             const bf16* row[R];
             for (int i = 0; i < R; ++i) row[i] = a[first + i];
             __m512 acc[R][N] = {};
-            tile_pairs<R, N>(depth / 2, panel, acc, [&](int i, int64_t k) {
-                uint32_t pair;
-                std::memcpy(&pair, row[i] + 2 * k, sizeof pair);
-                return pair;
-            });
+            for (int64_t begin = 0; begin < depth / 2; begin += kPairsBetween) {
+                next.fetch(lines);
+                const int64_t pairs = std::min(kPairsBetween, depth / 2 - begin);
+                tile_pairs<R, N>(pairs, panel + begin * N * kPairLanes, acc, [&](int i, int64_t k) {
+                    uint32_t pair;
+                    std::memcpy(&pair, row[i] + 2 * (begin + k), sizeof pair);
+                    return pair;
+                });
+            }
             // What follows the last number of a row may be NaN, which zero does not undo.
             if (depth % 2)
                 tile_pairs<R, N>(1, panel + depth / 2 * N * kPairLanes, acc,

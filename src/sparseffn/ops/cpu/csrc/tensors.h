@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "activations.h"
+#include "large_pages.h"
 
 namespace sparseffn {
 
@@ -62,14 +63,22 @@ inline Tensor in_order(const MaybeTensor& t) { return t ? t->contiguous() : Tens
 // Whether an expert's matrix has lines of rows or of columns.
 inline bool has_lines(const Tensor& weight) { return weight.stride(1) == 1 || weight.stride(2) == 1; }
 
+// Memory for a result, which is not initialised.
+inline Tensor new_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    Tensor made = at::empty(sizes, options);
+    want_large_pages(made.mutable_data_ptr(), made.nbytes());
+    return made;
+}
+
 // The memory of a weight's gradient: in the weight's order where that has lines of rows or of columns, else one after the other. As
 // ops/library.py says of fake tensors.
 inline Tensor gradient_like(const Tensor& weight) {
     if (weight.dim() == 3) {
         const Tensor same = at::empty_like(weight);
+        want_large_pages(same.mutable_data_ptr(), same.nbytes());
         if (has_lines(same)) return same;
     }
-    return at::empty(weight.sizes(), weight.options());
+    return new_tensor(weight.sizes(), weight.options());
 }
 
 // Whether two weights are the halves of one without gaps: sides of it, or its even and odd lines.
@@ -89,7 +98,7 @@ inline bool are_halves(const Tensor& a, const Tensor& b) {
 
 // Memory of the gradients of two halves of a weight that lie like them in one: whoever joins them copies nothing.
 inline std::pair<Tensor, Tensor> gradients_like_halves(const Tensor& a, const Tensor& b) {
-    const Tensor whole = at::empty({2 * a.numel()}, a.options());
+    const Tensor whole = new_tensor({2 * a.numel()}, a.options());
     const int64_t first = std::min(a.storage_offset(), b.storage_offset());
     return {whole.as_strided(a.sizes(), a.strides(), a.storage_offset() - first),
             whole.as_strided(b.sizes(), b.strides(), b.storage_offset() - first)};
