@@ -104,7 +104,7 @@ def test_without_transformers_ours_is_timed_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_few_tokens_find_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call goes to another layer than the one before it, with tokens and experts of its own."""
+    """Every call, of those before the timed ones too, goes to the next layer, with tokens and experts of its own."""
     monkeypatch.setattr(gated_experts, "last_level_cache_bytes", lambda device: (SHAPE.num_params * 4 * 3, "made up"))
     stored: list[gated_experts.Stored] = []
     size = prepare(SHAPE, 3, torch.float32, CPU, stored)
@@ -118,7 +118,7 @@ def test_few_tokens_find_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         for turn in turns:
             turn.prepare(index)()
     places = [next(i for i, layer in enumerate(stored) if layer.down_proj is weight) for weight in seen]
-    assert places == [count % 12 for count in range(6 * len(turns))]
+    assert places == [count % 12 for count in range(2 * 6 * len(turns))]
     assert not torch.equal(size.draw(1).x, size.draw(2).x)
 
 

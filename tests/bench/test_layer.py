@@ -21,16 +21,23 @@ from .conftest import DENSE, SIGMA, setting
 
 
 def test_cold_calls_visit_different_layers_with_fresh_tokens() -> None:
-    """Every layer once before any comes again; a warm timing stays with one layer and its tokens."""
+    """Every layer once before any comes again, after the one before it; a warm timing stays with one layer and its tokens."""
     rotation = Rotation(Candidate(label="sigma-moe", config=SIGMA), setting(4), n_layers=5)
     seen: list[tuple[int, float]] = []
     for place, module in enumerate(rotation.modules):
         module.register_forward_pre_hook(lambda m, args, place=place: seen.append((place, float(args[0][0, 0]))))
+    timed: list[tuple[int, float]] = []
     with backend_restored():
         for index in range(7):
-            LayerTurn(rotation, training=False).prepare(index)()
-    assert [place for place, _ in seen] == [0, 1, 2, 3, 4, 0, 1]
-    assert len({token for _, token in seen}) == 7
+            call = LayerTurn(rotation, training=False).prepare(index)
+            before = [place for place, _ in seen]
+            seen.clear()
+            call()
+            assert before == [(index - 1) % 5]
+            timed += seen
+            seen.clear()
+    assert [place for place, _ in timed] == [0, 1, 2, 3, 4, 0, 1]
+    assert len({token for _, token in timed}) == 7
     weights = {layer.experts.keys.data_ptr() for layer in rotation.layers}
     assert len(weights) == 5 and not torch.equal(rotation.layers[0].experts.keys, rotation.layers[1].experts.keys)
     seen.clear()

@@ -1,7 +1,8 @@
 """Times of gated experts, ours against transformers' implementations: `sparseffn bench experts`.
 
 Routing is not timed. Up to `COLD_TOKENS` tokens nothing is in the caches: every call draws its tokens and its experts, and goes
-to another copy of the layer than the call before it, of which there are as many as fill four times the last-level cache.
+to another copy of the layer than the call before it, of which there are as many as fill four times the last-level cache. A call
+that is not timed goes first: as in a model, code and threads are ready, the weights of the next layer are not.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ class _CallTurn(Turn):
         self.grad = size.draw(0).x
 
     def prepare(self, index: int) -> Callable[[], object]:
+        if self.size.is_cold:
+            self._call()()
+            self.finish()
+        return self._call()
+
+    def _call(self) -> Callable[[], object]:
+        """Of the next layer."""
         count = next(self.counter)
         module = self.modules[count % len(self.modules)]
         call = self.size.draw(1 + count if self.size.is_cold else 1)
