@@ -85,7 +85,7 @@ class LayerTurn(Turn):
         self.parameters: Sequence[nn.Parameter] = ()
 
     def prepare(self, index: int) -> Callable[[], object]:
-        """Tokens, backend, and calls that are not timed: a warm timing's of the layer itself, a cold one's of the layer before."""
+        """Tokens, backend, and untimed calls: for a warm timing of the layer itself, for a cold one of the one before."""
         use_backend(self.rotation.candidate.backend)
         if self.warm:
             call = self._call(0)
