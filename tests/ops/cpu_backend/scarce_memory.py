@@ -1,7 +1,8 @@
 """Call the CPU's kernels while the process may take only a little more memory: `python scarce_memory.py`.
 
 Memory that a kernel cannot get must become an error: a C++ exception that leaves a thread of OpenMP ends the process. Run it
-with MALLOC_MMAP_THRESHOLD_=65536, so that memory once had is given back.
+with MALLOC_MMAP_THRESHOLD_=65536, so that memory once had is given back. `python scarce_memory.py once` calls each a single time,
+with all the memory that there is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def problems(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     values = torch.randn(N_EXPERTS, SIZE, D_MODEL, dtype=dtype, requires_grad=True)
     selector = torch.randn(N_EXPERTS, D_MODEL, dtype=dtype, requires_grad=True)
     indices = torch.rand(N_TOKENS, N_EXPERTS).topk(K).indices
-    gates = torch.rand(N_TOKENS, K, requires_grad=True)
+    gates = torch.rand(N_TOKENS, K, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     rows = torch.randn(2048, D_MODEL, dtype=dtype, requires_grad=True)
     half_keys = torch.randn(2, 64, D_MODEL // 2, dtype=dtype, requires_grad=True)
     table = torch.randn(64 * 64, D_MODEL, dtype=dtype, requires_grad=True)
@@ -40,6 +41,14 @@ def problems(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "topk_rows", lambda: ops.topk_rows(x, rows, rows, k=500)[0]
     yield "product_key_rows", lambda: ops.product_key_rows(x, half_keys, half_keys, table, k=64, activation="relu")[0]
     yield "weighted_rows", lambda: ops.weighted_rows(rows, indices, gates)
+    # What sorts many needs memory for it.
+    many = torch.randn(400, D_MODEL, dtype=dtype, requires_grad=True)
+    wide = torch.randn(N_TOKENS, 400, dtype=gates.dtype, requires_grad=True)
+    yield "route to many", lambda: ops.route(x, many, k=30, gate="softmax")[2]
+    yield "router_logits", lambda: ops.router_logits(x, many)
+    yield "topk", lambda: wide.gather(1, ops.topk(wide, 100))
+    yield "product_key_topk", lambda: ops.product_key_topk(wide, wide.flip(1), 200)[0]
+    yield "balanced_assignment", lambda: wide[:, :7] * ops.balanced_assignment(wide.detach()[:, :7].double())[:, None]
 
 
 def steps(compute: Callable[[], Tensor]) -> Iterator[Callable[[], object]]:
@@ -62,6 +71,17 @@ def with_headroom(mib: int, call: Callable[[], object]) -> bool:
     return True
 
 
+def once() -> int:
+    """Every operation in every dtype, by a team of threads."""
+    torch.set_num_threads(2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for name, compute in problems(dtype):
+            for call in steps(compute):
+                call()
+            sys.stdout.write(f"{name} {dtype}\n")
+    return 0
+
+
 def main() -> int:
     """Every operation with every headroom; the last must do."""
     refused = 0
@@ -82,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(once() if sys.argv[1:] == ["once"] else main())

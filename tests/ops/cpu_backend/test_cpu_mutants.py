@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from variants import QUICK, compile_variant, run_with, without
+from variants import QUICK, compile_variant, kernel_files, run_with, without
 
 from sparseffn.ops.cpu import build
 
@@ -188,6 +188,17 @@ def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
 def test_unwritten_scratch_shows(tmp_path: Path) -> None:
     """One element of a thread's sums that nobody set to zero comes out as NaN."""
     assert UNWRITTEN.says in said_of(UNWRITTEN, tmp_path / "mutant")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", [False, True], ids=["as-it-is", "spoilt"])
+def test_no_thread_takes_memory(spoilt: bool, tmp_path: Path) -> None:
+    """Nor could one lose it, which would end the process; with scratch memory of its own for a row it is seen."""
+    change = ("select.h", "cutter_.cut(keys, n, k)", "Cutter<K>(n).cut(keys, n, k)") if spoilt else None
+    guard = Path(__file__).with_name("guarded_new.cpp")
+    library = compile_variant(tmp_path, kernel_files(), FLAGS, change, [guard])
+    done = run_with(library, str(Path(__file__).with_name("scarce_memory.py")), "once")
+    assert ("wrong: a thread takes" in done.stderr) == spoilt and (done.returncode == 0) != spoilt, done.stderr
 
 
 @pytest.mark.parametrize(

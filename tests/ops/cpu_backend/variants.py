@@ -31,7 +31,11 @@ def without(*left_out: str) -> list[str]:
 
 
 def compile_variant(
-    folder: Path, files: Sequence[str], flags: Sequence[str], change: tuple[str, str, str] | None = None
+    folder: Path,
+    files: Sequence[str],
+    flags: Sequence[str],
+    change: tuple[str, str, str] | None = None,
+    more: Sequence[Path] = (),
 ) -> Path:
     """A shared library of some files of the kernels.
 
@@ -40,6 +44,7 @@ def compile_variant(
         files: of `kernel_files`.
         flags: of the compiler.
         change: a file, what is replaced in it, and by what.
+        more: files that are no kernels.
     """
     sources = folder / "csrc"
     sources.mkdir(parents=True)
@@ -48,6 +53,8 @@ def compile_variant(
             to = sources / path.relative_to(build.SOURCES)
             to.parent.mkdir(exist_ok=True)
             to.write_bytes(path.read_bytes())
+    for path in more:
+        (sources / path.name).write_bytes(path.read_bytes())
     if change is not None:
         name, old, new = change
         changed = sources / name

@@ -21,24 +21,15 @@ template void product_keys_backward<double>(const ProductKeys<double>&, const do
 template <class C> void topk(const C* scores, int64_t rows, int64_t n, int64_t k, bool ordered, int threads, int64_t* out) {
     struct Space {
         Buffer<Key<C>> keys;
-        Cutter<Key<C>> cutter;
-        Buffer<int32_t> found;
+        Selector<Key<C>> selector;
     };
     std::vector<Space> spaces;
-    for (int t = 0; t < threads; ++t) spaces.push_back({Buffer<Key<C>>(n), Cutter<Key<C>>(n), Buffer<int32_t>(k + kSlack)});
+    for (int t = 0; t < threads; ++t) spaces.push_back({Buffer<Key<C>>(n), Selector<Key<C>>::of_best(n, k)});
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * n > 4096)
     for (int64_t r = 0; r < rows; ++r) {
         Space& ws = spaces[omp_get_thread_num()];
-        Key<C>* keys = ws.keys.data();
-        int64_t* chosen = out + r * k;
-        for (int64_t i = 0; i < n; ++i) keys[i] = sortable(scores[r * n + i]);
-        if (k <= kShort) {
-            insert_best(keys, n, k, chosen);
-            continue;
-        }
-        chosen_by(ws.cutter.cut(keys, n, k), keys, n, ws.found.data());
-        std::copy_n(ws.found.data(), k, chosen);
-        if (ordered) sort_descending(keys, chosen, k);
+        for (int64_t i = 0; i < n; ++i) ws.keys[i] = sortable(scores[r * n + i]);
+        ws.selector.best(ws.keys.data(), n, k, ordered, out + r * k);
     }
 }
 template void topk<float>(const float*, int64_t, int64_t, int64_t, bool, int, int64_t*);

@@ -19,8 +19,9 @@ inline Buffer<int64_t> places(const Routing& routing) {
 template <class C> struct Choice {
     Buffer<Key<C>> keys;
     Buffer<int64_t> chosen;
+    Selector<Key<C>> selector;
 
-    Choice(int64_t units, int64_t count) : keys(units), chosen(count) {}
+    Choice(int64_t units, int64_t count) : keys(units), chosen(count), selector(units, count) {}
 };
 
 // Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
@@ -33,7 +34,7 @@ void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int
         const C* row = alpha + place[token * k + slot] * p.size;
         for (int64_t g = 0; g < p.size; ++g) choice.keys[slot * p.size + g] = sortable(row[g]);
     }
-    select(choice.keys.data(), k * p.size, inner.count, choice.chosen.data());
+    choice.selector.ascending(choice.keys.data(), k * p.size, inner.count, choice.chosen.data());
     const Buffer<int64_t>& chosen = choice.chosen;
     int64_t next = 0;
     for (int64_t slot = 0; slot < k; ++slot) {

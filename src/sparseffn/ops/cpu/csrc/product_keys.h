@@ -17,23 +17,6 @@ namespace sparseffn {
 // Up to so many keys are ranked by counting those before each, which the compiler vectorises.
 constexpr int64_t kCounted = 256;
 
-// Positions of the largest keys, in descending order, ties by position.
-template <class K> inline void ranked(const K* keys, int64_t n, int64_t most, int32_t* chosen) {
-    if (n > kCounted) {
-        std::vector<int64_t> best_of(most);
-        best(keys, n, most, true, best_of.data());
-        std::copy(best_of.begin(), best_of.end(), chosen);
-        return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        K before = 0;
-        const K own = keys[i];
-        for (int64_t j = 0; j < i; ++j) before += keys[j] >= own;
-        for (int64_t j = i + 1; j < n; ++j) before += keys[j] > own;
-        if (before < most) chosen[before] = static_cast<int32_t>(i);
-    }
-}
-
 // Finds the k largest sums of one row after the other, exactly.
 //
 // With both halves sorted, a pair of ranks (i, j) has (i + 1)(j + 1) - 1 pairs before it with no smaller sum: only pairs with
@@ -42,7 +25,8 @@ template <class C> class BestSums {
   public:
     BestSums(int64_t n_a, int64_t n_b, int64_t k)
         : n_a_(n_a), n_b_(n_b), k_(k), most_a_(std::min(k, n_a)), most_b_(std::min(k, n_b)), top_a_(most_a_), top_b_(most_b_),
-          best_a_(most_a_) {
+          best_a_(most_a_), ranks_(std::max(n_a, n_b) > kCounted ? std::max(most_a_, most_b_) : 0),
+          selector_(Selector<Key<C>>::of_best(std::max(n_a, n_b), static_cast<int64_t>(ranks_.size()))) {
         for (int64_t j = 0; j < most_b_; ++j)
             for (int64_t i = 0; i < most_a_ && (i + 1) * (j + 1) <= k; ++i)
                 pairs_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j)});
@@ -76,9 +60,22 @@ template <class C> class BestSums {
     }
 
   private:
+    // Positions of the largest scores, in descending order, ties by position.
     void rank(const C* scores, int64_t n, int64_t most, std::vector<int32_t>& top) {
-        for (int64_t i = 0; i < n; ++i) keys_[i] = sortable(scores[i]);
-        ranked(keys_.data(), n, most, top.data());
+        Key<C>* keys = keys_.data();
+        for (int64_t i = 0; i < n; ++i) keys[i] = sortable(scores[i]);
+        if (n > kCounted) {
+            selector_.best(keys, n, most, true, ranks_.data());
+            std::copy_n(ranks_.begin(), most, top.begin());
+            return;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            Key<C> before = 0;
+            const Key<C> own = keys[i];
+            for (int64_t j = 0; j < i; ++j) before += keys[j] >= own;
+            for (int64_t j = i + 1; j < n; ++j) before += keys[j] > own;
+            if (before < most) top[before] = static_cast<int32_t>(i);
+        }
     }
 
     int64_t n_a_, n_b_, k_, most_a_, most_b_;
@@ -86,6 +83,8 @@ template <class C> class BestSums {
     std::vector<int32_t> top_a_, top_b_, chosen_;
     std::vector<C> best_a_, sums_;
     std::vector<Key<C>> keys_;
+    std::vector<int64_t> ranks_;
+    Selector<Key<C>> selector_;
     Cutter<Key<C>> cutter_{0};
 };
 

@@ -112,18 +112,26 @@ template <class C> class Wide {
     const C* data_ = nullptr;
 };
 
+// What a thread needs to choose a token's experts.
+template <class C> struct Choice {
+    Buffer<Key<C>> keys;
+    Selector<Key<C>> selector;
+
+    explicit Choice(const Routes& r) : keys(r.experts), selector(Selector<Key<C>>::of_best(r.experts, r.k)) {}
+};
+
 // What a thread needs, x as A. Made before threads start: what they cannot get must not end the process.
 template <class A, class C> struct ScoreWorkspace {
     SomeRows<A> x;
-    Buffer<Key<C>> keys;
+    Choice<C> choice;
     Buffer<C> padded;
 
     ScoreWorkspace(const Routes& r, int64_t most, int64_t n_padded)
-        : x(r.x, r.width, {0, r.width}, false, most), keys(r.experts), padded(n_padded) {}
+        : x(r.x, r.width, {0, r.width}, false, most), choice(r), padded(n_padded) {}
 };
 
 // Calls score(x, first token, tokens, workspace), which writes logits, for some tokens at a time; then then(token, its logits,
-// keys) for each.
+// choice) for each.
 template <class C, class A, class Score, class Then>
 void score_rows(const Routes& r, int64_t at_once, std::vector<ScoreWorkspace<A, C>>& all, const C* logits, Score&& score, Then&& then) {
     ScoreWorkspace<A, C>& ws = all[omp_get_thread_num()];
@@ -131,7 +139,7 @@ void score_rows(const Routes& r, int64_t at_once, std::vector<ScoreWorkspace<A, 
     for (int64_t first = own.begin; first < own.end; first += at_once) {
         const int64_t n = std::min(at_once, own.end - first);
         score(ws.x.take(first, n), first, n, ws);
-        for (int64_t t = first; t < first + n; ++t) then(t, logits + t * r.experts, ws.keys);
+        for (int64_t t = first; t < first + n; ++t) then(t, logits + t * r.experts, ws.choice);
     }
 }
 
@@ -174,7 +182,7 @@ template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&&
     }
 }
 
-// Calls then(token, its logits, keys) for every token.
+// Calls then(token, its logits, choice) for every token.
 template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& then) {
     with_type(r.selector.type, [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
@@ -191,9 +199,9 @@ template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& th
 }
 
 template <class C> void route_in(const Routes& r, C* logits, int64_t* indices, C* gates, C* shares) {
-    score_tokens(r, logits, [&](int64_t t, const C* scores, Buffer<Key<C>>& keys) {
-        for (int64_t e = 0; e < r.experts; ++e) keys[e] = sortable(scores[e]);
-        best(keys.data(), r.experts, r.k, true, indices + t * r.k);
+    score_tokens(r, logits, [&](int64_t t, const C* scores, Choice<C>& choice) {
+        for (int64_t e = 0; e < r.experts; ++e) choice.keys[e] = sortable(scores[e]);
+        choice.selector.best(choice.keys.data(), r.experts, r.k, true, indices + t * r.k);
         gates_of(r.gate, scores, r.experts, indices + t * r.k, r.k, gates + t * r.k,
                  r.gate == kSoftmax && shares ? shares + t * r.experts : nullptr);
     });
@@ -226,11 +234,11 @@ void logits_gradient_in(const Routes& r, const int64_t* indices, const C* gates,
 
 // d [tokens, experts] times the selector, in x's type.
 template <class C, class X> void x_gradient(const Routes& r, const C* d, const C* selector, Range tokens, C* padded, X* grad_x) {
-    std::vector<const C*> rows(kRowsAtOnce);
+    const C* rows[kRowsAtOnce];
     for (int64_t first = tokens.begin; first < tokens.end; first += kRowsAtOnce) {
         const int64_t n = std::min(kRowsAtOnce, tokens.end - first);
         for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
-        product<C, C>(rows.data(), n, selector, r.width, r.experts, r.width, padded, Fetch{},
+        product<C, C>(rows, n, selector, r.width, r.experts, r.width, padded, Fetch{},
                       [&](int64_t i, int64_t column, int columns, const auto& acc) {
                           put_narrowed(grad_x + (first + i) * r.width + column, acc, columns);
                       });
@@ -239,7 +247,7 @@ template <class C, class X> void x_gradient(const Routes& r, const C* d, const C
 
 // Some columns of d^T x.
 template <class C> void selector_gradient(const Routes& r, const C* d, Range columns, SomeRows<C>& x, C* grad_selector) {
-    std::vector<const C*> rows(kRowsAtOnce);
+    const C* rows[kRowsAtOnce];
     for (int64_t first = 0; first < r.tokens; first += kRowsAtOnce) {
         const int64_t n = std::min(kRowsAtOnce, r.tokens - first);
         for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
@@ -249,7 +257,7 @@ template <class C> void selector_gradient(const Routes& r, const C* d, Range col
             const auto block = [&](int64_t e, auto size) {
                 constexpr int R = decltype(size)::value;
                 Vec<C> acc[R][kVectors];
-                tile_outer<C, R, kVectors>(rows.data(), e, x_rows, at, n, acc);
+                tile_outer<C, R, kVectors>(rows, e, x_rows, at, n, acc);
                 for (int i = 0; i < R; ++i) {
                     C* to = grad_selector + (e + i) * r.width + columns.begin + at;
                     if (first) add(to, acc[i], some);
@@ -309,7 +317,7 @@ void route(const Routes& r, void* logits, int64_t* indices, void* gates, void* s
 void scores(const Routes& r, void* logits) {
     in_precision(r, [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        score_tokens(r, static_cast<C*>(logits), [](int64_t, const C*, Buffer<Key<C>>&) {});
+        score_tokens(r, static_cast<C*>(logits), [](int64_t, const C*, Choice<C>&) {});
     });
 }
 

@@ -90,11 +90,11 @@ template <class K> inline K middle_bits(K low, K high) {
     return static_cast<K>(static_cast<U>(low) + (static_cast<U>(high) - static_cast<U>(low)) / 2);
 }
 
-// Finds cuts in rows of up to `most` keys.
+// Finds cuts in rows of up to `most` keys. Made before threads start, as all that takes memory: without any for no keys.
 template <class K> class Cutter {
   public:
     explicit Cutter(int64_t most) {
-        for (auto& buffer : buffers_) buffer.resize(most + kSlack);
+        for (auto& buffer : buffers_) buffer.resize(most ? most + kSlack : 0);
     }
 
     Cut<K> cut(const K* keys, int64_t n, int64_t k) {
@@ -177,26 +177,33 @@ template <class K> inline void insert_best(const K* keys, int64_t n, int64_t k, 
     for (; i < n; ++i) offer(i);
 }
 
-// Positions of the k largest keys, ascending.
-template <class K> inline void select(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
-    std::vector<int32_t> found(k + kSlack);
-    chosen_by(Cutter<K>(n).cut(keys, n, k), keys, n, found.data());
-    std::copy_n(found.data(), k, chosen);
-}
-
-// Sorts positions by descending key, ties to the lower position; positions come in ascending.
-template <class K> inline void sort_descending(const K* keys, int64_t* chosen, int64_t k) {
-    std::stable_sort(chosen, chosen + k, [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
-}
-
 // Up to so many are found by insertion.
 constexpr int64_t kShort = 16;
 
-template <class K> inline void best(const K* keys, int64_t n, int64_t k, bool ordered, int64_t* chosen) {
-    if (k == 0) return;
-    if (k <= kShort) return insert_best(keys, n, k, chosen);
-    select(keys, n, k, chosen);
-    if (ordered) sort_descending(keys, chosen, k);
-}
+// Finds the largest of up to `most` keys, up to `most_chosen` of them.
+template <class K> class Selector {
+  public:
+    Selector(int64_t most, int64_t most_chosen) : cutter_(most), found_(most ? most_chosen + kSlack : 0) {}
+    // One that `best` alone is asked of, which needs nothing for a few.
+    static Selector of_best(int64_t most, int64_t k) { return Selector(k > kShort ? most : 0, k); }
+
+    // Positions of the k largest keys, ascending.
+    void ascending(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
+        chosen_by(cutter_.cut(keys, n, k), keys, n, found_.data());
+        std::copy_n(found_.data(), k, chosen);
+    }
+
+    // The same, by descending key if wanted, ties to the lower position.
+    void best(const K* keys, int64_t n, int64_t k, bool ordered, int64_t* chosen) {
+        if (k == 0) return;
+        if (k <= kShort) return insert_best(keys, n, k, chosen);
+        ascending(keys, n, k, chosen);
+        if (ordered) std::stable_sort(chosen, chosen + k, [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
+    }
+
+  private:
+    Cutter<K> cutter_;
+    std::vector<int32_t> found_;
+};
 
 }  // namespace sparseffn
