@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import block_draws
 import pytest
@@ -27,6 +28,27 @@ def test_drawn_blocks_are_near_their_equations(check: Callable[[random.Random], 
             check(random.Random(seed))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@pytest.mark.parametrize("spoilt", ["y", "coefficients", "gradients"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nothing_in_place_of_a_result_is_seen(dtype: torch.dtype, spoilt: str) -> None:
+    """What the comparison allows is less than a block of zeros would need, with many tokens and few bits too."""
+    torch.manual_seed(0)
+    inputs = {name: block_draws.numbers(n, 24, terms=terms) for name, n, terms in (("x", 400, 1), ("w", 24, 24))}
+
+    def block(*, zero: bool, **given: torch.Tensor) -> list[torch.Tensor]:
+        y = given["x"] @ given["w"]
+        nothing = {"y": [0 * y, y], "coefficients": [y, 0 * y], "gradients": [y.detach() + 0 * y, y.detach() + 0 * y]}
+        return nothing[spoilt] if zero else [y, y]
+
+    indices = torch.zeros(1)
+    for zero in (False, True):
+        with pytest.raises(AssertionError, match="is allowed") if zero else nullcontext():
+            block_draws.hold(
+                inputs, dtype, lambda zero=zero, **given: [*block(zero=zero, **given), indices],
+                lambda _, **given: block(zero=False, **given),
+            )  # fmt: skip
 
 
 def test_gradients_of_biases_are_summed_in_double() -> None:
