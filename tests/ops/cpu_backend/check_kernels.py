@@ -5,10 +5,12 @@ Exits with 1 and the difference where they are wrong. Run by tests, with variant
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 
 import torch
+from block_draws import product_key_block, topk_block
 from expert_cases import CASES, LARGE, Options, verify
 
 from sparseffn import ops
@@ -74,19 +76,48 @@ def routes() -> None:
 
 
 def rows() -> None:
-    """Rows of a ragged width, more than are added up at once."""
+    """Rows of a ragged width, more than are added up at once; gradients over more tokens than are taken at once."""
+    for n_tokens in (5, 900):
 
-    def compute(backend: str) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        values, weights = torch.randn(20, 37), torch.randn(5, 11)
-        return [ops.weighted_rows(values, torch.randint(20, (5, 11)), weights, backend=backend)]
+        def compute(backend: str, n_tokens: int = n_tokens) -> list[torch.Tensor]:
+            torch.manual_seed(0)
+            leaves = [torch.randn(n, m, dtype=torch.float64).requires_grad_() for n, m in ((20, 37), (n_tokens, 11))]
+            y = ops.weighted_rows(leaves[0], torch.randint(20, (n_tokens, 11)), leaves[1], backend=backend)
+            return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
 
-    differ(compute)
+        differ(compute)
 
 
 def ties() -> None:
     """The two best of equals."""
     differ(lambda backend: [ops.topk(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]), 2, backend=backend)])
+
+
+def blocks() -> None:
+    """Drawn blocks of single pairs, in every type."""
+    for seed in range(30):
+        for draw in (topk_block, product_key_block):
+            torch.manual_seed(seed)
+            draw(random.Random(seed))
+
+
+def sub_keys() -> None:
+    """Reads among equal sums, of few sub-keys and of many."""
+    for n in (9, 300):
+        torch.manual_seed(0)
+        a, b = torch.randn(20, n).round(), torch.randn(20, n).round()
+        differ(lambda backend, a=a, b=b: list(ops.product_key_topk(a, b, 40, backend=backend)))
+
+
+def balanced() -> None:
+    """As good a total as the composition finds, loads that differ by one at most."""
+    for n_tokens, n_experts in ((60, 5), (61, 7), (200, 16)):
+        torch.manual_seed(0)
+        scores = torch.randn(n_tokens, n_experts, dtype=torch.float64)
+        found = [ops.balanced_assignment(scores, backend=backend) for backend in ("cpu", "torch")]
+        loads = found[0].bincount(minlength=n_experts)
+        assert int(loads.max() - loads.min()) <= 1, f"loads {loads.tolist()}"
+        torch.testing.assert_close(*(scores.gather(1, which[:, None]).sum() for which in found))
 
 
 def other_processors() -> None:
@@ -111,6 +142,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "routes": routes,
     "rows": rows,
     "ties": ties,
+    "blocks": blocks,
+    "sub-keys": sub_keys,
+    "balanced": balanced,
     "other-processors": other_processors,
 }
 

@@ -1,8 +1,8 @@
 """Call the CPU's kernels while the process may take only a little more memory: `python scarce_memory.py`.
 
 Memory that a kernel cannot get must become an error: a C++ exception that leaves a thread of OpenMP ends the process. Run it
-with MALLOC_MMAP_THRESHOLD_=65536, so that memory once had is given back. `python scarce_memory.py once` calls each a single time,
-with all the memory that there is.
+with MALLOC_MMAP_THRESHOLD_=65536, so that memory once had is given back. `python scarce_memory.py once` calls each a single
+time, with all the memory that there is.
 """
 
 from __future__ import annotations

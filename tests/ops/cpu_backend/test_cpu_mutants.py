@@ -32,6 +32,9 @@ class Mutant:
     says: str = "wrong"
 
 
+# What has the blocks of single pairs and both selections.
+_BLOCKS = "blocks_wide.cpp"
+
 MUTANTS = {
     "off-by-one-tile-edge": Mutant("product.h", "i < rows; i += Rows)", "i + Rows < rows; i += Rows)", "experts"),
     "ragged-columns-forgotten": Mutant(
@@ -129,6 +132,38 @@ MUTANTS = {
         "experts_bf16.cpp",
         says="not finite",
     ),
+    "rows-of-a-run-but-the-last-lost": Mutant(
+        "rows.h",
+        "sum += w[q] * load(row[q] + c);\n        store",
+        "sum = w[q] * load(row[q] + c);\n        store",
+        "blocks",
+        _BLOCKS,
+    ),
+    "outer-product-of-the-last-pair": Mutant("rows.h", "load(row[q] + c) + w[q] * v", "w[q] * v", "blocks", _BLOCKS),
+    "stretches-but-the-last-lost": Mutant(
+        "rows.h", "c < width_; ++c) to[c] += row[c];", "c < width_; ++c) to[c] = row[c];", "rows", _BLOCKS
+    ),
+    "rank-by-squared-norm": Mutant("topk_forward.h", "norms[i] = std::sqrt(sum)", "norms[i] = sum * sum", "blocks", _BLOCKS),
+    "gate-bias-gets-the-keys": Mutant(
+        "topk_backward.h", "d_gate.data(), gate_bias.data()", "d.data(), gate_bias.data()", "blocks", _BLOCKS
+    ),
+    "count-of-the-lower-side-forgotten": Mutant("select.h", "if (!higher) k -= above;", "", "blocks", _BLOCKS),
+    "last-of-equal-sub-keys-first": Mutant(
+        "product_keys.h", "before += keys[j] >= own", "before += keys[j] > own", "sub-keys", _BLOCKS
+    ),
+    "many-sub-keys-in-no-order": Mutant(
+        "product_keys.h", "best(keys, n, most, true,", "best(keys, n, most, false,", "sub-keys", _BLOCKS
+    ),
+    "sums-of-unranked-sub-keys": Mutant(
+        "product_keys.h", "best_a_[i] = a[top_a_[i]]", "best_a_[i] = a[i]", "sub-keys", _BLOCKS
+    ),
+    "token-that-is-dear-to-move": Mutant(
+        "assignment.cpp",
+        "loss < cost || (loss == cost && t < mover)",
+        "loss > cost || cost == kInfinity",
+        "balanced",
+        "assignment.cpp",
+    ),
     "softmax-over-the-chosen": Mutant(
         "route.cpp", "if (kind == kSoftmax)\n        for", "if (false)\n        for", "routes", "route.cpp"
     ),
@@ -202,7 +237,11 @@ def test_no_thread_takes_memory(spoilt: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["experts_float.cpp", *(pytest.param(f, marks=pytest.mark.slow) for f in ("experts_bf16.cpp", "route.cpp"))]
+    "file",
+    [
+        "experts_float.cpp",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("experts_bf16.cpp", "route.cpp", _BLOCKS, "assignment.cpp")),
+    ],
 )
 def test_right_kernels_pass_where_mutants_fail(file: str, tmp_path: Path) -> None:
     """Compiled alike, so that a mutant is not caught by a test that always fails."""

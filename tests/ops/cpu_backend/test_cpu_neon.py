@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from variants import without
+from variants import kernel_files, without
 
 from sparseffn.ops.cpu import build
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PROGRAM = Path(__file__).with_name("products.cpp")
-FILES = ("experts_float.cpp", "experts_double.cpp", "experts_bf16.cpp", "experts_half.cpp", "route.cpp", "instructions.cpp")
 # Above the base, arithmetic of float16 and bfloat16 in registers, as Graviton 3 and Neoverse V1 have.
 TARGETS = {"armv8-a": "NEON", "armv8.2-a+bf16+fp16": "NEON"}
 
@@ -22,7 +21,7 @@ TARGETS = {"armv8-a": "NEON", "armv8.2-a+bf16+fp16": "NEON"}
 def compile_for(target: str, folder: Path) -> Path:
     """The program for a processor, linked into one file; optimised, as an emulator is slow."""
     flags = [*without("-O3", "-march=native"), "-O1", f"-march={target}", f"-I{build.SOURCES}", "-DSPARSEFFN_POISON"]
-    sources = [PROGRAM, *(build.SOURCES / name for name in FILES)]
+    sources = [PROGRAM, *(build.SOURCES / name for name in kernel_files())]
     objects = [folder / f"{source.stem}.o" for source in sources]
     commands = [[COMPILER, *flags, "-c", s, "-o", o] for s, o in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(2) as pool:
