@@ -426,6 +426,22 @@ def test_memory_that_is_not_there_is_an_error() -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")
+def test_no_weight_is_copied() -> None:
+    """In no layout, for few tokens and for many; gradients of interleaved columns alone are joined by a copy."""
+    command = [sys.executable, str(Path(__file__).with_name("growth_of_calls.py"))]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 24
+    for line in lines:
+        layout, name, growth = line.split()[1], line.split()[3], float(line.split()[-1])
+        joined = 2 / 3 if layout == "interleaved" and name == "training:" else 0
+        assert growth < joined + (0.03 if name == "forward:" else 0.1), line
+
+
+@needs_compiler
 def test_backend_asked_for_first_in_inference_mode_has_autocast() -> None:
     """The compiled library, which casts, is loaded before the first call."""
     code = (

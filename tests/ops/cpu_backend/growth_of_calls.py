@@ -1,0 +1,76 @@
+"""How far calls of `experts` raise the memory in use: `python growth_of_calls.py` prints a line for each.
+
+`dtype layout tokens pass: bytes over those of the weights`, at the highest point, without what the call returns. Run it with
+MALLOC_MMAP_THRESHOLD_=65536, so that memory once had is given back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseffn import ops
+
+D_MODEL, SIZE, N_EXPERTS, K = 256, 256, 64, 2
+
+
+def highest(call: Callable[[], object]) -> int:
+    """Bytes by which a call raises the memory in use, at its highest point."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS:")
+    call()
+    return status("VmHWM:") - before
+
+
+def halves_of(both: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Keys and gate keys `[E, D, G]` of what is stored: `[E, D, 2 G]`, or `[E, 2 G, D]` as Hugging Face has it."""
+    if layout == "out-in":
+        first, second = ops.halves(both, dim=1)
+        return first.transpose(1, 2), second.transpose(1, 2)
+    return ops.halves(both, dim=2, interleaved=layout == "interleaved")
+
+
+def main() -> int:
+    """All layouts, few tokens and many, forward and backward."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("in-out", "out-in", "interleaved"):
+            both = torch.randn(N_EXPERTS, *((2 * SIZE, D_MODEL) if layout == "out-in" else (D_MODEL, 2 * SIZE))).to(dtype)
+            down = torch.randn(N_EXPERTS, *((D_MODEL, SIZE) if layout == "out-in" else (SIZE, D_MODEL))).to(dtype)
+            weights = both.nbytes + down.nbytes
+            for n_tokens in (4, 300):
+                x = torch.randn(n_tokens, D_MODEL).to(dtype)
+                indices, gates = torch.rand(n_tokens, N_EXPERTS).topk(K).indices, torch.rand(n_tokens, K)
+
+                def forward(
+                    x: Tensor = x, both: Tensor = both, down: Tensor = down, layout: str = layout, *more: Tensor
+                ) -> Tensor:
+                    keys, gate_keys = halves_of(both, layout)
+                    values = down.transpose(1, 2) if layout == "out-in" else down
+                    return ops.experts(x, keys, values, gates, indices, gate_keys=gate_keys, activation="silu")  # noqa: B023
+
+                forward()
+                growth = highest(forward)
+                sys.stdout.write(f"{dtype} {layout} {n_tokens} forward: {growth / weights:.3f}\n")
+                leaves = both.requires_grad_(), down.requires_grad_()
+
+                def step(leaves: tuple[Tensor, ...] = leaves) -> object:
+                    return torch.autograd.grad(forward().sum(), leaves)
+
+                step()
+                sys.stdout.write(f"{dtype} {layout} {n_tokens} training: {highest(step) / weights - 1:.3f}\n")
+                for leaf in leaves:
+                    leaf.requires_grad_(requires_grad=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
