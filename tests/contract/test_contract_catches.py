@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wrong_methods import WRONG, FalseXfailConfig, MuteErrorConfig, NamelessErrorConfig
+from wrong_methods import WRONG, FalseXfailConfig, GraphBreakInTraining, MuteErrorConfig, NamelessErrorConfig, wrong
 
 from sparseffn.contract import ContractError, check_method, list_checks, run_check
 from sparseffn.errors import UserError
@@ -17,6 +17,12 @@ def test_wrong_method_is_caught_by_name(check: str, config_class: type[FFNConfig
     with pytest.raises(ContractError, match=f"{config_class.name} fails {check}") as caught:
         run_check(check, config_class)
     assert caught.value.check == check
+
+
+def test_training_is_compiled_too() -> None:
+    """A layer that a compiler can follow in evaluation alone is caught, and told where it is wrong."""
+    with pytest.raises(ContractError, match=r"graph-break-in-training fails compiles: torch.compile in training raises"):
+        run_check("compiles", wrong("graph-break-in-training", GraphBreakInTraining))
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,15 @@ class UncalledPart(Dense):
         return y_TD @ self.part.weight, routed
 
 
+class GraphBreakInTraining(Dense):
+    """Looks at a value in training alone."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        if self.training and float(x_TD.detach().sum()) == 0.0:
+            x_TD = x_TD + 0.0
+        return super().compute(x_TD, mask_T)
+
+
 class GraphBreak(Dense):
     """Goes where a compiler cannot follow."""
 

@@ -1,21 +1,31 @@
 """Call every operation of the library with one argument after the other spoiled: `python spoiled_calls.py SEED`.
 
-Each call must raise, or give what its composition gives. A call that crashes ends the process; its name is the last printed.
+Each call must raise, or give what its composition gives; a public function must raise an error for users. A call that crashes
+ends the process; its name is the last printed.
 """
 
 from __future__ import annotations
 
+import inspect
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from test_opcheck import CASES, LIBRARY
 from torch import Tensor
 
-# What a caller can be expected to catch; the others would be faults of our own.
-REFUSED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, KeyError, AttributeError)
+from sparseffn import ops
+from sparseffn.errors import UserError
+from sparseffn.ops.library import OPERATIONS
+
+# What PyTorch's dispatcher and kernels raise; the others would be faults of our own.
+REFUSED = (RuntimeError, ValueError, IndexError)
+# Autograd alone calls these, whose compositions look at nothing before they compute.
+REFUSED_BACKWARD = (*REFUSED, TypeError, AttributeError)
+# What public functions raise: where a tensor has no values, PyTorch says so.
+REFUSED_IN_WORDS = (UserError, NotImplementedError)
 
 SELECTING = ("topk", "product_key")
 TIES = ("expanded", "same-everywhere", "torch.bool")
@@ -88,6 +98,32 @@ def in_order(t: Tensor) -> Tensor:
     return t if t.is_complex() or not t.dim() else t.sort(-1).values
 
 
+def public(name: str, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function that users call for an operation, and the arguments that it shares with it; with dropout if it has that."""
+    function = getattr(ops, name)
+    parameters = inspect.signature(function).parameters
+    given = dict(zip(OPERATIONS[name].arguments, arguments, strict=False))
+    shared = {key: value for key, value in given.items() if key in parameters}
+    return function, shared | ({"dropout": 0.1} if "dropout" in parameters else {})
+
+
+def spoil_public(name: str, arguments: tuple[Any, ...]) -> int:
+    """Spoil the arguments of a public function, by the dispatcher and by the compositions; how many calls were refused."""
+    function, given = public(name, arguments)
+    refused = 0
+    for backend in ("auto", "torch") if "backend" in inspect.signature(function).parameters else (None,):
+        named = given if backend is None else given | {"backend": backend}
+        for key, argument in given.items():
+            for how, value in spoiled(argument):
+                sys.stdout.write(f"ops.{name}, backend {backend}, {key}: {how}\n")
+                sys.stdout.flush()
+                try:
+                    function(**{**named, key: value})
+                except REFUSED_IN_WORDS:
+                    refused += 1
+    return refused
+
+
 def main() -> int:
     """Every case of `test_opcheck.py`, with each argument spoiled in every way."""
     # A size that nobody refuses must not take the machine's memory.
@@ -96,6 +132,7 @@ def main() -> int:
     refused = answered = 0
     for name, draws in CASES.items():
         operation = getattr(LIBRARY, name)
+        refusals = REFUSED_BACKWARD if name.endswith("_backward") else REFUSED
         for draw in draws:
             arguments = draw()
             for i, argument in enumerate(arguments):
@@ -105,7 +142,7 @@ def main() -> int:
                     given = (*arguments[:i], value, *arguments[i + 1 :])
                     try:
                         got = operation(*given)
-                    except REFUSED:
+                    except refusals:
                         refused += 1
                         continue
                     answered += 1
@@ -113,6 +150,8 @@ def main() -> int:
                     if how == "nan" or (name.startswith(SELECTING) and how in TIES):
                         continue
                     assert same(name, given, got), "another result than that of the composition"
+            if name in OPERATIONS:
+                refused += spoil_public(name, draw())
     sys.stdout.write(f"{refused} refused, {answered} answered\n")
     return 0
 

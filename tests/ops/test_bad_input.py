@@ -17,9 +17,12 @@ from sparseffn.ops.cpu import build
 
 X, W = torch.randn(4, 3), torch.randn(2, 3, 5)
 SEL = torch.tensor([0, 1, 1, 0])
+CLAMPED: dict[str, Any] = {"activation": "clamped_swiglu", "limit": 0.0}
 INDICES, GATES = SEL[:, None], torch.ones(4, 1)
 V = torch.randn(2, 5, 3)
 SELECTOR = torch.randn(2, 3)
+ROWS = torch.randn(6, 3)
+Q, SUB_KEYS, TABLE = torch.randn(4, 6), torch.randn(2, 5, 3), torch.randn(25, 6)
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 
 
@@ -31,6 +34,18 @@ def experts(backend: str, **changes: Any) -> Tensor:
 
 def route(backend: str, x: Tensor = X, selector: Tensor = SELECTOR, k: int = 1, gate: Any = "sigmoid") -> object:
     return ops.route(x, selector, k=k, gate=gate, backend=backend)
+
+
+def topk_rows(backend: str, **changes: Any) -> object:
+    """A good call with something wrong."""
+    given = {"x": X, "keys": ROWS, "values": ROWS, "k": 2} | changes
+    return ops.topk_rows(**given, backend=backend)
+
+
+def product_key_rows(backend: str, **changes: Any) -> object:
+    """A good call with something wrong."""
+    given = {"x": Q, "keys_a": SUB_KEYS, "keys_b": SUB_KEYS, "values": TABLE, "k": 2} | changes
+    return ops.product_key_rows(**given, backend=backend)
 
 
 REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
@@ -57,6 +72,11 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "experts-half-gates": (lambda b: experts(b, gates=GATES.half()), "`gates` must be torch.float32 .* got torch.float16"),
     "experts-device": (lambda b: experts(b, values=V.to("meta")), "on one device; got cpu and meta"),
     "experts-activation": (lambda b: experts(b, activation="swish"), "unknown activation 'swish'"),
+    "experts-limit": (lambda b: experts(b, **CLAMPED, gate_keys=W), "`limit` must be above 0 .* got 0.0; fix"),
+    "experts-limit-negative": (lambda b: experts(b, **CLAMPED | {"limit": -7.0}, gate_keys=W), "`limit` must be .* got -7.0"),
+    "experts-limit-nan": (lambda b: experts(b, **CLAMPED | {"limit": float("nan")}, gate_keys=W), "`limit` must be .* got nan"),
+    "experts-absent": (lambda b: experts(b, keys=None), "`keys` must be a tensor; got None; fix"),
+    "experts-inner-tensor": (lambda b: experts(b, inner_k=SEL), "`inner_k` must be an integer or None; got a Tensor; fix"),
     "experts-gated-alone": (lambda b: experts(b, activation="clamped_swiglu"), "`gate_keys` must be given"),
     "experts-gate-bias-alone": (lambda b: experts(b, gate_bias=torch.ones(2, 5)), "`gate_keys` must be given with gate_bias"),
     "experts-gate-keys": (lambda b: experts(b, gate_keys=W[:, :, :4]), "`gate_keys` must be"),
@@ -80,7 +100,39 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "router-integers": (lambda b: ops.router_logits(X.long(), SELECTOR, backend=b), "must be floating; got torch.int64"),
     "topk-number": (lambda b: ops.topk(torch.tensor(1.0), 1, backend=b), r"must be floating, \(..., n\)"),
     "topk-integers": (lambda b: ops.topk(SEL, 1, backend=b), "must be floating"),
+    "topk-absent": (lambda b: ops.topk(None, 1, backend=b), "`scores` must be a tensor; got None"),
     "topk-none": (lambda b: ops.topk(X, 0, backend=b), "between 1 and the number of entries 3; got 0"),
+}
+
+
+# Of operations that have no backend `reference`.
+REFUSED_BY_BLOCKS: dict[str, tuple[Callable[[str], object], str]] = {
+    "topk-rank": (lambda b: topk_rows(b, x=X[0]), r"must be \[T, D\], \[F, D\] and \[F, D\]"),
+    "topk-width": (lambda b: topk_rows(b, keys=ROWS[:, :2]), r"must be \[T, D\], \[F, D\] and \[F, D\]"),
+    "topk-values": (lambda b: topk_rows(b, values=ROWS[:5]), r"must be \[T, D\], \[F, D\] and \[F, D\]"),
+    "topk-none": (lambda b: topk_rows(b, k=0), "`k` must be between 1 and the number of units 6; got 0"),
+    "topk-high": (lambda b: topk_rows(b, k=7), "`k` must be between 1 and the number of units 6; got 7"),
+    "topk-dtypes": (lambda b: topk_rows(b, values=ROWS.double()), "must share a floating dtype"),
+    "topk-integers": (lambda b: topk_rows(b, x=X.long(), keys=ROWS.long(), values=ROWS.long()), "share a floating dtype"),
+    "topk-device": (lambda b: topk_rows(b, values=ROWS.to("meta")), "on one device; got cpu and meta"),
+    "topk-activation": (lambda b: topk_rows(b, activation="swish"), "unknown activation 'swish'"),
+    "topk-gated-alone": (lambda b: topk_rows(b, activation="clamped_swiglu"), "`gate_keys` must be given"),
+    "topk-limit": (lambda b: topk_rows(b, **CLAMPED, gate_keys=ROWS), "`limit` must be above 0 .* got 0.0; fix"),
+    "topk-limit-nan": (lambda b: topk_rows(b, **CLAMPED | {"limit": float("nan")}, gate_keys=ROWS), "`limit` must be"),
+    "topk-bias": (lambda b: topk_rows(b, key_bias=torch.ones(5)), "`key_bias` must be"),
+    "topk-value-bias": (lambda b: topk_rows(b, value_bias=torch.ones(6)), "`value_bias` must be"),
+    "topk-dropout": (lambda b: topk_rows(b, dropout=1.0), "`dropout` must be at least 0 and below 1; got 1.0"),
+    "topk-absent": (lambda b: topk_rows(b, keys=None, dropout=0.5), "`keys` must be a tensor; got None"),
+    "reads-rank": (lambda b: product_key_rows(b, x=Q[0]), r"must be \[T, D\], \[H, A, D / 2\]"),
+    "reads-odd": (lambda b: product_key_rows(b, x=Q[:, :5]), r"must be \[T, D\], \[H, A, D / 2\]"),
+    "reads-heads": (lambda b: product_key_rows(b, keys_b=SUB_KEYS[:1]), r"must be \[T, D\], \[H, A, D / 2\]"),
+    "reads-table": (lambda b: product_key_rows(b, values=TABLE[:24]), r"and \[A B, D\]; got"),
+    "reads-none": (lambda b: product_key_rows(b, k=0), "`k` must be between 1 and the number of values 25; got 0"),
+    "reads-high": (lambda b: product_key_rows(b, k=26), "`k` must be between 1 and the number of values 25; got 26"),
+    "reads-dtypes": (lambda b: product_key_rows(b, values=TABLE.double()), "must share a floating dtype"),
+    "reads-device": (lambda b: product_key_rows(b, values=TABLE.to("meta")), "on one device; got cpu and meta"),
+    "reads-activation": (lambda b: product_key_rows(b, activation="clamped_swiglu"), "unknown activation 'clamped_swiglu'"),
+    "reads-absent": (lambda b: product_key_rows(b, keys_a=None), "`keys_a` must be a tensor; got None"),
 }
 
 
@@ -91,6 +143,56 @@ def test_bad_input_is_refused(name: str, backend: str) -> None:
     call, words = REFUSED[name]
     with pytest.raises(UserError, match=words):
         call(backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", REFUSED_BY_BLOCKS)
+def test_bad_input_of_blocks_is_refused(name: str, backend: str) -> None:
+    """The same of the two operations that choose among pairs."""
+    call, words = REFUSED_BY_BLOCKS[name]
+    with pytest.raises(UserError, match=words):
+        call(backend)
+
+
+def shared(*shape: int, dim: int) -> Tensor:
+    """A leaf of size 1 in one dimension, seen everywhere along it: its elements overlap in memory."""
+    sizes = [1 if d == dim else size for d, size in enumerate(shape)]
+    return torch.randn(*sizes).requires_grad_()
+
+
+OVERLAPPING: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "experts": (lambda b, x, w, v: experts(b, x=x, keys=w, values=v), ((4, 3), (2, 3, 5), (2, 5, 3))),
+    "experts-gated": (
+        lambda b, x, w, v, g: experts(b, x=x, keys=w, values=v, gate_keys=g, activation="silu"),
+        ((4, 3), (2, 3, 5), (2, 5, 3), (2, 3, 5)),
+    ),
+    "experts-inner": (lambda b, x, w, v: experts(b, x=x, keys=w, values=v, inner_k=2), ((4, 3), (2, 3, 5), (2, 5, 3))),
+    "cvmm": (lambda b, x, w: ops.cvmm(x, SEL, w, backend=b), ((4, 3), (2, 3, 5))),
+    "route": (lambda b, x, s: ops.route(x, s, k=2, gate="softmax", backend=b)[0], ((4, 3), (2, 3))),
+    "router_logits": (lambda b, x, s: ops.router_logits(x, s, backend=b), ((4, 3), (2, 3))),
+    "weighted_rows": (lambda b, v, w: ops.weighted_rows(v, SEL.view(2, 2), w, backend=b), ((4, 3), (2, 2))),
+    # All units survive: which of equal ones does is nobody's to say.
+    "topk_rows": (lambda b, x, w, v: ops.topk_rows(x, w, v, k=6, backend=b)[0], ((4, 3), (6, 3), (6, 3))),
+    "product_key_rows": (
+        lambda b, x, w, v: ops.product_key_rows(x, w, SUB_KEYS, v, k=25, backend=b)[0],
+        ((4, 6), (2, 5, 3), (25, 6)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_overlapping_strides_are_good_input(name: str, backend: str, dim: int) -> None:
+    """Results and gradients are those of copies, for every argument in turn."""
+    call, shapes = OVERLAPPING[name]
+    for i, shape in enumerate(shapes):
+        arguments = [torch.randn(*sizes) for sizes in shapes]
+        leaf, found = shared(*shape, dim=dim), []
+        for view in (leaf.expand(shape), leaf.repeat([shape[d] if d == dim else 1 for d in range(len(shape))])):
+            y = call(backend, *arguments[:i], view, *arguments[i + 1 :])
+            found.append((y, *torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view(y.shape))))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @BACKENDS

@@ -102,11 +102,12 @@ def test_only_the_host_looks() -> None:
         (lambda: ops.routing_counts(torch.zeros(3, 2).long(), torch.ones(3, 1), 4), "`indices` must be int64"),
         (lambda: ops.routing_counts(torch.zeros(3, 2), torch.ones(3, 2), 4), "got torch.float32"),
         (lambda: ops.routing_counts(torch.zeros(3, 2).long(), torch.ones(3, 2), 0), "`n_units` at least 1"),
+        (lambda: ops.routing_counts(torch.full((3, 2), 4), torch.ones(3, 2), 4), "`indices` must be between 0 and 3, a unit"),
         (lambda: ops.batch_entropy(torch.ones(3), None, 1.0), "`logits` must be"),
         (lambda: ops.batch_entropy(torch.ones(3, 2), torch.ones(2).bool(), 1.0), "`mask` bool"),
         (lambda: ops.batch_entropy(torch.ones(3, 2), torch.ones(3).bool().to("meta"), 1.0), "on one device"),
     ],
-    ids=["weights", "integers", "no-units", "rank", "mask", "device"],
+    ids=["weights", "integers", "no-units", "no-such-unit", "rank", "mask", "device"],
 )
 def test_bad_input_is_named(call: Callable[[], object], words: str) -> None:
     """By a user's error, before a kernel sees an address."""

@@ -19,15 +19,22 @@ Result = TypeVar("Result")
 
 @contract
 def compiles(config: FFNConfig) -> None:
-    """`torch.compile(fullgraph=True, dynamic=True)` gives the eager output and gradients, for several token counts."""
-    layer = make_layer(without_dropout(config))
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n_tokens in (6, 9):
-        x = tokens(config, n_tokens)
-        results = [_step(layer, layer, x), _or_broken("torch.compile", lambda: _step(layer, compiled, x))]  # noqa: B023
-        gap = max(differ(a, b) for a, b in zip(*results, strict=True))
-        require(gap <= ATOL, f"compiled results differ by {gap:.2g} for {n_tokens} tokens")
+    """`torch.compile(fullgraph=True, dynamic=True)` gives the eager output and gradients, for several token counts.
+
+    In evaluation and in training, with the same random numbers.
+    """
+    for training in (False, True):
+        layer = make_layer(config, training=training)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        how = "in training" if training else "in evaluation"
+        for n_tokens in (6, 9):
+            x = tokens(config, n_tokens)
+            eager = seeded(lambda: _step(layer, layer, x))  # noqa: B023
+            ours = _or_broken(f"torch.compile {how}", lambda: seeded(lambda: _step(layer, compiled, x)))  # noqa: B023
+            require(len(eager) == len(ours), f"compiled {how}, {len(ours) - 1} gradients come and not {len(eager) - 1}")
+            gap = max(differ(a, b) for a, b in zip(eager, ours, strict=True))
+            require(gap <= ATOL, f"compiled {how}, results differ by {gap:.2g} for {n_tokens} tokens")
 
 
 def _or_broken(what: str, compute: Callable[[], Result]) -> Result:

@@ -6,6 +6,7 @@ the device loses its context. Kernels there never read through a bad index, and 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,15 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from sparseffn.errors import UserError
+
+# Of a schema's arguments: in words, and what Python has for it. Compilers have numbers of their own.
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "Tensor": ("a tensor", (Tensor,)),
+    "int": ("an integer", (numbers.Integral, torch.SymInt)),
+    "float": ("a number", (numbers.Real, torch.SymInt, torch.SymFloat)),
+    "bool": ("a bool", (bool, torch.SymBool)),
+    "str": ("a string", (str,)),
+}
 
 
 def is_watched(tensors: Iterable[Tensor]) -> bool:
@@ -36,6 +46,29 @@ def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> 
     least, most = indices.detach().aminmax()
     if least.item() < 0 or most.item() >= n:
         raise UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
+
+
+def require_kind(name: str, kind: str, argument: object) -> None:
+    """That an argument is what its schema says: "Tensor", or "int?" for one that may be None.
+
+    Raises:
+        UserError: it is something else.
+    """
+    words, types = _KINDS[kind.removesuffix("?")]
+    optional = kind.endswith("?")
+    if not isinstance(argument, types) and not (optional and argument is None):
+        got = "None" if argument is None else f"a {type(argument).__name__}"
+        raise UserError(f"`{name}` must be {words}{' or None' if optional else ''}; got {got}; fix: pass {words}")
+
+
+def require_tensors(**tensors: object) -> None:
+    """For what a public function reads of its arguments before the operation sees them.
+
+    Raises:
+        UserError: one is no tensor.
+    """
+    for name, tensor in tensors.items():
+        require_kind(name, "Tensor", tensor)
 
 
 def require_one_device(*tensors: Tensor | None) -> None:

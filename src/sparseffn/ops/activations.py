@@ -62,8 +62,8 @@ def draw_keep(shape: tuple[int, ...], rate: float, device: torch.device) -> tupl
     return torch.rand(shape, device=device) >= rate, 1.0 / (1.0 - rate)
 
 
-def check_activation(name: str, gate_keys: Tensor | None, gate_bias: Tensor | None) -> None:
-    """That there is such an activation, and gate keys where it or their bias needs them.
+def check_activation(name: str, gate_keys: Tensor | None, gate_bias: Tensor | None, limit: float = SWIGLU_LIMIT) -> None:
+    """That there is such an activation, gate keys where it or their bias needs them, and a limit that leaves something.
 
     Raises:
         UserError: there is not.
@@ -73,6 +73,9 @@ def check_activation(name: str, gate_keys: Tensor | None, gate_bias: Tensor | No
     if gate_keys is None and (name == CLAMPED_SWIGLU or gate_bias is not None):
         what = "gate_bias" if gate_bias is not None else f"activation={name!r}"
         raise UserError(f"`gate_keys` must be given with {what}; got none; fix: pass the second half of a gated block's keys")
+    # A NaN too is not above 0.
+    if name == CLAMPED_SWIGLU and not limit > 0:
+        raise UserError(f"`limit` must be above 0 for activation={name!r}; got {limit}; fix: gpt-oss has {SWIGLU_LIMIT}")
 
 
 def saved_activations(activation: str, dropout: float = 0.0, *, gated: bool = False) -> int:

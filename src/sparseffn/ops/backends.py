@@ -151,13 +151,14 @@ def call(operation: Operation, arguments: tuple[Any, ...], backend: str = "auto"
     Raises:
         UserError: the arguments do not fit together, or what `implementation` raises.
     """
-    function = implementation(operation.name, arguments[0], backend)
-    if function is not None:
-        return operation.checked(function)(*arguments)
     try:
+        function = implementation(operation.name, arguments[0], backend)
+        if function is not None:
+            return operation.checked(function)(*arguments)
         return operation.overload(*arguments)
     except (RuntimeError, IndexError, KeyError, TypeError, AttributeError):
-        operation.check(*operation.as_cast(arguments))
+        operation.check_kinds(arguments)
+        operation.check_cast(arguments)
         raise
 
 

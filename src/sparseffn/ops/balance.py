@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import require_one_device
+from sparseffn.ops._checks import require_one_device, require_tensors
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.backends import call
 from sparseffn.ops.counts import NEVER
@@ -129,6 +129,7 @@ def sinkhorn(
         UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
     """
     if mask is None:
+        require_tensors(scores=scores)
         mask = torch.ones(scores.shape[:1], dtype=torch.bool, device=scores.device)
     return call(_sinkhorn, (scores, mask, n_rounds, -1.0 if released else 1.0), backend)
 
@@ -176,4 +177,5 @@ def balanced_assignment(scores: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         UserError: `scores` is not a floating matrix with at least one expert.
     """
+    require_tensors(scores=scores)
     return call(_balanced_assignment, (scores.detach().nan_to_num(),), backend)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.errors import UserError, unknown_name
-from sparseffn.ops._checks import require_one_device, require_one_dtype, require_shapes
+from sparseffn.ops._checks import require_one_device, require_one_dtype, require_shapes, require_tensors
 from sparseffn.ops.activations import ACTIVATIONS, SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
 from sparseffn.ops.backends import call
 from sparseffn.ops.columns import topk
@@ -28,7 +28,7 @@ from sparseffn.ops.rows import product_key_topk, weighted_rows
 def check_topk_rows(
     x: Tensor, keys: Tensor, values: Tensor, k: int, gate_keys: Tensor | None = None, key_bias: Tensor | None = None,
     gate_bias: Tensor | None = None, value_bias: Tensor | None = None, keep: Tensor | None = None, keep_scale: float = 1.0,
-    activation: str = "relu", *rest: Any,
+    activation: str = "relu", alpha: float = SWIGLU_ALPHA, limit: float = SWIGLU_LIMIT, *rest: Any,
 ) -> None:  # fmt: skip
     """That they fit together; raises as `topk_rows` documents."""
     if x.dim() != 2 or keys.dim() != 2 or keys.shape[1] != x.shape[1] or values.shape != keys.shape:
@@ -49,7 +49,7 @@ def check_topk_rows(
     require_one_device(*floating, keep)
     if not 1 <= k <= n_units:
         raise UserError(f"`k` must be between 1 and the number of units {n_units}; got {k}; fix: lower k")
-    check_activation(activation, gate_keys, gate_bias)
+    check_activation(activation, gate_keys, gate_bias, limit)
 
 
 @upcast
@@ -156,7 +156,7 @@ def topk_rows(
         value_bias: `[D]`.
         activation: as `ops.experts` has them.
         alpha: of clamped_swiglu.
-        limit: of clamped_swiglu.
+        limit: of clamped_swiglu, above 0.
         dropout: rate at which units are removed before they are ranked; the others are scaled by 1 / (1 - rate).
         by_norm: rank by u times the norm of its value.
         by_magnitude: rank by `|u|`.
@@ -167,11 +167,13 @@ def topk_rows(
         reach its own row alone.
 
     Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the activation is unknown.
+        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, the activation is unknown, or its
+            `limit` is not above 0.
     """
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
-        keep, keep_scale = draw_keep((x.shape[0], keys.shape[0]), dropout, x.device)
+        require_tensors(x=x, keys=keys)
+        keep, keep_scale = draw_keep((*x.shape[:1], *keys.shape[:1]), dropout, x.device)
     options = (keep, keep_scale, activation, alpha, limit, by_norm, by_magnitude)
     return call(_topk_rows, (x, keys, values, k, gate_keys, key_bias, gate_bias, value_bias, *options), backend)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import require_one_device
+from sparseffn.ops._checks import check_indices, require_one_device, require_tensors
 from sparseffn.ops.backends import call
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.library import Kept, define
@@ -29,7 +29,10 @@ def check_counts(indices: Tensor, weights: Tensor, n_units: int) -> None:
             f"`indices` must be int64 [T, K], `weights` alike and `n_units` at least 1; got {indices.dtype} "
             f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_units}; fix: flatten leading dimensions first"
         )
+    if not weights.is_floating_point():
+        raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
     require_one_device(indices, weights)
+    check_indices(indices, "a unit", n_units)
 
 
 def check_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> None:
@@ -40,6 +43,8 @@ def check_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> None:
             f"`logits` must be [T, E] and `mask` bool [T] or None; got {tuple(logits.shape)} and {of_mask}; "
             "fix: flatten leading dimensions first"
         )
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"`logits` must be float32 or float64; got {logits.dtype}; fix: cast them")
     require_one_device(logits, mask)
 
 
@@ -47,12 +52,13 @@ def routing_counts_plain(indices: Tensor, weights: Tensor, n_units: int) -> tupl
     """The same by PyTorch's operations."""
     magnitudes = weights.detach().abs().to(torch.promote_types(weights.dtype, torch.float32))
     used = (magnitudes != 0).long()
-    places = indices.flatten()
+    # What is of no unit goes to one more, which is cut off: a GPU's scatter would end the process.
+    places = torch.where(indices < 0, n_units, indices.clamp(max=n_units)).flatten()
     # Behind the units' counts the number of tokens, and zero.
     tail = used.new_zeros(2).index_fill(0, used.new_zeros(1), indices.shape[0])
-    counts = used.new_zeros(n_units).scatter_add(0, places, used.flatten())
-    sums = magnitudes.new_zeros(n_units).scatter_add(0, places, magnitudes.flatten())
-    return torch.cat((counts, tail)), sums, used.sum(1)
+    counts = used.new_zeros(n_units + 1).scatter_add(0, places, used.flatten())
+    sums = magnitudes.new_zeros(n_units + 1).scatter_add(0, places, magnitudes.flatten())
+    return torch.cat((counts[:-1], tail)), sums[:-1].clone(), used.sum(1)
 
 
 def _fake_counts(indices, weights, n_units):
@@ -75,7 +81,7 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
     """Count a selection; without gradient.
 
     Args:
-        indices: int64 `[T, K]`, below `n_units`.
+        indices: int64 `[T, K]`, 0 to `n_units` - 1.
         weights: `[T, K]`; a weight of exactly 0 selects nothing.
         n_units: number of units to select from.
 
@@ -84,8 +90,9 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
         the absolute weights; int64 `[T]`: units that each token selected.
 
     Raises:
-        UserError: shapes, dtypes or devices do not fit together.
+        UserError: shapes, dtypes or devices do not fit together, or an index is that of no unit (on a GPU it does not count).
     """
+    require_tensors(weights=weights)
     return call(_routing_counts, (indices, weights.detach(), n_units))
 
 

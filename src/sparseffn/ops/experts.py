@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_indices, require_one_device, require_one_dtype, require_shapes
+from sparseffn.ops._checks import check_indices, require_one_device, require_one_dtype, require_shapes, require_tensors
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, check_activation, draw_keep, hidden_units
 from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define, flops_of_pairs
@@ -56,7 +56,7 @@ def check_experts(
     if gates.dtype != wide or indices.dtype != torch.int64:
         raise UserError(f"`gates` must be {wide} and `indices` int64; got {gates.dtype} and {indices.dtype}; fix: cast them")
     require_one_device(x, keys, values, gates, indices, gate_keys, key_bias, gate_bias, value_bias, keep)
-    check_activation(activation, gate_keys, gate_bias)
+    check_activation(activation, gate_keys, gate_bias, limit)
     n_units = indices.shape[1] * size
     if inner_k is not None and not 1 <= inner_k <= n_units:
         raise UserError(f"`inner_k` must be between 1 and K G = {n_units}; got {inner_k}; fix: lower it, or None for all")
@@ -201,7 +201,7 @@ def experts(
         activation: relu, relu2 (its square), gelu (exact), gelu_tanh, silu, identity; clamped_swiglu, which needs gate keys:
             `(clamp(x gate_keys, -limit, limit) + 1) h sigmoid(alpha h)` with `h = min(x keys, limit)`, as gpt_oss has it.
         alpha: of clamped_swiglu.
-        limit: of clamped_swiglu.
+        limit: of clamped_swiglu, above 0.
         dropout: rate at which hidden units are removed; the others are scaled by 1 / (1 - rate).
         inner_k: of a token's K G coefficients `gate x unit` only so many, the largest, take part; None: all.
         backend: see `ops.backends`.
@@ -211,11 +211,13 @@ def experts(
 
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `K` is 0, `inner_k` is not in 1..K G, an index is
-            that of no expert (on a GPU such a selection adds nothing), or the activation is unknown.
+            that of no expert (in a Triton kernel such a selection adds nothing), the activation is unknown, or its `limit` is
+            not above 0.
     """
     keep, keep_scale = None, 1.0
     if dropout != 0.0:
-        keep, keep_scale = draw_keep((*indices.shape, keys.shape[2]), dropout, indices.device)
+        require_tensors(keys=keys, indices=indices)
+        keep, keep_scale = draw_keep((*indices.shape, *keys.shape[2:]), dropout, indices.device)
     arguments: tuple[Any, ...] = (x, keys, values, gates, indices)
     # Ten arguments more take a microsecond to pass, a tenth of one token's experts.
     if not (gate_keys is key_bias is gate_bias is value_bias is keep is inner_k is None and activation == "relu"):

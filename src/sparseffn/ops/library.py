@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch._C import _current_graph_task_id
 
-from sparseffn.ops._checks import is_watched, require_one_device
+from sparseffn.ops._checks import is_watched, require_kind, require_one_device
 from sparseffn.ops.autocast import is_autocast_on, to_autocast
 
 LIBRARY = torch.library.Library("sparseffn", "FRAGMENT")
@@ -71,6 +71,8 @@ class Operation:
     name: str
     arguments: tuple[str, ...]
     """Names of its arguments."""
+    kinds: tuple[str, ...]
+    """What each of them is, as the schema says it: "Tensor", "int?"."""
     overload: Any
     """What PyTorch's dispatcher calls."""
     check: Function
@@ -82,18 +84,40 @@ class Operation:
     kept: Kept | None
     flops: Flops | None
 
+    def check_kinds(self, arguments: tuple[Any, ...]) -> None:
+        """That tensors are tensors and numbers numbers.
+
+        Raises:
+            UserError: one is something else.
+        """
+        for name, kind, argument in zip(self.arguments, self.kinds, arguments, strict=False):
+            require_kind(name, kind, argument)
+
     def checked(self, composition: Function) -> Function:
         """A composition of what autocast makes of its arguments, which fit together."""
 
         def run(*arguments: Any) -> Any:
-            given = self.as_cast(arguments)
-            self.check(*given)
+            given = self.check_cast(arguments)
             if given is arguments:
                 return composition(*arguments)
             with torch.autocast(arguments[0].device.type, enabled=False):
                 return composition(*given)
 
         return run
+
+    def check_cast(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as autocast makes them, checked; their kinds only where the check itself trips over one.
+
+        Raises:
+            UserError: they do not fit together.
+        """
+        try:
+            given = self.as_cast(arguments)
+            self.check(*given)
+        except (RuntimeError, TypeError, AttributeError):
+            self.check_kinds(arguments)
+            raise
+        return given
 
     def as_cast(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments as autocast makes them; themselves where it is off."""
@@ -140,7 +164,8 @@ def define(
     LIBRARY.define(f"{name}({arguments}) -> ({returns})")
     overload = getattr(torch.ops.sparseffn, name).default
     common = {"check": check, "cast": cast, "kept": kept, "flops": flops}
-    bare = Operation(name=name, arguments=_names(arguments), overload=overload, eager=eager or plain, **common)
+    kinds = tuple(argument.split()[0] for argument in arguments.split(","))
+    bare = Operation(name=name, arguments=_names(arguments), kinds=kinds, overload=overload, eager=eager or plain, **common)
     plain, eager = bare.checked(plain), bare.checked(bare.eager)
     operation = replace(bare, eager=eager)
     for suffix, composition in (("plain", plain), ("eager", eager)):

@@ -134,13 +134,20 @@ def routes(draw: random.Random) -> None:
 
 
 def logits(draw: random.Random) -> None:
-    """Scores of a router, which are computed in float32 or wider."""
+    """Scores of a router, which are computed in float32 or wider, and their gradients."""
     n_tokens, n_experts, width = draw.choice([0, 1, 7, draw.randint(1, 700)]), draw.randint(1, 200), draw.randint(1, 300)
-    dtype = draw_dtype(draw, n_tokens * n_experts, width)
+    # The selector's gradient is one sum over the tokens, that of x one over the experts.
+    few = min(width, 2 * n_experts) if n_tokens <= MOST_TERMS else 0
+    dtype = draw_dtype(draw, n_tokens * n_experts, few)
     x, selector = numbers(n_tokens, width).to(dtype), numbers(n_experts, width, terms=width).to(dtype)
-    got, plain = (ops.router_logits(x, selector, backend=backend) for backend in ("cpu", "torch"))
-    truth = ops.router_logits(x.double(), selector.double(), backend="reference")
-    hold("router_logits", [got, plain, truth], torch.promote_types(dtype, F32))
+    direction, found = numbers(n_tokens, n_experts).float(), []
+    for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
+        leaves = [t.to(cast).requires_grad_() for t in (x, selector)]
+        y = ops.router_logits(*leaves, backend=backend)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, direction.to(y.dtype))])
+    # The gradients are those of `route`.
+    for name, *three in zip(("router_logits", "route.x", "route.selector"), *found, strict=True):
+        hold(name, three, torch.promote_types(dtype, F32) if name == "router_logits" else dtype)
 
 
 def rows(draw: random.Random) -> None:
@@ -167,15 +174,29 @@ def selection(draw: random.Random) -> None:
     scores = (scores * draw.choice([1, 3])).round() if draw.random() < 0.5 else scores
     scores, k = scores.to(draw.choice(DTYPES)), draw.randint(1, n)
     near(ops.topk(scores, k, backend="cpu"), (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k])
-    a, b = torch.randn(n_rows, min(n, 90)), torch.randn(n_rows, n_b)
-    k = draw.randint(1, min(a.shape[1] * n_b, 300))
-    near(*(ops.product_key_topk(a, b, k, backend=backend)[0] for backend in ("cpu", "torch")))
+    halves = [torch.randn(n_rows, min(n, 90)), torch.randn(n_rows, n_b)]
+    if draw.random() < 0.5:
+        halves = [half.round() for half in halves]
+    dtype, k = draw.choice(DTYPES), draw.randint(1, min(halves[0].shape[1] * n_b, 300))
+    a, b = (half.to(dtype).requires_grad_() for half in halves)
+    direction = numbers(n_rows, k).to(dtype)
+    sums, indices = ops.product_key_topk(a, b, k, backend="cpu")
+    near(sums.detach(), ops.product_key_topk(a, b, k, backend="torch")[0].detach())
+    # Which of equal sums is taken is the kernel's to say; its gradients are those of what it took.
+    i_a, i_b = indices % a.shape[1], indices // a.shape[1]
+    near(sums.detach(), a.detach().gather(1, i_a) + b.detach().gather(1, i_b))
+    for got, place, half in zip(torch.autograd.grad(sums, (a, b), direction), (i_a, i_b), (a, b), strict=True):
+        wide = torch.zeros(half.shape, dtype=F64).scatter_add(1, place, direction.double())
+        most = torch.zeros(half.shape, dtype=F64).scatter_add(1, place, direction.double().abs())
+        n_terms = torch.zeros(half.shape, dtype=F64).scatter_add(1, place, torch.ones_like(wide[:, :1]).expand(place.shape))
+        if bool(((got.double() - wide).abs() > torch.finfo(dtype).eps * most * n_terms).any()):
+            raise AssertionError("a gradient of product-key sums is not that of what was chosen")
 
 
 def assignment(draw: random.Random) -> None:
     """Balanced assignment: as good a total, balanced loads."""
     scores = torch.randn(draw.randint(0, 300), draw.randint(1, 20), dtype=F64)
-    scores = scores.round() if draw.random() < 0.5 else scores
+    scores = (scores.round() if draw.random() < 0.5 else scores).to(draw.choice(DTYPES))
     totals = []
     for backend in ("cpu", "torch"):
         assigned = ops.balanced_assignment(scores, backend=backend)
@@ -183,11 +204,54 @@ def assignment(draw: random.Random) -> None:
         low = scores.shape[0] // scores.shape[1]
         if int(loads.min()) < low or int(loads.max()) > low + 1:
             raise AssertionError(f"{backend}: loads {loads.tolist()} are not balanced")
-        totals.append(scores.gather(1, assigned[:, None]).sum())
+        totals.append(scores.double().gather(1, assigned[:, None]).sum())
     near(*totals)
 
 
-KERNELS = (experts, routes, logits, rows, selection, assignment, topk_block, product_key_block)
+def joint_halves(draw: random.Random) -> None:
+    """Keys and gate keys as halves of one tensor, whose gradient is written into one, and some of the gradients alone."""
+    n_experts, size, width = draw.choice([1, 2, 5, 16]), draw.randint(1, 90), draw.randint(1, 120)
+    k, n_tokens = draw.randint(1, n_experts), draw.choice([0, 1, 2, 7, 64, draw.randint(1, 500)])
+    turned, interleaved, dtype = draw.random() < 0.5, draw.random() < 0.5, draw.choice(DTYPES)
+    dim = draw.choice([1, -2]) if turned else draw.choice([2, -1])
+    inner_k = draw.randint(1, k * size) if draw.random() < 0.3 else None
+    activation = draw.choice([name for name, gated in UNITS if gated])
+    indices, wide = Case(n_tokens, width, n_experts, size, k).indices(), torch.promote_types(dtype, F32)
+    both = numbers(n_experts, *((2 * size, width) if turned else (width, 2 * size)), terms=width)
+    inputs = {"both": both, "values": numbers(n_experts, size, width, terms=k * size), "x": numbers(n_tokens, width)}
+    if draw.random() < 0.4:
+        inputs |= {"key_bias": numbers(n_experts, size), "value_bias": numbers(n_experts, width)}
+    inputs = {name: t.to(dtype) for name, t in inputs.items()} | {"gates": torch.rand(n_tokens, k).to(wide)}
+    direction = numbers(n_tokens, width).to(dtype)
+
+    def gradients(wanted: Sequence[str], *, views: bool = False, backend: str = "cpu") -> list[Tensor]:
+        leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+        both = leaves["both"]
+        if not views:
+            pair = ops.halves(both, dim=dim, interleaved=interleaved)
+        else:
+            pair = both.unflatten(dim % 3, (-1, 2)).unbind(dim % 3 + 1) if interleaved else both.chunk(2, dim)
+        keys, gate_keys = (half.mT if turned else half for half in pair)
+        given = {name: leaves[name] for name in ("key_bias", "value_bias") if name in leaves}
+        y = ops.experts(
+            leaves["x"], keys, leaves["values"], leaves["gates"], indices,
+            gate_keys=gate_keys, activation=activation, inner_k=inner_k, backend=backend, **given,
+        )  # fmt: skip
+        return list(torch.autograd.grad(y, [leaves[name] for name in wanted], direction))
+
+    names = tuple(inputs)
+    whole = gradients(names)
+    chosen = [name for name in names if draw.random() < 0.5] or [draw.choice(names)]
+    for how, wanted, got in (("of views", names, gradients(names, views=True)), ("alone", chosen, gradients(chosen))):
+        for name, grad in zip(wanted, got, strict=True):
+            if not torch.equal(grad, whole[names.index(name)]):
+                raise AssertionError(f"the gradient of {name} {how} has other bits; {chosen} were wanted")
+    if dtype == F64:
+        for got, wanted in zip(whole, gradients(names, views=True, backend="torch"), strict=True):
+            near(got, wanted)
+
+
+KERNELS = (experts, routes, logits, rows, selection, assignment, joint_halves, topk_block, product_key_block)
 
 
 def poisoned(arguments: list[str]) -> int:

@@ -237,7 +237,18 @@ def test_threads_beyond_the_work_cost_nothing() -> None:
     x, rows = torch.randn(1, 32), torch.randn(64, 32)
     sub_keys, table = torch.randn(2, 8, 16), torch.randn(64, 32)
     indices, weights = torch.zeros(1, 4, dtype=torch.int64), torch.rand(1, 4)
+    keys, values, selected = torch.randn(8, 32, 16), torch.randn(8, 16, 32), torch.arange(4)[None]
+    leaves = [t.clone().requires_grad_() for t in (x, keys, values, weights)]
+
+    def experts_and_back(inner_k: int | None = None) -> None:
+        y = ops.experts(*leaves, selected, activation="silu", inner_k=inner_k)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
     calls = {
+        "experts": lambda: ops.experts(x, keys, values, weights, selected),
+        "experts, inner_k": lambda: ops.experts(x, keys, values, weights, selected, inner_k=9),
+        "experts, backward": experts_and_back,
+        "experts, backward, inner_k": lambda: experts_and_back(inner_k=9),
         "topk_rows": lambda: ops.topk_rows(x, rows, rows, k=8),
         "product_key_rows": lambda: ops.product_key_rows(x, sub_keys, sub_keys, table, k=8, activation="relu"),
         "weighted_rows": lambda: ops.weighted_rows(rows, indices, weights),

@@ -1,14 +1,19 @@
-"""`route`, `experts` and `cvmm` on Triton's kernels with their gradients, called without PyTorch's dispatcher: for the CPU
-tensors that interpreted kernels take it would find the CPU's.
+"""Operations on Triton's kernels with their gradients, called without PyTorch's dispatcher: for the CPU tensors that
+interpreted kernels take it would find the CPU's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from sparseffn import ops
+from sparseffn.ops import _torch_kernels
 from sparseffn.ops.triton import operations
 
 # Of the arguments from the gate keys on: backward takes all of them.
@@ -63,6 +68,29 @@ class _Cvmm(torch.autograd.Function):
         return x, None, weight
 
 
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, selector: Tensor) -> Tensor:
+        ctx.arguments = x, selector
+        return operations.router_logits(x, selector)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return operations.router_logits_backward(*grads, *ctx.arguments)
+
+
+class _BatchEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        loss, kept = operations.batch_entropy_kept(logits, mask, scale)
+        ctx.arguments = logits, mask, scale, kept
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return operations.batch_entropy_backward(*grads, *ctx.arguments), None, None
+
+
 def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
     """As `ops.cvmm`' schema."""
     return _Cvmm.apply(x, sel, weight)  # pyright: ignore[reportReturnType]
@@ -78,3 +106,27 @@ def experts(*arguments: Any) -> Tensor:
 def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.route`' schema."""
     return _Route.apply(x, selector, k, gate) if torch.is_grad_enabled() else operations.route(x, selector, k, gate)
+
+
+@contextmanager
+def in_layers() -> Iterator[None]:
+    """Layers of mixtures compute by these operations, as they do on a GPU; the others are those of the CPU."""
+
+    def public_experts(
+        *tensors: Tensor, gate_keys: Tensor | None, activation: str, dropout: float, inner_k: int | None
+    ) -> Tensor:
+        assert dropout == 0.0, "the mask is drawn by the public function, which this one is not"
+        return experts(*tensors, gate_keys, None, None, None, None, 1.0, activation, *_DEFAULTS[7:9], inner_k)
+
+    replaced = {
+        "route": lambda x, selector, *, k, gate: route(x, selector, k, gate),
+        "experts": public_experts,
+        "router_logits": _RouterLogits.apply,
+        "batch_entropy": _BatchEntropy.apply,
+        "routing_counts": lambda indices, weights, n: operations.routing_counts(indices, weights.detach(), n),
+        "topk": lambda scores, k: _torch_kernels.topk(scores.detach(), k, True),
+    }
+    with ExitStack() as stack:
+        for name, function in replaced.items():
+            stack.enter_context(mock.patch.object(ops, name, function))
+        yield

@@ -8,12 +8,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from differentiable import experts, route
+from differentiable import experts, in_layers, route
 from launch_count import LaunchCount
 from torch import Tensor
 
 from sparseffn import ops
 from sparseffn.errors import UserError
+from sparseffn.ffn import method_class
 from sparseffn.ops import counts
 from sparseffn.ops.triton import launch, operations, products, router_operations, tuning
 
@@ -80,36 +81,62 @@ def sort_is_stable() -> None:
         assert torch.equal(rows.offsets, torch.searchsorted(ordered, torch.arange(n_experts + 1))), (n_tokens, k, n_experts)
 
 
+def bad(n: int) -> Tensor:
+    """Indices of none of n; the large ones are good, or negative, in 32 bits."""
+    return torch.tensor([-1, n, 2**31, 2**32, 2**40, -(2**32)])
+
+
 def bad_experts_add_nothing() -> None:
-    """Nor do they reach a weight's gradient; the other selections of their tokens are as without them."""
+    """Nor do they reach a weight's gradient, with an inner top-K or without; the other selections are as without them."""
     given = {name: leaf for name, leaf in leaves(gated=True).items() if name != "selector"}
     generator = torch.Generator().manual_seed(2)
     indices = torch.rand(T, E, generator=generator).topk(K, dim=1).indices
     gates = torch.rand(T, K, generator=generator)
-    bad = torch.zeros(T, K, dtype=torch.bool)
-    bad[::3, 0] = bad[1, 1] = bad[4] = True
-    found = []
-    for wrong in (torch.tensor([-1, E, 2**40])[torch.arange(T * K).view(T, K) % 3], indices):
-        weights = torch.where(bad, 0.0, gates).requires_grad_() if wrong is indices else gates.clone().requires_grad_()
-        x, keys, values, gate_keys = given.values()
-        y = experts(x, keys, values, weights, torch.where(bad, wrong, indices), gate_keys, None, None, None, None, 1.0, "silu")
-        grads = torch.autograd.grad(y.square().mean(), [*given.values(), weights])
-        found.append([y, *grads[:-1], torch.where(bad, 0.0, grads[-1])])
-        if wrong is not indices:
-            assert bool((grads[-1][bad] == 0).all()), "a selection of no expert has a gate's gradient"
-    for got, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    spoiled = torch.zeros(T, K, dtype=torch.bool)
+    spoiled[::3, 0] = spoiled[1, 1] = spoiled[4] = True
+    bad_indices = bad(E)[torch.arange(T * K).view(T, K) % 6]
+    for inner_k in (None, 7):
+        found = []
+        for wrong in (bad_indices, indices):
+            weights = torch.where(spoiled, 0.0, gates) if wrong is indices else gates.clone()
+            x, keys, values, gate_keys = given.values()
+            chosen, weights = torch.where(spoiled, wrong, indices), weights.requires_grad_()
+            y = experts(x, keys, values, weights, chosen, gate_keys, None, None, None, None, 1.0, "silu", 1.0, 1.0, inner_k)
+            grads = torch.autograd.grad(y.square().mean(), [*given.values(), weights])
+            found.append([y, *grads[:-1], torch.where(spoiled, 0.0, grads[-1])])
+            if wrong is not indices:
+                assert bool((grads[-1][spoiled] == 0).all()), "a selection of no expert has a gate's gradient"
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def bad_matrices_add_nothing() -> None:
+    """A row of no matrix is zeros, has a gradient of zeros and reaches no matrix' gradient."""
+    x, weight, grad = torch.randn(12, 5), torch.randn(3, 5, 4), torch.randn(12, 4)
+    sel = torch.arange(12) % 3
+    sel[::2] = bad(3)
+    good = (sel >= 0) & (sel < 3)
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    y = torch.einsum("nm,nml->nl", leaves[0], leaves[1][torch.where(good, sel, 0)]) * good[:, None]
+    wanted = [y, *torch.autograd.grad(y, leaves, grad)]
+    for got, right in zip(
+        (operations.cvmm(x, sel, weight), *operations.cvmm_backward(grad, x, sel, weight)), wanted, strict=True
+    ):
+        torch.testing.assert_close(got, right)
 
 
 def bad_rows_add_nothing() -> None:
-    """An index too high or negative is never read through."""
-    values, weights = torch.randn(7, 5), torch.randn(2, 3)
-    indices = torch.tensor([[7, 1, -1], [2**40, 3, 4]])
+    """An index too high or negative is never read through; output and gradients are as without its pair."""
+    values, weights, grad = torch.randn(7, 5), torch.randn(4, 3), torch.randn(4, 5)
+    indices = torch.tensor([[0, 1, 0], [0, 3, 0], [4, 0, 0], [6, 0, 0]])
+    indices.view(-1)[[0, 2, 3, 5, 7, 8]] = bad(7)
     good = (indices >= 0) & (indices < 7)
-    y = operations.weighted_rows(values, indices, weights)
-    torch.testing.assert_close(y, torch.einsum("tk,tkd->td", weights * good, values[torch.where(good, indices, 0)]))
-    grad_values, grad_weights = operations.weighted_rows_backward(torch.ones(2, 5), values, indices, weights)
-    assert bool((grad_weights[~good] == 0).all()) and bool(grad_values.isfinite().all())
+    leaves = [t.clone().requires_grad_() for t in (values, weights)]
+    y = torch.einsum("tk,tkd->td", leaves[1] * good, leaves[0][torch.where(good, indices, 0)])
+    torch.testing.assert_close(operations.weighted_rows(values, indices, weights), y)
+    wanted = torch.autograd.grad(y, leaves, grad)
+    for got, right in zip(operations.weighted_rows_backward(grad, values, indices, weights), wanted, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def nan_stays_in_its_row() -> None:
@@ -155,6 +182,46 @@ def launches_are_few() -> str:
             said.append(f"{launches}: {forward.found} {backward.found}")
         assert backward.found.count("sum_parts_kernel") == (3 if gated else 2) + 1, "sums were to be split"
     return "; ".join(said)
+
+
+# Method and options of a layer, whether it trains, whether statistics are asked for, and the most operations that launch
+# forward and backward: gated experts, sums split over rows. As counted 2026-11-29; a top-K of PyTorch's is several kernels.
+LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
+    ("sigma-moe", {}, True, False, 8, 14),
+    ("sigma-moe", {}, True, True, 12, 15),
+    ("sigma-moe", {"expert_dropout": 0.1}, True, False, 27, 17),
+    ("sigma-moe", {"inner_k": 7}, True, False, 25, 31),
+    ("softmax-renorm-moe", {}, True, False, 8, 14),
+    ("softmax-renorm-moe", {"expert_dropout": 0.1}, True, False, 28, 18),
+    ("softmax-moe", {}, False, False, 8, 14),
+    ("softmax-moe", {}, True, False, 22, 22),
+    ("softmax-moe", {"expert_dropout": 0.1}, True, False, 29, 23),
+    ("switch", {}, False, False, 7, 13),
+    ("switch", {}, True, False, 21, 20),
+    ("switch", {"capacity_factor": 1.0}, True, False, 36, 21),
+    ("noisy-moe", {}, True, False, 25, 22),
+)
+
+
+def layers_launch_as_documented() -> str:
+    """Whole layers of methods, in training and evaluation, at most as often as ops/README.md says."""
+    said = []
+    for method, options, training, with_stats, most_forward, most_backward in LAYERS:
+        k = {} if method == "switch" else {"k": K}
+        config = method_class(method)(d_model=D, n_experts=E, expert_size=G, gated=True, **k, **options)
+        module = config.build().train(training)
+        x = torch.randn(T, D, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        with in_layers(), mock.patch.object(launch, "PART_ROWS", 1):
+            with LaunchCount() as forward:
+                y, *stats = module(x, return_stats=True) if with_stats else (module(x),)
+            outputs = [y, *(each.balance_loss for each in stats)]
+            ones = [torch.ones_like(output) for output in outputs]
+            with LaunchCount() as backward:
+                torch.autograd.grad(outputs, [x, *module.parameters()], ones)
+        if len(forward.found) > most_forward or len(backward.found) > most_backward:
+            launched = f"{len(forward.found)} and {len(backward.found)}: {forward.found} {backward.found}"
+            said.append(f"{method} {options}, training {training}, statistics {with_stats}: {launched}")
+    return "\n".join(said)
 
 
 def unneeded_gradients_launch_nothing() -> None:
@@ -207,9 +274,13 @@ def statistics_are_right() -> None:
     for n_tokens, n_units, k in ((0, 4, 2), (1, 1, 1), (150, 5, 2), (70, 40, 3), (130, 5000, 2)):
         indices = torch.randint(n_units, (n_tokens, k), generator=generator)
         weights = torch.randn(n_tokens, k, generator=generator) * (torch.rand(n_tokens, k, generator=generator) > 0.3)
-        got = operations.routing_counts(indices, weights, n_units)
-        for ours, plain in zip(got, counts.routing_counts_plain(indices, weights, n_units), strict=True):
-            torch.testing.assert_close(ours, plain)
+        spoiled = torch.rand(n_tokens, k, generator=generator) > 0.7
+        wrong = torch.where(spoiled, bad(n_units)[torch.arange(n_tokens * k).view(n_tokens, k) % 6], indices)
+        totals, sums, active = operations.routing_counts(wrong, weights, n_units)
+        of_good = counts.routing_counts_plain(indices, weights.masked_fill(spoiled, 0.0), n_units)
+        torch.testing.assert_close((totals, sums), of_good[:2])
+        # What a token selected is counted by its weights alone.
+        assert torch.equal(active, (weights != 0).sum(1))
         logits = torch.randn(n_tokens, min(n_units, 40), generator=generator) * 3
         for mask in (None, torch.rand(n_tokens, generator=generator) > 0.4, torch.zeros(n_tokens, dtype=torch.bool)):
             wide = logits.double().requires_grad_()
@@ -246,17 +317,7 @@ def counting_sees_launches() -> None:
 
 def device_is_not_waited_for() -> None:
     """No operation reads a value back or has a shape that depends on values: the calls can be captured in a CUDA graph."""
-    waits = (
-        "_local_scalar_dense",
-        "nonzero",
-        "unique",
-        "masked_select",
-        "is_nonzero",
-        "equal",
-        "item",
-        "_to_copy",
-        "_assert_async",
-    )
+    waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "item", "_assert_async")
     for inner_k in (None, 7):
         given = leaves(gated=True)
         x, selector, keys, values, gate_keys = given.values()
@@ -264,7 +325,7 @@ def device_is_not_waited_for() -> None:
             _, indices, gates = route(x, selector, K, "renormalised")
             y = experts(x, keys, values, gates, indices, gate_keys, None, None, None, None, 1.0, "relu", 1.0, 1.0, inner_k)
             torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
-        waiting = [name for name in count.found if name.startswith(waits) and not name.startswith("_to_copy")]
+        waiting = [name for name in count.found if name.startswith(waits)]
         assert not waiting and "experts_up_fwd_kernel" in count.found, waiting
 
 

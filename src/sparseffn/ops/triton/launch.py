@@ -203,9 +203,12 @@ def with_lines(rows: Tensor) -> Tensor:
 
 
 def segments(targets: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:
-    """Entries sorted stably by target, and where those of each target start: a fixed order of summation without atomics."""
-    # Radix sort takes half as many passes over 32 bits; targets stay far below 2^31.
-    ordered, order = targets.int().sort(stable=True)
+    """Entries sorted stably by target, and where those of each target start: a fixed order of summation without atomics.
+
+    Those of no target lie before the first start or behind the last.
+    """
+    # Radix sort takes half as many passes over 32 bits; a bad index must not become another one by losing its high bits.
+    ordered, order = targets.clamp(-1, n_targets).int().sort(stable=True)
     edges = torch.arange(n_targets + 1, device=targets.device, dtype=ordered.dtype)
     return order, torch.searchsorted(ordered, edges)
 

@@ -55,21 +55,34 @@ void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int
     }
 }
 
-// sums[token] += the survivors' values, of some columns.
+// y += a B[list, :] for some columns, a few lines at a time, as a long sum of single terms would be rounded too often.
 template <class S>
-void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns, compute_t<S>* sums) {
+void add_lines(const compute_t<S>* a, const Matrix<S>& b, Range columns, const std::vector<int64_t>& list, compute_t<S>* y) {
+    using C = compute_t<S>;
+    const int64_t n = columns.end - columns.begin;
+    C* to = y + columns.begin;
+    if (b.column == 1 && n >= kLanes<C>) return add_listed<C, S, 1>(&a, b.at(0, columns.begin), b.row, n, list, &to);
+    for (size_t first = 0; first < list.size(); first += kListed) {
+        const size_t end = std::min(first + kListed, list.size());
+        for (int64_t c = 0; c < n; ++c) {
+            C sum = 0;
+            for (size_t q = first; q < end; ++q) sum += a[list[q]] * upcast(*b.at(list[q], columns.begin + c));
+            to[c] += sum;
+        }
+    }
+}
+
+// sums[token] += the survivors' values, of some columns. `alive` has room for a row's units.
+template <class S>
+void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns, std::vector<int64_t>& alive, compute_t<S>* sums) {
     using C = compute_t<S>;
     for (int64_t e = 0; e < p.routing.experts; ++e)
         for (int64_t r = p.routing.offsets[e]; r < p.routing.offsets[e + 1]; ++r) {
-            C* to = sums + p.routing.token(r) * p.width;
+            const C* row = alpha + r * p.size;
+            alive.clear();
             for (int64_t g = 0; g < p.size; ++g)
-                if (const C a = alpha[r * p.size + g]; a != C(0)) {
-                    const S* value = p.values.of(e).at(g, 0);
-                    if (p.values.column == 1)
-                        for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c]);
-                    else
-                        for (int64_t c = columns.begin; c < columns.end; ++c) to[c] += a * upcast(value[c * p.values.column]);
-                }
+                if (row[g] != C(0)) alive.push_back(g);
+            add_lines(row, p.values.of(e), columns, alive, sums + p.routing.token(r) * p.width);
         }
     // Last: values added to a bias would each be rounded at its size.
     for (int64_t e = 0; e < p.routing.experts && p.value_bias; ++e)
@@ -135,7 +148,7 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
             // Columns are divided, and only the survivors' values are read.
             const int64_t lines = (p.width + kLanes<C> - 1) / kLanes<C>;
             const Range part = part_of(lines, thread, threads);
-            add_survivors(p, alpha.data(), {part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)}, sums.data());
+            add_survivors(p, alpha.data(), {part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)}, ws.active, sums.data());
 #pragma omp barrier
         }
         for (int64_t i = tokens.begin * p.width; i < tokens.end * p.width; ++i) y[i] = narrow<S>(sums[i]);
@@ -143,7 +156,8 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
 }
 
 // Backward with an inner top-K: that of all units, of which only the survivors were kept.
-template <class S> void backward_inner(Problem<S> p, const Inner<S>& inner, const Gradients<S>& g) {
+template <class S> void backward_inner(Problem<S> problem, const Inner<S>& inner, const Gradients<S>& g) {
+    Problem<S> p = with_useful_threads(problem);
     const int64_t k = p.routing.k, n = p.routing.rows() * p.size, kept = p.kept();
     Buffer<S> hidden(n * kept);
     Buffer<uint8_t> alive(n);
