@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,47 @@ FLAGS = (
     "--disable-sync",
     "--window-size=1200,900",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No network, from before the first import of a test file, when huggingface_hub reads what it may ask for."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    # Subprocesses inherit these.
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        patch.setenv(name, "1")
+    for name in ("connect", "connect_ex", "sendto"):
+        patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+    resolve = socket.getaddrinfo
+
+    def resolved(host: Any, *args: Any, **named: Any) -> Any:
+        _refuse_other_machines(host)
+        return resolve(host, *args, **named)
+
+    patch.setattr(socket, "getaddrinfo", resolved)
+
+
+def _guarded(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A socket's method, whose last argument is an address, for this machine alone."""
+
+    def call(self: socket.socket, *args: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            _refuse_other_machines(args[-1][0])
+        return plain(self, *args)
+
+    return call
+
+
+def _refuse_other_machines(host: Any) -> None:
+    """Raise an error that is no OSError: libraries take that for a network that is down, and go on."""
+    name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+        own = address.is_loopback or address.is_unspecified
+    except ValueError:
+        own = name in ("localhost", socket.gethostname())
+    if not own:
+        raise AssertionError(f"a test must not reach for the network; it asked for {name}")
 
 
 @pytest.fixture(autouse=True)

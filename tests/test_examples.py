@@ -70,13 +70,22 @@ def test_faster_experts_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sparseffn: " in shown and float(shown.rsplit(" ", 1)[1]) < 1e-5
 
 
-def test_swap_in_llama_keeps_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_swap_in_llama_keeps_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Perplexities of a small random model stay near the dense one's, and those of the loaded model are the saved one's."""
     pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
-    load("swap_in_llama").main(out=str(tmp_path / "cheaper"))
+    script = load("swap_in_llama")
+    model, tokens = script.small_model()
+    monkeypatch.setattr(script, "small_model", lambda: (model, tokens))
+    script.main(out=str(tmp_path / "cheaper"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line]
     dense, half, split, loaded = (float(line.rsplit(" ", 1)[1]) for line in lines)
-    assert loaded == half != dense and abs(half / dense - 1) < 0.01 and abs(split / dense - 1) < 0.01
+    assert loaded == half != dense and abs(half / dense - 1) < 0.05 and abs(split / dense - 1) < 0.25
+    # What is allowed is little of what the blocks contribute.
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    assert script.perplexity(model, tokens.chunk(2)[1]) > 2 * dense
 
 
 def test_own_method_is_one_of_them() -> None:

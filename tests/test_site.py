@@ -42,24 +42,44 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def fetched_by_sheet(sheet: str) -> list[str]:
+    """Addresses that a style sheet, or a `style` attribute, makes a browser fetch; without quotes and spaces around them."""
+    without_comments = re.sub(r"/\*.*?\*/", "", sheet, flags=re.DOTALL)
+    found = re.finditer(r"""url\(\s*(["']?)(.*?)\1\s*\)|@import\s*(["'])(.*?)\3""", without_comments, re.IGNORECASE | re.DOTALL)
+    return [one[2] if one[2] is not None else one[4] for one in found]
+
+
+def from_elsewhere(address: str) -> bool:
+    return re.match(r"(\w+:)?//", address.strip()) is not None
+
+
 class Read(HTMLParser):
     """What a page fetches, what it leads to, which places it has."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.fetched: list[str] = []
+        self.in_style = False
         self.links: list[str] = []
         self.places: set[str] = set()
         self.feed(path.read_text(encoding="utf-8"))
 
+    def handle_data(self, data: str) -> None:
+        if self.in_style:
+            self.fetched += fetched_by_sheet(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_style = self.in_style and tag != "style"
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.in_style = tag == "style"
         for name, value in attrs:
             if name == "id" and value:
                 self.places.add(value)
             elif name in FETCHED or (name == "href" and tag == "link"):
                 self.fetched.append(value or "")
             elif name == "style":
-                self.fetched += re.findall(r"url\(([^)]*)\)", value or "")
+                self.fetched += fetched_by_sheet(value or "")
             elif name == "href" and tag == "a":
                 self.links.append(value or "")
 
@@ -78,9 +98,30 @@ def test_no_page_asks_the_network(site: Path) -> None:
     """No script, style sheet, font or picture from elsewhere, in pages and in style sheets."""
     fetched = {(page.name, address) for page in pages(site) for address in read(page).fetched}
     sheets = [sheet.read_text(encoding="utf-8") for sheet in site.rglob("*.css")]
-    fetched |= {("css", address) for sheet in sheets for address in re.findall(r"url\(([^)]*)\)|@import", sheet)}
+    fetched |= {("css", address) for sheet in sheets for address in fetched_by_sheet(sheet)}
     assert len(fetched) > 20 and len(sheets) >= 3
-    assert [found for found in fetched if re.match(r"['\"]?(\w+:)?//", found[1])] == []
+    assert [found for found in fetched if from_elsewhere(found[1])] == []
+
+
+def test_addresses_in_a_style_sheet_are_found(tmp_path: Path) -> None:
+    """Every way to write one, in a sheet, in a page's own style and in an attribute."""
+    sheet = """
+        @import "https://a.example/1.css"; @import 'http://a.example/2.css' screen; @import url(//a.example/3.css);
+        @import url( "https://a.example/4.css" ) print; @IMPORT"local/5.css"; /* @import "https://a.example/no.css"; */
+        @font-face { src: url('https://a.example/6.woff2') format("woff2"), URL(local/7.woff) }
+        p { background: url(data:image/png;base64,AA//BB) }
+    """
+    found = fetched_by_sheet(sheet)
+    assert [address for address in found if from_elsewhere(address)] == [
+        "https://a.example/1.css", "http://a.example/2.css", "//a.example/3.css", "https://a.example/4.css",
+        "https://a.example/6.woff2",
+    ]  # fmt: skip
+    assert [address for address in found if not from_elsewhere(address)] == [
+        "local/5.css", "local/7.woff", "data:image/png;base64,AA//BB",
+    ]  # fmt: skip
+    page = tmp_path / "page.html"
+    page.write_text(f"<style>{sheet}</style><p style='background: url(//a.example/8.png)'>@import 'https://a.example/text'</p>")
+    assert read(page).fetched == [*found, "//a.example/8.png"]
 
 
 def test_links_lead_to_something(site: Path) -> None:

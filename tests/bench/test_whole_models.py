@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec import structs
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
@@ -69,6 +70,15 @@ def test_layers_take_less_than_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ours.tokens_per_s == pytest.approx(1 / ours.median_s) and ours.n == 2
     (left,) = result.left_out
     assert left.label == "batched_mm" and left.tokens == 6 and "GiB of expert matrices" in left.reason
+
+
+def test_bfloat16_is_checked_and_timed() -> None:
+    """Every implementation, with deviations from float64 that are of its size and not of float32's."""
+    result = bench_whole_models(structs.replace(QUICK, dtypes=("bfloat16",), layers=1))
+    assert [row.label for row in result.rows] == ["eager", "batched_mm", "grouped_mm", OURS] and not result.left_out
+    for row in result.rows:
+        assert (row.dtype, row.n_layers) == ("bfloat16", 1) and 1e-4 < row.deviation < 0.02
+        assert row.decoding.median_s > 0 and row.prompt is not None and row.prompt.median_s > 0
 
 
 def test_without_kernels_there_is_nothing_to_time(monkeypatch: pytest.MonkeyPatch) -> None:

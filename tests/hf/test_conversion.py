@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -186,7 +187,17 @@ def without_tokenizer(settings: ConvertSettings, tmp_path: Path) -> ConvertSetti
     return replace(settings, model=str(tmp_path / "model"))
 
 
+def quantised(settings: ConvertSettings, tmp_path: Path) -> ConvertSettings:
+    """A folder that says so; its weights would load as they are."""
+    shutil.copytree(settings.model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    path.write_text(json.dumps(config))
+    return replace(settings, model=str(tmp_path / "model"))
+
+
 REFUSED: dict[str, tuple[Callable[[ConvertSettings, Path], Any], str]] = {
+    "quantised": (quantised, "`model` must have weights of floating-point numbers; got .*which is quantised; fix: convert"),
     "tokenizer": (without_tokenizer, "`model` must have a tokenizer.*fix: copy tokenizer.json"),
     "model": (lambda s, path: replace(s, model=str(path / "none")), "`model` must have a tokenizer; got .*none"),
     "text": (lambda s, path: replace(s, calibrate=path / "none.txt"), "none.txt` must be a text file; got No such file"),
@@ -215,6 +226,32 @@ def test_what_cannot_be_converted_is_refused(case: str, settings: ConvertSetting
         convert(replace(change(settings, tmp_path), out=tmp_path / "out"))
     out = tmp_path / "out"
     assert not out.exists() or {path.name for path in out.iterdir()} == {"notes.txt", ".lock"}
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoTokenizer], ids=lambda loader: loader.__name__)
+def test_a_package_that_is_missing_is_named(
+    loader: Any, settings: ConvertSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, where transformers writes a paragraph that begins with an empty one."""
+
+    def lacking(*args: object, **named: object) -> object:
+        raise ImportError("\nLoading it requires `nowhere`.\nYou can install it with pip.\n")
+
+    monkeypatch.setattr(loader, "from_pretrained", lacking)
+    wanted = r"`model` must load with what is installed; got '.*model' \(Loading it requires `nowhere`\.\); fix: install the"
+    with pytest.raises(UserError, match=wanted):
+        convert(replace(settings, out=tmp_path / "out"))
+
+
+def test_the_model_s_folder_is_known_by_any_path(settings: ConvertSettings, tmp_path: Path) -> None:
+    """Through a link to it, up and down again, and where the model itself is named by a link."""
+    model, link = Path(settings.model), tmp_path / "link"
+    link.symlink_to(model, target_is_directory=True)
+    for out in (link / "out", model.parent / "x" / ".." / model.name / "out", model / "out"):
+        for named in (settings.model, str(link)):
+            with pytest.raises(UserError, match="`out` must not be within the model's folder"):
+                replace(settings, model=named, out=out)
+    assert replace(settings, model=str(link), out=tmp_path / "out").out == tmp_path / "out"
 
 
 def test_a_distillation_that_diverges_says_so(settings: ConvertSettings, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'spa
 
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
+from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from hf.tiny import CONFIGS
@@ -34,6 +36,23 @@ def olmoe() -> Any:
 
 def gpt_oss() -> Any:
     return GptOssExperts(CONFIGS["gpt_oss"]())
+
+
+def nemotron_h() -> Any:
+    """Not gated."""
+    return NemotronHExperts(CONFIGS["nemotron_h"]())
+
+
+def aria() -> Any:
+    """Transposed, without biases."""
+    return AriaExperts(CONFIGS["aria"]())
+
+
+def drawn(module: Any) -> Any:
+    """With numbers in place of what `torch.empty` left."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
 
 
 class Doubled(OlmoeExperts):
@@ -117,7 +136,28 @@ def test_without_kernels_transformers_computes(monkeypatch: pytest.MonkeyPatch) 
     formulas._no_kernels.cache_clear()
 
 
-@pytest.mark.parametrize("make", [olmoe, gpt_oss])
+def test_experts_of_other_processes_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selections of them have the number of experts as their index; transformers computes the rest, and its own loop agrees."""
+    module, calls = drawn(olmoe()), []
+    module._is_expert_parallel = True
+    x, gates = torch.randn(6, 32, requires_grad=True), torch.rand(6, 2)
+    indices = torch.tensor([[0, 8], [8, 8], [3, 1], [8, 7], [7, 8], [2, 2]])
+    gates = gates.masked_fill(indices == 8, 0.0).requires_grad_()
+    grouped = experts.grouped_mm_experts_forward
+    monkeypatch.setattr(experts, "grouped_mm_experts_forward", lambda *args: calls.append(1) or grouped(*args))
+    monkeypatch.setattr(experts, "ops", None)
+    found = []
+    for call in (experts.experts_forward, grouped, type(module).forward.__wrapped__):
+        y = call(module, x, indices, gates)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, gates, *module.parameters()))])
+    assert calls == [1] and all(map(torch.equal, found[0], found[1]))
+    for ours, loop in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(ours, loop)
+    y, x_grad = found[0][:2]
+    assert not y[1].any() and not x_grad[1].any() and y[[0, 2, 3, 4, 5]].any(1).all()
+
+
+@pytest.mark.parametrize("make", [olmoe, gpt_oss, nemotron_h, aria], ids=lambda make: make.__name__)
 def test_no_weight_is_copied(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The operation gets views of the parameters."""
     module = make()
@@ -131,7 +171,7 @@ def test_no_weight_is_copied(make: Callable[[], Any], monkeypatch: pytest.Monkey
     experts.experts_forward(module, torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2))
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
     assert {t.untyped_storage().data_ptr() for t in given.values()} == storages
-    assert len(given) == (6 if module.has_bias else 3)
+    assert len(given) == 2 + module.has_gate + module.has_bias * (2 + module.has_gate)
 
 
 def test_gates_of_the_router_s_dtype_and_no_tokens() -> None:

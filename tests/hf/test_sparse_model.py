@@ -95,6 +95,28 @@ def test_what_a_checkpoint_lacks_is_drawn_as_ours_are(tmp_path: Path) -> None:
         assert torch.equal(parameter, wanted), name
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_checkpoint_of_other_names_is_refused(tied: bool, tmp_path: Path) -> None:
+    """By whatever class loads it: not one parameter would be its own."""
+    small(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"model.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
+    wanted = r"must hold parameters such as decoder\..*\.weight; got none of SparseFFNForCausalLM's, but model\.decoder"
+    for loader in (SparseFFNForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(UserError, match=f"{wanted}.*fix: load what this class saved"):
+            loader.from_pretrained(tmp_path)
+
+
+def test_what_was_loaded_is_told_when_asked_for(tmp_path: Path) -> None:
+    """A pair as from any model, which names what the checkpoint lacks."""
+    small().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "decoder.layers.0.ffn.experts.gate_keys"
+    save_file({other: value for other, value in state.items() if other != name}, tmp_path / "model.safetensors")
+    loaded, info = SparseFFNForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, SparseFFNForCausalLM) and set(info["missing_keys"]) == {name}
+
+
 def test_a_seed_decides_the_first_parameters() -> None:
     """And they are those of the plain decoder."""
     config = SparseFFNConfig(**SIZES, ffn=FFN["sigma-moe"])

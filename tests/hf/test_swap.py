@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen3NextConfig
 
-from hf.dense import CONFIGS, build, ids
+from hf.dense import CONFIGS, FULL, build, ids
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, collect_stats
 from sparseffn.ffn.mixture import Mixture
@@ -62,6 +62,31 @@ def test_an_upcycled_model_starts_as_the_dense_one(method: str, k: int) -> None:
     assert deviation(again(ids()).logits, wanted) > 0.1
 
 
+def test_redraw_draws_its_share_of_each_expert_s_pairs() -> None:
+    """Half are the dense block's to the bit, values to their share of the output; the others are as large and as spread."""
+    model = build("llama")
+    block = next(iter(find_blocks(model, 0).values()))
+    keys_FD, gates_FD = block.gate_proj.weight.detach(), block.up_proj.weight.detach()
+    # Two of four experts are selected, and the sigmoid of a logit of 0 is a half.
+    values_FD = block.down_proj.weight.detach().t() * (1 / 2 / 0.5)
+    replace_ffn(model, "sigma-moe", 0, init=Upcycle(redraw=0.5), n_experts=4, k=2)
+    experts = model.model.layers[0].mlp.experts
+    kept = []
+    for e in range(4):
+        parts = [(experts.keys[e].t(), keys_FD), (experts.gate_keys[e].t(), gates_FD), (experts.values[e], values_FD)]
+        same = [(found == dense).all(1) for found, dense in parts]
+        assert int(same[0].sum()) == D_FF // 2 and all(torch.equal(rows, same[0]) for rows in same)
+        for found, dense in parts:
+            drawn, replaced = found.detach()[~same[0]], dense[~same[0]]
+            assert not (drawn == replaced).any()
+            # Of 768 numbers: five standard errors of a mean, and of a standard deviation.
+            n, std = drawn.numel(), float(replaced.std())
+            assert float(drawn.mean()) == pytest.approx(float(replaced.mean()), abs=5 * std / n**0.5)
+            assert float(drawn.std()) == pytest.approx(std, abs=5 * std / (2 * n) ** 0.5)
+        kept.append(same[0])
+    assert not torch.equal(kept[0], kept[1]), "each expert draws its own pairs"
+
+
 def test_the_fitted_router_finds_the_experts_that_contribute() -> None:
     """A block in which each expert answers to a direction of its own: half of the experts leave little out."""
     generator = torch.Generator().manual_seed(0)
@@ -103,6 +128,21 @@ def test_layers_are_named_by_number_name_and_class() -> None:
     assert list(find_blocks(model, type(model.model.layers[0].mlp))) == names
     replace_ffn(model, "topk", 0, k=4)
     assert list(find_blocks(model)) == names[1:]
+
+
+def test_blocks_of_a_mixture_are_found_by_name_alone() -> None:
+    """The shared expert of Qwen3-Next, of a dense block's class, and the block that Gemma 4 computes next to its experts."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    qwen = AutoModelForCausalLM.from_config(Qwen3NextConfig(**FULL, **sizes, mlp_only_layers=[0]))
+    shared = "model.layers.1.mlp.shared_expert"
+    assert type(qwen.get_submodule(shared)) is type(qwen.model.layers[0].mlp)
+    assert list(find_blocks(qwen)) == ["model.layers.0.mlp"] and list(find_blocks(qwen, shared)) == [shared]
+    sizes = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8, "enable_moe_block": True}
+    gemma = AutoModelForCausalLM.from_config(
+        Gemma4TextConfig(**FULL, **sizes, global_head_dim=16, hidden_size_per_layer_input=0)
+    )
+    with pytest.raises(UserError, match="got Gemma4ForCausalLM, which has none; fix: name them in layers="):
+        find_blocks(gemma)
 
 
 def test_a_module_of_anybody_s_is_replaced_by_name() -> None:
@@ -157,6 +197,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         "holds a Sequential in place of nn.Linear.*merge adapters",
     ),
     "hook": (lambda: spoilt(lambda layer: layer.mlp.register_forward_hook(lambda *_: None)), {"k": 1}, "carries hooks"),
+    "backward hook": (
+        lambda: spoilt(lambda layer: layer.mlp.register_full_backward_hook(lambda *_: None)),
+        {"k": 1},
+        "carries hooks",
+    ),
     "other forward": (lambda: spoilt(doubled), {"k": 1}, "something else than its parts say"),
     "activation": (lambda: spoilt(lambda layer: setattr(layer.mlp, "act_fn", nn.Tanh())), {"k": 1}, "unknown here, Tanh"),
     "k": (lambda: build("llama"), {"k": D_FF + 1}, "`k` must be at most d_ff = 48"),

@@ -192,6 +192,17 @@ class TestFiles:
         for name, parameter in loaded.named_parameters():
             assert torch.equal(parameter, new.get_parameter(name) if name in lost else weights[name]), name
 
+    @pytest.mark.parametrize("shared", [False, True], ids=["own-layers", "shared-layers"])
+    def test_a_checkpoint_of_other_names_is_refused(self, shared: bool, tmp_path: Path) -> None:
+        """Not one parameter would be its own."""
+        small(shared_layers=shared).float().save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        renamed = {f"model.{name}": weight for name, weight in weights.items()}
+        save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        wanted = r"must hold parameters such as transformer\..*; got none of TransformerXLForCausalLM's, but model\.transformer"
+        with pytest.raises(UserError, match=f"{wanted}.*fix: load what this class saved"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
     def test_a_new_model_is_one_of_ours(self) -> None:
         """Drawn by `init_parameters` from the global seed: two seeds differ, one gives the same model."""
         one, same, other = (TransformerXLForCausalLM(small(seed=seed).config) for seed in (1, 1, 2))
@@ -261,14 +272,20 @@ class TestLoss:
 
     @pytest.mark.parametrize("method", ["dense", "sigma-moe"])
     def test_checkpointing_changes_no_gradient(self, method: str) -> None:
-        """Balancing loss included."""
-        gradients = []
+        """Balancing loss included; and each block is computed again."""
+        gradients, calls = [], []
         for checkpointed in (False, True):
             model = small(method).train()
             if checkpointed:
                 model.activation_checkpointing_enable()
+            # Before a block: computing again ends as soon as there is everything that the backward pass needs.
+            counted: list[int] = []
+            for i, layer in enumerate(model.transformer.layers):
+                layer.ffn.register_forward_pre_hook(lambda *_, i=i, counted=counted: counted.append(i))
             model(text(8), labels=text(8)).loss.backward()
             gradients.append([p.grad for p in model.parameters()])
+            calls.append(sorted(counted))
+        assert calls == [[0, 1], [0, 0, 1, 1]]
         for plain, again in zip(*gradients, strict=True):
             assert_same(again, plain)
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward
@@ -98,7 +98,7 @@ class ConvertSettings:
         for name in ("lr", "end_to_end_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"`{name}` must be positive; got {getattr(self, name)}; fix: leave it out")
-        source, out = Path(self.model).absolute(), self.out.absolute()
+        source, out = Path(self.model).resolve(), self.out.resolve()
         if out == source or source in out.parents:
             raise UserError(f"`out` must not be within the model's folder, which stays as it is; got {str(self.out)!r}")
 
@@ -399,6 +399,8 @@ def _texts(settings: ConvertSettings, tokenizer: PreTrainedTokenizerBase) -> tup
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
+    except ImportError as error:
+        raise _lacks_package(model, error) from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"`model` must have a tokenizer; got {model!r}, where there is none ({str(error).splitlines()[0]}); "
@@ -409,9 +411,27 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 def _model(settings: ConvertSettings) -> PreTrainedModel:
     dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
+        # Looked at before: loading one asks for the packages that it was quantised with.
+        if getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None):
+            raise UserError(
+                f"`model` must have weights of floating-point numbers; got {settings.model!r}, which is quantised; "
+                "fix: convert the model that it was made from"
+            )
         return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)  # pyright: ignore[reportArgumentType]
+    except UserError:
+        raise
+    except ImportError as error:
+        raise _lacks_package(settings.model, error) from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"`model` must be a folder, or a name on the hub, of a causal language model; got {settings.model!r} "
             f"({str(error).splitlines()[0]}); fix: check the path"
         ) from None
+
+
+def _lacks_package(model: str, error: ImportError) -> UserError:
+    """Transformers' own words begin with an empty line."""
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"`model` must load with what is installed; got {model!r} ({said}); fix: install the package that it names"
+    )

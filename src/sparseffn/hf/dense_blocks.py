@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseffn.errors import UserError
 from sparseffn.hf.formulas import activation_name
 from sparseffn.ops.activations import hidden_units
+from sparseffn.ops.module_hooks import has_hooks
 
 Layers = int | str | type[nn.Module] | Sequence[int | str | type[nn.Module]] | None
 """Blocks by their number among those of known families, by name (`*` stands for anything) or by class; None: all known."""
@@ -28,15 +29,21 @@ _FAMILIES = {
     "gemma": "GemmaMLP",
     "gemma2": "Gemma2MLP",
     "gemma3": "Gemma3MLP",
+    "gemma4": "Gemma4TextMLP",
     "gpt2": "GPT2MLP",
     "gpt_neox": "GPTNeoXMLP",
     "llama": "LlamaMLP",
+    "ministral": "MinistralMLP",
+    "ministral3": "Ministral3MLP",
     "mistral": "MistralMLP",
     "qwen2": "Qwen2MLP",
     "qwen3": "Qwen3MLP",
+    "qwen3_5": "Qwen3_5MLP",
+    "qwen3_next": "Qwen3NextMLP",
+    "smollm3": "SmolLM3MLP",
 }
 KNOWN = {f"transformers.models.{family}.modeling_{family}.{name}": family for family, name in _FAMILIES.items()}
-"""Classes that are found without being named, with their family."""
+"""Classes that are found without being named, with their family; not where one stands beside experts, as part of a mixture."""
 
 # Names that libraries give to the parts: keys, gate keys or None, values.
 _PARTS = (
@@ -125,7 +132,11 @@ def find_blocks(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]
     Raises:
         UserError: no block is of a known family, or `layers` names what is not there.
     """
-    known = {name: module for name, module in model.named_modules() if _full_name(type(module)) in KNOWN}
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if _full_name(type(module)) in KNOWN and not _beside_experts(model, name)
+    }
     if layers is None:
         if not known:
             raise UserError(
@@ -140,6 +151,11 @@ def find_blocks(model: nn.Module, layers: Layers = None) -> dict[str, nn.Module]
     for one in wanted:
         chosen.update(_chosen(model, one, list(known)))
     return {name: module for name, module in model.named_modules() if name in chosen}
+
+
+def _beside_experts(model: nn.Module, name: str) -> bool:
+    """Whether a block is the shared expert of a mixture, or computed next to one as in Gemma 4's."""
+    return any(child == "experts" for child, _ in model.get_submodule(name.rpartition(".")[0]).named_children())
 
 
 def _chosen(model: nn.Module, one: int | str | type[nn.Module], known: list[str]) -> Iterable[str]:
@@ -175,7 +191,7 @@ def read_block(name: str, module: nn.Module, reader: Reader | None = None) -> De
     Raises:
         UserError: it is no such block, or one that cannot be replaced as it is.
     """
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+    if has_hooks(module) or hasattr(module, "_hf_hook"):
         raise _refused(name, "carries hooks, which its replacement would lose", "remove them, or load without offloading")
     block = reader(module) if reader is not None else _by_parts(name, module)
     _check_tensors(name, block)

@@ -1,6 +1,7 @@
 """Training of new blocks to compute what the dense ones computed: layer by layer, then all together.
 
-layer by layer:  sum |new(x) - dense(x)|^2 / sum |dense(x)|^2 + balancing loss, x the dense model's own
+layer by layer:  mean over tokens of |new(x) - dense(x)|^2 / max(|dense(x)|^2, m) + balancing loss, x the dense model's own,
+                 m the median of |dense(x)|^2 over the step's tokens
 end to end:      KL(dense model || new model), mean over tokens, + balancing losses; everything but the blocks is fixed
 """
 

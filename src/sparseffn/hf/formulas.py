@@ -23,6 +23,7 @@ from transformers import activations as hf
 
 from sparseffn.ops import explain_backend, halves, requested_backend
 from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+from sparseffn.ops.module_hooks import has_hooks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +128,7 @@ def activation_name(act: Any) -> str | None:
         return _NN_GELU[act.approximate]
     name = _ACTIVATIONS.get(type(act) if isinstance(act, nn.Module) else act)
     # Somebody who looks at the activations, or changes them, must see them.
-    hooked = isinstance(act, nn.Module) and (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks)
-    return None if hooked else name
+    return None if isinstance(act, nn.Module) and has_hooks(act) else name
 
 
 def _named(act: Any) -> str:

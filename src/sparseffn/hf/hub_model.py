@@ -29,6 +29,28 @@ class HubModel(PushedWithCard, PreTrainedModel):
         # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
         self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As any model's: parameters that a checkpoint lacks are drawn, and transformers names them; some must be there.
+
+        Raises:
+            UserError: none of its names is a parameter's, so that the whole model would be drawn. Tied parameters do not count.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        # Tied parameters are left out: transformers takes them off what is missing, whether or not one of them was there.
+        tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+        names = [name for name, _ in model.named_parameters() if name not in tied]
+        if info["missing_keys"].issuperset(names):
+            others = sorted(info["unexpected_keys"])[:2]
+            instead = f", but {' and '.join(others)}" if others else ""
+            raise UserError(
+                f"`{args[0] if args else 'folder'}` must hold parameters such as {names[0]}; got none of {cls.__name__}'s"
+                f"{instead}; fix: load what this class saved or `sparseffn export` wrote"
+            )
+        return (model, info) if wants_info else model
+
     @property
     def network(self) -> LanguageModel:
         return cast(LanguageModel, getattr(self, self.base_model_prefix))

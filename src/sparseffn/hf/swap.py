@@ -97,7 +97,8 @@ def replace_ffn(
     """Replace dense feedforward blocks of a model in place: all of them or, where one cannot be, none.
 
     Args:
-        model: Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, GPT-2, GPT-NeoX, or a model whose blocks `layers` names.
+        model: Llama, Mistral, Ministral and Ministral 3, Qwen 2, 3 and 3.5, Qwen3-Next, Gemma 1 to 4, SmolLM3, GPT-2, GPT-NeoX,
+            or a model whose blocks `layers` names.
         method: name of a method, as `sparseffn methods` lists them.
         layers: numbers among the model's blocks, names of modules (`*` stands for anything) or their class; None: all blocks
             of known families.
