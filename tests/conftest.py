@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import socket
@@ -29,13 +30,19 @@ FLAGS = (
 )
 
 
+# What huggingface_hub may ask for, which it reads when it is imported; subprocesses inherit it.
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+os.environ.update(dict.fromkeys(OFFLINE, "1"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """No network, from before the first import of a test file, when huggingface_hub reads what it may ask for."""
+    """No other machine for the Python sockets of this process."""
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
-    # Subprocesses inherit these.
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        patch.setenv(name, "1")
+    # A proxy on this machine would pass everything on.
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        patch.delenv(name, raising=False)
+        patch.delenv(name.upper(), raising=False)
     for name in ("connect", "connect_ex", "sendto"):
         patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
     resolve = socket.getaddrinfo
@@ -63,11 +70,21 @@ def _refuse_other_machines(host: Any) -> None:
     name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
     try:
         address = ipaddress.ip_address(name.partition("%")[0])
-        own = address.is_loopback or address.is_unspecified
+        address = getattr(address, "ipv4_mapped", None) or address
+        own = address.is_loopback or address.is_unspecified or str(address) in _own_addresses()
     except ValueError:
-        own = name in ("localhost", socket.gethostname())
+        own = name in ("localhost", "localhost.localdomain", socket.gethostname(), socket.getfqdn())
     if not own:
         raise AssertionError(f"a test must not reach for the network; it asked for {name}")
+
+
+@functools.cache
+def _own_addresses() -> tuple[str, ...]:
+    """What this machine's name stands for."""
+    try:
+        return tuple(socket.gethostbyname_ex(socket.gethostname())[2])
+    except OSError:
+        return ()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Call every operation of the library with one argument after the other spoiled: `python spoiled_calls.py SEED`.
 
-Each call must raise, or give what its composition gives; a public function must raise an error for users. A call that crashes
-ends the process; its name is the last printed.
+Each call must raise, or give what its composition gives; a public function that raises raises an error for users. A call that
+crashes ends the process; its name is the last printed.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main() -> int:
             if name in OPERATIONS:
                 refused += spoil_public(name, draw())
     sys.stdout.write(f"{refused} refused, {answered} answered\n")
-    return 0
+    return 0 if refused and answered else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Candidates at one size: first each is checked against float64, then all are timed in turn.
 
 Few tokens are timed cold: the calls go round as many layers as fill four times the last-level cache, with fresh tokens each
-call, as in a model that decodes. As there the layer before has just been called, by tokens of its own: weights come from
-memory, while threads are awake and the code is in the caches. (One token of sigma-MoE, 1024 wide in bfloat16, took 270 us on
-two cores after 10 ms of sleep, and 96 after another layer: the second thread had to wake.) A warm timing of one layer and the
-same tokens, called again and again, stands beside it.
+call, as in a model that decodes. As there the layer before has just been called, with the tokens of its own round: weights
+come from memory, while threads are awake and the code is in the caches. (One token of sigma-MoE, 1024 wide in bfloat16, took
+270 us on two cores after 10 ms of sleep, and 96 after another layer: the second thread had to wake.) A warm timing of one
+layer and the same tokens, called again and again, stands beside it.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ class _CallTurn(Turn):
     def prepare(self, index: int) -> Callable[[], object]:
         if self.size.is_cold:
             self._call()()
-            self.finish()
         return self._call()
 
     def _call(self) -> Callable[[], object]:

@@ -59,7 +59,7 @@ _VOCABULARY = 256
 
 PAPER = ("wt-s", "wt-b", "e8")
 """The presets whose blocks `--preset paper` times."""
-_PAPER_METHODS = ("sigma-moe", "pkm")
+_PAPER_METHODS = ("sigma-moe", "topk", "k=512", "pkm")
 _PAPER_TOKENS = (1, 8, 64, 1024, 4096)
 _TOKENS = (1024,)
 

@@ -22,7 +22,7 @@ class Sized(Bench):
     """What is measured on layers."""
 
     methods: Words = ()
-    """methods and options (default: all; paper: sigma-moe pkm)"""
+    """methods and options (default: all; paper: sigma-moe topk k=512 pkm)"""
     preset: str = "tiny"
     """paper (wt-s, wt-b and e8), or tiny, small, wt-s, wt-s-star, wt-b, e8"""
     tokens: Ints = ()

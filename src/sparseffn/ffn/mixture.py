@@ -265,7 +265,7 @@ class Mixture(FeedForward):
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
     def output_TD(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Tensor:
-        """For one token what describes the selection costs as much as the router."""
+        """The output alone: for one token what describes the selection costs as much as the router."""
         return self._routed(x_TD, mask_T, length)[0]
 
     def _routed(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routing]:

@@ -403,7 +403,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise _lacks_package(model, error) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"`model` must have a tokenizer; got {model!r}, where there is none ({str(error).splitlines()[0]}); "
+            f"`model` must have a tokenizer; got {model!r}, where there is none ({_first_line(error)}); "
             "fix: copy tokenizer.json and tokenizer_config.json into its folder"
         ) from None
 
@@ -412,7 +412,8 @@ def _model(settings: ConvertSettings) -> PreTrainedModel:
     dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         # Looked at before: loading one asks for the packages that it was quantised with.
-        if getattr(AutoConfig.from_pretrained(settings.model), "quantization_config", None):
+        config = AutoConfig.from_pretrained(settings.model)
+        if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
             raise UserError(
                 f"`model` must have weights of floating-point numbers; got {settings.model!r}, which is quantised; "
                 "fix: convert the model that it was made from"
@@ -425,13 +426,17 @@ def _model(settings: ConvertSettings) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(
             f"`model` must be a folder, or a name on the hub, of a causal language model; got {settings.model!r} "
-            f"({str(error).splitlines()[0]}); fix: check the path"
+            f"({_first_line(error)}); fix: check the path"
         ) from None
 
 
 def _lacks_package(model: str, error: ImportError) -> UserError:
-    """Transformers' own words begin with an empty line."""
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"`model` must load with what is installed; got {model!r} ({said}); fix: install the package that it names"
+        f"`model` must load with what is installed; got {model!r} ({_first_line(error)}); "
+        "fix: install the package that it names"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """Transformers' own words may begin with an empty line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

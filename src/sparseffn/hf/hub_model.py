@@ -31,10 +31,10 @@ class HubModel(PushedWithCard, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As any model's: parameters that a checkpoint lacks are drawn, and transformers names them; some must be there.
+        """As any model's. Parameters that a checkpoint lacks are drawn, and transformers logs their names.
 
         Raises:
-            UserError: none of its names is a parameter's, so that the whole model would be drawn. Tied parameters do not count.
+            UserError: the checkpoint has none of the model's parameters, those that are tied left aside: it is another model's.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -42,11 +42,12 @@ class HubModel(PushedWithCard, PreTrainedModel):
         # Tied parameters are left out: transformers takes them off what is missing, whether or not one of them was there.
         tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
         names = [name for name, _ in model.named_parameters() if name not in tied]
-        if info["missing_keys"].issuperset(names):
+        if names and info["missing_keys"].issuperset(names):
             others = sorted(info["unexpected_keys"])[:2]
             instead = f", but {' and '.join(others)}" if others else ""
+            folder = args[0] if args else kwargs.get("pretrained_model_name_or_path", "folder")
             raise UserError(
-                f"`{args[0] if args else 'folder'}` must hold parameters such as {names[0]}; got none of {cls.__name__}'s"
+                f"`{folder}` must hold parameters such as {names[0]}; got none of {cls.__name__}'s"
                 f"{instead}; fix: load what this class saved or `sparseffn export` wrote"
             )
         return (model, info) if wants_info else model

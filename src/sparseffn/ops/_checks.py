@@ -49,11 +49,13 @@ def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> 
 
 
 def require_kind(name: str, kind: str, argument: object) -> None:
-    """That an argument is what its schema says: "Tensor", or "int?" for one that may be None.
+    """That an argument is what its schema says: "Tensor", or "int?" for one that may be None. Lists are PyTorch's to check.
 
     Raises:
         UserError: it is something else.
     """
+    if kind.removesuffix("?") not in _KINDS:
+        return
     words, types = _KINDS[kind.removesuffix("?")]
     optional = kind.endswith("?")
     if not isinstance(argument, types) and not (optional and argument is None):

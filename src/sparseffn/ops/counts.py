@@ -90,7 +90,8 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
         the absolute weights; int64 `[T]`: units that each token selected.
 
     Raises:
-        UserError: shapes, dtypes or devices do not fit together, or an index is that of no unit (on a GPU it does not count).
+        UserError: shapes, dtypes or devices do not fit together, or an index is that of no unit (on a GPU it counts for its
+            token alone).
     """
     require_tensors(weights=weights)
     return call(_routing_counts, (indices, weights.detach(), n_units))

@@ -155,6 +155,7 @@ def _planned(results: Path, what: str) -> str:
 def _speed(results: Path) -> str:
     """Times of a layer in both types, and of gated experts; then what `make gpu` found."""
     layers = [_layer_speed(results / f"bench-layer-paper-2-cores{dtype}.json") for dtype in ("", "-bfloat16")]
+    layers.insert(1, _block_speed(results / "bench-layer-paper-2-cores.json"))
     return "\n".join((*layers, _experts_speed(results / "bench-experts-2-cores.json"), gpu_markdown(results / "gpu")))
 
 
@@ -182,6 +183,25 @@ def _layer_speed(path: Path) -> str:
         rows.append([f"{tokens:,}{cold}", "forward", *_ratios([row and row.forward for row in of_shapes])])
         rows.append(["", "forward + backward", *_ratios([row and row.training for row in of_shapes])])
     title = f"{_machine(result.environment)}, {result.settings.dtype}"
+    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+
+
+def _block_speed(path: Path) -> str:
+    """Times of the blocks that choose single pairs over the dense one's, by tokens and shape."""
+    result = read(path, LayerResult, fix="measure again")
+    kinds = [(shape, label) for shape in result.shapes for label in shape.methods if label.partition(" ")[0] in ("topk", "pkm")]
+    found = {(row.shape, row.label, row.tokens): row for row in result.rows}
+    rows: list[list[str]] = []
+    for tokens in sorted({row.tokens for row in result.rows}):
+        of_kinds = [found.get((shape.name, label, tokens)) for shape, label in kinds]
+        cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_kinds) else ""
+        for first, name, times in (
+            (f"{tokens:,}{cold}", "forward", [row and row.forward for row in of_kinds]),
+            ("", "forward + backward", [row and row.training for row in of_kinds]),
+        ):
+            rows.append([first, name, *("-" if time is None else f"{time.over_dense:.2f}" for time in times)])
+    head = ["tokens", "pass", *(f"{shape.dense['d_model']} wide: {label}" for shape, label in kinds)]
+    title = f"{_machine(result.environment)}, {result.settings.dtype}, blocks of single pairs over dense"
     return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
 
 
@@ -241,7 +261,10 @@ def _times(over: OverPeer | None) -> str:
 
 
 def _machine(machine: Environment) -> str:
-    return f"{machine.threads} cores of {machine.cpu}" if machine.device == "cpu" else machine.device
+    if machine.device != "cpu":
+        return machine.device
+    cores = f"{machine.threads} cores of {machine.cpu}"
+    return f"{cores} with {machine.instruction_sets}" if machine.instruction_sets else cores
 
 
 def _source(path: Path) -> str:

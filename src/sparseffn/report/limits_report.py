@@ -18,6 +18,7 @@ from sparseffn.results.bench_result import ExpertsResult, ExpertsTime, LayerResu
 
 Time = LayerTime | ExpertsTime
 Measure = Literal["over dense x K/N_E", "over dense", "over bytes", "times faster"]
+_USUAL = "sigma-moe"
 _PASSES = {"forward": "forward", "training": "forward + backward"}
 
 
@@ -31,6 +32,8 @@ class Aim:
     forward: float | None
     training: float | None = None
     measure: Measure
+    label: str = _USUAL
+    """Of a layer's row."""
 
     def value(self, time: Time) -> float:
         """What was measured."""
@@ -61,13 +64,18 @@ AIMS: tuple[Aim, ...] = (
     Aim(shape="wt-b", dtype="bfloat16", tokens=1, forward=2.5, measure="over bytes"),
     Aim(shape="wt-s", dtype="float32", tokens=1, forward=2.2, measure="over bytes"),
     *(
+        Aim(shape="wt-s", dtype="float32", tokens=tokens, forward=0.75, training=0.8, measure="over dense", label="topk k=512")
+        for tokens in (1024, 4096)
+    ),
+    Aim(shape="wt-s", dtype="float32", tokens=1024, forward=0.9, training=0.7, measure="over dense", label="pkm"),
+    *(
         Aim(shape=shape, dtype=dtype, tokens=tokens, forward=forward, training=training, measure="times faster")
         for shape in _GATED
         for dtype in ("float32", "bfloat16")
         for tokens, forward, training in ((1, 2.0, None), (8, 2.0, None), (64, 2.0, None), (512, 1.5, 1.5))
     ),
 )
-"""What was aimed at on a processor with AVX512-BF16, 2 threads."""
+"""What was aimed at before the kernels were written, on a processor with AVX512-BF16, 2 threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,7 @@ class _Measured:
         ratios = [value, aim.scaled(value, time.limit_s / time.median_s), aim.scaled(value, self.in_turns_s / time.median_s)]
         seconds = (time.median_s, time.limit_arithmetic_s, time.limit_bytes_s, self.scattered_s, time.gradient_s)
         return (
-            f"{aim.shape}, {aim.dtype}, {integer(aim.tokens)}",
+            f"{aim.shape}, {aim.dtype}, {integer(aim.tokens)}{'' if aim.label == _USUAL else f', {aim.label}'}",
             _PASSES[self.name],
             aim.measure,
             *(f"{1e6 * s:,.0f}" for s in seconds),
@@ -123,7 +131,7 @@ def _measured(aim: Aim, layers: Sequence[LayerResult], experts: ExpertsResult) -
         (row, result.roof)
         for result in layers
         for row in result.rows
-        if result.settings.dtype == aim.dtype and row.label == "sigma-moe"
+        if result.settings.dtype == aim.dtype and row.label == aim.label
     ]
     found += [(row, experts.roofs[aim.dtype]) for row in experts.rows if not row.peer and row.dtype == aim.dtype]
     for row, roof in found:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseffn import ops
 
-D_MODEL, SIZE, N_EXPERTS, K = 256, 256, 64, 2
+D_MODEL, SIZE, N_EXPERTS, K = 256, 512, 128, 2
 
 
 def highest(call: Callable[[], object]) -> int:
@@ -39,36 +39,38 @@ def halves_of(both: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return ops.halves(both, dim=2, interleaved=layout == "interleaved")
 
 
+def measured(dtype: torch.dtype, layout: str, n_tokens: int) -> tuple[float, float]:
+    """Growth of a forward and of a training step over the bytes of the weights."""
+    stored = (N_EXPERTS, 2 * SIZE, D_MODEL) if layout == "out-in" else (N_EXPERTS, D_MODEL, 2 * SIZE)
+    both, x = torch.randn(stored).to(dtype), torch.randn(n_tokens, D_MODEL).to(dtype)
+    down = torch.randn(N_EXPERTS, *((D_MODEL, SIZE) if layout == "out-in" else (SIZE, D_MODEL))).to(dtype)
+    indices, gates = torch.rand(n_tokens, N_EXPERTS).topk(K).indices, torch.rand(n_tokens, K)
+
+    def forward() -> Tensor:
+        keys, gate_keys = halves_of(both, layout)
+        values = down.transpose(1, 2) if layout == "out-in" else down
+        return ops.experts(x, keys, values, gates, indices, gate_keys=gate_keys, activation="silu")
+
+    def step() -> object:
+        return torch.autograd.grad(forward().sum(), (both, down))
+
+    growths = []
+    for call, trained in ((forward, False), (step, True)):
+        for weight in (both, down):
+            weight.requires_grad_(trained)
+        call()
+        growths.append(highest(call) / (both.nbytes + down.nbytes))
+    # A step returns gradients of all weights.
+    return growths[0], growths[1] - 1
+
+
 def main() -> int:
-    """All layouts, few tokens and many, forward and backward."""
+    """All layouts, few tokens and many."""
     for dtype in (torch.float32, torch.bfloat16):
         for layout in ("in-out", "out-in", "interleaved"):
-            both = torch.randn(N_EXPERTS, *((2 * SIZE, D_MODEL) if layout == "out-in" else (D_MODEL, 2 * SIZE))).to(dtype)
-            down = torch.randn(N_EXPERTS, *((D_MODEL, SIZE) if layout == "out-in" else (SIZE, D_MODEL))).to(dtype)
-            weights = both.nbytes + down.nbytes
             for n_tokens in (4, 300):
-                x = torch.randn(n_tokens, D_MODEL).to(dtype)
-                indices, gates = torch.rand(n_tokens, N_EXPERTS).topk(K).indices, torch.rand(n_tokens, K)
-
-                def forward(
-                    x: Tensor = x, both: Tensor = both, down: Tensor = down, layout: str = layout, *more: Tensor
-                ) -> Tensor:
-                    keys, gate_keys = halves_of(both, layout)
-                    values = down.transpose(1, 2) if layout == "out-in" else down
-                    return ops.experts(x, keys, values, gates, indices, gate_keys=gate_keys, activation="silu")  # noqa: B023
-
-                forward()
-                growth = highest(forward)
-                sys.stdout.write(f"{dtype} {layout} {n_tokens} forward: {growth / weights:.3f}\n")
-                leaves = both.requires_grad_(), down.requires_grad_()
-
-                def step(leaves: tuple[Tensor, ...] = leaves) -> object:
-                    return torch.autograd.grad(forward().sum(), leaves)
-
-                step()
-                sys.stdout.write(f"{dtype} {layout} {n_tokens} training: {highest(step) / weights - 1:.3f}\n")
-                for leaf in leaves:
-                    leaf.requires_grad_(requires_grad=False)
+                for name, growth in zip(("forward", "training"), measured(dtype, layout, n_tokens), strict=True):
+                    sys.stdout.write(f"{dtype} {layout} {n_tokens} {name}: {growth:.3f}\n")
     return 0
 
 

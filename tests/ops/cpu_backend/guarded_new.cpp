@@ -35,6 +35,11 @@ void* operator new[](size_t bytes) { return taken(bytes, alignof(std::max_align_
 void* operator new(size_t bytes, std::align_val_t alignment) {
     return taken(bytes, static_cast<size_t>(alignment), __builtin_return_address(0));
 }
+// Asked for by what can do without, as a stable sort.
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+    return taken(bytes, alignof(std::max_align_t), __builtin_return_address(0));
+}
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete[](void* p) noexcept { std::free(p); }
 void operator delete(void* p, size_t) noexcept { std::free(p); }

@@ -160,24 +160,16 @@ def in_large_pages(tensor: torch.Tensor) -> bool:
 
 @needs_compiler
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without large pages on request")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("joint", [False, True])
-def test_large_gradients_lie_in_large_pages(dtype: torch.dtype, joint: bool) -> None:
-    """Those of two tensors, and of the halves of one; a small one's pages are left as they are."""
-    d_model, n_experts, size = 64, 32, 2048
-    x = torch.randn(8, d_model).to(dtype)
-    weights = [
-        torch.randn(n_experts, 2 * size, d_model).to(dtype).requires_grad_(),
-        torch.randn(n_experts, size, d_model).to(dtype),
-    ]
-    both, values = weights[0], weights[1].requires_grad_()
-    keys, gate_keys = (half.transpose(1, 2) for half in (ops.halves(both, dim=1) if joint else both.chunk(2, 1)))
-    router = torch.randn(n_experts, d_model).to(dtype).requires_grad_()
-    _, indices, gates = ops.route(x, router, k=2, gate="sigmoid", backend="cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_large_gradients_lie_in_large_pages(dtype: torch.dtype) -> None:
+    """That of one tensor, and that of two halves of one."""
+    x, gates = torch.randn(8, 64).to(dtype), torch.rand(8, 2)
+    both, values = (torch.randn(32, n, 64).to(dtype).requires_grad_() for n in (4096, 2048))
+    keys, gate_keys = (half.transpose(1, 2) for half in ops.halves(both, dim=1))
+    indices = torch.rand(8, 32).topk(2).indices
     ops.experts(x, keys, values, gates, indices, gate_keys=gate_keys, activation="silu", backend="cpu").sum().backward()
-    assert in_large_pages(values.grad)
-    assert in_large_pages(both.grad) or not joint
-    assert not in_large_pages(router.grad)
+    assert both.grad is not None and in_large_pages(both.grad)
+    assert values.grad is not None and in_large_pages(values.grad)
 
 
 @needs_compiler
@@ -438,7 +430,8 @@ def test_no_weight_is_copied() -> None:
     for line in lines:
         layout, name, growth = line.split()[1], line.split()[3], float(line.split()[-1])
         joined = 2 / 3 if layout == "interleaved" and name == "training:" else 0
-        assert growth < joined + (0.03 if name == "forward:" else 0.1), line
+        # In bfloat16, of 100 MB.
+        assert growth < joined + (0.05 if name == "forward:" else 0.1), line
 
 
 @needs_compiler

@@ -233,7 +233,7 @@ def test_non_finite_token_costs_its_own_row(n_tokens: int, inner_k: int | None, 
 
 
 def test_threads_beyond_the_work_cost_nothing() -> None:
-    """Of one token: sixty-four of them took 200 times as long as one while all were started."""
+    """Of one token: sixty-four took 200 times as long as one while all were started."""
     x, rows = torch.randn(1, 32), torch.randn(64, 32)
     sub_keys, table = torch.randn(2, 8, 16), torch.randn(64, 32)
     indices, weights = torch.zeros(1, 4, dtype=torch.int64), torch.rand(1, 4)
@@ -257,15 +257,14 @@ def test_threads_beyond_the_work_cost_nothing() -> None:
     least: dict[tuple[str, int], float] = {}
     before = torch.get_num_threads()
     try:
-        for n_threads in (1, 32):
+        # In turns, so that a busy stretch of the machine meets both.
+        for name, n_threads in 2 * [(name, n_threads) for name in calls for n_threads in (1, 32)]:
             torch.set_num_threads(n_threads)
-            for name, call in calls.items():
-                times = []
-                for _ in range(100):
-                    start = time.perf_counter()
-                    call()
-                    times.append(time.perf_counter() - start)
-                least[name, n_threads] = min(times)
+            for _ in range(50):
+                start = time.perf_counter()
+                calls[name]()
+                took = time.perf_counter() - start
+                least[name, n_threads] = min(took, least.get((name, n_threads), took))
     finally:
         torch.set_num_threads(before)
     for name in calls:

@@ -16,18 +16,18 @@ inline Buffer<int64_t> places(const Routing& routing) {
 }
 
 // What one thread needs to choose a token's survivors.
-template <class C> struct Choice {
+template <class C> struct SurvivorChoice {
     Buffer<Key<C>> keys;
     Buffer<int64_t> chosen;
     Selector<Key<C>> selector;
 
-    Choice(int64_t units, int64_t count) : keys(units), chosen(count), selector(units, count) {}
+    SurvivorChoice(int64_t units, int64_t count) : keys(units), chosen(count), selector(units, count) {}
 };
 
 // Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
 template <class S>
 void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int64_t* place, const S* hidden,
-            compute_t<S>* alpha, Choice<compute_t<S>>& choice) {
+            compute_t<S>* alpha, SurvivorChoice<compute_t<S>>& choice) {
     using C = compute_t<S>;
     const int64_t k = p.routing.k;
     for (int64_t slot = 0; slot < k; ++slot) {
@@ -107,7 +107,7 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
     const Shares shares = shares_of(p);
     const bool few = routing.rows() <= kFewRows * routing.experts;
     std::vector<Workspace<S>> all = workspaces(p);
-    std::vector<Choice<C>> choices;
+    std::vector<SurvivorChoice<C>> choices;
     choices.reserve(p.threads);
     for (int t = 0; t < p.threads; ++t) choices.emplace_back(routing.k * p.size, inner.count);
 #pragma omp parallel num_threads(p.threads)

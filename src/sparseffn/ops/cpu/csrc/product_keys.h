@@ -51,8 +51,7 @@ template <class C> class BestSums {
         }
         for (int64_t p = 0; p < n; ++p) keys_[p] = sortable(sums_[p]);
         chosen_by(cutter_.cut(keys_.data(), n, k_), keys_.data(), n, chosen_.data());
-        if (ordered)
-            std::stable_sort(chosen_.begin(), chosen_.begin() + k_, [&](int32_t p, int32_t q) { return keys_[p] > keys_[q]; });
+        if (ordered) sort_descending(keys_.data(), chosen_.data(), k_);
         for (int64_t q = 0; q < k_; ++q) {
             const auto [i, j] = pairs_[chosen_[q]];
             out(q, sums_[chosen_[q]], static_cast<int64_t>(top_b_[j]) * n_a_ + top_a_[i]);

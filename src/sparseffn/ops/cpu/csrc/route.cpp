@@ -113,17 +113,17 @@ template <class C> class Wide {
 };
 
 // What a thread needs to choose a token's experts.
-template <class C> struct Choice {
+template <class C> struct TokenChoice {
     Buffer<Key<C>> keys;
     Selector<Key<C>> selector;
 
-    explicit Choice(const Routes& r) : keys(r.experts), selector(Selector<Key<C>>::of_best(r.experts, r.k)) {}
+    explicit TokenChoice(const Routes& r) : keys(r.experts), selector(Selector<Key<C>>::of_best(r.experts, r.k)) {}
 };
 
 // What a thread needs, x as A. Made before threads start: what they cannot get must not end the process.
 template <class A, class C> struct ScoreWorkspace {
     SomeRows<A> x;
-    Choice<C> choice;
+    TokenChoice<C> choice;
     Buffer<C> padded;
 
     ScoreWorkspace(const Routes& r, int64_t most, int64_t n_padded)
@@ -199,7 +199,7 @@ template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& th
 }
 
 template <class C> void route_in(const Routes& r, C* logits, int64_t* indices, C* gates, C* shares) {
-    score_tokens(r, logits, [&](int64_t t, const C* scores, Choice<C>& choice) {
+    score_tokens(r, logits, [&](int64_t t, const C* scores, TokenChoice<C>& choice) {
         for (int64_t e = 0; e < r.experts; ++e) choice.keys[e] = sortable(scores[e]);
         choice.selector.best(choice.keys.data(), r.experts, r.k, true, indices + t * r.k);
         gates_of(r.gate, scores, r.experts, indices + t * r.k, r.k, gates + t * r.k,
@@ -317,7 +317,7 @@ void route(const Routes& r, void* logits, int64_t* indices, void* gates, void* s
 void scores(const Routes& r, void* logits) {
     in_precision(r, [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        score_tokens(r, static_cast<C*>(logits), [](int64_t, const C*, Choice<C>&) {});
+        score_tokens(r, static_cast<C*>(logits), [](int64_t, const C*, TokenChoice<C>&) {});
     });
 }
 

@@ -90,7 +90,7 @@ template <class K> inline K middle_bits(K low, K high) {
     return static_cast<K>(static_cast<U>(low) + (static_cast<U>(high) - static_cast<U>(low)) / 2);
 }
 
-// Finds cuts in rows of up to `most` keys. Made before threads start, as all that takes memory: without any for no keys.
+// Finds cuts in rows of up to `most` keys. Made before threads start, as all that takes memory; for rows of no keys it takes none.
 template <class K> class Cutter {
   public:
     explicit Cutter(int64_t most) {
@@ -177,6 +177,11 @@ template <class K> inline void insert_best(const K* keys, int64_t n, int64_t k, 
     for (; i < n; ++i) offer(i);
 }
 
+// Sorts positions by descending key, ties to the lower position. A stable sort would take memory.
+template <class K, class I> inline void sort_descending(const K* keys, I* chosen, int64_t k) {
+    std::sort(chosen, chosen + k, [&](I a, I b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); });
+}
+
 // Up to so many are found by insertion.
 constexpr int64_t kShort = 16;
 
@@ -198,7 +203,7 @@ template <class K> class Selector {
         if (k == 0) return;
         if (k <= kShort) return insert_best(keys, n, k, chosen);
         ascending(keys, n, k, chosen);
-        if (ordered) std::stable_sort(chosen, chosen + k, [&](int64_t a, int64_t b) { return keys[a] > keys[b]; });
+        if (ordered) sort_descending(keys, chosen, k);
     }
 
   private:
