@@ -20,7 +20,7 @@ COMMITTED = Path(__file__).parents[2] / "results" / "bench-layer-paper-2-cores.j
 def test_file_of_0_1_is_read_whole() -> None:
     """Every field of the committed measurement comes back under its name."""
     found = read(COMMITTED, BenchResult, fix="")
-    assert isinstance(found, LayerResult) and found.kind == "layer" and len(found.rows) == 84
+    assert isinstance(found, LayerResult) and found.kind == "layer" and len(found.rows) == 99
     assert found.rows[0].check.tokens == 1 and found.expert_counts is not None
     before, after = json.loads(COMMITTED.read_text()), json.loads(msgspec.json.encode(found))
     assert before == after

@@ -23,8 +23,14 @@ def test_speeds_of_gpus_are_those_of_their_files(tmp_path: Path) -> None:
     for path in RESULTS.glob("bench-*-2-cores*.json"):
         shutil.copy(path, results)
     cpu = with_blocks(PAGE, results)
-    assert "**GPU speed is unmeasured**" in cpu and "| 4,096 | forward | 0.13 | 0.34 |" in cpu
     layer = read(results / "bench-layer-paper-2-cores.json", LayerResult, fix="")
+    found = {(row.shape, row.label, row.tokens): row.forward for row in layer.rows}
+    ours = found["wt-s", "sigma-moe", 4096]
+    assert ours.over_fastest_hf is not None
+    assert f"| 4,096 | forward | {ours.over_dense:.2f} | {ours.over_fastest_hf.over:.2f} |" in cpu
+    pairs = [found["wt-s", label, 4096].over_dense for label in ("topk k=512", "pkm")]
+    assert f"| 4,096 | forward | {pairs[0]:.2f} | {pairs[1]:.2f} |" in cpu
+    assert "**GPU speed is unmeasured**" in cpu
     part = GpuPart(
         format=FORMAT,
         environment=msgspec.structs.replace(layer.environment, device="A GPU"),

@@ -261,16 +261,14 @@ class Mixture(FeedForward):
 
     def compute(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> tuple[Tensor, Routed]:
         """Route, then run the selected experts. `length` is that of a sequence, for layers that know it (`knows_sequences`)."""
-        y_TD, routing = self._routed(x_TD, mask_T, length)
+        routing = self.router(x_TD, mask_T, length)
+        y_TD = self.experts(x_TD, routing.weights_TK, routing.indices_TK)
         return y_TD, Routed(routing.selection(), balance=lambda: self._balance_of(routing, mask_T), dropped=routing.dropped)
 
     def output_TD(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Tensor:
-        """The output alone: for one token what describes the selection costs as much as the router."""
-        return self._routed(x_TD, mask_T, length)[0]
-
-    def _routed(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None) -> tuple[Tensor, Routing]:
+        """The output alone: for one token what describes the selection costs as much as the router, and a call tells too."""
         routing = self.router(x_TD, mask_T, length)
-        return self.experts(x_TD, routing.weights_TK, routing.indices_TK), routing
+        return self.experts(x_TD, routing.weights_TK, routing.indices_TK)
 
     def _balance_of(self, routing: Routing, mask_T: Tensor | None) -> Tensor:
         """The balancing losses times their weights, summed."""
