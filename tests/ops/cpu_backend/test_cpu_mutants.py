@@ -147,7 +147,6 @@ MUTANTS = {
     "gate-bias-gets-the-keys": Mutant(
         "topk_backward.h", "d_gate.data(), gate_bias.data()", "d.data(), gate_bias.data()", "blocks", _BLOCKS
     ),
-    "count-of-the-lower-side-forgotten": Mutant("select.h", "if (!higher) k -= above;", "", "blocks", _BLOCKS),
     "last-of-equal-sub-keys-first": Mutant(
         "product_keys.h", "before += keys[j] >= own", "before += keys[j] > own", "sub-keys", _BLOCKS
     ),
