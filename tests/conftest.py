@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -112,12 +112,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["SPARSEFFN_CACHE"] = before
 
 
+@pytest.fixture(scope="session")
+def lacks() -> Callable[[str], NoReturn]:
+    """What a test calls, with what it needs, where a tool is not there: it skips at home and fails in CI."""
+    return pytest.fail if os.environ.get("CI") else pytest.skip
+
+
 @pytest.fixture
-def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Debian's chromium with an empty profile; a test without it skips at home and fails in CI."""
+def browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: Callable[[str], NoReturn]) -> Iterator[Any]:
+    """Debian's chromium with an empty profile."""
     if not (CHROMIUM.exists() and CHROMEDRIVER.exists()):
-        reason = f"needs {CHROMIUM} and {CHROMEDRIVER} (Debian: chromium, chromium-driver)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        lacks(f"needs {CHROMIUM} and {CHROMEDRIVER} (Debian: chromium, chromium-driver)")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -29,11 +29,10 @@ WIDTH_OF_A_TELEPHONE = 400
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory, lacks: Callable[[str], NoReturn]) -> Path:
     """The site, built by the command of `make docs`: a warning, as of a link to nowhere, ends it."""
     if find_spec("mkdocs") is None:
-        reason = "needs mkdocs, of the docs extra"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        lacks("needs mkdocs, of the docs extra")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     known = {"PYTHONPATH": str(Path(sparseffn.__file__).parents[1]), "NO_MKDOCS_2_WARNING": "1"}

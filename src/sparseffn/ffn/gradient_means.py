@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparseffn.errors import UserError
-from sparseffn.ops.fsdp_units import averaging_meshes
+from sparseffn.ops.module_state import averaging_meshes
 
 if TYPE_CHECKING:
     from torch import nn

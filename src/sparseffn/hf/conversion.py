@@ -411,16 +411,11 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
 def _model(settings: ConvertSettings) -> PreTrainedModel:
     dtype: Any = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
-        # Looked at before: loading one asks for the packages that it was quantised with.
         config = AutoConfig.from_pretrained(settings.model)
-        if any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config())):
-            raise UserError(
-                f"`model` must have weights of floating-point numbers; got {settings.model!r}, which is quantised; "
-                "fix: convert the model that it was made from"
-            )
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)  # pyright: ignore[reportArgumentType]
-    except UserError:
-        raise
+        quantised = any(getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+        # To load it would ask for the packages that it was quantised with.
+        if not quantised:
+            return AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)  # pyright: ignore[reportArgumentType]
     except ImportError as error:
         raise _lacks_package(settings.model, error) from None
     except (OSError, ValueError) as error:
@@ -428,6 +423,10 @@ def _model(settings: ConvertSettings) -> PreTrainedModel:
             f"`model` must be a folder, or a name on the hub, of a causal language model; got {settings.model!r} "
             f"({_first_line(error)}); fix: check the path"
         ) from None
+    raise UserError(
+        f"`model` must have weights of floating-point numbers; got {settings.model!r}, which is quantised; "
+        "fix: convert the model that it was made from"
+    )
 
 
 def _lacks_package(model: str, error: ImportError) -> UserError:

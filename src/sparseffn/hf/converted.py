@@ -33,6 +33,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, config_from_json
 from sparseffn.hf.converted_card import converted_card
 from sparseffn.hf.fill import fill_of, mark_fill
+from sparseffn.hf.loaded import LoadedWithCheck
 from sparseffn.hf.model_card import PushedWithCard, write_card
 from sparseffn.hf.swap import put
 from sparseffn.storage import write_folder
@@ -59,7 +60,7 @@ class ConvertedConfig(PreTrainedConfig):
 
 
 @final
-class ConvertedForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):
+class ConvertedForCausalLM(LoadedWithCheck, PushedWithCard, PreTrainedModel, GenerationMixin):
     """A causal language model of transformers, `model`, with the blocks that its config names replaced."""
 
     config_class = ConvertedConfig
@@ -99,23 +100,17 @@ class ConvertedForCausalLM(PushedWithCard, PreTrainedModel, GenerationMixin):
         wrapped.generation_config = model.generation_config
         return wrapped.train(model.training)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As any model's; a folder that lacks parameters is refused.
+    def _check_found(self, folder: str, missing: set[str], unexpected: set[str]) -> None:
+        """A folder that lacks parameters is refused.
 
         Raises:
             UserError: a parameter is missing, which would else be drawn at random.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        missing = sorted(info["missing_keys"])
         if missing:
             raise UserError(
-                f"`{args[0] if args else 'folder'}` must hold every parameter; got none of {', '.join(missing[:3])}"
+                f"`{folder}` must hold every parameter; got none of {', '.join(sorted(missing)[:3])}"
                 f"{' and others' if len(missing) > 3 else ''}; fix: convert the model again"
             )
-        return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As any model's; its config names the blocks that were replaced since, too."""

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseffn.errors import UserError
 from sparseffn.hf.formulas import activation_name
 from sparseffn.ops.activations import hidden_units
-from sparseffn.ops.module_hooks import has_hooks
+from sparseffn.ops.module_state import has_hooks
 
 Layers = int | str | type[nn.Module] | Sequence[int | str | type[nn.Module]] | None
 """Blocks by their number among those of known families, by name (`*` stands for anything) or by class; None: all known."""

@@ -23,7 +23,7 @@ from transformers import activations as hf
 
 from sparseffn.ops import explain_backend, halves, requested_backend
 from sparseffn.ops.activations import ACTIVATIONS, CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
-from sparseffn.ops.module_hooks import has_hooks
+from sparseffn.ops.module_state import has_hooks
 
 
 @dataclass(frozen=True, kw_only=True)

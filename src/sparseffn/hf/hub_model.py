@@ -11,13 +11,14 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from sparseffn.errors import UserError
 from sparseffn.ffn import RoutingStats
+from sparseffn.hf.loaded import LoadedWithCheck
 from sparseffn.hf.model_card import PushedWithCard
 from sparseffn.hf.outputs import SparseCausalLMOutput, causal_lm_loss
 from sparseffn.models import keyed_generator
 from sparseffn.models.language_model import LanguageModel
 
 
-class HubModel(PushedWithCard, PreTrainedModel):
+class HubModel(LoadedWithCheck, PushedWithCard, PreTrainedModel):
     """A `LanguageModel`, which is the attribute that `base_model_prefix` names."""
 
     supports_gradient_checkpointing = True
@@ -29,36 +30,26 @@ class HubModel(PushedWithCard, PreTrainedModel):
         # Drawn here, so that `torch.manual_seed` decides it, and one model has one seed for all its parameters.
         self._seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As any model's. Parameters that a checkpoint lacks are drawn, and transformers logs their names.
+    def _check_found(self, folder: str, missing: set[str], unexpected: set[str]) -> None:
+        """Parameters that a checkpoint lacks are drawn, and transformers logs their names.
 
         Raises:
             UserError: the checkpoint has none of the model's parameters, those that are tied left aside: it is another model's.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        # Tied parameters are left out: transformers takes them off what is missing, whether or not one of them was there.
-        tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-        names = [name for name, _ in model.named_parameters() if name not in tied]
-        if names and info["missing_keys"].issuperset(names):
-            others = sorted(info["unexpected_keys"])[:2]
+        # Transformers takes tied parameters off what is missing, whether or not one of them was there.
+        tied = {*self.all_tied_weights_keys.keys(), *self.all_tied_weights_keys.values()}
+        names = [name for name, _ in self.named_parameters() if name not in tied]
+        if names and missing.issuperset(names):
+            others = sorted(unexpected)[:2]
             instead = f", but {' and '.join(others)}" if others else ""
-            folder = args[0] if args else kwargs.get("pretrained_model_name_or_path", "folder")
             raise UserError(
-                f"`{folder}` must hold parameters such as {names[0]}; got none of {cls.__name__}'s"
+                f"`{folder}` must hold parameters such as {names[0]}; got none of {type(self).__name__}'s"
                 f"{instead}; fix: load what this class saved or `sparseffn export` wrote"
             )
-        return (model, info) if wants_info else model
 
     @property
     def network(self) -> LanguageModel:
         return cast(LanguageModel, getattr(self, self.base_model_prefix))
-
-    def card(self, name: str, **parts: Any) -> str:
-        """The model card: what the model is and how it is loaded; `parts` are further arguments of `model_card`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -15,8 +15,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from sparseffn.report import formats
 from sparseffn.report.convert_report import conversions_table
@@ -32,9 +34,11 @@ from sparseffn.report.table import Table
 from sparseffn.results.bench_result import (
     Environment,
     ExpertsResult,
+    ExpertsRow,
     ExpertsTime,
     FiguresResult,
     LayerResult,
+    LayerRow,
     LayerTime,
     OverPeer,
     WholeResult,
@@ -154,9 +158,11 @@ def _planned(results: Path, what: str) -> str:
 
 def _speed(results: Path) -> str:
     """Times of a layer in both types, and of gated experts; then what `make gpu` found."""
-    layers = [_layer_speed(results / f"bench-layer-paper-2-cores{dtype}.json") for dtype in ("", "-bfloat16")]
-    layers.insert(1, _block_speed(results / "bench-layer-paper-2-cores.json"))
-    return "\n".join((*layers, _experts_speed(results / "bench-experts-2-cores.json"), gpu_markdown(results / "gpu")))
+    float32, bfloat16 = (results / f"bench-layer-paper-2-cores{dtype}.json" for dtype in ("", "-bfloat16"))
+    experts = _experts_speed(results / "bench-experts-2-cores.json")
+    return "\n".join(
+        (_layer_speed(float32), _block_speed(float32), _layer_speed(bfloat16), experts, gpu_markdown(results / "gpu"))
+    )
 
 
 def _layers(results: Path) -> list[LayerResult]:
@@ -171,59 +177,64 @@ def _experts(results: Path) -> ExpertsResult:
 def _layer_speed(path: Path) -> str:
     """sigma-MoE's time over dense and over Hugging Face's fastest, by tokens and shape."""
     result = read(path, LayerResult, fix="measure again")
-    ours = {(row.shape, row.tokens): row for row in result.rows if row.label == "sigma-moe" and not row.peer}
-    configs = {shape.name: shape.methods["sigma-moe"] for shape in result.shapes if "sigma-moe" in shape.methods}
-    head = ["tokens", "pass"]
-    for config in configs.values():
-        head += [f"{config['d_model']} wide, {config['n_experts']} x {config['expert_size']}: over dense", "over Hugging Face"]
-    rows: list[list[str]] = []
-    for tokens in sorted({tokens for _, tokens in ours}):
-        of_shapes = [ours.get((shape, tokens)) for shape in configs]
-        cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_shapes) else ""
-        rows.append([f"{tokens:,}{cold}", "forward", *_ratios([row and row.forward for row in of_shapes])])
-        rows.append(["", "forward + backward", *_ratios([row and row.training for row in of_shapes])])
-    title = f"{_machine(result.environment)}, {result.settings.dtype}"
-    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+    kinds = {
+        f"{config['d_model']} wide, {config['n_experts']} x {config['expert_size']}": _rows_of(result, shape.name, "sigma-moe")
+        for shape in result.shapes
+        if (config := shape.methods.get("sigma-moe"))
+    }
+    columns = (("over dense", _over_dense), ("over Hugging Face", _over_hf))
+    return _by_tokens(f"{_machine(result.environment)}, {result.settings.dtype}", path, kinds, columns)
 
 
 def _block_speed(path: Path) -> str:
     """Times of the blocks that choose single pairs over the dense one's, by tokens and shape."""
     result = read(path, LayerResult, fix="measure again")
-    kinds = [(shape, label) for shape in result.shapes for label in shape.methods if label.partition(" ")[0] in ("topk", "pkm")]
-    found = {(row.shape, row.label, row.tokens): row for row in result.rows}
-    rows: list[list[str]] = []
-    for tokens in sorted({row.tokens for row in result.rows}):
-        of_kinds = [found.get((shape.name, label, tokens)) for shape, label in kinds]
-        cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_kinds) else ""
-        for first, name, times in (
-            (f"{tokens:,}{cold}", "forward", [row and row.forward for row in of_kinds]),
-            ("", "forward + backward", [row and row.training for row in of_kinds]),
-        ):
-            rows.append([first, name, *("-" if time is None else f"{time.over_dense:.2f}" for time in times)])
-    head = ["tokens", "pass", *(f"{shape.dense['d_model']} wide: {label}" for shape, label in kinds)]
+    kinds = {
+        f"{shape.dense['d_model']} wide: {label}": _rows_of(result, shape.name, label)
+        for shape in result.shapes
+        for label in shape.methods
+        if label.partition(" ")[0] in ("topk", "pkm")
+    }
     title = f"{_machine(result.environment)}, {result.settings.dtype}, blocks of single pairs over dense"
-    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+    return _by_tokens(title, path, kinds, (("", _over_dense),))
 
 
 def _experts_speed(path: Path) -> str:
     """Gated experts' time over that of the fastest of Hugging Face's implementations, by tokens, shape and type."""
     result = read(path, ExpertsResult, fix="measure again")
-    ours = [row for row in result.rows if not row.peer]
-    kinds = list(dict.fromkeys((row.shape, row.dtype) for row in ours))
-    found = {(row.shape, row.dtype, row.tokens): row for row in ours}
-    rows: list[list[str]] = []
-    for tokens in sorted({row.tokens for row in ours}):
-        of_kinds = [found.get((*kind, tokens)) for kind in kinds]
-        cold = ", cold" if all(row is not None and row.cache == "cold" for row in of_kinds) else ""
-        for name, times in (
-            ("forward", [row and row.forward for row in of_kinds]),
-            ("forward + backward", [row and row.training for row in of_kinds]),
+    kinds: dict[str, list[ExpertsRow]] = {}
+    for row in result.rows:
+        if not row.peer:
+            kinds.setdefault(f"{row.shape}, {row.dtype}", []).append(row)
+    title = f"{_machine(result.environment)}, gated experts (D x I x E x K) over Hugging Face's fastest"
+    return _by_tokens(title, path, kinds, (("", _over_hf),))
+
+
+def _rows_of(result: LayerResult, shape: str, label: str) -> list[LayerRow]:
+    return [row for row in result.rows if (row.shape, row.label) == (shape, label) and not row.peer]
+
+
+def _by_tokens(
+    title: str,
+    path: Path,
+    kinds: Mapping[str, Sequence[LayerRow] | Sequence[ExpertsRow]],
+    columns: Sequence[tuple[str, Callable[[Any], str]]],
+) -> str:
+    """Times by tokens and pass: of each kind of rows, what the columns say of a time."""
+    found = {(kind, row.tokens): row for kind, rows in kinds.items() for row in rows}
+    lines: list[list[str]] = []
+    for tokens in sorted({tokens for _, tokens in found}):
+        rows = [found.get((kind, tokens)) for kind in kinds]
+        cold = ", cold" if all(row is not None and row.cache == "cold" for row in rows) else ""
+        for first, name, times in (
+            (f"{tokens:,}{cold}", "forward", [row and row.forward for row in rows]),
+            ("", "forward + backward", [row and row.training for row in rows]),
         ):
             if any(times):
-                rows.append([f"{tokens:,}{cold}", name, *(_over_hf(time) for time in times)])
-    head = ["tokens", "pass", *(f"{shape}, {dtype}" for shape, dtype in kinds)]
-    title = f"{_machine(result.environment)}, gated experts (D x I x E x K) over Hugging Face's fastest"
-    return markdown_table(Table.of(head, rows, n_words=2, title=title, notes=(_source(path),)))
+                lines.append([first, name, *("-" if time is None else of(time) for time in times for _, of in columns)])
+    first, *others = (name for name, _ in columns)
+    heads = [head for kind in kinds for head in (f"{kind}: {first}" if first else kind, *others)]
+    return markdown_table(Table.of(["tokens", "pass", *heads], lines, n_words=2, title=title, notes=(_source(path),)))
 
 
 def _models_speed(path: Path) -> str:
@@ -271,11 +282,9 @@ def _source(path: Path) -> str:
     return f"all of it: {path.relative_to(path.parents[1])}"
 
 
-def _over_hf(time: ExpertsTime | None) -> str:
-    return "-" if time is None or time.over_fastest_hf is None else f"{time.over_fastest_hf.over:.2f}"
+def _over_dense(time: LayerTime) -> str:
+    return f"{time.over_dense:.2f}"
 
 
-def _ratios(times: list[LayerTime | None]) -> list[str]:
-    """Over dense and over Hugging Face, a pair for each shape."""
-    pairs = [(None, None) if t is None else (t.over_dense, t.over_fastest_hf and t.over_fastest_hf.over) for t in times]
-    return ["-" if ratio is None else f"{ratio:.2f}" for pair in pairs for ratio in pair]
+def _over_hf(time: LayerTime | ExpertsTime) -> str:
+    return "-" if time.over_fastest_hf is None else f"{time.over_fastest_hf.over:.2f}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from variants import compile_variant, kernel_files, run_with
@@ -23,37 +23,36 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FUZZ = str(Path(__file__).with_name("fuzz_kernels.py"))
 
 
-def runtimes() -> list[str]:
-    """Paths of the sanitizers' runtimes; a test without them skips at home and fails in CI."""
+@pytest.fixture(scope="module")
+def runtimes(lacks: Callable[[str], NoReturn]) -> list[str]:
+    """Paths of the sanitizers' runtimes."""
     found = []
     for name in ("libasan.so", "libubsan.so"):
         asked = [*build.find_compiler(), f"-print-file-name={name}"]
         found.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
         if not Path(found[-1]).is_absolute():
-            reason = f"the compiler brings no {name}"
-            pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+            lacks(f"the compiler brings no {name}")
     return found
 
 
 def fuzzed(
-    folder: Path, files: Sequence[str], *arguments: str, change: tuple[str, str, str] | None = None
+    runtimes: list[str], folder: Path, files: Sequence[str], *arguments: str, change: tuple[str, str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Drawn computations, with some files of the kernels under the sanitizers' eyes."""
-    first = runtimes()
     library = compile_variant(folder, files, [*FLAGS, *SANITIZERS], change)
-    return run_with(library, FUZZ, *arguments, preload=first, ASAN_OPTIONS="detect_leaks=0")
+    return run_with(library, FUZZ, *arguments, preload=runtimes, ASAN_OPTIONS="detect_leaks=0")
 
 
-def test_sanitizers_are_silent(tmp_path: Path) -> None:
+def test_sanitizers_are_silent(runtimes: list[str], tmp_path: Path) -> None:
     """25 drawn computations of each operation, in all four types; an error would end the process."""
-    done = fuzzed(tmp_path / "watched", kernel_files(), "--rounds", "25", "--seed", "1")
+    done = fuzzed(runtimes, tmp_path / "watched", kernel_files(), "--rounds", "25", "--seed", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing found" in done.stdout
 
 
-def test_a_read_past_the_end_is_seen(tmp_path: Path) -> None:
+def test_a_read_past_the_end_is_seen(runtimes: list[str], tmp_path: Path) -> None:
     """So that the silence is not that of kernels nobody watches: a bias is read one number too far."""
     change = ("hidden.h", "row[g] += upcast(bias[g]);", "row[g] += upcast(bias[g + n]);")
     # The first seed that draws biases in float64 for the last expert; with others the numbers are wrong instead.
-    done = fuzzed(tmp_path / "wrong", ["experts_double.cpp"], "--rounds", "1", "--seed", "7", change=change)
+    done = fuzzed(runtimes, tmp_path / "wrong", ["experts_double.cpp"], "--rounds", "1", "--seed", "7", change=change)
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr[-3000:]

@@ -18,10 +18,9 @@ inline Buffer<int64_t> places(const Routing& routing) {
 // What one thread needs to choose a token's survivors.
 template <class C> struct SurvivorChoice {
     Buffer<Key<C>> keys;
-    Buffer<int64_t> chosen;
     Selector<Key<C>> selector;
 
-    SurvivorChoice(int64_t units, int64_t count) : keys(units), chosen(count), selector(units, count) {}
+    SurvivorChoice(int64_t units, int64_t count) : keys(units), selector(units, count) {}
 };
 
 // Chooses the survivors of one token among `alpha`, its rows side by side, and sets the others to zero.
@@ -34,8 +33,7 @@ void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int
         const C* row = alpha + place[token * k + slot] * p.size;
         for (int64_t g = 0; g < p.size; ++g) choice.keys[slot * p.size + g] = sortable(row[g]);
     }
-    choice.selector.ascending(choice.keys.data(), k * p.size, inner.count, choice.chosen.data());
-    const Buffer<int64_t>& chosen = choice.chosen;
+    const int32_t* chosen = choice.selector.ascending(choice.keys.data(), k * p.size, inner.count);
     int64_t next = 0;
     for (int64_t slot = 0; slot < k; ++slot) {
         C* row = alpha + place[token * k + slot] * p.size;
@@ -49,7 +47,7 @@ void choose(const Problem<S>& p, const Inner<S>& inner, int64_t token, const int
             for (int64_t part = 0; part < p.kept(); ++part)
                 inner.kept[(token * p.kept() + part) * inner.count + next] = kept[part * p.size + unit];
             inner.positions[token * inner.count + next] =
-                keep && !keep[unit] ? -1 : static_cast<int32_t>(chosen[next]);
+                keep && !keep[unit] ? -1 : chosen[next];
         }
         std::fill(row + from, row + p.size, C(0));
     }
@@ -72,17 +70,15 @@ void add_lines(const compute_t<S>* a, const Matrix<S>& b, Range columns, const s
     }
 }
 
-// sums[token] += the survivors' values, of some columns. `alive` has room for a row's units.
+// sums[token] += the survivors' values, of some columns.
 template <class S>
-void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns, std::vector<int64_t>& alive, compute_t<S>* sums) {
+void add_survivors(const Problem<S>& p, const compute_t<S>* alpha, Range columns, Workspace<S>& ws, compute_t<S>* sums) {
     using C = compute_t<S>;
     for (int64_t e = 0; e < p.routing.experts; ++e)
         for (int64_t r = p.routing.offsets[e]; r < p.routing.offsets[e + 1]; ++r) {
             const C* row = alpha + r * p.size;
-            alive.clear();
-            for (int64_t g = 0; g < p.size; ++g)
-                if (row[g] != C(0)) alive.push_back(g);
-            add_lines(row, p.values.of(e), columns, alive, sums + p.routing.token(r) * p.width);
+            find_active(1, p.size, row, ws);
+            add_lines(row, p.values.of(e), columns, ws.active, sums + p.routing.token(r) * p.width);
         }
     // Last: values added to a bias would each be rounded at its size.
     for (int64_t e = 0; e < p.routing.experts && p.value_bias; ++e)
@@ -148,7 +144,7 @@ template <class S> void forward_inner(Problem<S> problem, const Inner<S>& inner,
             // Columns are divided, and only the survivors' values are read.
             const int64_t lines = (p.width + kLanes<C> - 1) / kLanes<C>;
             const Range part = part_of(lines, thread, threads);
-            add_survivors(p, alpha.data(), {part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)}, ws.active, sums.data());
+            add_survivors(p, alpha.data(), {part.begin * kLanes<C>, std::min(part.end * kLanes<C>, p.width)}, ws, sums.data());
 #pragma omp barrier
         }
         for (int64_t i = tokens.begin * p.width; i < tokens.end * p.width; ++i) y[i] = narrow<S>(sums[i]);

@@ -25,16 +25,14 @@ template <class C> class BestSums {
   public:
     BestSums(int64_t n_a, int64_t n_b, int64_t k)
         : n_a_(n_a), n_b_(n_b), k_(k), most_a_(std::min(k, n_a)), most_b_(std::min(k, n_b)), top_a_(most_a_), top_b_(most_b_),
-          best_a_(most_a_), ranks_(std::max(n_a, n_b) > kCounted ? std::max(most_a_, most_b_) : 0),
-          selector_(Selector<Key<C>>::of_best(std::max(n_a, n_b), static_cast<int64_t>(ranks_.size()))) {
+          best_a_(most_a_) {
         for (int64_t j = 0; j < most_b_; ++j)
             for (int64_t i = 0; i < most_a_ && (i + 1) * (j + 1) <= k; ++i)
                 pairs_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(j)});
         const int64_t n = static_cast<int64_t>(pairs_.size());
         sums_.resize(n);
         keys_.resize(std::max({n, n_a, n_b}));
-        cutter_ = Cutter<Key<C>>(n);
-        chosen_.resize(k + kSlack);
+        selector_ = Selector<Key<C>>(static_cast<int64_t>(keys_.size()), k);
     }
 
     // Calls out(q, sum, index) for q = 0..k - 1; in descending order if wanted, else in that of the candidates.
@@ -50,11 +48,11 @@ template <class C> class BestSums {
             n += width;
         }
         for (int64_t p = 0; p < n; ++p) keys_[p] = sortable(sums_[p]);
-        chosen_by(cutter_.cut(keys_.data(), n, k_), keys_.data(), n, chosen_.data());
-        if (ordered) sort_descending(keys_.data(), chosen_.data(), k_);
+        int32_t* chosen = selector_.ascending(keys_.data(), n, k_);
+        if (ordered) sort_descending(keys_.data(), chosen, k_);
         for (int64_t q = 0; q < k_; ++q) {
-            const auto [i, j] = pairs_[chosen_[q]];
-            out(q, sums_[chosen_[q]], static_cast<int64_t>(top_b_[j]) * n_a_ + top_a_[i]);
+            const auto [i, j] = pairs_[chosen[q]];
+            out(q, sums_[chosen[q]], static_cast<int64_t>(top_b_[j]) * n_a_ + top_a_[i]);
         }
     }
 
@@ -63,11 +61,7 @@ template <class C> class BestSums {
     void rank(const C* scores, int64_t n, int64_t most, std::vector<int32_t>& top) {
         Key<C>* keys = keys_.data();
         for (int64_t i = 0; i < n; ++i) keys[i] = sortable(scores[i]);
-        if (n > kCounted) {
-            selector_.best(keys, n, most, true, ranks_.data());
-            std::copy_n(ranks_.begin(), most, top.begin());
-            return;
-        }
+        if (n > kCounted) return selector_.best(keys, n, most, true, top.data());
         for (int64_t i = 0; i < n; ++i) {
             Key<C> before = 0;
             const Key<C> own = keys[i];
@@ -79,12 +73,10 @@ template <class C> class BestSums {
 
     int64_t n_a_, n_b_, k_, most_a_, most_b_;
     std::vector<std::pair<int32_t, int32_t>> pairs_;
-    std::vector<int32_t> top_a_, top_b_, chosen_;
+    std::vector<int32_t> top_a_, top_b_;
     std::vector<C> best_a_, sums_;
     std::vector<Key<C>> keys_;
-    std::vector<int64_t> ranks_;
-    Selector<Key<C>> selector_;
-    Cutter<Key<C>> cutter_{0};
+    Selector<Key<C>> selector_{0, 0};
 };
 
 // Coefficients of a head's reads from their sums, in place.

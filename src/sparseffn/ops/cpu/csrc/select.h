@@ -156,14 +156,14 @@ template <class K> inline void chosen_by(const Cut<K>& cut, const K* keys, int64
 }
 
 // A few best of a short row, in order, by insertion: the case of routers. Blocks without a candidate are passed over.
-template <class K> inline void insert_best(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
+template <class K, class I> inline void insert_best(const K* keys, int64_t n, int64_t k, I* chosen) {
     constexpr int64_t kBlock = 16;
     int64_t found = 0;
     const auto offer = [&](int64_t i) {
         if (found == k && keys[i] <= keys[chosen[k - 1]]) return;
         int64_t at = found < k ? found++ : k - 1;
         for (; at > 0 && keys[chosen[at - 1]] < keys[i]; --at) chosen[at] = chosen[at - 1];
-        chosen[at] = i;
+        chosen[at] = static_cast<I>(i);
     };
     int64_t i = 0;
     while (i < n && found < k) offer(i++);
@@ -192,17 +192,17 @@ template <class K> class Selector {
     // One that `best` alone is asked of, which needs nothing for a few.
     static Selector of_best(int64_t most, int64_t k) { return Selector(k > kShort ? most : 0, k); }
 
-    // Positions of the k largest keys, ascending.
-    void ascending(const K* keys, int64_t n, int64_t k, int64_t* chosen) {
+    // Positions of the k largest keys, ascending; the selector's own, until it is asked again.
+    int32_t* ascending(const K* keys, int64_t n, int64_t k) {
         chosen_by(cutter_.cut(keys, n, k), keys, n, found_.data());
-        std::copy_n(found_.data(), k, chosen);
+        return found_.data();
     }
 
-    // The same, by descending key if wanted, ties to the lower position.
-    void best(const K* keys, int64_t n, int64_t k, bool ordered, int64_t* chosen) {
+    // The same into `chosen`, by descending key if wanted, ties to the lower position.
+    template <class I> void best(const K* keys, int64_t n, int64_t k, bool ordered, I* chosen) {
         if (k == 0) return;
         if (k <= kShort) return insert_best(keys, n, k, chosen);
-        ascending(keys, n, k, chosen);
+        std::copy_n(ascending(keys, n, k), k, chosen);
         if (ordered) sort_descending(keys, chosen, k);
     }
 

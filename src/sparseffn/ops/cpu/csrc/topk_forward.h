@@ -28,8 +28,8 @@ template <class S> struct TopKSpace {
     using C = compute_t<S>;
     Buffer<C> scores, gate_scores, products;
     Buffer<Key<C>> keys;
-    Cutter<Key<C>> cutter;
-    Buffer<int32_t> chosen;
+    Selector<Key<C>> selector;
+    const int32_t* chosen = nullptr;  // a token's survivors, the selector's own
     std::vector<const C*> rows;
 
     // For so many tokens, with so many elements in a row of scores.
@@ -38,8 +38,7 @@ template <class S> struct TopKSpace {
           gate_scores(p.gate_keys ? tokens * ld : 0),
           products(p.slopes ? p.units : 0),
           keys(p.units),
-          cutter(p.units),
-          chosen(p.k + kSlack),
+          selector(p.units, p.k),
           rows(tokens) {}
 };
 template <class S> std::vector<TopKSpace<S>> topk_spaces(const TopK<S>& p, int64_t tokens, int64_t ld) {
@@ -93,7 +92,7 @@ template <class S> void rank(const TopK<S>& p, const compute_t<S>* row, const co
     else if (p.by_magnitude) by([&](int64_t i) { return std::abs(row[i]); });
     else if (p.by_norm) by([&](int64_t i) { return row[i] * norms[i]; });
     else by([&](int64_t i) { return row[i]; });
-    chosen_by(ws.cutter.cut(keys, p.units, p.k), keys, p.units, ws.chosen.data());
+    ws.chosen = ws.selector.ascending(keys, p.units, p.k);
 }
 
 template <class S> void keep_slopes(const TopK<S>& p, int64_t token, const compute_t<S>* gate_row, TopKSpace<S>& ws) {

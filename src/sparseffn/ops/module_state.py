@@ -1,7 +1,6 @@
-"""What FSDP2 is around a module.
+"""What PyTorch knows of a module and has no public way to ask: who looks at its calls, and the units of FSDP2 around it.
 
-PyTorch has no public way from a module to the units of `fully_shard` that hold it, nor to what they average over. The private
-names stand here alone; they are the same from PyTorch 2.9 to 2.14.
+The private names stand here alone; they are the same from PyTorch 2.9 to 2.14.
 """
 
 from __future__ import annotations
@@ -12,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module itself, not its parts, carries a hook that a call of it or its backward pass runs."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 def averaging_meshes(experts: nn.Module) -> Iterator[DeviceMesh]:
