@@ -45,16 +45,17 @@ def experts_backward(**options: Any) -> Arguments:
     return constants(y, *arguments, *kept)
 
 
-def route(gate: str = "softmax") -> Arguments:
+def route(gate: str = "softmax", *, dropout: bool = False) -> Arguments:
     """All arguments."""
-    return leaf(N_TOKENS, D_MODEL), leaf(N_EXPERTS, D_MODEL), K, gate
+    keep = torch.rand(N_TOKENS, N_EXPERTS) >= 0.4 if dropout else None
+    return leaf(N_TOKENS, D_MODEL), leaf(N_EXPERTS, D_MODEL), K, gate, keep
 
 
 def route_backward(gate: str = "softmax", *, through_logits: bool = True) -> Arguments:
     """From what the forward kept."""
     arguments = route(gate)
     logits, indices, gates, shares = LIBRARY.route_kept(*constants(*arguments))
-    return constants(logits if through_logits else None, gates, *arguments, indices, gates, shares)
+    return constants(logits if through_logits else None, gates, *arguments[:4], indices, gates, shares)
 
 
 def cvmm() -> Arguments:
@@ -120,8 +121,8 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
     "experts": [experts, lambda: experts(**SWIGLU), lambda: experts(**INNER), lambda: experts(**GATED, **INNER)],
     "experts_kept": [lambda o=o: constants(*experts(**o)) for o in ({}, GATED, INNER, {**GATED, **INNER})],
     "experts_backward": [lambda o=o: experts_backward(**o) for o in ({}, SWIGLU, INNER, {**GATED, **INNER})],
-    "route": [lambda g=g: route(g) for g in ("sigmoid", "softmax", "renormalised")],
-    "route_kept": [lambda g=g: constants(*route(g)) for g in ("sigmoid", "softmax")],
+    "route": [lambda g=g, d=d: route(g, dropout=d) for g in ("sigmoid", "softmax", "renormalised") for d in (False, True)],
+    "route_kept": [lambda g=g, d=d: constants(*route(g, dropout=d)) for g, d in (("sigmoid", False), ("softmax", True))],
     "route_backward": [route_backward, lambda: route_backward("sigmoid", through_logits=False)],
     "cvmm": [cvmm],
     "cvmm_kept": [lambda: constants(*cvmm())],

@@ -79,10 +79,12 @@ def test_routes_equal_the_reference(n_tokens: int, n_experts: int, k: int, kind:
     x, selector = torch.randn(6, n_tokens, dtype=F64).t(), torch.randn(n_experts, 6, dtype=F64)
     if kind == "hot":
         x[:, 0], selector[:, 0] = 1.0, torch.arange(n_experts) * 9.0
-    for output in (0, 2):
-        agree(lambda x, s, backend, i=output: ops.route(x, s, k=k, gate=gate, backend=backend)[i], x, selector)
-    found = [ops.route(x, selector, k=k, gate=gate, backend=b)[1] for b in ("torch", "reference")]
-    assert torch.equal(*found)
+    for keep in (None, torch.rand(n_tokens, n_experts) >= 0.5):
+        options = {"k": k, "gate": gate, "keep": keep}
+        for output in (0, 2):
+            agree(lambda x, s, backend, i=output, o=options: ops.route(x, s, **o, backend=backend)[i], x, selector)
+        found = [ops.route(x, selector, **options, backend=b)[1] for b in ("torch", "reference")]
+        assert torch.equal(*found)
 
 
 def test_unwritten_output_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,10 @@ def test_routing_by_composition_is_the_equation(gate: str) -> None:
     torch.manual_seed(0)
     x, selector = torch.randn(6, 5).bfloat16(), torch.randn(4, 5).bfloat16()
     selector[2] = selector[1]
-    for wanted, got in zip(reference.route(x, selector, 3, gate), route_plain(x, selector, 3, gate), strict=True):
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted)
+    for keep in (None, torch.rand(6, 4) >= 0.5):
+        for wanted, got in zip(*(route(x, selector, 3, gate, keep) for route in (reference.route, route_plain)), strict=True):
+            assert got.dtype == wanted.dtype
+            torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", [name for name, gated in UNITS if gated])

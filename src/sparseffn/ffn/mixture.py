@@ -109,14 +109,9 @@ class MixtureConfig(GatedConfig):
         """Bytes that do not grow with the tokens: where each expert's rows begin."""
         return (self.n_experts + 1) * INDEX_BYTES
 
-    @property
-    def _routes_by_itself(self) -> bool:
-        """Whether training does more than take the K largest logits and their gates, which is one operation."""
-        return not self.trains_as_it_evaluates
-
     def _router_bytes(self) -> int:
         """Bytes a token that the router keeps: selected indices and their gates, and where they are gathered the logits."""
-        logits = self.n_experts * LOGIT_BYTES if self._routes_by_itself else 0
+        logits = 0 if self.trains_as_it_evaluates else self.n_experts * LOGIT_BYTES
         return logits + self.n_selected * (INDEX_BYTES + LOGIT_BYTES)
 
     @property
@@ -152,13 +147,9 @@ class TopKMixtureConfig(MixtureConfig):
     def n_selected(self) -> int:
         return self.k
 
-    @property
-    def _routes_by_itself(self) -> bool:
-        return not self.trains_as_it_evaluates or self.expert_dropout > 0
-
     def _router_bytes(self) -> int:
-        """With expert dropout also which selections it left, and their gates once more."""
-        left = self.k * (1 + LOGIT_BYTES) if self.expert_dropout > 0 else 0
+        """With expert dropout also which selections it left, and their gates once more, but where the operation drops."""
+        left = self.k * (1 + LOGIT_BYTES) if self.expert_dropout > 0 and not self.trains_as_it_evaluates else 0
         return MixtureConfig._router_bytes(self) + left
 
     def balancing(self) -> dict[str, float]:
@@ -237,8 +228,6 @@ class Mixture(FeedForward):
     def __init__(self, config: MixtureConfig, router: Router) -> None:
         super().__init__(config)
         self.router = router
-        # Another router, put in this one's place, selects by itself: it may do otherwise.
-        router.gate, router.trains_as_it_evaluates = config.gate, config.trains_as_it_evaluates
         self.experts = Experts(config)
         self.reset_parameters()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ffn.feedforward import FeedForward, parameter_shapes
 from sparseffn.ops import Selection
-from sparseffn.ops.counts import NEVER, log_shares
+from sparseffn.ops.counts import log_shares
 
 if TYPE_CHECKING:
     from sparseffn.ffn.mixture import TopKMixtureConfig
@@ -30,6 +30,10 @@ class Routing(NamedTuple):
     """Exactly 0 for a selection that is missing: expert dropout, capacity, padding."""
     dropped: Tensor | None = None
     """int64 scalar: selections lost to a capacity limit."""
+
+    def without_padding(self, mask_T: Tensor) -> Routing:
+        """Weights of 0 where the mask is False."""
+        return self._replace(weights_TK=self.weights_TK.masked_fill(~mask_T[:, None], 0.0))
 
     def selection(self) -> Selection:
         return Selection.fixed(self.indices_TK, self.weights_TK, self.logits_TE.shape[1])
@@ -55,9 +59,6 @@ class Router(nn.Module, ABC):
     """
 
     k: int
-    # The layer sets both from its config, which documents them.
-    gate: ops.GateName | None = None
-    trains_as_it_evaluates: bool = False
     batch_group: ops.BatchGroup | None = None
     """The processes that a training batch is spread over; `set_batch_group` sets it."""
 
@@ -75,18 +76,10 @@ class Router(nn.Module, ABC):
         """s `[T, E]` by the method's equations, slowly; exactly 0 for experts not used."""
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
-        """Route a batch; padding gets weights of 0.
-
-        In one operation where the K largest logits and a gate are all there is to it.
-        """
-        if self.gate is None or (self.training and (self.expert_dropout > 0 or not self.trains_as_it_evaluates)):
-            logits_TE = ops.router_logits(x_TD, self.selector)
-            routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
-        else:
-            routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate))
-        if mask_T is None:
-            return routing
-        return routing._replace(weights_TK=routing.weights_TK.masked_fill(~mask_T[:, None], 0.0))
+        """Route a batch; padding gets weights of 0."""
+        logits_TE = ops.router_logits(x_TD, self.selector)
+        routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
+        return routing if mask_T is None else routing.without_padding(mask_T)
 
     def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """s `[T, E]`, slowly; draws the same random numbers as `forward`."""
@@ -127,6 +120,23 @@ class TopKRouter(Router):
         return scores_by_token(logits_TE, logits_TE, batch, self.k, self.score)
 
 
+class GateRouter(TopKRouter):
+    """Weights the K largest logits by a gate, in one operation."""
+
+    gate: ClassVar[ops.GateName]
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
+        """As every router; nothing comes between its logits and their gates, so that `select` is not asked."""
+        keep_TE = self.draw_keep(x_TD) if self.training else None
+        routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate, keep=keep_TE))
+        return routing if mask_T is None else routing.without_padding(mask_T)
+
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+        """The same of given logits."""
+        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
+        return Routing(logits_TE, indices_TK, ops.gates_of(logits_TE, indices_TK, self.gate, alive_TK))
+
+
 def all_if_none(mask_T: Tensor | None, logits_TE: Tensor) -> Tensor:
     """The mask, all True if there is none: another process may have one."""
     return torch.ones(logits_TE.shape[0], dtype=torch.bool, device=logits_TE.device) if mask_T is None else mask_T
@@ -143,14 +153,6 @@ def select_topk(logits_TE: Tensor, k: int, keep_TE: Tensor | None) -> tuple[Tens
 def drop(weights_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
     """Weights, exactly 0 where the selection is missing."""
     return weights_TK if alive_TK is None else weights_TK.masked_fill(~alive_TK, 0.0)
-
-
-def renormalise(logits_TK: Tensor, alive_TK: Tensor | None) -> Tensor:
-    """Softmax over the selected logits that are there; all 0 where none is."""
-    if alive_TK is None:
-        return logits_TK.softmax(dim=1)
-    dead_TK = ~alive_TK
-    return logits_TK.masked_fill(dead_TK, NEVER).softmax(dim=1).masked_fill(dead_TK, 0.0)
 
 
 def scores_by_token(

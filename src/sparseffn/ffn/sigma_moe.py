@@ -20,15 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-from torch import Tensor
-
 from sparseffn import ops
 from sparseffn.ffn.block_config import INDEX_BYTES, FFNConfig, require
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, select_topk, sigmoid_scores
+from sparseffn.ffn.routers import GateRouter, sigmoid_scores
 
 POSITION_BYTES = 4
 
@@ -118,16 +116,11 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
 
 @final
-class SigmoidRouter(TopKRouter):
+class SigmoidRouter(GateRouter):
     """`s = sigmoid(W3 x)`, the K largest (equations 11 and 22)."""
 
+    gate = "sigmoid"
     score = staticmethod(sigmoid_scores)
-
-    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
-        """Top-K of the logits, which sigmoid does not reorder."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        weights_TK = logits_TE.gather(1, indices_TK).sigmoid()
-        return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
 
 
 @final

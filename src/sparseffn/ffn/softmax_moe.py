@@ -19,15 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-from torch import Tensor
-
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Routing, TopKRouter, drop, select_topk, softmax_scores
+from sparseffn.ffn.routers import GateRouter, softmax_scores
 
 
 @register
@@ -38,6 +36,7 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
     name: ClassVar[str] = "softmax-moe"
     paper: ClassVar[str] = "arXiv 2310.10837, table 10"
     gate: ClassVar[ops.GateName] = "softmax"
+    trains_as_it_evaluates: ClassVar[bool] = True
     preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "expert_dropout", "entropy_weight")
 
     entropy_weight: Annotated[float, option("Weight of the entropy balancing loss (gamma), eq. 21.", low=0.0)] = 1e-3
@@ -46,8 +45,8 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
         return SoftmaxMoE(self)
 
     def _router_bytes(self) -> int:
-        """Also the logarithm of the softmax's denominator."""
-        return TopKMixtureConfig._router_bytes(self) + LOGIT_BYTES
+        """Also the whole softmax."""
+        return TopKMixtureConfig._router_bytes(self) + self.n_experts * LOGIT_BYTES
 
     @classmethod
     def identity_example(cls) -> SoftmaxMoEConfig:
@@ -70,17 +69,11 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
         ]
 
 
-class SoftmaxRouter(TopKRouter):
-    """`s = softmax(W3 x)` over all experts, the K largest, not renormalised."""
+class SoftmaxRouter(GateRouter):
+    """`s = softmax(W3 x)` over all experts, dropped ones among them; the K largest, not renormalised."""
 
+    gate = "softmax"
     score = staticmethod(softmax_scores)
-
-    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
-        """Top-K of the logits, which softmax does not reorder; dropped experts keep their share of the softmax."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        # The selected entries of the softmax, without keeping all of it for backward.
-        weights_TK = (logits_TE.gather(1, indices_TK) - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
-        return Routing(logits_TE, indices_TK, drop(weights_TK, alive_TK))
 
 
 @final

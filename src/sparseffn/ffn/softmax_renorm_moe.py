@@ -21,15 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-from torch import Tensor
-
 from sparseffn import ops
 from sparseffn.ffn.block_config import FFNConfig, require
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Routing, TopKRouter, renormalise, renormalised_scores, select_topk
+from sparseffn.ffn.routers import GateRouter, renormalised_scores
 
 REFUSES_ONE = "at least 2, as a gate renormalised over one expert is the constant 1 and its selector never learns"
 
@@ -69,15 +67,11 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 
 
 @final
-class RenormRouter(TopKRouter):
-    """The K largest logits, and a softmax over them: `normtopk(softmax(h))` (equations 23-25)."""
+class RenormRouter(GateRouter):
+    """The K largest logits, and a softmax over them without dropped ones: `normtopk(softmax(h))` (equations 23-25)."""
 
+    gate = "renormalised"
     score = staticmethod(renormalised_scores)
-
-    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
-        """Dropped experts are masked before the softmax."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, renormalise(logits_TE.gather(1, indices_TK), alive_TK))
 
 
 @final

@@ -43,6 +43,7 @@ class SwitchConfig(TopKMixtureConfig):
     name: ClassVar[str] = "switch"
     paper: ClassVar[str] = "Fedus 2022, arXiv 2101.03961"
     gate: ClassVar[ops.GateName] = "softmax"
+    trains_as_it_evaluates: ClassVar[bool] = True
     preset_fields: ClassVar[tuple[str, ...]] = (*TopKMixtureConfig.preset_fields, "dropout")
     xfail: ClassVar[dict[str, str]] = {
         "training_independence": "with a capacity factor, places in training go to the tokens that come first in the batch"
@@ -58,9 +59,9 @@ class SwitchConfig(TopKMixtureConfig):
         return Switch(self)
 
     def _router_bytes(self) -> int:
-        """Also the softmax's denominator, which selections found a place, and their gates once more."""
+        """Also the whole softmax, which selections found a place, and their gates once more."""
         places = 0 if self.capacity_factor is None else self.k * (1 + LOGIT_BYTES)
-        return TopKMixtureConfig._router_bytes(self) + LOGIT_BYTES + places
+        return TopKMixtureConfig._router_bytes(self) + self.n_experts * LOGIT_BYTES + places
 
     @classmethod
     def from_shape(cls, shape: BlockShape) -> SwitchConfig:
@@ -87,17 +88,15 @@ class CapacityRouter(SoftmaxRouter):
         super().__init__(config)
         self.capacity_factor = capacity_factor
 
-    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
         """Select as without a limit, then take away what finds no place."""
-        routing = super().select(logits_TE, batch)
+        routing = super().forward(x_TD, mask_T, length)
         if not self.training:
             return routing
         valid_TK = routing.weights_TK.detach() > 0
-        if batch.mask_T is not None:
-            valid_TK = valid_TK & batch.mask_T[:, None]
-        placed_TK = self.place(routing.indices_TK, valid_TK, batch.mask_T)
+        placed_TK = self.place(routing.indices_TK, valid_TK, mask_T)
         weights_TK = routing.weights_TK.masked_fill(~placed_TK, 0.0)
-        return Routing(logits_TE, routing.indices_TK, weights_TK, (valid_TK & ~placed_TK).sum())
+        return routing._replace(weights_TK=weights_TK, dropped=(valid_TK & ~placed_TK).sum())
 
     def place(self, indices_TK: Tensor, valid_TK: Tensor, mask_T: Tensor | None) -> Tensor:
         """bool `[T, K]`: which selections find a place, first come first served."""

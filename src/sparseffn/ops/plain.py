@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
+from sparseffn.ops.counts import NEVER
 
 
 def upcast(composition: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,12 +37,21 @@ def upcast(composition: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def route_plain(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[T, E]`, the K largest of each token, ties to the lowest index, and their gates."""
+def route_plain(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[T, E]`, the K largest of each token that are kept, ties to the lowest index, and their gates."""
     wide = torch.promote_types(x.dtype, torch.float32)
     logits_TE = x.to(wide) @ selector.to(wide).t()
+    ranked_TE = logits_TE.detach() if keep is None else logits_TE.detach().masked_fill(~keep, -torch.inf)
     # A sort is stable, top-K is not.
-    indices_TK = logits_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    indices_TK = ranked_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, gate, None if keep is None else keep.gather(1, indices_TK))
+
+
+def gates_plain(logits_TE: Tensor, indices_TK: Tensor, gate: str, left_TK: Tensor | None = None) -> Tensor:
+    """Weights `[T, K]` of chosen experts, exactly 0 where bool `left_TK` is False: dropped from the choice.
+
+    Dropped experts keep their share of a softmax over all experts, and have none in one over the chosen.
+    """
     chosen_TK = logits_TE.gather(1, indices_TK)
     match gate:
         case "sigmoid":
@@ -49,8 +59,9 @@ def route_plain(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor,
         case "softmax":
             gates_TK = logits_TE.softmax(dim=1).gather(1, indices_TK)
         case _:
-            gates_TK = chosen_TK.softmax(dim=1)
-    return logits_TE, indices_TK, gates_TK
+            shown_TK = chosen_TK if left_TK is None else chosen_TK.masked_fill(~left_TK, NEVER)
+            gates_TK = shown_TK.softmax(dim=1)
+    return gates_TK if left_TK is None else gates_TK.masked_fill(~left_TK, 0.0)
 
 
 @upcast

@@ -13,20 +13,27 @@ from torch import Tensor
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
 
 
-def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `W3 x`, the K largest of them, ties to the lowest index, and their gates (equations 11, 15, 23-25)."""
+def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `W3 x`, the K largest that are kept, ties to the lowest index, and their gates (equations 11, 15, 22-25).
+
+    Gates of chosen experts that are not kept are 0.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = router_logits(x.to(wide), selector.to(wide))
-    indices = logits.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
-    chosen = logits.gather(1, indices)
+    kept = torch.ones_like(logits, dtype=torch.bool) if keep is None else keep
+    ranks = torch.where(kept, logits.detach(), -torch.inf)
+    indices = ranks.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen, left = logits.gather(1, indices), kept.gather(1, indices)
     match gate:
         case "sigmoid":
             gates = torch.sigmoid(chosen)
         case "softmax":
             gates = logits.softmax(dim=1).gather(1, indices)
         case _:
-            gates = chosen.softmax(dim=1)
-    return logits, indices, gates
+            # Of a token that has no expert left, whose row is all -inf, nothing is taken.
+            shares = torch.where(left, chosen, -torch.inf).softmax(dim=1)
+            gates = torch.where(left.any(dim=1, keepdim=True), shares, 0.0)
+    return logits, indices, torch.where(left, gates, 0.0)
 
 
 def experts(

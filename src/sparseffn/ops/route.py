@@ -21,7 +21,7 @@ GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
 
 
-def check_route(x: Tensor, selector: Tensor, k: int, gate: str) -> None:
+def check_route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> None:
     """That they fit together; raises as `route` documents."""
     if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
         raise UserError(
@@ -35,22 +35,31 @@ def check_route(x: Tensor, selector: Tensor, k: int, gate: str) -> None:
         raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
+    if keep is None:
+        return
+    shape = x.shape[0], selector.shape[0]
+    if keep.shape != shape or keep.dtype != torch.bool:
+        raise UserError(
+            f"`keep` must be bool {shape}, one an expert of each token; got {keep.dtype} in shape {tuple(keep.shape)}; "
+            "fix: compare what is drawn with the rate of dropout"
+        )
+    require_one_device(x, keep)
 
 
-def _fake(x, selector, k, gate):
+def _fake(x, selector, k, gate, keep=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = x.new_empty(x.shape[0], selector.shape[0], dtype=wide)
     return logits, x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=wide)
 
 
-def _fake_kept(x, selector, k, gate):
+def _fake_kept(x, selector, k, gate, keep=None):
     logits, indices, gates = _fake(x, selector, k, gate)
     return logits, indices, gates, torch.empty_like(logits) if gate == "softmax" else logits.new_empty(0)
 
 
 _route = define(
     "route",
-    "Tensor x, Tensor selector, int k, str gate",
+    "Tensor x, Tensor selector, int k, str gate, Tensor? keep=None",
     "Tensor logits, Tensor indices, Tensor gates",
     check=check_route,
     plain=route_plain,
@@ -66,7 +75,9 @@ _route = define(
 )
 
 
-def route(x: Tensor, selector: Tensor, *, k: int, gate: GateName, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    x: Tensor, selector: Tensor, *, k: int, gate: GateName, keep: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `s = selector x`, the k largest of each token, and their weights.
 
     Args:
@@ -74,13 +85,17 @@ def route(x: Tensor, selector: Tensor, *, k: int, gate: GateName, backend: str =
         selector: `[E, D]`, any floating dtype.
         k: experts of a token, 1 to E; ties go to the lowest index.
         gate: sigmoid of each chosen logit, its share of a softmax over all of them, or over the k chosen (renormalised).
+        keep: bool `[T, E]`, False for experts that a token may not choose (expert dropout, equation 22); None: all may be.
         backend: see `ops.backends`.
 
     Returns:
-        logits `[T, E]`, float32 or wider; indices int64 `[T, K]`, largest logit first; gates `[T, K]` in the logits' dtype. A
-        logit that is NaN is chosen first, so that its token's output shows it.
+        logits `[T, E]`, float32 or wider, of experts that `keep` leaves out too; indices int64 `[T, K]`, largest logit first;
+        gates `[T, K]` in the logits' dtype. A logit that is NaN is chosen first, so that its token's output shows it. Where
+        `keep` leaves a token fewer than k experts, others fill its last places with gates of exactly 0. They keep their share
+        of a softmax over all experts, and have none in one over the chosen.
 
     Raises:
-        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, or the gate is unknown.
+        UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, the gate is unknown,
+            or `keep` is not bool `[T, E]`.
     """
-    return call(_route, (x, selector, k, gate), backend)
+    return call(_route, (x, selector, k, gate, keep), backend)

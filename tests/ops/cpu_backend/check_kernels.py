@@ -67,10 +67,12 @@ def routes() -> None:
 
             def compute(backend: str, n_tokens: int = n_tokens, gate: ops.GateName = gate) -> list[torch.Tensor]:
                 torch.manual_seed(0)
-                leaves = [torch.randn(n_tokens, 7).requires_grad_(), torch.randn(5, 7).requires_grad_()]
-                logits, indices, gates = ops.route(*leaves, k=2, gate=gate, backend=backend)
-                direction = torch.arange(gates.numel()).sin().view(gates.shape)
-                return [logits, indices, gates, *torch.autograd.grad(gates, leaves, direction)]
+                leaves, found = [torch.randn(n_tokens, 7).requires_grad_(), torch.randn(5, 7).requires_grad_()], []
+                for keep in (None, torch.rand(n_tokens, 5) >= 0.7):
+                    logits, indices, gates = ops.route(*leaves, k=2, gate=gate, keep=keep, backend=backend)
+                    direction = torch.arange(gates.numel()).sin().view(gates.shape)
+                    found += [logits, indices, gates, *torch.autograd.grad(gates, leaves, direction)]
+                return found
 
             differ(compute)
 

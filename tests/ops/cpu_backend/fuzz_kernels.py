@@ -121,10 +121,11 @@ def routes(draw: random.Random) -> None:
     gate: ops.GateName = draw.choice(GATES)
     x, selector = numbers(n_tokens, width, coarse=True), numbers(n_experts, width, coarse=True, terms=width)
     directions = [numbers(n_tokens, n) for n in (n_experts, k)]
+    keep = torch.rand(n_tokens, n_experts) >= draw.choice([0.1, 0.5, 0.9]) if draw.random() < 0.5 else None
     found = []
     for backend, cast in (("cpu", dtype), ("torch", dtype), ("reference", F64)):
         leaves = [t.to(cast).requires_grad_() for t in (x, selector)]
-        logits, indices, gates = ops.route(*leaves, k=k, gate=gate, backend=backend)
+        logits, indices, gates = ops.route(*leaves, k=k, gate=gate, keep=keep, backend=backend)
         grads = torch.autograd.grad([logits, gates], leaves, [d.to(logits.dtype) for d in directions])
         found.append([indices, logits.detach(), gates.detach(), *grads])
     near(found[0][0], found[2][0])

@@ -166,6 +166,11 @@ MUTANTS = {
     "softmax-over-the-chosen": Mutant(
         "route.cpp", "if (kind == kSoftmax)\n        for", "if (false)\n        for", "routes", "route.cpp"
     ),
+    "dropped-is-chosen": Mutant("route.cpp", "-std::numeric_limits<C>::infinity()", "scores[e]", "routes", "route.cpp"),
+    "gate-of-dropped": Mutant(
+        "route.cpp", "std::exp(-logits[chosen[j]])) : C(0)", "std::exp(-logits[chosen[j]])) : C(1)", "routes", "route.cpp"
+    ),
+    "share-of-dropped": Mutant("route.cpp", "if (is_kept(chosen[j])) sum", "sum", "routes", "route.cpp"),
     "gates-as-if-independent": Mutant("route.cpp", "grad[j] - static_cast<C>(common)", "grad[j]", "routes", "route.cpp"),
     "selector-without-the-last-token": Mutant(
         "route.cpp",

@@ -38,10 +38,12 @@ def drawn(n_tokens: int, n_experts: int, width: int, *, hot: bool = False) -> li
     return [x.t().contiguous().t().double(), (selector / 4).double()]
 
 
-def results(backend: str, inputs: list[Tensor], k: int, gate: str, through: tuple[int, ...] = (0, 2)) -> list[Tensor]:
+def results(
+    backend: str, inputs: list[Tensor], k: int, gate: str, through: tuple[int, ...] = (0, 2), keep: Tensor | None = None
+) -> list[Tensor]:
     """Logits and gates, and gradients of x and selector through both or one; indices last."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    logits, indices, gates = RUN[backend](*leaves, k, gate)
+    logits, indices, gates = RUN[backend](*leaves, k, gate, keep)
     outputs = [(logits, indices, gates)[i] for i in through]
     directions = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape) for y in outputs]
     grads = torch.autograd.grad(outputs, leaves, directions, materialize_grads=True)
@@ -81,6 +83,46 @@ def test_outputs_and_gradients_are_near_the_truth(case: str, gate: str, dtype: t
             torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
         else:
             check_against_truth(name, *three, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@EVERY_GATE
+@pytest.mark.parametrize("case", CASES)
+def test_dropped_experts_are_not_chosen(case: str, gate: str, dtype: torch.dtype) -> None:
+    """Where fewer than K are left, others fill the places with gates of exactly 0; tokens that keep all and none included."""
+    sizes = dict(CASES[case])
+    k = sizes.pop("k")
+    inputs = drawn(**sizes)
+    keep = torch.rand(sizes["n_experts"], sizes["n_tokens"]).t() >= 0.4
+    keep[1:2], keep[3:4] = False, True
+    *truth, chosen = results("reference", inputs, k, gate, keep=keep)
+    cast = [t.to(dtype) for t in inputs]
+    (*got, indices), (*plain, by_plain) = (results(b, cast, k, gate, keep=keep) for b in ("cpu", "torch"))
+    assert torch.equal(indices, chosen) and torch.equal(by_plain, chosen)
+    assert torch.equal(got[1] != 0, keep.gather(1, indices))
+    for i, (name, *three) in enumerate(zip(NAMES, got, plain, truth, strict=True)):
+        if dtype == torch.float64:
+            torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
+        else:
+            check_against_truth(name, *three, torch.float32 if i < 2 else dtype)
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("backend", RUN)
+def test_dropped_logit_spoils_the_sum_over_all_alone(gate: str, backend: str) -> None:
+    """One that is not finite or very large is not chosen, but a softmax over all experts has it."""
+    selector = torch.tensor([[1.0], [3.0], [2.0], [0.0]])
+    keep = torch.tensor([[True, False, True, True]])
+    for value in (torch.nan, torch.inf, 1e4):
+        selector[1] = value
+        _, indices, gates = RUN[backend](torch.ones(1, 1), selector, 3, gate, keep)
+        assert indices.tolist() == [[2, 0, 3]]
+        if gate != "softmax":
+            assert gates.isfinite().all() and gates.all()
+        elif value == 1e4:
+            assert not gates.any()
+        else:
+            assert not gates.isfinite().any()
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

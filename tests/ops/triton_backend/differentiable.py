@@ -43,8 +43,8 @@ def _given(ctx: Any) -> list[Tensor | None]:
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
-        logits, indices, gates, shares = operations.route_kept(x, selector, k, gate)
+    def forward(ctx: Any, x: Tensor, selector: Tensor, k: int, gate: str, keep: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, indices, gates, shares = operations.route_kept(x, selector, k, gate, keep)
         ctx.arguments, ctx.kept = (x, selector, k, gate), (indices, gates, shares)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -53,7 +53,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, _, gates = grads
-        return *operations.route_backward(logits, gates, *ctx.arguments, *ctx.kept), None, None
+        return *operations.route_backward(logits, gates, *ctx.arguments, *ctx.kept), None, None, None
 
 
 class _Cvmm(torch.autograd.Function):
@@ -103,9 +103,10 @@ def experts(*arguments: Any) -> Tensor:
     return _Experts.apply(*arguments, *_DEFAULTS[len(arguments) - 5 :])
 
 
-def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.route`' schema."""
-    return _Route.apply(x, selector, k, gate) if torch.is_grad_enabled() else operations.route(x, selector, k, gate)
+    run = _Route.apply if torch.is_grad_enabled() else operations.route
+    return run(x, selector, k, gate, keep)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def in_layers() -> Iterator[None]:
         return experts(*tensors, gate_keys, None, None, None, None, 1.0, activation, *_DEFAULTS[7:9], inner_k)
 
     replaced = {
-        "route": lambda x, selector, *, k, gate: route(x, selector, k, gate),
+        "route": lambda x, selector, *, k, gate, keep=None: route(x, selector, k, gate, keep),
         "experts": public_experts,
         "router_logits": _RouterLogits.apply,
         "batch_entropy": _BatchEntropy.apply,

@@ -189,16 +189,16 @@ def launches_are_few() -> str:
 LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("sigma-moe", {}, True, False, 8, 14),
     ("sigma-moe", {}, True, True, 12, 15),
-    ("sigma-moe", {"expert_dropout": 0.1}, True, False, 27, 17),
+    ("sigma-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
     ("sigma-moe", {"inner_k": 7}, True, False, 25, 31),
     ("softmax-renorm-moe", {}, True, False, 8, 14),
-    ("softmax-renorm-moe", {"expert_dropout": 0.1}, True, False, 28, 18),
+    ("softmax-renorm-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
     ("softmax-moe", {}, False, False, 8, 14),
-    ("softmax-moe", {}, True, False, 22, 22),
-    ("softmax-moe", {"expert_dropout": 0.1}, True, False, 29, 23),
+    ("softmax-moe", {}, True, False, 8, 14),
+    ("softmax-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
     ("switch", {}, False, False, 7, 13),
-    ("switch", {}, True, False, 21, 20),
-    ("switch", {"capacity_factor": 1.0}, True, False, 36, 21),
+    ("switch", {}, True, False, 7, 13),
+    ("switch", {"capacity_factor": 1.0}, True, False, 22, 14),
     ("noisy-moe", {}, True, False, 25, 22),
 )
 

@@ -120,8 +120,10 @@ def _experts_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
         yield f"experts.{name}" if name not in ("", "evaluated") else "experts", got[name], plain[name], truth
 
 
-def _route_results(case: Case, gate: str, dtype: torch.dtype) -> Compared:
+def _route_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
     s = SHAPES[case.shape]
+    gate, _, dropped = option.partition("-")
+    keep = torch.rand(s.n_experts, s.n_tokens).t() >= 0.5 if dropped else None
     # Few bits: sums are exact, so that rounding selects no other expert; neighbours tie.
     x, selector = ((torch.randn(n, s.d_model) * 2).round() / 4 for n in (s.n_tokens, s.n_experts))
     selector[1::2] = selector[: len(selector) // 2 * 2 : 2]
@@ -129,7 +131,7 @@ def _route_results(case: Case, gate: str, dtype: torch.dtype) -> Compared:
     found = []
     for name, run in runs.items():
         leaves = [guarded(t.to(torch.float64 if name == "reference" else dtype)).requires_grad_() for t in (x, selector)]
-        logits, indices, gates = run(*leaves, s.k, gate)
+        logits, indices, gates = run(*leaves, s.k, gate, keep)
         directions = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape) for y in (logits, gates)]
         grads = torch.autograd.grad([logits, gates], leaves, directions)
         found.append([logits.detach(), gates.detach(), *grads, indices])

@@ -65,9 +65,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "gated-inner": {"activation": "silu", "gated": True, "biased": True, "dropout": True, "inner_k": 11},
 }
 GATES = ("sigmoid", "softmax", "renormalised")
+ROUTES = (*GATES, *(f"{gate}-dropped" for gate in GATES))
 
 # Each operation, experts and routers with every option.
-VARIANTS = (*(f"experts-{name}" for name in EXPERTS), *(f"route-{gate}" for gate in GATES), "weighted_rows", "cvmm")
+VARIANTS = (*(f"experts-{name}" for name in EXPERTS), *(f"route-{option}" for option in ROUTES), "weighted_rows", "cvmm")
 
 
 def draw(seed: int) -> Shape:
@@ -217,8 +218,19 @@ MUTANTS = [
         "softmax-over-padding",
         "route-softmax",
         "router",
-        "b_exp = tl.where(m_all[None, :], tl.exp",
-        "b_exp = tl.where(m_all[None, :] | True, tl.exp",
+        "b_exp = tl.where(m_all, tl.exp",
+        "b_exp = tl.where(m_all | True, tl.exp",
+    ),
+    Mutant("dropped-is-chosen", "route-sigmoid-dropped", "router", 'tl.where(m_keep, b_logits, -float("inf"))', "b_logits"),
+    Mutant(
+        "gate-of-dropped", "route-sigmoid-dropped", "router", "b_gates = tl.where(b_left != 0, b_gates, 0.0)", "b_gates += 0.0"
+    ),
+    Mutant(
+        "share-of-dropped",
+        "route-renormalised-dropped",
+        "router",
+        "m_k[None, :] & (b_left != 0)",
+        "m_k[None, :] & (b_left >= 0)",
     ),
     Mutant("sum-of-gates", "route-renormalised", "router", "b_one = b_w * (b_g - b_dot)", "b_one = b_w * b_g"),
     Mutant("slot-forgotten", "experts-relu", "sums", "(o_t * K + i_k)[:, None] * D", "(o_t * K)[:, None] * D + 0 * i_k"),

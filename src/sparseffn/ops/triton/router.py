@@ -41,20 +41,30 @@ def route_logits_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def route_fwd_kernel(
-    p_logits, p_indices, p_gates, p_shares, n_tokens, N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
+    p_logits, p_keep, p_indices, p_gates, p_shares, n_tokens, N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The K largest logits of each token, ties to the lowest index, a NaN before all, and their gates."""
+    """The K largest logits of each token, ties to the lowest index, a NaN before all, and their gates.
+
+    Of experts that are not kept the logit counts as minus infinity, and the gate is 0.
+    """
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_e, o_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     m_t, m_e = o_t < n_tokens, o_e < N_EXPERTS
-    b_logits = tl.load(p_logits + o_t[:, None] * N_EXPERTS + o_e[None, :], m_t[:, None] & m_e[None, :], 0.0)
+    o_logits, m_logits = o_t[:, None] * N_EXPERTS + o_e[None, :], m_t[:, None] & m_e[None, :]
+    b_logits = tl.load(p_logits + o_logits, m_logits, 0.0)
+    if p_keep is not None:
+        m_keep = tl.load(p_keep + o_logits, m_logits, 0) != 0
+        b_score = tl.where(m_keep, b_logits, -float("inf"))
+    else:
+        b_score = b_logits
     # An integer that sorts as the float does, NaN the largest; adding 0 makes -0 tie with 0.
-    b_bits = tl.where(b_logits == b_logits, b_logits + 0.0, float("inf")).to(tl.int32, bitcast=True)
-    b_bits = tl.where(b_logits == b_logits, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    b_bits = tl.where(b_score == b_score, b_score + 0.0, float("inf")).to(tl.int32, bitcast=True)
+    b_bits = tl.where(b_score == b_score, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     b_rank = tl.where(m_e[None, :], b_bits.to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - o_e)[None, :], -(2**62))
     b_indices = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    b_left = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for i_k in range(K):
         b_best = tl.max(b_rank, 1)
         m_best = b_rank == b_best[:, None]
@@ -62,25 +72,31 @@ def route_fwd_kernel(
         b_logit = tl.sum(tl.where(m_best, b_logits, 0.0), 1)
         b_indices = tl.where(o_k[None, :] == i_k, b_expert[:, None], b_indices)
         b_chosen = tl.where(o_k[None, :] == i_k, b_logit[:, None], b_chosen)
+        if p_keep is not None:
+            b_is_left = tl.sum(tl.where(m_best & m_keep, 1, 0), 1)
+            b_left = tl.where(o_k[None, :] == i_k, b_is_left[:, None], b_left)
         b_rank = tl.where(m_best, -(2**62), b_rank)
     m_k = o_k < K
     if GATE == "sigmoid":
         b_gates = tl.sigmoid(b_chosen)
     else:
         if GATE == "softmax":
-            b_all, m_all = b_logits, m_e
+            b_all, m_all = b_logits, m_e[None, :]
+        elif p_keep is not None:
+            b_all, m_all = b_chosen, m_k[None, :] & (b_left != 0)
         else:
-            b_all, m_all = b_chosen, m_k
-        b_most = tl.max(tl.where(m_all[None, :], b_all, -float("inf")), 1)
-        b_exp = tl.where(m_all[None, :], tl.exp(b_all - b_most[:, None]), 0.0)
+            b_all, m_all = b_chosen, m_k[None, :]
+        b_most = tl.max(tl.where(m_all, b_all, -float("inf")), 1)
+        b_exp = tl.where(m_all, tl.exp(b_all - b_most[:, None]), 0.0)
         b_shares = b_exp / tl.sum(b_exp, 1)[:, None]
         if GATE == "softmax":
             b_gates = tl.exp(b_chosen - b_most[:, None]) / tl.sum(b_exp, 1)[:, None]
             if p_shares is not None:
-                p_s = p_shares + o_t[:, None] * N_EXPERTS + o_e[None, :]
-                tl.store(p_s, b_shares, m_t[:, None] & m_e[None, :])
+                tl.store(p_shares + o_logits, b_shares, m_logits)
         else:
             b_gates = b_shares
+    if p_keep is not None:
+        b_gates = tl.where(b_left != 0, b_gates, 0.0)
     o_out = o_t[:, None] * K + o_k[None, :]
     m_out = m_t[:, None] & m_k[None, :]
     tl.store(p_indices + o_out, b_indices.to(tl.int64), m_out)

@@ -76,25 +76,30 @@ def router_logits_backward(
     return grad_x, grad_selector
 
 
-def route(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor]:
+def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.route`."""
-    return _route(x, selector, k, gate, keep_shares=False)[:3]
+    return _route(x, selector, k, gate, keep, keep_shares=False)[:3]
 
 
-def route_kept(x: Tensor, selector: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_kept(
+    x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, and of a softmax over all logits the shares, which its backward needs; else an empty tensor."""
-    return _route(x, selector, k, gate, keep_shares=gate == "softmax")
+    return _route(x, selector, k, gate, keep, keep_shares=gate == "softmax")
 
 
-def _route(x: Tensor, selector: Tensor, k: int, gate: str, *, keep_shares: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_route(x, selector, k, gate)
+def _route(
+    x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None, *, keep_shares: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_route(x, selector, k, gate, keep)
     logits = router_logits(x, selector)
     n_tokens = x.shape[0]
     indices = logits.new_empty(n_tokens, k, dtype=torch.int64)
     gates, shares = logits.new_empty(n_tokens, k), logits.new_empty(logits.shape if keep_shares else 0)
     with device_of(x):
         n_programs, sizes = _ranks(logits, k, gate)
-        arguments = (logits, indices, gates, shares if keep_shares else None, n_tokens)
+        kept = None if keep is None else keep.contiguous()
+        arguments = (logits, kept, indices, gates, shares if keep_shares else None, n_tokens)
         start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
     return logits, indices, gates, shares
 

@@ -76,10 +76,10 @@ template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C
     }
 }
 
-// Lines that are read side by side, and rows that meet them in registers. The lines after them are fetched meanwhile, each from
-// where the one before it is read: the hardware does not follow a line from page to page. Measured cold on two cores (Zen 5),
-// gated experts of bfloat16, 1 to 64 tokens: 1.3 to 1.9 times as fast as with memory fetched in its own order, 64 KiB ahead of
-// the reading, which is a second order beside this one.
+// Lines that are read side by side, and rows that meet them in registers. As many lines after them are fetched meanwhile, in the
+// order of memory where these lie in one piece: the hardware does not follow a line from page to page. Measured cold on two cores
+// (Zen 5), gated experts of bfloat16 at width 2,048: 7% faster with 8 tokens and 4% with 64 than with each line fetched from where
+// the one before it is read; and that was 1.3 to 1.9 times as fast as with memory fetched 64 KiB ahead of the reading.
 constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVectors == 4 ? 5 : 2;
 
 // sums[i][j] = a[i] . B[j], B's lines at ldb.
@@ -88,9 +88,12 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
     using C = compute_t<S>;
     using M = Meeting<A, S>;
     Vec<C> acc[R][N] = {};
+    const S* after = b + N * ldb;
+    const bool in_one_piece = ldb == depth;
+    const int64_t along = in_one_piece ? N : 1, apart = in_one_piece ? M::kStep : ldb;
     const auto step = [&](int64_t k, auto get_a, auto get_b) {
         typename M::Register line[N];
-        for (int j = 0; j < N; ++j) __builtin_prefetch(b + (N + j) * ldb + k);
+        for (int j = 0; j < N; ++j) __builtin_prefetch(after + along * k + j * apart);
         for (int j = 0; j < N; ++j) line[j] = get_b(b + j * ldb + k);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {

@@ -8,8 +8,9 @@
 
 namespace sparseffn {
 
-// Lines that are read side by side. As many after them are fetched meanwhile. Measured cold on two cores (Zen 5), 32 experts of
-// 128 units at width 1,024, 64 tokens: 2.2 ms without, 0.53 so, 0.56 to 0.70 fetched further ahead.
+// Lines that are read side by side. As many after them are fetched meanwhile, in the order of memory where these lie in one piece.
+// Measured cold on two cores (Zen 5), 32 experts of 128 units at width 1,024, 64 tokens: 2.2 ms without, 0.53 with each line
+// fetched from where one before it is read, 0.56 to 0.70 so further ahead; in the order of memory 4% less than 0.53, one token 5%.
 constexpr int kLinesAtOnce = 8;
 
 #if defined(SPARSEFFN_PAIRS)
@@ -62,9 +63,14 @@ void product_lines(const bf16* const* a, int64_t rows, int64_t depth, int64_t co
             constexpr int N = decltype(n)::value;
             const bf16* lines[N];
             for (int q = 0; q < N; ++q) lines[q] = line_at(k + q);
+            const int64_t more = std::min<int64_t>(N, depth - k - N);
+            const bf16* after = more > 0 ? line_at(k + N) : nullptr;
+            const bool in_one_piece = more == N && line_at(k + 2 * N - 1) - after == (N - 1) * columns;
             for (int64_t j = 0; j < columns; j += 32) {
-                for (int q = 0; q < N; ++q)
-                    if (k + N + q < depth) __builtin_prefetch(line_at(k + N + q) + j);
+                if (in_one_piece)
+                    for (int q = 0; q < N; ++q) __builtin_prefetch(after + N * j + 32 * q);
+                else
+                    for (int q = 0; q < more; ++q) __builtin_prefetch(line_at(k + N + q) + j);
                 const int64_t left = columns - j;
                 add_lines<N>(a, k, rows, lines, j, left >= 32 ? ~uint32_t(0) : (uint32_t(1) << left) - 1, y);
             }

@@ -22,41 +22,44 @@ Gate gate_of(std::string_view name) {
 // ---- route
 
 struct RouteInputs {
-    Tensor x, selector;
+    Tensor x, selector, keep;
     Routes routes;
 
-    RouteInputs(const Tensor& x_in, const Tensor& selector_in, int64_t k, std::string_view gate)
-        : x(x_in.contiguous()), selector(selector_in.contiguous()) {
+    RouteInputs(const Tensor& x_in, const Tensor& selector_in, int64_t k, std::string_view gate, const MaybeTensor& keep_in = {})
+        : x(x_in.contiguous()), selector(selector_in.contiguous()), keep(in_order(keep_in)) {
         TORCH_CHECK(x.dim() == 2 && selector.dim() == 2 && x.size(1) == selector.size(1) && k >= 1 && k <= selector.size(0) &&
                         selector.is_cpu(),
                     "sparseffn::route: x [T, D], selector [E, D] and 1 <= k <= E do not fit together");
-        routes = {{data_of(x), type_of(x)}, {data_of(selector), type_of(selector)}, gate_of(gate), x.size(0), x.size(1),
-                  selector.size(0), k, wide_type(x) == at::kDouble, threads_for(x.numel() * selector.size(0))};
+        check_given("route", keep, {x.size(0), selector.size(0)}, at::kBool, "keep");
+        routes = {{data_of(x), type_of(x)}, {data_of(selector), type_of(selector)}, gate_of(gate), pointer_of<bool>(keep),
+                  x.size(0), x.size(1), selector.size(0), k, wide_type(x) == at::kDouble,
+                  threads_for(x.numel() * selector.size(0))};
     }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_with(const Tensor& x, const Tensor& selector, int64_t k, std::string_view gate,
-                                                      bool keep) {
-    const RouteInputs in(x, selector, k, gate);
+                                                      const MaybeTensor& keep, bool keep_shares) {
+    const RouteInputs in(x, selector, k, gate, keep);
     const auto options = x.options().dtype(wide_type(x));
     const int64_t tokens = in.routes.tokens, experts = in.routes.experts;
     Tensor logits = at::empty({tokens, experts}, options), gates = at::empty({tokens, k}, options);
     Tensor indices = at::empty({tokens, k}, options.dtype(at::kLong)), shares;
-    if (keep) shares = in.routes.gate == kSoftmax ? at::empty({tokens, experts}, options) : at::empty({0}, options);
+    if (keep_shares) shares = in.routes.gate == kSoftmax ? at::empty({tokens, experts}, options) : at::empty({0}, options);
     if (tokens)
         route(in.routes, logits.mutable_data_ptr(), indices.mutable_data_ptr<int64_t>(), gates.mutable_data_ptr(),
               data_of_mutable(shares));
     return {logits, indices, gates, shares};
 }
 
-std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& x, const Tensor& selector, int64_t k, std::string_view gate) {
-    auto [logits, indices, gates, shares] = route_with(x, selector, k, gate, false);
+std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& x, const Tensor& selector, int64_t k, std::string_view gate,
+                                             const MaybeTensor& keep) {
+    auto [logits, indices, gates, shares] = route_with(x, selector, k, gate, keep, false);
     return {logits, indices, gates};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_kept_cpu(const Tensor& x, const Tensor& selector, int64_t k,
-                                                          std::string_view gate) {
-    return route_with(x, selector, k, gate, true);
+                                                          std::string_view gate, const MaybeTensor& keep) {
+    return route_with(x, selector, k, gate, keep, true);
 }
 
 // From here on PyTorch's products of float32 and float64 take no longer.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -15,20 +16,24 @@
 namespace sparseffn {
 namespace {
 
-// Weights of the chosen experts, the first of which has the largest logit, and the shares of all where these are asked for.
+// Weights of the chosen experts, the first of which has the largest logit that is kept, and the shares of all where these are
+// asked for. `keep`: of all experts, null if all are kept.
 template <class C>
-void gates_of(Gate kind, const C* logits, int64_t experts, const int64_t* chosen, int64_t k, C* gates, C* shares) {
+void gates_of(Gate kind, const C* logits, const bool* keep, int64_t experts, const int64_t* chosen, int64_t k, C* gates, C* shares) {
+    const auto is_kept = [&](int64_t e) { return !keep || keep[e]; };
     if (kind == kSigmoid) {
-        for (int64_t j = 0; j < k; ++j) gates[j] = C(1) / (C(1) + std::exp(-logits[chosen[j]]));
+        for (int64_t j = 0; j < k; ++j) gates[j] = is_kept(chosen[j]) ? C(1) / (C(1) + std::exp(-logits[chosen[j]])) : C(0);
         return;
     }
-    const C top = logits[chosen[0]];
+    const C top = keep && kind == kSoftmax ? *std::max_element(logits, logits + experts) : logits[chosen[0]];
     double sum = 0;  // one number a token, of up to N_E terms one after the other
     if (kind == kSoftmax)
         for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - top);
     else
-        for (int64_t j = 0; j < k; ++j) sum += std::exp(logits[chosen[j]] - top);
-    for (int64_t j = 0; j < k; ++j) gates[j] = std::exp(logits[chosen[j]] - top) / static_cast<C>(sum);
+        for (int64_t j = 0; j < k; ++j)
+            if (is_kept(chosen[j])) sum += std::exp(logits[chosen[j]] - top);
+    for (int64_t j = 0; j < k; ++j)
+        gates[j] = is_kept(chosen[j]) ? std::exp(logits[chosen[j]] - top) / static_cast<C>(sum) : C(0);
     if (shares)
         for (int64_t e = 0; e < experts; ++e) shares[e] = std::exp(logits[e] - top) / static_cast<C>(sum);
 }
@@ -200,9 +205,11 @@ template <class C, class F> void score_tokens(const Routes& r, C* logits, F&& th
 
 template <class C> void route_in(const Routes& r, C* logits, int64_t* indices, C* gates, C* shares) {
     score_tokens(r, logits, [&](int64_t t, const C* scores, TokenChoice<C>& choice) {
-        for (int64_t e = 0; e < r.experts; ++e) choice.keys[e] = sortable(scores[e]);
+        const bool* keep = r.keep ? r.keep + t * r.experts : nullptr;
+        for (int64_t e = 0; e < r.experts; ++e)
+            choice.keys[e] = sortable(!keep || keep[e] ? scores[e] : -std::numeric_limits<C>::infinity());
         choice.selector.best(choice.keys.data(), r.experts, r.k, true, indices + t * r.k);
-        gates_of(r.gate, scores, r.experts, indices + t * r.k, r.k, gates + t * r.k,
+        gates_of(r.gate, scores, keep, r.experts, indices + t * r.k, r.k, gates + t * r.k,
                  r.gate == kSoftmax && shares ? shares + t * r.experts : nullptr);
     });
 }

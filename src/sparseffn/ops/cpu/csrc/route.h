@@ -17,12 +17,14 @@ struct Routes {
     Stored x;         // [tokens, width]
     Stored selector;  // [experts, width]
     Gate gate;
+    const bool* keep;  // [tokens, experts], false for experts that a token may not choose; null: all may be
     int64_t tokens, width, experts, k;
     bool is_double;  // whether logits and gates are double, else float
     int threads;
 };
 
-// Out: logits [tokens, experts]; indices and gates [tokens, k]; with a softmax over all experts its shares [tokens, experts].
+// Out: logits [tokens, experts]; indices and gates [tokens, k], gates 0 of chosen experts that are not kept; with a softmax over
+// all experts its shares [tokens, experts].
 void route(const Routes& routes, void* logits, int64_t* indices, void* gates, void* shares);
 
 // The logits alone.
