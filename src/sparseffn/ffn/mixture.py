@@ -148,8 +148,10 @@ class TopKMixtureConfig(MixtureConfig):
         return self.k
 
     def _router_bytes(self) -> int:
-        """With expert dropout also which selections it left, and their gates once more, but where the operation drops."""
-        left = self.k * (1 + LOGIT_BYTES) if self.expert_dropout > 0 and not self.trains_as_it_evaluates else 0
+        """With expert dropout also which experts it left; or which selections, and their gates once more."""
+        if self.expert_dropout == 0:
+            return MixtureConfig._router_bytes(self)
+        left = self.n_experts if self.trains_as_it_evaluates else self.k * (1 + LOGIT_BYTES)
         return MixtureConfig._router_bytes(self) + left
 
     def balancing(self) -> dict[str, float]:

@@ -53,15 +53,16 @@ def gates_plain(logits_TE: Tensor, indices_TK: Tensor, gate: str, left_TK: Tenso
     Dropped experts keep their share of a softmax over all experts, and have none in one over the chosen.
     """
     chosen_TK = logits_TE.gather(1, indices_TK)
+    dropped_TK = None if left_TK is None else ~left_TK
     match gate:
         case "sigmoid":
             gates_TK = chosen_TK.sigmoid()
         case "softmax":
             gates_TK = logits_TE.softmax(dim=1).gather(1, indices_TK)
         case _:
-            shown_TK = chosen_TK if left_TK is None else chosen_TK.masked_fill(~left_TK, NEVER)
+            shown_TK = chosen_TK if dropped_TK is None else chosen_TK.masked_fill(dropped_TK, NEVER)
             gates_TK = shown_TK.softmax(dim=1)
-    return gates_TK if left_TK is None else gates_TK.masked_fill(~left_TK, 0.0)
+    return gates_TK if dropped_TK is None else gates_TK.masked_fill(dropped_TK, 0.0)
 
 
 @upcast

@@ -185,7 +185,7 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
     const Routing& routing = p.routing;
     const Panels panels(p.size, 1);
     const std::vector<UnitsPart> parts = units_parts(routing, panels);
-    const TokenParts inputs(p);
+    const TokenParts inputs(p, p.keys.transposed());
     HiddenGradients h(p, panels, static_cast<bool>(g.values));
     auto all = one_for_each_thread<PairWorkspace>(p.threads, p, inputs.most());
     const OuterShape shape(routing, std::max(p.width, p.size), p.threads);
