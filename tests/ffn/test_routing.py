@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ffn import method_class
+from sparseffn.ffn import list_methods, method_class
 from sparseffn.ffn.base import BASEConfig
 from sparseffn.ffn.dense import DenseConfig
+from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.noisy_moe import NoisyMoEConfig
 from sparseffn.ffn.pkm import PKMConfig
-from sparseffn.ffn.routers import Routing, cv_loss, entropy_loss, switch_loss
+from sparseffn.ffn.routers import Batch, Routing, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
-from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig
+from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig, SoftmaxRouter
 from sparseffn.ffn.softmax_renorm_moe import RenormRouter, SoftmaxRenormMoEConfig
 from sparseffn.ffn.switch import SwitchConfig
+from sparseffn.ops.plain import gates_plain
 
 SIZES = {"d_model": 8, "n_experts": 6, "expert_size": 4}
 
@@ -133,8 +135,54 @@ def test_noise_is_drawn_in_training_only_and_starts_undecided() -> None:
     assert evaluation.counts.tolist() == [300, 300, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("method", [name for name in list_methods() if issubclass(method_class(name), MixtureConfig)])
+def test_router_does_what_its_config_says(method: str) -> None:
+    """What weights, and when that is one operation with the logits: studies and predictions go by the config."""
+    for config in method_class(method).examples():
+        router = config.build().router
+        assert router.gate == config.gate
+        if getattr(config, "capacity_factor", None) is None:
+            assert router.in_one_operation == ("always" if config.trains_as_it_evaluates else "evaluation")
+
+
+def test_select_that_overrides_another_is_called() -> None:
+    """Also where its parent selects in one operation."""
+
+    class LastRouter(SoftmaxRouter):
+        def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+            return super().select(logits_TE.flip(1), batch)._replace(logits_TE=logits_TE)
+
+    layer = SoftmaxMoEConfig(**SIZES, k=2, expert_dropout=0.3).build()
+    x, plain = torch.randn(20, 8), layer.router
+    layer.router = LastRouter(layer.config)
+    layer.router.selector = plain.selector
+    for training in (False, True):
+        torch.manual_seed(0)
+        found = layer.train(training).router(x, None)
+        torch.manual_seed(0)
+        keep = layer.router.draw_keep(x)
+        wanted = gates_plain(
+            found.logits_TE.flip(1), found.indices_TK, "softmax", None if keep is None else keep.gather(1, found.indices_TK)
+        )
+        torch.testing.assert_close(found.weights_TK, wanted)
+
+
+@pytest.mark.parametrize("gate_of", [SigmaMoEConfig, SoftmaxMoEConfig, SoftmaxRenormMoEConfig])
+def test_one_operation_is_what_select_does(gate_of: Any) -> None:
+    """With expert dropout, which leaves some tokens fewer than K experts, and without."""
+    router = gate_of(**SIZES, k=4, expert_dropout=0.5).build().router
+    x = torch.randn(50, 8)
+    for training in (False, True):
+        torch.manual_seed(0)
+        found = router.train(training)(x, None)
+        torch.manual_seed(0)
+        wanted = router.select(found.logits_TE, Batch(x, keep_TE=router.draw_keep(x)))
+        assert torch.equal(found.indices_TK, wanted.indices_TK)
+        torch.testing.assert_close(found.weights_TK, wanted.weights_TK)
+
+
 def test_another_router_in_its_place_decides() -> None:
-    """Operations that route by the layer's own gate are not used for it."""
+    """Not what the layer's config says."""
     layer, other = SigmaMoEConfig(**SIZES, k=2).build().eval(), SoftmaxRenormMoEConfig(**SIZES, k=2).build().eval()
     other.load_state_dict(layer.state_dict())
     layer.router = RenormRouter(other.config)

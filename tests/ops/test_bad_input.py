@@ -90,8 +90,16 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "route-none": (lambda b: route(b, k=0), "`k` must be between 1 and the number of experts 2; got 0"),
     "route-high": (lambda b: route(b, k=3), "`k` must be between 1 and the number of experts 2; got 3"),
     "route-gate": (lambda b: route(b, gate="sigmoidal"), "unknown gate 'sigmoidal'"),
-    "route-keep-floats": (lambda b: route(b, keep=torch.ones(4, 2)), r"`keep` must be bool \(4, 2\), .* got torch.float32"),
+    "route-keep-floats": (
+        lambda b: route(b, keep=torch.ones(4, 2)),
+        r"`keep` must be bool \[T, E\] = \(4, 2\); got torch.float32",
+    ),
     "route-keep-shape": (lambda b: route(b, keep=torch.ones(4, 1, dtype=torch.bool)), r"got torch.bool in shape \(4, 1\)"),
+    "route-keep-numbers": (lambda b: route(b, keep=torch.ones(4, 2, dtype=torch.int8)), "got torch.int8"),
+    "route-keep-device": (
+        lambda b: route(b, keep=torch.ones(4, 2, dtype=torch.bool, device="meta")),
+        "on one device; got cpu and meta",
+    ),
     "route-keep-list": (lambda b: route(b, keep=[True, False]), "`keep` must be a tensor"),
     "route-rank": (lambda b: route(b, x=X[0]), r"must be \[T, D\] and \[E, D\]"),
     "route-width": (lambda b: route(b, selector=SELECTOR[:, :2]), r"must be \[T, D\] and \[E, D\]"),

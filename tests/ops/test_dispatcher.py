@@ -62,16 +62,25 @@ def test_derivatives_are_those_of_finite_differences(activation: str, gated: boo
     torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["all", "dropped"])
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax", "renormalised"])
-def test_derivatives_of_a_route(gate: ops.GateName) -> None:
-    """Of logits and gates, at tokens whose choice is clear."""
+def test_derivatives_of_a_route(gate: ops.GateName, dropped: bool) -> None:
+    """Of logits and gates, at tokens whose choice is clear; of one token no expert, of another one is left."""
+    keep = torch.rand(5, 6) >= 0.3 if dropped else None
+    if keep is not None:
+        keep[0], keep[1] = False, torch.arange(6) == 2
     leaves = (torch.randn(5, 4, dtype=F64, requires_grad=True), 3 * torch.randn(6, 4, dtype=F64))
     leaves = tuple(t.detach().requires_grad_() for t in leaves)
 
     def function(x: Tensor, selector: Tensor) -> tuple[Tensor, Tensor]:
-        logits, _, gates = ops.route(x, selector, k=2, gate=gate)
+        logits, _, gates = ops.route(x, selector, k=2, gate=gate, keep=keep)
         return logits, gates
 
+    if keep is not None:
+        masks = torch.stack([keep, ~keep])
+        found = torch.func.vmap(lambda keep: ops.route(*leaves, k=2, gate=gate, keep=keep)[2])(masks)
+        loop = torch.stack([ops.route(*leaves, k=2, gate=gate, keep=mask)[2] for mask in masks])
+        torch.testing.assert_close(found, loop)
     torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
     torch.autograd.gradgradcheck(function, leaves)
 
@@ -342,7 +351,7 @@ t.test_vmap_is_a_loop(None)
 t.test_batched_gradients_are_a_loop()
 t.test_second_derivative_where_one_input_comes_from_another()
 t.test_derivatives_are_those_of_finite_differences("clamped_swiglu", True, "inner-top-k")
-t.test_derivatives_of_a_route("softmax")
+t.test_derivatives_of_a_route("softmax", dropped=True)
 t.test_autocast_is_that_of_linear()
 t.test_meta_tensors_have_shapes()
 t.test_modes_without_gradients()

@@ -51,9 +51,9 @@ def route(gate: str = "softmax", *, dropout: bool = False) -> Arguments:
     return leaf(N_TOKENS, D_MODEL), leaf(N_EXPERTS, D_MODEL), K, gate, keep
 
 
-def route_backward(gate: str = "softmax", *, through_logits: bool = True) -> Arguments:
+def route_backward(gate: str = "softmax", *, through_logits: bool = True, dropout: bool = False) -> Arguments:
     """From what the forward kept."""
-    arguments = route(gate)
+    arguments = route(gate, dropout=dropout)
     logits, indices, gates, shares = LIBRARY.route_kept(*constants(*arguments))
     return constants(logits if through_logits else None, gates, *arguments[:4], indices, gates, shares)
 
@@ -123,7 +123,11 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
     "experts_backward": [lambda o=o: experts_backward(**o) for o in ({}, SWIGLU, INNER, {**GATED, **INNER})],
     "route": [lambda g=g, d=d: route(g, dropout=d) for g in ("sigmoid", "softmax", "renormalised") for d in (False, True)],
     "route_kept": [lambda g=g, d=d: constants(*route(g, dropout=d)) for g, d in (("sigmoid", False), ("softmax", True))],
-    "route_backward": [route_backward, lambda: route_backward("sigmoid", through_logits=False)],
+    "route_backward": [
+        route_backward,
+        lambda: route_backward("sigmoid", through_logits=False),
+        lambda: route_backward("renormalised", dropout=True),
+    ],
     "cvmm": [cvmm],
     "cvmm_kept": [lambda: constants(*cvmm())],
     "cvmm_backward": [lambda: constants(leaf(N_TOKENS, SIZE), *cvmm())],

@@ -83,6 +83,8 @@ class AssignmentRouter(Router):
     """Sigmoid of the one assigned expert's logit."""
 
     k = 1
+    gate = "sigmoid"
+    in_one_operation = "evaluation"
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced assignment in training, the best expert in evaluation."""

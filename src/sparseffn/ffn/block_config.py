@@ -68,7 +68,7 @@ class FFNConfig(ABC):
     gate: ClassVar[GateName | None] = None
     """How evaluation weights the experts of the K largest logits; None: the method has no such experts or another rule."""
     trains_as_it_evaluates: ClassVar[bool] = False
-    """Whether training selects by the K largest logits and weights by `gate` too, dropout apart."""
+    """Whether training selects by the K largest logits and weights by `gate` too, dropout and a capacity apart."""
     has_backends: ClassVar[bool] = True
     """Whether the layer runs sparseffn's operations, which several backends offer, or PyTorch's own alone."""
     xfail: ClassVar[Mapping[str, str]] = {}

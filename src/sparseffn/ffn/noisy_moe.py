@@ -32,7 +32,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, GateRouter, Router, Routing, renormalised_scores, scores_by_token
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, renormalised_scores, scores_by_token
 from sparseffn.ffn.softmax_renorm_moe import REFUSES_ONE
 
 
@@ -89,10 +89,11 @@ class NoisyMoEConfig(TopKMixtureConfig):
 
 
 @final
-class NoisyRouter(GateRouter):
+class NoisyRouter(TopKRouter):
     """Noise of learned size on the logits in training, and a softmax over the K largest."""
 
     gate = "renormalised"
+    in_one_operation = "evaluation"
     score = staticmethod(renormalised_scores)
 
     def __init__(self, config: NoisyMoEConfig) -> None:
@@ -100,24 +101,21 @@ class NoisyRouter(GateRouter):
         self.noise_selector = nn.Parameter(torch.empty(config.n_experts, config.d_model))
 
     def noisy(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
-        """h: the logits with noise (equation 13)."""
+        """h: the logits, in training with noise (equation 13)."""
+        if not self.training:
+            return logits_TE
         if self.batch_group is None:
             noise_TE = torch.randn_like(logits_TE)
         else:
             noise_TE = self.batch_group.draw(torch.randn, *logits_TE.shape, device=logits_TE.device, dtype=logits_TE.dtype)
         return logits_TE + noise_TE * F.softplus(ops.router_logits(x_TD, self.noise_selector))
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
-        """In training noise comes between logits and gates."""
-        route = Router.forward if self.training else GateRouter.forward
-        return route(self, x_TD, mask_T, length)
-
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Selection and gates both see the noise."""
         return super().select(self.noisy(logits_TE, batch.x_TD), batch)._replace(logits_TE=logits_TE)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        noisy_TE = self.noisy(logits_TE, batch.x_TD) if self.training else logits_TE
+        noisy_TE = self.noisy(logits_TE, batch.x_TD)
         return scores_by_token(noisy_TE, noisy_TE, batch, self.k, self.score)
 
 

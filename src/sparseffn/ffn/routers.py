@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn.feedforward import FeedForward, parameter_shapes
 from sparseffn.ops import Selection
 from sparseffn.ops.counts import log_shares
+from sparseffn.ops.plain import gates_plain
 
 if TYPE_CHECKING:
     from sparseffn.ffn.mixture import TopKMixtureConfig
@@ -30,10 +31,6 @@ class Routing(NamedTuple):
     """Exactly 0 for a selection that is missing: expert dropout, capacity, padding."""
     dropped: Tensor | None = None
     """int64 scalar: selections lost to a capacity limit."""
-
-    def without_padding(self, mask_T: Tensor) -> Routing:
-        """Weights of 0 where the mask is False."""
-        return self._replace(weights_TK=self.weights_TK.masked_fill(~mask_T[:, None], 0.0))
 
     def selection(self) -> Selection:
         return Selection.fixed(self.indices_TK, self.weights_TK, self.logits_TE.shape[1])
@@ -59,8 +56,17 @@ class Router(nn.Module, ABC):
     """
 
     k: int
+    gate: ClassVar[ops.GateName | None] = None
+    """What weights the K largest logits; None: `select` has another rule."""
+    in_one_operation: ClassVar[Literal["never", "evaluation", "always"]] = "never"
+    """When logits, choice and gates are one operation, and `select` is not called."""
     batch_group: ops.BatchGroup | None = None
     """The processes that a training batch is spread over; `set_batch_group` sets it."""
+
+    def __init_subclass__(cls) -> None:
+        """A `select` is called unless its class says when not: one that overrides another's does not go unheard."""
+        if "select" in vars(cls) and "in_one_operation" not in vars(cls):
+            cls.in_one_operation = "never"
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
         super().__init__()
@@ -77,9 +83,17 @@ class Router(nn.Module, ABC):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
         """Route a batch; padding gets weights of 0."""
-        logits_TE = ops.router_logits(x_TD, self.selector)
-        routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
-        return routing if mask_T is None else routing.without_padding(mask_T)
+        if self.in_one_operation == "never" or (self.training and self.in_one_operation == "evaluation"):
+            logits_TE = ops.router_logits(x_TD, self.selector)
+            routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
+        else:
+            # One token's call is saved where nothing is dropped.
+            keep_TE = self.draw_keep(x_TD) if self.training else None
+            assert self.gate is not None, "what weights the logits must be known"
+            routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate, keep=keep_TE))
+        if mask_T is None:
+            return routing
+        return routing._replace(weights_TK=routing.weights_TK.masked_fill(~mask_T[:, None], 0.0))
 
     def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """s `[T, E]`, slowly; draws the same random numbers as `forward`."""
@@ -111,6 +125,12 @@ class TopKRouter(Router):
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
 
+    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+        """The K largest of the experts that expert dropout left, weighted by `gate`."""
+        assert self.gate is not None, "a router without a gate has a `select` of its own"
+        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
+        return Routing(logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, self.gate, alive_TK))
+
     @staticmethod
     @abstractmethod
     def score(logits: Tensor, chosen: list[int]) -> Tensor:
@@ -118,23 +138,6 @@ class TopKRouter(Router):
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         return scores_by_token(logits_TE, logits_TE, batch, self.k, self.score)
-
-
-class GateRouter(TopKRouter):
-    """Weights the K largest logits by a gate, in one operation."""
-
-    gate: ClassVar[ops.GateName]
-
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
-        """As every router; nothing comes between its logits and their gates, so that `select` is not asked."""
-        keep_TE = self.draw_keep(x_TD) if self.training else None
-        routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate, keep=keep_TE))
-        return routing if mask_T is None else routing.without_padding(mask_T)
-
-    def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
-        """The same of given logits."""
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, ops.gates_of(logits_TE, indices_TK, self.gate, alive_TK))
 
 
 def all_if_none(mask_T: Tensor | None, logits_TE: Tensor) -> Tensor:

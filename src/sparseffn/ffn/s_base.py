@@ -90,6 +90,8 @@ class SBASEConfig(TopKMixtureConfig):
 class SinkhornRouter(TopKRouter):
     """Sigmoid scores; in training the selection sees balanced logits."""
 
+    gate = "sigmoid"
+    in_one_operation = "evaluation"
     score = staticmethod(sigmoid_scores)
 
     def __init__(self, config: SBASEConfig) -> None:

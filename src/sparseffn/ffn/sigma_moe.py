@@ -26,7 +26,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import GateRouter, sigmoid_scores
+from sparseffn.ffn.routers import TopKRouter, sigmoid_scores
 
 POSITION_BYTES = 4
 
@@ -116,10 +116,11 @@ class SigmaMoEConfig(TopKMixtureConfig):
 
 
 @final
-class SigmoidRouter(GateRouter):
+class SigmoidRouter(TopKRouter):
     """`s = sigmoid(W3 x)`, the K largest (equations 11 and 22)."""
 
     gate = "sigmoid"
+    in_one_operation = "always"
     score = staticmethod(sigmoid_scores)
 
 

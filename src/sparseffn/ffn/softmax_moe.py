@@ -25,7 +25,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import GateRouter, softmax_scores
+from sparseffn.ffn.routers import TopKRouter, softmax_scores
 
 
 @register
@@ -69,10 +69,11 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
         ]
 
 
-class SoftmaxRouter(GateRouter):
+class SoftmaxRouter(TopKRouter):
     """`s = softmax(W3 x)` over all experts, dropped ones among them; the K largest, not renormalised."""
 
     gate = "softmax"
+    in_one_operation = "always"
     score = staticmethod(softmax_scores)
 
 

@@ -27,7 +27,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import GateRouter, renormalised_scores
+from sparseffn.ffn.routers import TopKRouter, renormalised_scores
 
 REFUSES_ONE = "at least 2, as a gate renormalised over one expert is the constant 1 and its selector never learns"
 
@@ -67,10 +67,11 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 
 
 @final
-class RenormRouter(GateRouter):
+class RenormRouter(TopKRouter):
     """The K largest logits, and a softmax over them without dropped ones: `normtopk(softmax(h))` (equations 23-25)."""
 
     gate = "renormalised"
+    in_one_operation = "always"
     score = staticmethod(renormalised_scores)
 
 

@@ -59,7 +59,7 @@ class SwitchConfig(TopKMixtureConfig):
         return Switch(self)
 
     def _router_bytes(self) -> int:
-        """Also the whole softmax, which selections found a place, and their gates once more."""
+        """Also the whole softmax; with a capacity a mask of the selections that found a place, and their gates once more."""
         places = 0 if self.capacity_factor is None else self.k * (1 + LOGIT_BYTES)
         return TopKMixtureConfig._router_bytes(self) + self.n_experts * LOGIT_BYTES + places
 

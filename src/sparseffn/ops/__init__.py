@@ -13,7 +13,6 @@ from sparseffn.ops.cvmm import cvmm
 from sparseffn.ops.expert_dispatch import dispatched_experts
 from sparseffn.ops.experts import experts
 from sparseffn.ops.halves import halves
-from sparseffn.ops.plain import gates_plain as gates_of
 from sparseffn.ops.route import GateName, route
 from sparseffn.ops.router_logits import router_logits
 from sparseffn.ops.rows import product_key_topk, weighted_rows
@@ -30,7 +29,6 @@ __all__ = [
     "dispatched_experts",
     "experts",
     "explain_backend",
-    "gates_of",
     "halves",
     "list_backends",
     "product_key_rows",

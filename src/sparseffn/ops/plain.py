@@ -47,21 +47,23 @@ def route_plain(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | N
     return logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, gate, None if keep is None else keep.gather(1, indices_TK))
 
 
-def gates_plain(logits_TE: Tensor, indices_TK: Tensor, gate: str, left_TK: Tensor | None = None) -> Tensor:
-    """Weights `[T, K]` of chosen experts, exactly 0 where bool `left_TK` is False: dropped from the choice.
+def gates_plain(logits_TE: Tensor, indices_TK: Tensor, gate: str, alive_TK: Tensor | None = None) -> Tensor:
+    """Weights `[T, K]` of chosen experts, exactly 0 where bool `alive_TK` is False: what routers of given logits use, too.
 
     Dropped experts keep their share of a softmax over all experts, and have none in one over the chosen.
     """
     chosen_TK = logits_TE.gather(1, indices_TK)
-    dropped_TK = None if left_TK is None else ~left_TK
+    dropped_TK = None if alive_TK is None else ~alive_TK
     match gate:
         case "sigmoid":
             gates_TK = chosen_TK.sigmoid()
         case "softmax":
             gates_TK = logits_TE.softmax(dim=1).gather(1, indices_TK)
-        case _:
+        case "renormalised":
             shown_TK = chosen_TK if dropped_TK is None else chosen_TK.masked_fill(dropped_TK, NEVER)
             gates_TK = shown_TK.softmax(dim=1)
+        case _:
+            raise AssertionError(f"{gate} is no gate")
     return gates_TK if dropped_TK is None else gates_TK.masked_fill(dropped_TK, 0.0)
 
 

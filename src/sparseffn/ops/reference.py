@@ -23,7 +23,7 @@ def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = 
     kept = torch.ones_like(logits, dtype=torch.bool) if keep is None else keep
     ranks = torch.where(kept, logits.detach(), -torch.inf)
     indices = ranks.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    chosen, left = logits.gather(1, indices), kept.gather(1, indices)
+    chosen, alive = logits.gather(1, indices), kept.gather(1, indices)
     match gate:
         case "sigmoid":
             gates = torch.sigmoid(chosen)
@@ -31,9 +31,9 @@ def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = 
             gates = logits.softmax(dim=1).gather(1, indices)
         case _:
             # Of a token that has no expert left, whose row is all -inf, nothing is taken.
-            shares = torch.where(left, chosen, -torch.inf).softmax(dim=1)
-            gates = torch.where(left.any(dim=1, keepdim=True), shares, 0.0)
-    return logits, indices, torch.where(left, gates, 0.0)
+            shares = torch.where(alive, chosen, -torch.inf).softmax(dim=1)
+            gates = torch.where(alive.any(dim=1, keepdim=True), shares, 0.0)
+    return logits, indices, torch.where(alive, gates, 0.0)
 
 
 def experts(

@@ -1,4 +1,4 @@
-"""A router's scores, choice and weights in one operation (equation 11 of arXiv 2310.10837): logits, top-K, gates.
+"""A router's scores, choice and weights in one operation (equations 11 and 22 of arXiv 2310.10837): logits, top-K, gates.
 
 Logits are float32 or wider whatever the dtype of the layer, under autocast too: routing must not depend on it.
 Shapes: see ops/README.md.
@@ -40,7 +40,7 @@ def check_route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | N
     shape = x.shape[0], selector.shape[0]
     if keep.shape != shape or keep.dtype != torch.bool:
         raise UserError(
-            f"`keep` must be bool {shape}, one an expert of each token; got {keep.dtype} in shape {tuple(keep.shape)}; "
+            f"`keep` must be bool [T, E] = {shape}; got {keep.dtype} in shape {tuple(keep.shape)}; "
             "fix: compare what is drawn with the rate of dropout"
         )
     require_one_device(x, keep)
@@ -90,12 +90,12 @@ def route(
 
     Returns:
         logits `[T, E]`, float32 or wider, of experts that `keep` leaves out too; indices int64 `[T, K]`, largest logit first;
-        gates `[T, K]` in the logits' dtype. A logit that is NaN is chosen first, so that its token's output shows it. Where
-        `keep` leaves a token fewer than k experts, others fill its last places with gates of exactly 0. They keep their share
-        of a softmax over all experts, and have none in one over the chosen.
+        gates `[T, K]` in the logits' dtype. A logit that is NaN is chosen first, so that its token's output shows it. Dropped
+        experts rank last, by index: where fewer than k are left, they fill the last places with gates of exactly 0. In a
+        softmax over all experts each of them still counts, in one over the chosen none does.
 
     Raises:
         UserError: ranks, widths, dtypes or devices do not fit together, `k` is out of range, the gate is unknown,
             or `keep` is not bool `[T, E]`.
     """
-    return call(_route, (x, selector, k, gate, keep), backend)
+    return call(_route, (x, selector, k, gate) if keep is None else (x, selector, k, gate, keep), backend)

@@ -71,6 +71,9 @@ def routes() -> None:
                 for keep in (None, torch.rand(n_tokens, 5) >= 0.7):
                     logits, indices, gates = ops.route(*leaves, k=2, gate=gate, keep=keep, backend=backend)
                     direction = torch.arange(gates.numel()).sin().view(gates.shape)
+                    if keep is not None:
+                        # What arrives at a dropped expert's gate goes nowhere.
+                        direction = direction.masked_fill(~keep.gather(1, indices), torch.nan)
                     found += [logits, indices, gates, *torch.autograd.grad(gates, leaves, direction)]
                 return found
 

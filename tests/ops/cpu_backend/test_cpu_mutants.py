@@ -171,6 +171,7 @@ MUTANTS = {
         "route.cpp", "std::exp(-logits[chosen[j]])) : C(0)", "std::exp(-logits[chosen[j]])) : C(1)", "routes", "route.cpp"
     ),
     "share-of-dropped": Mutant("route.cpp", "if (is_kept(chosen[j])) sum", "sum", "routes", "route.cpp"),
+    "gradient-of-dropped": Mutant("route.cpp", "if (gates[j] != C(0)) add(j)", "add(j)", "routes", "route.cpp"),
     "gates-as-if-independent": Mutant("route.cpp", "grad[j] - static_cast<C>(common)", "grad[j]", "routes", "route.cpp"),
     "selector-without-the-last-token": Mutant(
         "route.cpp",

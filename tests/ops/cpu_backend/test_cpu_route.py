@@ -109,8 +109,8 @@ def test_dropped_experts_are_not_chosen(case: str, gate: str, dtype: torch.dtype
 
 @EVERY_GATE
 @pytest.mark.parametrize("backend", RUN)
-def test_dropped_logit_spoils_the_sum_over_all_alone(gate: str, backend: str) -> None:
-    """One that is not finite or very large is not chosen, but a softmax over all experts has it."""
+def test_dropped_logit_matters_to_a_softmax_over_all_experts_only(gate: str, backend: str) -> None:
+    """One that is not finite or very large is not chosen, but counts there."""
     selector = torch.tensor([[1.0], [3.0], [2.0], [0.0]])
     keep = torch.tensor([[True, False, True, True]])
     for value in (torch.nan, torch.inf, 1e4):
@@ -123,6 +123,22 @@ def test_dropped_logit_spoils_the_sum_over_all_alone(gate: str, backend: str) ->
             assert not gates.any()
         else:
             assert not gates.isfinite().any()
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("backend", RUN)
+def test_gradient_of_a_dropped_gate_goes_nowhere(gate: str, backend: str) -> None:
+    """Whatever it is: the gate is the constant 0."""
+    leaves = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    keep = torch.tensor([[True, False, False, False, False]]).expand(3, 5)
+    _, indices, gates = RUN[backend](*leaves, 2, gate, keep)
+    assert indices.tolist() == [[0, 1]] * 3
+    for value in (torch.nan, torch.inf):
+        grad = torch.tensor([[1.0, value]]).expand(3, 2)
+        for got, wanted in zip(
+            *(torch.autograd.grad(gates, leaves, g, retain_graph=True) for g in (grad, grad.nan_to_num(0, 0))), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

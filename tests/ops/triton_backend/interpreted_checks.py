@@ -196,7 +196,12 @@ LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("softmax-moe", {}, False, False, 8, 14),
     ("softmax-moe", {}, True, False, 8, 14),
     ("softmax-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
+    ("softmax-moe", {"expert_dropout": 0.1}, False, False, 8, 14),
+    ("s-base", {}, False, False, 8, 14),
+    ("base", {}, False, False, 7, 13),
+    ("noisy-moe", {}, False, False, 8, 14),
     ("switch", {}, False, False, 7, 13),
+    ("switch", {"expert_dropout": 0.1}, True, False, 9, 13),
     ("switch", {}, True, False, 7, 13),
     ("switch", {"capacity_factor": 1.0}, True, False, 22, 14),
     ("noisy-moe", {}, True, False, 25, 22),
@@ -207,7 +212,7 @@ def layers_launch_as_documented() -> str:
     """Whole layers of methods, in training and evaluation, at most as often as ops/README.md says."""
     said = []
     for method, options, training, with_stats, most_forward, most_backward in LAYERS:
-        k = {} if method == "switch" else {"k": K}
+        k = {} if method in ("switch", "base") else {"k": K}
         config = method_class(method)(d_model=D, n_experts=E, expert_size=G, gated=True, **k, **options)
         module = config.build().train(training)
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(5)).requires_grad_()

@@ -223,14 +223,14 @@ MUTANTS = [
     ),
     Mutant("dropped-is-chosen", "route-sigmoid-dropped", "router", 'tl.where(m_keep, b_logits, -float("inf"))', "b_logits"),
     Mutant(
-        "gate-of-dropped", "route-sigmoid-dropped", "router", "b_gates = tl.where(b_left != 0, b_gates, 0.0)", "b_gates += 0.0"
+        "gate-of-dropped", "route-sigmoid-dropped", "router", "b_gates = tl.where(b_alive != 0, b_gates, 0.0)", "b_gates += 0.0"
     ),
     Mutant(
         "share-of-dropped",
         "route-renormalised-dropped",
         "router",
-        "m_k[None, :] & (b_left != 0)",
-        "m_k[None, :] & (b_left >= 0)",
+        "m_k[None, :] & (b_alive != 0)",
+        "m_k[None, :] & (b_alive >= 0)",
     ),
     Mutant("sum-of-gates", "route-renormalised", "router", "b_one = b_w * (b_g - b_dot)", "b_one = b_w * b_g"),
     Mutant("slot-forgotten", "experts-relu", "sums", "(o_t * K + i_k)[:, None] * D", "(o_t * K)[:, None] * D + 0 * i_k"),

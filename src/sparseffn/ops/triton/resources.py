@@ -157,7 +157,12 @@ def _configurations(
             for rows, tile in tuning.default_tiles(tiles, kind, aligned, vendor):
                 yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
     elif family not in ("sort", "statistics") or (dtype == "float32" and aligned):
-        yield "", 0, _small_options(kernel, family, dtype, width)
+        options = _small_options(kernel, family, dtype, width)
+        if kernel == "route_fwd_kernel":
+            # Without dropout of experts, and with it another gate than a softmax over all of them.
+            yield "", 0, options | {"p_keep": None}
+            yield "", 0, options | {"GATE": "renormalised"}
+        yield "", 0, options
 
 
 def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, gated: bool) -> dict[str, Any]:

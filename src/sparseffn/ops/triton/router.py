@@ -64,7 +64,7 @@ def route_fwd_kernel(
     b_rank = tl.where(m_e[None, :], b_bits.to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - o_e)[None, :], -(2**62))
     b_indices = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-    b_left = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+    b_alive = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for i_k in range(K):
         b_best = tl.max(b_rank, 1)
         m_best = b_rank == b_best[:, None]
@@ -73,8 +73,8 @@ def route_fwd_kernel(
         b_indices = tl.where(o_k[None, :] == i_k, b_expert[:, None], b_indices)
         b_chosen = tl.where(o_k[None, :] == i_k, b_logit[:, None], b_chosen)
         if p_keep is not None:
-            b_is_left = tl.sum(tl.where(m_best & m_keep, 1, 0), 1)
-            b_left = tl.where(o_k[None, :] == i_k, b_is_left[:, None], b_left)
+            b_is_alive = tl.sum(tl.where(m_best & m_keep, 1, 0), 1)
+            b_alive = tl.where(o_k[None, :] == i_k, b_is_alive[:, None], b_alive)
         b_rank = tl.where(m_best, -(2**62), b_rank)
     m_k = o_k < K
     if GATE == "sigmoid":
@@ -83,7 +83,7 @@ def route_fwd_kernel(
         if GATE == "softmax":
             b_all, m_all = b_logits, m_e[None, :]
         elif p_keep is not None:
-            b_all, m_all = b_chosen, m_k[None, :] & (b_left != 0)
+            b_all, m_all = b_chosen, m_k[None, :] & (b_alive != 0)
         else:
             b_all, m_all = b_chosen, m_k[None, :]
         b_most = tl.max(tl.where(m_all, b_all, -float("inf")), 1)
@@ -96,7 +96,7 @@ def route_fwd_kernel(
         else:
             b_gates = b_shares
     if p_keep is not None:
-        b_gates = tl.where(b_left != 0, b_gates, 0.0)
+        b_gates = tl.where(b_alive != 0, b_gates, 0.0)
     o_out = o_t[:, None] * K + o_k[None, :]
     m_out = m_t[:, None] & m_k[None, :]
     tl.store(p_indices + o_out, b_indices.to(tl.int64), m_out)
@@ -117,13 +117,14 @@ def route_bwd_logits_kernel(
     b_out = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     if p_grad_gates is not None:
         o_gates, m_gates = o_t[:, None] * K + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
-        b_grad = tl.load(p_grad_gates + o_gates, m_gates, 0.0)
+        # A gate that is 0 passes nothing on, whatever arrives there: nothing selected a dropped expert.
         b_gate = tl.load(p_gates + o_gates, m_gates, 0.0)
+        b_grad = tl.load(p_grad_gates + o_gates, m_gates & (b_gate != 0), 0.0)
         b_dot = tl.sum(b_grad * b_gate, 1)
         for i_k in range(K):
             b_expert = tl.load(p_indices + o_t * K + i_k, m_t, 0)
-            b_g = tl.load(p_grad_gates + o_t * K + i_k, m_t, 0.0)
             b_w = tl.load(p_gates + o_t * K + i_k, m_t, 0.0)
+            b_g = tl.load(p_grad_gates + o_t * K + i_k, m_t & (b_w != 0), 0.0)
             if GATE == "sigmoid":
                 b_one = b_g * b_w * (1 - b_w)
             elif GATE == "softmax":

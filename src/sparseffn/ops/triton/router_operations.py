@@ -98,8 +98,8 @@ def _route(
     gates, shares = logits.new_empty(n_tokens, k), logits.new_empty(logits.shape if keep_shares else 0)
     with device_of(x):
         n_programs, sizes = _ranks(logits, k, gate)
-        kept = None if keep is None else keep.contiguous()
-        arguments = (logits, kept, indices, gates, shares if keep_shares else None, n_tokens)
+        allowed = None if keep is None else keep.contiguous()
+        arguments = (logits, allowed, indices, gates, shares if keep_shares else None, n_tokens)
         start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
     return logits, indices, gates, shares
 

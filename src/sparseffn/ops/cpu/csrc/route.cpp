@@ -218,13 +218,15 @@ template <class C> void route_in(const Routes& r, C* logits, int64_t* indices, C
 template <class C>
 void through_gates(Gate kind, const C* gates, const C* shares, const C* grad, const int64_t* chosen, int64_t k,
                    int64_t experts, C* d) {
-    if (kind == kSigmoid) {
-        for (int64_t j = 0; j < k; ++j) d[chosen[j]] += grad[j] * gates[j] * (C(1) - gates[j]);
-        return;
-    }
+    // A gate that is 0 passes nothing on, whatever arrives there: nothing selected a dropped expert.
+    const auto through = [&](auto add) {
+        for (int64_t j = 0; j < k; ++j)
+            if (gates[j] != C(0)) add(j);
+    };
+    if (kind == kSigmoid) return through([&](int64_t j) { d[chosen[j]] += grad[j] * gates[j] * (C(1) - gates[j]); });
     double common = 0;
-    for (int64_t j = 0; j < k; ++j) common += double(gates[j]) * grad[j];
-    for (int64_t j = 0; j < k; ++j) d[chosen[j]] += gates[j] * (kind == kSoftmax ? grad[j] : grad[j] - static_cast<C>(common));
+    through([&](int64_t j) { common += double(gates[j]) * grad[j]; });
+    through([&](int64_t j) { d[chosen[j]] += gates[j] * (kind == kSoftmax ? grad[j] : grad[j] - static_cast<C>(common)); });
     for (int64_t e = 0; e < experts && kind == kSoftmax; ++e) d[e] -= shares[e] * static_cast<C>(common);
 }
 
