@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, AnyStr, Generic, Literal
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from sparseffn.ffn.dense import DenseConfig
 from sparseffn.ffn.mixture import MixtureConfig
 from sparseffn.ffn.noisy_moe import NoisyMoEConfig
 from sparseffn.ffn.pkm import PKMConfig
-from sparseffn.ffn.routers import Batch, Routing, cv_loss, entropy_loss, switch_loss
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, cv_loss, entropy_loss, switch_loss
 from sparseffn.ffn.s_base import SBASEConfig
 from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 from sparseffn.ffn.softmax_moe import SoftmaxMoEConfig, SoftmaxRouter
@@ -152,7 +152,21 @@ def test_select_that_overrides_another_is_called() -> None:
         def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
             return super().select(logits_TE.flip(1), batch)._replace(logits_TE=logits_TE)
 
+    class Mixin:
+        def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
+            return LastRouter.select(self, logits_TE, batch)  # pyright: ignore[reportArgumentType]
+
+    class MixedRouter(Mixin, SoftmaxRouter, Generic[AnyStr]):
+        """And what else hangs on being made a subclass works."""
+
+    class Silent(TopKRouter):
+        score = SoftmaxRouter.score
+
+    assert (LastRouter.in_one_operation, MixedRouter.in_one_operation) == ("never", "never")
+    assert SoftmaxRouter.in_one_operation == "always" and MixedRouter[str]
     layer = SoftmaxMoEConfig(**SIZES, k=2, expert_dropout=0.3).build()
+    with pytest.raises(TypeError, match="Silent must have a `gate` or a `select`"):
+        Silent(layer.config)
     x, plain = torch.randn(20, 8), layer.router
     layer.router = LastRouter(layer.config)
     layer.router.selector = plain.selector

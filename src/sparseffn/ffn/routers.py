@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,11 @@ class Router(nn.Module, ABC):
     batch_group: ops.BatchGroup | None = None
     """The processes that a training batch is spread over; `set_batch_group` sets it."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
         """A `select` is called unless its class says when not: one that overrides another's does not go unheard."""
-        if "select" in vars(cls) and "in_one_operation" not in vars(cls):
+        super().__init_subclass__(**options)
+        first = next(base for base in cls.__mro__ if {"select", "in_one_operation"} & vars(base).keys())
+        if "in_one_operation" not in vars(first):
             cls.in_one_operation = "never"
 
     def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
@@ -83,13 +85,13 @@ class Router(nn.Module, ABC):
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None, length: int | None = None) -> Routing:
         """Route a batch; padding gets weights of 0."""
-        if self.in_one_operation == "never" or (self.training and self.in_one_operation == "evaluation"):
+        when = self.in_one_operation
+        if self.gate is None or when == "never" or (self.training and when == "evaluation"):
             logits_TE = ops.router_logits(x_TD, self.selector)
             routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
         else:
-            # One token's call is saved where nothing is dropped.
+            # In evaluation nothing is drawn; a call that says so is one more for each token.
             keep_TE = self.draw_keep(x_TD) if self.training else None
-            assert self.gate is not None, "what weights the logits must be known"
             routing = Routing(*ops.route(x_TD, self.selector, k=self.k, gate=self.gate, keep=keep_TE))
         if mask_T is None:
             return routing
@@ -122,12 +124,14 @@ class TopKRouter(Router):
     """Takes the K largest logits, or what a subclass ranks by, in `select`."""
 
     def __init__(self, config: TopKMixtureConfig) -> None:
+        if self.gate is None and type(self).select is TopKRouter.select:
+            raise TypeError(f"{type(self).__name__} must have a `gate` or a `select` of its own; got neither; fix: define one")
         super().__init__(config.d_model, config.n_experts, config.expert_dropout)
         self.k = config.k
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """The K largest of the experts that expert dropout left, weighted by `gate`."""
-        assert self.gate is not None, "a router without a gate has a `select` of its own"
+        assert self.gate is not None, "as `__init__` made sure"
         indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, self.gate, alive_TK))
 

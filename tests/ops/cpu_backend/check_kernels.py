@@ -44,7 +44,7 @@ def pairs() -> None:
     """Many bfloat16 rows: odd rows and columns, several panels of units, more rows than are packed at once, every order."""
     for layout in ("in-out", "out-in", "interleaved", "spread"):
         verify(CASES["wide"], BF16, Options(layout, "silu", gated=True, biased=True, dropout=True))
-    for case in (CASES["one-expert"], CASES["all-experts"], LARGE["hot-chunks"], LARGE["many-rows"]):
+    for case in (CASES["one-expert"], CASES["all-experts"], LARGE["hot-chunks"], LARGE["many-rows"], LARGE["deep"]):
         verify(case, BF16, Options("out-in"))
 
 

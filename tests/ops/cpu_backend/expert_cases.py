@@ -197,6 +197,8 @@ LARGE = {
     "chunks": Case(1300, 40, 2, 72, 1),
     "hot-chunks": Case(700, 36, 3, 20, 1, "hot"),
     "many-rows": Case(701, 205, 4, 137, 3, "hot"),
+    # Weights are read in pieces for several panels, the last of which are smaller.
+    "deep": Case(301, 405, 3, 261, 2, "hot"),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseffn import ops
 
-N_TOKENS, D_MODEL, N_EXPERTS, SIZE, K = 700, 512, 16, 256, 4
+N_TOKENS, D_MODEL, N_EXPERTS, SIZE, K = 700, 512, 16, 300, 4
 # MiB beyond what the process has; results and scratch memory need more than the first and less than the last.
 HEADROOM = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 512)
 

@@ -102,6 +102,13 @@ MUTANTS = {
     "truncated-bfloat16": Mutant(
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
     ),
+    "rows-of-the-first-piece": Mutant("experts_pairs.h", " + piece.depth.begin", "", "pairs", "experts_bf16.cpp"),
+    "columns-of-the-first-panel": Mutant(
+        "experts_pairs.h", "piece.from(own.begin)", "piece.from(0)", "pairs", "experts_bf16.cpp"
+    ),
+    "sums-of-the-first-panel": Mutant(
+        "experts_pairs.h", "sums_of(first + i) + own.begin", "sums_of(first + i)", "pairs", "experts_bf16.cpp"
+    ),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
     "turn-as-if-never-short": Mutant(
         "product_pairs.h", "std::min(kPairsBetween, depth / 2 - begin)", "kPairsBetween", "pairs", "experts_bf16.cpp"

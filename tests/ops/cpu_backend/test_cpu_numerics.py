@@ -63,6 +63,25 @@ def test_many_rows(layout: str, dtype: torch.dtype) -> None:
     verify(LARGE["many-rows"], dtype, Options(layout, "silu", gated=True, biased=True, dropout=True))
 
 
+@pytest.mark.parametrize("layout", ["in-out", "out-in"])
+def test_pieces_of_a_long_depth(layout: str) -> None:
+    """By one thread, and the same bits by any number: how many panels are summed at a time depends on it."""
+    case, before, found = LARGE["deep"], torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            torch.manual_seed(0)
+            problem = case.draw(Options(layout, "silu", gated=True), torch.bfloat16)
+            found.append(problem.results("cpu"))
+            if n_threads == 1:
+                torch.manual_seed(0)
+                verify(case, torch.bfloat16, Options(layout, "silu", gated=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], wanted) for name, wanted in found[0].items())
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("dropout", [False, True], ids=["whole", "dropout"])
 @pytest.mark.parametrize(("activation", "gated"), UNITS, ids=[f"{name}{' gated' * gated}" for name, gated in UNITS])

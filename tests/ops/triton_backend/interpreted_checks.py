@@ -222,7 +222,13 @@ def layers_launch_as_documented() -> str:
             outputs = [y, *(each.balance_loss for each in stats)]
             ones = [torch.ones_like(output) for output in outputs]
             with LaunchCount() as backward:
-                torch.autograd.grad(outputs, [x, *module.parameters()], ones)
+                names, parameters = zip(*module.named_parameters(), strict=True)
+                grads = torch.autograd.grad(outputs, [x, *parameters], ones, allow_unused=True)
+            # The noise has no part in evaluation.
+            unused = {name for name, grad in zip(names, grads[1:], strict=True) if grad is None}
+            assert grads[0] is not None and unused == ({"router.noise_selector"} & set(names) if not training else set()), (
+                unused
+            )
         if len(forward.found) > most_forward or len(backward.found) > most_backward:
             launched = f"{len(forward.found)} and {len(backward.found)}: {forward.found} {backward.found}"
             said.append(f"{method} {options}, training {training}, statistics {with_stats}: {launched}")

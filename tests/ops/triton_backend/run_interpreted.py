@@ -133,6 +133,9 @@ def _route_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
         leaves = [guarded(t.to(torch.float64 if name == "reference" else dtype)).requires_grad_() for t in (x, selector)]
         logits, indices, gates = run(*leaves, s.k, gate, keep)
         directions = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape) for y in (logits, gates)]
+        if keep is not None:
+            # What arrives at a dropped expert's gate goes nowhere.
+            directions[1].masked_fill_(~keep.gather(1, indices), torch.nan)
         grads = torch.autograd.grad([logits, gates], leaves, directions)
         found.append([logits.detach(), gates.detach(), *grads, indices])
     (*got, chosen), (*plain, _), (*truth, wanted) = found

@@ -232,6 +232,7 @@ MUTANTS = [
         "m_k[None, :] & (b_alive != 0)",
         "m_k[None, :] & (b_alive >= 0)",
     ),
+    Mutant("gradient-of-dropped", "route-sigmoid-dropped", "router", "b_one = tl.where(b_w != 0, b_one, 0.0)", "b_one += 0.0"),
     Mutant("sum-of-gates", "route-renormalised", "router", "b_one = b_w * (b_g - b_dot)", "b_one = b_w * b_g"),
     Mutant("slot-forgotten", "experts-relu", "sums", "(o_t * K + i_k)[:, None] * D", "(o_t * K)[:, None] * D + 0 * i_k"),
     Mutant("entry-mask-missing", "weighted_rows", "sums", _ENTRIES, _ENTRIES.replace("o_k < n_k", "o_k >= 0")),

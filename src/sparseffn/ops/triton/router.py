@@ -124,13 +124,14 @@ def route_bwd_logits_kernel(
         for i_k in range(K):
             b_expert = tl.load(p_indices + o_t * K + i_k, m_t, 0)
             b_w = tl.load(p_gates + o_t * K + i_k, m_t, 0.0)
-            b_g = tl.load(p_grad_gates + o_t * K + i_k, m_t & (b_w != 0), 0.0)
+            b_g = tl.load(p_grad_gates + o_t * K + i_k, m_t, 0.0)
             if GATE == "sigmoid":
                 b_one = b_g * b_w * (1 - b_w)
             elif GATE == "softmax":
                 b_one = b_g * b_w
             else:
                 b_one = b_w * (b_g - b_dot)
+            b_one = tl.where(b_w != 0, b_one, 0.0)
             b_out += tl.where(b_expert[:, None] == o_e[None, :], b_one[:, None], 0.0)
         if GATE == "softmax":
             b_out -= tl.load(p_shares + o_logits, m_t[:, None] & m_e[None, :], 0.0) * b_dot[:, None]

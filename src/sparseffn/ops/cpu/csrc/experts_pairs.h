@@ -19,10 +19,10 @@ constexpr int64_t kPanelColumns = kPanelVectors * kPairLanes;
 constexpr int64_t kWaiting = 96;
 // Rows of an expert, and tokens, that one panel serves before another thread may pack it again.
 constexpr int64_t kPanelRows = 1024, kPanelTokens = 4096;
-// Where rows of a matrix are lines, a panel takes some bytes of each, which often is a page of its own. Hence pieces of a depth are
-// read for several panels before the lines below. Measured on two cores (Zen 5), 512 tokens, gated experts of 1,024 units at width
-// 2,048, gradient of x: 105 ms with one panel at a time and the whole depth, 62 so; in large pages, which few weights lie in, 64.
-constexpr int64_t kPanelsTogether = 8, kPieceDepth = 256;
+// Where rows of a matrix are lines, a panel takes some bytes of each, and a line of a wide one is a page of its own. Hence pieces of
+// a long depth are read for several panels, before the lines below, if their sums (tokens times panels) are not too many to stay
+// near. docs/kernels.md has what it gains.
+constexpr int64_t kPanelsTogether = 8, kPieceDepth = 256, kSumsTogether = 8192;
 
 // Columns as panels of whole registers, nearly equal.
 struct Panels {
@@ -45,12 +45,12 @@ struct PairWorkspace {
     Buffer<float> units, gate_units, sums;
     std::vector<const bf16*> rows;
 
-    PairWorkspace(const Problem<bf16>& p, int64_t tokens)
+    PairWorkspace(const Problem<bf16>& p, int64_t n_sums)
         : panel(pairs_in(std::max(p.width, p.size)) * kPanelColumns),
           gate_panel(p.gate_keys ? pairs_in(std::max(p.width, p.size)) * kPanelColumns : 0),
           units(kWaiting * kPanelColumns),
           gate_units(p.gate_keys ? kWaiting * kPanelColumns : 0),
-          sums(tokens * kPanelColumns),
+          sums(n_sums * kPanelColumns),
           rows(kWaiting) {}
 };
 
@@ -133,42 +133,46 @@ struct RowsTimes {
     int64_t depth;
 };
 
-// Tokens that one thread sums at a time, and panels of their columns.
+// Tokens that one thread sums at a time, panels of their columns, and the depth of a product that it does so with.
 struct TokenParts {
-    int64_t tokens, blocks, together, groups;
+    int64_t tokens, blocks = 0, groups = 0, depth;
     Panels panels;
 
-    // `by`: what rows are multiplied by. Each thread should find some groups of panels.
-    TokenParts(const Problem<bf16>& p, const Matrices<bf16>& by)
-        : tokens(p.routing.tokens), blocks(0), together(1), groups(0), panels(p.width, p.threads) {
-        // Sums of more columns leave the second-level cache, which a short depth does not make up for: 60% slower with 128.
-        if (by.column == 1 && p.size > kPieceDepth)
-            together = std::clamp<int64_t>(panels.n / (2 * p.threads), 1, kPanelsTogether);
+    // `in_pieces`: rows of all matrices are lines.
+    TokenParts(const Problem<bf16>& p, bool in_pieces)
+        : tokens(p.routing.tokens), depth(p.size), panels(p.width, p.threads) {
         blocks = std::max((tokens + kPanelTokens - 1) / kPanelTokens, (p.threads + panels.n - 1) / panels.n);
-        groups = (panels.n + together - 1) / together;
+        groups = panels.n;
+        if (!in_pieces || depth <= kPieceDepth) return;
+        // Nearly equal, of whole pairs: those of any number of threads.
+        const int64_t pieces = (depth + kPieceDepth - 1) / kPieceDepth;
+        depth = pairs_in((depth + pieces - 1) / pieces) * 2;
+        // Each thread finds as many groups, and two or more.
+        const int64_t most = std::min(kPanelsTogether, kSumsTogether / std::max<int64_t>(tokens_at_once(), 1));
+        const int64_t together = std::clamp<int64_t>(panels.n / (2 * p.threads), 1, std::max<int64_t>(most, 1));
+        const int64_t needed = (panels.n + together - 1) / together;
+        groups = std::min((needed + p.threads - 1) / p.threads * p.threads, panels.n);
     }
     int64_t n() const { return blocks * groups; }
-    // Sums for each of kPanelColumns columns.
-    int64_t most() const { return (tokens + blocks - 1) / blocks * together; }
+    int64_t tokens_at_once() const { return (tokens + blocks - 1) / blocks; }
+    // Sums, each of kPanelColumns columns.
+    int64_t sums() const { return tokens_at_once() * ((panels.n + groups - 1) / groups); }
     Range tokens_of(int64_t i) const { return part_of(tokens, static_cast<int>(i / groups), static_cast<int>(blocks)); }
     Range columns_of(int64_t i) const {
-        const int64_t first = i % groups * together;
-        return {panels.at(first).begin, panels.at(std::min(first + together, panels.n) - 1).end};
+        const Range own = part_of(panels.n, static_cast<int>(i % groups), static_cast<int>(groups));
+        return {panels.at(own.begin).begin, panels.at(own.end - 1).end};
     }
 };
 
-// A product with some columns of an expert's matrix, a piece of its depth at a time. Pieces are those of any threads.
+// Some columns of an expert's matrix, a piece of its depth at a time.
 struct Piece {
     Matrix<bf16> of;
     Range depth;
 
-    static Piece first(const RowsTimes& product, int64_t expert, int64_t column) {
-        return Piece{product.by.of(expert).from(0, column), {0, 0}}.after(product.depth);
+    static Piece first(const RowsTimes& product, int64_t expert, int64_t column, int64_t most) {
+        return Piece{product.by.of(expert).from(0, column), {0, 0}}.after(product.depth, most);
     }
-    Piece after(int64_t whole) const {
-        const int64_t most = of.column == 1 ? kPieceDepth : whole;
-        return {of, {depth.end, std::min(depth.end + most, whole)}};
-    }
+    Piece after(int64_t whole, int64_t most) const { return {of, {depth.end, std::min(depth.end + most, whole)}}; }
     Matrix<bf16> from(int64_t column) const { return of.from(depth.begin, column); }
     int64_t size() const { return depth.end - depth.begin; }
     Coming coming(int64_t columns) const { return Coming(from(0), size(), columns); }
@@ -176,8 +180,13 @@ struct Piece {
 
 // y[token][columns] = sum over the token's rows of all products, and of their expert's bias of values times the gate.
 template <int M>
-void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const bf16* bias, Range tokens, Range columns,
+void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const bf16* bias, const TokenParts& parts, int64_t part,
                  PairWorkspace& ws, bf16* y) {
+    const Range tokens = parts.tokens_of(part), columns = parts.columns_of(part);
+    const auto selects = [&](int64_t e) {
+        const Range rows = p.routing.rows_of(e, tokens);
+        return rows.begin < rows.end;
+    };
     const int64_t n = columns.end - columns.begin, ld = vectors_in(n) * kPairLanes;
     const Panels panels(n, 1);
     const auto sums_of = [&](int64_t row) { return ws.sums.data() + (p.routing.token(row) - tokens.begin) * ld; };
@@ -185,6 +194,8 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
     for (int64_t e = 0; e < p.routing.experts; ++e) {
         const Range rows = p.routing.rows_of(e, tokens);
         if (rows.begin == rows.end) continue;
+        int64_t next_expert = e + 1;
+        while (next_expert < p.routing.experts && !selects(next_expert)) ++next_expert;
         const int64_t tiles = (rows.end - rows.begin + kPairRows - 1) / kPairRows;
         for (int64_t r = rows.begin; r < rows.end && bias; ++r) {
             const float gate = p.gates[p.routing.order[r]];
@@ -195,13 +206,14 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
             if (!product.rows) continue;
             // What comes after the last piece: the next product, or the first one with the next expert.
             const bool more = m + 1 < M && products[m + 1].rows;
-            const int64_t expert = more ? e : e + 1;
-            Piece piece = Piece::first(product, e, columns.begin);
+            const int64_t expert = more ? e : next_expert;
+            Piece piece = Piece::first(product, e, columns.begin, parts.depth);
             while (piece.size()) {
-                const Piece below = piece.after(product.depth);
+                const Piece below = piece.after(product.depth, parts.depth);
                 Coming next;
                 if (below.size()) next = below.coming(n);
-                else if (expert < p.routing.experts) next = Piece::first(products[more ? m + 1 : 0], expert, columns.begin).coming(n);
+                else if (expert < p.routing.experts)
+                    next = Piece::first(products[more ? m + 1 : 0], expert, columns.begin, parts.depth).coming(n);
                 const int64_t lines = next.share(tiles * panels.n, piece.size());
                 for (int64_t panel = 0; panel < panels.n; ++panel) {
                     const Range own = panels.at(panel);
@@ -231,9 +243,9 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
 inline void forward_by_pairs(const Problem<bf16>& p, bf16* y) {
     const Panels panels(p.size, 1);
     const std::vector<UnitsPart> parts = units_parts(p.routing, panels);
-    const TokenParts outputs(p, p.values);
+    const TokenParts outputs(p, false);
     Buffer<bf16> a(p.routing.rows() * p.size);
-    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, outputs.most());
+    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, outputs.sums());
     const RowsTimes products[] = {{a.data(), p.values, p.size}};
     const int64_t n_parts = static_cast<int64_t>(parts.size());
 #pragma omp parallel num_threads(p.threads)
@@ -244,7 +256,7 @@ inline void forward_by_pairs(const Problem<bf16>& p, bf16* y) {
             units_of(p, parts[i], parts[std::min(i + p.threads, n_parts - 1)], ws, a.data());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < outputs.n(); ++i)
-            sum_of_rows(p, products, p.value_bias, outputs.tokens_of(i), outputs.columns_of(i), ws, y);
+            sum_of_rows(p, products, p.value_bias, outputs, i, ws, y);
     }
 }
 

@@ -185,9 +185,10 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
     const Routing& routing = p.routing;
     const Panels panels(p.size, 1);
     const std::vector<UnitsPart> parts = units_parts(routing, panels);
-    const TokenParts inputs(p, p.keys.transposed());
+    // Rows of the transposed keys: an expert's units.
+    const TokenParts inputs(p, p.keys.row == 1 && (!p.gate_keys || p.gate_keys.row == 1));
     HiddenGradients h(p, panels, static_cast<bool>(g.values));
-    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, inputs.most());
+    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, g.x ? inputs.sums() : 0);
     const OuterShape shape(routing, std::max(p.width, p.size), p.threads);
     auto outer = one_for_each_thread<OuterWorkspace>(p.threads, p, shape);
     const RowsTimes products[] = {{h.d.data(), p.keys.transposed(), p.size},
@@ -209,7 +210,7 @@ inline void backward_by_pairs(const Problem<bf16>& p, const Gradients<bf16>& g) 
             hidden_gradients_of(p, g, parts[i], parts[std::min(i + p.threads, n_parts - 1)], panels, ws, h);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < n_inputs; ++i)
-            sum_of_rows(p, products, nullptr, inputs.tokens_of(i), inputs.columns_of(i), ws, g.x);
+            sum_of_rows(p, products, nullptr, inputs, i, ws, g.x);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t unit = 0; unit < routing.experts * per_expert; ++unit) {
             const int64_t e = unit / per_expert;

@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_with(const ExpertsInp
         hidden = new_tensor({tokens * k, parts * size}, in.x.options());
         positions = at::empty({0}, whole.dtype(at::kInt));
     }
-    if (tokens)
+    if (tokens && in.x.size(1))
         with_type(type_of(in.x), [&](auto* tag) {
             using S = std::remove_pointer_t<decltype(tag)>;
             const Problem<S> p = in.problem<S>(hidden, order_data, offsets_data);

@@ -155,9 +155,22 @@ template <class K> inline void chosen_by(const Cut<K>& cut, const K* keys, int64
     }
 }
 
-// A few best of a short row, in order, by insertion: the case of routers. Blocks without a candidate are passed over.
+// Which of up to kOffered keys lie above a level, as bits.
+constexpr int64_t kOffered = 16;
+template <class K> inline unsigned bits_above(const K* keys, int64_t n, K level) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(K) == 4) {
+        const auto valid = static_cast<__mmask16>((1u << std::min(n, kOffered)) - 1);
+        return _mm512_mask_cmpgt_epi32_mask(valid, _mm512_maskz_loadu_epi32(valid, keys), _mm512_set1_epi32(level));
+    }
+#endif
+    unsigned bits = 0;
+    for (int64_t j = 0; j < std::min(n, kOffered); ++j) bits |= static_cast<unsigned>(keys[j] > level) << j;
+    return bits;
+}
+
+// A few best of a short row, in order, by insertion: the case of routers. What is no candidate is passed over.
 template <class K, class I> inline void insert_best(const K* keys, int64_t n, int64_t k, I* chosen) {
-    constexpr int64_t kBlock = 16;
     int64_t found = 0;
     const auto offer = [&](int64_t i) {
         if (found == k && keys[i] <= keys[chosen[k - 1]]) return;
@@ -167,14 +180,9 @@ template <class K, class I> inline void insert_best(const K* keys, int64_t n, in
     };
     int64_t i = 0;
     while (i < n && found < k) offer(i++);
-    for (; i + kBlock <= n; i += kBlock) {
-        const K worst = keys[chosen[k - 1]];
-        bool any = false;
-        for (int64_t j = 0; j < kBlock; ++j) any |= keys[i + j] > worst;
-        if (any)
-            for (int64_t j = 0; j < kBlock; ++j) offer(i + j);
-    }
-    for (; i < n; ++i) offer(i);
+    for (; i < n; i += kOffered)
+        for (unsigned bits = bits_above(keys + i, n - i, keys[chosen[k - 1]]); bits; bits &= bits - 1)
+            offer(i + __builtin_ctz(bits));
 }
 
 // Sorts positions by descending key, ties to the lower position. A stable sort would take memory.
