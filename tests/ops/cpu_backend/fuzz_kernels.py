@@ -90,8 +90,6 @@ def experts(draw: random.Random) -> None:
     """The whole expert computation, forward and backward: any sizes, layout, units, routing, dtype."""
     n_experts = draw.choice([1, 2, 5, 16, 40])
     k, size, width = draw.randint(1, n_experts), draw.randint(1, 150), draw.randint(1, 300)
-    if draw.random() < 0.2:
-        n_experts, k, size, width = 3, draw.randint(1, 2), draw.randint(200, 600), draw.randint(100, 500)
     n_tokens = draw.choice([0, 1, 2, 7, 64, draw.randint(1, 900)])
     inner_k = draw.randint(1, k * size) if draw.random() < 0.4 else None
     sums = n_tokens * min(k, inner_k or k)
