@@ -83,7 +83,6 @@ class AssignmentRouter(Router):
     """Sigmoid of the one assigned expert's logit."""
 
     k = 1
-    gate = "sigmoid"
     in_one_operation = "evaluation"
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
@@ -107,10 +106,10 @@ class AssignmentRouter(Router):
 
 @final
 class BASE(Mixture):
-    """See `Mixture`."""
+    """A mixture with an `AssignmentRouter`; parameters as in `Mixture`."""
 
     config: BASEConfig
 
     @configured_by(BASEConfig)
     def __init__(self, config: BASEConfig) -> None:
-        super().__init__(config, AssignmentRouter(config.d_model, config.n_experts))
+        super().__init__(config, AssignmentRouter(config.d_model, config.n_experts, gate=config.gate))

@@ -92,7 +92,6 @@ class NoisyMoEConfig(TopKMixtureConfig):
 class NoisyRouter(TopKRouter):
     """Noise of learned size on the logits in training, and a softmax over the K largest."""
 
-    gate = "renormalised"
     in_one_operation = "evaluation"
     score = staticmethod(renormalised_scores)
 
@@ -112,7 +111,8 @@ class NoisyRouter(TopKRouter):
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Selection and gates both see the noise."""
-        return super().select(self.noisy(logits_TE, batch.x_TD), batch)._replace(logits_TE=logits_TE)
+        noisy_TE = self.noisy(logits_TE, batch.x_TD)
+        return self.choose(noisy_TE, noisy_TE, batch)._replace(logits_TE=logits_TE)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         noisy_TE = self.noisy(logits_TE, batch.x_TD)

@@ -56,8 +56,6 @@ class Router(nn.Module, ABC):
     """
 
     k: int
-    gate: ClassVar[ops.GateName | None] = None
-    """What weights the K largest logits; None: `select` has another rule."""
     in_one_operation: ClassVar[Literal["never", "evaluation", "always"]] = "never"
     """When logits, choice and gates are one operation, and `select` is not called."""
     batch_group: ops.BatchGroup | None = None
@@ -70,9 +68,11 @@ class Router(nn.Module, ABC):
         if "in_one_operation" not in vars(first):
             cls.in_one_operation = "never"
 
-    def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, n_experts: int, expert_dropout: float = 0.0, *, gate: ops.GateName | None = None) -> None:
         super().__init__()
         self.expert_dropout = expert_dropout
+        self.gate: ops.GateName | None = gate
+        """What weights the K largest logits, a config's `gate`; None: `select` has another rule."""
         self.selector = nn.Parameter(torch.empty(n_experts, d_model))
 
     @abstractmethod
@@ -124,15 +124,21 @@ class TopKRouter(Router):
     """Takes the K largest logits, or what a subclass ranks by, in `select`."""
 
     def __init__(self, config: TopKMixtureConfig) -> None:
-        if self.gate is None and type(self).select is TopKRouter.select:
-            raise TypeError(f"{type(self).__name__} must have a `gate` or a `select` of its own; got neither; fix: define one")
-        super().__init__(config.d_model, config.n_experts, config.expert_dropout)
+        if config.gate is None and type(self).select is TopKRouter.select:
+            raise TypeError(
+                f"{type(self).__name__} must have a `select` of its own, or a config with a `gate`; fix: define one"
+            )
+        super().__init__(config.d_model, config.n_experts, config.expert_dropout, gate=config.gate)
         self.k = config.k
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """The K largest of the experts that expert dropout left, weighted by `gate`."""
-        assert self.gate is not None, "as `__init__` made sure"
-        indices_TK, alive_TK = select_topk(logits_TE, self.k, batch.keep_TE)
+        return self.choose(logits_TE, logits_TE, batch)
+
+    def choose(self, logits_TE: Tensor, ranks_TE: Tensor, batch: Batch) -> Routing:
+        """The K largest ranks that expert dropout left, with the gates of their logits."""
+        assert self.gate is not None, "a router without a gate weights what it chooses by itself"
+        indices_TK, alive_TK = select_topk(ranks_TE, self.k, batch.keep_TE)
         return Routing(logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, self.gate, alive_TK))
 
     @staticmethod

@@ -33,7 +33,7 @@ from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
 from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
-from sparseffn.ffn.routers import Batch, Routing, TopKRouter, all_if_none, drop, scores_by_token, select_topk, sigmoid_scores
+from sparseffn.ffn.routers import Batch, Routing, TopKRouter, all_if_none, scores_by_token, sigmoid_scores
 
 
 @register
@@ -90,7 +90,6 @@ class SBASEConfig(TopKMixtureConfig):
 class SinkhornRouter(TopKRouter):
     """Sigmoid scores; in training the selection sees balanced logits."""
 
-    gate = "sigmoid"
     in_one_operation = "evaluation"
     score = staticmethod(sigmoid_scores)
 
@@ -101,8 +100,7 @@ class SinkhornRouter(TopKRouter):
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced selection in training; the weights are of the raw logits always."""
         ranked_TE = self.balance(logits_TE.detach(), batch) if self.training else logits_TE.detach()
-        indices_TK, alive_TK = select_topk(ranked_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, drop(logits_TE.gather(1, indices_TK).sigmoid(), alive_TK))
+        return self.choose(logits_TE, ranked_TE, batch)
 
     def balance(self, logits_TE: Tensor, batch: Batch, backend: str = "auto") -> Tensor:
         """Sinkhorn over the whole batch, or as released over each sequence by itself."""

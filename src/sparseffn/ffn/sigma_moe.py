@@ -119,14 +119,13 @@ class SigmaMoEConfig(TopKMixtureConfig):
 class SigmoidRouter(TopKRouter):
     """`s = sigmoid(W3 x)`, the K largest (equations 11 and 22)."""
 
-    gate = "sigmoid"
     in_one_operation = "always"
     score = staticmethod(sigmoid_scores)
 
 
 @final
 class SigmaMoE(Mixture):
-    """See `Mixture`."""
+    """A mixture with a `SigmoidRouter`; parameters as in `Mixture`."""
 
     config: SigmaMoEConfig
 

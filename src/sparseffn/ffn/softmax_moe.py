@@ -72,14 +72,13 @@ class SoftmaxMoEConfig(TopKMixtureConfig):
 class SoftmaxRouter(TopKRouter):
     """`s = softmax(W3 x)` over all experts, dropped ones among them; the K largest, not renormalised."""
 
-    gate = "softmax"
     in_one_operation = "always"
     score = staticmethod(softmax_scores)
 
 
 @final
 class SoftmaxMoE(Mixture):
-    """See `Mixture`."""
+    """A mixture with a `SoftmaxRouter`; parameters as in `Mixture`."""
 
     config: SoftmaxMoEConfig
 

@@ -70,14 +70,13 @@ class SoftmaxRenormMoEConfig(TopKMixtureConfig):
 class RenormRouter(TopKRouter):
     """The K largest logits, and a softmax over them without dropped ones: `normtopk(softmax(h))` (equations 23-25)."""
 
-    gate = "renormalised"
     in_one_operation = "always"
     score = staticmethod(renormalised_scores)
 
 
 @final
 class SoftmaxRenormMoE(Mixture):
-    """See `Mixture`."""
+    """A mixture with a `RenormRouter`; parameters as in `Mixture`."""
 
     config: SoftmaxRenormMoEConfig
 

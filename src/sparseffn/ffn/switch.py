@@ -133,7 +133,7 @@ class CapacityRouter(SoftmaxRouter):
 
 @final
 class Switch(Mixture):
-    """See `Mixture`."""
+    """A mixture with a `SoftmaxRouter`, or with a capacity a `CapacityRouter`; parameters as in `Mixture`."""
 
     config: SwitchConfig
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from block_draws import product_key_block, topk_block
-from expert_cases import DTYPES, LAYOUTS, NAMES, UNITS, Case, Options, Problem
+from expert_cases import DTYPES, LAYOUTS, NAMES, UNITS, Case, Options, Problem, verify
 from torch import Tensor
 from variants import compile_variant, kernel_files, run_with
 
@@ -252,7 +252,16 @@ def joint_halves(draw: random.Random) -> None:
             near(got, wanted)
 
 
-KERNELS = (experts, routes, logits, rows, selection, assignment, joint_halves, topk_block, product_key_block)
+def deep_experts(draw: random.Random) -> None:
+    """Many bfloat16 rows of experts so large that weights are read in pieces, for several panels at a time."""
+    n_experts = draw.randint(1, 3)
+    k = draw.randint(1, n_experts)
+    n_tokens = draw.randint(24 * n_experts // k + 1, 150)
+    case = Case(n_tokens, draw.randint(200, 600), n_experts, draw.randint(257, 600), k, draw.choice(["random", "hot", "few"]))
+    verify(case, BF16, Options(draw.choice(list(LAYOUTS)), "silu", gated=draw.random() < 0.5))
+
+
+KERNELS = (experts, routes, logits, rows, selection, assignment, joint_halves, topk_block, product_key_block, deep_experts)
 
 
 def poisoned(arguments: list[str]) -> int:

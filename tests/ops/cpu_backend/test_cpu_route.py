@@ -63,6 +63,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def hold(got: list[Tensor], plain: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
+    """Of logits, gates and gradients: types, and that they are near the truth; float64 to rounding."""
+    for i, (name, *three) in enumerate(zip(NAMES, got, plain, truth, strict=True)):
+        # Logits and gates are float32 where the layer is not.
+        wide = torch.promote_types(dtype, torch.float32) if i < 2 else dtype
+        assert three[0].dtype == wide
+        if dtype == torch.float64:
+            torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
+        else:
+            check_against_truth(name, *three, wide)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @EVERY_GATE
 @pytest.mark.parametrize("case", CASES)
@@ -75,14 +87,7 @@ def test_outputs_and_gradients_are_near_the_truth(case: str, gate: str, dtype: t
     cast = [t.to(dtype) for t in inputs]
     (*got, indices), (*plain, _) = results("cpu", cast, k, gate), results("torch", cast, k, gate)
     assert torch.equal(indices, chosen)
-    for i, (name, *three) in enumerate(zip(NAMES, got, plain, truth, strict=True)):
-        # Logits and gates are float32 where the layer is not.
-        wide = torch.promote_types(dtype, torch.float32) if i < 2 else dtype
-        assert three[0].dtype == wide
-        if dtype == torch.float64:
-            torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
-        else:
-            check_against_truth(name, *three, wide)
+    hold(got, plain, truth, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -100,11 +105,7 @@ def test_dropped_experts_are_not_chosen(case: str, gate: str, dtype: torch.dtype
     (*got, indices), (*plain, by_plain) = (results(b, cast, k, gate, keep=keep) for b in ("cpu", "torch"))
     assert torch.equal(indices, chosen) and torch.equal(by_plain, chosen)
     assert torch.equal(got[1] != 0, keep.gather(1, indices))
-    for i, (name, *three) in enumerate(zip(NAMES, got, plain, truth, strict=True)):
-        if dtype == torch.float64:
-            torch.testing.assert_close(three[0], three[2], atol=1e-12, rtol=1e-12)
-        else:
-            check_against_truth(name, *three, torch.float32 if i < 2 else dtype)
+    hold(got, plain, truth, dtype)
 
 
 @EVERY_GATE

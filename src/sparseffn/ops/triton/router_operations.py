@@ -25,7 +25,7 @@ SELECTOR_WARPS = 8
 
 
 def router_logits(x: Tensor, selector: Tensor) -> Tensor:
-    """See `ops.router_logits`."""
+    """`x @ selector.T` in float32, never in TF32; one launch."""
     check_router(x, selector)
     check_tensors(x=x, selector=selector)
     x, selector = with_lines(x), with_lines(selector)
@@ -77,7 +77,7 @@ def router_logits_backward(
 
 
 def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.route`."""
+    """What `ops.route` documents, where nothing is kept for a backward."""
     return _route(x, selector, k, gate, keep, keep_shares=False)[:3]
 
 

@@ -183,19 +183,19 @@ template <int M>
 void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const bf16* bias, const TokenParts& parts, int64_t part,
                  PairWorkspace& ws, bf16* y) {
     const Range tokens = parts.tokens_of(part), columns = parts.columns_of(part);
-    const auto selects = [&](int64_t e) {
-        const Range rows = p.routing.rows_of(e, tokens);
-        return rows.begin < rows.end;
+    // The first expert from e on that one of these tokens selected.
+    const auto selected_from = [&](int64_t e) {
+        for (; e < p.routing.experts; ++e)
+            if (const Range rows = p.routing.rows_of(e, tokens); rows.begin < rows.end) break;
+        return e;
     };
     const int64_t n = columns.end - columns.begin, ld = vectors_in(n) * kPairLanes;
     const Panels panels(n, 1);
     const auto sums_of = [&](int64_t row) { return ws.sums.data() + (p.routing.token(row) - tokens.begin) * ld; };
     std::fill_n(ws.sums.data(), (tokens.end - tokens.begin) * ld, 0.0f);
-    for (int64_t e = 0; e < p.routing.experts; ++e) {
+    for (int64_t e = selected_from(0), e_after = 0; e < p.routing.experts; e = e_after) {
+        e_after = selected_from(e + 1);
         const Range rows = p.routing.rows_of(e, tokens);
-        if (rows.begin == rows.end) continue;
-        int64_t next_expert = e + 1;
-        while (next_expert < p.routing.experts && !selects(next_expert)) ++next_expert;
         const int64_t tiles = (rows.end - rows.begin + kPairRows - 1) / kPairRows;
         for (int64_t r = rows.begin; r < rows.end && bias; ++r) {
             const float gate = p.gates[p.routing.order[r]];
@@ -206,7 +206,7 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
             if (!product.rows) continue;
             // What comes after the last piece: the next product, or the first one with the next expert.
             const bool more = m + 1 < M && products[m + 1].rows;
-            const int64_t expert = more ? e : next_expert;
+            const int64_t expert = more ? e : e_after;
             Piece piece = Piece::first(product, e, columns.begin, parts.depth);
             while (piece.size()) {
                 const Piece below = piece.after(product.depth, parts.depth);
