@@ -51,8 +51,9 @@ def hold(
 
     indices, got = results(call, dtype)
     assert indices is not None
-    # Of a sum over tokens, units or columns.
-    most_terms = max(max(t.shape) for t in rounded.values())
+    # Of a sum over tokens (and heads, which may all read one value), units or columns.
+    heads = len(rounded["keys_a"]) if "keys_a" in rounded else 1
+    most_terms = max(heads * len(rounded["x"]), *(max(t.shape) for t in rounded.values()))
     (_, plain), (_, wanted) = (results(lambda **given: truth(indices, **given), of) for of in (dtype, F64))
     for name, ours, theirs, true in zip(("y", "coefficients", *inputs), got, plain, wanted, strict=True):
         if true.numel() == 0:
