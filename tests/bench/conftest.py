@@ -55,10 +55,16 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def quick_roof(monkeypatch: pytest.MonkeyPatch, small_products: None) -> None:
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose cache a few small experts leave: thousands of layers of them would fill a real one."""
+    monkeypatch.setattr("sparseffn.bench.gated_experts.last_level_cache_bytes", lambda device: (2**14, "made up"))
+
+
+@pytest.fixture
+def quick_roof(monkeypatch: pytest.MonkeyPatch, small_products: None, small_cache: None) -> None:
     """Speeds of the machine that take no time to measure."""
     made_up = Roof(flops_per_s=1e11, bytes_per_s=1e10, scattered_bytes_per_s=5e9)
-    for place in ("bench.layer", "bench.expert_speed", "paper.figure_points"):
+    for place in ("bench.layer", "bench.expert_speed", "bench.whole_speed", "paper.figure_points"):
         monkeypatch.setattr(f"sparseffn.{place}.measure_roof", lambda dtype, device: made_up)
     monkeypatch.setattr("sparseffn.bench.benchmark._AT_LEAST_S", 0.0)
     monkeypatch.setattr("sparseffn.bench.expert_speed._AT_LEAST_S", 0.0)

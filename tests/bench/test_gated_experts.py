@@ -29,6 +29,7 @@ def measured(*tokens: int, dtypes: tuple[str, ...] = ("float32",)) -> ExpertsRes
 
 
 @needs_transformers
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
 )

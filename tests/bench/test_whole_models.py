@@ -9,7 +9,15 @@ from msgspec import structs
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
 from sparseffn.bench import whole_models, whole_speed
-from sparseffn.bench.whole_models import SHAPES, build_whole, check_implementations, gathered_bytes
+from sparseffn.bench.whole_models import (
+    SHAPES,
+    WITHOUT_EXPERTS,
+    build_whole,
+    check_implementations,
+    experts_work,
+    gathered_bytes,
+    without_experts,
+)
 from sparseffn.bench.whole_speed import OURS, bench_whole_models
 from sparseffn.errors import UserError
 from sparseffn.hf import experts
@@ -45,6 +53,7 @@ def test_as_many_layers_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         build_whole("tiny", torch.float32, CPU, None)
 
 
+@pytest.mark.usefixtures("quick_roof")
 def test_what_differs_from_float64_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours with an error, a peer with a reason."""
     whole = build_whole("tiny", torch.float32, CPU, None)
@@ -57,6 +66,7 @@ def test_what_differs_from_float64_is_not_timed(monkeypatch: pytest.MonkeyPatch)
         bench_whole_models(QUICK)
 
 
+@pytest.mark.usefixtures("quick_roof")
 def test_layers_take_less_than_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every implementation in both passes; batched_mm is left out where it would copy too much."""
     monkeypatch.setattr(whole_speed, "MOST_GATHERED_BYTES", 1.5 * gathered_bytes(build_whole("tiny", torch.float32, CPU, 1), 1))
@@ -68,10 +78,43 @@ def test_layers_take_less_than_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (row.decoding.over_fastest_hf is None) == (row.label != OURS)
     ours = result.rows[-1].decoding
     assert ours.tokens_per_s == pytest.approx(1 / ours.median_s) and ours.n == 2
+    limit = ours.limit
+    assert limit is not None and 0 < limit.layers_rest_s < limit.rest_s < ours.median_s and limit.most_times_faster is not None
+    assert result.rows[0].decoding.limit is None
     (left,) = result.left_out
     assert left.label == "batched_mm" and left.tokens == 6 and "GiB of expert matrices" in left.reason
 
 
+def test_work_of_experts() -> None:
+    """By hand: 2 layers of 8 experts of 3 x 32 x 16 numbers, 2 a token; of many tokens all are read."""
+    whole = build_whole("tiny", torch.bfloat16, CPU, None)
+    size = 3 * 32 * 16
+    assert experts_work(whole, 1) == pytest.approx((2 * 2 * 2 * size, 2 * 2 * size * 2))
+    assert experts_work(whole, 512) == pytest.approx((2 * 2 * 2 * 512 * size, 2 * 8 * size * 2))
+
+
+def test_limit_of_a_pass() -> None:
+    """Of each round: what is left without experts, and the larger of the experts' limits."""
+    first = {"eager": 8.0, "grouped_mm": 6.0, OURS: 3.0, WITHOUT_EXPERTS: 1.0}
+    times = {name: [seconds, 10 * seconds, seconds] for name, seconds in first.items()}
+    limit = whole_speed._limit({"whole": times, "layers": times}, arithmetic_s=0.5, bytes_s=1.0)
+    assert (limit.rest_s, limit.layers_rest_s, limit.most_times_faster, limit.layers_most_times_faster) == (1.0, 1.0, 3.0, 3.0)
+
+
+def test_experts_are_left_out_for_a_while() -> None:
+    """The rest of the model computes; afterwards transformers does not know the name."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    whole = build_whole("tiny", torch.float32, CPU, 1)
+    with without_experts(), torch.inference_mode():
+        whole.model.set_experts_implementation(WITHOUT_EXPERTS)
+        x = torch.randn(1, 3, 32)
+        y = whole.layers[0].mlp(x)
+    assert not bool((y[0] if isinstance(y, tuple) else y).any())
+    assert WITHOUT_EXPERTS not in ALL_EXPERTS_FUNCTIONS
+
+
+@pytest.mark.usefixtures("quick_roof")
 def test_bfloat16_is_checked_and_timed() -> None:
     """Every implementation, with deviations from float64 that are of its size and not of float32's."""
     result = bench_whole_models(structs.replace(QUICK, dtypes=("bfloat16",), layers=1))

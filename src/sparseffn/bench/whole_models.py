@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from sparseffn.bench.correctness import TOLERANCES, deviation
 from sparseffn.bench.machine import memory_bytes
 from sparseffn.errors import UserError, unknown_name
+
+WITHOUT_EXPERTS = "without experts"
+"""What `experts_implementation=` calls experts that return zeros, while the bench runs."""
 
 # Part of the memory that a model may take; activations, the cache of attention and the reading of files need some too.
 _MEMORY_SHARE = 0.5
@@ -222,5 +226,32 @@ def _truth(experts: Any, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
 
 def gathered_bytes(whole: WholeModel, n_tokens: int) -> float:
     """What `batched_mm` copies of the experts' matrices in a layer."""
+    return _selected_params(whole, n_tokens) * whole.dtype.itemsize
+
+
+def experts_work(whole: WholeModel, n_tokens: int) -> tuple[float, float]:
+    """FLOPs of the experts in all layers, and bytes of those that tokens need which choose evenly."""
+    n_experts, k = whole.experts.num_experts, whole.model.config.num_experts_per_tok
+    touched = _num_params(whole.experts) * (1 - (1 - k / n_experts) ** n_tokens) * whole.dtype.itemsize
+    return whole.n_layers * 2 * _selected_params(whole, n_tokens), whole.n_layers * touched
+
+
+def _selected_params(whole: WholeModel, n_tokens: int) -> float:
+    """Of a layer's experts, those of one expert for every selection."""
     size = _num_params(whole.experts) / whole.experts.num_experts
-    return size * n_tokens * whole.model.config.num_experts_per_tok * whole.dtype.itemsize
+    return size * n_tokens * whole.model.config.num_experts_per_tok
+
+
+@contextmanager
+def without_experts() -> Iterator[None]:
+    """Transformers knows `WITHOUT_EXPERTS` meanwhile: what is left of a model's time is not the experts'."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def zeros(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    ALL_EXPERTS_FUNCTIONS[WITHOUT_EXPERTS] = zeros
+    try:
+        yield
+    finally:
+        del ALL_EXPERTS_FUNCTIONS[WITHOUT_EXPERTS]

@@ -2,13 +2,15 @@
 
 Decoding is what `generate` does for one sequence: a token at a time after a prompt, with transformers' cache of keys and
 values. The prompt is one pass whose last logits alone are computed. The decoder layers are timed within the same calls, from
-the first one's begin to the last one's end: a model that is cut to a few layers still reads its whole output matrix.
+the first one's begin to the last one's end: a model that is cut to a few layers still reads its whole output matrix. Experts
+that return zeros take their turn too: the rest of the model, and what memory and products allow the experts, are the limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, final
 
 import msgspec
@@ -19,12 +21,31 @@ import sparseffn.hf
 from sparseffn.bench.candidates import DTYPES, Progress, backend_restored, check_backends, no_progress, resolved, use_backend
 from sparseffn.bench.machine import clock_of, head
 from sparseffn.bench.peers import HF_IMPLEMENTATIONS, MOST_GATHERED_BYTES
+from sparseffn.bench.roofline import highest, measure_roof
 from sparseffn.bench.timing import Clock, Times, Turn, ratio, spread, take_turns
-from sparseffn.bench.whole_models import WholeModel, build_whole, check_implementations, find_shape, gathered_bytes
+from sparseffn.bench.whole_models import (
+    WITHOUT_EXPERTS,
+    WholeModel,
+    build_whole,
+    check_implementations,
+    experts_work,
+    find_shape,
+    gathered_bytes,
+    without_experts,
+)
 from sparseffn.devices import find_device
 from sparseffn.errors import UserError
 from sparseffn.hf.formulas import Formula, formula_of
-from sparseffn.results.bench_result import AbsentCandidate, OverPeer, WholeResult, WholeRow, WholeSettings, WholeTime
+from sparseffn.results.bench_result import (
+    AbsentCandidate,
+    OverPeer,
+    Roof,
+    WholeLimit,
+    WholeResult,
+    WholeRow,
+    WholeSettings,
+    WholeTime,
+)
 
 OURS = sparseffn.hf.IMPLEMENTATION
 """Label of our own implementation."""
@@ -47,30 +68,51 @@ def bench_whole_models(settings: WholeSettings, *, progress: Progress = no_progr
         check_backends((settings.backend,), device, DTYPES[name])
     rows: list[WholeRow] = []
     absent: list[AbsentCandidate] = []
-    with backend_restored():
+    roofs: dict[str, Roof] = {}
+    with backend_restored(), without_experts():
         use_backend(settings.backend)
-        for model in settings.models:
-            for name in settings.dtypes:
+        for name in settings.dtypes:
+            dtype = DTYPES[name]
+            measured, roof = [], measure_roof(dtype, device)
+            for model in settings.models:
                 progress(f"building and checking {model} in {name}")
-                whole = build_whole(model, DTYPES[name], device, settings.layers)
-                found, left = _measure(whole, settings, progress)
-                rows += found
-                absent += left
+                whole = build_whole(model, dtype, device, settings.layers)
+                measured.append(_measure(whole, settings, progress))
                 # The next one needs its memory.
                 del whole
+                # As the machine may have been busy before.
+                roof = highest(roof, measure_roof(dtype, device))
+            backend, roofs[name] = resolved(settings.backend, device, dtype), roof
+            rows += [row for one in measured for row in _rows(one, settings, roof, backend)]
+            absent += [x for one in measured for x in one.left]
+    order = {name: i for i, name in enumerate(settings.models)}
+    rows.sort(key=lambda row: order[row.model])
     settings = msgspec.structs.replace(settings, device=device.type)
-    return WholeResult(**head(device), settings=settings, rows=tuple(rows), left_out=tuple(absent))
+    return WholeResult(**head(device), settings=settings, roofs=roofs, rows=tuple(rows), left_out=tuple(absent))
 
 
-def _measure(whole: WholeModel, settings: WholeSettings, progress: Progress) -> tuple[list[WholeRow], list[AbsentCandidate]]:
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
     """A model in both passes, by every implementation that computes it there."""
+
+    sizes: dict[str, Any]
+    """Of a row's fields, those that say which model it is."""
+    errors: dict[str, float]
+    times: dict[str, dict[str, Times]]
+    """By pass: of the whole model, and of its layers."""
+    work: dict[str, tuple[float, float]]
+    """By pass: FLOPs and bytes of the experts."""
+    left: list[AbsentCandidate]
+
+
+def _measure(whole: WholeModel, settings: WholeSettings, progress: Progress) -> _Measured:
     dtype = str(whole.dtype).removeprefix("torch.")
     formula = formula_of(whole.experts)
     if not isinstance(formula, Formula):
         raise UserError(f"`backend` must have kernels for {whole.name}; got none: {formula}; fix: see `sparseffn doctor`")
     errors, absent = check_implementations(whole, (*HF_IMPLEMENTATIONS, OURS), OURS)
     times: dict[str, dict[str, Times]] = {}
-    left = []
+    work, left = {}, []
     for name, n_tokens in (("decoding", 1), ("prompt", settings.prompt)):
         reasons = dict(absent)
         gathered = gathered_bytes(whole, n_tokens)
@@ -78,28 +120,39 @@ def _measure(whole: WholeModel, settings: WholeSettings, progress: Progress) -> 
             reasons["batched_mm"] = f"it would copy {gathered / 2**30:.1f} GiB of expert matrices a layer"
         labels = [label for label in errors if label not in reasons]
         progress(f"timing {', '.join(labels)}, {name} of {whole.name}, {whole.n_layers} layers in {dtype}")
-        times[name] = _times(whole, labels, n_tokens, settings)
+        times[name] = _times(whole, [*labels, WITHOUT_EXPERTS], n_tokens, settings)
+        work[name] = experts_work(whole, n_tokens)
         left += [
             AbsentCandidate(shape=f"{whole.name}, {dtype}", tokens=n_tokens, label=label, reason=reason)
             for label, reason in reasons.items()
         ]
-    backend = resolved(settings.backend, whole.device, whole.dtype)
-    return [
-        WholeRow(
-            model=whole.name,
-            dtype=dtype,
-            label=label,
-            peer=label != OURS,
-            backend=backend if label == OURS else None,
-            n_layers=whole.n_layers,
-            n_published=whole.n_published,
-            num_params=whole.num_params,
-            deviation=error,
-            decoding=_time(label, times["decoding"], settings.decoded, settings.decoded),
-            prompt=_time(label, times["prompt"], settings.prompt, 1) if label in times["prompt"]["whole"] else None,
-        )
-        for label, error in errors.items()
-    ], left
+    sizes = {
+        "model": whole.name, "dtype": dtype, "n_layers": whole.n_layers, "n_published": whole.n_published,
+        "num_params": whole.num_params,
+    }  # fmt: skip
+    return _Measured(sizes=sizes, errors=errors, times=times, work=work, left=left)
+
+
+def _rows(measured: _Measured, settings: WholeSettings, roof: Roof, backend: str) -> list[WholeRow]:
+    def timed(label: str, name: str, n_tokens: int, n_passes: int) -> WholeTime | None:
+        times, (flops, n_bytes) = measured.times[name], measured.work[name]
+        if label not in times["whole"]:
+            return None
+        per_pass: dict[str, Times] = {
+            part: {one: [t / n_passes for t in taken] for one, taken in of.items()} for part, of in times.items()
+        }
+        limits = flops / roof.flops_per_s, n_bytes / roof.bytes_per_s
+        return _time(label, per_pass, n_tokens, _limit(per_pass, *limits) if label == OURS else None)
+
+    rows = []
+    for label, error in measured.errors.items():
+        decoding = timed(label, "decoding", 1, settings.decoded)
+        # What copies too much for one token is among what was left out.
+        if decoding is not None:
+            prompt, own = timed(label, "prompt", settings.prompt, 1), label == OURS
+            times = {"deviation": error, "decoding": decoding, "prompt": prompt}
+            rows.append(WholeRow(**measured.sizes, label=label, peer=not own, backend=backend if own else None, **times))
+    return rows
 
 
 def _times(whole: WholeModel, labels: list[str], n_tokens: int, settings: WholeSettings) -> dict[str, Times]:
@@ -179,24 +232,48 @@ class _Decoding(_Turn):
             cache = self.whole.model(one, past_key_values=cache, use_cache=True).past_key_values
 
 
-def _time(label: str, times: dict[str, Times], n_tokens: int, n_passes: int) -> WholeTime:
+def _time(label: str, times: dict[str, Times], n_tokens: int, limit: WholeLimit | None) -> WholeTime:
     """Seconds of one pass of an implementation, and ours over the fastest of transformers'."""
-    per_pass = {name: [t / n_passes for t in of[label]] for name, of in times.items()}
-    whole = spread(per_pass["whole"])
+    whole = spread(times["whole"][label])
     return WholeTime(
         **msgspec.structs.asdict(whole),
-        layers=spread(per_pass["layers"]),
-        tokens_per_s=n_tokens / n_passes / whole.median_s,
+        layers=spread(times["layers"][label]),
+        tokens_per_s=n_tokens / whole.median_s,
         over_fastest_hf=_over(label, times["whole"]),
         layers_over_fastest_hf=_over(label, times["layers"]),
+        limit=limit,
+    )
+
+
+def _limit(times: dict[str, Times], arithmetic_s: float, bytes_s: float) -> WholeLimit:
+    """Of one pass, and how many times as fast as transformers' fastest it allows."""
+
+    def most(of: Times) -> float | None:
+        fastest = _fastest(of)
+        # Of each round: what slows the machine slows both.
+        limits = [rest + max(arithmetic_s, bytes_s) for rest in of[WITHOUT_EXPERTS]]
+        return None if fastest is None else 1 / ratio({"limit": limits, fastest: of[fastest]}, "limit", fastest)
+
+    return WholeLimit(
+        rest_s=spread(times["whole"][WITHOUT_EXPERTS]).median_s,
+        layers_rest_s=spread(times["layers"][WITHOUT_EXPERTS]).median_s,
+        arithmetic_s=arithmetic_s,
+        bytes_s=bytes_s,
+        most_times_faster=most(times["whole"]),
+        layers_most_times_faster=most(times["layers"]),
     )
 
 
 def _over(label: str, times: Times) -> OverPeer | None:
     """Ours over the fastest of transformers' implementations, None for those."""
-    peers = [name for name in times if name != OURS]
-    if label != OURS or not peers:
+    fastest = _fastest(times)
+    if label != OURS or fastest is None:
         return None
-    fastest = min(peers, key=lambda name: spread(times[name]).median_s)
     slowness = ratio(times, label, fastest)
     return OverPeer(fastest=fastest, over=slowness, times_faster=1 / slowness)
+
+
+def _fastest(times: Times) -> str | None:
+    """Of transformers' implementations."""
+    peers = [name for name in times if name not in (OURS, WITHOUT_EXPERTS)]
+    return min(peers, key=lambda name: spread(times[name]).median_s, default=None)

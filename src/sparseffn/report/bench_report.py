@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec import to_builtins
 
 from sparseffn.report.bench_plots import bench_plots
-from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, milliseconds
+from sparseffn.report.formats import NOT_MEASURED, fixed, integer, mebibytes, milliseconds, times
 from sparseffn.report.page import Page, Section, page_html
 from sparseffn.report.plotting import Plot, write_plots
 from sparseffn.report.table import Table
@@ -219,8 +219,20 @@ def _whole_tables(result: found.WholeResult) -> list[Table]:
             decodes = key == "decoding"
             left = [x for x in result.left_out if x.shape == f"{model}, {dtype}" and (x.tokens == 1) == decodes]
             notes = dict.fromkeys(f"not timed: {x.label}: {x.reason}" for x in left)
+            notes |= dict.fromkeys(_rest_note(getattr(row, key).limit) for row in timed if not row.peer)
             tables.append(_whole_table(title, timed, attrgetter(key), tuple(notes)))
     return tables
+
+
+def _rest_note(limit: found.WholeLimit | None) -> str:
+    assert limit is not None, "of our own rows"
+    by_products = limit.arithmetic_s > limit.bytes_s
+    experts, what = (limit.arithmetic_s, "their products") if by_products else (limit.bytes_s, "reading what they need")
+    return (
+        f"with experts that return zeros {milliseconds(limit.rest_s)} ms, layers {milliseconds(limit.layers_rest_s)} ms; "
+        f"experts take at least {milliseconds(experts)} ms, {what}: at most {times(limit.most_times_faster)} as fast as the "
+        f"fastest of HF's, layers {times(limit.layers_most_times_faster)}"
+    )
 
 
 def _whole_table(

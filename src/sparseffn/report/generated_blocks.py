@@ -42,6 +42,7 @@ from sparseffn.results.bench_result import (
     LayerTime,
     OverPeer,
     WholeResult,
+    WholeTime,
 )
 from sparseffn.results.convert_result import read_conversions
 from sparseffn.results.experiment_result import ExperimentResult
@@ -247,24 +248,33 @@ def _models_speed(path: Path) -> str:
             ("layers", lambda row: f"{row.n_layers} of {row.n_published}"),
             ("decoding, tokens/s", lambda row: f"{row.decoding.tokens_per_s:,.1f}"),
             ("times as fast", lambda row: _times(row.decoding.over_fastest_hf)),
+            ("at most", lambda row: _most(row.decoding)),
             ("layers alone", lambda row: _times(row.decoding.layers_over_fastest_hf)),
+            ("at most", lambda row: _most(row.decoding, "layers_most_times_faster")),
             (
                 f"prompt of {result.settings.prompt}, tokens/s",
                 lambda row: f"{row.prompt.tokens_per_s:,.1f}" if row.prompt else "-",
             ),
             ("times as fast", lambda row: _times(row.prompt and row.prompt.over_fastest_hf)),
+            ("at most", lambda row: _most(row.prompt)),
             ("layers alone", lambda row: _times(row.prompt and row.prompt.layers_over_fastest_hf)),
+            ("at most", lambda row: _most(row.prompt, "layers_most_times_faster")),
         ],
         [row for row in result.rows if not row.peer],
         n_words=2,
         title=_machine(result.environment),
         notes=(
-            "Times as fast: as the fastest of transformers' own; layers alone: the time within the "
-            "decoder layers. Random weights.",
+            "Times as fast: as the fastest of transformers' own; layers alone: the time within the decoder layers; at most: if "
+            "the experts took no longer than one reading of their weights or their products, and the rest what it took. "
+            "Random weights.",
             _source(path),
         ),
     )
     return markdown_table(table)
+
+
+def _most(time: WholeTime | None, part: str = "most_times_faster") -> str:
+    return formats.times(getattr(time.limit, part) if time and time.limit else None)
 
 
 def _times(over: OverPeer | None) -> str:

@@ -528,6 +528,22 @@ class WholeSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
             raise UserError(f"`dtypes` must be among {', '.join(DTYPE_NAMES)}; got {min(unknown)!r}; fix: --dtype float32")
 
 
+class WholeLimit(Record, frozen=True, kw_only=True):
+    """What no implementation of the experts can beat: the rest of the model, and the larger of two limits of theirs."""
+
+    rest_s: float
+    """The same pass with experts that return zeros, the median of calls in turn with the others."""
+    layers_rest_s: float
+    """Of it in the decoder layers."""
+    arithmetic_s: float
+    """FLOPs of the experts in all layers at the measured rate of products."""
+    bytes_s: float
+    """One reading of the weights that they need, at the measured rate."""
+    most_times_faster: float | None = None
+    """Than the fastest of transformers', if the pass took just this long; None where none was timed."""
+    layers_most_times_faster: float | None = None
+
+
 class WholeTime(Spread, frozen=True, kw_only=True):
     """One pass of a model: a token that is decoded, or a prompt."""
 
@@ -537,6 +553,8 @@ class WholeTime(Spread, frozen=True, kw_only=True):
     over_fastest_hf: OverPeer | None = None
     """None for peers, and where none was timed."""
     layers_over_fastest_hf: OverPeer | None = None
+    limit: WholeLimit | None = None
+    """None for peers."""
 
 
 class WholeRow(Record, frozen=True, kw_only=True):
@@ -561,6 +579,8 @@ class WholeResult(Head, frozen=True, kw_only=True, tag="hf"):
     """Whole models of transformers by its own implementations of the experts and by ours."""
 
     settings: WholeSettings
+    roofs: dict[str, Roof]
+    """By dtype."""
     rows: tuple[WholeRow, ...]
     left_out: tuple[AbsentCandidate, ...]
 
