@@ -84,8 +84,12 @@ def test_other_commands_of_a_page_exist(page: Path) -> None:
             case "pip":
                 named = re.search(r"\[(.*)\]", " ".join(words))
                 assert words[0] == "install" and set(named[1].split(",") if named else ()) <= set(extras), words
+            case "python" if words[0] == "-c":
+                compile(words[1], str(page), "exec")
             case "python":
                 assert (ROOT / words[0]).is_file(), words
+            case "accelerate":
+                assert words[0] == "launch" and words[-1].endswith(".py"), words
             case _:
                 assert program in ("sparseffn", "make"), f"a test must know how to check `{program}`"
 
@@ -138,10 +142,15 @@ def _with_local_models(block: str, folder: Path) -> str:
 
     Files that a reader has made before are put into the folder.
     """
+    if '"notes.txt"' in block:
+        (folder / "notes.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 6)
     for name in NAME_OF_THE_HUB.findall(block):
         assert "# downloads " in block, f"a block that fetches {name} must say so"
         place = folder / name
         _small(OF_THE_HUB[name]).save_pretrained(place)
+        from hf.tiny import save_byte_tokenizer
+
+        save_byte_tokenizer(place)
         block = block.replace(f'"{name}"', repr(str(place)))
     if '"sigma-hf"' in block:
         from hf.tiny import export
@@ -163,8 +172,14 @@ def _small(family: str) -> Any:
         return build(family)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 16, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
     return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def test_the_readme_names_every_method() -> None:
+    """Of the package."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in list_methods() if f"`{name}`" not in text] == []
 
 
 def test_the_example_of_the_readme_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from sparseffn.paper.experiments import judged, losses_of
 from sparseffn.paper.published import published_values
 from sparseffn.paper.rules import Contrast, rules
 from sparseffn.report.growth_report import Exponent, exponents, points_of
+from sparseffn.report.limits_report import limits_table
 from sparseffn.report.study_contrasts import contrast_table
-from sparseffn.results.bench_result import ExpertsResult, FiguresResult, LayerResult, WholeResult, WholeRow
+from sparseffn.results.bench_result import ExpertsResult, FiguresResult, LayerResult, OverPeer, WholeResult, WholeRow
+from sparseffn.results.convert_result import read_conversions
 from sparseffn.results.experiment_result import DecidedContrast
 from sparseffn.results.study_result import StartRow
 from sparseffn.stats import Difference, difference, holm, p_value
@@ -192,24 +194,62 @@ def whole_rows(found: Found) -> list[WholeRow]:
     return [row for row in result.rows if not row.peer]
 
 
+# Of decoding within the layers and of the model, and of the prompt in both.
+_AIMS = {"layers": 1.8, "model": 1.5, "prompt": 1.3, "its layers": 1.3}
+
+
+def _times_faster(row: WholeRow) -> dict[str, tuple[OverPeer | None, float | None]]:
+    """What was measured, and the most that the same run allows."""
+    found = {}
+    for time, layers, model in ((row.decoding, "layers", "model"), (row.prompt, "its layers", "prompt")):
+        if time is not None and time.limit is not None:
+            found[layers] = time.layers_over_fastest_hf, time.limit.layers_most_times_faster
+            found[model] = time.over_fastest_hf, time.limit.most_times_faster
+    return found
+
+
 def reached_by_models(found: Found) -> bool:
     """1.8 of the layers and 1.5 of the model in decoding, 1.3 for the prompt."""
-    reached = set()
-    for row in whole_rows(found):
-        passes = (("layers", 1.8, row.decoding.layers_over_fastest_hf), ("model", 1.5, row.decoding.over_fastest_hf))
-        if row.prompt is not None:
-            prompt = row.prompt
-            passes += (("prompt", 1.3, prompt.over_fastest_hf), ("its layers", 1.3, prompt.layers_over_fastest_hf))
-        reached |= {(row.model, row.dtype, what) for what, aim, over in passes if over is not None and over.times_faster >= aim}
-    of_prompts = [(model, "float32") for model in ("olmoe", "qwen3-moe", "granite-1b")] + [("granite-1b", "bfloat16")]
-    prompts = {(*one, what) for one in of_prompts for what in ("prompt", "its layers")}
-    decoding = {("olmoe", dtype, what) for dtype in ("float32", "bfloat16") for what in ("layers", "model")}
-    return reached == prompts | decoding | {("granite-1b", "float32", "layers")}
+    reached = {
+        (row.model, row.dtype, what)
+        for row in whole_rows(found)
+        for what, (over, _) in _times_faster(row).items()
+        if over is not None and over.times_faster >= _AIMS[what]
+    }
+    prompts = {("qwen3-moe", "float32"), ("granite-1b", "float32"), ("granite-1b", "bfloat16")}
+    models = {("olmoe", "float32"), ("granite-1b", "float32"), ("granite-1b", "bfloat16")}
+    return reached == (
+        {(*one, what) for one in prompts for what in ("prompt", "its layers")}
+        | {(*one, "model") for one in models}
+        | {("granite-1b", "float32", "layers")}
+    )
 
 
-def layer_of_olmoe(found: Found) -> bool:
+def beyond_reach(found: Found) -> set[tuple[str, str, str]]:
+    """Aims that the rest of the model and the experts' limits forbid."""
+    return {
+        (row.model, row.dtype, what)
+        for row in whole_rows(found)
+        for what, (_, most) in _times_faster(row).items()
+        if most is not None and most < _AIMS[what]
+    }
+
+
+def layers_of_olmoe(found: Found) -> list[int]:
+    """Milliseconds of a decoded token, and what experts that return zeros leave of them."""
     (row,) = (row for row in whole_rows(found) if (row.model, row.dtype) == ("olmoe", "bfloat16"))
-    return round(1000 * row.decoding.layers.median_s / row.n_layers, 1) == 4.0
+    assert row.decoding.limit is not None, "it is ours"
+    return [round(1000 * seconds) for seconds in (row.decoding.layers.median_s, row.decoding.limit.layers_rest_s)]
+
+
+def gains_of_copies(found: Found) -> tuple[float, float]:
+    """Least and most percent by which copies of the whole block, distilled, end below the dense model's perplexity."""
+    results = [result for result in read_conversions(found.folder / "convert") if result.facts.fill == "upcycle"]
+    copies = [result for result in results if not result.facts.fill_options.get("redraw")]
+    changes = [result.converted.change for result in copies]
+    assert changes and None not in changes, "they are compared with the dense model"
+    below = [round(-100 * change, 1) for change in changes if change is not None]
+    return min(below), max(below)
 
 
 def flat_is_open(found: Found) -> bool:
@@ -296,11 +336,33 @@ def rates_of_gated(found: Found) -> list[int]:
     return [round(forward / row.forward.over_fastest_hf.times_faster), round(forward), round(training)]
 
 
+_LAYERS = ("bench-layer-paper-2-cores-bfloat16", "bench-layer-paper-2-cores")
+
+
 def scattered_over_long_pass(found: Found) -> list[float]:
     """Limits of one token: how many times as long blocks take from scattered places, bfloat16 and float32."""
-    files = ("bench-layer-paper-2-cores-bfloat16", "bench-layer-paper-2-cores")
-    roofs = [read(found.folder / f"{name}.json", LayerResult, fix="measure again").roof for name in files]
+    roofs = [read(found.folder / f"{name}.json", LayerResult, fix="measure again").roof for name in _LAYERS]
     return [round(roof.bytes_per_s / roof.scattered_bytes_per_s, 1) for roof in roofs]
+
+
+def _timed(found: Found) -> tuple[list[LayerResult], ExpertsResult]:
+    layers = [read(found.folder / f"{name}.json", LayerResult, fix="measure again") for name in _LAYERS]
+    return layers, read(found.folder / "bench-experts-2-cores.json", ExpertsResult, fix="measure again")
+
+
+def speeds_of_memory(found: Found) -> list[int]:
+    """GB/s of the slowest and of the fastest long pass in the measurements of layers, experts and models."""
+    layers, experts = _timed(found)
+    models = read(found.folder / "bench-hf-2-cores.json", WholeResult, fix="measure again")
+    roofs = [*(result.roof for result in layers), *experts.roofs.values(), *models.roofs.values()]
+    speeds = [roof.bytes_per_s / 1e9 for roof in roofs]
+    return [round(min(speeds)), round(max(speeds))]
+
+
+def missed(found: Found, shape: str, tokens: int) -> bool:
+    """Whether an aim of sigma-MoE was missed at a shape and a number of tokens."""
+    first = [row.cells[0].text for row in limits_table(*_timed(found)).rows]
+    return f"{shape}, {tokens:,}" in first
 
 
 def dead_as_released(found: Found) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +20,11 @@ from msgspec import structs
 pytest.importorskip("transformers", reason="needs transformers: pip install 'sparseffn[hf]'")
 
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf.dense import build
 from hf.folder_hub import FolderHub
+from hf.tiny import save_byte_tokenizer
 from sparseffn.cli import main
 from sparseffn.errors import UserError
 from sparseffn.hf import Split, Upcycle, held_out
@@ -41,14 +44,6 @@ def _few_rounds() -> Iterator[None]:
         yield
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama, its tokenizer, and beside it a text."""
@@ -61,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             parameter.add_(torch.randn(parameter.shape), alpha=0.1 + 0.2 * (parameter.dim() > 1))
     model.save_pretrained(folder / "model")
-    save_tokenizer(folder / "model")
+    save_byte_tokenizer(folder / "model")
     (folder / "text.txt").write_text("".join(f"{i} bottles of beer on the wall\n" for i in range(120)))
     return folder
 
@@ -151,6 +146,29 @@ def test_a_conversion_that_was_killed_gives_the_same(
     first, second = (load_file(folder / "model.safetensors") for folder in (settings.out, broken.out))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert (again.blocks, again.converted) == (converted.blocks, converted.converted)
+
+
+@pytest.mark.slow
+def test_a_conversion_killed_by_the_system_gives_the_same(source: Path, tmp_path: Path) -> None:
+    """SIGKILL at moments spread over the whole conversion, again and again: every parameter, bit by bit."""
+    command = [sys.executable, "-m", "sparseffn", "convert", str(source / "model"), "--calibrate", str(source / "text.txt")]
+    command += ["--method", "sigma-moe", "n_experts=6", "k=2", "--tokens", str(8 * CONTEXT), "--context", str(CONTEXT)]
+    command += ["--eval-tokens", str(4 * CONTEXT), "--batch-tokens", str(CONTEXT), "--distill", "40", "--end-to-end", "40"]
+    command += ["--threads", "1", "--out"]
+    start = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
+    took, n_killed = time.monotonic() - start, 0
+    for share in (0.4, 0.5, 0.6, 0.7, 0.5, 0.6, 0.8):
+        broken = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            broken.wait(timeout=share * took)
+        except subprocess.TimeoutExpired:
+            broken.kill()
+        n_killed += broken.wait() == -signal.SIGKILL
+    assert n_killed >= 3, "it was hardly ever broken off"
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, timeout=300)
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def test_a_finished_conversion_is_not_made_again(converted: ConvertResult, settings: ConvertSettings) -> None:
@@ -330,7 +348,7 @@ def test_gpt2_keeps_its_dropout(tmp_path: Path, source: Path) -> None:
     model = build("gpt2")
     model.resize_token_embeddings(256)
     model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
     result = convert(
         ConvertSettings(
             model=str(tmp_path / "model"), method="topk", options={"k": 48}, calibrate=source / "text.txt", tokens=256,

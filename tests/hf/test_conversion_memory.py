@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install 'spa
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sparseffn
-from hf.test_conversion import save_tokenizer
+from hf.tiny import save_byte_tokenizer
 from sparseffn.data.tokenizers import BytesTokenizer
 from sparseffn.hf import calibration
 from sparseffn.hf.fast_tokenizers import fast_tokenizer
@@ -32,7 +32,7 @@ def save_model(folder: Path, n_layers: int) -> float:
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, num_hidden_layers=n_layers, **sizes))
     model.save_pretrained(folder, max_shard_size="500KB")
     assert len(list(folder.glob("*.safetensors"))) > n_layers
-    save_tokenizer(folder)
+    save_byte_tokenizer(folder)
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
 
 

@@ -89,6 +89,10 @@ def spoilt(change: Callable[[Any], None]) -> Any:
     return module
 
 
+def quantise(name: str) -> Callable[[Any], None]:
+    return lambda m: setattr(m, name, nn.Parameter(Quantised(2, 4, 4)))
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -98,10 +102,12 @@ def spoilt(change: Callable[[Any], None]) -> Any:
         (lambda: spoilt(lambda m: m.act_fn.register_forward_hook(lambda *_: None)), "is unknown"),
         (lambda: spoilt(lambda m: setattr(m, "has_post_expert_norm", True)), "a norm follows every expert"),
         (lambda: spoilt(lambda m: setattr(m, "_is_expert_parallel", True)), "spread over processes"),
-        (lambda: spoilt(lambda m: m.to(torch.float8_e4m3fn)), "its weights are torch.float8_e4m3fn"),
-        (lambda: spoilt(lambda m: setattr(m, "gate_up_proj", nn.Parameter(Quantised(2, 4, 4)))), "of type Quantised"),
+        (lambda: spoilt(lambda m: m.to(torch.float8_e4m3fn)), "gate_up_proj is torch.float8_e4m3fn"),
+        (lambda: spoilt(quantise("gate_up_proj")), "gate_up_proj is of type Quantised"),
+        (lambda: spoilt(quantise("down_proj")), "down_proj is of type Quantised"),
+        (lambda: spoilt(lambda m: setattr(m, "down_proj", nn.Parameter(m.down_proj.bfloat16()))), "down_proj torch.bfloat16"),
     ],
-    ids=["gate-subclass", "instance", "activation", "hook", "norm", "parallel", "dtype", "tensor-subclass"],
+    ids=["gate-subclass", "instance", "activation", "hook", "norm", "parallel", "dtype", "type", "type-down", "dtypes"],
 )
 def test_what_is_not_known_is_refused_with_its_reason(module: Callable[[], Any], reason: str) -> None:
     """Of the very module that runs on our kernels without the change."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,30 @@ class TestGeneration:
         for sample, ids in zip(evaluated(model, tokenizer, task, tmp_path), wanted, strict=True):
             text = characters.decode(list(ids)).split("\n")[0].split(stop)[0]
             assert sample["resps"] == [[text]]
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_gives_the_same(tmp_path: Path) -> None:
+    """As docs/own-models.md has it: a folder of ours, a task of a local file."""
+    model, tokenizer = transformer_xl().eval(), fast_tokenizer(BytesTokenizer())
+    found = evaluated(model, tokenizer, TASK, tmp_path)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    data = {"data_files": {"test": str(tmp_path / "questions.jsonl")}, "cache_dir": str(tmp_path)}
+    (tasks / "bottles.yaml").write_text(json.dumps({**TASK, "dataset_kwargs": data}))
+    start = "import sparseffn.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    command = [sys.executable, "-c", start, "run", "--model", "hf", "--include_path", str(tasks), "--tasks", "bottles"]
+    command += ["--model_args", f"pretrained={tmp_path / 'model'},prefix_token_id=10", "--device", "cpu"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "out").rglob("samples_bottles_*.jsonl")
+    lines = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda one: one["doc_id"])
+    for line, one in zip(lines, found, strict=True):
+        for (answer,), (wanted,) in zip(line["resps"], one["resps"], strict=True):
+            assert float(answer[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
 
 
 def evaluated(model: Any, tokenizer: Any, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,13 @@ def test_an_unknown_gate_is_computed_by_transformers_and_said_once(
     assert largest_deviation(found[0], found[2]) == 0 and largest_deviation(found[0], found[3]) < max(1e-5, TOLERANCES[dtype])
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("sparseffn")]
     assert "HYV4Experts" in said and "gate" in said and "is unknown" in said
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an import alone would not."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"must have transformers; got none; fix: pip install 'sparseffn\[hf\]'"):
+        importlib.reload(sparseffn.hf)
 
 
 def test_loads_with_the_implementation_and_generates(tmp_path: Path) -> None:

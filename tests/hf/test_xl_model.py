@@ -258,6 +258,25 @@ class TestLoss:
         torch.testing.assert_close(out.loss, cross_entropy + expected, check_dtype=False)
         assert small("dense").train()(tokens, labels=tokens).balance_loss is None
 
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_has_no_part_in_the_losses(self, side: str) -> None:
+        """Cross-entropy, balancing loss and every gradient are those of the text alone: the router does not see padding."""
+        model, tokens = small().train(), text(9)
+        blank = torch.zeros(2, 5, dtype=torch.int64)
+        at, padded = (5, torch.cat((blank, tokens), dim=1)) if side == "left" else (0, torch.cat((tokens, blank), dim=1))
+        mask = torch.zeros_like(padded)
+        mask[:, at : at + 9] = 1
+        found = []
+        for ids, options in ((tokens, {}), (padded, {"attention_mask": mask})):
+            labels = ids.clone() if not options else torch.where(mask == 1, ids, -100)
+            # Padding on the left would predict it, as in every model of transformers.
+            labels[:, at if options else 0] = -100
+            output = model(ids, labels=labels, **options)
+            gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+            found.append((output.cross_entropy, output.balance_loss, *gradients))
+        assert found[0][1] != 0
+        torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
     def test_micro_batches_add_up_to_the_batch(self) -> None:
         """With `num_items_in_batch`, as `Trainer` passes it; padding is no target."""
         model, tokens = small("dense").train(), text(8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AriaTextConfig,
@@ -20,6 +21,7 @@ from transformers import (
     NemotronHConfig,
     OlmoeConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 from transformers.models.aria.modeling_aria import AriaTextForCausalLM
@@ -116,3 +118,11 @@ def export(folder: Path) -> None:
     """A folder as `sparseffn export` writes one."""
     TransformerXLForCausalLM(TransformerXLHubConfig(hidden_size=32, num_hidden_layers=1)).save_pretrained(folder)
     fast_tokenizer(BytesTokenizer()).save_pretrained(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """256 tokens, one for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

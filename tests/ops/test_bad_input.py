@@ -208,6 +208,39 @@ def test_overlapping_strides_are_good_input(name: str, backend: str, dim: int) -
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_windows_over_one_memory_are_good_input(name: str, backend: str) -> None:
+    """Lines that begin one element after another: results and gradients are those of copies."""
+    call, shapes = OVERLAPPING[name]
+    for i, shape in enumerate(shapes):
+        arguments = [torch.randn(*sizes) for sizes in shapes]
+        leaf, found = torch.randn(sum(shape)).requires_grad_(), []
+        view = leaf.as_strided(shape, (1,) * len(shape))
+        for given in (view, view.clone()):
+            y = call(backend, *arguments[:i], given, *arguments[i + 1 :])
+            found.append((y, *torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view(y.shape), retain_graph=True)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_more_selections_than_experts_are_good_input(n_tokens: int, backend: str) -> None:
+    """An expert that a token selects twice counts twice, in the output and in every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, gates = (torch.randn(n_tokens, width, generator=generator) for width in (3, 5))
+    indices = torch.randint(2, (n_tokens, 5), generator=generator)
+    leaves = [t.requires_grad_() for t in (x, W.clone(), V.clone(), gates)]
+
+    def of(columns: slice) -> Tensor:
+        return ops.experts(*leaves[:3], leaves[3][:, columns], indices[:, columns], activation="silu", backend=backend)
+
+    whole, parts = of(slice(None)), sum((of(slice(i, i + 1)) for i in range(5)), torch.zeros(()))
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    found = [torch.autograd.grad(y.square().sum(), leaves) for y in (whole, parts)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @BACKENDS
 def test_no_tokens_are_good_input(backend: str) -> None:
     """Every operation that has a token dimension, with gradients."""

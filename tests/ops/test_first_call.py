@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -42,3 +43,5 @@ def test_the_first_graph_of_a_process_calls_our_kernels(program: str, operations
     for operation in operations:
         assert f"sparseffn.{operation}" in done.stdout, done.stdout
     assert "aten.sort" not in done.stdout, "the composition was inlined"
+    called = set(re.findall(r"ops\.(\w+)\.\w+", done.stdout)) | set(re.findall(r"\b(\w+)\.\w+\.default", done.stdout))
+    assert called <= {"aten", "sparseffn", "ops"}, f"something else than operations on tensors is in the graph: {called}"

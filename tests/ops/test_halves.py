@@ -108,7 +108,7 @@ def test_gradients_that_meet_another_use_are_summed():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_transforms(layout):
-    """Second derivatives, batched gradients, torch.func and a compiled graph."""
+    """Second derivatives, batched gradients, forward mode, torch.func and a compiled graph."""
     _, dim, interleaved = LAYOUTS[layout]
     both, *rest = draw(layout, torch.float64)
 
@@ -122,6 +122,9 @@ def test_transforms(layout):
     torch.testing.assert_close(hvp(loss, both, v)[1], hvp(by_views, both, v)[1])
     torch.testing.assert_close(torch.func.grad(loss)(both), torch.func.grad(by_views)(both))
     torch.testing.assert_close(torch.func.jvp(loss, (both,), (v,))[1], torch.func.jvp(by_views, (both,), (v,))[1])
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(torch.autograd.forward_ad.make_dual(both, v))).tangent
+    torch.testing.assert_close(tangent, torch.func.jvp(by_views, (both,), (v,))[1])
     y = compute(ops.halves(both, dim=dim, interleaved=interleaved), *rest)
     sent = torch.randn(3, *y.shape, dtype=y.dtype)
     (batched,) = torch.autograd.grad(y, both, sent, is_grads_batched=True, retain_graph=True)

@@ -57,20 +57,27 @@ def _step(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 @contract
 def exports(config: FFNConfig) -> None:
-    """`torch.export` with a number of tokens that it leaves open gives the eager output."""
-    layer = make_layer(config)
+    """`torch.export` with a number of tokens that it leaves open gives the eager output, in evaluation and in training."""
     shape = {0: torch.export.Dim("n_tokens", min=2, max=1 << 20)}
-    exported = _or_broken("torch.export", lambda: torch.export.export(layer, (tokens(config, 6),), dynamic_shapes={"x": shape}))
-    program = exported.module()
-    for n_tokens in (6, 9):
-        x = tokens(config, n_tokens)
-        gap = differ(program(x), layer(x))
-        require(gap <= ATOL, f"the exported program differs by {gap:.2g} for {n_tokens} tokens")
+    for training in (False, True):
+        layer = make_layer(config, training=training)
+        how = "in training" if training else "in evaluation"
+        exported = _or_broken(
+            f"torch.export {how}",
+            lambda: torch.export.export(layer, (tokens(config, 6),), dynamic_shapes={"x": shape}),  # noqa: B023
+        )
+        program = exported.module()
+        for n_tokens in (6, 9):
+            x = tokens(config, n_tokens)
+            gap = differ(seeded(lambda: program(x)), seeded(lambda: layer(x)))  # noqa: B023
+            require(gap <= ATOL, f"the program that was exported {how} differs by {gap:.2g} for {n_tokens} tokens")
 
 
 @contract
 def sharding(config: FFNConfig) -> None:
-    """FSDP2 over the layer, its parts as units of their own or not, trains like the layer; a distributed x is refused."""
+    """FSDP2 over the layer, its parts as units of their own or not, trains and evaluates like the layer; a distributed x is
+    refused.
+    """
     # Some builds of PyTorch have none; in a program that is distributed already, the group is not ours to use.
     if not dist.is_available() or (dist.is_initialized() and dist.get_world_size() > 1):
         return
@@ -93,14 +100,14 @@ def _check_sharding(config: FFNConfig) -> None:
 
     mesh = init_device_mesh("cpu", (1,))
     layer, x = make_layer(config, training=True), tokens(config)
-    wanted = seeded(lambda: _step(layer, layer, x))
+    wanted = [*seeded(lambda: _step(layer, layer, x)), _evaluated(layer, x)]
     parts = [name for name, part in layer.named_children() if any(True for _ in part.parameters())]
     for units in dict.fromkeys(((), tuple(parts))):
         sharded = copy.deepcopy(layer)
         for module in (*(sharded.get_submodule(name) for name in units), sharded):
             fully_shard(module, mesh=mesh)
         try:
-            got = seeded(lambda: _step(sharded, sharded, x))  # noqa: B023
+            got = [*seeded(lambda: _step(sharded, sharded, x)), _evaluated(sharded, x)]  # noqa: B023
         except RuntimeError as error:
             require(False, f"with the units {units} it raises {error}")
             return
@@ -116,10 +123,22 @@ def _check_sharding(config: FFNConfig) -> None:
         require(False, "a distributed x goes into a layer of plain weights")
 
 
+def _evaluated(layer: nn.Module, x: Tensor) -> Tensor:
+    """Output in evaluation; the layer trains again afterwards."""
+    with torch.no_grad():
+        y = layer.eval()(x)
+    layer.train()
+    return y
+
+
 @contract
 def hooks(config: FFNConfig) -> None:
-    """Hooks on every part of the layer run."""
-    layer = make_layer(config)
+    """Hooks on every part of the layer run, in evaluation and in training."""
+    for training in (False, True):
+        _check_hooks(make_layer(config, training=training), config)
+
+
+def _check_hooks(layer: FeedForward, config: FFNConfig) -> None:
     for name, part in layer.named_modules():
         ran: list[str] = []
         handles = [

@@ -50,9 +50,11 @@ def deterministic(config: FFNConfig) -> None:
 
 @contract
 def copies(config: FFNConfig) -> None:
-    """deepcopy, pickle and state_dict give an equal layer that shares nothing."""
+    """deepcopy, pickle and state_dict give an equal layer that shares nothing; copies of a layer in training train."""
     layer, x = make_layer(config), tokens(config)
     y = layer(x)
+    trains = make_layer(config, training=True)
+    wanted = seeded(lambda: _gradients(trains, x))
     stored = io.BytesIO()
     torch.save(layer.state_dict(), stored)
     stored.seek(0)
@@ -70,8 +72,20 @@ def copies(config: FFNConfig) -> None:
             for parameter in other.parameters():
                 parameter.zero_()
         require(torch.equal(layer(x), y), f"changing a {name} changes the layer")
+    for name, other in (("deepcopy", copy.deepcopy(trains)), ("pickle", pickle.loads(pickle.dumps(trains)))):
+        require(other.training, f"a {name} of a layer in training is in evaluation")
+        got = seeded(lambda: _gradients(other, x))  # noqa: B023
+        same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        require(same, f"a {name} gives other gradients")
     names = {n for n, _ in layer.named_parameters()} | {n for n, _ in layer.named_buffers()}
     require(set(layer.state_dict()) == names, "state_dict holds more than parameters and buffers")
+
+
+def _gradients(layer: FeedForward, x: Tensor) -> list[Tensor]:
+    """Of all parameters that have one."""
+    parameters = list(layer.parameters())
+    found = torch.autograd.grad(layer(x).square().sum(), parameters, allow_unused=True)
+    return [g for g in found if g is not None]
 
 
 @contract

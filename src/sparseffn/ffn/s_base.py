@@ -106,8 +106,11 @@ class SinkhornRouter(TopKRouter):
         """Sinkhorn over the whole batch, or as released over each sequence by itself."""
         if not self.released:
             return self.balance_all(logits_TE, batch.mask_T, backend)
+        if batch.length is None:
+            # One sequence, however long: a compiler would keep the length that it is split by.
+            return ops.sinkhorn(logits_TE, batch.mask_T, released=True, backend=backend)
         # No tokens at all are one empty sequence.
-        length = batch.length or max(1, logits_TE.shape[0])
+        length = max(1, batch.length)
         sequences = logits_TE.split(length)
         masks = [None] * len(sequences) if batch.mask_T is None else batch.mask_T.split(length)
         balanced = [ops.sinkhorn(x, mask, released=True, backend=backend) for x, mask in zip(sequences, masks, strict=True)]

@@ -93,28 +93,25 @@ class CapacityRouter(SoftmaxRouter):
         routing = super().forward(x_TD, mask_T, length)
         if not self.training:
             return routing
-        valid_TK = routing.weights_TK.detach() > 0
-        placed_TK = self.place(routing.indices_TK, valid_TK, mask_T)
-        weights_TK = routing.weights_TK.masked_fill(~placed_TK, 0.0)
-        return routing._replace(weights_TK=weights_TK, dropped=(valid_TK & ~placed_TK).sum())
+        lost_TK = self.without_place(routing.indices_TK, routing.weights_TK.detach() <= 0, mask_T)
+        return routing._replace(weights_TK=routing.weights_TK.masked_fill(lost_TK, 0.0), dropped=lost_TK.sum())
 
-    def place(self, indices_TK: Tensor, valid_TK: Tensor, mask_T: Tensor | None) -> Tensor:
-        """bool `[T, K]`: which selections find a place, first come first served."""
+    def without_place(self, indices_TK: Tensor, missing_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+        """bool `[T, K]`: which of the selections that are not missing find no place, first come first served."""
         n_experts = self.selector.shape[0]
         n_tokens = indices_TK.shape[0] if mask_T is None else mask_T.sum()
         group = self.training_group
         if group is not None:
             n_tokens = group.sum(torch.as_tensor(n_tokens, dtype=torch.float64, device=indices_TK.device))
         capacity = self.capacity_factor * self.k * n_tokens / n_experts
-        # A missing selection takes no place: it is in no expert's queue.
-        queue_R = indices_TK.masked_fill(~valid_TK, n_experts).flatten()
-        waits_RE = queue_R[:, None] == torch.arange(n_experts, device=queue_R.device)
+        # A missing selection waits for no expert: its queue is one of its own.
+        queue_R1 = indices_TK.masked_fill(missing_TK, n_experts).view(-1, 1)
+        waits_RE = queue_R1 == torch.arange(n_experts + 1, device=queue_R1.device)
         places_RE = waits_RE.cumsum(dim=0)
         if group is not None:
             # Tokens of the processes before this one come first.
             places_RE = places_RE + group.before(waits_RE.sum(dim=0))
-        place_R = (places_RE * waits_RE).sum(dim=1)
-        return (place_R <= capacity).view_as(indices_TK) & valid_TK
+        return (places_RE.gather(1, queue_R1).view_as(indices_TK) > capacity).masked_fill(missing_TK, value=False)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Softmax over all experts, the K best, and in training places handed out one by one."""

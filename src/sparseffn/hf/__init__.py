@@ -8,7 +8,14 @@
 Nothing of the package imports it by itself. The extra: pip install 'sparseffn[hf]'.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ModuleNotFoundError as error:
+    # Not what transformers itself lacks.
+    if error.name != "transformers":
+        raise
+    words = "`sparseffn.hf` must have transformers; got none; fix: pip install 'sparseffn[hf]', or '.[hf]' in a source tree"
+    raise ModuleNotFoundError(words, name="transformers") from None
 
 from sparseffn.hf.converted import ConvertedConfig, ConvertedForCausalLM, register_converted, save_converted
 from sparseffn.hf.dense_blocks import DenseBlock

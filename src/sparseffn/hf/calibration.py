@@ -5,6 +5,7 @@ Neither needs memory that grows with the text: the file is read piece by piece, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparseffn.errors import UserError
 from sparseffn.hf.swap import visit_inputs
-from sparseffn.storage import digest_of, read, write_json
+from sparseffn.storage import digest_of, read, sync, write_json
 
 # Lines that are tokenised together, pieces of a text's own, whatever the number of tokens that is asked for; and the characters
 # after which a line goes on as another, so that a text without line ends is read in pieces too.
@@ -73,9 +74,11 @@ class StoredInputs:
 
     def of(self, name: str) -> Tensor:
         """The inputs of a block; reading them brings in what is read."""
-        size = self.n_tokens * self.d_model
-        path = self.folder / f"{list(self.names).index(name):04d}.bin"
-        return torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(self.n_tokens, self.d_model)
+        path, shape = str(self._path(name)), (self.n_tokens, self.d_model)
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{list(self.names).index(name):04d}.bin"
 
     def collect(self, model: nn.Module, windows: Tensor) -> None:
         """Run the model on the windows that are not done yet; where this breaks off, it goes on."""
@@ -91,4 +94,7 @@ class StoredInputs:
                 self.of(name)[rows] = x_TD.to("cpu", self.dtype)
 
             visit_inputs(model, self.names, batch, keep)
+            # What is said to be done must outlive a failure of the machine.
+            for name in self.names:
+                sync(self._path(name))
             write_json(done_file, start + len(batch))

@@ -88,7 +88,7 @@ def formula_of(module: nn.Module) -> Formula | str:
         return "a norm follows every expert"
     if m._is_expert_parallel:
         return "its experts are spread over processes"
-    if refused := _refused_weights(m.gate_up_proj if m.has_gate else m.up_proj):
+    if refused := _refused_weights(m):
         return refused
     if not m.has_gate:
         name = activation_name(m.act_fn)
@@ -103,14 +103,21 @@ def formula_of(module: nn.Module) -> Formula | str:
     return f"the activation {_named(m.act_fn)} is unknown" if name is None else gate.formula(m, name)
 
 
-def _refused_weights(weight: Tensor) -> str | None:
-    """Why weights of this kind, dtype and device are not computed."""
-    # Quantised or spread over devices, whatever dtype they say they have.
-    if type(weight) not in (Tensor, nn.Parameter):
-        return f"its weights are of type {type(weight).__name__}"
-    if not weight.is_floating_point() or weight.itemsize < 2:
-        return f"its weights are {weight.dtype}"
-    return None if weight.is_meta else _no_kernels(weight.device.type, weight.dtype)
+def _refused_weights(m: Any) -> str | None:
+    """Why weights and biases of these kinds, dtypes and devices are not computed."""
+    names = ["gate_up_proj" if m.has_gate else "up_proj", "down_proj"]
+    names += [f"{name}_bias" for name in names] if m.has_bias else []
+    weights = [getattr(m, name) for name in names]
+    first = weights[0]
+    for name, weight in zip(names, weights, strict=True):
+        # Quantised or spread over devices, whatever dtype they say they have.
+        if type(weight) not in (Tensor, nn.Parameter):
+            return f"{name} is of type {type(weight).__name__}"
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            return f"{name} is {weight.dtype}"
+        if (weight.dtype, weight.device) != (first.dtype, first.device):
+            return f"{names[0]} is {first.dtype} on {first.device}, {name} {weight.dtype} on {weight.device}"
+    return None if first.is_meta else _no_kernels(first.device.type, first.dtype)
 
 
 @functools.cache

@@ -1,7 +1,6 @@
-"""The operations in plain PyTorch, for every device that PyTorch runs on.
+"""Sums of rows and choices of the largest in plain PyTorch, for every device that it runs on; experts and routers: `plain.py`.
 
-Expert products: one matrix product per expert over its sorted rows; no weights are gathered per token and nothing of size
-tokens x experts x d exists. Shapes: see ops/README.md.
+Shapes: see ops/README.md.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,12 @@ _ARGUMENTS = (
     "Tensor? gate_bias=None, Tensor? value_bias=None, Tensor? keep=None, float keep_scale=1.0, str activation='relu', "
     f"float alpha={SWIGLU_ALPHA}, float limit={SWIGLU_LIMIT}, int? inner_k=None"
 )
+_WITHOUT_DEFAULTS = re.sub(r"=[^,]*", "", _ARGUMENTS)
+
+
+def _inner_k(rest: tuple[Any, ...]) -> int | None:
+    """Of the arguments behind `gate_keys`, which may be fewer; it is the last of nine."""
+    return rest[8] if len(rest) > 8 else None
 
 
 def _fake(x, keys, values, *rest):
@@ -124,7 +131,7 @@ def _fake(x, keys, values, *rest):
 
 
 def _fake_kept(x, keys, values, gates, indices, gate_keys=None, *rest):
-    inner_k = rest[8] if len(rest) > 8 else None
+    inner_k = _inner_k(rest)
     n_tokens, k = indices.shape
     n_parts = 1 if gate_keys is None else 2
     if inner_k is None:
@@ -138,8 +145,7 @@ def _fake_kept(x, keys, values, gates, indices, gate_keys=None, *rest):
 def _flops(x, keys, values, gates, indices, gate_keys=None, *rest):
     """Both products of the keys and that of the values, of K experts; with an inner top-K the values of the survivors."""
     n_units = gates[1] * keys[2]
-    inner_k = rest[8] if len(rest) > 8 and rest[8] else n_units
-    return 2 * x[0] * keys[1] * (n_units * (1 if gate_keys is None else 2) + inner_k)
+    return 2 * x[0] * keys[1] * (n_units * (1 if gate_keys is None else 2) + (_inner_k(rest) or n_units))
 
 
 _experts = define(
@@ -155,9 +161,8 @@ _experts = define(
     kept=Kept(
         returns="Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
         fake=_fake_kept,
-        backward=f"Tensor grad_y, {_ARGUMENTS.replace('=None', '').replace('=1.0', '').split(' str activation')[0]} "
-        "str activation, float alpha, float limit, int? inner_k, Tensor hidden, Tensor positions, Tensor order, "
-        "Tensor offsets, bool[]? needed=None, bool joint=False",
+        backward=f"Tensor grad_y, {_WITHOUT_DEFAULTS}, Tensor hidden, Tensor positions, Tensor order, Tensor offsets, "
+        "bool[]? needed=None, bool joint=False",
         gradients=("x", "keys", "values", "gates", "gate_keys", "key_bias", "gate_bias", "value_bias"),
         flops_of_backward=flops_of_pairs,
     ),

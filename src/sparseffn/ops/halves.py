@@ -19,7 +19,7 @@ def halves(both: Tensor, *, dim: int, interleaved: bool = False) -> tuple[Tensor
     """Both halves of a weight as views: its first and last lines along `dim`, or its even and odd ones.
 
     In training on a CPU, `experts` writes the gradients of such keys and gate keys into one tensor in the order of `both`,
-    which is then its gradient; elsewhere they are joined by a copy.
+    which is then its gradient; even and odd columns, and those of other devices, are joined by a copy.
 
     Args:
         both: `[..., 2 G, ...]`, 2 G along `dim`.
@@ -62,6 +62,10 @@ class _Halves(torch.autograd.Function):
         first, second = grads
         whole = None if torch.is_grad_enabled() or is_watched(grads) else _shared(first, second, ctx.dim, ctx.interleaved)
         return _joined(first, second, ctx.dim, ctx.interleaved) if whole is None else whole, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        return _views(tangents[0], ctx.dim, ctx.interleaved)
 
 
 def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tensor | None:

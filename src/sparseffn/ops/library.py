@@ -1,6 +1,6 @@
 """The operations behind PyTorch's dispatcher: schemas, compositions of PyTorch's own operations, and what takes their place.
 
-An operation NAME is up to four schemas of the library `sparseffn`:
+An operation NAME is up to five schemas of the library `sparseffn`:
 
     NAME(arguments) -> outputs
     NAME_plain(arguments) -> outputs                  the composition that transforms look into: it reads no values on the host
@@ -229,7 +229,7 @@ def kernels_missing() -> str | None:
         return reason
     for operation in OPERATIONS.values():
         if operation.kept is not None:
-            torch.ops.sparseffn_library.differentiate(operation.name, operation.cast)
+            build.differentiate(operation.name, operation.cast)
     if triton.is_installed():
         for name in triton.REGISTERED:
             LIBRARY.impl(name, _on_gpu(name, triton.lazily(name)), "CUDA")

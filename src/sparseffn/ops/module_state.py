@@ -1,6 +1,6 @@
 """What PyTorch knows of a module and has no public way to ask: who looks at its calls, and the units of FSDP2 around it.
 
-The private names stand here alone; they are the same from PyTorch 2.9 to 2.14.
+The private names are the same from PyTorch 2.9 to 2.14.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from sparseffn.ops._checks import require_one_device
 from sparseffn.ops.backends import call
 from sparseffn.ops.library import Kept, define
 from sparseffn.ops.plain import route_plain
+from sparseffn.ops.router_logits import check_router
 
 GateName = Literal["sigmoid", "softmax", "renormalised"]
 GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
@@ -23,14 +24,7 @@ GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
 
 def check_route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> None:
     """That they fit together; raises as `route` documents."""
-    if x.dim() != 2 or selector.dim() != 2 or x.shape[1] != selector.shape[1]:
-        raise UserError(
-            f"`x` and `selector` must be [T, D] and [E, D]; got {tuple(x.shape)} and {tuple(selector.shape)}; "
-            "fix: flatten leading dimensions first"
-        )
-    if not x.is_floating_point() or not selector.is_floating_point():
-        raise UserError(f"`x` and `selector` must be floating; got {x.dtype} and {selector.dtype}; fix: cast them")
-    require_one_device(x, selector)
+    check_router(x, selector)
     if not 1 <= k <= selector.shape[0]:
         raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
     if gate not in GATES:

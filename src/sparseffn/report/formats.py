@@ -59,8 +59,12 @@ def seconds(duration: float | None) -> str:
 
 
 def loss(value: float | None, metric: str) -> str:
-    """A loss: two decimals for a perplexity, three for bits."""
-    return NOT_MEASURED if value is None else f"{value:.{2 if metric == 'perplexity' else 3}f}"
+    """A loss: two decimals for a perplexity, none from 1,000 on, three for bits."""
+    return NOT_MEASURED if value is None else f"{value:,.{_decimals(value, metric)}f}"
+
+
+def _decimals(value: float, metric: str) -> int:
+    return 3 if metric != "perplexity" else 2 if value < 1000 else 0
 
 
 def spread(found: MeanStd | None, metric: str, *, say_n: bool = False) -> str:
@@ -73,7 +77,8 @@ def spread(found: MeanStd | None, metric: str, *, say_n: bool = False) -> str:
     """
     if found is None:
         return NOT_MEASURED
-    text = loss(found.mean, metric) + ("" if found.std is None else f" ± {loss(found.std, metric)}")
+    digits = _decimals(found.mean, metric)
+    text = loss(found.mean, metric) + ("" if found.std is None else f" ± {found.std:,.{digits}f}")
     return f"{text} (n = {found.n})" if say_n else text
 
 

@@ -185,7 +185,7 @@ def launches_are_few() -> str:
 
 
 # Method and options of a layer, whether it trains, whether statistics are asked for, and the most operations that launch
-# forward and backward: gated experts, sums split over rows. As counted 2026-11-29; a top-K of PyTorch's is several kernels.
+# forward and backward: gated experts, sums split over rows. As counted 2026-11-30; a top-K of PyTorch's is several kernels.
 LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("sigma-moe", {}, True, False, 8, 14),
     ("sigma-moe", {}, True, True, 12, 15),
@@ -203,7 +203,7 @@ LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("switch", {}, False, False, 7, 13),
     ("switch", {"expert_dropout": 0.1}, True, False, 9, 13),
     ("switch", {}, True, False, 7, 13),
-    ("switch", {"capacity_factor": 1.0}, True, False, 22, 14),
+    ("switch", {"capacity_factor": 1.0}, True, False, 17, 14),
     ("noisy-moe", {}, True, False, 25, 22),
 )
 

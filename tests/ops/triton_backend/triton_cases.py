@@ -127,7 +127,7 @@ QUICK = [
         or (case.small_tiles and case.dtype == "float32" and case.shape == "uneven")
         or (case.small_tiles and case.variant == "experts-inner-relu-dropout" and case.shape in ("hundred", "no-tokens"))
         or (case.small_tiles and case.dtype != "float32" and case.shape == "odd" and case.variant in _EVERY_SHAPE)
-        or (case.dtype == "bfloat16" and case.shape == "uneven")
+        or (case.small_tiles and case.dtype == "bfloat16" and case.shape == "uneven")
         or (
             not case.small_tiles
             and case.shape in ("odd", "uneven")

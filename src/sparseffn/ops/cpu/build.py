@@ -214,6 +214,15 @@ def unavailable() -> str | None:
     return None
 
 
+def differentiate(operation: str, cast: Sequence[str]) -> None:
+    """Give an operation of the loaded library its autograd, and the arguments that autocast casts; see `dispatch.cpp`."""
+    function = library().sparseffn_differentiate
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_char_p
+    error = function(operation.encode(), ",".join(cast).encode())
+    if error is not None:
+        raise RuntimeError(f"the compiled kernels do not fit the operation {operation}: {error.decode()}")
+
+
 def instruction_sets() -> str | None:
     """What the kernels were compiled for, as "AVX512, AVX2"; None where there are none. Compiles at the first call."""
     if unavailable() is not None:

@@ -262,7 +262,8 @@ std::tuple<Tensor, Tensor> product_key_topk_cpu(const Tensor& scores_a, const Te
     const int64_t rows = sums.numel() / k;
     const auto run = [&](auto* tag) {
         using C = std::remove_pointer_t<decltype(tag)>;
-        product_keys(pointer_of<C>(a), pointer_of<C>(b), rows, a.size(-1), b.size(-1), k, threads_for(16 * rows * (a.size(-1) + b.size(-1) + k)), pointer<C>(sums),
+        const int threads = threads_for(16 * rows * (a.size(-1) + b.size(-1) + k));
+        product_keys(pointer_of<C>(a), pointer_of<C>(b), rows, a.size(-1), b.size(-1), k, threads, pointer<C>(sums),
                      pointer<int64_t>(indices));
     };
     if (wide == at::kDouble) run(static_cast<double*>(nullptr));

@@ -11,7 +11,7 @@
 // `joint` gets whether gradients may share one memory: not in a graph, whose compiler believes what fakes say of them.
 //
 // Under transforms of torch.func, forward-mode AD and where gradients are differentiated or batched, NAME_plain is what runs, and
-// differentiates itself. ops/library.py calls sparseffn_library::differentiate for each operation once this is loaded.
+// differentiates itself. ops/library.py has `sparseffn_differentiate` called for each operation once this is loaded.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -20,6 +20,7 @@
 #include <torch/library.h>
 
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -63,7 +64,7 @@ struct Source {
     size_t index = 0;
 };
 
-// An operation's four schemas, and how they fit together.
+// An operation's five schemas, and how they fit together.
 struct Family {
     OperatorHandle op, plain, eager, kept, backward;
     std::vector<size_t> tensors;       // arguments of NAME that are tensors, which are the inputs of its autograd node
@@ -349,7 +350,18 @@ void differentiate(const std::string& name, const std::vector<std::string>& cast
 }  // namespace
 }  // namespace sparseffn
 
-TORCH_LIBRARY(sparseffn_library, m) {
-    m.def("differentiate(str name, str[] cast) -> ()",
-          [](const std::string& name, const c10::List<std::string>& cast) { sparseffn::differentiate(name, cast.vec()); });
+// No operation: a compiler that traces the first call of a process would write it into its graph. `cast` has commas between the
+// names. Returns what went wrong, or nullptr.
+extern "C" const char* sparseffn_differentiate(const char* name, const char* cast) {
+    static std::string error;
+    try {
+        std::vector<std::string> names;
+        std::istringstream list(cast);
+        for (std::string one; std::getline(list, one, ',');) names.push_back(one);
+        sparseffn::differentiate(name, names);
+        return nullptr;
+    } catch (const std::exception& caught) {
+        error = caught.what();
+        return error.c_str();
+    }
 }
