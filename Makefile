@@ -45,7 +45,7 @@ demo: setup
 	$(BIN)/sparseffn compare --methods $(DEMO_METHODS) --budget $(DEMO_BUDGET) --out $(DEMO_OUT)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

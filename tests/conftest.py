@@ -35,6 +35,23 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
 os.environ.update(dict.fromkeys(OFFLINE, "1"))
 
 
+# Files that take longest. They come first, so that none is left for one process at the end while the other waits.
+LONGEST = (
+    "test_triton_numerics.py",
+    "test_several_processes.py",
+    "test_cpu_mutants.py",
+    "test_compare.py",
+    "test_torture.py",
+    "test_browser.py",
+    "test_methods.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files is the suite's own; within a file nothing moves."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """No other machine for the Python sockets of this process."""
     patch = pytest.MonkeyPatch()

@@ -359,10 +359,12 @@ def speeds_of_memory(found: Found) -> list[int]:
     return [round(min(speeds)), round(max(speeds))]
 
 
-def missed(found: Found, shape: str, tokens: int) -> bool:
+def missed(found: Found, shape: str, dtype: str, tokens: int) -> bool:
     """Whether an aim of sigma-MoE was missed at a shape and a number of tokens."""
-    first = [row.cells[0].text for row in limits_table(*_timed(found)).rows]
-    return f"{shape}, {tokens:,}" in first
+    layers, experts = _timed(found)
+    rows = [row for result in layers if result.settings.dtype == dtype for row in result.rows]
+    assert any((row.shape, row.tokens, row.label) == (shape, tokens, "sigma-moe") for row in rows), "it was not measured"
+    return f"{shape}, {dtype}, {tokens:,}" in {row.cells[0].text for row in limits_table(layers, experts).rows}
 
 
 def dead_as_released(found: Found) -> bool:

@@ -161,7 +161,7 @@ SENTENCES = (
     )),
     Sentence(KERNELS, "its memory came at 52 to 83 GB/s", lambda f: speeds_of_memory(f) == [52, 83]),
     Sentence(KERNELS, "4,096 tokens, which share each packed panel, meet both aims", lambda f: (
-        not missed(f, "wt-b, bfloat16", 4096)
+        not missed(f, "wt-b", "bfloat16", 4096)
     )),
     Sentence(HF, "Qwen3 in float32 and Granite in bfloat16 that of the prompt; nothing else does", reached_by_models),
     Sentence(HF, "For Qwen3 in float32 the model's is beyond reach", lambda f: (

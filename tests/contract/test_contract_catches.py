@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from wrong_methods import WRONG, FalseXfailConfig, GraphBreakInTraining, MuteErrorConfig, NamelessErrorConfig, wrong
+from wrong_methods import (
+    WRONG,
+    FalseXfailConfig,
+    FixedTokensInTraining,
+    GraphBreakInTraining,
+    MuteErrorConfig,
+    NamelessErrorConfig,
+    UncalledInEvaluation,
+    UncalledInTraining,
+    wrong,
+)
 
 from sparseffn.contract import ContractError, check_method, list_checks, run_check
 from sparseffn.errors import UserError
@@ -19,10 +29,21 @@ def test_wrong_method_is_caught_by_name(check: str, config_class: type[FFNConfig
     assert caught.value.check == check
 
 
-def test_training_is_compiled_too() -> None:
-    """A layer that a compiler can follow in evaluation alone is caught, and told where it is wrong."""
-    with pytest.raises(ContractError, match=r"graph-break-in-training fails compiles: torch.compile in training raises"):
-        run_check("compiles", wrong("graph-break-in-training", GraphBreakInTraining))
+IN_ONE_MODE = {
+    "graph-break": ("compiles", GraphBreakInTraining, "torch.compile in training raises"),
+    "fixed-tokens": ("exports", FixedTokensInTraining, "torch.export in training raises"),
+    "uncalled-in-training": ("hooks", UncalledInTraining, r"ran as \[\] in training"),
+    "uncalled-in-evaluation": ("hooks", UncalledInEvaluation, r"ran as \[\] in evaluation"),
+    "unsharded": ("sharding", UncalledInEvaluation, "with the units"),
+}
+
+
+@pytest.mark.parametrize("name", IN_ONE_MODE)
+def test_a_mistake_in_one_mode_is_caught(name: str) -> None:
+    """A layer that keeps the promise in the other mode is told where it is wrong."""
+    check, layer, words = IN_ONE_MODE[name]
+    with pytest.raises(ContractError, match=f"{name} fails {check}: .*{words}"):
+        run_check(check, wrong(name, layer))
 
 
 @pytest.mark.parametrize(

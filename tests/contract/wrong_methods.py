@@ -196,6 +196,43 @@ class UncalledPart(Dense):
         return y_TD @ self.part.weight, routed
 
 
+class UncalledInTraining(UncalledPart):
+    """Calls the part in evaluation alone."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = Dense.compute(self, x_TD, mask_T)
+        return y_TD @ self.part.weight if self.training else self.part(y_TD), routed
+
+
+class UncalledInEvaluation(UncalledPart):
+    """Calls the part in training alone."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = Dense.compute(self, x_TD, mask_T)
+        return self.part(y_TD) if self.training else y_TD @ self.part.weight, routed
+
+
+class FixedTokensInTraining(Dense):
+    """Computes another number where there are more than eight tokens, in training."""
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return y_TD * (1.0 if not self.training or len(y_TD) <= 8 else 1.0 + 1e-6), routed
+
+
+class CopyForgets(Dense):
+    """A copy that trains computes something else."""
+
+    is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_copy": True}
+
+    def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
+        y_TD, routed = super().compute(x_TD, mask_T)
+        return 2.0 * y_TD if self.is_copy and self.training else y_TD, routed
+
+
 class GraphBreakInTraining(Dense):
     """Looks at a value in training alone."""
 
@@ -219,6 +256,16 @@ class FixedTokens(Dense):
     def compute(self, x_TD: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Routed]:
         y_TD, routed = super().compute(x_TD, mask_T)
         return y_TD * (1.0 if len(y_TD) <= 8 else 1.0 + 1e-6), routed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopyForgetsConfig(DenseConfig):
+    """A dense block, see `CopyForgets`; of a class that pickle finds."""
+
+    name: ClassVar[str] = "copy-forgets"
+
+    def build(self) -> Dense:
+        return CopyForgets(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,6 +364,7 @@ WRONG = {
     "sharding": wrong("uncalled-part", UncalledPart),
     "compiles": wrong("graph-break", GraphBreak),
     "exports": wrong("fixed-tokens", FixedTokens),
+    "copies": CopyForgetsConfig,
     "stats": DetachedLossConfig,
     "bad_values": LooseRangeConfig,
     "permutation": FalseXfailConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any, AnyStr, Generic, Literal, cast
 
@@ -125,6 +126,30 @@ def test_switch_capacity_serves_the_first_and_counts_the_rest() -> None:
     assert int(stats.dropped) == 6
     assert bool(y[:2].any(dim=1).all()) and not bool(y[2:].any())
     assert int(layer.eval()(x, return_stats=True)[1].dropped) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_places_go_to_those_who_come_first(seed: int) -> None:
+    """As a loop hands them out, past padding and experts that dropout removed; a token that is not finite takes one too."""
+    sizes = {"d_model": 8, "n_experts": 3, "expert_size": 4}
+    layer = SwitchConfig(**sizes, k=2, capacity_factor=0.5, expert_dropout=0.3, selector_init="free").build().train()
+    x, mask = torch.randn(40, 8, generator=torch.Generator().manual_seed(seed)), torch.arange(40) % 5 != 2
+    x[0] = torch.nan
+    routings = []
+    for route in (SoftmaxRouter.forward, type(layer.router).forward):
+        torch.manual_seed(seed)
+        routings.append(route(layer.router, x, mask))
+    (free, found), capacity = routings, 0.5 * 2 * int(mask.sum()) / 3
+    wanted, taken, lost = free.weights_TK.clone(), Counter[int](), 0
+    for t, experts in enumerate(free.indices_TK.tolist()):
+        for slot, expert in enumerate(experts):
+            if bool(free.weights_TK[t, slot] != 0):
+                # Which a NaN is, too.
+                taken[expert] += 1
+                if taken[expert] > capacity:
+                    wanted[t, slot], lost = 0.0, lost + 1
+    assert lost > 5 and int(found.dropped) == lost
+    torch.testing.assert_close(found.weights_TK, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_noise_is_drawn_in_training_only_and_starts_undecided() -> None:

@@ -28,6 +28,31 @@ print(torch.export.export(layer, (torch.randn(3, 16),)).graph_module.code)
 """
 
 
+TOGETHER = """
+import threading
+import torch
+from sparseffn import ops
+x, keys, values = (torch.randn(*size).requires_grad_() for size in ((5, 8), (4, 8, 6), (4, 6, 8)))
+indices, gates, found = torch.randint(4, (5, 2)), torch.rand(5, 2), []
+start = threading.Barrier(8)
+def call():
+    start.wait()
+    y = ops.experts(x, keys, values, gates, indices)
+    found.append([y, *torch.autograd.grad(y.sum(), (x, keys, values))])
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(found) == 8
+for tensors in zip(*found): assert all(torch.equal(tensors[0], t) for t in tensors)
+"""
+
+
+def test_threads_that_call_first_load_the_library_once() -> None:
+    """All get the same numbers and gradients, and PyTorch has no kernel that takes another's place."""
+    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Overriding" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("program", "operations"),
     [

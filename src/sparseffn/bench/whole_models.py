@@ -237,7 +237,7 @@ def experts_work(whole: WholeModel, n_tokens: int) -> tuple[float, float]:
 
 
 def _selected_params(whole: WholeModel, n_tokens: int) -> float:
-    """Of a layer's experts, those of one expert for every selection."""
+    """Parameters of a layer's experts that its products use, an expert's once for each token that selects it."""
     size = _num_params(whole.experts) / whole.experts.num_experts
     return size * n_tokens * whole.model.config.num_experts_per_tok
 

@@ -87,6 +87,7 @@ def bench_whole_models(settings: WholeSettings, *, progress: Progress = no_progr
             absent += [x for one in measured for x in one.left]
     order = {name: i for i, name in enumerate(settings.models)}
     rows.sort(key=lambda row: order[row.model])
+    absent.sort(key=lambda one: order[one.shape.partition(",")[0]])
     settings = msgspec.structs.replace(settings, device=device.type)
     return WholeResult(**head(device), settings=settings, roofs=roofs, rows=tuple(rows), left_out=tuple(absent))
 

@@ -53,8 +53,6 @@ def copies(config: FFNConfig) -> None:
     """deepcopy, pickle and state_dict give an equal layer that shares nothing; copies of a layer in training train."""
     layer, x = make_layer(config), tokens(config)
     y = layer(x)
-    trains = make_layer(config, training=True)
-    wanted = seeded(lambda: _gradients(trains, x))
     stored = io.BytesIO()
     torch.save(layer.state_dict(), stored)
     stored.seek(0)
@@ -72,7 +70,10 @@ def copies(config: FFNConfig) -> None:
             for parameter in other.parameters():
                 parameter.zero_()
         require(torch.equal(layer(x), y), f"changing a {name} changes the layer")
-    for name, other in (("deepcopy", copy.deepcopy(trains)), ("pickle", pickle.loads(pickle.dumps(trains)))):
+    trains = make_layer(config, training=True)
+    others = {"deepcopy": copy.deepcopy(trains), "pickle": pickle.loads(pickle.dumps(trains))}
+    wanted = seeded(lambda: _gradients(trains, x))
+    for name, other in others.items():
         require(other.training, f"a {name} of a layer in training is in evaluation")
         got = seeded(lambda: _gradients(other, x))  # noqa: B023
         same = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -83,7 +84,7 @@ def copies(config: FFNConfig) -> None:
 
 def _gradients(layer: FeedForward, x: Tensor) -> list[Tensor]:
     """Of all parameters that have one."""
-    parameters = list(layer.parameters())
+    parameters = [p for p in layer.parameters() if p.requires_grad]
     found = torch.autograd.grad(layer(x).square().sum(), parameters, allow_unused=True)
     return [g for g in found if g is not None]
 

@@ -59,7 +59,7 @@ class SwitchConfig(TopKMixtureConfig):
         return Switch(self)
 
     def _router_bytes(self) -> int:
-        """Also the whole softmax; with a capacity a mask of the selections that found a place, and their gates once more."""
+        """Also the whole softmax; with a capacity a mask of the selections that found no place, and their gates once more."""
         places = 0 if self.capacity_factor is None else self.k * (1 + LOGIT_BYTES)
         return TopKMixtureConfig._router_bytes(self) + self.n_experts * LOGIT_BYTES + places
 
@@ -104,14 +104,14 @@ class CapacityRouter(SoftmaxRouter):
         if group is not None:
             n_tokens = group.sum(torch.as_tensor(n_tokens, dtype=torch.float64, device=indices_TK.device))
         capacity = self.capacity_factor * self.k * n_tokens / n_experts
-        # A missing selection waits for no expert: its queue is one of its own.
+        # Q: a queue for each expert, and one for missing selections, which wait for none.
         queue_R1 = indices_TK.masked_fill(missing_TK, n_experts).view(-1, 1)
-        waits_RE = queue_R1 == torch.arange(n_experts + 1, device=queue_R1.device)
-        places_RE = waits_RE.cumsum(dim=0)
+        waits_RQ = queue_R1 == torch.arange(n_experts + 1, device=queue_R1.device)
+        places_RQ = waits_RQ.cumsum(dim=0)
         if group is not None:
             # Tokens of the processes before this one come first.
-            places_RE = places_RE + group.before(waits_RE.sum(dim=0))
-        return (places_RE.gather(1, queue_R1).view_as(indices_TK) > capacity).masked_fill(missing_TK, value=False)
+            places_RQ = places_RQ + group.before(waits_RQ.sum(dim=0))
+        return (places_RQ.gather(1, queue_R1).view_as(indices_TK) > capacity).masked_fill(missing_TK, value=False)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Softmax over all experts, the K best, and in training places handed out one by one."""

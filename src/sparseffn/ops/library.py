@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,19 +222,31 @@ def _until_kernels(operation: Any, plain: Function, eager: Function) -> Function
 @functools.cache
 def kernels_missing() -> str | None:
     """Why the compiled library is not there, logged once; None once it is loaded. Compiles it at the first call."""
-    from sparseffn.ops import triton
     from sparseffn.ops.cpu import build
 
     reason = build.unavailable()
-    if reason is not None:
-        return reason
+    if reason is None:
+        # Of several threads that call first, one.
+        with _REGISTERING:
+            _register_library()
+    return reason
+
+
+_REGISTERING = threading.Lock()
+
+
+@functools.cache
+def _register_library() -> None:
+    """Autograd of the loaded library for every operation, and the Triton kernels."""
+    from sparseffn.ops import triton
+    from sparseffn.ops.cpu import build
+
     for operation in OPERATIONS.values():
         if operation.kept is not None:
             build.differentiate(operation.name, operation.cast)
     if triton.is_installed():
         for name in triton.REGISTERED:
             LIBRARY.impl(name, _on_gpu(name, triton.lazily(name)), "CUDA")
-    return None
 
 
 def has_kernel(name: str, device_type: str) -> bool:

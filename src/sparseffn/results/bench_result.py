@@ -529,7 +529,10 @@ class WholeSettings(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class WholeLimit(Record, frozen=True, kw_only=True):
-    """What no implementation of the experts can beat: the rest of the model, and the larger of two limits of theirs."""
+    """What no implementation of the experts can beat: the rest of the model, and the larger of two limits of theirs.
+
+    Tokens are taken to choose their experts evenly.
+    """
 
     rest_s: float
     """The same pass with experts that return zeros, the median of calls in turn with the others."""
