@@ -242,6 +242,14 @@ def layers_of_olmoe(found: Found) -> list[int]:
     return [round(1000 * seconds) for seconds in (row.decoding.layers.median_s, row.decoding.limit.layers_rest_s)]
 
 
+def change_of_topk(found: Found, context: int) -> float:
+    """Percent of perplexity that half of the pairs cost, in windows of so many tokens."""
+    results = read_conversions(found.folder / "convert")
+    (one,) = [r for r in results if r.facts.options == {"k": 768} and r.facts.context == context]
+    assert one.filled.change is not None, "it is compared with the dense model"
+    return round(100 * one.filled.change, 1)
+
+
 def gains_of_copies(found: Found) -> tuple[float, float]:
     """Least and most percent by which copies of the whole block, distilled, end below the dense model's perplexity."""
     results = [result for result in read_conversions(found.folder / "convert") if result.facts.fill == "upcycle"]

@@ -13,6 +13,7 @@ from findings import (
     all_undecided,
     beyond_reach,
     by_another_table,
+    change_of_topk,
     chosen_rate,
     cosines,
     dead_as_released,
@@ -168,6 +169,10 @@ SENTENCES = (
         beyond_reach(f) == {("qwen3-moe", "float32", "model")}
     )),
     Sentence(HF, "in OLMoE's layers in bfloat16, 25 are not the experts'", lambda f: layers_of_olmoe(f) == [69, 25]),
+    Sentence(README, "+2.9% perplexity", lambda f: change_of_topk(f, 1024) == 2.9),
+    Sentence(CONVERT, "in windows of 1,024 tokens, but not in windows of 256", lambda f: (
+        change_of_topk(f, 1024) < 3 < change_of_topk(f, 256)
+    )),
     Sentence(CONVERT, "they end 0.7% to 9.3% below its perplexity", lambda f: gains_of_copies(f) == (0.7, 9.3)),
     Sentence(README, "to +1.0% of its loss; it is better than a dense block of the same FLOPs by 3.3% to 4.8%", lambda f: (
         f.interval("control", "equal parameters") == (-0.7, 1.0) and f.interval("control", "equal FLOPs") == (-4.8, -3.3)
