@@ -66,38 +66,36 @@ def bench_whole_models(settings: WholeSettings, *, progress: Progress = no_progr
         find_shape(model)
     for name in settings.dtypes:
         check_backends((settings.backend,), device, DTYPES[name])
-    rows: list[WholeRow] = []
-    absent: list[AbsentCandidate] = []
-    roofs: dict[str, Roof] = {}
+    measured: list[_Measured] = []
     with backend_restored(), without_experts():
         use_backend(settings.backend)
-        for name in settings.dtypes:
-            dtype = DTYPES[name]
-            measured, roof = [], measure_roof(dtype, device)
-            for model in settings.models:
+        roofs = {name: measure_roof(DTYPES[name], device) for name in settings.dtypes}
+        for model in settings.models:
+            for name in settings.dtypes:
                 progress(f"building and checking {model} in {name}")
-                whole = build_whole(model, dtype, device, settings.layers)
+                whole = build_whole(model, DTYPES[name], device, settings.layers)
                 measured.append(_measure(whole, settings, progress))
                 # The next one needs its memory.
                 del whole
                 # As the machine may have been busy before.
-                roof = highest(roof, measure_roof(dtype, device))
-            backend, roofs[name] = resolved(settings.backend, device, dtype), roof
-            rows += [row for one in measured for row in _rows(one, settings, roof, backend)]
-            absent += [x for one in measured for x in one.left]
-    order = {name: i for i, name in enumerate(settings.models)}
-    rows.sort(key=lambda row: order[row.model])
-    absent.sort(key=lambda one: order[one.shape.partition(",")[0]])
-    settings = msgspec.structs.replace(settings, device=device.type)
-    return WholeResult(**head(device), settings=settings, roofs=roofs, rows=tuple(rows), left_out=tuple(absent))
+                roofs[name] = highest(roofs[name], measure_roof(DTYPES[name], device))
+        backends = {name: resolved(settings.backend, device, DTYPES[name]) for name in settings.dtypes}
+    return WholeResult(
+        **head(device),
+        settings=msgspec.structs.replace(settings, device=device.type),
+        roofs=roofs,
+        rows=tuple(row for one in measured for row in _rows(one, settings, roofs[one.dtype], backends[one.dtype])),
+        left_out=tuple(absent for one in measured for absent in one.left),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
     """A model in both passes, by every implementation that computes it there."""
 
+    dtype: str
     sizes: dict[str, Any]
-    """Of a row's fields, those that say which model it is."""
+    """Of a row's fields, those that say which model it is, beside the dtype."""
     errors: dict[str, float]
     times: dict[str, dict[str, Times]]
     """By pass: of the whole model, and of its layers."""
@@ -127,11 +125,8 @@ def _measure(whole: WholeModel, settings: WholeSettings, progress: Progress) -> 
             AbsentCandidate(shape=f"{whole.name}, {dtype}", tokens=n_tokens, label=label, reason=reason)
             for label, reason in reasons.items()
         ]
-    sizes = {
-        "model": whole.name, "dtype": dtype, "n_layers": whole.n_layers, "n_published": whole.n_published,
-        "num_params": whole.num_params,
-    }  # fmt: skip
-    return _Measured(sizes=sizes, errors=errors, times=times, work=work, left=left)
+    sizes = {"n_layers": whole.n_layers, "n_published": whole.n_published, "num_params": whole.num_params}
+    return _Measured(dtype=dtype, sizes={"model": whole.name, **sizes}, errors=errors, times=times, work=work, left=left)
 
 
 def _rows(measured: _Measured, settings: WholeSettings, roof: Roof, backend: str) -> list[WholeRow]:
@@ -152,7 +147,8 @@ def _rows(measured: _Measured, settings: WholeSettings, roof: Roof, backend: str
         if decoding is not None:
             prompt, own = timed(label, "prompt", settings.prompt, 1), label == OURS
             times = {"deviation": error, "decoding": decoding, "prompt": prompt}
-            rows.append(WholeRow(**measured.sizes, label=label, peer=not own, backend=backend if own else None, **times))
+            sizes = {"dtype": measured.dtype, **measured.sizes}
+            rows.append(WholeRow(**sizes, label=label, peer=not own, backend=backend if own else None, **times))
     return rows
 
 

@@ -10,7 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparseffn.contract.harness import ATOL, Broken, contract, differ, make_layer, require, seeded, tokens, without_dropout
+from sparseffn.contract.harness import (
+    ATOL,
+    Broken,
+    contract,
+    differ,
+    make_layer,
+    require,
+    seeded,
+    step,
+    tokens,
+    without_dropout,
+)
 from sparseffn.errors import UserError
 from sparseffn.ffn import FeedForward, FFNConfig
 
@@ -30,8 +41,8 @@ def compiles(config: FFNConfig) -> None:
         how = "in training" if training else "in evaluation"
         for n_tokens in (6, 9):
             x = tokens(config, n_tokens)
-            eager = seeded(lambda: _step(layer, layer, x))  # noqa: B023
-            ours = _or_broken(f"torch.compile {how}", lambda: seeded(lambda: _step(layer, compiled, x)))  # noqa: B023
+            eager = seeded(lambda: step(layer, layer, x))  # noqa: B023
+            ours = _or_broken(f"torch.compile {how}", lambda: seeded(lambda: step(layer, compiled, x)))  # noqa: B023
             require(len(eager) == len(ours), f"compiled {how}, {len(ours) - 1} gradients come and not {len(eager) - 1}")
             gap = max(differ(a, b) for a, b in zip(eager, ours, strict=True))
             require(gap <= ATOL, f"compiled {how}, results differ by {gap:.2g} for {n_tokens} tokens")
@@ -44,15 +55,6 @@ def _or_broken(what: str, compute: Callable[[], Result]) -> Result:
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise Broken(f"{what} raises {type(error).__name__}: {first}") from error
-
-
-def _step(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """Output and all gradients."""
-    leaf = x.clone().requires_grad_()
-    layer.zero_grad(set_to_none=True)
-    y = function(leaf)
-    y.square().sum().backward()
-    return [y.detach(), *(t.grad for t in (leaf, *layer.parameters()) if t.grad is not None)]
 
 
 @contract
@@ -101,14 +103,14 @@ def _check_sharding(config: FFNConfig) -> None:
 
     mesh = init_device_mesh("cpu", (1,))
     layer, x = make_layer(config, training=True), tokens(config)
-    wanted = [*seeded(lambda: _step(layer, layer, x)), _evaluated(layer, x)]
+    wanted = [*seeded(lambda: step(layer, layer, x)), _evaluated(layer, x)]
     parts = [name for name, part in layer.named_children() if any(True for _ in part.parameters())]
     for units in dict.fromkeys(((), tuple(parts))):
         sharded = copy.deepcopy(layer)
         for module in (*(sharded.get_submodule(name) for name in units), sharded):
             fully_shard(module, mesh=mesh)
         try:
-            got = [*seeded(lambda: _step(sharded, sharded, x)), _evaluated(sharded, x)]  # noqa: B023
+            got = [*seeded(lambda: step(sharded, sharded, x)), _evaluated(sharded, x)]  # noqa: B023
         except RuntimeError as error:
             require(False, f"with the units {units} it raises {error}")
             return

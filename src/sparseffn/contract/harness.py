@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ffn import FeedForward, FFNConfig, field_infos, method_class
@@ -122,6 +122,15 @@ def seeded(function: Callable[[], Any], seed: int = 7) -> Any:
     """Call with PyTorch's generator in a known state."""
     torch.manual_seed(seed)
     return function()
+
+
+def step(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Output of the layer, or of a function in its place, and gradients of x and of all parameters that have one."""
+    leaf = x.clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    y = function(leaf)
+    y.square().sum().backward()
+    return [y.detach(), *(t.grad for t in (leaf, *layer.parameters()) if t.grad is not None)]
 
 
 def without_dropout(config: FFNConfig) -> FFNConfig:
