@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparseffn import ops
-from sparseffn.ops import _torch_kernels
 from sparseffn.ops.triton import operations
 
 # Of the arguments from the gate keys on: backward takes all of them.
@@ -125,7 +124,7 @@ def in_layers() -> Iterator[None]:
         "router_logits": _RouterLogits.apply,
         "batch_entropy": _BatchEntropy.apply,
         "routing_counts": lambda indices, weights, n: operations.routing_counts(indices, weights.detach(), n),
-        "topk": lambda scores, k: _torch_kernels.topk(scores.detach(), k, True),
+        "topk": lambda scores, k: operations.topk(scores.detach(), k, True),
     }
     with ExitStack() as stack:
         for name, function in replaced.items():

@@ -16,6 +16,7 @@ from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ffn import method_class
 from sparseffn.ops import counts
+from sparseffn.ops.columns import topk_plain
 from sparseffn.ops.triton import launch, operations, products, router_operations, tuning
 
 CPU = torch.device("cpu")
@@ -165,6 +166,41 @@ def nan_is_chosen_first() -> None:
     assert indices.tolist() == [[1, 2, 0, 3], [1, 2, 3, 0], [2, 3, 0, 1]]
 
 
+def largest_are_those_of_a_stable_sort() -> None:
+    """In rows longer than a stretch; ties, zeros of both signs, infinities and NaN of both signs among them."""
+    generator = torch.Generator().manual_seed(6)
+    for n, k in ((1, 1), (5, 3), (40, 40), (70, 9), (200, 90)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if n == 40 else (torch.float32,):
+            scores = torch.randn(4, n, generator=generator).to(dtype)
+            scores[0] = scores[0].round()
+            scores[1, ::3], scores[1, 1::3] = -0.0, 0.0
+            scores[2] = -torch.inf
+            scores[2, 3:4], scores[2, 4:5], scores[0, 2:3] = torch.nan, torch.inf, -torch.nan
+            with mock.patch.object(launch, "CHOICE_BLOCK", 2048 if n < 100 else 128):
+                found = operations.topk(scores.view(2, 2, n), k, False)
+            wanted = topk_plain(scores, k, False).sort(dim=1).values
+            assert torch.equal(found.flatten(0, 1), wanted), (n, k, dtype)
+            few = min(k, 9)
+            assert torch.equal(operations.topk(scores, few, True), topk_plain(scores, few, True)), (n, k, dtype)
+    assert operations.topk(torch.empty(0, 7), 3, False).shape == (0, 3)
+
+
+def survivors_are_found_in_stretches() -> None:
+    """Of a token's units, more than a program looks at at once: output and gradients have the bits of one stretch."""
+    given = {name: leaf for name, leaf in leaves(gated=True).items() if name != "selector"}
+    generator = torch.Generator().manual_seed(7)
+    n = 6
+    indices, gates = torch.rand(n, E, generator=generator).topk(K, dim=1).indices, torch.rand(n, K, generator=generator)
+    keep = torch.rand(n, K, G, generator=generator) > 0.5
+    runs = []
+    x, keys, values, gate_keys = given.values()
+    for block in (2048, 64):
+        with mock.patch.object(launch, "CHOICE_BLOCK", block):
+            y = experts(x[:n], keys, values, gates, indices, gate_keys, None, None, None, keep, 2.0, "relu", 1.0, 1.0, 50)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), list(given.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def launches_are_few() -> str:
     """A routed layer launches at most 12 kernels forward and 14 backward, plain or gated, in training and evaluation."""
     said = []
@@ -180,31 +216,31 @@ def launches_are_few() -> str:
         launches = [len(evaluated.found), len(forward.found), len(backward.found)]
         if launches[0] > 12 or launches[1] > 12 or launches[2] > 14:
             said.append(f"{launches}: {forward.found} {backward.found}")
-        assert backward.found.count("sum_parts_kernel") == (3 if gated else 2) + 1, "sums were to be split"
+        assert backward.found.count("sum_parts_kernel") == 3, "sums were to be split"
     return "; ".join(said)
 
 
 # Method and options of a layer, whether it trains, whether statistics are asked for, and the most operations that launch
-# forward and backward: gated experts, sums split over rows. As counted 2026-11-30; a top-K of PyTorch's is several kernels.
+# forward and backward: gated experts, sums split over rows. As counted 2026-11-30.
 LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
-    ("sigma-moe", {}, True, False, 8, 14),
-    ("sigma-moe", {}, True, True, 12, 15),
-    ("sigma-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
-    ("sigma-moe", {"inner_k": 7}, True, False, 25, 31),
-    ("softmax-renorm-moe", {}, True, False, 8, 14),
-    ("softmax-renorm-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
-    ("softmax-moe", {}, False, False, 8, 14),
-    ("softmax-moe", {}, True, False, 8, 14),
-    ("softmax-moe", {"expert_dropout": 0.1}, True, False, 10, 14),
-    ("softmax-moe", {"expert_dropout": 0.1}, False, False, 8, 14),
-    ("s-base", {}, False, False, 8, 14),
-    ("base", {}, False, False, 7, 13),
-    ("noisy-moe", {}, False, False, 8, 14),
-    ("switch", {}, False, False, 7, 13),
-    ("switch", {"expert_dropout": 0.1}, True, False, 9, 13),
-    ("switch", {}, True, False, 7, 13),
-    ("switch", {"capacity_factor": 1.0}, True, False, 17, 14),
-    ("noisy-moe", {}, True, False, 25, 22),
+    ("sigma-moe", {}, True, False, 8, 13),
+    ("sigma-moe", {}, True, True, 12, 14),
+    ("sigma-moe", {"expert_dropout": 0.1}, True, False, 10, 13),
+    ("sigma-moe", {"inner_k": 7}, True, False, 9, 14),
+    ("softmax-renorm-moe", {}, True, False, 8, 13),
+    ("softmax-renorm-moe", {"expert_dropout": 0.1}, True, False, 10, 13),
+    ("softmax-moe", {}, False, False, 8, 13),
+    ("softmax-moe", {}, True, False, 8, 13),
+    ("softmax-moe", {"expert_dropout": 0.1}, True, False, 10, 13),
+    ("softmax-moe", {"expert_dropout": 0.1}, False, False, 8, 13),
+    ("s-base", {}, False, False, 8, 13),
+    ("base", {}, False, False, 7, 12),
+    ("noisy-moe", {}, False, False, 8, 13),
+    ("switch", {}, False, False, 7, 12),
+    ("switch", {"expert_dropout": 0.1}, True, False, 9, 12),
+    ("switch", {}, True, False, 7, 12),
+    ("switch", {"capacity_factor": 1.0}, True, False, 17, 13),
+    ("noisy-moe", {}, True, False, 15, 21),
 )
 
 

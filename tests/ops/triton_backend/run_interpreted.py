@@ -35,6 +35,7 @@ from sparseffn.ops.cvmm import cvmm_plain
 from sparseffn.ops.library import OPERATIONS
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.ops.triton import (
+    choice,
     cvmm_operations,
     expert_operations,
     launch,
@@ -58,7 +59,7 @@ GUARD = 512
 
 DEFAULT_TILE, PART_ROWS = tuning.default_tile, launch.PART_ROWS
 USERS = (launch, operations, cvmm_operations, expert_operations, router_operations)
-FILES = {module.__name__.rpartition(".")[2]: module for module in (outer, products, router, sorting, sums, units)}
+FILES = {module.__name__.rpartition(".")[2]: module for module in (choice, outer, products, router, sorting, sums, units)}
 
 
 def poison_new_tensors() -> None:

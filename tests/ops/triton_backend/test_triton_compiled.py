@@ -19,6 +19,10 @@ KERNELS = (
     "route_bwd_logits_kernel",
     "route_bwd_x_kernel",
     "route_bwd_selector_kernel",
+    "topk_kernel",
+    "ordered_topk_kernel",
+    "survivors_kernel",
+    "spread_kernel",
     "count_kernel",
     "scan_kernel",
     "place_kernel",
@@ -51,9 +55,9 @@ def _own_compilations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_kernel_is_reported() -> None:
     """The lists of this file and of the report agree with the kernels that there are."""
-    from sparseffn.ops.triton import outer, products, resources, router, sorting, statistics_kernels, sums
+    from sparseffn.ops.triton import choice, outer, products, resources, router, sorting, statistics_kernels, sums
 
-    modules = (outer, products, router, sorting, statistics_kernels, sums)
+    modules = (choice, outer, products, router, sorting, statistics_kernels, sums)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert set(resources.KERNELS) == set(KERNELS) == written
     assert set(resources.TARGETS) == set(TARGETS)

@@ -184,6 +184,21 @@ MUTANTS = [
         "o_k[:, None] * GATES_IN",
         "o_k[:, None] * KEYS_IN + 0 * GATES_IN + o_k[:, None]",
     ),
+    Mutant(
+        "unsorted-not-read", "experts-gated-inner", "products", "o_kept = o_s[:, None] * ROW", "o_kept = o_r[:, None] * ROW"
+    ),
+    Mutant("one-survivor-less", "experts-inner", "choice", "m_equal & (b_rank <= b_equal", "m_equal & (b_rank < b_equal"),
+    Mutant("ranked-without-gate", "experts-inner", "choice", "b_score * tl.load", "b_score + 0 * tl.load"),
+    Mutant(
+        "removed-survivor-has-gradient",
+        "experts-inner-relu-dropout",
+        "choice",
+        "!= 0, b_position, -1 - b_position)",
+        "!= 2, b_position, -1 - b_position)",
+        "hundred",
+    ),
+    Mutant("part-of-survivor", "experts-gated-inner", "choice", "o_hidden + i_part * SIZE, b_hidden", "o_hidden, b_hidden"),
+    Mutant("survivor-before", "experts-inner", "choice", "b_position < o_n[None, :], b", "b_position <= o_n[None, :], b"),
     Mutant("slope-of-gelu", "experts-gelu", "units", "tl.exp(-0.5 * b_h * b_h)", "tl.exp(-b_h * b_h)"),
     Mutant(
         "clamp-forgotten",
@@ -257,6 +272,8 @@ CHECKS = (
     "bad_rows_add_nothing",
     "nan_stays_in_its_row",
     "nan_is_chosen_first",
+    "largest_are_those_of_a_stable_sort",
+    "survivors_are_found_in_stretches",
     "launches_are_few",
     "layers_launch_as_documented",
     "unneeded_gradients_launch_nothing",

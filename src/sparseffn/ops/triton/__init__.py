@@ -4,9 +4,10 @@ Nothing here imports `triton` before the first call, so that `import sparseffn` 
 
     ops.experts(x.cuda(), keys.cuda(), values.cuda(), gates.cuda(), indices.cuda())
 
-Kernels: `router.py` (logits, top-K, gates), `sorting.py` (selections by expert), `products.py` (rows times the matrix of their
-expert) with `units.py` (activations), `outer.py` (gradients of the matrices), `sums.py` (sums of rows), `statistics_kernels.py`
-(counts, entropies). They are launched, through `launch.py`, by `operations.py` and the files that it names.
+Kernels: `router.py` (logits, top-K, gates), `choice.py` (a row's K largest, survivors of an inner top-K), `sorting.py`
+(selections by expert), `products.py` (rows times the matrix of their expert) with `units.py` (activations), `outer.py`
+(gradients of the matrices), `sums.py` (sums of rows), `statistics_kernels.py` (counts, entropies). They are launched, through
+`launch.py`, by `operations.py` and the files that it names.
 Tile sizes: `tuning.py`. Registers and spills: `resources.py`. Shapes: see ops/README.md.
 """
 
@@ -41,6 +42,7 @@ REGISTERED = (
     "weighted_rows_kept",
     "weighted_rows_backward",
     "routing_counts",
+    "topk",
     "batch_entropy",
     "batch_entropy_kept",
     "batch_entropy_backward",

@@ -1,7 +1,8 @@
 """`experts` on Triton kernels, with what its backward keeps; arguments as in the schema of ops/experts.py.
 
 Forward: three launches sort the selections by expert, one multiplies by the keys and makes the units, one multiplies by the
-values, one adds up a token's rows. Backward reads the same order. Shapes: see ops/README.md.
+values, one adds up a token's rows. Backward reads the same order. An inner top-K is a launch more in both, before which units
+lie in the order of the selections, a token's side by side. Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from sparseffn.ops.activations import KEEPS_OUTPUT, SWIGLU_ALPHA, SWIGLU_LIMIT
 from sparseffn.ops.experts import check_experts
 from sparseffn.ops.library import gradient_like
-from sparseffn.ops.triton import outer, products
+from sparseffn.ops.triton import choice, outer, products
 from sparseffn.ops.triton.launch import (
     BIAS_COLUMNS,
     BIAS_ROWS,
@@ -23,6 +24,7 @@ from sparseffn.ops.triton.launch import (
     Rows,
     check_tensors,
     device_of,
+    row_blocks,
     run_outer,
     run_product,
     sort_rows,
@@ -91,7 +93,21 @@ class Problem:
     def units(self) -> dict[str, Any]:
         """Constants of kernels that make units."""
         scale = {"KEEP_SCALE": self.keep_scale}
-        return {"ACTIVATION": self.activation, "ALPHA": self.alpha, "LIMIT": self.limit, **scale}
+        # A token's units are ranked together.
+        order = {"UNSORTED": self.inner_k is not None}
+        return {"ACTIVATION": self.activation, "ALPHA": self.alpha, "LIMIT": self.limit, **scale, **order}
+
+    @property
+    def survivors(self) -> int:
+        """Units of a token that an inner top-K leaves."""
+        assert self.inner_k is not None, "without an inner top-K all units survive"
+        return self.inner_k
+
+    def survivor_sizes(self) -> dict[str, int]:
+        """Constants of kernels of the inner top-K."""
+        n_units = self.indices.shape[1] * self.size
+        sizes = {"SIZE": self.size, "N": n_units, "K": self.survivors, "PARTS": self.n_parts}
+        return {**sizes, **row_blocks(n_units), **FUSION}
 
     def key_strides(self, *, back: bool = False) -> dict[str, int]:
         """Constants of kernels that multiply by the keys, or back from their columns to their rows."""
@@ -126,7 +142,7 @@ def _forward(p: Problem, rows: Rows, *, keep_hidden: bool) -> tuple[Tensor, Tens
     positions = p.indices.new_empty(0, dtype=torch.int32)
     hidden, a = _up(p, rows, keep_hidden=keep_hidden)
     if p.inner_k is not None:
-        hidden, a, positions = _largest(p, rows, hidden, a)
+        hidden, a, positions = _largest(p, hidden, a)
     out = _down(p, rows, a)
     return sum_tokens(out, p.x.shape[0]), p.x.new_empty(0) if hidden is None else hidden, positions
 
@@ -156,7 +172,7 @@ def _down(p: Problem, rows: Rows, a: Tensor) -> Tensor:
 
     def launch(n_programs: int, options: dict[str, Any]) -> None:
         arguments = (a, p.values, p.value_bias, p.gates, *rows, out, rows.n_rows)
-        sizes = {"N_IN": size, "N_OUT": n_width, "A_ROW": size, "GATHERED": False}
+        sizes = {"N_IN": size, "N_OUT": n_width, "A_ROW": size, "GATHERED": p.inner_k is not None}
         start(products.experts_down_fwd_kernel, n_programs, *arguments, **sizes, **strides, **options)
 
     family = "product" if p.value_bias is None else "hidden"
@@ -173,7 +189,7 @@ def experts_backward(grad_y: Tensor, *rest: Any) -> Gradients:
     grad, hidden = with_lines(grad_y), hidden.contiguous()
     with device_of(p.x):
         if p.inner_k is not None:
-            p, hidden = _spread(p, rows, hidden, positions)
+            p, hidden = _spread(p, hidden, positions)
         grad_hidden, alpha, grad_gates = _backward_hidden(p, rows, grad, hidden)
         none = p.x.new_empty
         grad_x = sum_tokens(_backward_x(p, rows, grad_hidden), p.x.shape[0]) if needed["x"] else none(0)
@@ -273,43 +289,24 @@ def _backward_biases(
     return tuple(none if b is None else b for b in (key, gate, value))  # pyright: ignore[reportReturnType]
 
 
-def _largest(p: Problem, rows: Rows, hidden: Tensor | None, a: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+def _largest(p: Problem, hidden: Tensor | None, a: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """Of a token's K G coefficients the `inner_k` largest: what is kept of these, the units without the others, and where
-    they are. By PyTorch's sort, which is stable.
+    they are. Rows come and go in the order of the selections.
     """
-    assert p.inner_k is not None, "without an inner top-K all units survive"
-    (n_tokens, k), size = p.indices.shape, p.size
-    back = _inverse(rows.order)
-    coefficients = (a[back] * p.gates.flatten()[:, None]).view(n_tokens, k * size)
-    best = coefficients.sort(dim=1, descending=True, stable=True).indices[:, : p.inner_k]
-    survives = torch.zeros_like(coefficients, dtype=torch.bool).scatter_(1, best, True)
-    a = torch.where(survives.view(-1, size)[rows.order], a, 0.0).to(p.x.dtype)
-    positions = best.int()
-    if p.keep is not None:
-        positions = torch.where(p.keep.flatten(1).gather(1, best), positions, -1)
-    if hidden is None:
-        return None, a, positions
-    parts = hidden[back].view(n_tokens, k, p.n_parts, size).unbind(2)
-    return torch.cat([part.reshape(n_tokens, k * size).gather(1, best) for part in parts], dim=1), a, positions
+    units, n_tokens, sizes = torch.empty_like(a, dtype=p.x.dtype), p.indices.shape[0], p.survivor_sizes()
+    positions = p.indices.new_empty(n_tokens, p.survivors, dtype=torch.int32)
+    kept = None if hidden is None else hidden.new_empty(n_tokens, p.n_parts * p.survivors)
+    arguments = (a, p.gates, p.keep, hidden, units, positions, kept, n_tokens)
+    start(choice.survivors_kernel, cdiv(n_tokens, sizes["BLOCK_R"]), *arguments, **sizes)
+    return kept, units, positions
 
 
-def _spread(p: Problem, rows: Rows, hidden: Tensor, positions: Tensor) -> tuple[Problem, Tensor]:
-    """Survivors of an inner top-K as a mask of units that are kept, and their hidden numbers among zeros, row by row."""
-    (n_tokens, k), size = p.indices.shape, p.size
-    n_units = k * size
-    # Who dropout removed goes into a column of its own, which is cut off.
-    places = torch.where(positions < 0, n_units, positions.long())
-
-    def spread(survivors: Tensor) -> Tensor:
-        whole = survivors.new_zeros(n_tokens, n_units + 1).scatter_(1, places, survivors)
-        # Of one expert a token, cutting off is a view, whose lines the kernels would take for shorter than they are.
-        return whole[:, :n_units].contiguous().view(n_tokens * k, size)
-
-    keep = spread(torch.ones_like(places, dtype=torch.bool)).view(n_tokens, k, size)
-    parts = [spread(part)[rows.order] for part in hidden.chunk(p.n_parts, dim=1)]
-    return replace(p, keep=keep), torch.cat(parts, dim=1)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """Where each selection lies among the sorted rows."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def _spread(p: Problem, survivors: Tensor, positions: Tensor) -> tuple[Problem, Tensor]:
+    """Survivors of an inner top-K as a mask of units that are kept, and their hidden numbers among zeros, by selection."""
+    (n_tokens, k), sizes = p.indices.shape, p.survivor_sizes()
+    hidden = survivors.new_empty(n_tokens * k, p.n_parts * p.size)
+    keep = positions.new_empty(n_tokens, k, p.size, dtype=torch.bool)
+    arguments = (positions.contiguous(), survivors, hidden, keep, n_tokens)
+    n_programs = cdiv(n_tokens, sizes["BLOCK_R"]) * cdiv(k * p.size, sizes["BLOCK_N"])
+    start(choice.spread_kernel, n_programs, *arguments, BITS=p.survivors.bit_length(), **sizes)
+    return replace(p, keep=keep), hidden

@@ -29,6 +29,9 @@ BIAS_ROWS, BIAS_COLUMNS = 32, 64
 # Elements that one program adds the parts of.
 PART_BLOCK = 1024
 
+# Numbers that one program of a row's top-K looks at at once.
+CHOICE_BLOCK = 2048
+
 # Products and sums may be fused, as in cuBLAS; Triton 3.10 changes the default.
 FUSION = {"enable_fp_fusion": True}
 
@@ -76,6 +79,12 @@ def sum_options(n_width: int) -> dict[str, int]:
     """The constants of a sum's kernel, for rows so wide."""
     tile = SUM_TILE.fitted(n=n_width)
     return {"BLOCK_J": tile.k, "BLOCK_D": tile.n, "num_warps": tile.n_warps, "num_stages": tile.n_stages, **FUSION}
+
+
+def row_blocks(n: int) -> dict[str, int]:
+    """Rows and columns that a program of a top-K among n numbers looks at at once."""
+    block_n = min(CHOICE_BLOCK, next_power_of_2(n))
+    return {"BLOCK_R": CHOICE_BLOCK // block_n, "BLOCK_N": block_n}
 
 
 class Rows(NamedTuple):
@@ -154,12 +163,12 @@ def run_outer(
         tile = tile.fitted(m=n_left, n=n_right).within(*_memory(situation, tensors, 1))
         n_programs = n_experts * cdiv(n_left, tile.m) * cdiv(n_right, tile.n)
         n_parts = parts_of(rows.n_rows, n_experts, n_programs * len(out))
-        targets = out if n_parts == 1 else tuple(t.new_empty(n_parts * t.numel(), dtype=torch.float32) for t in out)
+        parts = out[0].new_empty(0 if n_parts == 1 else len(out) * n_parts * out[0].numel(), dtype=torch.float32)
+        targets = out if n_parts == 1 else parts.chunk(len(out))
         options = {**tile_options(tile, situation.kind), "N_EXPERTS": n_experts}
         launch(n_parts * n_programs, targets, n_parts, options)
         if n_parts > 1:
-            for parts, whole in zip(targets, out, strict=True):
-                sum_parts(parts, whole, n_parts)
+            sum_parts(parts, out, n_parts)
 
     run(tuning.pick_tile(situation, run))
 
@@ -174,10 +183,11 @@ def parts_of(n_rows: int, n_groups: int, n_programs: int) -> int:
     return max(1, min(fill, length, _MOST_PARTS))
 
 
-def sum_parts(parts: Tensor, out: Tensor, n_parts: int) -> None:
-    """Add up `n_parts` float32 copies of `out`, which lie one behind the other as it lies in memory."""
-    n = out.numel()
-    start(outer.sum_parts_kernel, cdiv(n, PART_BLOCK), parts, out, n, n_parts, BLOCK=PART_BLOCK, **FUSION)
+def sum_parts(parts: Tensor, out: tuple[Tensor, ...], n_parts: int) -> None:
+    """Add up `n_parts` float32 copies of one matrix, or of two of one size, which lie one behind the other as it does."""
+    n = out[0].numel()
+    arguments = (parts, out[0], out[1] if len(out) > 1 else None, n, n_parts)
+    start(outer.sum_parts_kernel, cdiv(n, PART_BLOCK), *arguments, n_factors=len(out), BLOCK=PART_BLOCK, **FUSION)
 
 
 def _memory(situation: Situation, tensors: tuple[Tensor, ...], n_factors: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The operations on Triton kernels, as `__init__.py` looks them up: weighted rows here, the rest beside it.
+"""The operations on Triton kernels, as `__init__.py` looks them up: weighted rows and a row's K largest here.
 
 Shapes: see ops/README.md.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from sparseffn.ops.triton import sums
+from sparseffn.ops import _torch_kernels
+from sparseffn.ops.columns import check_topk
+from sparseffn.ops.triton import choice, sums
 from sparseffn.ops.triton.cvmm_operations import cvmm, cvmm_backward, cvmm_kept
 from sparseffn.ops.triton.expert_operations import experts, experts_backward, experts_kept
-from sparseffn.ops.triton.launch import check_tensors, device_of, segments, start, sum_options
+from sparseffn.ops.triton.launch import CHOICE_BLOCK, FUSION, check_tensors, device_of, row_blocks, segments, start, sum_options
 from sparseffn.ops.triton.router_operations import (
     route,
     route_backward,
@@ -28,6 +31,9 @@ from sparseffn.ops.triton.statistics_operations import (
     routing_counts,
 )
 from sparseffn.ops.triton.tuning import cdiv
+
+# Of a row one by one.
+_MOST_IN_ORDER = 64
 
 __all__ = [
     "batch_entropy",
@@ -46,6 +52,7 @@ __all__ = [
     "router_logits_backward",
     "router_logits_kept",
     "routing_counts",
+    "topk",
     "weighted_rows",
     "weighted_rows_backward",
 ]
@@ -89,3 +96,18 @@ def weighted_rows_backward(
             pointers, n_programs = (grad_y, weights, order, starts, grad_values), n_values * cdiv(n_width, options["BLOCK_D"])
             start(sums.weighted_rows_bwd_values_kernel, n_programs, *pointers, n_k, n_width, *grad_y.stride(), **options)
     return grad_values, grad_weights
+
+
+def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
+    """See `ops.topk`; of long rows, or many in order, by PyTorch's top-K of integers that no two entries share."""
+    if ordered and (scores.shape[-1] > CHOICE_BLOCK or k > _MOST_IN_ORDER):
+        return _torch_kernels.topk(scores, k, ordered)
+    check_topk(scores, k, ordered)
+    check_tensors(scores=scores)
+    n, rows = scores.shape[-1], scores.contiguous()
+    indices = rows.new_empty(*rows.shape[:-1], k, dtype=torch.int64)
+    sizes, n_rows = {"N": n, "K": k, **row_blocks(n), **FUSION}, rows.numel() // n
+    with device_of(rows):
+        kernel = choice.ordered_topk_kernel if ordered else choice.topk_kernel
+        start(kernel, cdiv(n_rows, sizes["BLOCK_R"]), rows, indices, n_rows, **sizes)
+    return indices

@@ -103,16 +103,23 @@ def experts_bwd_values_kernel(
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def sum_parts_kernel(p_parts, p_out, n_elements, n_parts, BLOCK: tl.constexpr):
-    """`out = sum over the parts`, in their order; both lie alike in memory."""
+def sum_parts_kernel(p_parts, p_out, p_second, n_elements, n_parts, BLOCK: tl.constexpr):
+    """`out = sum over the parts`, in their order; both lie alike in memory. `second`: of as many more."""
+    i_factor = tl.program_id(1).to(tl.int64)
     o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < n_elements
     b_sum = tl.zeros([BLOCK], tl.float32)
-    p_part = p_parts + o_i
+    p_part = p_parts + i_factor * n_parts * n_elements + o_i
     for _ in range(n_parts):
         b_sum += tl.load(p_part, m_i, 0.0)
         p_part += n_elements
-    tl.store(p_out + o_i, b_sum.to(p_out.dtype.element_ty), m_i)
+    if p_second is not None:
+        if i_factor == 1:
+            tl.store(p_second + o_i, b_sum.to(p_second.dtype.element_ty), m_i)
+        else:
+            tl.store(p_out + o_i, b_sum.to(p_out.dtype.element_ty), m_i)
+    else:
+        tl.store(p_out + o_i, b_sum.to(p_out.dtype.element_ty), m_i)
 
 
 @triton.jit

@@ -77,10 +77,13 @@ def experts_up_fwd_kernel(
     N_IN: tl.constexpr, N_OUT: tl.constexpr, N_EXPERTS: tl.constexpr, K: tl.constexpr, X_ROW: tl.constexpr,
     KEYS_EXPERT: tl.constexpr, KEYS_IN: tl.constexpr, KEYS_OUT: tl.constexpr,
     GATES_EXPERT: tl.constexpr, GATES_IN: tl.constexpr, GATES_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KEEP_SCALE: tl.constexpr, UNSORTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`a[r] = keep act(x[t] keys[e] + key_bias[e]) (x[t] gate_keys[e] + gate_bias[e])`, and what backward needs of it."""
+    """`a[r] = keep act(x[t] keys[e] + key_bias[e]) (x[t] gate_keys[e] + gate_bias[e])`, and what backward needs of it.
+
+    UNSORTED: both are written to row `order[r]` instead, where a token's units are neighbours.
+    """
     i_expert, o_r, m_r, o_n, m_n = tile_rows(p_offsets, n_rows, N_OUT, N_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_E)
     if i_expert > N_EXPERTS:
         return
@@ -110,9 +113,14 @@ def experts_up_fwd_kernel(
         b_u += expert_bias(p_gate_bias, i_expert, o_n, m_n, N_OUT)
     # Rows of no expert are stored too, as zeros.
     m_out = m_r[:, None] & (o_n < N_OUT)[None, :]
+    o_row = o_r
+    if UNSORTED:
+        # Once more: over the product it would lie in registers.
+        # Over the product it would lie in registers; read by another policy, it is not taken for the same load.
+        o_row = tl.load(p_order + o_r, m_r, 0, eviction_policy="evict_first")
     if p_hidden is not None:
         ROW: tl.constexpr = 2 * N_OUT if GATED else N_OUT
-        p_h = p_hidden + o_r[:, None] * ROW + o_n[None, :]
+        p_h = p_hidden + o_row[:, None] * ROW + o_n[None, :]
         if not GATED and (ACTIVATION == "relu" or ACTIVATION == "relu2"):
             b_h = tl.where(b_h <= 0, 0.0, b_h)
         tl.store(p_h, b_h.to(p_hidden.dtype.element_ty), m_out)
@@ -120,10 +128,14 @@ def experts_up_fwd_kernel(
             tl.store(p_h + N_OUT, b_u.to(p_hidden.dtype.element_ty), m_out)
     if p_a is not None:
         b_a = units(b_h, b_u, GATED, ACTIVATION, ALPHA, LIMIT)
+        o_a = o_row[:, None] * N_OUT + o_n[None, :]
         if p_keep is not None:
-            m_keep = tl.load(p_keep + o_s[:, None] * N_OUT + o_n[None, :], m_out, 0) != 0
+            o_keep = o_a
+            if not UNSORTED:
+                o_keep = o_s[:, None] * N_OUT + o_n[None, :]
+            m_keep = tl.load(p_keep + o_keep, m_out, 0) != 0
             b_a = tl.where(m_keep, b_a * KEEP_SCALE, 0.0)
-        tl.store(p_a + o_r[:, None] * N_OUT + o_n[None, :], b_a.to(p_a.dtype.element_ty), m_out)
+        tl.store(p_a + o_a, b_a.to(p_a.dtype.element_ty), m_out)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -163,13 +175,13 @@ def experts_bwd_hidden_kernel(
     p_grad, p_values, p_value_bias, p_hidden, p_gates, p_keep, p_order, p_offsets, p_grad_hidden, p_alpha, p_dots, n_rows,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, N_EXPERTS: tl.constexpr, K: tl.constexpr, GRAD_ROW: tl.constexpr,
     VALUES_EXPERT: tl.constexpr, VALUES_IN: tl.constexpr, VALUES_OUT: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KEEP_SCALE: tl.constexpr, UNSORTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With `s[r] = grad[t] values[e]^T` the gradients of both products, and of the gates `s[r] a[r] + grad[t] value_bias[e]`.
 
     `alpha[r] = gates[order[r]] a[r]` is what the values' gradient multiplies. The gates' dot product is split over the column
-    blocks; block n writes its share to `dots[n, order[r]]`.
+    blocks; block n writes its share to `dots[n, order[r]]`. UNSORTED: hidden numbers are read from row `order[r]`.
     """
     i_expert, o_r, m_r, o_n, m_n = tile_rows(p_offsets, n_rows, N_OUT, N_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_E)
     if i_expert > N_EXPERTS:
@@ -183,10 +195,13 @@ def experts_bwd_hidden_kernel(
     m_out = m_r[:, None] & (o_n < N_OUT)[None, :]
     ROW: tl.constexpr = 2 * N_OUT if GATED else N_OUT
     o_h = o_r[:, None] * ROW + o_n[None, :]
-    b_h = tl.load(p_hidden + o_h, m_out, 0.0).to(tl.float32)
+    o_kept = o_h
+    if UNSORTED:
+        o_kept = o_s[:, None] * ROW + o_n[None, :]
+    b_h = tl.load(p_hidden + o_kept, m_out, 0.0).to(tl.float32)
     b_u = b_h
     if GATED:
-        b_u = tl.load(p_hidden + o_h + N_OUT, m_out, 0.0).to(tl.float32)
+        b_u = tl.load(p_hidden + o_kept + N_OUT, m_out, 0.0).to(tl.float32)
     b_a = units(b_h, b_u, GATED, ACTIVATION, ALPHA, LIMIT)
     b_gates = tl.load(p_gates + o_s, m_r, 0.0)[:, None]
     b_grad_a = b_s * b_gates

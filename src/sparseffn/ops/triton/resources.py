@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from sparseffn.errors import UserError, unknown_name
 from sparseffn.ops.triton import (
+    choice,
     launch,
     outer,
     products,
@@ -62,6 +63,10 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
         (router.route_bwd_logits_kernel, "router"),
         (router.route_bwd_x_kernel, "router"),
         (router.route_bwd_selector_kernel, "router"),
+        (choice.topk_kernel, "choice"),
+        (choice.ordered_topk_kernel, "choice"),
+        (choice.survivors_kernel, "choice"),
+        (choice.spread_kernel, "choice"),
         (sorting.count_kernel, "sort"),
         (sorting.scan_kernel, "sort"),
         (sorting.place_kernel, "sort"),
@@ -102,7 +107,7 @@ _OPTIONAL = ("p_gate_keys", "p_key_bias", "p_gate_bias", "p_value_bias", "p_keep
 _POINTERS = {
     **dict.fromkeys(("p_order", "p_offsets", "p_indices", "p_starts"), "*i64"),
     **dict.fromkeys(("p_active", "p_counted"), "*i64"),
-    **dict.fromkeys(("p_counts", "p_totals"), "*i32"),
+    **dict.fromkeys(("p_counts", "p_totals", "p_positions"), "*i32"),
     **dict.fromkeys(("p_gates", "p_dots", "p_weights", "p_logits", "p_shares", "p_grad_logits"), "*fp32"),
     **dict.fromkeys(("p_grad_gates", "p_grad_scores", "p_parts"), "*fp32"),
     **dict.fromkeys(("p_sums", "p_grad_loss", "p_loss", "p_log_shares"), "*fp32"),
@@ -186,6 +191,7 @@ def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, g
         lines |= {"EXPERT": width * size, "ROW": outward, "COLUMN": 1}
         found |= {f"{name}_{side}": stride for side, stride in lines.items()}
     found |= {"ACTIVATION": "gelu_tanh" if gated else "relu", "ALPHA": 1.702, "LIMIT": 7.0, "KEEP_SCALE": 1.25}
+    found["UNSORTED"] = gated
     return found if gated else found | dict.fromkeys(_OPTIONAL)
 
 
@@ -210,6 +216,11 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
             blocks = {"BLOCK_T": statistics_operations.TOKENS, "BLOCK_E": statistics_operations.UNITS, "BLOCK_K": _K}
             blocks |= {"BLOCK_B": statistics_operations.BLOCKS, "BLOCK_M": statistics_operations.HELD, "p_mask": None}
             return {**blocks, "N_UNITS": _EXPERTS, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "choice":
+            # Two products of a unit, and every second one survives.
+            n = _K * _WIDTHS[True][1]
+            sizes = {"N": n, "K": n // 2, "SIZE": n // _K, "PARTS": 2, "BITS": (n // 2).bit_length()}
+            return {**sizes, **launch.row_blocks(n), "num_warps": 4, "num_stages": 3, **FUSION}
         case "bias":
             blocks = {"BLOCK_K": launch.BIAS_ROWS, "BLOCK_N": launch.BIAS_COLUMNS}
             return {**blocks, "N": width, "K": _K, "ROW": width, "num_warps": 4, "num_stages": 3, **FUSION}

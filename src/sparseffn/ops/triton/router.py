@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparseffn.ops.triton.choice import sortable
 from sparseffn.ops.triton.sums import load_rows
 
 BATCH_SIZES = ["n_tokens", "n_parts"]
@@ -58,10 +59,7 @@ def route_fwd_kernel(
         b_score = tl.where(m_keep, b_logits, -float("inf"))
     else:
         b_score = b_logits
-    # An integer that sorts as the float does, NaN the largest; adding 0 makes -0 tie with 0.
-    b_bits = tl.where(b_score == b_score, b_score + 0.0, float("inf")).to(tl.int32, bitcast=True)
-    b_bits = tl.where(b_score == b_score, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    b_rank = tl.where(m_e[None, :], b_bits.to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - o_e)[None, :], -(2**62))
+    b_rank = tl.where(m_e[None, :], sortable(b_score).to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - o_e)[None, :], -(2**62))
     b_indices = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     b_alive = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)

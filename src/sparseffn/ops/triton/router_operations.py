@@ -72,7 +72,7 @@ def router_logits_backward(
         options = {"X_ROW": x.stride(0), "num_warps": SELECTOR_WARPS}
         start(router.route_bwd_selector_kernel, n_parts * n_programs, *arguments, **options, **sizes)
         if n_parts > 1:
-            sum_parts(parts, grad_selector, n_parts)
+            sum_parts(parts, (grad_selector,), n_parts)
     return grad_x, grad_selector
 
 
