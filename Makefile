@@ -13,6 +13,8 @@ PART ?=
 WHEELS ?= runs/wheels
 GPU_OUT ?= results/gpu
 GPU_OPTIONS ?=
+# Of `make test-slow`: tests that have not begun by then are skipped, which is said; all run where there is none.
+SLOW_MINUTES ?=
 # Tests that run side by side in `make test`, one thread each.
 JOBS ?= 2
 
@@ -48,7 +50,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(if $(SLOW_MINUTES),--minutes $(SLOW_MINUTES))
 
 fuzz: setup
 	$(BIN)/python tests/ops/cpu_backend/fuzz_kernels.py --minutes 10 --poison

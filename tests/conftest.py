@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,33 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of files is the suite's own; within a file nothing moves."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A limit of time for machines that are several times slower than expected."""
+    parser.addoption(
+        "--minutes", type=float, help="tests that have not begun after so many are skipped, and counted at the end"
+    )
+
+
+_BEGUN = time.monotonic()
+_NOT_BEGUN: list[str] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before anything that the test needs is made."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - _BEGUN > 60 * minutes:
+        _NOT_BEGUN.append(item.nodeid)
+        pytest.skip(f"the {minutes:g} minutes of this run were over; without --minutes it runs")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what the limit cost: a run that passed has not tested this."""
+    if _NOT_BEGUN:
+        said = f"{len(_NOT_BEGUN)} tests were NOT RUN: the {config.getoption('--minutes'):g} minutes were over"
+        terminalreporter.write_line(said, red=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -296,7 +296,7 @@ class Mixture(FeedForward):
             return alpha_TF
         # Units of experts that are not selected must not win against negative ones that are.
         open_TF = spread(torch.ones_like(alpha_RG)) > 0
-        best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), c.survivors)
+        best = ops.topk(alpha_TF.masked_fill(~open_TF, -torch.inf), c.survivors, ordered=False)
         return alpha_TF * torch.zeros_like(alpha_TF).scatter(1, best, 1.0)
 
     def reference_TD(self, x_TD: Tensor, length: int | None = None) -> Tensor:

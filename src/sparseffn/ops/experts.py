@@ -159,6 +159,7 @@ _experts = define(
     fake=_fake,
     flops=_flops,
     kept=Kept(
+        # Positions of an inner top-K's survivors are each device's own: below 0 where dropout removed one.
         returns="Tensor hidden, Tensor positions, Tensor order, Tensor offsets",
         fake=_fake_kept,
         backward=f"Tensor grad_y, {_WITHOUT_DEFAULTS}, Tensor hidden, Tensor positions, Tensor order, Tensor offsets, "

@@ -183,6 +183,13 @@ def largest_are_those_of_a_stable_sort() -> None:
             few = min(k, 9)
             assert torch.equal(operations.topk(scores, few, True), topk_plain(scores, few, True)), (n, k, dtype)
     assert operations.topk(torch.empty(0, 7), 3, False).shape == (0, 3)
+    # What others compute: long rows, many in order.
+    for scores, k, ordered in ((torch.randn(2, 2100).requires_grad_(), 3, True), (torch.randn(2, 90), 70, True)):
+        found = operations.topk(scores, k, ordered)
+        assert torch.equal(found, topk_plain(scores, k, ordered)) and not found.requires_grad
+    for scores, k in ((torch.ones(2, 2100).int(), 3), (torch.ones(2, 2100), 0), (torch.ones(()), 1)):
+        for ordered in (True, False):
+            expect("fix: c", lambda scores=scores, k=k, ordered=ordered: operations.topk(scores, k, ordered))
 
 
 def survivors_are_found_in_stretches() -> None:

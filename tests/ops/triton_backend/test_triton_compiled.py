@@ -77,6 +77,15 @@ def test_widest_configuration_does_not_spill(kernel: str, target: str) -> None:
     assert 0 < int(row["registers"]) <= 512 and 0 <= int(row["shared"]) <= resources.SHARED_BYTES[target]
 
 
+def test_ranks_are_not_fused_with_a_sum() -> None:
+    """Fused with a sum, a product that underflows would keep its sign, and no longer tie with zero."""
+    from sparseffn.ops.triton import resources
+
+    for build in resources.default_builds(["survivors_kernel"], ["float32"], [True]):
+        ptx = resources.compile_build(build, "sm_90").asm["ptx"]
+        assert "mul.f32" in ptx and "fma" not in ptx
+
+
 @pytest.mark.parametrize("kernel", PRODUCTS)
 def test_width_of_the_paper_is_copied_asynchronously(kernel: str) -> None:
     """412 bfloat16 numbers a row, gathered by token: all factors go into shared memory ahead of their product."""

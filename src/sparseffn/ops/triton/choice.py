@@ -18,8 +18,12 @@ BATCH_SIZES = ["n_rows"]
 
 @triton.jit
 def sortable(b_score):
-    """An int32 that sorts as the float32 does, a NaN the largest; adding 0 makes -0 tie with 0. The lowest int32 is none."""
-    b_bits = tl.where(b_score == b_score, b_score + 0.0, float("inf")).to(tl.int32, bitcast=True)
+    """An int32 that sorts as the float32 does, a NaN the largest, -0 as 0. No float gets the lowest int32, which marks what is
+    outside.
+    """
+    b_bits = tl.where(b_score == b_score, b_score, float("inf")).to(tl.int32, bitcast=True)
+    # Adding 0 would do, but be fused with a product before it, whose underflow then keeps its sign.
+    b_bits = tl.where(b_bits == -2147483648, 0, b_bits)
     return tl.where(b_score == b_score, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 

@@ -54,7 +54,7 @@ def _products(name: str, rows: Rows, x: Tensor, weight: Tensor) -> Tensor:
     """Each row times its matrix, where the row was."""
     (_, n_in, n_out), out = weight.shape, x.new_empty(x.shape[0], weight.shape[2])
     strides = dict(zip(("VALUES_EXPERT", "VALUES_IN", "VALUES_OUT"), weight.stride(), strict=True))
-    sizes = {"N_IN": n_in, "N_OUT": n_out, "A_ROW": x.stride(0), "GATHERED": True}
+    sizes = {"N_IN": n_in, "N_OUT": n_out, "ROW": x.stride(0), "GATHERED": True}
 
     def launch(n_programs: int, options: dict[str, Any]) -> None:
         arguments = (x, weight, None, None, *rows, out, rows.n_rows)

@@ -1,8 +1,8 @@
 """`experts` on Triton kernels, with what its backward keeps; arguments as in the schema of ops/experts.py.
 
 Forward: three launches sort the selections by expert, one multiplies by the keys and makes the units, one multiplies by the
-values, one adds up a token's rows. Backward reads the same order. An inner top-K is a launch more in both, before which units
-lie in the order of the selections, a token's side by side. Shapes: see ops/README.md.
+values, one adds up a token's rows. Backward reads the same order. An inner top-K is a launch more in both: a
+token's units, and what is kept of them, then lie side by side, in the order of the selections. Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _down(p: Problem, rows: Rows, a: Tensor) -> Tensor:
 
     def launch(n_programs: int, options: dict[str, Any]) -> None:
         arguments = (a, p.values, p.value_bias, p.gates, *rows, out, rows.n_rows)
-        sizes = {"N_IN": size, "N_OUT": n_width, "A_ROW": size, "GATHERED": p.inner_k is not None}
+        sizes = {"N_IN": size, "N_OUT": n_width, "ROW": size, "GATHERED": p.inner_k is not None}
         start(products.experts_down_fwd_kernel, n_programs, *arguments, **sizes, **strides, **options)
 
     family = "product" if p.value_bias is None else "hidden"
@@ -183,8 +183,8 @@ def _down(p: Problem, rows: Rows, a: Tensor) -> Tensor:
 def experts_backward(grad_y: Tensor, *rest: Any) -> Gradients:
     """Gradients of x, keys, values, gates, gate keys and the three biases; empty for what is not there, or not needed."""
     n = len(fields(Problem))
-    arguments, (hidden, positions, order, offsets, *choice) = rest[:n], rest[n:]
-    needed = dict(zip(_GRADIENTS, next(iter(choice), None) or [True] * len(_GRADIENTS), strict=True))
+    arguments, (hidden, positions, order, offsets, *asked) = rest[:n], rest[n:]
+    needed = dict(zip(_GRADIENTS, next(iter(asked), None) or [True] * len(_GRADIENTS), strict=True))
     p, rows = Problem.of(*arguments), Rows(order.contiguous(), offsets.contiguous())
     grad, hidden = with_lines(grad_y), hidden.contiguous()
     with device_of(p.x):
@@ -294,7 +294,7 @@ def _largest(p: Problem, hidden: Tensor | None, a: Tensor) -> tuple[Tensor | Non
     they are. Rows come and go in the order of the selections.
     """
     units, n_tokens, sizes = torch.empty_like(a, dtype=p.x.dtype), p.indices.shape[0], p.survivor_sizes()
-    positions = p.indices.new_empty(n_tokens, p.survivors, dtype=torch.int32)
+    positions = p.indices.new_empty(0 if hidden is None else n_tokens, p.survivors, dtype=torch.int32)
     kept = None if hidden is None else hidden.new_empty(n_tokens, p.n_parts * p.survivors)
     arguments = (a, p.gates, p.keep, hidden, units, positions, kept, n_tokens)
     start(choice.survivors_kernel, cdiv(n_tokens, sizes["BLOCK_R"]), *arguments, **sizes)

@@ -29,7 +29,7 @@ BIAS_ROWS, BIAS_COLUMNS = 32, 64
 # Elements that one program adds the parts of.
 PART_BLOCK = 1024
 
-# Numbers that one program of a row's top-K looks at at once.
+# Numbers that one program of a row's top-K looks at at once: 16 a thread.
 CHOICE_BLOCK = 2048
 
 # Products and sums may be fused, as in cuBLAS; Triton 3.10 changes the default.
@@ -184,7 +184,7 @@ def parts_of(n_rows: int, n_groups: int, n_programs: int) -> int:
 
 
 def sum_parts(parts: Tensor, out: tuple[Tensor, ...], n_parts: int) -> None:
-    """Add up `n_parts` float32 copies of one matrix, or of two of one size, which lie one behind the other as it does."""
+    """Add up `n_parts` float32 copies of one matrix, or of two of one size; parts lie one behind the other, each as its sum."""
     n = out[0].numel()
     arguments = (parts, out[0], out[1] if len(out) > 1 else None, n, n_parts)
     start(outer.sum_parts_kernel, cdiv(n, PART_BLOCK), *arguments, n_factors=len(out), BLOCK=PART_BLOCK, **FUSION)

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseffn.ops import _torch_kernels
-from sparseffn.ops.columns import check_topk
-from sparseffn.ops.triton import choice, sums
+from sparseffn.ops.columns import check_topk, topk_eager
+from sparseffn.ops.triton import DTYPES, choice, sums
 from sparseffn.ops.triton.cvmm_operations import cvmm, cvmm_backward, cvmm_kept
 from sparseffn.ops.triton.expert_operations import experts, experts_backward, experts_kept
 from sparseffn.ops.triton.launch import CHOICE_BLOCK, FUSION, check_tensors, device_of, row_blocks, segments, start, sum_options
@@ -32,8 +31,9 @@ from sparseffn.ops.triton.statistics_operations import (
 )
 from sparseffn.ops.triton.tuning import cdiv
 
-# Of a row one by one.
-_MOST_IN_ORDER = 64
+# The most that are taken from a row one by one, each in a pass over it, and the longest row that one program goes through, 34
+# times. Neither was measured: a device decides.
+_MOST_IN_ORDER, _LONGEST_ROW = 64, 16384
 
 __all__ = [
     "batch_entropy",
@@ -99,12 +99,13 @@ def weighted_rows_backward(
 
 
 def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
-    """See `ops.topk`; of long rows, or many in order, by PyTorch's top-K of integers that no two entries share."""
-    if ordered and (scores.shape[-1] > CHOICE_BLOCK or k > _MOST_IN_ORDER):
-        return _torch_kernels.topk(scores, k, ordered)
+    """See `ops.topk`; of long rows, many in order and other dtypes, PyTorch's."""
     check_topk(scores, k, ordered)
-    check_tensors(scores=scores)
-    n, rows = scores.shape[-1], scores.contiguous()
+    n = scores.shape[-1]
+    is_long = n > CHOICE_BLOCK or k > _MOST_IN_ORDER if ordered else n > _LONGEST_ROW
+    if is_long or scores.dtype not in DTYPES:
+        return topk_eager(scores, k, ordered)
+    rows = scores.contiguous()
     indices = rows.new_empty(*rows.shape[:-1], k, dtype=torch.int64)
     sizes, n_rows = {"N": n, "K": k, **row_blocks(n), **FUSION}, rows.numel() // n
     with device_of(rows):

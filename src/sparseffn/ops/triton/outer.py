@@ -104,7 +104,7 @@ def experts_bwd_values_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def sum_parts_kernel(p_parts, p_out, p_second, n_elements, n_parts, BLOCK: tl.constexpr):
-    """`out = sum over the parts`, in their order; both lie alike in memory. `second`: of as many more."""
+    """`out = sum over the parts`, in their order; both lie alike in memory. `second`: of the parts behind."""
     i_factor = tl.program_id(1).to(tl.int64)
     o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < n_elements

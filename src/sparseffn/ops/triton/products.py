@@ -115,8 +115,7 @@ def experts_up_fwd_kernel(
     m_out = m_r[:, None] & (o_n < N_OUT)[None, :]
     o_row = o_r
     if UNSORTED:
-        # Once more: over the product it would lie in registers.
-        # Over the product it would lie in registers; read by another policy, it is not taken for the same load.
+        # Once more, as over the product it would lie in registers; by another policy, or it would be taken for the same load.
         o_row = tl.load(p_order + o_r, m_r, 0, eviction_policy="evict_first")
     if p_hidden is not None:
         ROW: tl.constexpr = 2 * N_OUT if GATED else N_OUT
@@ -130,8 +129,9 @@ def experts_up_fwd_kernel(
         b_a = units(b_h, b_u, GATED, ACTIVATION, ALPHA, LIMIT)
         o_a = o_row[:, None] * N_OUT + o_n[None, :]
         if p_keep is not None:
-            o_keep = o_a
-            if not UNSORTED:
+            if UNSORTED:
+                o_keep = o_a
+            else:
                 o_keep = o_s[:, None] * N_OUT + o_n[None, :]
             m_keep = tl.load(p_keep + o_keep, m_out, 0) != 0
             b_a = tl.where(m_keep, b_a * KEEP_SCALE, 0.0)
@@ -140,24 +140,24 @@ def experts_up_fwd_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def experts_down_fwd_kernel(
-    p_a, p_values, p_value_bias, p_gates, p_order, p_offsets, p_out, n_rows,
+    p_rows, p_values, p_value_bias, p_gates, p_order, p_offsets, p_out, n_rows,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, N_EXPERTS: tl.constexpr,
     VALUES_EXPERT: tl.constexpr, VALUES_IN: tl.constexpr, VALUES_OUT: tl.constexpr, GATHERED: tl.constexpr,
-    A_ROW: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out[order[r]] = gates[order[r]] (a[r] values[e] + value_bias[e])`, what row r adds to the output of its token.
+    """`out[order[r]] = gates[order[r]] (rows[r] values[e] + value_bias[e])`, what row r adds to the output of its token.
 
-    GATHERED: `a[order[r]]` instead, of rows that were not sorted.
+    GATHERED: `rows[order[r]]` instead, of rows that were not sorted.
     """
     i_expert, o_r, m_r, o_n, m_n = tile_rows(p_offsets, n_rows, N_OUT, N_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_E)
     if i_expert > N_EXPERTS:
         return
-    p_rows = p_a + o_r * A_ROW
+    o_row = o_r
     if GATHERED:
-        p_rows = p_a + tl.load(p_order + o_r, m_r, 0) * A_ROW
+        o_row = tl.load(p_order + o_r, m_r, 0)
     b_out = add_product(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_rows, m_r,
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), p_rows + o_row * ROW, m_r,
         p_values + i_expert * VALUES_EXPERT + o_n * VALUES_OUT, m_n, N_IN, VALUES_IN, BLOCK_K, PRECISION,
     )  # fmt: skip
     if p_value_bias is not None:

@@ -163,6 +163,12 @@ def _configurations(
                 yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
     elif family not in ("sort", "statistics") or (dtype == "float32" and aligned):
         options = _small_options(kernel, family, dtype, width)
+        if kernel in ("topk_kernel", "survivors_kernel", "spread_kernel"):
+            # The shortest row, and several stretches; without gradients and dropout.
+            for n in (1, 5000):
+                yield "", 0, options | {"N": n, "SIZE": n, "K": 1, **launch.row_blocks(n), "p_hidden": None, "p_keep": None}
+        if kernel == "sum_parts_kernel":
+            yield "", 0, options | {"p_second": None}
         if kernel == "route_fwd_kernel":
             # Without dropout of experts, and with it another gate than a softmax over all of them.
             yield "", 0, options | {"p_keep": None}
@@ -180,7 +186,7 @@ def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, g
     found |= {
         "X_ROW": width,
         "GRAD_ROW": width,
-        "A_ROW": inner,
+        "ROW": inner,
         "GATHERED": gated,
         "BLOCK_E": next_power_of_2(_EXPERTS + 1),
         **tile_options(tile, kind),
@@ -219,7 +225,7 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
         case "choice":
             # Two products of a unit, and every second one survives.
             n = _K * _WIDTHS[True][1]
-            sizes = {"N": n, "K": n // 2, "SIZE": n // _K, "PARTS": 2, "BITS": (n // 2).bit_length()}
+            sizes = {"N": n, "K": n // 2, "SIZE": n // _K, "PARTS": 2, "BITS": (n // 2).bit_length(), "UNSORTED": True}
             return {**sizes, **launch.row_blocks(n), "num_warps": 4, "num_stages": 3, **FUSION}
         case "bias":
             blocks = {"BLOCK_K": launch.BIAS_ROWS, "BLOCK_N": launch.BIAS_COLUMNS}
@@ -308,7 +314,9 @@ def compile_build(build: Build, target: str) -> Any:
         if name in build.options:
             signature[name], constants[name] = "constexpr", build.options[name]
             continue
-        signature[name] = _argument_type(name, DTYPES[build.dtype])
+        # What is ranked is float32.
+        wide = name == "p_a" and build.options.get("UNSORTED")
+        signature[name] = _argument_type(name, "fp32" if wide else DTYPES[build.dtype])
         if name.startswith("p_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in build.options.items() if name in ("num_warps", "num_stages", *FUSION)}
