@@ -31,6 +31,7 @@ from triton import knobs
 from triton_cases import CHECKS, EXPERTS, FULL, MUTANTS, QUICK, SHAPES, Case, Mutant
 
 from sparseffn.ops import _torch_kernels, reference
+from sparseffn.ops.columns import topk_plain
 from sparseffn.ops.cvmm import cvmm_plain
 from sparseffn.ops.library import OPERATIONS
 from sparseffn.ops.spec import check_against_truth
@@ -97,6 +98,7 @@ def check(case: Case) -> str:
     use_tiles(case.small_tiles)
     operation, _, option = case.variant.partition("-")
     kinds = {"experts": _experts_results, "route": _route_results, "weighted_rows": _rows_results, "cvmm": _cvmm_results}
+    kinds["topk"] = _topk_results
     try:
         for name, got, plain, truth in kinds[operation](case, option, getattr(torch, case.dtype)):
             check_against_truth(name, got, plain, truth, getattr(torch, case.dtype))
@@ -156,6 +158,18 @@ def _cvmm_results(case: Case, _: str, dtype: torch.dtype) -> Compared:
         y = run(leaves[0], sel, leaves[1])
         found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))])
     yield from zip(("cvmm", "cvmm.x", "cvmm.weight"), *found, strict=True)
+
+
+def _topk_results(case: Case, _: str, dtype: torch.dtype) -> Compared:
+    """Indices, which are equal or not: in any order, and the largest first. Rows are up to several stretches long; many tie."""
+    s = SHAPES[case.shape]
+    n = min(s.d_model * s.expert_size, 2500)
+    scores = guarded((torch.randn(min(s.n_tokens, 4), n) * 4).round().to(dtype) / 4)
+    for k in (n // 3 + 1, n):
+        wanted = topk_plain(scores, k, True)
+        assert torch.equal(operations.topk(scores, k, False), wanted.sort(dim=1).values), f"topk: others than the {k} of {n}"
+        assert torch.equal(operations.topk(scores, k, True), wanted), f"topk: another order of {k} of {n}"
+    yield from ()
 
 
 def _rows_results(case: Case, _: str, dtype: torch.dtype) -> Compared:

@@ -65,7 +65,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Outcomes of every operation, option, shape, dtype and kind of tile."""
-    return run("full", tmp_path_factory.mktemp("interpreted"), limit_s=1500)
+    return run("full", tmp_path_factory.mktemp("interpreted"), limit_s=2400)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_interpreted_backend(mistakes: Outcomes, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(2500)
 @pytest.mark.parametrize("case", FULL, ids=[case.name for case in FULL])
 def test_full_product_is_near_the_truth(full: Outcomes, case: Case) -> None:
     """Operations and their options x shapes x dtypes x tiles."""
