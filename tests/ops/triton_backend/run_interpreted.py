@@ -1,6 +1,8 @@
 """Computes cases through Triton's interpreter and writes what went wrong with each; a process of its own.
 
-    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json
+    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json [SECONDS]
+
+After SECONDS no case is begun.
 
 Without the variable the same cases run as compiled kernels on the GPU. OUT.json is written after every case.
 Inputs stand in front of guard rows, NaN and index 0, so that reading past the end shows; outputs start as NaN.
@@ -10,8 +12,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -244,7 +248,8 @@ def said_by(function: Callable[[], object]) -> str:
 
 def main() -> None:
     """Run what the first argument names and write {case: message} to the second."""
-    what, out = sys.argv[1:]
+    what, out, *limit = sys.argv[1:]
+    stop = time.monotonic() + float(limit[0]) if limit else math.inf
     if knobs.runtime.interpret:
         patched_interpreter.mend()
         # As on a GPU: exp runs into infinity, whose reciprocal is the sigmoid's zero.
@@ -260,6 +265,8 @@ def main() -> None:
         work |= {name: getattr(interpreted_checks, name) for name in CHECKS}
     found: dict[str, str] = {}
     for name, function in work.items():
+        if time.monotonic() > stop:
+            break
         if name in CHECKS:
             use_tiles(small=True)
         found[name] = said_by(function)

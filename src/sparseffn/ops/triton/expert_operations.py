@@ -107,7 +107,7 @@ class Problem:
         """Constants of kernels of the inner top-K."""
         n_units = self.indices.shape[1] * self.size
         sizes = {"SIZE": self.size, "N": n_units, "K": self.survivors, "PARTS": self.n_parts}
-        return {**sizes, **row_blocks(n_units), **FUSION}
+        return {**sizes, **row_blocks(n_units)}
 
     def key_strides(self, *, back: bool = False) -> dict[str, int]:
         """Constants of kernels that multiply by the keys, or back from their columns to their rows."""

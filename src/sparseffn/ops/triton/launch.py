@@ -29,8 +29,8 @@ BIAS_ROWS, BIAS_COLUMNS = 32, 64
 # Elements that one program adds the parts of.
 PART_BLOCK = 1024
 
-# Numbers that one program of a row's top-K looks at at once: 16 a thread.
-CHOICE_BLOCK = 2048
+# Numbers that one program of a row's top-K looks at at once, and its warps: 8 numbers a thread, as 16 spill on sm_80.
+CHOICE_BLOCK, CHOICE_WARPS = 2048, 8
 
 # Products and sums may be fused, as in cuBLAS; Triton 3.10 changes the default.
 FUSION = {"enable_fp_fusion": True}
@@ -82,9 +82,9 @@ def sum_options(n_width: int) -> dict[str, int]:
 
 
 def row_blocks(n: int) -> dict[str, int]:
-    """Rows and columns that a program of a top-K among n numbers looks at at once."""
+    """Constants of a program of a top-K among n numbers: rows and columns that it looks at at once, warps."""
     block_n = min(CHOICE_BLOCK, next_power_of_2(n))
-    return {"BLOCK_R": CHOICE_BLOCK // block_n, "BLOCK_N": block_n}
+    return {"BLOCK_R": CHOICE_BLOCK // block_n, "BLOCK_N": block_n, "num_warps": CHOICE_WARPS, **FUSION}
 
 
 class Rows(NamedTuple):

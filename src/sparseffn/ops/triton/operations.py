@@ -14,7 +14,7 @@ from sparseffn.ops.columns import check_topk, topk_eager
 from sparseffn.ops.triton import DTYPES, choice, sums
 from sparseffn.ops.triton.cvmm_operations import cvmm, cvmm_backward, cvmm_kept
 from sparseffn.ops.triton.expert_operations import experts, experts_backward, experts_kept
-from sparseffn.ops.triton.launch import CHOICE_BLOCK, FUSION, check_tensors, device_of, row_blocks, segments, start, sum_options
+from sparseffn.ops.triton.launch import CHOICE_BLOCK, check_tensors, device_of, row_blocks, segments, start, sum_options
 from sparseffn.ops.triton.router_operations import (
     route,
     route_backward,
@@ -107,7 +107,7 @@ def topk(scores: Tensor, k: int, ordered: bool) -> Tensor:
         return topk_eager(scores, k, ordered)
     rows = scores.contiguous()
     indices = rows.new_empty(*rows.shape[:-1], k, dtype=torch.int64)
-    sizes, n_rows = {"N": n, "K": k, **row_blocks(n), **FUSION}, rows.numel() // n
+    sizes, n_rows = {"N": n, "K": k, **row_blocks(n)}, rows.numel() // n
     with device_of(rows):
         kernel = choice.ordered_topk_kernel if ordered else choice.topk_kernel
         start(kernel, cdiv(n_rows, sizes["BLOCK_R"]), rows, indices, n_rows, **sizes)

@@ -166,7 +166,8 @@ def _configurations(
         if kernel in ("topk_kernel", "survivors_kernel", "spread_kernel"):
             # The shortest row, and several stretches; without gradients and dropout.
             for n in (1, 5000):
-                yield "", 0, options | {"N": n, "SIZE": n, "K": 1, **launch.row_blocks(n), "p_hidden": None, "p_keep": None}
+                absent = {"p_hidden": None, "p_keep": None} if kernel == "survivors_kernel" else {}
+                yield "", 0, options | {"N": n, "SIZE": n, "K": 1, **launch.row_blocks(n), **absent}
         if kernel == "sum_parts_kernel":
             yield "", 0, options | {"p_second": None}
         if kernel == "route_fwd_kernel":
@@ -226,7 +227,7 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
             # Two products of a unit, and every second one survives.
             n = _K * _WIDTHS[True][1]
             sizes = {"N": n, "K": n // 2, "SIZE": n // _K, "PARTS": 2, "BITS": (n // 2).bit_length(), "UNSORTED": True}
-            return {**sizes, **launch.row_blocks(n), "num_warps": 4, "num_stages": 3, **FUSION}
+            return {**sizes, **launch.row_blocks(n), "num_stages": 3}
         case "bias":
             blocks = {"BLOCK_K": launch.BIAS_ROWS, "BLOCK_N": launch.BIAS_COLUMNS}
             return {**blocks, "N": width, "K": _K, "ROW": width, "num_warps": 4, "num_stages": 3, **FUSION}

@@ -45,8 +45,10 @@ def activation_slope(b_h, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         b_slope = 0.5 * (1 + tl.erf(b_h * 0.7071067811865476)) + b_h * 0.3989422804014327 * tl.exp(-0.5 * b_h * b_h)
     elif ACTIVATION == "gelu_tanh":
-        b_s = tl.sigmoid(1.5957691216057308 * (b_h + 0.044715 * b_h * b_h * b_h))
-        b_slope = b_s + b_h * b_s * (1 - b_s) * 1.5957691216057308 * (1 + 0.134145 * b_h * b_h)
+        b_z = 1.5957691216057308 * (b_h + 0.044715 * b_h * b_h * b_h)
+        b_s = tl.sigmoid(b_z)
+        # Of a large argument 1 - sigmoid is rounding errors, which are multiplied by 20 here: 2e-6 of a slope near 1, not 2e-7.
+        b_slope = b_s + b_h * b_s * tl.sigmoid(-b_z) * 1.5957691216057308 * (1 + 0.134145 * b_h * b_h)
     elif ACTIVATION == "silu":
         b_s = tl.sigmoid(b_h)
         b_slope = b_s * (1 + b_h * (1 - b_s))

@@ -92,8 +92,9 @@ template <class C> inline Slope<C> slope_of(Activation a, C kept) {
             return {kept * cdf, cdf + kept * density};
         }
         case kGeluTanh: {
-            const C s = sigmoid_of(gelu_argument(kept));
-            return {kept * s, s + kept * (s * (C(1) - s)) * gelu_argument_slope(kept)};
+            // Of a large argument 1 - s is rounding errors, which are multiplied by 20 here.
+            const C z = gelu_argument(kept), s = sigmoid_of(z);
+            return {kept * s, s + kept * (s * sigmoid_of(-z)) * gelu_argument_slope(kept)};
         }
         case kSilu: {
             const C s = sigmoid_of(kept);
