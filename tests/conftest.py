@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import math
 import os
 import socket
 import time
@@ -61,23 +62,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _BEGUN = time.monotonic()
-_NOT_BEGUN: list[str] = []
+_NOT_BEGUN = "not begun within the time of this run (--minutes)"
+
+
+def _seconds_left(config: pytest.Config) -> float:
+    """Infinite where there is no limit."""
+    minutes = config.getoption("--minutes")
+    return math.inf if minutes is None else 60 * minutes - (time.monotonic() - _BEGUN)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before anything that the test needs is made."""
-    minutes = item.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - _BEGUN > 60 * minutes:
-        _NOT_BEGUN.append(item.nodeid)
-        pytest.skip(f"the {minutes:g} minutes of this run were over; without --minutes it runs")
+    if _seconds_left(item.config) < 0:
+        pytest.skip(_NOT_BEGUN)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say what the limit cost: a run that passed has not tested this."""
-    if _NOT_BEGUN:
-        said = f"{len(_NOT_BEGUN)} tests were NOT RUN: the {config.getoption('--minutes'):g} minutes were over"
-        terminalreporter.write_line(said, red=True)
+    n = sum(_NOT_BEGUN in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if n:
+        terminalreporter.write_line(f"{n} tests were NOT RUN: {_NOT_BEGUN}", red=True)
+
+
+@pytest.fixture(scope="session")
+def seconds_left(pytestconfig: pytest.Config) -> Callable[[], float]:
+    """For what computes many tests' outcomes at once."""
+    return functools.partial(_seconds_left, pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def not_begun() -> Callable[[], NoReturn]:
+    """What a test calls whose outcome there was no time for."""
+    return functools.partial(pytest.skip, _NOT_BEGUN)
 
 
 def pytest_configure(config: pytest.Config) -> None:

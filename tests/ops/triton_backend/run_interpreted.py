@@ -1,8 +1,8 @@
 """Computes cases through Triton's interpreter and writes what went wrong with each; a process of its own.
 
-    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json [SECONDS]
+    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json SECONDS
 
-After SECONDS no case is begun.
+After SECONDS, which may be inf, no case is begun.
 
 Without the variable the same cases run as compiled kernels on the GPU. OUT.json is written after every case.
 Inputs stand in front of guard rows, NaN and index 0, so that reading past the end shows; outputs start as NaN.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 import tempfile
 import time
@@ -248,8 +247,8 @@ def said_by(function: Callable[[], object]) -> str:
 
 def main() -> None:
     """Run what the first argument names and write {case: message} to the second."""
-    what, out, *limit = sys.argv[1:]
-    stop = time.monotonic() + float(limit[0]) if limit else math.inf
+    what, out, seconds = sys.argv[1:]
+    stop = time.monotonic() + float(seconds)
     if knobs.runtime.interpret:
         patched_interpreter.mend()
         # As on a GPU: exp runs into infinity, whose reciprocal is the sigmoid's zero.

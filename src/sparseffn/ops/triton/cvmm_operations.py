@@ -26,7 +26,7 @@ from sparseffn.ops.triton.launch import (
 
 
 def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
-    """See `ops.cvmm`."""
+    """`[N, L]`, in four launches: the sort of `sel`, and the product."""
     check_cvmm(x, sel, weight)
     check_tensors(x=x)
     with device_of(x):

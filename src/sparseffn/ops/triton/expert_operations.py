@@ -123,7 +123,7 @@ class Problem:
 
 
 def experts(*arguments: Any) -> Tensor:
-    """See `ops.experts`."""
+    """y alone: in evaluation nothing is kept."""
     p = Problem.of(*arguments)
     with device_of(p.x):
         return _forward(p, sort_rows(p.indices, p.keys.shape[0]), keep_hidden=False)[0]

@@ -163,18 +163,30 @@ def _configurations(
                 yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
     elif family not in ("sort", "statistics") or (dtype == "float32" and aligned):
         options = _small_options(kernel, family, dtype, width)
-        if kernel in ("topk_kernel", "survivors_kernel", "spread_kernel"):
-            # The shortest row, and several stretches; without gradients and dropout.
-            for n in (1, 5000):
-                absent = {"p_hidden": None, "p_keep": None} if kernel == "survivors_kernel" else {}
-                yield "", 0, options | {"N": n, "SIZE": n, "K": 1, **launch.row_blocks(n), **absent}
-        if kernel == "sum_parts_kernel":
-            yield "", 0, options | {"p_second": None}
-        if kernel == "route_fwd_kernel":
-            # Without dropout of experts, and with it another gate than a softmax over all of them.
-            yield "", 0, options | {"p_keep": None}
-            yield "", 0, options | {"GATE": "renormalised"}
+        for less in _variants(kernel):
+            yield "", 0, options | less
         yield "", 0, options
+
+
+def _variants(kernel: str) -> list[dict[str, Any]]:
+    """What a kernel around the products is launched with beside the most that it can have."""
+    # The shortest row, and several stretches.
+    rows = [{"N": n, "SIZE": n, "K": 1, **launch.row_blocks(n)} for n in (1, 5000)]
+    match kernel:
+        case "topk_kernel" | "spread_kernel":
+            return rows
+        case "ordered_topk_kernel":
+            return rows[:1]
+        case "survivors_kernel":
+            # In evaluation.
+            return [row | {"p_hidden": None, "p_keep": None} for row in rows]
+        case "sum_parts_kernel":
+            return [{"p_second": None}]
+        case "route_fwd_kernel":
+            # Without dropout of experts, and with it another gate than a softmax over all of them.
+            return [{"p_keep": None}, {"GATE": "renormalised"}]
+        case _:
+            return []
 
 
 def _expert_options(kernel: str, tile: Tile, kind: str, width: int, size: int, gated: bool) -> dict[str, Any]:
