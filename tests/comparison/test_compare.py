@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import killed_comparison
+import numpy as np
 import pytest
 import torch
 
 from sparseffn.cli import main
-from sparseffn.comparison import CompareSettings, NoProgress, compare, match_methods, parse_methods
+from sparseffn.cli.output import parse_duration
+from sparseffn.comparison import CompareSettings, NoProgress, compare, match_methods, parse_methods, schedule
 from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.outcome import _spread, _too_large
-from sparseffn.comparison.schedule import make_plan
+from sparseffn.comparison.schedule import Plan, make_plan
 from sparseffn.distribution import World
 from sparseffn.errors import UnmatchedError, UserError
+from sparseffn.evaluation import evaluate
 from sparseffn.ffn import list_methods
 from sparseffn.models import TransformerXL
 from sparseffn.models.presets import PRESETS, get_preset
@@ -30,7 +33,7 @@ from sparseffn.report import markdown_table
 from sparseffn.report.comparison_report import comparison_table
 from sparseffn.results.comparison_result import read_comparison
 from sparseffn.storage import sole_writer, write_json
-from sparseffn.training import RunFolder
+from sparseffn.training import RunFolder, RunSettings, TrainResult, load_run_corpus, load_run_model
 from sparseffn.training.checkpoint import list_checkpoints
 
 # The one with an assignment over the batch, a mixture, and no routing at all.
@@ -191,6 +194,62 @@ def test_budget_sets_equal_steps_or_is_refused_with_numbers(song: str, tmp_path:
     comparison = Comparison.open(dataclasses.replace(wanted, budget_s=0.1), tmp_path / "out")
     with pytest.raises(UserError, match=r"must allow at least 20 steps .* fix: --budget [1-9]\d*s or more"):
         make_plan(comparison, time.perf_counter())
+
+
+def test_budget_bounds_what_is_evaluated(song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine a third of what is left goes to evaluation; where whole splits take less, they are whole."""
+    tokens = np.zeros(600_001, dtype=np.uint16)
+    opened = Comparison.open(settings(song, "dense", "topk", steps=None, budget_s=480.0), tmp_path / "out")
+    comparison = dataclasses.replace(opened, corpus=dataclasses.replace(opened.corpus, valid=tokens, test=tokens))
+    monkeypatch.setattr(schedule, "_time_steps", lambda *_: {"dense": 0.4, "topk": 0.6})
+
+    def plan(token_s: float) -> Plan:
+        monkeypatch.setattr(schedule, "_time_evaluation", lambda *_: {"dense": token_s / 2, "topk": token_s / 2})
+        return make_plan(comparison, time.perf_counter())
+
+    # 480 s less 12% in reserve and 10 s for layers: 412.4 s, of which usage takes 131,072 tokens and the curves 13 x 8,192.
+    slow, fast = plan(2e-4), plan(5e-5)
+    rest = 412.4 - 237_568 * 2e-4
+    assert slow.evaluated == int(rest / 3 / 2e-4 / 2) // 1000 * 1000 == 304_000
+    assert slow.steps == int(rest - 2 * 304_000 * 2e-4) == 243
+    assert fast.evaluated is None and fast.steps == int(412.4 - 237_568 * 5e-5 - 1_200_000 * 5e-5)
+    # A short split leaves its share to the other.
+    test = dataclasses.replace(comparison.corpus, test=tokens[:10_001])
+    comparison = dataclasses.replace(comparison, corpus=test)
+    assert plan(2e-4).evaluated == int(rest / 3 / 2e-4 - 10_000) // 1000 * 1000 == 598_000
+    # Never less than a point of the curves.
+    with pytest.raises(UserError, match="which allows 0; fix: --budget"):
+        plan(2e-2)
+
+
+def test_budget_that_is_refused_is_accepted_as_it_says(song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of the message allows the least number of steps, evaluation's share of it and the reserve left out."""
+    monkeypatch.setattr(schedule, "_time_steps", lambda *_: {"dense": 3.0})
+    monkeypatch.setattr(schedule, "_time_evaluation", lambda *_: {"dense": 1e-4})
+    comparison = Comparison.open(settings(song, "dense", steps=None, budget_s=30.0), tmp_path / "out")
+    with pytest.raises(UserError, match="fix: --budget") as caught:
+        make_plan(comparison, time.perf_counter())
+    named = parse_duration(str(caught.value).partition("--budget ")[2].partition(" ")[0])
+    raised = dataclasses.replace(comparison, settings=dataclasses.replace(comparison.settings, budget_s=named))
+    assert make_plan(raised, time.perf_counter()).steps >= 20
+
+
+def test_comparison_of_the_first_tokens_says_so_and_goes_on(song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its result, in its page's notes, in its runs' settings; the same call finds it finished."""
+    monkeypatch.setattr(schedule, "_within_budget", lambda *_: (4, 60))
+    wanted, out = settings(song, "sigma-moe", steps=None, budget_s=60.0), tmp_path / "out"
+    result = compare(wanted, out)
+    monkeypatch.setattr(schedule, "_within_budget", None)
+    assert compare(wanted, out).methods == result.methods
+    assert result.evaluated_tokens == 60 and read_comparison(out / "comparison.json") == result
+    assert any("are of the first 60 tokens of each split" in note for note in comparison_table(result).notes)
+    path = out / "runs" / "sigma-moe" / "seed-0"
+    model, folder = load_run_model(path)
+    assert RunSettings.read(folder).evaluated == 60
+    test = load_run_corpus(path).test
+    config = RunSettings.read(folder).train
+    nats = evaluate(model, test, max_tokens=61, **config.evaluation).nats_per_token
+    assert nats == pytest.approx(TrainResult.read(folder.result_path).test, rel=1e-6)
 
 
 def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> None:

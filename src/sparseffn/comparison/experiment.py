@@ -27,6 +27,7 @@ from sparseffn.models.backbones import BACKBONES, Backbone
 from sparseffn.models.presets import Preset, get_preset
 from sparseffn.training import RunFolder, TrainConfig, from_preset
 from sparseffn.training.layout import Layout, Strategy
+from sparseffn.training.restore import shortened
 
 OVERRIDES = ("lr", "batch", "context", "warmup", "clip")
 """Settings of a preset that a user may change."""
@@ -103,6 +104,10 @@ class Comparison:
             layout.check(candidate.model, opened.train_config(settings.steps, settings.seeds[0]))
         RunFolder(out).check(opened.identity)
         return opened
+
+    def evaluated_on(self, n_tokens: int | None) -> Comparison:
+        """With the first tokens of validation and test alone; None: as it is."""
+        return self if n_tokens is None else dataclasses.replace(self, corpus=shortened(self.corpus, n_tokens))
 
     def run_folder(self, label: str, seed: int) -> RunFolder:
         return RunFolder(run_path(self.out, label, seed))

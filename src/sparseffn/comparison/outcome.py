@@ -13,7 +13,7 @@ from sparseffn.accounting import count_block
 from sparseffn.analysis import UsageCounter
 from sparseffn.comparison.experiment import Comparison
 from sparseffn.comparison.matched import MatchedMethod
-from sparseffn.comparison.schedule import Plan
+from sparseffn.comparison.schedule import USAGE_TOKENS, Plan
 from sparseffn.data import Corpus, Unit, to_metric
 from sparseffn.devices import device_name
 from sparseffn.evaluation import evaluate
@@ -32,10 +32,7 @@ from sparseffn.results.comparison_result import (
 from sparseffn.stats import MeanStd, mean_std
 from sparseffn.storage import Positive, environment, read, write_json
 from sparseffn.training import RunFolder, TrainConfig, TrainResult
-from sparseffn.training.config import CURVE_TOKENS
 
-# Tokens of validation that usage is counted on.
-USAGE_TOKENS = 16 * CURVE_TOKENS
 # Points of the training curve on the page.
 MAX_TRAIN_POINTS = 200
 # Below the largest float by what the sum over seeds needs.
@@ -97,6 +94,7 @@ def summarize(
         model={name: value for name, value in model.to_json().items() if name in _MODEL_FACTS},
         environment={**here, **timed_elsewhere},
         curve_tokens=config.eval_tokens,
+        evaluated_tokens=plan.evaluated,
         equal_time_s=_equal_time(plan),
         budget_s=plan.budget_s,
         methods=[_row(candidate, comparison, plan, layers) for candidate in comparison.candidates],

@@ -1,7 +1,8 @@
 """How long a comparison runs: decided once, before the first run, stored, and reused by every continuation.
 
-With `--budget` the number of steps, the same for all methods, follows from timed steps of all methods in turn. The same timings
-give the time axis of the curves: step x that method's median.
+With `--budget` the number of steps, the same for all methods, follows from timed steps of all methods in turn; where whole
+splits would take too much of it, only their first tokens are evaluated. The same timings give the time axis of the curves:
+step x that method's median.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ from sparseffn.evaluation import evaluate
 from sparseffn.models import LanguageModel, build_model
 from sparseffn.storage import Positive, PositiveInt, read, write_json
 from sparseffn.training import RunFolder, TrainConfig
-from sparseffn.training.config import CURVE_POINTS
+from sparseffn.training.config import CURVE_POINTS, CURVE_TOKENS
 from sparseffn.training.stepper import Stepper
 
+# Tokens of validation that usage is counted on, in the runs of the first seed.
+USAGE_TOKENS = 16 * CURVE_TOKENS
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2
 # The time of a step does not depend on the rate; with this one no method diverges while it is timed.
 _TIMING_LR = 1e-6
 # Part of the budget left for what is not planned: start, checkpoints, report, a machine that slows down.
 _RESERVE = 0.12
+# Part of a budget that final losses may take: a slow machine would spend more than half of `make demo` on whole splits, for
+# digits in which seeds differ.
+_EVALUATION = 1 / 3
 # Fewer steps than this say nothing about a method.
 MIN_STEPS = 20
 
@@ -47,6 +53,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     eval_token_s: dict[str, Positive]
     """Seconds to evaluate a token."""
     budget_s: Positive | None = None
+    evaluated: PositiveInt | None = None
+    """First tokens of validation and of test that final losses are of; None: whole splits."""
     device: str = "cpu"
     """What they were timed on."""
 
@@ -75,24 +83,57 @@ def make_plan(comparison: Comparison, started: float) -> Plan:
     settings, device = comparison.settings, comparison.device
     config = comparison.train_config(comparison.preset.steps, settings.seeds[0])
     step_s, eval_token_s = _time_steps(comparison, config), _time_evaluation(comparison, config)
-    if settings.budget_s is None:
-        steps = comparison.preset.steps if settings.steps is None else settings.steps
-    else:
-        corpus, n_seeds = comparison.corpus, len(settings.seeds)
-        left = settings.budget_s * (1 - _RESERVE) - (time.perf_counter() - started)
-        tokens = len(corpus.valid) + len(corpus.test) + (CURVE_POINTS + 1) * min(config.eval_tokens, len(corpus.valid))
-        left -= n_seeds * tokens * sum(eval_token_s.values())
-        # One layer is timed alone at the end: a few dozen calls, each a fraction of a step.
-        left -= 10 * sum(step_s.values())
-        steps = _steps_within(left, n_seeds * sum(step_s.values()), settings.budget_s)
-    return Plan(steps=steps, step_s=step_s, eval_token_s=eval_token_s, budget_s=settings.budget_s, device=device_name(device))
+    steps, evaluated = comparison.preset.steps if settings.steps is None else settings.steps, None
+    if settings.budget_s is not None:
+        spent, times = time.perf_counter() - started, (sum(step_s.values()), sum(eval_token_s.values()))
+        steps, evaluated = _within_budget(comparison, settings.budget_s, spent, *times)
+    return Plan(
+        steps=steps,
+        step_s=step_s,
+        eval_token_s=eval_token_s,
+        budget_s=settings.budget_s,
+        evaluated=evaluated,
+        device=device_name(device),
+    )
+
+
+def _within_budget(
+    comparison: Comparison, budget_s: float, spent_s: float, step_s: float, token_s: float
+) -> tuple[int, int | None]:
+    """Steps, and first tokens of validation and test that are evaluated (None: all), in what is left of a budget.
+
+    Args:
+        comparison: with methods, seeds and splits.
+        budget_s: the whole budget, in seconds.
+        spent_s: of which so much is gone.
+        step_s: seconds of a step of all methods, one after the other.
+        token_s: seconds to evaluate a token with all methods.
+    """
+    corpus, n_seeds = comparison.corpus, len(comparison.settings.seeds)
+    n_valid, n_test = len(corpus.valid) - 1, len(corpus.test) - 1
+    points = n_seeds * (CURVE_POINTS + 1) * min(CURVE_TOKENS, n_valid)
+    # One layer is timed alone at the end: a few dozen calls, each a fraction of a step.
+    left = budget_s * (1 - _RESERVE) - spent_s - 10 * step_s - (points + min(USAGE_TOKENS, n_valid)) * token_s
+    evaluated = _tokens_within(left * _EVALUATION / (n_seeds * token_s), n_valid, n_test)
+    left -= n_seeds * sum(min(n, evaluated or n) for n in (n_valid, n_test)) * token_s
+    return _steps_within(left, n_seeds * step_s, budget_s), evaluated
+
+
+def _tokens_within(most: float, n_valid: int, n_test: int) -> int | None:
+    """First tokens of each of two splits that are `most` together, no fewer than of a curve's point; None: both whole."""
+    if n_valid + n_test <= most:
+        return None
+    # What a short split does not need is the other's.
+    n = max(CURVE_TOKENS, int(max(most / 2, most - min(n_valid, n_test))) // 1000 * 1000)
+    return n if n < max(n_valid, n_test) else None
 
 
 def _steps_within(left_s: float, step_s: float, budget_s: float) -> int:
     """Steps of all methods and seeds, each round of them taking `step_s`, in what is left of a budget."""
     steps = int(left_s / step_s)
     if steps < MIN_STEPS:
-        needed = budget_s - left_s + MIN_STEPS * step_s
+        # Of what a budget has more, so much is for steps.
+        needed = budget_s + (MIN_STEPS * step_s - left_s) / ((1 - _RESERVE) * (1 - _EVALUATION))
         raise UserError(
             f"`budget` must allow at least {MIN_STEPS} steps of every method; got {budget_s:g}s, which allows "
             f"{max(0, steps)}; fix: --budget {_as_budget(needed)} or more, fewer methods or seeds, or a smaller preset"

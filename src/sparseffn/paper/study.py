@@ -26,7 +26,7 @@ from sparseffn.errors import UserError
 from sparseffn.ffn.mixture import TopKMixtureConfig
 from sparseffn.models.presets import Preset
 from sparseffn.paper.predictions import gate_square, interference_bounds
-from sparseffn.paper.study_runs import CPU, StudyScale, Training, block_config, shortened, variants
+from sparseffn.paper.study_runs import CPU, StudyScale, Training, block_config, variants
 from sparseffn.paper.study_start import Point, measure_point, rounded
 from sparseffn.results import study_result as results
 from sparseffn.results.bench_result import Environment
@@ -34,6 +34,7 @@ from sparseffn.stats import Difference, difference, mean_std
 from sparseffn.storage import read, write_json
 from sparseffn.training import NonFiniteLossError, RunFolder
 from sparseffn.training.journal import StepReport
+from sparseffn.training.restore import shortened
 
 
 @dataclass(frozen=True, kw_only=True)

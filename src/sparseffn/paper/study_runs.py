@@ -29,7 +29,7 @@ from sparseffn.training import RunFolder, TrainResult, train
 from sparseffn.training.checkpoint import list_checkpoints, load_checkpoint, step_of
 from sparseffn.training.config import from_preset
 from sparseffn.training.journal import StepReport
-from sparseffn.training.restore import SHORTENED, load_weights
+from sparseffn.training.restore import load_weights
 
 # Tokens of validation that a probe reads.
 PROBE_TOKENS = 8192
@@ -109,14 +109,6 @@ def block_config(choice: MethodChoice, preset: Preset) -> FFNConfig:
     """A variant's block at a preset's sizes."""
     config_class = method_class(choice.method)
     return config_class.from_shape(preset.shape).replace(**parse_options(choice.method, config_class, choice.options))
-
-
-def shortened(corpus: Corpus, n_tokens: int) -> Corpus:
-    """The corpus with the first tokens of validation and test alone; its digest says so."""
-    # One more than predictions: the first token of a split is not predicted.
-    n = n_tokens + 1
-    digest = f"{corpus.digest}{SHORTENED}{n_tokens}"
-    return dataclasses.replace(corpus, valid=corpus.valid[:n], test=corpus.test[:n], digest=digest)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ def _notes(result: ComparisonResult, rows: list[Row]) -> Iterator[str]:
         yield f"{formats.NOT_MEASURED}: not measured, or without meaning for the method."
     if _seed_numbers(result) == {1}:
         yield "n = 1: one seed, so the spread between seeds is not known."
+    if result.evaluated_tokens is not None:
+        yield (
+            f"Validation and test are of the first {formats.integer(result.evaluated_tokens)} tokens of each split, "
+            "as many as the budget allowed."
+        )
     if result.equal_time_s is not None:
         yield (
             f"Validation at equal time: after {formats.seconds(result.equal_time_s)} of training, "

@@ -146,6 +146,8 @@ class ComparisonResult(Struct, frozen=True, kw_only=True):
     environment: dict[str, Any] = {}
     curve_tokens: PositiveInt | None = None
     """First tokens of validation that each point of a curve uses."""
+    evaluated_tokens: PositiveInt | None = None
+    """First tokens of validation and of test that final losses are of; None: whole splits."""
     equal_time_s: Positive | None = None
     """Training time of the fastest method: how far every run is."""
     budget_s: Positive | None = None

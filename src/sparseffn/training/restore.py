@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class _Config(msgspec.Struct):
     model: dict[str, Any]
     train: dict[str, Any]
     corpus: _Corpus
+
+
+def shortened(corpus: Corpus, n_tokens: int) -> Corpus:
+    """The corpus with the first tokens of validation and test alone, by which runs are evaluated; its digest says so."""
+    # One more than predictions: the first token of a split is not predicted.
+    n = n_tokens + 1
+    digest = f"{corpus.digest}{SHORTENED}{n_tokens}"
+    return dataclasses.replace(corpus, valid=corpus.valid[:n], test=corpus.test[:n], digest=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
