@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,29 @@ def test_comparison_of_the_first_tokens_says_so_and_goes_on(song: str, tmp_path:
     config = RunSettings.read(folder).train
     nats = evaluate(model, test, max_tokens=61, **config.evaluation).nats_per_token
     assert nats == pytest.approx(TrainResult.read(folder.result_path).test, rel=1e-6)
+
+
+def test_evaluation_is_timed_with_its_memory_filled(song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that still fill it, which are cheaper, are left out; of a text without others the last one is timed."""
+    comparison = Comparison.open(settings(song, "dense"), tmp_path / "out")
+    config = comparison.train_config(4, 0)
+    config = dataclasses.replace(config, eval_batch=2, context=16, eval_memory=40)
+    # A window takes 1 second and one for each 16 positions of its memory, three at most.
+    clock, seen = [0.0], []
+
+    def evaluation(model: object, tokens: np.ndarray, *, on_progress: Callable[[int, int], None], **_: object) -> None:
+        n = (len(tokens) - 1) // 32
+        seen.append(n)
+        for i in range(n):
+            clock[0] += 1 + min(i, 3)
+            on_progress(32 * (i + 1), 32 * n)
+
+    monkeypatch.setattr(schedule, "evaluate", evaluation)
+    monkeypatch.setattr(schedule, "clock_of", lambda device: lambda: clock[0])
+    assert schedule._time_evaluation(comparison, config) == {"dense": pytest.approx(4 / 32)}
+    short = dataclasses.replace(comparison, corpus=dataclasses.replace(comparison.corpus, valid=comparison.corpus.valid[:65]))
+    assert schedule._time_evaluation(short, config) == {"dense": pytest.approx(2 / 32)}
+    assert seen == [6, 6, 6, 2, 2, 2]
 
 
 def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> None:

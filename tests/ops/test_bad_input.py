@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,18 @@ def route(
     backend: str, x: Tensor = X, selector: Tensor = SELECTOR, k: int = 1, gate: Any = "sigmoid", keep: Any = None
 ) -> object:
     return ops.route(x, selector, k=k, gate=gate, keep=keep, backend=backend)
+
+
+def choose(backend: str, **changes: Any) -> object:
+    """A good call with something wrong."""
+    given = {"logits": X, "k": 1, "gate": "sigmoid"} | changes
+    return ops.choose(**given, backend=backend)
+
+
+def over_capacity(backend: str, **changes: Any) -> object:
+    """A good call with something wrong."""
+    given = {"indices": INDICES, "weights": GATES, "n_experts": 2, "factor": 1.0} | changes
+    return ops.over_capacity(**given, backend=backend)
 
 
 def topk_rows(backend: str, **changes: Any) -> object:
@@ -105,6 +118,28 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "route-width": (lambda b: route(b, selector=SELECTOR[:, :2]), r"must be \[T, D\] and \[E, D\]"),
     "route-integers": (lambda b: route(b, x=X.long()), "must be floating; got torch.int64"),
     "route-device": (lambda b: route(b, selector=SELECTOR.to("meta")), "on one device; got cpu and meta"),
+    "choose-rank": (
+        lambda b: choose(b, logits=X[0]),
+        r"`logits` must be \[T, E\] in float32 or float64; got .* in shape \(3,\)",
+    ),
+    "choose-half": (lambda b: choose(b, logits=X.bfloat16()), "`logits` must be .* got torch.bfloat16"),
+    "choose-high": (lambda b: choose(b, k=4), "`k` must be between 1 and the number of experts 3; got 4"),
+    "choose-gate": (lambda b: choose(b, gate="sigmoidal"), "unknown gate 'sigmoidal'"),
+    "choose-keep": (lambda b: choose(b, keep=X), r"`keep` must be bool \[T, E\]"),
+    "choose-ranks": (lambda b: choose(b, ranks=X[:, :2]), r"`ranks` must be as `logits`, torch.float32 in shape \(4, 3\)"),
+    "choose-ranks-list": (lambda b: choose(b, ranks=[1.0]), "`ranks` must be a tensor"),
+    "choose-noise-alone": (lambda b: choose(b, noise=X), "`spread` and `noise` must be given together"),
+    "choose-spread-dtype": (
+        lambda b: choose(b, spread=X.double(), noise=X),
+        "`spread` must be as `logits`.* got torch.float64",
+    ),
+    "choose-device": (lambda b: choose(b, ranks=X.to("meta")), "on one device"),
+    "capacity-shape": (lambda b: over_capacity(b, weights=GATES[:1]), r"`weights` alike .* got torch.int64 \(4, 1\), \(1, 1\)"),
+    "capacity-integers": (lambda b: over_capacity(b, weights=INDICES), "`weights` must be floating"),
+    "capacity-high": (lambda b: over_capacity(b, n_experts=1), "`indices` must be between 0 and 0, an expert each"),
+    "capacity-negative": (lambda b: over_capacity(b, factor=-1.0), "`factor` must be a number of at least 0; got -1.0"),
+    "capacity-nan": (lambda b: over_capacity(b, factor=math.nan), "`factor` must be a number of at least 0; got nan"),
+    "capacity-mask": (lambda b: over_capacity(b, mask=GATES[:, 0]), "`mask` must be bool, one a token"),
     "sinkhorn-length": (lambda b: ops.sinkhorn(X, torch.ones(3, dtype=torch.bool), backend=b), "`mask` must be bool, one a"),
     "sinkhorn-mask": (lambda b: ops.sinkhorn(X, torch.ones(4), backend=b), "`mask` must be bool, .* got torch.float32"),
     "sinkhorn-device": (lambda b: ops.sinkhorn(X, torch.ones(4, dtype=torch.bool, device="meta"), backend=b), "one device"),
@@ -253,11 +288,13 @@ def test_no_tokens_are_good_input(backend: str) -> None:
         ops.product_key_topk(x, x, 2, backend=backend)[0],
         ops.sinkhorn(x, backend=backend),
         ops.route(x, SELECTOR, k=2, gate="softmax", backend=backend)[2],
+        ops.choose(x, k=2, gate="softmax", backend=backend)[0],
     ):
         assert y.shape[0] == 0
         y.sum().backward()
     assert ops.topk(x, 2).shape == (0, 2)
     assert ops.balanced_assignment(x, backend=backend).shape == (0,)
+    assert ops.over_capacity(none, gates, n_experts=2, factor=1.0, backend=backend).shape == none.shape
 
 
 def test_compiled_products_refuse_bad_indices() -> None:

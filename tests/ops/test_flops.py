@@ -17,7 +17,8 @@ T, D, E, G, K, INNER = 7, 12, 5, 6, 2, 3
 
 # These multiply no matrices: they rank, scale, assign, gather and count.
 WITHOUT_PRODUCTS = {
-    *("topk", "product_key_topk", "sinkhorn", "balanced_assignment", "routing_counts", "batch_entropy"),
+    *("topk", "choose", "product_key_topk", "sinkhorn", "balanced_assignment", "over_capacity"),
+    *("routing_counts", "batch_entropy", "switch_balance", "load_variation"),
 }
 
 

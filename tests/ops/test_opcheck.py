@@ -108,6 +108,31 @@ def product_key_topk_backward() -> Arguments:
     return constants(sums, *arguments[:2], indices)
 
 
+def choose(gate: str = "softmax", *, noisy: bool = False) -> Arguments:
+    """All arguments: with noise, or with ranks and dropped experts."""
+    logits, spread = leaf(N_TOKENS, N_EXPERTS), leaf(N_TOKENS, N_EXPERTS)
+    others = constants(leaf(N_TOKENS, N_EXPERTS))
+    if noisy:
+        return logits, K, gate, None, None, spread, *others
+    return logits, K, gate, torch.rand(N_TOKENS, N_EXPERTS) >= 0.4, *others, None, None
+
+
+def choose_backward(gate: str, *, noisy: bool = False) -> Arguments:
+    """From what the forward returned."""
+    arguments = constants(*choose(gate, noisy=noisy))
+    return constants(leaf(N_TOKENS, K), *arguments[:3], *arguments[5:], *LIBRARY.choose_kept(*arguments))
+
+
+def over_capacity() -> Arguments:
+    """All arguments."""
+    return torch.randint(N_EXPERTS, (6, K)), leaf(6, K).detach(), N_EXPERTS, 1.2, mask()
+
+
+def selections() -> tuple[Tensor, Tensor]:
+    """Indices and weights of six tokens, among three experts."""
+    return torch.randint(3, (6, K)), leaf(6, K).detach()
+
+
 def mask() -> Tensor:
     """Tokens that take part."""
     return torch.arange(6) % 4 != 0
@@ -128,19 +153,29 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
         lambda: route_backward("sigmoid", through_logits=False),
         lambda: route_backward("renormalised", dropout=True),
     ],
+    "choose": [lambda g=g, n=n: choose(g, noisy=n) for g in ("sigmoid", "softmax", "renormalised") for n in (False, True)],
+    "choose_kept": [lambda n=n: constants(*choose(noisy=n)) for n in (False, True)],
+    "choose_backward": [lambda: choose_backward("renormalised"), lambda: choose_backward("softmax", noisy=True)],
+    "over_capacity": [over_capacity, lambda: over_capacity()[:4]],
     "cvmm": [cvmm],
     "cvmm_kept": [lambda: constants(*cvmm())],
     "cvmm_backward": [lambda: constants(leaf(N_TOKENS, SIZE), *cvmm())],
     "router_logits": [lambda: route()[:2]],
     "router_logits_kept": [lambda: constants(*route()[:2])],
     "router_logits_backward": [lambda: constants(leaf(N_TOKENS, N_EXPERTS), *route()[:2])],
-    "sinkhorn": [lambda: (leaf(6, 3), mask(), 3, 1.0)],
+    "sinkhorn": [lambda: (leaf(6, 3), mask(), 3, 1.0), lambda: (leaf(6, 3), None, 2, -1.0)],
     "sinkhorn_kept": [lambda: (leaf(6, 3).detach(), mask(), 3, 1.0)],
     "sinkhorn_backward": [lambda: (*constants(leaf(6, 3), leaf(6, 3)), mask(), 3, 1.0)],
     "balanced_assignment": [lambda: (leaf(6, 3).detach(),)],
     "batch_entropy": [lambda: (leaf(6, 3), None, 0.5), lambda: (leaf(6, 3), mask(), 0.5)],
     "batch_entropy_kept": [lambda: (leaf(6, 3).detach(), mask(), 0.5)],
     "batch_entropy_backward": [lambda: constants(leaf(1)[0], leaf(6, 3), mask(), 0.5, leaf(3))],
+    "switch_balance": [lambda: (leaf(6, 3), *selections(), None, 0.5), lambda: (leaf(6, 3), *selections(), mask(), 0.5)],
+    "switch_balance_kept": [lambda: (leaf(6, 3).detach(), *selections(), mask(), 0.5)],
+    "switch_balance_backward": [lambda: constants(leaf(1)[0], leaf(6, 3), mask(), 0.5, leaf(3))],
+    "load_variation": [lambda: (leaf(6, 2), selections()[0], 3, 0.5)],
+    "load_variation_kept": [lambda: (leaf(6, 2).detach(), selections()[0], 3, 0.5)],
+    "load_variation_backward": [lambda: constants(leaf(1)[0], leaf(6, 2), selections()[0], leaf(3))],
     "routing_counts": [lambda: (torch.randint(3, (6, 2)), leaf(6, 2).detach(), 3)],
     "topk_rows": [topk_rows, lambda: topk_rows(**SWIGLU), lambda: topk_rows(activation="relu", dropout=True)],
     "topk_rows_kept": [lambda o=o: constants(*topk_rows(**o)) for o in ({}, GATED, {"activation": "relu"})],

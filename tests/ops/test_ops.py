@@ -18,6 +18,7 @@ from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.experts import experts_eager
+from sparseffn.ops.route import GATES
 
 F64 = torch.float64
 
@@ -87,6 +88,48 @@ def test_routes_equal_the_reference(n_tokens: int, n_experts: int, k: int, kind:
         assert torch.equal(*found)
 
 
+@CASES
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax", "renormalised"])
+def test_choices_equal_the_reference(n_tokens: int, n_experts: int, k: int, kind: str, gate: ops.GateName) -> None:
+    """With dropped experts, other ranks, and noise of learned size, from halves of one product."""
+    both = torch.randn(n_tokens, 2 * n_experts, dtype=F64)
+    if kind == "hot":
+        both += torch.arange(2 * n_experts) % n_experts * 9.0
+    drawn = torch.randn(n_tokens, n_experts, dtype=F64)
+    for noisy in (False, True):
+        options = {"noise": drawn} if noisy else {"ranks": drawn}
+        for keep in (None, torch.rand(n_tokens, n_experts) >= 0.5):
+
+            def choose(both, backend, output=0, options=options, keep=keep, noisy=noisy):
+                logits, spread = both.chunk(2, dim=1)
+                of_noise = {"spread": spread} if noisy else {}
+                return ops.choose(logits, k=k, gate=gate, keep=keep, **options, **of_noise, backend=backend)[output]
+
+            agree(choose, both)
+            assert torch.equal(*(choose(both, b, output=1) for b in ("torch", "reference")))
+
+
+@CASES
+def test_capacities_equal_the_reference(n_tokens: int, n_experts: int, k: int, kind: str) -> None:
+    """Whole and broken numbers of places, none and enough of them, missing selections and padding."""
+    indices = chosen(n_tokens, n_experts, k, kind)
+    weights = torch.rand(n_tokens, k) * (torch.rand(n_tokens, k) > 0.3)
+    for mask in (None, torch.rand(n_tokens) > 0.3):
+        for factor in (0.0, 0.5 * k, 1.0 * k, 1.25 * k, 1e30):
+            options = {"n_experts": n_experts, "factor": factor, "mask": mask}
+            found = [ops.over_capacity(indices, weights, **options, backend=b) for b in ("auto", "torch", "reference")]
+            assert torch.equal(*found[:2]) and torch.equal(*found[1:])
+
+
+def test_capacity_counts_whole_places() -> None:
+    """A share of 1 / 49 of 49 tokens is one place, which 49 * (1 / 49) in floating point is not."""
+    indices = torch.arange(49)[:, None]
+    assert not ops.over_capacity(indices, torch.ones(49, 1), n_experts=49, factor=1.0).any()
+    mask = torch.arange(98) < 49
+    indices, weights = torch.cat((indices, indices)), mask[:, None].float()
+    assert not ops.over_capacity(indices, weights, n_experts=49, factor=1.0, mask=mask).any()
+
+
 def test_unwritten_output_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs of `new_empty` filled with NaN leave no trace: every entry is written."""
     plain = Tensor.new_empty
@@ -127,7 +170,10 @@ def test_weighted_rows_and_product_keys_equal_the_reference() -> None:
 def test_sinkhorn_equals_the_reference(released: bool) -> None:
     """With padding, forward and gradient."""
     mask = torch.arange(12) % 4 != 0
-    agree(lambda x, backend: ops.sinkhorn(x, mask, released=released, backend=backend), torch.randn(12, 5, dtype=F64))
+    for taking in (mask, None):
+        agree(
+            lambda x, backend, m=taking: ops.sinkhorn(x, m, released=released, backend=backend), torch.randn(12, 5, dtype=F64)
+        )
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -137,6 +183,10 @@ def test_gradients_are_those_of_finite_differences() -> None:
     indices = torch.randint(5, (4, 3))
     assert check(lambda v, w: ops.weighted_rows(v, indices, w), (torch.randn(5, 2, **leaf), torch.randn(4, 3, **leaf)))
     assert check(lambda x: ops.sinkhorn(x), (torch.randn(5, 3, **leaf),))
+    noise = torch.randn(6, 4, dtype=F64)
+    for gate in GATES:
+        noisy = {"k": 2, "gate": gate, "noise": noise, "keep": noise < 1}
+        assert check(lambda x, s, o=noisy: ops.choose(x, spread=s, **o)[0], tuple(torch.randn(6, 4, **leaf) for _ in range(2)))
     halves = (torch.randn(3, 2, 4, **leaf), torch.randn(3, 2, 3, **leaf))
     assert check(lambda a, b: ops.product_key_topk(a, b, 5)[0], halves)
     assert check(lambda x, s: ops.router_logits(x, s), (torch.randn(4, 3, **leaf), torch.randn(5, 3, **leaf)))

@@ -7,9 +7,9 @@ step x that method's median.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -33,6 +33,8 @@ from sparseffn.training.stepper import Stepper
 USAGE_TOKENS = 16 * CURVE_TOKENS
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2
+# Timed evaluations of each method, and windows of each that are timed.
+_EVALUATIONS, _TIMED_WINDOWS = 2, 3
 # The time of a step does not depend on the rate; with this one no method diverges while it is timed.
 _TIMING_LR = 1e-6
 # Part of the budget left for what is not planned: start, checkpoints, report, a machine that slows down.
@@ -168,9 +170,21 @@ def _training_step(model: LanguageModel, comparison: Comparison, config: TrainCo
 
 
 def _time_evaluation(comparison: Comparison, config: TrainConfig) -> dict[str, float]:
-    """Seconds a token with the evaluation's long memory filled, which the first windows have not."""
-    tokens = comparison.corpus.valid[: config.eval_batch * config.context * 6 + 1]
+    """Seconds a token, methods in turn; the first round is not counted."""
     models = {c.label: _model(c, comparison.device) for c in comparison.candidates}
-    calls = {label: functools.partial(evaluate, model, tokens, **config.evaluation) for label, model in models.items()}
-    seconds = medians(interleaved(calls, rounds=2, warmup=1, clock=clock_of(comparison.device)))
-    return {label: value / max(1, len(tokens) - 1) for label, value in seconds.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in models}
+    for _ in range(1 + _EVALUATIONS):
+        for label, model in models.items():
+            seconds[label].append(_evaluation_of_a_token(model, comparison, config))
+    return {label: statistics.fmean(values[1:]) for label, values in seconds.items()}
+
+
+def _evaluation_of_a_token(model: LanguageModel, comparison: Comparison, config: TrainConfig) -> float:
+    """Seconds with the evaluation's long memory filled, as it is for nearly all of a split: the first windows go before."""
+    n_filling, clock = math.ceil(config.eval_memory / config.context), clock_of(comparison.device)
+    tokens = comparison.corpus.valid[: config.eval_batch * config.context * (n_filling + _TIMED_WINDOWS) + 1]
+    marks = [(0, clock())]
+    evaluate(model, tokens, **config.evaluation, on_progress=lambda done, _: marks.append((done, clock())))
+    # Of a short text what there is.
+    (before, start), (after, end) = marks[min(n_filling, len(marks) - 2)], marks[-1]
+    return (end - start) / (after - before)

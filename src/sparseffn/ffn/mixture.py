@@ -266,8 +266,8 @@ class Mixture(FeedForward):
         logits_TE, group = routing.logits_TE, self.router.training_group
         losses: dict[str, Callable[[float], Tensor]] = {
             "entropy": lambda weight: entropy_loss(logits_TE, mask_T, weight, group),
-            "switch": lambda weight: weight * switch_loss(routing, mask_T, group),
-            "cv": lambda weight: weight * cv_loss(routing, group),
+            "switch": lambda weight: switch_loss(routing, mask_T, weight, group),
+            "cv": lambda weight: cv_loss(routing, weight, group),
             "slot_entropy": lambda weight: entropy_loss(logits_TE.gather(1, routing.indices_TK), mask_T, weight, group),
         }
         terms = [losses[name](weight) for name, weight in self.config.balancing().items() if weight > 0]

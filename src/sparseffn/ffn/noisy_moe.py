@@ -99,24 +99,29 @@ class NoisyRouter(TopKRouter):
         super().__init__(config)
         self.noise_selector = nn.Parameter(torch.empty(config.n_experts, config.d_model))
 
-    def noisy(self, logits_TE: Tensor, x_TD: Tensor) -> Tensor:
-        """h: the logits, in training with noise (equation 13)."""
-        if not self.training:
-            return logits_TE
-        if self.batch_group is None:
-            noise_TE = torch.randn_like(logits_TE)
-        else:
-            noise_TE = self.batch_group.draw(torch.randn, *logits_TE.shape, device=logits_TE.device, dtype=logits_TE.dtype)
-        return logits_TE + noise_TE * F.softplus(ops.router_logits(x_TD, self.noise_selector))
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The logits, in training with those of the noise behind them: one product with both selectors, `[T, 2 E]`."""
+        selector = torch.cat((self.selector, self.noise_selector)) if self.training else self.selector
+        return ops.router_logits(x_TD, selector)
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
-        """Selection and gates both see the noise."""
-        noisy_TE = self.noisy(logits_TE, batch.x_TD)
-        return self.choose(noisy_TE, noisy_TE, batch)._replace(logits_TE=logits_TE)
+        """Selection and gates both see the noise (equation 13)."""
+        if not self.training:
+            return self.choose(logits_TE, batch)
+        logits_TE, spread_TE = logits_TE.chunk(2, dim=1)
+        return self.choose(logits_TE, batch, spread=spread_TE, noise=self.draw_noise(logits_TE))
+
+    def draw_noise(self, logits_TE: Tensor) -> Tensor:
+        """A unit normal for each logit, drawn alike however many processes share the batch."""
+        if self.batch_group is None:
+            return torch.randn_like(logits_TE)
+        return self.batch_group.draw(torch.randn, *logits_TE.shape, device=logits_TE.device, dtype=logits_TE.dtype)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
-        noisy_TE = self.noisy(logits_TE, batch.x_TD)
-        return scores_by_token(noisy_TE, noisy_TE, batch, self.k, self.score)
+        if self.training:
+            noise_TE = self.draw_noise(logits_TE)
+            logits_TE = logits_TE + noise_TE * F.softplus(ops.router_logits(batch.x_TD, self.noise_selector))
+        return scores_by_token(logits_TE, logits_TE, batch, self.k, self.score)
 
 
 @final

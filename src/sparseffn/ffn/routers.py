@@ -14,8 +14,6 @@ from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ffn.feedforward import FeedForward, parameter_shapes
 from sparseffn.ops import Selection
-from sparseffn.ops.counts import log_shares
-from sparseffn.ops.plain import gates_plain
 
 if TYPE_CHECKING:
     from sparseffn.ffn.mixture import TopKMixtureConfig
@@ -57,14 +55,14 @@ class Router(nn.Module, ABC):
 
     k: int
     in_one_operation: ClassVar[Literal["never", "evaluation", "always"]] = "never"
-    """When logits, choice and gates are one operation, and `select` is not called."""
+    """When logits, choice and gates are one operation, and neither `logits` nor `select` is called."""
     batch_group: ops.BatchGroup | None = None
     """The processes that a training batch is spread over; `set_batch_group` sets it."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """A `select` is called unless its class says when not: one that overrides another's does not go unheard."""
+        """`logits` and `select` are called unless their class says when not: what overrides another's does not go unheard."""
         super().__init_subclass__(**options)
-        first = next(base for base in cls.__mro__ if {"select", "in_one_operation"} & vars(base).keys())
+        first = next(base for base in cls.__mro__ if {"logits", "select", "in_one_operation"} & vars(base).keys())
         if "in_one_operation" not in vars(first):
             cls.in_one_operation = "never"
 
@@ -87,8 +85,7 @@ class Router(nn.Module, ABC):
         """Route a batch; padding gets weights of 0."""
         when = self.in_one_operation
         if self.gate is None or when == "never" or (self.training and when == "evaluation"):
-            logits_TE = ops.router_logits(x_TD, self.selector)
-            routing = self.select(logits_TE, Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
+            routing = self.select(self.logits(x_TD), Batch(x_TD, mask_T, self.draw_keep(x_TD), length))
         else:
             # In evaluation nothing is drawn; a call that says so is one more for each token.
             keep_TE = self.draw_keep(x_TD) if self.training else None
@@ -96,6 +93,10 @@ class Router(nn.Module, ABC):
         if mask_T is None:
             return routing
         return routing._replace(weights_TK=routing.weights_TK.masked_fill(~mask_T[:, None], 0.0))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """What `select` gets."""
+        return ops.router_logits(x_TD, self.selector)
 
     def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:
         """s `[T, E]`, slowly; draws the same random numbers as `forward`."""
@@ -133,13 +134,23 @@ class TopKRouter(Router):
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """The K largest of the experts that expert dropout left, weighted by `gate`."""
-        return self.choose(logits_TE, logits_TE, batch)
+        return self.choose(logits_TE, batch)
 
-    def choose(self, logits_TE: Tensor, ranks_TE: Tensor, batch: Batch) -> Routing:
-        """The K largest ranks that expert dropout left, with the gates of their logits."""
+    def choose(
+        self,
+        logits_TE: Tensor,
+        batch: Batch,
+        *,
+        ranks: Tensor | None = None,
+        spread: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Routing:
+        """The K largest that expert dropout left, with the gates of their logits; the rest as in `ops.choose`."""
         assert self.gate is not None, "a router without a gate weights what it chooses by itself"
-        indices_TK, alive_TK = select_topk(ranks_TE, self.k, batch.keep_TE)
-        return Routing(logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, self.gate, alive_TK))
+        weights_TK, indices_TK = ops.choose(
+            logits_TE, k=self.k, gate=self.gate, keep=batch.keep_TE, ranks=ranks, spread=spread, noise=noise
+        )
+        return Routing(logits_TE, indices_TK, weights_TK)
 
     @staticmethod
     @abstractmethod
@@ -203,34 +214,17 @@ def renormalised_scores(logits: Tensor, chosen: list[int]) -> Tensor:
 
 def entropy_loss(logits_TE: Tensor, mask_T: Tensor | None, weight: float = 1.0, group: ops.BatchGroup | None = None) -> Tensor:
     """`weight sum_e p[e] log p[e]` of the batch-mean distribution p: minus its entropy (equations 20, 21)."""
-    if group is None:
-        return ops.batch_entropy(logits_TE, mask_T, weight)
-    log_p_E = log_shares(logits_TE, mask_T, group)
-    return weight * (log_p_E.exp() * log_p_E).sum()
+    return ops.batch_entropy(logits_TE, mask_T, weight, group=group)
 
 
-def switch_loss(routing: Routing, mask_T: Tensor | None, group: ops.BatchGroup | None = None) -> Tensor:
-    """`N_E f . p`, f the share of all selections that an expert receives, p its mean probability (equations 15-17)."""
-    logits_TE = routing.logits_TE
-    n_experts = logits_TE.shape[1]
-    if group is None and logits_TE.shape[0] == 0:
-        return logits_TE.sum()
-    chosen = (routing.weights_TK.detach() != 0).to(logits_TE.dtype)
-    counts_E = logits_TE.new_zeros(n_experts).scatter_add_(0, routing.indices_TK.flatten(), chosen.flatten())
-    if group is not None:
-        counts_E = group.sum(counts_E)
-    share_E = counts_E / counts_E.sum().clamp_min(1.0)
-    return n_experts * (share_E * log_shares(logits_TE, mask_T, group).exp()).sum()
+def switch_loss(routing: Routing, mask_T: Tensor | None, weight: float = 1.0, group: ops.BatchGroup | None = None) -> Tensor:
+    """`weight N_E f . p`, f the share of all selections that an expert receives, p its mean probability (equations 15-17)."""
+    return ops.switch_balance(routing.logits_TE, routing.indices_TK, routing.weights_TK, mask_T, weight, group=group)
 
 
-def cv_loss(routing: Routing, group: ops.BatchGroup | None = None) -> Tensor:
-    """`CV^2` of the weights summed over the batch: variance over squared mean (equation 14)."""
-    weights_TK = routing.weights_TK
-    load_E = weights_TK.new_zeros(routing.logits_TE.shape[1])
-    load_E = load_E.scatter_add(0, routing.indices_TK.flatten(), weights_TK.flatten())
-    if group is not None:
-        load_E = group.sum(load_E)
-    return load_E.var(correction=0) / load_E.mean().square().clamp_min(1e-20)
+def cv_loss(routing: Routing, weight: float = 1.0, group: ops.BatchGroup | None = None) -> Tensor:
+    """`weight CV^2` of the weights summed over the batch: variance over squared mean (equation 14)."""
+    return ops.load_variation(routing.weights_TK, routing.indices_TK, routing.logits_TE.shape[1], weight, group=group)
 
 
 def set_batch_group(model: nn.Module, group: ops.BatchGroup | None) -> None:

@@ -99,8 +99,7 @@ class SinkhornRouter(TopKRouter):
 
     def select(self, logits_TE: Tensor, batch: Batch) -> Routing:
         """Balanced selection in training; the weights are of the raw logits always."""
-        ranked_TE = self.balance(logits_TE.detach(), batch) if self.training else logits_TE.detach()
-        return self.choose(logits_TE, ranked_TE, batch)
+        return self.choose(logits_TE, batch, ranks=self.balance(logits_TE.detach(), batch) if self.training else None)
 
     def balance(self, logits_TE: Tensor, batch: Batch, backend: str = "auto") -> Tensor:
         """Sinkhorn over the whole batch, or as released over each sequence by itself."""

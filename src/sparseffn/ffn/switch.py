@@ -93,25 +93,9 @@ class CapacityRouter(SoftmaxRouter):
         routing = super().forward(x_TD, mask_T, length)
         if not self.training:
             return routing
-        lost_TK = self.without_place(routing.indices_TK, routing.weights_TK.detach() <= 0, mask_T)
+        options = {"n_experts": self.selector.shape[0], "factor": self.capacity_factor * self.k, "mask": mask_T}
+        lost_TK = ops.over_capacity(routing.indices_TK, routing.weights_TK, **options, group=self.training_group)
         return routing._replace(weights_TK=routing.weights_TK.masked_fill(lost_TK, 0.0), dropped=lost_TK.sum())
-
-    def without_place(self, indices_TK: Tensor, missing_TK: Tensor, mask_T: Tensor | None) -> Tensor:
-        """bool `[T, K]`: which of the selections that are not missing find no place, first come first served."""
-        n_experts = self.selector.shape[0]
-        n_tokens = indices_TK.shape[0] if mask_T is None else mask_T.sum()
-        group = self.training_group
-        if group is not None:
-            n_tokens = group.sum(torch.as_tensor(n_tokens, dtype=torch.float64, device=indices_TK.device))
-        capacity = self.capacity_factor * self.k * n_tokens / n_experts
-        # Q: a queue for each expert, and one for missing selections, which wait for none.
-        queue_R1 = indices_TK.masked_fill(missing_TK, n_experts).view(-1, 1)
-        waits_RQ = queue_R1 == torch.arange(n_experts + 1, device=queue_R1.device)
-        places_RQ = waits_RQ.cumsum(dim=0)
-        if group is not None:
-            # Tokens of the processes before this one come first.
-            places_RQ = places_RQ + group.before(waits_RQ.sum(dim=0))
-        return (places_RQ.gather(1, queue_R1).view_as(indices_TK) > capacity).masked_fill(missing_TK, value=False)
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:
         """Softmax over all experts, the K best, and in training places handed out one by one."""

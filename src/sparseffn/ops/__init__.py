@@ -5,8 +5,11 @@ import warnings
 from sparseffn.ops._register import register_builtin_backends
 from sparseffn.ops.backends import Backend, explain_backend, list_backends, register_backend, requested_backend
 from sparseffn.ops.balance import balanced_assignment, sinkhorn
+from sparseffn.ops.balance_losses import load_variation, switch_balance
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.blocks import product_key_rows, topk_rows
+from sparseffn.ops.capacity import over_capacity
+from sparseffn.ops.choose import choose
 from sparseffn.ops.columns import topk
 from sparseffn.ops.counts import batch_entropy, routing_counts
 from sparseffn.ops.cvmm import cvmm
@@ -25,12 +28,15 @@ __all__ = [
     "Selection",
     "balanced_assignment",
     "batch_entropy",
+    "choose",
     "cvmm",
     "dispatched_experts",
     "experts",
     "explain_backend",
     "halves",
     "list_backends",
+    "load_variation",
+    "over_capacity",
     "product_key_rows",
     "product_key_topk",
     "register_backend",
@@ -39,6 +45,7 @@ __all__ = [
     "router_logits",
     "routing_counts",
     "sinkhorn",
+    "switch_balance",
     "topk",
     "topk_rows",
     "weighted_rows",

@@ -28,12 +28,13 @@ def _rounds(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> tuple[T
     return a_E, rows, columns
 
 
-def _taking_part(scores: Tensor, mask: Tensor) -> Tensor:
+def _taking_part(scores: Tensor, mask: Tensor | None) -> Tensor:
     """A token that is not finite is left out, or no other would be finite."""
-    return mask & scores.detach().isfinite().all(dim=1)
+    finite = scores.detach().isfinite().all(dim=1)
+    return finite if mask is None else mask & finite
 
 
-def sinkhorn_plain(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+def sinkhorn_plain(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """See `sinkhorn`; masked tokens take no part and get the experts' terms added all the same."""
     if scores.shape[0] == 0:
         return scores.clone()
@@ -42,7 +43,7 @@ def sinkhorn_plain(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> 
     return scores + torch.where(mask.any(), a_E, 0.0)
 
 
-def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """Gradient of the scores; the few rounds are computed again, which is cheaper than keeping their tensors."""
     if scores.shape[0] == 0:
         return gradient_like(scores)
@@ -57,13 +58,13 @@ def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor, n_rounds: int
     return gradient_like(scores).copy_(grad_scores)
 
 
-def check_sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> None:
+def check_sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> None:
     """That they fit together; raises as `sinkhorn` documents."""
     if scores.dim() != 2 or n_rounds < 0:
         raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
     if not scores.is_floating_point():
         raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
-    if mask.shape != scores.shape[:1] or mask.dtype != torch.bool:
+    if mask is not None and (mask.shape != scores.shape[:1] or mask.dtype != torch.bool):
         raise UserError(
             f"`mask` must be bool, one a token, shape {tuple(scores.shape[:1])}; "
             f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
@@ -79,11 +80,11 @@ def check_assignment(scores: Tensor) -> None:
         raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
 
 
-def _like_scores(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+def _like_scores(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     return torch.empty_like(scores)
 
 
-_ARGUMENTS = "Tensor scores, Tensor mask, int n_rounds, float sign"
+_ARGUMENTS = "Tensor scores, Tensor? mask, int n_rounds, float sign"
 
 _sinkhorn = define(
     "sinkhorn",
@@ -128,9 +129,6 @@ def sinkhorn(
     Raises:
         UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
     """
-    if mask is None:
-        require_tensors(scores=scores)
-        mask = torch.ones(scores.shape[:1], dtype=torch.bool, device=scores.device)
     return call(_sinkhorn, (scores, mask, n_rounds, -1.0 if released else 1.0), backend)
 
 

@@ -51,6 +51,11 @@ _topk = define(
 )
 
 
+def topk_below_autograd(scores: Tensor, k: int) -> Tensor:
+    """The same for another operation's kernel, by the kernel of the tensor's device."""
+    return _topk.overload(scores, k, True)
+
+
 def topk(scores: Tensor, k: int, *, ordered: bool = True, backend: str = "auto") -> Tensor:
     """Indices of the `k` largest entries of the last dimension, ties to the lowest index.
 

@@ -120,24 +120,26 @@ def _log_shares_of_all(log_p_TE: Tensor, mask: Tensor | None, group: BatchGroup)
     return stacked[:, :-1].logsumexp(dim=0) - stacked[:, -1].sum().clamp_min(1.0).log()
 
 
-def batch_entropy_plain(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same by PyTorch's operations."""
-    return batch_entropy_kept(logits, mask, scale)[0]
+def batch_entropy_plain(logits: Tensor, mask: Tensor | None, scale: float, group: BatchGroup | None = None) -> Tensor:
+    """By PyTorch's operations; also where other processes hold a part of the batch."""
+    return batch_entropy_kept(logits, mask, scale, group)[0]
 
 
-def batch_entropy_kept(logits: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The loss and `log p`, which backward reads."""
-    if logits.shape[0] == 0:
+def batch_entropy_kept(
+    logits: Tensor, mask: Tensor | None, scale: float, group: BatchGroup | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss and its slopes over p, which backward reads."""
+    if group is None and logits.shape[0] == 0:
         return scale * logits.sum(), logits.new_zeros(logits.shape[1])
-    log_p_E = log_shares(logits, mask)
-    return scale * (log_p_E.exp() * log_p_E).sum(), log_p_E
+    log_p_E = log_shares(logits, mask, group)
+    return scale * (log_p_E.exp() * log_p_E).sum(), 1 + log_p_E
 
 
-def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | None, scale: float, log_p_E: Tensor) -> Tensor:
-    """Gradient of the logits."""
-    s_TE, slope_E = logits.softmax(dim=1), 1 + log_p_E
+def mean_softmax_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | None, scale: float, slopes: Tensor) -> Tensor:
+    """Gradient of the logits of `scale` times a loss with these `[E]` slopes over p, the mean of their softmax."""
+    s_TE = logits.softmax(dim=1)
     n_tokens = logits.shape[0] if mask is None else mask.sum().clamp_min(1)
-    grad_TE = s_TE * (slope_E - (s_TE * slope_E).sum(dim=1, keepdim=True)) * (grad_loss * scale / n_tokens)
+    grad_TE = s_TE * (slopes - (s_TE * slopes).sum(dim=1, keepdim=True)) * (grad_loss * scale / n_tokens)
     return (grad_TE if mask is None else grad_TE.masked_fill(~mask[:, None], 0.0)).contiguous()
 
 
@@ -158,22 +160,23 @@ _batch_entropy = define(
     fake=_fake_entropy,
     kernel=batch_entropy_plain,
     kept=Kept(
-        returns="Tensor log_shares",
+        returns="Tensor slopes",
         fake=_fake_entropy_kept,
-        backward="Tensor grad_loss, Tensor logits, Tensor? mask, float scale, Tensor log_shares",
+        backward="Tensor grad_loss, Tensor logits, Tensor? mask, float scale, Tensor slopes",
         gradients=("logits",),
-        kernels=(batch_entropy_kept, batch_entropy_backward),
+        kernels=(batch_entropy_kept, mean_softmax_backward),
     ),
 )
 
 
-def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float, *, group: BatchGroup | None = None) -> Tensor:
     """`scale` times minus the entropy of the batch's mean distribution over experts (equations 20, 21).
 
     Args:
         logits: `[T, E]`, float32 or wider.
         mask: bool `[T]`, False for tokens that do not count; None: all do.
         scale: the weight of a loss.
+        group: the processes that the batch is spread over; None: this one.
 
     Returns:
         Scalar; 0 for no tokens.
@@ -181,4 +184,6 @@ def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     Raises:
         UserError: shapes, dtypes or devices do not fit together.
     """
+    if group is not None:
+        return batch_entropy_plain(logits, mask, scale, group)
     return call(_batch_entropy, (logits, mask, scale))

@@ -1,4 +1,5 @@
-"""`route` and `experts` as PyTorch's transforms differentiate and batch them: plain operations that read no values on the host.
+"""`route`, `choose` and `experts` as PyTorch's transforms differentiate and batch them: plain operations that read no values on
+the host.
 
 Every expert computes every token, those that did not select it as zeros, so that neither an overflow nor a token that is not
 finite reaches a result or a gradient that does not depend on it. Memory grows with T K G and not with weights gathered by
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparseffn.ops.activations import SWIGLU_ALPHA, SWIGLU_LIMIT, hidden_units
@@ -41,10 +43,30 @@ def route_plain(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | N
     """Logits `[T, E]`, the K largest of each token that are kept, ties to the lowest index, and their gates."""
     wide = torch.promote_types(x.dtype, torch.float32)
     logits_TE = x.to(wide) @ selector.to(wide).t()
-    ranked_TE = logits_TE.detach() if keep is None else logits_TE.detach().masked_fill(~keep, -torch.inf)
+    gates_TK, indices_TK = choose_plain(logits_TE, k, gate, keep)
+    return logits_TE, indices_TK, gates_TK
+
+
+def choose_plain(
+    logits: Tensor, k: int, gate: str, keep: Tensor | None = None, ranks: Tensor | None = None, spread: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gates and indices `[T, K]` of the K largest logits, or ranks, of each token that are kept, ties to the lowest index."""
+    noisy_TE = with_noise(logits, spread, noise)
+    ranked_TE = ranked(noisy_TE if ranks is None else ranks, keep)
     # A sort is stable, top-K is not.
     indices_TK = ranked_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return logits_TE, indices_TK, gates_plain(logits_TE, indices_TK, gate, None if keep is None else keep.gather(1, indices_TK))
+    return gates_plain(noisy_TE, indices_TK, gate, None if keep is None else keep.gather(1, indices_TK)), indices_TK
+
+
+def with_noise(logits_TE: Tensor, spread_TE: Tensor | None, noise_TE: Tensor | None) -> Tensor:
+    """Logits with noise whose size is softplus of another router's (equation 13); without it as they are."""
+    return logits_TE if spread_TE is None or noise_TE is None else logits_TE + noise_TE * F.softplus(spread_TE)
+
+
+def ranked(scores_TE: Tensor, keep_TE: Tensor | None) -> Tensor:
+    """What a choice is made by, without gradient: dropped experts come last."""
+    return scores_TE.detach() if keep_TE is None else scores_TE.detach().masked_fill(~keep_TE, -torch.inf)
 
 
 def gates_plain(logits_TE: Tensor, indices_TK: Tensor, gate: str, alive_TK: Tensor | None = None) -> Tensor:

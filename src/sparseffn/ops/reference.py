@@ -20,8 +20,23 @@ def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = 
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = router_logits(x.to(wide), selector.to(wide))
+    gates, indices = choose(logits, k, gate, keep)
+    return logits, indices, gates
+
+
+def choose(
+    logits: Tensor, k: int, gate: str, keep: Tensor | None = None, ranks: Tensor | None = None, spread: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The K largest logits, or ranks, that are kept, ties to the lowest index, and the gates of logits with their noise.
+
+    Gates of chosen experts that are not kept are 0 (equations 13, 14, 22-25).
+    """
+    if spread is not None:
+        assert noise is not None, "check_choose has looked"
+        logits = logits + noise * torch.log1p(torch.exp(spread))
     kept = torch.ones_like(logits, dtype=torch.bool) if keep is None else keep
-    ranks = torch.where(kept, logits.detach(), -torch.inf)
+    ranks = torch.where(kept, (logits if ranks is None else ranks).detach(), -torch.inf)
     indices = ranks.sort(dim=1, descending=True, stable=True).indices[:, :k]
     chosen, alive = logits.gather(1, indices), kept.gather(1, indices)
     match gate:
@@ -33,7 +48,7 @@ def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = 
             # Of a token that has no expert left, whose row is all -inf, nothing is taken.
             shares = torch.where(alive, chosen, -torch.inf).softmax(dim=1)
             gates = torch.where(alive.any(dim=1, keepdim=True), shares, 0.0)
-    return logits, indices, torch.where(alive, gates, 0.0)
+    return torch.where(alive, gates, 0.0), indices
 
 
 def experts(
@@ -114,12 +129,12 @@ def product_key_topk(scores_a: Tensor, scores_b: Tensor, k: int) -> tuple[Tensor
     return sums.gather(-1, indices), indices.contiguous()
 
 
-def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor:
+def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """`x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)` from a = 0.
 
     `sign` is +1 for that, and -1 for the released code, which subtracts inside both log-sum-exps.
     """
-    x = scores[mask]
+    x = scores if mask is None else scores[mask]
     n_tokens, n_experts = x.shape
     a = x.new_zeros(n_experts)
     for _ in range(n_rounds):
@@ -127,6 +142,18 @@ def sinkhorn(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> Tensor
         if n_tokens:
             a = torch.log(x.new_tensor(n_tokens / n_experts)) - torch.logsumexp(x + sign * b[:, None], dim=0)
     return scores + a
+
+
+def over_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: float, mask: Tensor | None = None) -> Tensor:
+    """Which selections come when their expert has all that it takes, handed out one by one."""
+    n_tokens = indices.shape[0] if mask is None else int(mask.sum())
+    taken, over = [0] * n_experts, torch.zeros_like(indices, dtype=torch.bool)
+    for t, row in enumerate(indices.tolist()):
+        for slot, e in enumerate(row):
+            if not weights[t, slot] <= 0:
+                taken[e] += 1
+                over[t, slot] = taken[e] > factor * n_tokens / n_experts
+    return over
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:

@@ -25,19 +25,24 @@ GATES: tuple[GateName, ...] = ("sigmoid", "softmax", "renormalised")
 def check_route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = None) -> None:
     """That they fit together; raises as `route` documents."""
     check_router(x, selector)
-    if not 1 <= k <= selector.shape[0]:
-        raise UserError(f"`k` must be between 1 and the number of experts {selector.shape[0]}; got {k}; fix: lower k")
+    check_choice(k, gate, keep, x, selector.shape[0])
+
+
+def check_choice(k: int, gate: str, keep: Tensor | None, rows: Tensor, n_experts: int) -> None:
+    """That k, the gate and who is kept fit to one row a token and so many experts; raises as `route` documents."""
+    if not 1 <= k <= n_experts:
+        raise UserError(f"`k` must be between 1 and the number of experts {n_experts}; got {k}; fix: lower k")
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
     if keep is None:
         return
-    shape = x.shape[0], selector.shape[0]
+    shape = rows.shape[0], n_experts
     if keep.shape != shape or keep.dtype != torch.bool:
         raise UserError(
             f"`keep` must be bool [T, E] = {shape}; got {keep.dtype} in shape {tuple(keep.shape)}; "
             "fix: compare what is drawn with the rate of dropout"
         )
-    require_one_device(x, keep)
+    require_one_device(rows, keep)
 
 
 def _fake(x, selector, k, gate, keep=None):

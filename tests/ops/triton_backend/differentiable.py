@@ -55,6 +55,21 @@ class _Route(torch.autograd.Function):
         return *operations.route_backward(logits, gates, *ctx.arguments, *ctx.kept), None, None, None
 
 
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, spread: Any, k: int, gate: str, keep: Any, ranks: Any, noise: Any) -> Any:
+        gates, indices = operations.choose_kept(logits, k, gate, keep, ranks, spread, noise)
+        ctx.arguments, ctx.is_noisy = (logits, k, gate, spread, noise, gates, indices), noise is not None
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return gates, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_logits, of_spread = operations.choose_backward(grads[0], *ctx.arguments)
+        return of_logits, of_spread if ctx.is_noisy else None, None, None, None, None, None
+
+
 class _Cvmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -90,6 +105,30 @@ class _BatchEntropy(torch.autograd.Function):
         return operations.batch_entropy_backward(*grads, *ctx.arguments), None, None
 
 
+class _SwitchBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        loss, slopes = operations.switch_balance_kept(logits, indices, weights, mask, scale)
+        ctx.arguments = logits, mask, scale, slopes
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return operations.switch_balance_backward(*grads, *ctx.arguments), None, None, None, None
+
+
+class _LoadVariation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> Tensor:
+        loss, slopes = operations.load_variation_kept(weights, indices, n_experts, scale)
+        ctx.arguments = weights, indices, slopes
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return operations.load_variation_backward(*grads, *ctx.arguments), None, None, None
+
+
 def cvmm(x: Tensor, sel: Tensor, weight: Tensor) -> Tensor:
     """As `ops.cvmm`' schema."""
     return _Cvmm.apply(x, sel, weight)  # pyright: ignore[reportReturnType]
@@ -108,6 +147,16 @@ def route(x: Tensor, selector: Tensor, k: int, gate: str, keep: Tensor | None = 
     return run(x, selector, k, gate, keep)  # pyright: ignore[reportReturnType]
 
 
+def choose(
+    logits: Tensor, k: int, gate: str, keep: Tensor | None = None, ranks: Tensor | None = None, spread: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `ops.choose`' schema."""
+    if not torch.is_grad_enabled():
+        return operations.choose(logits, k, gate, keep, ranks, spread, noise)
+    return _Choose.apply(logits, spread, k, gate, keep, ranks, noise)  # pyright: ignore[reportReturnType]
+
+
 @contextmanager
 def in_layers() -> Iterator[None]:
     """Layers of mixtures compute by these operations, as they do on a GPU; the others are those of the CPU."""
@@ -121,8 +170,19 @@ def in_layers() -> Iterator[None]:
     replaced = {
         "route": lambda x, selector, *, k, gate, keep=None: route(x, selector, k, gate, keep),
         "experts": public_experts,
+        "choose": lambda logits, *, k, gate, **given: choose(logits, k, gate, **given),
+        "over_capacity": lambda indices, weights, *, n_experts, factor, mask, group: operations.over_capacity(
+            indices, weights.detach(), n_experts, factor, mask
+        ),
+        "sinkhorn": lambda scores, mask, backend: operations.sinkhorn(scores, mask, 3, 1.0),
         "router_logits": _RouterLogits.apply,
-        "batch_entropy": _BatchEntropy.apply,
+        "batch_entropy": lambda logits, mask, scale, *, group: _BatchEntropy.apply(logits, mask, scale),
+        "switch_balance": lambda logits, indices, weights, mask, scale, *, group: _SwitchBalance.apply(
+            logits, indices, weights.detach(), mask, scale
+        ),
+        "load_variation": lambda weights, indices, n_experts, scale, *, group: _LoadVariation.apply(
+            weights, indices, n_experts, scale
+        ),
         "routing_counts": lambda indices, weights, n: operations.routing_counts(indices, weights.detach(), n),
         "topk": lambda scores, k: operations.topk(scores.detach(), k, True),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseffn import ops
 from sparseffn.errors import UserError
 from sparseffn.ffn import method_class
-from sparseffn.ops import counts
+from sparseffn.ops import balance_losses, counts
 from sparseffn.ops.columns import topk_plain
 from sparseffn.ops.triton import launch, operations, products, router_operations, tuning
 
@@ -246,8 +246,13 @@ LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("switch", {}, False, False, 7, 12),
     ("switch", {"expert_dropout": 0.1}, True, False, 9, 12),
     ("switch", {}, True, False, 7, 12),
-    ("switch", {"capacity_factor": 1.0}, True, False, 17, 13),
-    ("noisy-moe", {}, True, False, 15, 21),
+    ("switch", {"capacity_factor": 1.0}, True, False, 10, 13),
+    ("noisy-moe", {}, True, False, 10, 14),
+    ("s-base", {}, True, False, 12, 13),
+    ("base", {}, True, False, 10, 14),
+    ("switch", {}, True, True, 11, 14),
+    ("switch", {"capacity_factor": 1.0}, True, True, 14, 15),
+    ("noisy-moe", {}, True, True, 14, 16),
 )
 
 
@@ -344,6 +349,38 @@ def statistics_are_right() -> None:
             torch.testing.assert_close(ours, loss.detach().float())
             back = operations.batch_entropy_backward(torch.tensor(1.7), logits, mask, 0.3, kept)
             torch.testing.assert_close(back, grad.float(), rtol=1e-4, atol=1e-7)
+
+
+def balancing_losses_are_right() -> None:
+    """Switch's and the variation of loads, with their gradients, over several blocks; indices of no expert do not count."""
+    generator = torch.Generator().manual_seed(4)
+    for n_tokens, n_units, k in ((0, 4, 2), (1, 1, 1), (150, 5, 2), (70, 40, 3)):
+        indices = torch.randint(n_units, (n_tokens, k), generator=generator)
+        weights = torch.rand(n_tokens, k, generator=generator) * (torch.rand(n_tokens, k, generator=generator) > 0.3)
+        spoiled = torch.rand(n_tokens, k, generator=generator) > 0.7
+        wrong = torch.where(spoiled, bad(n_units)[torch.arange(n_tokens * k).view(n_tokens, k) % 6], indices)
+        # What is of no expert counts for none: among the good it is a weight of zero.
+        good = weights.masked_fill(spoiled, 0.0)
+        # Rows of wider ones, as those of the noisy router.
+        logits = (torch.randn(n_tokens, 2 * n_units, generator=generator) * 3).chunk(2, dim=1)[0]
+        for mask in (None, torch.rand(n_tokens, generator=generator) > 0.4, torch.zeros(n_tokens, dtype=torch.bool)):
+            wide = logits.double().requires_grad_()
+            loss = balance_losses.switch_plain(wide, indices, good.double(), mask, 0.3)
+            (grad,) = torch.autograd.grad(loss, wide, torch.tensor(1.7).double())
+            given = (logits, wrong, weights) if n_tokens else (logits, indices, weights)
+            ours, kept = operations.switch_balance_kept(*given, mask, 0.3)
+            torch.testing.assert_close(ours, loss.detach().float())
+            back = operations.switch_balance_backward(torch.tensor(1.7), logits, mask, 0.3, kept)
+            torch.testing.assert_close(back, grad.float(), rtol=1e-4, atol=1e-7)
+        for size in (1.0, 1e-12):
+            wide = (good * size).double().requires_grad_()
+            loss = balance_losses.variation_plain(wide, indices, n_units, 0.3)
+            (grad,) = torch.autograd.grad(loss, wide, torch.tensor(1.7).double())
+            given = (weights * size, wrong) if n_tokens else (weights, indices)
+            ours, kept = operations.load_variation_kept(*given, n_units, 0.3)
+            torch.testing.assert_close(ours, loss.detach().float(), rtol=1e-5, atol=1e-6)
+            back = operations.load_variation_backward(torch.tensor(1.7), *given, kept)
+            torch.testing.assert_close(back, grad.float().masked_fill(spoiled, 0.0), rtol=1e-4, atol=1e-6)
 
 
 def statistics_launch_four() -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseffn.ops.triton import (
+    balancing_operations,
     cvmm_operations,
     expert_operations,
     launch,
@@ -19,7 +20,15 @@ from sparseffn.ops.triton import (
 )
 
 # Places that launch.
-_STARTERS = (launch, operations, cvmm_operations, expert_operations, router_operations, statistics_operations)
+_STARTERS = (
+    launch,
+    operations,
+    balancing_operations,
+    cvmm_operations,
+    expert_operations,
+    router_operations,
+    statistics_operations,
+)
 # They make tensors without touching them, or say something about one.
 _IDLE = (
     "empty",

@@ -26,8 +26,8 @@ import interpreted_checks
 import numpy as np
 import patched_interpreter
 import torch
+from differentiable import choose, experts, route
 from differentiable import cvmm as differentiable_cvmm
-from differentiable import experts, route
 from launch_count import LaunchCount
 from torch import Tensor
 from triton import knobs
@@ -39,6 +39,8 @@ from sparseffn.ops.cvmm import cvmm_plain
 from sparseffn.ops.library import OPERATIONS
 from sparseffn.ops.spec import check_against_truth
 from sparseffn.ops.triton import (
+    balancing,
+    balancing_operations,
     choice,
     cvmm_operations,
     expert_operations,
@@ -62,8 +64,9 @@ SMALL_SUM = Tile(2, 64, 4, 1, 1)
 GUARD = 512
 
 DEFAULT_TILE, PART_ROWS = tuning.default_tile, launch.PART_ROWS
-USERS = (launch, operations, cvmm_operations, expert_operations, router_operations)
-FILES = {module.__name__.rpartition(".")[2]: module for module in (choice, outer, products, router, sorting, sums, units)}
+USERS = (launch, operations, balancing_operations, cvmm_operations, expert_operations, router_operations)
+_KERNELS = (balancing, choice, outer, products, router, sorting, sums, units)
+FILES = {module.__name__.rpartition(".")[2]: module for module in _KERNELS}
 
 
 def poison_new_tensors() -> None:
@@ -101,7 +104,7 @@ def check(case: Case) -> str:
     use_tiles(case.small_tiles)
     operation, _, option = case.variant.partition("-")
     kinds = {"experts": _experts_results, "route": _route_results, "weighted_rows": _rows_results, "cvmm": _cvmm_results}
-    kinds["topk"] = _topk_results
+    kinds |= {"topk": _topk_results, "choose": _choose_results, "sinkhorn": _sinkhorn_results, "capacity": _capacity_results}
     try:
         for name, got, plain, truth in kinds[operation](case, option, getattr(torch, case.dtype)):
             check_against_truth(name, got, plain, truth, getattr(torch, case.dtype))
@@ -147,6 +150,64 @@ def _route_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
     (*got, chosen), (*plain, _), (*truth, wanted) = found
     assert torch.equal(chosen, wanted), "route: other experts are chosen"
     yield from zip(("route", "route.gates", "route.x", "route.selector"), got, plain, truth, strict=True)
+
+
+def _choose_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
+    s = SHAPES[case.shape]
+    gate, _, how = option.partition("-")
+    sizes = s.n_tokens, s.n_experts
+    # Few bits, so that neighbours tie; small, as 1 - sigmoid of large ones has few digits.
+    both = (torch.randn(s.n_tokens, 2 * s.n_experts) * 2).round() / 4
+    drawn = {"ranked": {"ranks": (torch.randn(sizes) * 2).round()}, "noisy": {"noise": torch.randn(sizes)}}
+    keep = torch.rand(*reversed(sizes)).t() >= 0.4 if how == "ranked" else None
+    found = []
+    for run, kind in ((choose, dtype), (OPERATIONS["choose"].eager, dtype), (reference.choose, torch.float64)):
+        leaf = guarded(both.to(kind)).requires_grad_()
+        logits, spread = leaf.chunk(2, dim=1)
+        options = {name: guarded(t.to(kind)) for name, t in drawn[how].items()}
+        ranks, noise = options.get("ranks"), options.get("noise")
+        gates, indices = run(logits, s.k, gate, keep, ranks, None if noise is None else spread, noise)
+        direction = torch.sin(torch.arange(gates.numel(), dtype=kind)).view(gates.shape)
+        if keep is not None:
+            # What arrives at a dropped expert's gate goes nowhere.
+            direction.masked_fill_(~keep.gather(1, indices), torch.nan)
+        (grad,) = torch.autograd.grad(gates, leaf, direction)
+        found.append([gates.detach(), *grad.chunk(2, dim=1), indices])
+    (*got, chosen), (*plain, _), (*truth, wanted) = found
+    assert torch.equal(chosen, wanted), "choose: other experts are chosen"
+    yield from zip(("choose", "choose.logits", "choose.spread"), got, plain, truth, strict=True)
+
+
+def _sinkhorn_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
+    s = SHAPES[case.shape]
+    scores, sign = guarded(torch.randn(s.n_tokens, s.n_experts).to(dtype)), -1.0 if option == "released" else 1.0
+    for mask in (None, guarded(torch.rand(s.n_tokens) >= 0.3), torch.zeros(s.n_tokens, dtype=torch.bool)):
+        arguments = (mask, 3, sign)
+        run = (operations.sinkhorn, OPERATIONS["sinkhorn"].eager)
+        # Where nobody takes part nothing is added.
+        nobody = mask is not None and not mask.any()
+        truth = scores.double() if nobody else reference.sinkhorn(scores.double(), *arguments)
+        yield "sinkhorn", *(function(scores, *arguments) for function in run), truth
+    if s.n_tokens > 1:
+        scores[0, -1] = torch.nan
+        # A token that is no number takes no part.
+        got, plain = (function(scores, None, 3, sign)[1:] for function in run)
+        yield "sinkhorn", got, plain, reference.sinkhorn(scores[1:].double(), None, 3, sign)
+
+
+def _capacity_results(case: Case, _: str, dtype: torch.dtype) -> Compared:
+    """Which selections find no place, which is equal or not."""
+    s = SHAPES[case.shape]
+    indices = guarded(
+        torch.zeros(s.n_tokens, s.k).long() if s.routing == "hot" else torch.randint(s.n_experts, (s.n_tokens, s.k))
+    )
+    weights = guarded(torch.rand(s.n_tokens, s.k).to(dtype) * (torch.rand(s.n_tokens, s.k) >= 0.3))
+    for mask in (None, guarded(torch.rand(s.n_tokens) >= 0.3)):
+        for factor in (0.0, 0.6 * s.k, 1.0 * s.k, 1e30):
+            arguments = (indices, weights, s.n_experts, factor, mask)
+            found = operations.over_capacity(*arguments)
+            assert torch.equal(found, reference.over_capacity(*arguments)), f"capacity: others lose their place at {factor}"
+    yield from ()
 
 
 def _cvmm_results(case: Case, _: str, dtype: torch.dtype) -> Compared:

@@ -19,6 +19,9 @@ KERNELS = (
     "route_bwd_logits_kernel",
     "route_bwd_x_kernel",
     "route_bwd_selector_kernel",
+    "sinkhorn_round_kernel",
+    "sinkhorn_fwd_kernel",
+    "over_capacity_kernel",
     "topk_kernel",
     "ordered_topk_kernel",
     "survivors_kernel",
@@ -38,7 +41,12 @@ KERNELS = (
     "selection_totals_kernel",
     "entropy_shares_kernel",
     "entropy_fwd_kernel",
-    "entropy_bwd_kernel",
+    "switch_shares_kernel",
+    "switch_fwd_kernel",
+    "shares_bwd_kernel",
+    "load_sums_kernel",
+    "load_fwd_kernel",
+    "load_bwd_kernel",
     "token_sum_kernel",
     "weighted_rows_fwd_kernel",
     "weighted_rows_bwd_values_kernel",
@@ -55,9 +63,9 @@ def _own_compilations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_every_kernel_is_reported() -> None:
     """The lists of this file and of the report agree with the kernels that there are."""
-    from sparseffn.ops.triton import choice, outer, products, resources, router, sorting, statistics_kernels, sums
+    from sparseffn.ops.triton import balancing, choice, outer, products, resources, router, sorting, statistics_kernels, sums
 
-    modules = (choice, outer, products, router, sorting, statistics_kernels, sums)
+    modules = (balancing, choice, outer, products, router, sorting, statistics_kernels, sums)
     written = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert set(resources.KERNELS) == set(KERNELS) == written
     assert set(resources.TARGETS) == set(TARGETS)
@@ -69,7 +77,7 @@ def test_widest_configuration_does_not_spill(kernel: str, target: str) -> None:
     """Tiles for many rows an expert and any size, the ones that need most registers, in the dtype that needs most; gated."""
     from sparseffn.ops.triton import resources
 
-    fixed = kernel.startswith(("count_", "scan_", "place_", "selection_", "entropy_"))
+    fixed = resources.family_of(kernel) in resources.FLOAT32_ALONE
     dtype, aligned = ("float32", True) if fixed else ("bfloat16", False)
     *_, widest = resources.default_builds([kernel], [dtype], [aligned], resources.vendor_of(target))
     row = resources.report_build(widest, target)

@@ -67,6 +67,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
 GATES = ("sigmoid", "softmax", "renormalised")
 ROUTES = (*GATES, *(f"{gate}-dropped" for gate in GATES))
 
+CHOICES = (*(f"{gate}-ranked" for gate in GATES), *(f"{gate}-noisy" for gate in GATES))
+
+# They take float32, or have no tiles.
+_WITHOUT_TILES = ("choose", "sinkhorn", "capacity", "topk")
+
 # Each operation, experts and routers with every option.
 VARIANTS = (
     *(f"experts-{name}" for name in EXPERTS),
@@ -74,6 +79,10 @@ VARIANTS = (
     "weighted_rows",
     "cvmm",
     "topk",
+    *(f"choose-{option}" for option in CHOICES),
+    "sinkhorn-correct",
+    "sinkhorn-released",
+    "capacity",
 )
 
 
@@ -104,9 +113,9 @@ class Case:
 
 def _fits(case: Case) -> bool:
     """An inner top-K needs as many units, and in half precision another one may be the last: rounding decides."""
-    if case.variant == "topk":
-        # It has no tiles.
-        return case.small_tiles
+    if case.variant.startswith(_WITHOUT_TILES):
+        of_logits = case.variant.startswith(("choose", "sinkhorn"))
+        return case.small_tiles and (case.dtype == "float32" or not of_logits)
     if "inner" not in case.variant:
         return case.shape != "parts" or case.variant in ("experts-relu", "experts-gated-silu", "route-softmax", "cvmm")
     shape = SHAPES[case.shape]
@@ -118,7 +127,7 @@ SHAPES |= DRAWN
 
 _GIVEN = [shape for shape in SHAPES if shape not in DRAWN]
 FULL = [Case(*choice) for choice in itertools.product(VARIANTS, _GIVEN, DTYPES, (True, False))]
-_FLOATING = [variant for variant in VARIANTS if variant != "topk"]
+_FLOATING = [variant for variant in VARIANTS if not variant.startswith(_WITHOUT_TILES)]
 FULL += [
     Case(*choice)
     for choice in zip(itertools.cycle(_FLOATING), DRAWN, itertools.cycle(DTYPES[:2]), itertools.cycle((True, False)))
@@ -248,7 +257,7 @@ MUTANTS = [
         "b_exp = tl.where(m_all, tl.exp",
         "b_exp = tl.where(m_all | True, tl.exp",
     ),
-    Mutant("dropped-is-chosen", "route-sigmoid-dropped", "router", 'tl.where(m_keep, b_logits, -float("inf"))', "b_logits"),
+    Mutant("dropped-is-chosen", "route-sigmoid-dropped", "router", 'tl.where(m_keep, b_score, -float("inf"))', "b_score"),
     Mutant(
         "gate-of-dropped", "route-sigmoid-dropped", "router", "b_gates = tl.where(b_alive != 0, b_gates, 0.0)", "b_gates += 0.0"
     ),
@@ -259,8 +268,53 @@ MUTANTS = [
         "m_k[None, :] & (b_alive != 0)",
         "m_k[None, :] & (b_alive >= 0)",
     ),
-    Mutant("gradient-of-dropped", "route-sigmoid-dropped", "router", "b_one = tl.where(b_w != 0, b_one, 0.0)", "b_one += 0.0"),
+    Mutant("gradient-of-dropped", "route-sigmoid-dropped", "router", "& (b_w != 0)[:, None]", "& (b_w == b_w)[:, None]"),
     Mutant("sum-of-gates", "route-renormalised", "router", "b_one = b_w * (b_g - b_dot)", "b_one = b_w * b_g"),
+    Mutant(
+        "ranks-not-read",
+        "choose-sigmoid-ranked",
+        "router",
+        "b_score = tl.load(p_ranks + o_logits",
+        "b_logits = 0 * tl.load(p_ranks + o_logits",
+    ),
+    Mutant("noise-not-scaled", "choose-softmax-noisy", "router", "m_logits, 0.0) * softplus(b_spread)", "m_logits, 0.0)"),
+    Mutant("slope-of-spread", "choose-sigmoid-noisy", "router", "b_noise * tl.sigmoid(b_spread)", "b_noise"),
+    Mutant(
+        "row-of-halves",
+        "choose-renormalised-noisy",
+        "router",
+        "p_spread + o_t[:, None] * LOGITS_ROW",
+        "p_spread + o_t[:, None] * N_EXPERTS",
+    ),
+    Mutant(
+        "one-part-of-many",
+        "sinkhorn-correct",
+        "balancing",
+        "b_sum * tl.exp(b_most - b_higher) + tl.sum(b_scaled, 0)",
+        "b_sum * tl.exp(b_most - b_higher)",
+        "parts",
+    ),
+    Mutant("sign-forgotten", "sinkhorn-released", "balancing", "b_x - SIGN * b_lse[:, None]", "b_x - b_lse[:, None]"),
+    Mutant("nan-takes-part", "sinkhorn-correct", "balancing", 'tl.abs(b_x) < float("inf")', "b_x != 7.0"),
+    Mutant(
+        "padding-takes-part",
+        "sinkhorn-correct",
+        "balancing",
+        "(tl.load(p_mask + o_t, m_t, 0) != 0)",
+        "(tl.load(p_mask + o_t, m_t, 0) >= 0)",
+    ),
+    Mutant(
+        "queue-begins-anew", "capacity", "balancing", "n_waiting += tl.sum(m_waits.to(tl.int64), 0)", "n_waiting += 0", "parts"
+    ),
+    Mutant("missing-waits", "capacity", "balancing", "0.0) <= 0)", "0.0) < 0)"),
+    Mutant(
+        "one-place-more",
+        "capacity",
+        "balancing",
+        "(b_place.to(tl.float64) > capacity)",
+        "(b_place.to(tl.float64) > capacity + 1)",
+    ),
+    Mutant("padding-has-places", "capacity", "balancing", "i_t + o_r < n_tokens, 0) != 0)", "i_t + o_r < n_tokens, 0) >= 0)"),
     Mutant("slot-forgotten", "experts-relu", "sums", "(o_t * K + i_k)[:, None] * D", "(o_t * K)[:, None] * D + 0 * i_k"),
     Mutant("entry-mask-missing", "weighted_rows", "sums", _ENTRIES, _ENTRIES.replace("o_k < n_k", "o_k >= 0")),
     Mutant(
@@ -290,6 +344,7 @@ CHECKS = (
     "layers_launch_as_documented",
     "unneeded_gradients_launch_nothing",
     "statistics_are_right",
+    "balancing_losses_are_right",
     "statistics_launch_four",
     "counting_sees_launches",
     "device_is_not_waited_for",

@@ -35,6 +35,11 @@ REGISTERED = (
     "router_logits",
     "router_logits_kept",
     "router_logits_backward",
+    "choose",
+    "choose_kept",
+    "choose_backward",
+    "sinkhorn",
+    "over_capacity",
     "cvmm",
     "cvmm_kept",
     "cvmm_backward",
@@ -46,6 +51,12 @@ REGISTERED = (
     "batch_entropy",
     "batch_entropy_kept",
     "batch_entropy_backward",
+    "switch_balance",
+    "switch_balance_kept",
+    "switch_balance_backward",
+    "load_variation",
+    "load_variation_kept",
+    "load_variation_backward",
 )
 
 

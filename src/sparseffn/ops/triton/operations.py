@@ -12,10 +12,14 @@ from torch import Tensor
 
 from sparseffn.ops.columns import check_topk, topk_eager
 from sparseffn.ops.triton import DTYPES, choice, sums
+from sparseffn.ops.triton.balancing_operations import over_capacity, sinkhorn
 from sparseffn.ops.triton.cvmm_operations import cvmm, cvmm_backward, cvmm_kept
 from sparseffn.ops.triton.expert_operations import experts, experts_backward, experts_kept
 from sparseffn.ops.triton.launch import CHOICE_BLOCK, check_tensors, device_of, row_blocks, segments, start, sum_options
 from sparseffn.ops.triton.router_operations import (
+    choose,
+    choose_backward,
+    choose_kept,
     route,
     route_backward,
     route_kept,
@@ -27,7 +31,13 @@ from sparseffn.ops.triton.statistics_operations import (
     batch_entropy,
     batch_entropy_backward,
     batch_entropy_kept,
+    load_variation,
+    load_variation_backward,
+    load_variation_kept,
     routing_counts,
+    switch_balance,
+    switch_balance_backward,
+    switch_balance_kept,
 )
 from sparseffn.ops.triton.tuning import cdiv
 
@@ -39,12 +49,19 @@ __all__ = [
     "batch_entropy",
     "batch_entropy_backward",
     "batch_entropy_kept",
+    "choose",
+    "choose_backward",
+    "choose_kept",
     "cvmm",
     "cvmm_backward",
     "cvmm_kept",
     "experts",
     "experts_backward",
     "experts_kept",
+    "load_variation",
+    "load_variation_backward",
+    "load_variation_kept",
+    "over_capacity",
     "route",
     "route_backward",
     "route_kept",
@@ -52,6 +69,10 @@ __all__ = [
     "router_logits_backward",
     "router_logits_kept",
     "routing_counts",
+    "sinkhorn",
+    "switch_balance",
+    "switch_balance_backward",
+    "switch_balance_kept",
     "topk",
     "weighted_rows",
     "weighted_rows_backward",

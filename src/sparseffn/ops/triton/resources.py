@@ -23,7 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparseffn.errors import UserError, unknown_name
+from sparseffn.ops import balance_losses
 from sparseffn.ops.triton import (
+    balancing,
+    balancing_operations,
     choice,
     launch,
     outer,
@@ -63,6 +66,9 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
         (router.route_bwd_logits_kernel, "router"),
         (router.route_bwd_x_kernel, "router"),
         (router.route_bwd_selector_kernel, "router"),
+        (balancing.sinkhorn_round_kernel, "balancing"),
+        (balancing.sinkhorn_fwd_kernel, "balancing"),
+        (balancing.over_capacity_kernel, "balancing"),
         (choice.topk_kernel, "choice"),
         (choice.ordered_topk_kernel, "choice"),
         (choice.survivors_kernel, "choice"),
@@ -82,7 +88,12 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
         (statistics_kernels.selection_totals_kernel, "statistics"),
         (statistics_kernels.entropy_shares_kernel, "statistics"),
         (statistics_kernels.entropy_fwd_kernel, "statistics"),
-        (statistics_kernels.entropy_bwd_kernel, "statistics"),
+        (statistics_kernels.switch_shares_kernel, "statistics"),
+        (statistics_kernels.switch_fwd_kernel, "statistics"),
+        (statistics_kernels.shares_bwd_kernel, "statistics"),
+        (statistics_kernels.load_sums_kernel, "statistics"),
+        (statistics_kernels.load_fwd_kernel, "statistics"),
+        (statistics_kernels.load_bwd_kernel, "statistics"),
         (sums.token_sum_kernel, "tokens"),
         (sums.weighted_rows_fwd_kernel, "sum"),
         (sums.weighted_rows_bwd_values_kernel, "sum"),
@@ -91,6 +102,9 @@ _FAMILIES: dict[str, tuple[Any, str]] = {
 }
 
 KERNELS = tuple(_FAMILIES)
+
+FLOAT32_ALONE = ("sort", "statistics", "balancing")
+"""Families that see no tokens, so that neither dtype nor widths of a layer matter."""
 
 # Kernels that take gated experts, biases or rows to gather; the most that they can have is compiled as `gated`, in this family.
 _GATED = {
@@ -110,8 +124,10 @@ _POINTERS = {
     **dict.fromkeys(("p_counts", "p_totals", "p_positions"), "*i32"),
     **dict.fromkeys(("p_gates", "p_dots", "p_weights", "p_logits", "p_shares", "p_grad_logits"), "*fp32"),
     **dict.fromkeys(("p_grad_gates", "p_grad_scores", "p_parts"), "*fp32"),
-    **dict.fromkeys(("p_sums", "p_grad_loss", "p_loss", "p_log_shares"), "*fp32"),
-    "p_keep": "*i1",
+    **dict.fromkeys(("p_sums", "p_grad_loss", "p_loss", "p_slopes", "p_grad_weights"), "*fp32"),
+    **dict.fromkeys(("p_ranks", "p_spread", "p_noise", "p_grad_spread"), "*fp32"),
+    **dict.fromkeys(("p_before", "p_terms", "p_balanced"), "*fp32"),
+    **dict.fromkeys(("p_keep", "p_mask", "p_over"), "*i1"),
 }
 
 
@@ -151,6 +167,11 @@ def default_builds(
                         yield Build(kernel, dtype, arithmetic, rows, wide, gated, options)
 
 
+def family_of(kernel: str) -> str:
+    """Which kernels it shares its configurations with."""
+    return _FAMILIES[kernel][1]
+
+
 def _configurations(
     kernel: str, dtype: str, aligned: bool, gated: bool, vendor: Vendor
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -161,7 +182,7 @@ def _configurations(
         for kind in kinds:
             for rows, tile in tuning.default_tiles(tiles, kind, aligned, vendor):
                 yield kind, rows, _expert_options(kernel, tile, kind, width, size, gated)
-    elif family not in ("sort", "statistics") or (dtype == "float32" and aligned):
+    elif family not in FLOAT32_ALONE or (dtype == "float32" and aligned):
         options = _small_options(kernel, family, dtype, width)
         for less in _variants(kernel):
             yield "", 0, options | less
@@ -183,8 +204,13 @@ def _variants(kernel: str) -> list[dict[str, Any]]:
         case "sum_parts_kernel":
             return [{"p_second": None}]
         case "route_fwd_kernel":
-            # Without dropout of experts, and with it another gate than a softmax over all of them.
-            return [{"p_keep": None}, {"GATE": "renormalised"}]
+            # As `route` launches it without dropout of experts, and with it another gate than a softmax over all of them.
+            logits = {"p_ranks": None, "p_spread": None, "p_noise": None}
+            return [{"p_keep": None, **logits}, {"GATE": "renormalised"}]
+        case "route_bwd_logits_kernel":
+            return [{"p_spread": None, "p_noise": None, "p_grad_spread": None}]
+        case "sinkhorn_round_kernel":
+            return [{"p_before": None, "p_mask": None}]
         case _:
             return []
 
@@ -219,7 +245,14 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
     match family:
         case "router":
             wide = dtype == "float32"
-            sizes = {"D": width, "X_ROW": width, "SELECTOR_ROW": width, "WIDE": wide, "GATE": "softmax"}
+            sizes = {
+                "D": width,
+                "X_ROW": width,
+                "SELECTOR_ROW": width,
+                "LOGITS_ROW": 2 * _EXPERTS,
+                "WIDE": wide,
+                "GATE": "softmax",
+            }
             blocks = {
                 "BLOCK_T": router_operations.TOKENS,
                 "BLOCK_E": _EXPERTS,
@@ -234,7 +267,12 @@ def _small_options(kernel: str, family: str, dtype: str, width: int) -> dict[str
         case "statistics":
             blocks = {"BLOCK_T": statistics_operations.TOKENS, "BLOCK_E": statistics_operations.UNITS, "BLOCK_K": _K}
             blocks |= {"BLOCK_B": statistics_operations.BLOCKS, "BLOCK_M": statistics_operations.HELD, "p_mask": None}
+            blocks |= {"BLOCK_R": statistics_operations.ROWS, "LEAST": balance_losses.LEAST_SQUARE}
             return {**blocks, "N_UNITS": _EXPERTS, "N_EXPERTS": _EXPERTS, "K": _K, "num_warps": 4, "num_stages": 3, **FUSION}
+        case "balancing":
+            blocks = {"BLOCK_T": balancing_operations.TOKENS, "BLOCK_E": 2 * _EXPERTS, "BLOCK_B": balancing_operations.TERMS}
+            blocks |= {"BLOCK_R": balancing_operations.QUEUE, "SIGN": 1.0, "FACTOR": 1.25}
+            return {**blocks, "N_EXPERTS": _EXPERTS, "num_warps": 4, "num_stages": 3, **FUSION}
         case "choice":
             # Two products of a unit, and every second one survives.
             n = _K * _WIDTHS[True][1]

@@ -40,25 +40,42 @@ def route_logits_kernel(
     tl.store(p_logits + o_t[:, None] * N_EXPERTS + o_e[None, :], b_sum, m_t[:, None] & m_e[None, :])
 
 
+@triton.jit
+def softplus(b_x):
+    """`log(1 + exp(x))`, of very negative x exp(x) and not 0."""
+    b_exp = tl.exp(-tl.abs(b_x))
+    # What 1 + exp rounds off is put right by the ratio of what was added to what arrived.
+    b_sum = 1 + b_exp
+    b_added = b_sum - 1
+    b_log = tl.where(b_added == 0, b_exp, tl.log(b_sum) * (b_exp / tl.where(b_added == 0, 1.0, b_added)))
+    return tl.maximum(b_x, 0.0) + b_log
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def route_fwd_kernel(
-    p_logits, p_keep, p_indices, p_gates, p_shares, n_tokens, N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
+    p_logits, p_keep, p_ranks, p_spread, p_noise, p_indices, p_gates, p_shares, n_tokens,
+    N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, LOGITS_ROW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The K largest logits of each token, ties to the lowest index, a NaN before all, and their gates.
 
-    Of experts that are not kept the logit counts as minus infinity, and the gate is 0.
+    With ranks these decide who is chosen. Of experts that are not kept the rank is minus infinity, and the gate is 0. Noise is
+    added to the logits first.
     """
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_e, o_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     m_t, m_e = o_t < n_tokens, o_e < N_EXPERTS
     o_logits, m_logits = o_t[:, None] * N_EXPERTS + o_e[None, :], m_t[:, None] & m_e[None, :]
-    b_logits = tl.load(p_logits + o_logits, m_logits, 0.0)
+    b_logits = tl.load(p_logits + o_t[:, None] * LOGITS_ROW + o_e[None, :], m_logits, 0.0)
+    if p_noise is not None:
+        b_spread = tl.load(p_spread + o_t[:, None] * LOGITS_ROW + o_e[None, :], m_logits, 0.0)
+        b_logits += tl.load(p_noise + o_logits, m_logits, 0.0) * softplus(b_spread)
+    b_score = b_logits
+    if p_ranks is not None:
+        b_score = tl.load(p_ranks + o_logits, m_logits, 0.0)
     if p_keep is not None:
         m_keep = tl.load(p_keep + o_logits, m_logits, 0) != 0
-        b_score = tl.where(m_keep, b_logits, -float("inf"))
-    else:
-        b_score = b_logits
+        b_score = tl.where(m_keep, b_score, -float("inf"))
     b_rank = tl.where(m_e[None, :], sortable(b_score).to(tl.int64) * BLOCK_E + (BLOCK_E - 1 - o_e)[None, :], -(2**62))
     b_indices = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
@@ -103,11 +120,11 @@ def route_fwd_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def route_bwd_logits_kernel(
-    p_grad_logits, p_grad_gates, p_indices, p_gates, p_shares, p_grad_scores, n_tokens,
-    N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr,
+    p_grad_logits, p_grad_gates, p_indices, p_gates, p_shares, p_spread, p_noise, p_grad_scores, p_grad_spread, n_tokens,
+    N_EXPERTS: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, LOGITS_ROW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits, from those of the gates and of the logits themselves."""
+    """Gradient of the logits, from those of the gates and of the logits themselves; with noise also of its spread."""
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_e, o_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
     m_t, m_e = o_t < n_tokens, o_e < N_EXPERTS
@@ -119,23 +136,26 @@ def route_bwd_logits_kernel(
         b_gate = tl.load(p_gates + o_gates, m_gates, 0.0)
         b_grad = tl.load(p_grad_gates + o_gates, m_gates & (b_gate != 0), 0.0)
         b_dot = tl.sum(b_grad * b_gate, 1)
+        if GATE == "softmax":
+            # Of those that nobody asked for. Where a share is nearly 1, g s - s (g s) would cancel.
+            b_out -= tl.load(p_shares + o_logits, m_t[:, None] & m_e[None, :], 0.0) * b_dot[:, None]
         for i_k in range(K):
             b_expert = tl.load(p_indices + o_t * K + i_k, m_t, 0)
             b_w = tl.load(p_gates + o_t * K + i_k, m_t, 0.0)
             b_g = tl.load(p_grad_gates + o_t * K + i_k, m_t, 0.0)
             if GATE == "sigmoid":
                 b_one = b_g * b_w * (1 - b_w)
-            elif GATE == "softmax":
-                b_one = b_g * b_w
             else:
                 b_one = b_w * (b_g - b_dot)
-            b_one = tl.where(b_w != 0, b_one, 0.0)
-            b_out += tl.where(b_expert[:, None] == o_e[None, :], b_one[:, None], 0.0)
-        if GATE == "softmax":
-            b_out -= tl.load(p_shares + o_logits, m_t[:, None] & m_e[None, :], 0.0) * b_dot[:, None]
+            m_one = (b_expert[:, None] == o_e[None, :]) & (b_w != 0)[:, None]
+            b_out = tl.where(m_one, b_one[:, None], b_out)
     if p_grad_logits is not None:
         b_out += tl.load(p_grad_logits + o_logits, m_t[:, None] & m_e[None, :], 0.0)
     tl.store(p_grad_scores + o_logits, b_out, m_t[:, None] & m_e[None, :])
+    if p_noise is not None:
+        b_spread = tl.load(p_spread + o_t[:, None] * LOGITS_ROW + o_e[None, :], m_t[:, None] & m_e[None, :], 0.0)
+        b_noise = tl.load(p_noise + o_logits, m_t[:, None] & m_e[None, :], 0.0)
+        tl.store(p_grad_spread + o_logits, b_out * b_noise * tl.sigmoid(b_spread), m_t[:, None] & m_e[None, :])
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

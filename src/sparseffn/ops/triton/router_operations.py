@@ -1,4 +1,4 @@
-"""`route` and `router_logits` on Triton kernels; arguments as in the schemas of ops/route.py and ops/router_logits.py.
+"""`route`, `router_logits` and `choose` on Triton kernels; arguments as in the schemas of the files of ops/ so named.
 
 Two launches forward: the logits, then top-K and gates. Four backward. Shapes: see ops/README.md.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseffn.ops.choose import check_choose, choose_backward_eager, choose_eager
+from sparseffn.ops.plain import with_noise
 from sparseffn.ops.route import check_route
 from sparseffn.ops.router_logits import check_router
 from sparseffn.ops.triton import router
@@ -93,15 +95,27 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_route(x, selector, k, gate, keep)
     logits = router_logits(x, selector)
-    n_tokens = x.shape[0]
-    indices = logits.new_empty(n_tokens, k, dtype=torch.int64)
-    gates, shares = logits.new_empty(n_tokens, k), logits.new_empty(logits.shape if keep_shares else 0)
-    with device_of(x):
-        n_programs, sizes = _ranks(logits, k, gate)
-        allowed = None if keep is None else keep.contiguous()
-        arguments = (logits, allowed, indices, gates, shares if keep_shares else None, n_tokens)
-        start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
+    shares = logits.new_empty(logits.shape if keep_shares else 0)
+    gates, indices = _choose(logits, k, gate, keep, shares=shares if keep_shares else None)
     return logits, indices, gates, shares
+
+
+def _choose(
+    logits: Tensor, k: int, gate: str, keep: Tensor | None, *, ranks: Tensor | None = None, spread: Tensor | None = None,
+    noise: Tensor | None = None, shares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gates and indices; the softmax over all logits goes to `shares`."""
+    n_tokens = logits.shape[0]
+    gates, indices = logits.new_empty(n_tokens, k), logits.new_empty(n_tokens, k, dtype=torch.int64)
+    with device_of(logits):
+        n_programs, sizes = _ranks(logits, k, gate)
+        arguments = (logits, _whole(keep), _whole(ranks), spread, _whole(noise), indices, gates, shares, n_tokens)
+        start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
+    return gates, indices
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _ranks(logits: Tensor, k: int, gate: str) -> tuple[int, dict[str, Any]]:
@@ -110,7 +124,7 @@ def _ranks(logits: Tensor, k: int, gate: str) -> tuple[int, dict[str, Any]]:
     block_e = next_power_of_2(n_experts)
     block_t = max(1, min(TOKENS, _RANKED // block_e))
     blocks = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": next_power_of_2(k), **FUSION}
-    return cdiv(n_tokens, block_t), {"N_EXPERTS": n_experts, "K": k, "GATE": gate, **blocks}
+    return cdiv(n_tokens, block_t), {"N_EXPERTS": n_experts, "K": k, "GATE": gate, "LOGITS_ROW": logits.stride(0), **blocks}
 
 
 def route_backward(
@@ -123,6 +137,49 @@ def route_backward(
     with device_of(x):
         n_programs, sizes = _ranks(whole, k, gate)
         kept = (indices.contiguous(), gates.contiguous(), shares.contiguous())
-        arguments = (through_logits, through_gates, *kept, whole, x.shape[0])
+        arguments = (through_logits, through_gates, *kept, None, None, whole, None, x.shape[0])
         start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
     return router_logits_backward(whole, x, selector, needed)
+
+
+def choose(
+    logits: Tensor, k: int, gate: str, keep: Tensor | None = None, ranks: Tensor | None = None, spread: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `ops.choose` documents; one launch."""
+    check_choose(logits, k, gate, keep, ranks, spread, noise)
+    if logits.dtype == torch.float64:
+        return choose_eager(logits, k, gate, keep, ranks, spread, noise)
+    logits, spread = _alike(logits, spread)
+    return _choose(logits, k, gate, keep, ranks=ranks, spread=spread, noise=noise)
+
+
+# It keeps nothing but its arguments and what it returns.
+choose_kept = choose
+
+
+def choose_backward(
+    grad_gates: Tensor, logits: Tensor, k: int, gate: str, spread: Tensor | None, noise: Tensor | None, gates: Tensor,
+    indices: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the logits and of the spread; one launch, of a softmax over all logits more for these."""
+    if logits.dtype == torch.float64:
+        return choose_backward_eager(grad_gates, logits, k, gate, spread, noise, gates, indices)
+    shares = with_noise(logits, spread, noise).softmax(1) if gate == "softmax" else None
+    logits, spread = _alike(logits, spread)
+    grad_logits = logits.new_empty(logits.shape)
+    grad_spread = logits.new_empty(0 if spread is None else logits.shape)
+    with device_of(logits):
+        n_programs, sizes = _ranks(logits, k, gate)
+        kept = (indices.contiguous(), gates.contiguous(), shares, spread, _whole(noise))
+        arguments = (None, grad_gates.contiguous(), *kept, grad_logits, grad_spread, logits.shape[0])
+        start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
+    return grad_logits, grad_spread
+
+
+def _alike(logits: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both with contiguous rows, as far from one another in one as in the other."""
+    logits = with_lines(logits)
+    if spread is not None and spread.stride() != logits.stride():
+        return logits.contiguous(), spread.contiguous()
+    return logits, spread

@@ -88,9 +88,9 @@ def entropy_shares_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def entropy_fwd_kernel(
-    p_sums, p_loss, p_log_shares, n_blocks, scale, N_EXPERTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
+    p_sums, p_loss, p_slopes, n_blocks, scale, N_EXPERTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """`scale sum_e p[e] log p[e]`, and `log p`."""
+    """`scale sum_e p[e] log p[e]`, and its slopes over p, `1 + log p`."""
     o_b, o_e = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_E)
     b_sum = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
     b_tokens = tl.zeros([BLOCK_B], tl.float32)
@@ -103,15 +103,112 @@ def entropy_fwd_kernel(
     # What underflowed adds nothing, neither here nor to a gradient; a NaN stays one.
     b_log = tl.where(b_share == 0, 0.0, tl.log(tl.where(b_share == 0, 1.0, b_share)))
     tl.store(p_loss, scale * tl.sum(tl.where(o_e < N_EXPERTS, b_share * b_log, 0.0), 0))
-    tl.store(p_log_shares + o_e, b_log, o_e < N_EXPERTS)
+    tl.store(p_slopes + o_e, 1 + b_log, o_e < N_EXPERTS)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
-def entropy_bwd_kernel(
-    p_grad_loss, p_logits, p_mask, p_log_shares, p_grad_logits, n_tokens, scale,
+def switch_shares_kernel(
+    p_logits, p_mask, p_indices, p_weights, p_sums, n_tokens, N_EXPERTS: tl.constexpr, K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """As `entropy_shares_kernel`; behind these sums how many selections of block b each expert received."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_t, o_e = i_block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    m_in = o_t < n_tokens
+    m_t = m_in
+    if p_mask is not None:
+        m_t = m_in & (tl.load(p_mask + o_t, m_in, 0) != 0)
+    b_count = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for i_k in range(K):
+        b_index = tl.load(p_indices + o_t * K + i_k, m_in, -1)
+        m_chosen = tl.load(p_weights + o_t * K + i_k, m_in, 0.0) != 0
+        b_count += tl.where((b_index[:, None] == o_e[None, :]) & m_chosen[:, None], 1.0, 0.0)
+    p_out = p_sums + i_block * (2 * N_EXPERTS + 1)
+    tl.store(p_out + o_e, tl.sum(shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E), 0), o_e < N_EXPERTS)
+    tl.store(p_out + N_EXPERTS, tl.sum(m_t.to(tl.float32), 0))
+    tl.store(p_out + N_EXPERTS + 1 + o_e, tl.sum(b_count, 0), o_e < N_EXPERTS)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def switch_fwd_kernel(
+    p_sums, p_loss, p_slopes, n_blocks, scale, N_EXPERTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """`scale N_E sum_e f[e] p[e]`, and its slopes over p, `N_E f`."""
+    o_b, o_e = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_E)
+    b_sum = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
+    b_count = tl.zeros([BLOCK_B, BLOCK_E], tl.int64)
+    b_tokens = tl.zeros([BLOCK_B], tl.float32)
+    for i_b in range(0, n_blocks, BLOCK_B):
+        p_b = p_sums + (i_b + o_b).to(tl.int64) * (2 * N_EXPERTS + 1)
+        m_b = i_b + o_b < n_blocks
+        m_in = m_b[:, None] & (o_e < N_EXPERTS)[None, :]
+        b_sum += tl.load(p_b[:, None] + o_e[None, :], m_in, 0.0)
+        b_tokens += tl.load(p_b + N_EXPERTS, m_b, 0.0)
+        b_count += tl.load(p_b[:, None] + N_EXPERTS + 1 + o_e[None, :], m_in, 0.0).to(tl.int64)
+    b_share = tl.sum(b_sum, 0) / tl.maximum(tl.sum(b_tokens, 0), 1.0)
+    b_received = tl.sum(b_count, 0)
+    n_received = tl.maximum(tl.sum(b_received, 0), 1)
+    b_slope = N_EXPERTS * (b_received.to(tl.float32) / n_received.to(tl.float32))
+    tl.store(p_loss, scale * tl.sum(tl.where(o_e < N_EXPERTS, b_slope * b_share, 0.0), 0))
+    tl.store(p_slopes + o_e, b_slope, o_e < N_EXPERTS)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def load_sums_kernel(
+    p_weights, p_indices, p_sums, n_tokens,
+    N_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """`sums[b, e]`: weights of each expert over the tokens of block b."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_t, o_e = i_block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    b_sum = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for i_k in range(K):
+        b_index = tl.load(p_indices + o_t * K + i_k, o_t < n_tokens, -1)
+        b_weight = tl.load(p_weights + o_t * K + i_k, o_t < n_tokens, 0.0)
+        b_sum += tl.where(b_index[:, None] == o_e[None, :], b_weight[:, None], 0.0)
+    tl.store(p_sums + i_block * N_EXPERTS + o_e, tl.sum(b_sum, 0), o_e < N_EXPERTS)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def load_fwd_kernel(
+    p_sums, p_loss, p_slopes, n_blocks, scale,
+    N_EXPERTS: tl.constexpr, LEAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """`scale CV^2` of the loads, and its slopes over them."""
+    o_b, o_e = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_E)
+    b_sum = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
+    for i_b in range(0, n_blocks, BLOCK_B):
+        m_in = (i_b + o_b < n_blocks)[:, None] & (o_e < N_EXPERTS)[None, :]
+        b_sum += tl.load(p_sums + (i_b + o_b).to(tl.int64)[:, None] * N_EXPERTS + o_e[None, :], m_in, 0.0)
+    b_load = tl.sum(b_sum, 0)
+    b_mean = tl.sum(b_load, 0) / N_EXPERTS
+    b_off = tl.where(o_e < N_EXPERTS, b_load - b_mean, 0.0)
+    b_variance = tl.sum(b_off * b_off, 0) / N_EXPERTS
+    b_square = b_mean * b_mean
+    b_clamped = tl.maximum(b_square, LEAST)
+    b_through = tl.where(b_square >= LEAST, b_variance / b_clamped * (b_mean / b_clamped), 0.0)
+    tl.store(p_loss, scale * (b_variance / b_clamped))
+    tl.store(p_slopes + o_e, (b_off / b_clamped - b_through) * (2 * scale / N_EXPERTS), o_e < N_EXPERTS)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def load_bwd_kernel(
+    p_grad_loss, p_indices, p_slopes, p_grad_weights, n_rows, N_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Gradient of the weights."""
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_index = tl.load(p_indices + o_r, o_r < n_rows, -1)
+    m_good = (b_index >= 0) & (b_index < N_EXPERTS)
+    b_slope = tl.load(p_slopes + b_index, m_good, 0.0)
+    tl.store(p_grad_weights + o_r, tl.load(p_grad_loss) * b_slope, o_r < n_rows)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def shares_bwd_kernel(
+    p_grad_loss, p_logits, p_mask, p_slopes, p_grad_logits, n_tokens, scale,
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits."""
+    """Gradient of the logits of a loss with these slopes over the mean of their softmax."""
     o_t, o_e = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     m_t, n_counted = o_t < n_tokens, n_tokens.to(tl.float32)
     if p_mask is not None:
@@ -122,7 +219,7 @@ def entropy_bwd_kernel(
             b_counted += (tl.load(p_mask + o_m, o_m < n_tokens, 0) != 0).to(tl.float32)
         n_counted = tl.maximum(tl.sum(b_counted, 0), 1.0)
     b_share = shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E)
-    b_slope = 1 + tl.load(p_log_shares + o_e, o_e < N_EXPERTS, 0.0)
+    b_slope = tl.load(p_slopes + o_e, o_e < N_EXPERTS, 0.0)
     b_grad = b_share * (b_slope[None, :] - tl.sum(b_share * b_slope[None, :], 1)[:, None])
     b_grad = b_grad * (tl.load(p_grad_loss) * scale / n_counted)
     p_g = p_grad_logits + o_t[:, None] * N_EXPERTS + o_e[None, :]

@@ -1,13 +1,17 @@
-"""`routing_counts` and `batch_entropy` on Triton kernels; arguments as in the schemas of ops/counts.py. Two launches each.
+"""`routing_counts` and the balancing losses on Triton kernels; arguments as in the schemas of ops/counts.py and
+ops/balance_losses.py. Two launches each forward, one backward.
 
 Shapes: see ops/README.md.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sparseffn.ops import balance_losses
 from sparseffn.ops import counts as plain
 from sparseffn.ops.triton import statistics_kernels
 from sparseffn.ops.triton.launch import FUSION, device_of, start
@@ -15,6 +19,8 @@ from sparseffn.ops.triton.tuning import cdiv, next_power_of_2
 
 # Tokens of a block at 32 units, units and blocks that are looked at at once, numbers that a program holds of a block.
 TOKENS, UNITS, BLOCKS, HELD = 64, 32, 32, 2048
+# Selections of a program that only looks up.
+ROWS = 1024
 # Value tables have too many units for sums of every block.
 _MOST_UNITS = 4096
 
@@ -45,34 +51,102 @@ def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 
 def batch_entropy_kept(logits: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The loss and the logarithms of the shares, which backward reads."""
+    """The loss and its slopes over the shares, which backward reads."""
     if logits.dtype != torch.float32 or logits.shape[0] == 0:
         return plain.batch_entropy_kept(logits, mask, scale)
     logits = logits.contiguous()
-    (n_tokens, n_experts), (block_t, block_e) = logits.shape, _held(logits)
-    n_blocks = cdiv(n_tokens, block_t)
-    sums, loss, log_shares = logits.new_empty(n_blocks * (n_experts + 1)), logits.new_empty(()), logits.new_empty(n_experts)
+    n_experts, (block_t, block_e) = logits.shape[1], _held(logits)
+    n_blocks = cdiv(logits.shape[0], block_t)
+    sums = logits.new_empty(n_blocks * (n_experts + 1))
     with device_of(logits):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (logits, None if mask is None else mask.contiguous(), sums, n_tokens)
+        arguments = (logits, _whole(mask), sums, logits.shape[0])
         start(statistics_kernels.entropy_shares_kernel, n_blocks, *arguments, BLOCK_T=block_t, **sizes)
-        arguments = (sums, loss, log_shares, n_blocks, float(scale))
-        start(statistics_kernels.entropy_fwd_kernel, 1, *arguments, BLOCK_B=max(1, HELD // block_e), **sizes)
-    return loss, log_shares
+        return _finish(statistics_kernels.entropy_fwd_kernel, sums, n_blocks, scale, sizes)
 
 
-def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | None, scale: float, log_shares: Tensor) -> Tensor:
+def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | None, scale: float, slopes: Tensor) -> Tensor:
     """Gradient of the logits."""
     if logits.dtype != torch.float32 or logits.shape[0] == 0:
-        return plain.batch_entropy_backward(grad_loss, logits, mask, scale, log_shares)
+        return plain.mean_softmax_backward(grad_loss, logits, mask, scale, slopes)
     logits, grad = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
     (n_tokens, n_experts), (block_t, block_e) = logits.shape, _held(logits)
     with device_of(logits):
-        masked = None if mask is None else mask.contiguous()
-        arguments = (grad_loss.contiguous(), logits, masked, log_shares.contiguous(), grad, n_tokens, float(scale))
+        arguments = (grad_loss.contiguous(), logits, _whole(mask), slopes.contiguous(), grad, n_tokens, float(scale))
         sizes = {"N_EXPERTS": n_experts, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_M": HELD, **FUSION}
-        start(statistics_kernels.entropy_bwd_kernel, cdiv(n_tokens, block_t), *arguments, **sizes)
+        start(statistics_kernels.shares_bwd_kernel, cdiv(n_tokens, block_t), *arguments, **sizes)
     return grad
+
+
+def switch_balance(logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """See `ops.switch_balance`."""
+    return switch_balance_kept(logits, indices, weights, mask, scale)[0]
+
+
+def switch_balance_kept(
+    logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss and its slopes over the shares."""
+    if logits.dtype != torch.float32 or logits.shape[0] == 0:
+        return balance_losses.switch_kept(logits, indices, weights, mask, scale)
+    logits, (n_tokens, k) = logits.contiguous(), indices.shape
+    n_experts, (block_t, block_e) = logits.shape[1], _held(logits)
+    n_blocks = cdiv(n_tokens, block_t)
+    sums = logits.new_empty(n_blocks * (2 * n_experts + 1))
+    with device_of(logits):
+        sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
+        arguments = (logits, _whole(mask), indices.contiguous(), weights.contiguous(), sums, n_tokens)
+        start(statistics_kernels.switch_shares_kernel, n_blocks, *arguments, K=k, BLOCK_T=block_t, **sizes)
+        return _finish(statistics_kernels.switch_fwd_kernel, sums, n_blocks, scale, sizes)
+
+
+# Both losses depend on the logits through the mean of their softmax.
+switch_balance_backward = batch_entropy_backward
+
+
+def load_variation(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> Tensor:
+    """See `ops.load_variation`."""
+    return load_variation_kept(weights, indices, n_experts, scale)[0]
+
+
+def load_variation_kept(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The loss and its slopes over the loads."""
+    if weights.dtype != torch.float32 or weights.numel() == 0:
+        return balance_losses.variation_kept(weights, indices, n_experts, scale)
+    n_tokens, k = indices.shape
+    block_e = next_power_of_2(n_experts)
+    block_t = max(1, min(TOKENS, HELD // block_e))
+    n_blocks = cdiv(n_tokens, block_t)
+    sums = weights.new_empty(n_blocks * n_experts)
+    with device_of(weights):
+        sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
+        arguments = (weights.contiguous(), indices.contiguous(), sums, n_tokens)
+        start(statistics_kernels.load_sums_kernel, n_blocks, *arguments, K=k, BLOCK_T=block_t, **sizes)
+        least = {"LEAST": balance_losses.LEAST_SQUARE}
+        return _finish(statistics_kernels.load_fwd_kernel, sums, n_blocks, scale, {**sizes, **least})
+
+
+def load_variation_backward(grad_loss: Tensor, weights: Tensor, indices: Tensor, slopes: Tensor) -> Tensor:
+    """Gradient of the weights."""
+    if weights.dtype != torch.float32 or weights.numel() == 0:
+        return balance_losses.variation_backward(grad_loss, weights, indices, slopes)
+    grad = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    with device_of(weights):
+        arguments = (grad_loss.contiguous(), indices.contiguous(), slopes.contiguous(), grad, indices.numel())
+        sizes = {"N_EXPERTS": slopes.shape[0], "BLOCK_R": ROWS, **FUSION}
+        start(statistics_kernels.load_bwd_kernel, cdiv(indices.numel(), ROWS), *arguments, **sizes)
+    return grad
+
+
+def _finish(kernel: Any, sums: Tensor, n_blocks: int, scale: float, sizes: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A loss and its slopes from the blocks' sums, by one program."""
+    loss, slopes = sums.new_empty(()), sums.new_empty(sizes["N_EXPERTS"])
+    start(kernel, 1, sums, loss, slopes, n_blocks, float(scale), BLOCK_B=max(1, HELD // sizes["BLOCK_E"]), **sizes)
+    return loss, slopes
+
+
+def _whole(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
 
 
 def _held(logits: Tensor) -> tuple[int, int]:
