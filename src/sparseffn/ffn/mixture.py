@@ -148,10 +148,10 @@ class TopKMixtureConfig(MixtureConfig):
         return self.k
 
     def _router_bytes(self) -> int:
-        """With expert dropout also which experts it left; or which selections, and their gates once more."""
+        """With expert dropout also which experts it left; of a choice of its own which selections, and their gates once more."""
         if self.expert_dropout == 0:
             return MixtureConfig._router_bytes(self)
-        left = self.n_experts if self.trains_as_it_evaluates else self.k * (1 + LOGIT_BYTES)
+        left = self.k * (1 + LOGIT_BYTES) if self.gate is None else self.n_experts
         return MixtureConfig._router_bytes(self) + left
 
     def balancing(self) -> dict[str, float]:

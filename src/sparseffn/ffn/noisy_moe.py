@@ -70,6 +70,10 @@ class NoisyMoEConfig(TopKMixtureConfig):
         """Also the noise and the input of softplus."""
         return TopKMixtureConfig._router_bytes(self) + 2 * self.n_experts * LOGIT_BYTES
 
+    def saved_bytes(self, n_tokens: int, itemsize: int = 4) -> int:
+        """Also both selectors as one matrix."""
+        return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize) + 2 * self.n_experts * self.d_model * itemsize
+
     @classmethod
     def examples(cls) -> list[FFNConfig]:
         return [
@@ -108,7 +112,8 @@ class NoisyRouter(TopKRouter):
         """Selection and gates both see the noise (equation 13)."""
         if not self.training:
             return self.choose(logits_TE, batch)
-        logits_TE, spread_TE = logits_TE.chunk(2, dim=1)
+        # No views: FSDP2 warns of them among a module's results.
+        logits_TE, spread_TE = torch.unsafe_chunk(logits_TE, 2, dim=1)
         return self.choose(logits_TE, batch, spread=spread_TE, noise=self.draw_noise(logits_TE))
 
     def draw_noise(self, logits_TE: Tensor) -> Tensor:

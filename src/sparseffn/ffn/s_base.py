@@ -31,7 +31,7 @@ from sparseffn.ffn.base import BATCH_ROUTING
 from sparseffn.ffn.block_config import FFNConfig
 from sparseffn.ffn.feedforward import configured_by
 from sparseffn.ffn.methods import register
-from sparseffn.ffn.mixture import Mixture, TopKMixtureConfig
+from sparseffn.ffn.mixture import LOGIT_BYTES, Mixture, TopKMixtureConfig
 from sparseffn.ffn.options import option
 from sparseffn.ffn.routers import Batch, Routing, TopKRouter, all_if_none, scores_by_token, sigmoid_scores
 
@@ -64,6 +64,10 @@ class SBASEConfig(TopKMixtureConfig):
     def revision(self) -> int:
         """2: the released form balances each sequence by itself; version 0.1 took the whole batch."""
         return 2 if self.sinkhorn == "released" else 1
+
+    def _router_bytes(self) -> int:
+        """Also the balanced logits that it ranks by."""
+        return TopKMixtureConfig._router_bytes(self) + self.n_experts * LOGIT_BYTES
 
     @classmethod
     def identity_example(cls) -> SBASEConfig:
