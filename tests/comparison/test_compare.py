@@ -208,16 +208,22 @@ def test_budget_bounds_what_is_evaluated(song: str, tmp_path: Path, monkeypatch:
         monkeypatch.setattr(schedule, "_time_evaluation", lambda *_: {"dense": token_s / 2, "topk": token_s / 2})
         return make_plan(comparison, time.perf_counter())
 
-    # 480 s less 12% in reserve and 10 s for layers: 412.4 s, of which usage takes 131,072 tokens and the curves 13 x 8,192.
+    # 480 s less 12% in reserve and 10 s for layers: 412.4 s, of which the curves take 13 x 8,192 tokens, and usage 131,072.
     slow, fast = plan(2e-4), plan(5e-5)
-    rest = 412.4 - 237_568 * 2e-4
-    assert slow.evaluated == int(rest / 3 / 2e-4 / 2) // 1000 * 1000 == 304_000
-    assert slow.steps == int(rest - 2 * 304_000 * 2e-4) == 243
-    assert fast.evaluated is None and fast.steps == int(412.4 - 237_568 * 5e-5 - 1_200_000 * 5e-5)
+    rest = 412.4 - 106_496 * 2e-4
+    assert slow.evaluated == int(rest / 3 / 2e-4 / 2) // 1000 * 1000 == 325_000
+    assert slow.steps == int(rest - (2 * 325_000 + 131_072) * 2e-4) == 234
+    assert fast.evaluated is None and fast.steps == int(412.4 - (106_496 + 131_072 + 1_200_000) * 5e-5)
+    # Of two seeds both are evaluated, and the first one's usage is counted: on what is evaluated, where that is less.
+    two = dataclasses.replace(comparison, settings=dataclasses.replace(comparison.settings, seeds=(0, 1)))
+    comparison, one = two, comparison
+    both, rest = plan(8e-4), 412.4 - 2 * 106_496 * 8e-4
+    assert both.evaluated == int(rest / 3 / 16e-4 / 2) // 1000 * 1000 == 25_000
+    assert both.steps == int((rest - (4 * 25_000 + 25_000) * 8e-4) / 2)
     # A short split leaves its share to the other.
-    test = dataclasses.replace(comparison.corpus, test=tokens[:10_001])
-    comparison = dataclasses.replace(comparison, corpus=test)
-    assert plan(2e-4).evaluated == int(rest / 3 / 2e-4 - 10_000) // 1000 * 1000 == 598_000
+    test = dataclasses.replace(one.corpus, test=tokens[:10_001])
+    comparison, rest = dataclasses.replace(one, corpus=test), 412.4 - 106_496 * 3e-4
+    assert plan(3e-4).evaluated == int(rest / 3 / 3e-4 - 10_000) // 1000 * 1000 == 412_000
     # Never less than a point of the curves.
     with pytest.raises(UserError, match="which allows 0; fix: --budget"):
         plan(2e-2)
@@ -243,7 +249,7 @@ def test_comparison_of_the_first_tokens_says_so_and_goes_on(song: str, tmp_path:
     monkeypatch.setattr(schedule, "_within_budget", None)
     assert compare(wanted, out).methods == result.methods
     assert result.evaluated_tokens == 60 and read_comparison(out / "comparison.json") == result
-    assert any("are of the first 60 tokens of each split" in note for note in comparison_table(result).notes)
+    assert any("are of at most the first 60 tokens of each split" in note for note in comparison_table(result).notes)
     path = out / "runs" / "sigma-moe" / "seed-0"
     model, folder = load_run_model(path)
     assert RunSettings.read(folder).evaluated == 60
@@ -271,9 +277,41 @@ def test_evaluation_is_timed_with_its_memory_filled(song: str, tmp_path: Path, m
     monkeypatch.setattr(schedule, "evaluate", evaluation)
     monkeypatch.setattr(schedule, "clock_of", lambda device: lambda: clock[0])
     assert schedule._time_evaluation(comparison, config) == {"dense": pytest.approx(4 / 32)}
-    short = dataclasses.replace(comparison, corpus=dataclasses.replace(comparison.corpus, valid=comparison.corpus.valid[:65]))
+    # Two windows and a few tokens more, which a third one would be.
+    short = dataclasses.replace(comparison, corpus=dataclasses.replace(comparison.corpus, valid=comparison.corpus.valid[:70]))
     assert schedule._time_evaluation(short, config) == {"dense": pytest.approx(2 / 32)}
-    assert seen == [6, 6, 6, 2, 2, 2]
+    without = dataclasses.replace(config, eval_memory=0)
+    assert schedule._time_evaluation(short, without) == {"dense": pytest.approx(1.5 / 32)}
+    assert seen == [6, 6, 6, 2, 2, 2, 2, 2, 2]
+
+
+def test_evaluation_of_less_than_a_window_is_timed(song: str, tmp_path: Path) -> None:
+    """By the real evaluation: of a text shorter than its streams' windows there is one time, that of all of it."""
+    comparison = Comparison.open(settings(song, "dense"), tmp_path / "out")
+    short = dataclasses.replace(comparison, corpus=dataclasses.replace(comparison.corpus, valid=comparison.corpus.valid[:30]))
+    config = dataclasses.replace(comparison.train_config(4, 0), eval_batch=4, context=16)
+    assert 0 < schedule._time_evaluation(short, config)["dense"] < 1
+
+
+def test_broken_off_comparison_of_first_tokens_goes_on_with_as_many(
+    song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan says of how many; nothing is planned anew."""
+
+    class Stop(NoProgress):
+        def run(self, label: str, seed: int, position: int, n_runs: int) -> Any:
+            if position == 1:
+                raise KeyboardInterrupt
+            return super().run(label, seed, position, n_runs)
+
+    monkeypatch.setattr(schedule, "_within_budget", lambda *_: (4, 60))
+    wanted, out = settings(song, "sigma-moe", "dense", steps=None, budget_s=60.0), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compare(wanted, out, progress=Stop())
+    monkeypatch.setattr(schedule, "_within_budget", None)
+    result = compare(wanted, out)
+    assert result.finished and result.evaluated_tokens == 60
+    assert {RunSettings.read(RunFolder(out / "runs" / label / "seed-0")).evaluated for label in ("sigma-moe", "dense")} == {60}
 
 
 def test_budget_that_is_refused_leaves_nothing(song: str, tmp_path: Path) -> None:

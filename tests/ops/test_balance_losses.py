@@ -78,6 +78,17 @@ def test_loads_of_nothing_have_the_gradient_of_the_composition(dtype: torch.dtyp
         assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_loads_of_half_precision_are_summed_in_float32() -> None:
+    """A sum of bfloat16 would stop growing at 256; of float16, the least square would be 0."""
+    indices = torch.arange(2000)[:, None] % 2
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = (1.0 + indices).to(dtype).requires_grad_()
+        loss = ops.load_variation(weights, indices, 2, 1.0)
+        (grad,) = torch.autograd.grad(loss, weights)
+        assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(1 / 9) and grad.dtype == dtype
+        assert float(ops.load_variation(torch.zeros(4, 1, dtype=dtype), indices[:4], 2, 1.0)) == 0.0
+
+
 def test_nothing_to_balance() -> None:
     """No tokens, padding alone, nothing selected: zero or near it, and no gradient that is no number."""
     none, no_weights = torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, K).requires_grad_()
@@ -116,12 +127,13 @@ LOGITS, WEIGHTS = torch.ones(T, E), torch.ones(T, K)
         (lambda: ops.switch_balance(LOGITS, INDICES[:4], WEIGHTS[:4], None, 1.0), "those of the 6 tokens .* got 4 rows"),
         (lambda: ops.switch_balance(LOGITS, INDICES + E, WEIGHTS, None, 1.0), "`indices` must be between 0 and 4, an expert"),
         (lambda: ops.switch_balance(LOGITS, INDICES, WEIGHTS.to("meta"), None, 1.0), "on one device"),
+        (lambda: ops.switch_balance(LOGITS, INDICES, [1.0], None, 1.0), "`weights` must be a tensor"),  # pyright: ignore
         (lambda: ops.load_variation(WEIGHTS[:, :1], INDICES, E, 1.0), "`weights` alike"),
         (lambda: ops.load_variation(INDICES, INDICES, E, 1.0), "`weights` must be floating"),
         (lambda: ops.load_variation(WEIGHTS, INDICES, 0, 1.0), "`n_experts` at least 1"),
         (lambda: ops.load_variation(WEIGHTS, INDICES - E, E, 1.0), "`indices` must be between 0 and 4, an expert"),
     ],
-    ids=["rank", "mask", "tokens", "no-such-expert", "device", "shape", "integers", "no-experts", "negative"],
+    ids=["rank", "mask", "tokens", "no-such-expert", "device", "list", "shape", "integers", "no-experts", "negative"],
 )
 def test_bad_input_is_named(call: Callable[[], object], words: str) -> None:
     """By a user's error, before a kernel sees an address."""

@@ -207,8 +207,8 @@ def test_every_registered_operation_is_checked() -> None:
 
 
 def transposed(argument: Any) -> Any:
-    """A tensor of numbers with its last two dimensions swapped in memory; anything else as it is."""
-    if not isinstance(argument, Tensor) or not argument.is_floating_point() or argument.dim() < 2:
+    """A tensor with its last two dimensions swapped in memory; anything else as it is."""
+    if not isinstance(argument, Tensor) or argument.dim() < 2:
         return argument
     return argument.detach().mT.contiguous().mT.requires_grad_(argument.requires_grad)
 

@@ -115,7 +115,7 @@ def test_capacities_equal_the_reference(n_tokens: int, n_experts: int, k: int, k
     indices = chosen(n_tokens, n_experts, k, kind)
     weights = torch.rand(n_tokens, k) * (torch.rand(n_tokens, k) > 0.3)
     for mask in (None, torch.rand(n_tokens) > 0.3):
-        for factor in (0.0, 0.5 * k, 1.0 * k, 1.25 * k, 1e30):
+        for factor in (0.0, 0.5, 1.0, 1.15, 1.25, 1e30):
             options = {"n_experts": n_experts, "factor": factor, "mask": mask}
             found = [ops.over_capacity(indices, weights, **options, backend=b) for b in ("auto", "torch", "reference")]
             assert torch.equal(*found[:2]) and torch.equal(*found[1:])
@@ -128,6 +128,15 @@ def test_capacity_counts_whole_places() -> None:
     mask = torch.arange(98) < 49
     indices, weights = torch.cat((indices, indices)), mask[:, None].float()
     assert not ops.over_capacity(indices, weights, n_experts=49, factor=1.0, mask=mask).any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_capacity_is_a_double(backend: str) -> None:
+    """1.15 x 100 / 5 is a little less than 23, but not in float32: the 23rd finds no place, with padding and without."""
+    indices, weights = torch.zeros(100, 1, dtype=torch.int64), torch.ones(100, 1)
+    for mask in (None, torch.ones(100, dtype=torch.bool)):
+        over = ops.over_capacity(indices, weights, n_experts=5, factor=1.15, mask=mask, backend=backend)
+        assert int((~over).sum()) == 22
 
 
 def test_unwritten_output_shows(monkeypatch: pytest.MonkeyPatch) -> None:

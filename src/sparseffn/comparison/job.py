@@ -67,7 +67,7 @@ def compare(settings: CompareSettings, out: Path | str, *, progress: Progress | 
         tokens = comparison.preset.batch * comparison.preset.context
         progress.log(f"{plan.steps} steps of {tokens:,} tokens for every method")
         if plan.evaluated is not None:
-            progress.log(f"of validation and test, the budget allows the first {plan.evaluated:,} tokens each")
+            progress.log(f"of validation and test, the budget allows at most the first {plan.evaluated:,} tokens each")
         failures = _train(comparison, plan, progress)
         layers = _time_layers(comparison, progress)
         result = summarize(comparison, plan, layers, failures)

@@ -29,7 +29,7 @@ from sparseffn.training import RunFolder, TrainConfig
 from sparseffn.training.config import CURVE_POINTS, CURVE_TOKENS
 from sparseffn.training.stepper import Stepper
 
-# Tokens of validation that usage is counted on, in the runs of the first seed.
+# Tokens of validation that usage is counted on, at most, in the runs of the first seed.
 USAGE_TOKENS = 16 * CURVE_TOKENS
 # Rounds of timed training steps; the first steps of a process are slower and not counted.
 _ROUNDS, _WARMUP = 7, 2
@@ -115,9 +115,10 @@ def _within_budget(
     n_valid, n_test = len(corpus.valid) - 1, len(corpus.test) - 1
     points = n_seeds * (CURVE_POINTS + 1) * min(CURVE_TOKENS, n_valid)
     # One layer is timed alone at the end: a few dozen calls, each a fraction of a step.
-    left = budget_s * (1 - _RESERVE) - spent_s - 10 * step_s - (points + min(USAGE_TOKENS, n_valid)) * token_s
+    left = budget_s * (1 - _RESERVE) - spent_s - 10 * step_s - points * token_s
     evaluated = _tokens_within(left * _EVALUATION / (n_seeds * token_s), n_valid, n_test)
-    left -= n_seeds * sum(min(n, evaluated or n) for n in (n_valid, n_test)) * token_s
+    n_valid, n_test = (min(n, evaluated or n) for n in (n_valid, n_test))
+    left -= (n_seeds * (n_valid + n_test) + min(USAGE_TOKENS, n_valid)) * token_s
     return _steps_within(left, n_seeds * step_s, budget_s), evaluated
 
 
@@ -181,10 +182,12 @@ def _time_evaluation(comparison: Comparison, config: TrainConfig) -> dict[str, f
 
 def _evaluation_of_a_token(model: LanguageModel, comparison: Comparison, config: TrainConfig) -> float:
     """Seconds with the evaluation's long memory filled, as it is for nearly all of a split: the first windows go before."""
-    n_filling, clock = math.ceil(config.eval_memory / config.context), clock_of(comparison.device)
-    tokens = comparison.corpus.valid[: config.eval_batch * config.context * (n_filling + _TIMED_WINDOWS) + 1]
+    valid, clock = comparison.corpus.valid, clock_of(comparison.device)
+    n_filling, a_window = math.ceil(config.eval_memory / config.context), config.eval_batch * config.context
+    # Whole windows, as a step of few tokens costs what one of many does; of a short text what there is.
+    n_windows = min(n_filling + _TIMED_WINDOWS, (len(valid) - 1) // a_window)
+    tokens = valid[: n_windows * a_window + 1] if n_windows else valid
     marks = [(0, clock())]
     evaluate(model, tokens, **config.evaluation, on_progress=lambda done, _: marks.append((done, clock())))
-    # Of a short text what there is.
     (before, start), (after, end) = marks[min(n_filling, len(marks) - 2)], marks[-1]
     return (end - start) / (after - before)

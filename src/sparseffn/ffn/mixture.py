@@ -148,7 +148,7 @@ class TopKMixtureConfig(MixtureConfig):
         return self.k
 
     def _router_bytes(self) -> int:
-        """With expert dropout also which experts it left; of a choice of its own which selections, and their gates once more."""
+        """With expert dropout also which experts it left; of an own choice which selections, and their gates once more."""
         if self.expert_dropout == 0:
             return MixtureConfig._router_bytes(self)
         left = self.k * (1 + LOGIT_BYTES) if self.gate is None else self.n_experts

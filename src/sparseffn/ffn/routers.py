@@ -95,7 +95,7 @@ class Router(nn.Module, ABC):
         return routing._replace(weights_TK=routing.weights_TK.masked_fill(~mask_T[:, None], 0.0))
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """What `select` gets."""
+        """What `select` gets: `[T, E]`, or more columns where it knows of them. `reference` computes its own logits."""
         return ops.router_logits(x_TD, self.selector)
 
     def reference(self, x_TD: Tensor, length: int | None = None) -> Tensor:

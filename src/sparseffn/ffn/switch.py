@@ -93,8 +93,14 @@ class CapacityRouter(SoftmaxRouter):
         routing = super().forward(x_TD, mask_T, length)
         if not self.training:
             return routing
-        options = {"n_experts": self.selector.shape[0], "factor": self.capacity_factor * self.k, "mask": mask_T}
-        lost_TK = ops.over_capacity(routing.indices_TK, routing.weights_TK, **options, group=self.training_group)
+        lost_TK = ops.over_capacity(
+            routing.indices_TK,
+            routing.weights_TK,
+            n_experts=self.selector.shape[0],
+            factor=self.capacity_factor,
+            mask=mask_T,
+            group=self.training_group,
+        )
         return routing._replace(weights_TK=routing.weights_TK.masked_fill(lost_TK, 0.0), dropped=lost_TK.sum())
 
     def scores_reference(self, logits_TE: Tensor, batch: Batch) -> Tensor:

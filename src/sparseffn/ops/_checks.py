@@ -48,6 +48,23 @@ def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> 
         raise UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
 
 
+def check_selections(indices: Tensor, weights: Tensor, n_experts: int) -> None:
+    """That they are a router's choice among so many experts.
+
+    Raises:
+        UserError: shapes, dtypes or devices do not fit together, or an index is that of no expert.
+    """
+    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_experts < 1:
+        raise UserError(
+            f"`indices` must be int64 [T, K], `weights` alike and `n_experts` at least 1; got {indices.dtype} "
+            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_experts}; fix: flatten leading dimensions first"
+        )
+    if not weights.is_floating_point():
+        raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
+    require_one_device(indices, weights)
+    check_indices(indices, "an expert", n_experts)
+
+
 def require_kind(name: str, kind: str, argument: object) -> None:
     """That an argument is what its schema says: "Tensor", or "int?" for one that may be None. Lists are PyTorch's to check.
 

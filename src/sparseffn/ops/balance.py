@@ -37,10 +37,10 @@ def _taking_part(scores: Tensor, mask: Tensor | None) -> Tensor:
 def sinkhorn_plain(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """See `sinkhorn`; masked tokens take no part and get the experts' terms added all the same."""
     if scores.shape[0] == 0:
-        return scores.clone()
+        return scores.clone(memory_format=torch.contiguous_format)
     mask = _taking_part(scores, mask)
     a_E, _, _ = _rounds(scores, mask, n_rounds, sign)
-    return scores + torch.where(mask.any(), a_E, 0.0)
+    return (scores + torch.where(mask.any(), a_E, 0.0)).contiguous()
 
 
 def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
@@ -81,7 +81,7 @@ def check_assignment(scores: Tensor) -> None:
 
 
 def _like_scores(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
-    return torch.empty_like(scores)
+    return scores.new_empty(scores.shape)
 
 
 _ARGUMENTS = "Tensor scores, Tensor? mask, int n_rounds, float sign"

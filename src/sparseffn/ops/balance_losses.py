@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_indices, require_one_device
+from sparseffn.ops._checks import check_selections, require_one_device, require_tensors
 from sparseffn.ops.backends import call
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.counts import check_entropy, log_shares, mean_softmax_backward
@@ -23,22 +23,10 @@ from sparseffn.ops.library import Kept, define
 LEAST_SQUARE = 1e-20
 
 
-def _check_selections(indices: Tensor, weights: Tensor, n_experts: int) -> None:
-    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_experts < 1:
-        raise UserError(
-            f"`indices` must be int64 [T, K], `weights` alike and `n_experts` at least 1; got {indices.dtype} "
-            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_experts}; fix: flatten leading dimensions first"
-        )
-    if not weights.is_floating_point():
-        raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
-    require_one_device(indices, weights)
-    check_indices(indices, "an expert", n_experts)
-
-
 def check_switch(logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, scale: float) -> None:
     """That they fit together; raises as `switch_balance` documents."""
     check_entropy(logits, mask, scale)
-    _check_selections(indices, weights, logits.shape[1])
+    check_selections(indices, weights, logits.shape[1])
     if indices.shape[0] != logits.shape[0]:
         raise UserError(
             f"`indices` must be those of the {logits.shape[0]} tokens of `logits`; got {indices.shape[0]} rows; "
@@ -49,7 +37,7 @@ def check_switch(logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor 
 
 def check_variation(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> None:
     """That they fit together; raises as `load_variation` documents."""
-    _check_selections(indices, weights, n_experts)
+    check_selections(indices, weights, n_experts)
 
 
 def switch_plain(
@@ -75,11 +63,17 @@ def switch_kept(
     return scale * loss, n_experts * share_E
 
 
+def _loads(weights: Tensor, indices: Tensor, n_experts: int) -> Tensor:
+    """Summed weights of each expert, in float32 or wider."""
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    return wide.new_zeros(n_experts).scatter_add(0, indices.flatten(), wide.flatten())
+
+
 def variation_plain(
     weights: Tensor, indices: Tensor, n_experts: int, scale: float, group: BatchGroup | None = None
 ) -> Tensor:  # fmt: skip
     """By PyTorch's operations; also where other processes hold a part of the batch."""
-    load_E = weights.new_zeros(n_experts).scatter_add(0, indices.flatten(), weights.flatten())
+    load_E = _loads(weights, indices, n_experts)
     if group is not None:
         load_E = group.sum(load_E)
     return scale * (load_E.var(correction=0) / load_E.mean().square().clamp_min(LEAST_SQUARE))
@@ -87,18 +81,19 @@ def variation_plain(
 
 def variation_kept(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> tuple[Tensor, Tensor]:
     """The loss and its slopes over the loads, `scale` included."""
-    load_E = weights.new_zeros(n_experts).scatter_add(0, indices.flatten(), weights.flatten())
+    load_E = _loads(weights, indices, n_experts)
     variance, mean = torch.var_mean(load_E, correction=0)
     square = mean.square()
     clamped = square.clamp_min(LEAST_SQUARE)
-    through_mean = torch.where(square >= LEAST_SQUARE, variance * mean / clamped.square(), 0.0)
+    # The square of what is clamped would be no normal number.
+    through_mean = torch.where(square >= LEAST_SQUARE, variance / clamped * (mean / clamped), 0.0)
     slope_E = ((load_E - mean) / clamped - through_mean) * (2 * scale / n_experts)
     return scale * (variance / clamped), slope_E
 
 
 def variation_backward(grad_loss: Tensor, weights: Tensor, indices: Tensor, slopes: Tensor) -> Tensor:
     """Gradient of the weights."""
-    return grad_loss * slopes[indices]
+    return (grad_loss * slopes[indices]).to(weights.dtype).contiguous()
 
 
 def _fake_switch(logits, indices, weights, mask, scale):
@@ -110,11 +105,12 @@ def _fake_switch_kept(logits, indices, weights, mask, scale):
 
 
 def _fake_variation(weights, indices, n_experts, scale):
-    return weights.new_empty(())
+    return weights.new_empty((), dtype=torch.promote_types(weights.dtype, torch.float32))
 
 
 def _fake_variation_kept(weights, indices, n_experts, scale):
-    return weights.new_empty(()), weights.new_empty(n_experts)
+    loss = _fake_variation(weights, indices, n_experts, scale)
+    return loss, loss.new_empty(n_experts)
 
 
 _switch_balance = define(
@@ -177,7 +173,9 @@ def switch_balance(
     Raises:
         UserError: shapes, dtypes or devices do not fit together, or an index is that of no expert (on a GPU it does not count).
     """
+    require_tensors(weights=weights)
     if group is not None:
+        check_switch(logits, indices, weights, mask, scale)
         return switch_plain(logits, indices, weights, mask, scale, group)
     return call(_switch_balance, (logits, indices, weights.detach(), mask, scale))
 
@@ -195,11 +193,12 @@ def load_variation(
         group: the processes that the batch is spread over; None: this one.
 
     Returns:
-        Scalar, differentiable in the weights; 0 where all loads are equal.
+        Scalar in float32 or wider, differentiable in the weights; 0 where all loads are equal.
 
     Raises:
         UserError: shapes, dtypes or devices do not fit together, or an index is that of no expert (on a GPU it does not count).
     """
     if group is not None:
+        check_variation(weights, indices, n_experts, scale)
         return variation_plain(weights, indices, n_experts, scale, group)
     return call(_load_variation, (weights, indices, n_experts, scale))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_indices, require_one_device, require_tensors
+from sparseffn.ops._checks import check_selections, require_one_device, require_tensors
 from sparseffn.ops.backends import call
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.library import define
@@ -19,32 +19,28 @@ from sparseffn.ops.library import define
 
 def check_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: float, mask: Tensor | None = None) -> None:
     """That they fit together; raises as `over_capacity` documents."""
-    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_experts < 1:
-        raise UserError(
-            f"`indices` must be int64 [T, K], `weights` alike and `n_experts` at least 1; got {indices.dtype} "
-            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_experts}; fix: flatten leading dimensions first"
-        )
-    if not weights.is_floating_point():
-        raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
+    check_selections(indices, weights, n_experts)
     if not (math.isfinite(factor) and factor >= 0):
-        raise UserError(f"`factor` must be a number of at least 0; got {factor}; fix: pass the capacity factor times k")
+        raise UserError(
+            f"`factor` must be a number of at least 0; got {factor}; fix: 1 gives each expert its share of the places"
+        )
     if mask is not None and (mask.shape != indices.shape[:1] or mask.dtype != torch.bool):
         raise UserError(
             f"`mask` must be bool, one a token, shape {tuple(indices.shape[:1])}; "
             f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
         )
-    require_one_device(indices, weights, mask)
-    check_indices(indices, "an expert", n_experts)
+    require_one_device(indices, mask)
 
 
 def over_capacity_plain(
     indices: Tensor, weights: Tensor, n_experts: int, factor: float, mask: Tensor | None = None, group: BatchGroup | None = None
 ) -> Tensor:
     """By PyTorch's operations; also where other processes hold a part of the batch."""
-    n_tokens: float | Tensor = indices.shape[0] if mask is None else mask.sum().double()
+    # A tensor in any case: beside a number places would be compared in float32, which loses some.
+    n_tokens = weights.new_full((), indices.shape[0], dtype=torch.float64) if mask is None else mask.sum().double()
     if group is not None:
-        n_tokens = group.sum(torch.as_tensor(n_tokens, dtype=torch.float64, device=indices.device))
-    capacity = factor * n_tokens / n_experts
+        n_tokens = group.sum(n_tokens)
+    capacity = factor * indices.shape[1] * n_tokens / n_experts
     # Q: a queue for each expert, and one for missing selections, which wait for none.
     missing_TK = weights.detach() <= 0
     queue_R1 = indices.masked_fill(missing_TK, n_experts).view(-1, 1)
@@ -80,16 +76,16 @@ def over_capacity(
     group: BatchGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Which selections find no place where each expert takes at most `factor T / n_experts` of them, first come first served.
+    """Which selections find no place where each expert takes at most `factor K T / n_experts` of them, first come first served.
 
     Args:
         indices: int64 `[T, K]`, 0 to `n_experts` - 1; in the order of the batch, a token's selections one after the other.
         weights: `[T, K]`; a selection whose weight is not above 0 is missing: it takes no place and loses none.
         n_experts: experts, each with its own queue.
-        factor: capacity factor times K.
+        factor: the capacity factor, mu in `sparseffn.ffn.switch`; 1 is what a balanced choice needs.
         mask: bool `[T]`, False for tokens that are not among the T that the capacity is a share of; None: all are.
         group: the processes that the batch is spread over, whose tokens come first in the order of their ranks; None: this one.
-        backend: see `ops.backends`.
+        backend: see `ops.backends`; over a group it is PyTorch's operations that compute.
 
     Returns:
         bool `[T, K]`; not differentiable.
@@ -100,5 +96,6 @@ def over_capacity(
     """
     require_tensors(weights=weights)
     if group is not None:
+        check_capacity(indices, weights, n_experts, factor, mask)
         return over_capacity_plain(indices, weights, n_experts, factor, mask, group)
     return call(_over_capacity, (indices, weights.detach(), n_experts, factor, mask), backend)

@@ -185,5 +185,6 @@ def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float, *, group: B
         UserError: shapes, dtypes or devices do not fit together.
     """
     if group is not None:
+        check_entropy(logits, mask, scale)
         return batch_entropy_plain(logits, mask, scale, group)
     return call(_batch_entropy, (logits, mask, scale))

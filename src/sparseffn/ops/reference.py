@@ -152,7 +152,7 @@ def over_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: floa
         for slot, e in enumerate(row):
             if not weights[t, slot] <= 0:
                 taken[e] += 1
-                over[t, slot] = taken[e] > factor * n_tokens / n_experts
+                over[t, slot] = taken[e] > factor * len(row) * n_tokens / n_experts
     return over
 
 

@@ -116,7 +116,7 @@ def _notes(result: ComparisonResult, rows: list[Row]) -> Iterator[str]:
         yield "n = 1: one seed, so the spread between seeds is not known."
     if result.evaluated_tokens is not None:
         yield (
-            f"Validation and test are of the first {formats.integer(result.evaluated_tokens)} tokens of each split, "
+            f"Validation and test are of at most the first {formats.integer(result.evaluated_tokens)} tokens of each split, "
             "as many as the budget allowed."
         )
     if result.equal_time_s is not None:

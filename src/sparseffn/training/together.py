@@ -46,7 +46,7 @@ def announce(world: World, run: dict[str, Any], corpus: Corpus) -> None:
             "corpus": dataclasses.asdict(corpus.origin),
             "tokenizer": corpus.tokenizer.to_json(),
             "digest": corpus.digest,
-            # A study evaluates on the first tokens of a split.
+            # A study, or a comparison with a budget, evaluates on the first tokens of a split.
             "evaluated": [len(corpus.valid), len(corpus.test)],
         }
     )

@@ -42,6 +42,8 @@ _IDLE = (
     "set_",
     "_reshape_alias",
     "promote_types",
+    # Views that autograd does not know of.
+    "unsafe_split",
 )
 
 

@@ -55,6 +55,6 @@ def over_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: floa
     with device_of(indices):
         masked = None if mask is None else mask.contiguous()
         arguments = (indices.contiguous(), weights.contiguous(), masked, over, indices.shape[0], indices.numel())
-        sizes = {"FACTOR": float(factor), "N_EXPERTS": n_experts, "BLOCK_R": QUEUE, **FUSION}
+        sizes = {"FACTOR": float(factor * indices.shape[1]), "N_EXPERTS": n_experts, "BLOCK_R": QUEUE, **FUSION}
         start(balancing.over_capacity_kernel, n_experts, *arguments, **sizes)
     return over

@@ -1,4 +1,4 @@
-"""Kernels of `ops/counts.py`: a block of tokens writes its sums, a second kernel adds up the blocks in their order.
+"""Kernels of `ops/counts.py` and `ops/balance_losses.py`: blocks of tokens write sums, a second kernel adds them up in order.
 
 Names: p_ pointer (None: not there), b_ block of values, o_ offsets, m_ mask, i_ index of the program. Shapes: ops/README.md.
 """
@@ -72,18 +72,22 @@ def shares_of(p_logits, o_t, m_t, N_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def entropy_shares_kernel(
-    p_logits, p_mask, p_sums, n_tokens, N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    p_logits, p_mask, p_sums, n_tokens, n_blocks, N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """`sums[b, e]`: softmax of the logits, summed over the tokens of block b; behind them the number of these tokens."""
-    i_block = tl.program_id(0).to(tl.int64)
-    o_t, o_e = i_block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    m_t = o_t < n_tokens
-    if p_mask is not None:
-        m_t = m_t & (tl.load(p_mask + o_t, m_t, 0) != 0)
-    b_sum = tl.sum(shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E), 0)
-    p_out = p_sums + i_block * (N_EXPERTS + 1)
-    tl.store(p_out + o_e, b_sum, o_e < N_EXPERTS)
-    tl.store(p_out + N_EXPERTS, tl.sum(m_t.to(tl.float32), 0))
+    """`sums[b, e]`: softmax of the logits, summed over every n_blocks-th tile of tokens; behind them the number of these."""
+    i_block, o_e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    b_sum = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    b_tokens = tl.zeros([BLOCK_T], tl.float32)
+    for i_t in range(i_block * BLOCK_T, n_tokens, n_blocks * BLOCK_T):
+        o_t = (i_t + tl.arange(0, BLOCK_T)).to(tl.int64)
+        m_t = o_t < n_tokens
+        if p_mask is not None:
+            m_t = m_t & (tl.load(p_mask + o_t, m_t, 0) != 0)
+        b_sum += shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E)
+        b_tokens += m_t.to(tl.float32)
+    p_out = p_sums + i_block.to(tl.int64) * (N_EXPERTS + 1)
+    tl.store(p_out + o_e, tl.sum(b_sum, 0), o_e < N_EXPERTS)
+    tl.store(p_out + N_EXPERTS, tl.sum(b_tokens, 0))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -108,24 +112,29 @@ def entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def switch_shares_kernel(
-    p_logits, p_mask, p_indices, p_weights, p_sums, n_tokens, N_EXPERTS: tl.constexpr, K: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    p_logits, p_mask, p_indices, p_weights, p_sums, n_tokens, n_blocks,
+    N_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """As `entropy_shares_kernel`; behind these sums how many selections of block b each expert received."""
-    i_block = tl.program_id(0).to(tl.int64)
-    o_t, o_e = i_block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    m_in = o_t < n_tokens
-    m_t = m_in
-    if p_mask is not None:
-        m_t = m_in & (tl.load(p_mask + o_t, m_in, 0) != 0)
+    """As `entropy_shares_kernel`; behind these sums how many selections of these tokens each expert received."""
+    i_block, o_e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    b_sum = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     b_count = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for i_k in range(K):
-        b_index = tl.load(p_indices + o_t * K + i_k, m_in, -1)
-        m_chosen = tl.load(p_weights + o_t * K + i_k, m_in, 0.0) != 0
-        b_count += tl.where((b_index[:, None] == o_e[None, :]) & m_chosen[:, None], 1.0, 0.0)
-    p_out = p_sums + i_block * (2 * N_EXPERTS + 1)
-    tl.store(p_out + o_e, tl.sum(shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E), 0), o_e < N_EXPERTS)
-    tl.store(p_out + N_EXPERTS, tl.sum(m_t.to(tl.float32), 0))
+    b_tokens = tl.zeros([BLOCK_T], tl.float32)
+    for i_t in range(i_block * BLOCK_T, n_tokens, n_blocks * BLOCK_T):
+        o_t = (i_t + tl.arange(0, BLOCK_T)).to(tl.int64)
+        m_in = o_t < n_tokens
+        m_t = m_in
+        if p_mask is not None:
+            m_t = m_in & (tl.load(p_mask + o_t, m_in, 0) != 0)
+        for i_k in range(K):
+            b_index = tl.load(p_indices + o_t * K + i_k, m_in, -1)
+            m_chosen = tl.load(p_weights + o_t * K + i_k, m_in, 0.0) != 0
+            b_count += tl.where((b_index[:, None] == o_e[None, :]) & m_chosen[:, None], 1.0, 0.0)
+        b_sum += shares_of(p_logits, o_t, m_t, N_EXPERTS, BLOCK_E)
+        b_tokens += m_t.to(tl.float32)
+    p_out = p_sums + i_block.to(tl.int64) * (2 * N_EXPERTS + 1)
+    tl.store(p_out + o_e, tl.sum(b_sum, 0), o_e < N_EXPERTS)
+    tl.store(p_out + N_EXPERTS, tl.sum(b_tokens, 0))
     tl.store(p_out + N_EXPERTS + 1 + o_e, tl.sum(b_count, 0), o_e < N_EXPERTS)
 
 
@@ -155,18 +164,19 @@ def switch_fwd_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def load_sums_kernel(
-    p_weights, p_indices, p_sums, n_tokens,
+    p_weights, p_indices, p_sums, n_tokens, n_blocks,
     N_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """`sums[b, e]`: weights of each expert over the tokens of block b."""
-    i_block = tl.program_id(0).to(tl.int64)
-    o_t, o_e = i_block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    """`sums[b, e]`: weights of each expert, summed over every n_blocks-th tile of tokens."""
+    i_block, o_e = tl.program_id(0), tl.arange(0, BLOCK_E)
     b_sum = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for i_k in range(K):
-        b_index = tl.load(p_indices + o_t * K + i_k, o_t < n_tokens, -1)
-        b_weight = tl.load(p_weights + o_t * K + i_k, o_t < n_tokens, 0.0)
-        b_sum += tl.where(b_index[:, None] == o_e[None, :], b_weight[:, None], 0.0)
-    tl.store(p_sums + i_block * N_EXPERTS + o_e, tl.sum(b_sum, 0), o_e < N_EXPERTS)
+    for i_t in range(i_block * BLOCK_T, n_tokens, n_blocks * BLOCK_T):
+        o_t = (i_t + tl.arange(0, BLOCK_T)).to(tl.int64)
+        for i_k in range(K):
+            b_index = tl.load(p_indices + o_t * K + i_k, o_t < n_tokens, -1)
+            b_weight = tl.load(p_weights + o_t * K + i_k, o_t < n_tokens, 0.0)
+            b_sum += tl.where(b_index[:, None] == o_e[None, :], b_weight[:, None], 0.0)
+    tl.store(p_sums + i_block.to(tl.int64) * N_EXPERTS + o_e, tl.sum(b_sum, 0), o_e < N_EXPERTS)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

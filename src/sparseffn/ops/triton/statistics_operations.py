@@ -19,8 +19,8 @@ from sparseffn.ops.triton.tuning import cdiv, next_power_of_2
 
 # Tokens of a block at 32 units, units and blocks that are looked at at once, numbers that a program holds of a block.
 TOKENS, UNITS, BLOCKS, HELD = 64, 32, 32, 2048
-# Selections of a program that only looks up.
-ROWS = 1024
+# Selections of a program that only looks up, and the most blocks of a loss.
+ROWS, BLOCKS_OF_LOSS = 1024, 256
 # Value tables have too many units for sums of every block.
 _MOST_UNITS = 4096
 
@@ -55,12 +55,12 @@ def batch_entropy_kept(logits: Tensor, mask: Tensor | None, scale: float) -> tup
     if logits.dtype != torch.float32 or logits.shape[0] == 0:
         return plain.batch_entropy_kept(logits, mask, scale)
     logits = logits.contiguous()
-    n_experts, (block_t, block_e) = logits.shape[1], _held(logits)
-    n_blocks = cdiv(logits.shape[0], block_t)
+    n_experts, (block_t, block_e) = logits.shape[1], _held(logits.shape[1])
+    n_blocks = _blocks(logits.shape[0], block_t)
     sums = logits.new_empty(n_blocks * (n_experts + 1))
     with device_of(logits):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (logits, _whole(mask), sums, logits.shape[0])
+        arguments = (logits, _whole(mask), sums, logits.shape[0], n_blocks)
         start(statistics_kernels.entropy_shares_kernel, n_blocks, *arguments, BLOCK_T=block_t, **sizes)
         return _finish(statistics_kernels.entropy_fwd_kernel, sums, n_blocks, scale, sizes)
 
@@ -70,7 +70,7 @@ def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | Non
     if logits.dtype != torch.float32 or logits.shape[0] == 0:
         return plain.mean_softmax_backward(grad_loss, logits, mask, scale, slopes)
     logits, grad = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
-    (n_tokens, n_experts), (block_t, block_e) = logits.shape, _held(logits)
+    (n_tokens, n_experts), (block_t, block_e) = logits.shape, _held(logits.shape[1])
     with device_of(logits):
         arguments = (grad_loss.contiguous(), logits, _whole(mask), slopes.contiguous(), grad, n_tokens, float(scale))
         sizes = {"N_EXPERTS": n_experts, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_M": HELD, **FUSION}
@@ -90,12 +90,12 @@ def switch_balance_kept(
     if logits.dtype != torch.float32 or logits.shape[0] == 0:
         return balance_losses.switch_kept(logits, indices, weights, mask, scale)
     logits, (n_tokens, k) = logits.contiguous(), indices.shape
-    n_experts, (block_t, block_e) = logits.shape[1], _held(logits)
-    n_blocks = cdiv(n_tokens, block_t)
+    n_experts, (block_t, block_e) = logits.shape[1], _held(logits.shape[1])
+    n_blocks = _blocks(n_tokens, block_t)
     sums = logits.new_empty(n_blocks * (2 * n_experts + 1))
     with device_of(logits):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (logits, _whole(mask), indices.contiguous(), weights.contiguous(), sums, n_tokens)
+        arguments = (logits, _whole(mask), indices.contiguous(), weights.contiguous(), sums, n_tokens, n_blocks)
         start(statistics_kernels.switch_shares_kernel, n_blocks, *arguments, K=k, BLOCK_T=block_t, **sizes)
         return _finish(statistics_kernels.switch_fwd_kernel, sums, n_blocks, scale, sizes)
 
@@ -114,13 +114,12 @@ def load_variation_kept(weights: Tensor, indices: Tensor, n_experts: int, scale:
     if weights.dtype != torch.float32 or weights.numel() == 0:
         return balance_losses.variation_kept(weights, indices, n_experts, scale)
     n_tokens, k = indices.shape
-    block_e = next_power_of_2(n_experts)
-    block_t = max(1, min(TOKENS, HELD // block_e))
-    n_blocks = cdiv(n_tokens, block_t)
+    block_t, block_e = _held(n_experts)
+    n_blocks = _blocks(n_tokens, block_t)
     sums = weights.new_empty(n_blocks * n_experts)
     with device_of(weights):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (weights.contiguous(), indices.contiguous(), sums, n_tokens)
+        arguments = (weights.contiguous(), indices.contiguous(), sums, n_tokens, n_blocks)
         start(statistics_kernels.load_sums_kernel, n_blocks, *arguments, K=k, BLOCK_T=block_t, **sizes)
         least = {"LEAST": balance_losses.LEAST_SQUARE}
         return _finish(statistics_kernels.load_fwd_kernel, sums, n_blocks, scale, {**sizes, **least})
@@ -149,7 +148,12 @@ def _whole(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous()
 
 
-def _held(logits: Tensor) -> tuple[int, int]:
-    """Tokens and experts of a block."""
-    block_e = next_power_of_2(logits.shape[1])
+def _held(n_experts: int) -> tuple[int, int]:
+    """Tokens and experts of a tile."""
+    block_e = next_power_of_2(n_experts)
     return max(1, min(TOKENS, HELD // block_e)), block_e
+
+
+def _blocks(n_tokens: int, block_t: int) -> int:
+    """Blocks that tiles of tokens are dealt out to: of many experts a tile has few, and one program adds up all blocks."""
+    return min(BLOCKS_OF_LOSS, cdiv(n_tokens, block_t))
