@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+from sparseffn.ffn import method_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 
+# Whose training draws nothing, so that a replay is the step itself.
+CAPTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sigma-moe": ("sigma-moe", {"k": 2, "entropy_weight": 0.01}),
+    "gated": ("sigma-moe", {"k": 2, "entropy_weight": 0.01, "gated": True}),
+    "capacity": ("switch", {"capacity_factor": 1.0}),
+    "s-base": ("s-base", {"k": 2}),
+}
+COUNTED = {**CAPTURED, "noisy-moe": ("noisy-moe", {"k": 2})}
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_training_step_is_captured(gated: bool) -> None:
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_training_step_is_captured(name: str) -> None:
     """Steps of SGD with statistics and the balancing loss, replayed: the same parameters as without a graph."""
-    config = SigmaMoEConfig(d_model=64, n_experts=8, expert_size=32, k=2, gated=gated, entropy_weight=0.01)
+    method, options = CAPTURED[name]
+    config = method_class(method)(d_model=64, n_experts=8, expert_size=32, **options)
     torch.manual_seed(0)
     batches = [torch.randn(100, 64, device="cuda") for _ in range(4)]
     plain, captured = (config.build().cuda().train() for _ in range(2))
@@ -47,13 +59,13 @@ def test_training_step_is_captured(gated: bool) -> None:
         assert torch.equal(got, wanted)
 
 
-def test_layer_launches_few_kernels() -> None:
+@pytest.mark.parametrize("name", COUNTED)
+def test_layer_launches_few_kernels(name: str) -> None:
     """By PyTorch's profiler: 12 kernels forward, 14 backward, statistics 4 more."""
     from torch.profiler import ProfilerActivity, profile
 
-    layer = (
-        SigmaMoEConfig(d_model=512, n_experts=16, expert_size=128, k=4, entropy_weight=0.01).build().cuda().bfloat16().train()
-    )
+    method, options = COUNTED[name]
+    layer = method_class(method)(d_model=512, n_experts=16, expert_size=128, **options).build().cuda().bfloat16().train()
     x = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
     leaves = [x, *layer.parameters()]
