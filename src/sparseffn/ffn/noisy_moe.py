@@ -74,6 +74,11 @@ class NoisyMoEConfig(TopKMixtureConfig):
         """Also both selectors as one matrix."""
         return TopKMixtureConfig.saved_bytes(self, n_tokens, itemsize) + 2 * self.n_experts * self.d_model * itemsize
 
+    def input_bytes(self, n_tokens: int, *, half: bool = False) -> int:
+        """Autocast leaves that matrix in float32, of which `saved_bytes` in half precision counts the half."""
+        rest = 2 * self.n_experts * self.d_model * 2 if half else 0
+        return TopKMixtureConfig.input_bytes(self, n_tokens, half=half) + rest
+
     @classmethod
     def examples(cls) -> list[FFNConfig]:
         return [
