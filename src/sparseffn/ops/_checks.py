@@ -48,21 +48,21 @@ def check_indices(indices: Tensor, what: str, n: int, name: str = "indices") -> 
         raise UserError(f"`{name}` must be between 0 and {n - 1}, {what} each; got one outside; fix: check what selects them")
 
 
-def check_selections(indices: Tensor, weights: Tensor, n_experts: int) -> None:
-    """That they are a router's choice among so many experts.
+def check_selections(indices: Tensor, weights: Tensor, n: int, *, size: str = "n_experts", what: str = "an expert") -> None:
+    """That they are a choice of each token among n experts, or of `what` else, whose number is called `size`.
 
     Raises:
-        UserError: shapes, dtypes or devices do not fit together, or an index is that of no expert.
+        UserError: shapes, dtypes or devices do not fit together, or an index is outside 0..n-1.
     """
-    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_experts < 1:
+    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n < 1:
         raise UserError(
-            f"`indices` must be int64 [T, K], `weights` alike and `n_experts` at least 1; got {indices.dtype} "
-            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_experts}; fix: flatten leading dimensions first"
+            f"`indices` must be int64 [T, K], `weights` alike and `{size}` at least 1; got {indices.dtype} "
+            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n}; fix: flatten leading dimensions first"
         )
     if not weights.is_floating_point():
         raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
     require_one_device(indices, weights)
-    check_indices(indices, "an expert", n_experts)
+    check_indices(indices, what, n)
 
 
 def require_kind(name: str, kind: str, argument: object) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_indices, require_one_device, require_tensors
+from sparseffn.ops._checks import check_selections, require_one_device, require_tensors
 from sparseffn.ops.backends import call
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.library import Kept, define
@@ -24,15 +24,7 @@ NEVER = -1e30
 
 def check_counts(indices: Tensor, weights: Tensor, n_units: int) -> None:
     """That they fit together; raises as `routing_counts` documents."""
-    if indices.dim() != 2 or weights.shape != indices.shape or indices.dtype != torch.int64 or n_units < 1:
-        raise UserError(
-            f"`indices` must be int64 [T, K], `weights` alike and `n_units` at least 1; got {indices.dtype} "
-            f"{tuple(indices.shape)}, {tuple(weights.shape)} and {n_units}; fix: flatten leading dimensions first"
-        )
-    if not weights.is_floating_point():
-        raise UserError(f"`weights` must be floating; got {weights.dtype}; fix: cast them")
-    require_one_device(indices, weights)
-    check_indices(indices, "a unit", n_units)
+    check_selections(indices, weights, n_units, size="n_units", what="a unit")
 
 
 def check_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> None:
