@@ -65,6 +65,20 @@ def check_selections(indices: Tensor, weights: Tensor, n: int, *, size: str = "n
     check_indices(indices, what, n)
 
 
+def check_mask(mask: Tensor | None, rows: Tensor) -> None:
+    """That it says of each row whether it counts.
+
+    Raises:
+        UserError: it is not bool, of another number of rows, or on another device.
+    """
+    if mask is not None and (mask.shape != rows.shape[:1] or mask.dtype != torch.bool):
+        raise UserError(
+            f"`mask` must be bool, one a token, shape {tuple(rows.shape[:1])}; "
+            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
+        )
+    require_one_device(rows, mask)
+
+
 def require_kind(name: str, kind: str, argument: object) -> None:
     """That an argument is what its schema says: "Tensor", or "int?" for one that may be None. Lists are PyTorch's to check.
 

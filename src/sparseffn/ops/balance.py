@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import require_one_device, require_tensors
+from sparseffn.ops._checks import check_mask, require_tensors
 from sparseffn.ops.assignment import assign_balanced
 from sparseffn.ops.backends import call
 from sparseffn.ops.counts import NEVER
@@ -64,12 +64,7 @@ def check_sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: flo
         raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
     if not scores.is_floating_point():
         raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
-    if mask is not None and (mask.shape != scores.shape[:1] or mask.dtype != torch.bool):
-        raise UserError(
-            f"`mask` must be bool, one a token, shape {tuple(scores.shape[:1])}; "
-            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
-        )
-    require_one_device(scores, mask)
+    check_mask(mask, scores)
 
 
 def check_assignment(scores: Tensor) -> None:

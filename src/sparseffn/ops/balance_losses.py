@@ -63,25 +63,21 @@ def switch_kept(
     return scale * loss, n_experts * share_E
 
 
-def _loads(weights: Tensor, indices: Tensor, n_experts: int) -> Tensor:
-    """Summed weights of each expert, in float32 or wider."""
-    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    return wide.new_zeros(n_experts).scatter_add(0, indices.flatten(), wide.flatten())
-
-
 def variation_plain(
     weights: Tensor, indices: Tensor, n_experts: int, scale: float, group: BatchGroup | None = None
 ) -> Tensor:  # fmt: skip
     """By PyTorch's operations; also where other processes hold a part of the batch."""
-    load_E = _loads(weights, indices, n_experts)
+    return variation_kept(weights, indices, n_experts, scale, group)[0]
+
+
+def variation_kept(
+    weights: Tensor, indices: Tensor, n_experts: int, scale: float, group: BatchGroup | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss and its slopes over the loads, `scale` included; loads are summed in float32 or wider."""
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    load_E = wide.new_zeros(n_experts).scatter_add(0, indices.flatten(), wide.flatten())
     if group is not None:
         load_E = group.sum(load_E)
-    return scale * (load_E.var(correction=0) / load_E.mean().square().clamp_min(LEAST_SQUARE))
-
-
-def variation_kept(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The loss and its slopes over the loads, `scale` included."""
-    load_E = _loads(weights, indices, n_experts)
     variance, mean = torch.var_mean(load_E, correction=0)
     square = mean.square()
     clamped = square.clamp_min(LEAST_SQUARE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseffn.errors import UserError
-from sparseffn.ops._checks import check_selections, require_one_device, require_tensors
+from sparseffn.ops._checks import check_mask, check_selections, require_tensors
 from sparseffn.ops.backends import call
 from sparseffn.ops.batch_group import BatchGroup
 from sparseffn.ops.library import define
@@ -24,12 +24,7 @@ def check_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: flo
         raise UserError(
             f"`factor` must be a number of at least 0; got {factor}; fix: 1 gives each expert its share of the places"
         )
-    if mask is not None and (mask.shape != indices.shape[:1] or mask.dtype != torch.bool):
-        raise UserError(
-            f"`mask` must be bool, one a token, shape {tuple(indices.shape[:1])}; "
-            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
-        )
-    require_one_device(indices, mask)
+    check_mask(mask, indices)
 
 
 def over_capacity_plain(

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseffn.ops.balance import check_sinkhorn, sinkhorn_plain
 from sparseffn.ops.capacity import check_capacity, over_capacity_plain
 from sparseffn.ops.triton import balancing
-from sparseffn.ops.triton.launch import FUSION, device_of, start
+from sparseffn.ops.triton.launch import FUSION, device_of, start, whole
 from sparseffn.ops.triton.tuning import cdiv, next_power_of_2
 
 # Tokens that a program of Sinkhorn sees at once at 32 experts, numbers that it holds, stretches that the tokens are cut into at
@@ -29,7 +29,6 @@ def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) ->
     if scores.dtype != torch.float32 or n_experts > _MOST_EXPERTS or 0 in (n_tokens, n_experts, n_rounds):
         return sinkhorn_plain(scores, mask, n_rounds, sign)
     rows, balanced = scores.contiguous(), torch.empty_like(scores, memory_format=torch.contiguous_format)
-    taking = None if mask is None else mask.contiguous()
     block_e = next_power_of_2(n_experts)
     block_t = max(1, min(TOKENS, HELD // block_e))
     n_parts = min(PARTS, cdiv(n_tokens, block_t))
@@ -39,7 +38,7 @@ def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) ->
     with device_of(rows):
         for _ in range(n_rounds):
             before, terms = terms, rows.new_empty(n_parts, 2 * n_experts + 1)
-            arguments = (rows, taking, before, terms, n_tokens, n_parts)
+            arguments = (rows, whole(mask), before, terms, n_tokens, n_parts)
             start(balancing.sinkhorn_round_kernel, n_parts, *arguments, SIGN=sign, **sizes)
         arguments = (rows, terms, balanced, n_tokens, n_parts)
         start(balancing.sinkhorn_fwd_kernel, cdiv(n_tokens, block_t), *arguments, **sizes)
@@ -53,8 +52,7 @@ def over_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: floa
         return over_capacity_plain(indices, weights, n_experts, factor, mask)
     over = torch.empty_like(indices, dtype=torch.bool, memory_format=torch.contiguous_format)
     with device_of(indices):
-        masked = None if mask is None else mask.contiguous()
-        arguments = (indices.contiguous(), weights.contiguous(), masked, over, indices.shape[0], indices.numel())
+        arguments = (indices.contiguous(), weights.contiguous(), whole(mask), over, indices.shape[0], indices.numel())
         sizes = {"FACTOR": float(factor * indices.shape[1]), "N_EXPERTS": n_experts, "BLOCK_R": QUEUE, **FUSION}
         start(balancing.over_capacity_kernel, n_experts, *arguments, **sizes)
     return over

@@ -212,6 +212,11 @@ def with_lines(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and (rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]) else rows.contiguous()
 
 
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, where there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def segments(targets: Tensor, n_targets: int) -> tuple[Tensor, Tensor]:
     """Entries sorted stably by target, and where those of each target start: a fixed order of summation without atomics.
 

@@ -16,7 +16,7 @@ from sparseffn.ops.plain import with_noise
 from sparseffn.ops.route import check_route
 from sparseffn.ops.router_logits import check_router
 from sparseffn.ops.triton import router
-from sparseffn.ops.triton.launch import FUSION, check_tensors, device_of, parts_of, start, sum_parts, with_lines
+from sparseffn.ops.triton.launch import FUSION, check_tensors, device_of, parts_of, start, sum_parts, whole, with_lines
 from sparseffn.ops.triton.tuning import MIN_BLOCK, cdiv, next_power_of_2
 
 # Sides of the tiles of the three small products, and the elements that one program ranks.
@@ -109,13 +109,9 @@ def _choose(
     gates, indices = logits.new_empty(n_tokens, k), logits.new_empty(n_tokens, k, dtype=torch.int64)
     with device_of(logits):
         n_programs, sizes = _ranks(logits, k, gate)
-        arguments = (logits, _whole(keep), _whole(ranks), spread, _whole(noise), indices, gates, shares, n_tokens)
+        arguments = (logits, whole(keep), whole(ranks), spread, whole(noise), indices, gates, shares, n_tokens)
         start(router.route_fwd_kernel, n_programs, *arguments, **sizes)
     return gates, indices
-
-
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _ranks(logits: Tensor, k: int, gate: str) -> tuple[int, dict[str, Any]]:
@@ -132,14 +128,14 @@ def route_backward(
     gates: Tensor, shares: Tensor, needed: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of x and of the selector, those that are needed."""
-    whole = gates.new_empty(x.shape[0], selector.shape[0])
-    through_logits, through_gates = (None if g is None else g.contiguous() for g in (grad_logits, grad_gates))
+    grad_scores = gates.new_empty(x.shape[0], selector.shape[0])
+    through_logits, through_gates = whole(grad_logits), whole(grad_gates)
     with device_of(x):
-        n_programs, sizes = _ranks(whole, k, gate)
+        n_programs, sizes = _ranks(grad_scores, k, gate)
         kept = (indices.contiguous(), gates.contiguous(), shares.contiguous())
-        arguments = (through_logits, through_gates, *kept, None, None, whole, None, x.shape[0])
+        arguments = (through_logits, through_gates, *kept, None, None, grad_scores, None, x.shape[0])
         start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
-    return router_logits_backward(whole, x, selector, needed)
+    return router_logits_backward(grad_scores, x, selector, needed)
 
 
 def choose(
@@ -171,7 +167,7 @@ def choose_backward(
     grad_spread = logits.new_empty(0 if spread is None else logits.shape)
     with device_of(logits):
         n_programs, sizes = _ranks(logits, k, gate)
-        kept = (indices.contiguous(), gates.contiguous(), shares, spread, _whole(noise))
+        kept = (indices.contiguous(), gates.contiguous(), shares, spread, whole(noise))
         arguments = (None, grad_gates.contiguous(), *kept, grad_logits, grad_spread, logits.shape[0])
         start(router.route_bwd_logits_kernel, n_programs, *arguments, **sizes)
     return grad_logits, grad_spread

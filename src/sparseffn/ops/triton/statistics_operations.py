@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseffn.ops import balance_losses
 from sparseffn.ops import counts as plain
 from sparseffn.ops.triton import statistics_kernels
-from sparseffn.ops.triton.launch import FUSION, device_of, start
+from sparseffn.ops.triton.launch import FUSION, device_of, start, whole
 from sparseffn.ops.triton.tuning import cdiv, next_power_of_2
 
 # Tokens of a block at 32 units, units and blocks that are looked at at once, numbers that a program holds of a block.
@@ -60,7 +60,7 @@ def batch_entropy_kept(logits: Tensor, mask: Tensor | None, scale: float) -> tup
     sums = logits.new_empty(n_blocks * (n_experts + 1))
     with device_of(logits):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (logits, _whole(mask), sums, logits.shape[0], n_blocks)
+        arguments = (logits, whole(mask), sums, logits.shape[0], n_blocks)
         start(statistics_kernels.entropy_shares_kernel, n_blocks, *arguments, BLOCK_T=block_t, **sizes)
         return _finish(statistics_kernels.entropy_fwd_kernel, sums, n_blocks, scale, sizes)
 
@@ -72,7 +72,7 @@ def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | Non
     logits, grad = logits.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
     (n_tokens, n_experts), (block_t, block_e) = logits.shape, _held(logits.shape[1])
     with device_of(logits):
-        arguments = (grad_loss.contiguous(), logits, _whole(mask), slopes.contiguous(), grad, n_tokens, float(scale))
+        arguments = (grad_loss.contiguous(), logits, whole(mask), slopes.contiguous(), grad, n_tokens, float(scale))
         sizes = {"N_EXPERTS": n_experts, "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_M": HELD, **FUSION}
         start(statistics_kernels.shares_bwd_kernel, cdiv(n_tokens, block_t), *arguments, **sizes)
     return grad
@@ -95,7 +95,7 @@ def switch_balance_kept(
     sums = logits.new_empty(n_blocks * (2 * n_experts + 1))
     with device_of(logits):
         sizes = {"N_EXPERTS": n_experts, "BLOCK_E": block_e, **FUSION}
-        arguments = (logits, _whole(mask), indices.contiguous(), weights.contiguous(), sums, n_tokens, n_blocks)
+        arguments = (logits, whole(mask), indices.contiguous(), weights.contiguous(), sums, n_tokens, n_blocks)
         start(statistics_kernels.switch_shares_kernel, n_blocks, *arguments, K=k, BLOCK_T=block_t, **sizes)
         return _finish(statistics_kernels.switch_fwd_kernel, sums, n_blocks, scale, sizes)
 
@@ -142,10 +142,6 @@ def _finish(kernel: Any, sums: Tensor, n_blocks: int, scale: float, sizes: dict[
     loss, slopes = sums.new_empty(()), sums.new_empty(sizes["N_EXPERTS"])
     start(kernel, 1, sums, loss, slopes, n_blocks, float(scale), BLOCK_B=max(1, HELD // sizes["BLOCK_E"]), **sizes)
     return loss, slopes
-
-
-def _whole(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
 
 
 def _held(n_experts: int) -> tuple[int, int]:
