@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import interpreted_checks
+import launch_checks
 import numpy as np
 import patched_interpreter
 import torch
@@ -322,7 +323,8 @@ def main() -> None:
     work: dict[str, Callable[[], object]] = {case.name: lambda case=case: check(case) for case in cases}
     if what == "mistakes":
         work = {mutant.name: lambda mutant=mutant: check_mutant(mutant) for mutant in MUTANTS}
-        work |= {name: getattr(interpreted_checks, name) for name in CHECKS}
+        checks = vars(interpreted_checks) | vars(launch_checks)
+        work |= {name: checks[name] for name in CHECKS}
     found: dict[str, str] = {}
     for name, function in work.items():
         if time.monotonic() > stop:

@@ -95,7 +95,7 @@ def test_mistake_in_a_kernel_is_caught(mistakes: Outcomes, mutant: Mutant) -> No
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted_backend(mistakes: Outcomes, name: str) -> None:
-    """See the function of that name in `interpreted_checks.py`."""
+    """See the function of that name in `interpreted_checks.py` or `launch_checks.py`."""
     assert mistakes[name] == ""
 
 

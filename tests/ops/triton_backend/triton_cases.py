@@ -328,7 +328,7 @@ MUTANTS = [
     Mutant("width-mask-missing", "weighted_rows", "sums", "m_d = o_d < n_width\n", "m_d = o_d >= 0\n"),
 ]
 
-# Names of the functions of `interpreted_checks.py`.
+# Names of the functions of `interpreted_checks.py` and `launch_checks.py`.
 CHECKS = (
     "float64_is_refused",
     "cpu_is_refused",
