@@ -76,6 +76,26 @@ def test_gradients_of_whole_lines_are_not_copied(layout, dtype):
     assert both.grad.is_contiguous() and both.grad.untyped_storage().nbytes() == both.nbytes
 
 
+@pytest.mark.parametrize("layout", ["out-in", "out-in-interleaved", "in-out"])
+def test_the_halves_of_a_transposed_weight(layout):
+    """A weight is transposed before it is halved, or after: the same gradient, without a copy."""
+    _, dim, interleaved = LAYOUTS[layout]
+    both, *rest = draw(layout)
+    found = copies(both, compute(ops.halves(both.transpose(1, 2), dim=3 - dim, interleaved=interleaved), *rest).sum())
+    assert not found and both.grad.is_contiguous() and both.grad.untyped_storage().nbytes() == both.nbytes
+    (wanted,) = torch.autograd.grad(compute(views(both, dim, interleaved), *rest).sum(), both)
+    assert torch.equal(both.grad, wanted)
+
+
+def test_a_weight_with_gaps_is_joined():
+    """Every second line of a larger one."""
+    larger = torch.randn(E, 4 * G, D).requires_grad_()
+    _, *rest = draw("out-in")
+    pairs = ops.halves(larger[:, ::2], dim=1), views(larger[:, ::2], 1, False)
+    found, wanted = (torch.autograd.grad(compute(pair, *rest).sum(), larger)[0] for pair in pairs)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("unused", [0, 1])
 def test_one_half_alone(layout, unused):

@@ -19,7 +19,7 @@ def halves(both: Tensor, *, dim: int, interleaved: bool = False) -> tuple[Tensor
     """Both halves of a weight as views: its first and last lines along `dim`, or its even and odd ones.
 
     In training on a CPU, `experts` writes the gradients of such keys and gate keys into one tensor in the order of `both`,
-    which is then its gradient; even and odd columns, and those of other devices, are joined by a copy.
+    whichever of its dimensions lies innermost, which is then its gradient; even and odd columns, and those of other devices, are joined by a copy.
 
     Args:
         both: `[..., 2 G, ...]`, 2 G along `dim`.
@@ -32,7 +32,7 @@ def halves(both: Tensor, *, dim: int, interleaved: bool = False) -> tuple[Tensor
     if not -both.dim() <= dim < both.dim() or both.shape[dim] % 2:
         raise UserError(f"`both` must have an even size in dimension {dim}; got a tensor of shape {tuple(both.shape)}")
     dim %= both.dim()
-    if both.requires_grad and torch.is_grad_enabled() and both.is_contiguous() and not is_watched((both,)):
+    if both.requires_grad and torch.is_grad_enabled() and not is_watched((both,)) and _has_no_gaps(both):
         return _Halves.apply(both, dim, interleaved)
     return _views(both, dim, interleaved)
 
@@ -54,13 +54,15 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-        ctx.dim, ctx.interleaved = dim, interleaved
+        ctx.dim, ctx.interleaved, ctx.strides = dim, interleaved, both.stride()
         return _views(both, dim, interleaved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         first, second = grads
-        whole = None if torch.is_grad_enabled() or is_watched(grads) else _shared(first, second, ctx.dim, ctx.interleaved)
+        whole = None
+        if not torch.is_grad_enabled() and not is_watched(grads):
+            whole = _shared(first, second, ctx.dim, ctx.interleaved, ctx.strides)
         return _joined(first, second, ctx.dim, ctx.interleaved) if whole is None else whole, None, None
 
     @staticmethod
@@ -68,8 +70,18 @@ class _Halves(torch.autograd.Function):
         return _views(tangents[0], ctx.dim, ctx.interleaved)
 
 
-def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tensor | None:
-    """The tensor whose halves these are, if there is one."""
+def _has_no_gaps(both: Tensor) -> bool:
+    """Whether each place between its first number and its last in memory is one of its own, in whichever order."""
+    reached = 1
+    for step, size in sorted((step, size) for step, size in zip(both.stride(), both.shape, strict=True) if size != 1):
+        if step != reached:
+            return False
+        reached *= size
+    return True
+
+
+def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool, strides: tuple[int, ...]) -> Tensor | None:
+    """The tensor, without gaps, whose halves these are, if there is one."""
     try:
         memory = first.untyped_storage()
     # What batched gradients say, which have none.
@@ -77,7 +89,7 @@ def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool) -> Tenso
         return None
     if memory.nbytes() != 2 * first.nbytes:
         return None
-    whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(memory).view(_shape_of_both(first, dim))
+    whole = torch.empty(0, dtype=first.dtype, device=first.device).set_(memory, 0, _shape_of_both(first, dim), strides)
     pairs = zip(_views(whole, dim, interleaved), (first, second), strict=True)
     return whole if all(_are_same(*pair) for pair in pairs) else None
 

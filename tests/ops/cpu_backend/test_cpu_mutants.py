@@ -53,8 +53,8 @@ MUTANTS = {
     ),
     "part-of-a-sum-lost": Mutant(
         "product.h",
-        "acc[i][j] += part[i][j];\n    }\n    next.at",
-        "acc[i][j] = part[i][j];\n    }\n    next.at",
+        "acc[i][j] += part[i][j];\n    }\n}\n\n// acc[i][j] = sum_r",
+        "acc[i][j] = part[i][j];\n    }\n}\n\n// acc[i][j] = sum_r",
         "experts",
     ),
     "wrong-slope": Mutant("activations.h", "kept > C(0) ? C(1) : C(0)", "C(1)", "experts"),
@@ -68,7 +68,7 @@ MUTANTS = {
     "stride-of-dots-forgotten": Mutant(
         "matrix.h", "(a, n, b.data, b.column, depth, columns", "(a, n, b.data, depth, depth, columns", "layouts"
     ),
-    "packed-matrix-of-another": Mutant("matrix.h", "if (held.data != b.data ||", "if (held.data == nullptr ||", "layouts"),
+    "first-panel-packed-again": Mutant("matrix.h", "from = b.from(0, first)", "from = b.from(0, 0)", "layouts"),
     "ragged-dots-cut": Mutant(
         "dots.h", "if (const int64_t n = depth - k)", "if (const int64_t n = depth - k; n > 1)", "layouts"
     ),
@@ -111,7 +111,7 @@ MUTANTS = {
     ),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
     "turn-as-if-never-short": Mutant(
-        "product_pairs.h", "std::min(kPairsBetween, depth / 2 - begin)", "kPairsBetween", "pairs", "experts_bf16.cpp"
+        "product_pairs.h", "std::min(kPairsOfTurn, depth / 2 - begin)", "kPairsOfTurn", "pairs", "experts_bf16.cpp"
     ),
     "turns-all-of-the-first-columns": Mutant(
         "product_pairs.h", "panel + begin * N * kPairLanes", "panel", "pairs", "experts_bf16.cpp"

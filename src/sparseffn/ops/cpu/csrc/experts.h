@@ -86,7 +86,8 @@ void down(const Problem<S>& p, int64_t expert, Range rows, Range units, const A*
     if (p.value_bias && units.begin == 0) add_value_bias(p, expert, rows, y);
     for (int64_t i = 0; i < n; ++i) ws.to[i] = y + p.routing.token(rows.begin + i) * p.width;
     if (takes_active(p, n)) return down_active(values, n, size, p.width, wide, ws);
-    const Fetch next = expert + 1 < p.routing.experts ? fetch(p.keys.of(expert + 1), p.width, p.size) : Fetch{};
+    const Coming next =
+        expert + 1 < p.routing.experts ? first_lines(keys_of(p, expert + 1, 0), p.width, p.size) : Coming{};
     multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(n, next, once));
 }
 

@@ -52,7 +52,7 @@ template <class S> struct BackwardWorkspace {
           padded((many ? kDepth : most) * kVectors * kLanes<C>),
           sums(many ? std::max(kBlock, p.size) * kVectors * kLanes<C> : 0),
           block(many ? most * kBlock : 0),
-          scratch(padded_size<C>(std::max(p.width, 2 * p.size)), p.width * p.size * (p.interleaved() ? 2 : 1)),
+          scratch(panel_size<C>(std::max(p.width, 2 * p.size))),
           inputs(most), sent(most), d_rows(most), gate_rows(most), scaled_rows(most), joint_rows(most),
           padded_rows(many ? kDepth : most), to(most), bias(std::max(p.width, p.size)) {}
 };

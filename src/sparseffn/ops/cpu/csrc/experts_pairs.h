@@ -64,7 +64,7 @@ struct UnitsPart {
     int64_t tiles() const { return (rows.end - rows.begin + kPairRows - 1) / kPairRows; }
     // The panel in [width, size].
     Matrix<bf16> of(const Matrices<bf16>& m) const { return m.of(expert).from(0, units.begin); }
-    Coming coming(const Matrices<bf16>& m, int64_t depth) const { return m ? Coming(of(m), depth, n_units()) : Coming(); }
+    Coming coming(const Matrices<bf16>& m, int64_t depth) const { return m ? coming_of(of(m), depth, n_units()) : Coming(); }
 };
 
 inline std::vector<UnitsPart> units_parts(const Routing& routing, const Panels& panels) {
@@ -102,7 +102,8 @@ inline void units_of(const Problem<bf16>& p, const UnitsPart& part, const UnitsP
     const Range units = part.units;
     const int64_t n_units = part.n_units();
     Coming keys = following.coming(p.keys, p.width), gate_keys = following.coming(p.gate_keys, p.width);
-    const int64_t lines = keys.share(part.tiles(), p.width), gate_lines = gate_keys.share(part.tiles(), p.width);
+    const int64_t turns = part.tiles() * turns_in(p.width);
+    const int64_t lines = keys.share(turns), gate_lines = gate_keys.share(turns);
     pack_panel(part.of(p.keys), p.width, n_units, ws.panel.data());
     if (p.gate_keys) pack_panel(part.of(p.gate_keys), p.width, n_units, ws.gate_panel.data());
     const auto bias = [&](const bf16* of, float* row) {
@@ -175,7 +176,7 @@ struct Piece {
     Piece after(int64_t whole, int64_t most) const { return {of, {depth.end, std::min(depth.end + most, whole)}}; }
     Matrix<bf16> from(int64_t column) const { return of.from(depth.begin, column); }
     int64_t size() const { return depth.end - depth.begin; }
-    Coming coming(int64_t columns) const { return Coming(from(0), size(), columns); }
+    Coming coming(int64_t columns) const { return coming_of(from(0), size(), columns); }
 };
 
 // y[token][columns] = sum over the token's rows of all products, and of their expert's bias of values times the gate.
@@ -214,7 +215,7 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
                 if (below.size()) next = below.coming(n);
                 else if (expert < p.routing.experts)
                     next = Piece::first(products[more ? m + 1 : 0], expert, columns.begin, parts.depth).coming(n);
-                const int64_t lines = next.share(tiles * panels.n, piece.size());
+                const int64_t lines = next.share(tiles * panels.n * turns_in(piece.size()));
                 for (int64_t panel = 0; panel < panels.n; ++panel) {
                     const Range own = panels.at(panel);
                     pack_panel(piece.from(own.begin), piece.size(), own.end - own.begin, ws.panel.data());

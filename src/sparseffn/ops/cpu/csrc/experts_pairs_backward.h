@@ -163,7 +163,7 @@ inline void hidden_gradients_of(const Problem<bf16>& p, const Gradients<bf16>& g
     const Matrices<bf16> values = p.values.transposed();
     const int64_t n_units = part.n_units();
     Coming next = following.coming(values, p.width);
-    const int64_t lines = next.share(part.tiles(), p.width);
+    const int64_t lines = next.share(part.tiles() * turns_in(p.width));
     pack_panel(part.of(values), p.width, n_units, ws.panel.data());
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
         const int64_t n = std::min(kWaiting, part.rows.end - first);

@@ -48,40 +48,59 @@ template <class S> void set_to_zero(const OutMatrices<S>& m, int64_t e, int64_t 
     for (int64_t r = 0; r < rows; ++r) std::memset(static_cast<void*>(m.of(e) + r * m.ld()), 0, columns * sizeof(S));
 }
 
-// The whole of a matrix, if it lies in one piece.
-template <class S> Fetch fetch(const Matrix<S>& m, int64_t rows, int64_t columns) {
-    const bool dense = (m.column == 1 && m.row == columns) || (m.row == 1 && m.column == rows);
-    return dense ? Fetch::of(m.data, rows * columns) : Fetch{};
+// The lines of B [depth, columns].
+template <class S> Coming coming_of(const Matrix<S>& b, int64_t depth, int64_t columns) {
+    if (b.column == 1) return {b.data, depth, b.row, columns};
+    if (b.row == 1) return {b.data, columns, b.column, depth};
+    return {};
 }
 
-// to [rows, columns] = a, by one thread.
-template <class S> void pack(const Matrix<S>& a, int64_t rows, int64_t columns, S* to) {
-    if (a.row == 1) return transpose(a.data, columns, rows, a.column, to, columns);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) to[r * columns + c] = *a.at(r, c);
+// What a product with B reads first: of a matrix that is packed one panel, else all of it.
+template <class S> Coming first_lines(const Matrix<S>& b, int64_t depth, int64_t columns) {
+    return coming_of(b, depth, b.column == 1 ? columns : std::min<int64_t>(columns, kVectors * kLanes<compute_t<S>>));
 }
 
-// Up to this many rows a matrix whose columns are lines is read as it lies, in dot products; for more it pays to transpose it,
-// where there is memory for that.
+// B [depth, columns] by panels: where it lies if its rows are lines, but for a ragged panel, the last one; else each is packed into
+// `space`. Zeros fill whole registers. A packed panel stays in the second-level cache; of a matrix that is packed whole, lines of a
+// power of two fall onto few places of it.
+template <class C, class S> struct ByPanels {
+    Matrix<S> b;
+    int64_t depth;
+    S* space;
+
+    Panel<C, S> panel(int64_t first, int columns) const {
+        const int vectors = (columns + kLanes<C> - 1) / kLanes<C>;
+        const int64_t ld = vectors * kLanes<C>;
+        const Matrix<S> from = b.from(0, first);
+        if (b.column == 1 && columns == ld) return {from.data, b.row, columns, vectors};
+        if (b.column == 1) {
+            for (int64_t k = 0; k < depth; ++k) std::memcpy(space + k * ld, from.at(k, 0), columns * sizeof(S));
+        } else if (b.row == 1) {
+            transpose(from.data, columns, depth, b.column, space, ld);
+        } else {
+            for (int64_t k = 0; k < depth; ++k)
+                for (int64_t c = 0; c < columns; ++c) space[k * ld + c] = *from.at(k, c);
+        }
+        for (int64_t k = 0; k < depth && columns < ld; ++k)
+            std::memset(static_cast<void*>(space + k * ld + columns), 0, (ld - columns) * sizeof(S));
+        return {space, ld, columns, vectors};
+    }
+    bool packs() const { return b.column != 1; }
+    Coming coming(int64_t first, int columns) const { return coming_of(b.from(0, first), depth, columns); }
+};
+
+// Up to this many rows a matrix whose columns are lines is read as it lies, in dot products; for more it pays to pack it.
 constexpr int64_t kDotRows = 6;
 
-// What products with matrices of so many rows and columns need, by one thread.
+// What products with matrices of up to `depth` rows need, by one thread.
 template <class S> struct Scratch {
     using C = compute_t<S>;
-    Buffer<S> padded, packed;
-    Matrix<S> held{nullptr, 0, 0};  // what `packed` is a copy of
-    Buffer<C> wide;                 // rows of another type than that of computation
+    Buffer<S> panel;
+    Buffer<C> wide;  // rows of another type than that of computation
     std::vector<const C*> wide_rows;
 
-    Scratch(int64_t padded_elements, int64_t packed_elements, int64_t wide_rows_most = 0, int64_t depth = 0)
-        : padded(padded_elements), packed(packed_elements), wide(wide_rows_most * depth), wide_rows(wide_rows_most) {}
-
-    // B [depth, columns] with its rows as lines; a matrix that was brought together last is not again.
-    Matrix<S> packed_of(const Matrix<S>& b, int64_t depth, int64_t columns) {
-        if (held.data != b.data || held.row != b.row || held.column != b.column) pack(b, depth, columns, packed.data());
-        held = b;
-        return {packed.data(), columns, 1};
-    }
+    Scratch(int64_t panel_elements, int64_t wide_rows_most = 0, int64_t depth = 0)
+        : panel(panel_elements), wide(wide_rows_most * depth), wide_rows(wide_rows_most) {}
 
     const C* const* widened(const C* const* a, int64_t, int64_t) { return a; }
     template <class A> const C* const* widened(const A* const* a, int64_t n, int64_t depth) {
@@ -99,9 +118,9 @@ enum class To { kPut, kAdd };
 
 // How a product goes about its matrix.
 struct Way {
-    Fetch next{};                    // what comes next, fetched where B's rows are lines
-    int64_t dot_rows = kDotRows;     // up to so many rows, columns that are lines are read in dot products
-    bool once = false;               // whether B's rows, where they are lines, are read once and in their order
+    Coming next{};                // what is read after B
+    int64_t dot_rows = kDotRows;  // up to so many rows, columns that are lines are read in dot products
+    bool once = false;            // whether B's rows, where they are lines, are read once and in their order
 };
 
 // to[i] = or += a[i] B for n rows and B [depth, columns].
@@ -123,12 +142,12 @@ void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t 
             return product_lines(a, n, depth, columns, to, [&](int64_t k) { return b.at(k, 0); });
         }
 #endif
-    if (b.column != 1) b = scratch.packed_of(b, depth, columns);
-    product<C, S>(scratch.widened(a, n, depth), n, b.data, b.row, depth, columns, scratch.padded.data(), way.next,
-                  [&](int64_t i, int64_t first, int width, const auto& acc) {
-                      if constexpr (Mode == To::kAdd) add(to[i] + first, acc, width);
-                      else put(to[i] + first, acc, width);
-                  });
+    const ByPanels<C, S> panels{b, depth, scratch.panel.data()};
+    product<C>(scratch.widened(a, n, depth), n, panels, depth, columns, way.next,
+               [&](int64_t i, int64_t first, int width, const auto& acc) {
+                   if constexpr (Mode == To::kAdd) add(to[i] + first, acc, width);
+                   else put(to[i] + first, acc, width);
+               });
 }
 
 }  // namespace sparseffn

@@ -1,9 +1,7 @@
 // Keys whose products with many rows are wanted, transposed into panels that one tile of a product reads.
 #pragma once
 
-#include "parallel.h"
-#include "product.h"
-#include "transpose.h"
+#include "matrix.h"
 
 namespace sparseffn {
 
@@ -39,9 +37,10 @@ template <class S> class Panels {
     void multiply(const C* const* a, int64_t n, C* to, int64_t ld) const {
         for (int64_t p = 0; p < count(); ++p) {
             const S* panel = data_.data() + p * width_ * kColumns;
-            const Fetch next = p + 1 < count() ? Fetch::of(panel + width_ * kColumns, width_ * kColumns) : Fetch{};
-            product<C, S>(a, n, panel, kColumns, width_, kColumns, static_cast<S*>(nullptr), next,
-                          [&](int64_t i, int64_t, int columns, const auto& acc) { put(to + i * ld + p * kColumns, acc, columns); });
+            const int64_t next_lines = p + 1 < count() ? width_ : 0;
+            product<C>(a, n, ByPanels<C, S>{{panel, kColumns, 1}, width_, nullptr}, width_, kColumns,
+                       Coming(panel + width_ * kColumns, next_lines, kColumns, kColumns),
+                       [&](int64_t i, int64_t, int columns, const auto& acc) { put(to + i * ld + p * kColumns, acc, columns); });
         }
     }
 

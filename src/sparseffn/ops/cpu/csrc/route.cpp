@@ -7,11 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "dots.h"
-#include "parallel.h"
-#include "product.h"
+#include "matrix.h"
 #include "select.h"
-#include "transpose.h"
 
 namespace sparseffn {
 namespace {
@@ -168,7 +165,7 @@ template <class C, class A, class S, class F> void score_by_lines(const Routes& 
 template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&& then) {
     const Wide<C> selector(r.selector, r.experts * r.width);
     Buffer<C> transposed(r.width * r.experts);
-    auto all = one_for_each_thread<ScoreWorkspace<C, C>>(r.threads, r, kRowsAtOnce, padded_size<C>(r.width, r.experts));
+    auto all = one_for_each_thread<ScoreWorkspace<C, C>>(r.threads, r, kRowsAtOnce, ragged_size<C>(r.width, r.experts));
 #pragma omp parallel num_threads(r.threads)
     {
 #pragma omp for schedule(static)
@@ -178,10 +175,11 @@ template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&&
             r, kRowsAtOnce, all, logits,
             [&](const C* const* x, int64_t first, int64_t n, auto& ws) {
                 C* scores = logits + first * r.experts;
-                product<C, C>(x, n, transposed.data(), r.experts, r.width, r.experts, ws.padded.data(), Fetch{},
-                              [&](int64_t i, int64_t column, int columns, const auto& acc) {
-                                  put(scores + i * r.experts + column, acc, columns);
-                              });
+                const ByPanels<C, C> by{{transposed.data(), r.experts, 1}, r.width, ws.padded.data()};
+                product<C>(x, n, by, r.width, r.experts, Coming{},
+                           [&](int64_t i, int64_t column, int columns, const auto& acc) {
+                               put(scores + i * r.experts + column, acc, columns);
+                           });
             },
             then);
     }
@@ -247,10 +245,10 @@ template <class C, class X> void x_gradient(const Routes& r, const C* d, const C
     for (int64_t first = tokens.begin; first < tokens.end; first += kRowsAtOnce) {
         const int64_t n = std::min(kRowsAtOnce, tokens.end - first);
         for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
-        product<C, C>(rows, n, selector, r.width, r.experts, r.width, padded, Fetch{},
-                      [&](int64_t i, int64_t column, int columns, const auto& acc) {
-                          put_narrowed(grad_x + (first + i) * r.width + column, acc, columns);
-                      });
+        product<C>(rows, n, ByPanels<C, C>{{selector, r.width, 1}, r.experts, padded}, r.experts, r.width, Coming{},
+                   [&](int64_t i, int64_t column, int columns, const auto& acc) {
+                       put_narrowed(grad_x + (first + i) * r.width + column, acc, columns);
+                   });
     }
 }
 
@@ -284,7 +282,7 @@ template <class C> struct GradientWorkspace {
     Buffer<C> padded;
 
     GradientWorkspace(const Routes& r, Range own)
-        : columns(own), x(r.x, r.width, own, true), padded(padded_size<C>(r.experts, r.width)) {}
+        : columns(own), x(r.x, r.width, own, true), padded(ragged_size<C>(r.experts, r.width)) {}
 };
 
 template <class C> void selector_gradients_in(const Routes& r, const C* d, void* grad_x, C* grad_selector) {
