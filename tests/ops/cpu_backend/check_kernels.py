@@ -28,7 +28,7 @@ def experts(**options: bool | str) -> None:
 def layouts() -> None:
     """Lines of rows and of columns, few rows of an expert and many, one panel of columns and several."""
     for layout in ("out-in", "interleaved", "out-in-interleaved", "spread"):
-        for name in ("decoding", "odd", "wide"):
+        for name in ("decoding", "odd", "few-odd", "wide"):
             verify(CASES[name], F32, Options(layout, **GATED))  # type: ignore[arg-type]
     verify(LARGE["hot-chunks"], F32, Options("out-in", **GATED))  # type: ignore[arg-type]
     for layout in ("out-in", "spread"):

@@ -53,8 +53,8 @@ MUTANTS = {
     ),
     "part-of-a-sum-lost": Mutant(
         "product.h",
-        "acc[i][j] += part[i][j];\n    }\n}\n\n// acc[i][j] = sum_r",
-        "acc[i][j] = part[i][j];\n    }\n}\n\n// acc[i][j] = sum_r",
+        "acc[i][j] += part[i][j];\n    }\n    next = ahead",
+        "acc[i][j] = part[i][j];\n    }\n    next = ahead",
         "experts",
     ),
     "wrong-slope": Mutant("activations.h", "kept > C(0) ? C(1) : C(0)", "C(1)", "experts"),
