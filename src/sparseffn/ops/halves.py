@@ -19,8 +19,8 @@ def halves(both: Tensor, *, dim: int, interleaved: bool = False) -> tuple[Tensor
     """Both halves of a weight as views: its first and last lines along `dim`, or its even and odd ones.
 
     In training on a CPU, `experts` writes the gradients of such keys and gate keys into one tensor in the order of `both`,
-    whichever of its dimensions lies innermost, which is then its gradient; even and odd columns, and those of other devices,
-    are joined by a copy.
+    whichever of its dimensions lies innermost, which is then its gradient. Even and odd numbers of the innermost dimension, and
+    what lies on other devices, are joined by a copy.
 
     Args:
         both: `[..., 2 G, ...]`, 2 G along `dim`.

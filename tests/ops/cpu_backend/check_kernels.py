@@ -36,9 +36,9 @@ def layouts() -> None:
 
 
 def bfloat16() -> None:
-    """Both orders of the weights."""
+    """Both orders of the weights, few rows of an expert, many of one and many of all."""
     for layout in ("in-out", "out-in"):
-        for name in ("decoding", "wide"):
+        for name in ("decoding", "few-but-of-one", "wide"):
             verify(CASES[name], BF16, Options(layout, **GATED))  # type: ignore[arg-type]
 
 

@@ -184,6 +184,7 @@ CASES = {
     "decoding": Case(3, 100, 16, 32, 4),
     "odd": Case(63, 33, 5, 7, 3),
     "few-odd": Case(11, 33, 5, 17, 2),
+    "few-but-of-one": Case(60, 36, 8, 20, 2, "hot"),
     "all-experts": Case(20, 16, 6, 16, 6),
     "one-expert": Case(100, 24, 1, 40, 1),
     "k-is-one": Case(100, 64, 8, 32, 1),

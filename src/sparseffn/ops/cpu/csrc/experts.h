@@ -87,8 +87,8 @@ void down(const Problem<S>& p, int64_t expert, Range rows, Range units, const A*
     for (int64_t i = 0; i < n; ++i) ws.to[i] = y + p.routing.token(rows.begin + i) * p.width;
     if (takes_active(p, n)) return down_active(values, n, size, p.width, wide, ws);
     const Coming next =
-        expert + 1 < p.routing.experts ? first_lines(keys_of(p, expert + 1, 0), p.width, p.size) : Coming{};
-    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of(n, next, once));
+        expert + 1 < p.routing.experts ? first_lines(keys_of(p, expert + 1, 0), p.width, p.units_of_keys()) : Coming{};
+    multiply<To::kAdd, S>(a, n, values, size, p.width, ws.to.data(), ws.scratch, way_of<S>(n, next, once));
 }
 
 template <class F> void in_chunks(Range rows, F&& f) {

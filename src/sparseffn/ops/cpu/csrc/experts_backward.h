@@ -223,7 +223,7 @@ void weights_part(const Problem<S>& p, const WeightGradient<S>& w, int64_t e, in
                  ws.padded, ws.sums, ws.padded_rows);
 }
 
-// Chunks of rows of one expert, in one run for each thread: a matrix that a thread must bring together serves several.
+// Chunks of rows of one expert, in one run for each thread: an expert's weights serve several while they are in its cache.
 struct Chunks {
     std::vector<std::pair<int64_t, Range>> all;
     Runs runs;

@@ -30,9 +30,8 @@ template <class S> struct Problem {
         return gate_keys.data == keys.data + 1 && keys.column == 2 && gate_keys.column == 2 && gate_keys.row == keys.row &&
                gate_keys.expert == keys.expert && gate_keys;
     }
-    bool all_in_lines() const {
-        return values.in_lines() && (interleaved() || (keys.in_lines() && (!gate_keys || gate_keys.in_lines())));
-    }
+    // Columns of a matrix of keys as it is multiplied.
+    int64_t units_of_keys() const { return interleaved() ? 2 * size : size; }
 };
 
 // Those that nobody waits for are null.

@@ -1,6 +1,7 @@
 // Hidden units of rows of one expert: products with its keys, activation, dropout and gate.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "experts_types.h"
@@ -15,7 +16,9 @@ constexpr int64_t kOnceRows = 24;
 
 // Up to this many rows columns that are lines are read in dot products; for more their panels are packed. Measured cold on one
 // core (Zen 4, float32, 1,024 x 512): packed, 32 rows take 0.88 of the time, 64 rows 0.75, 128 rows 0.73; 16 rows take as long.
-constexpr int64_t kForwardDotRows = 24;
+// Rows that are multiplied in pairs take dot products always: packed, they would be multiplied as float.
+template <class S>
+constexpr int64_t kForwardDotRows = std::is_same_v<operand_t<S>, compute_t<S>> ? 24 : std::numeric_limits<int64_t>::max();
 
 // What one thread needs for a chunk of rows. Made before threads start: what they cannot get must not end the process.
 template <class S> struct Workspace {
@@ -46,9 +49,12 @@ template <class S> struct Workspace {
 
     static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
     static int64_t panel_elements(const Problem<S>& p) {
-        if (!p.all_in_lines() || most_rows(p) > kForwardDotRows) return panel_size<C>(std::max(p.width, p.size));
-        return std::max({ragged_size<C>(p.width, p.size), ragged_size<C>(p.size, p.width),
-                         p.interleaved() ? ragged_size<C>(p.width, 2 * p.size) : 0});
+        const auto packs = [&](const Matrices<S>& m) {
+            return m && m.column != 1 && (m.row != 1 || most_rows(p) > kForwardDotRows<S>);
+        };
+        if (packs(p.values) || (!p.interleaved() && (packs(p.keys) || packs(p.gate_keys))))
+            return panel_size<C>(std::max(p.width, p.size));
+        return std::max(ragged_size<C>(p.width, p.units_of_keys()), ragged_size<C>(p.size, p.width));
     }
 };
 
@@ -69,7 +75,7 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
 }
 
 // How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
-inline Way way_of(int64_t n, Coming next, bool once) { return {next, kForwardDotRows, once && n <= kOnceRows}; }
+template <class S> Way way_of(int64_t n, Coming next, bool once) { return {next, kForwardDotRows<S>, once && n <= kOnceRows}; }
 
 // Keys as they are multiplied: those of an expert, or with its gate keys in turns.
 template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
@@ -84,7 +90,7 @@ void up_products(const Problem<S>& p, int64_t expert, int64_t n, Range units, Wo
     const int64_t size = units.end - units.begin;
     const auto multiply_by = [&](const Matrix<S>& m, int64_t columns, C* u, Coming next) {
         for (int64_t i = 0; i < n; ++i) ws.to[i] = u + i * columns;
-        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of(n, next, once));
+        multiply<To::kPut, S>(ws.inputs.data(), n, m, p.width, columns, ws.to.data(), ws.scratch, way_of<S>(n, next, once));
     };
     const Matrix<S> keys = keys_of(p, expert, units.begin);
     const Coming values = first_lines(p.values.of(expert).from(units.begin, 0), size, p.width);

@@ -1,5 +1,5 @@
-// Matrices with any strides, one for each expert, and products with them: none is copied whole, an unusual one is brought
-// together expert by expert.
+// Matrices with any strides, one for each expert, and products with them: none is copied whole, what does not lie in lines of rows
+// is packed by panels of columns.
 #pragma once
 
 #include "dots.h"
@@ -28,7 +28,6 @@ template <class S> struct Matrices {
     explicit operator bool() const { return data != nullptr; }
     Matrix<S> of(int64_t e) const { return {data + e * expert, row, column}; }
     Matrices transposed() const { return {data, expert, column, row}; }
-    bool in_lines() const { return row == 1 || column == 1; }
 };
 
 template <class S> struct OutMatrices {
@@ -72,7 +71,7 @@ template <class C, class S> struct ByPanels {
         const int vectors = (columns + kLanes<C> - 1) / kLanes<C>;
         const int64_t ld = vectors * kLanes<C>;
         const Matrix<S> from = b.from(0, first);
-        if (b.column == 1 && columns == ld) return {from.data, b.row, columns, vectors};
+        if (b.column == 1 && columns == ld) return {from.data, b.row, vectors};
         if (b.column == 1) {
             for (int64_t k = 0; k < depth; ++k) std::memcpy(space + k * ld, from.at(k, 0), columns * sizeof(S));
         } else if (b.row == 1) {
@@ -83,20 +82,21 @@ template <class C, class S> struct ByPanels {
         }
         for (int64_t k = 0; k < depth && columns < ld; ++k)
             std::memset(static_cast<void*>(space + k * ld + columns), 0, (ld - columns) * sizeof(S));
-        return {space, ld, columns, vectors};
+        return {space, ld, vectors};
     }
     bool packs() const { return b.column != 1; }
     Coming coming(int64_t first, int columns) const { return coming_of(b.from(0, first), depth, columns); }
 };
 
-// Up to this many rows a matrix whose columns are lines is read as it lies, in dot products; for more it pays to pack it.
+// Up to this many rows a matrix whose columns are lines is read as it lies, in dot products, where nothing else is said (the forward
+// has its own number); for more it pays to pack it.
 constexpr int64_t kDotRows = 6;
 
-// What products with matrices of up to `depth` rows need, by one thread.
+// What products need, by one thread: memory for a panel, and for rows of up to `depth` numbers of another type.
 template <class S> struct Scratch {
     using C = compute_t<S>;
     Buffer<S> panel;
-    Buffer<C> wide;  // rows of another type than that of computation
+    Buffer<C> wide;  // rows in the type of computation
     std::vector<const C*> wide_rows;
 
     Scratch(int64_t panel_elements, int64_t wide_rows_most = 0, int64_t depth = 0)
@@ -143,7 +143,7 @@ void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t 
         }
 #endif
     const ByPanels<C, S> panels{b, depth, scratch.panel.data()};
-    product<C>(scratch.widened(a, n, depth), n, panels, depth, columns, way.next,
+    product<C>(scratch.widened(a, n, depth), n, panels, columns, way.next,
                [&](int64_t i, int64_t first, int width, const auto& acc) {
                    if constexpr (Mode == To::kAdd) add(to[i] + first, acc, width);
                    else put(to[i] + first, acc, width);

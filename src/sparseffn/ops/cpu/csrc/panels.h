@@ -38,7 +38,7 @@ template <class S> class Panels {
         for (int64_t p = 0; p < count(); ++p) {
             const S* panel = data_.data() + p * width_ * kColumns;
             const int64_t next_lines = p + 1 < count() ? width_ : 0;
-            product<C>(a, n, ByPanels<C, S>{{panel, kColumns, 1}, width_, nullptr}, width_, kColumns,
+            product<C>(a, n, ByPanels<C, S>{{panel, kColumns, 1}, width_, nullptr}, kColumns,
                        Coming(panel + width_ * kColumns, next_lines, kColumns, kColumns),
                        [&](int64_t i, int64_t, int columns, const auto& acc) { put(to + i * ld + p * kColumns, acc, columns); });
         }

@@ -1,5 +1,5 @@
-// Matrix-product tiles with gathered rows. Nothing is copied before a product: rows of A are pointers, so that a gather
-// costs nothing, and B is read where it lies. Accumulation is in C, in an order that depends on the number of rows alone.
+// Matrix-product tiles with gathered rows: rows of A are pointers, so that a gather costs nothing; B comes by panels of columns
+// (`ByPanels`). Accumulation is in C, in an order that depends on the number of rows alone.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class Coming {
           stride_(stride * static_cast<int64_t>(sizeof(S))),
           lines_(lines) {}
 
-    // What to fetch in each of so many turns: an equal part, rounded up.
+    // Lines of a cache to fetch in each of so many turns: an equal part, rounded up.
     int64_t share(int64_t turns) const {
         turns = std::max<int64_t>(turns, 1);
         return (lines_ * ((bytes_ + kLine - 1) / kLine) + turns - 1) / turns;
@@ -46,6 +46,7 @@ class Coming {
     const char* line_ = nullptr;
     int64_t bytes_ = 0, stride_ = 0, lines_ = 0, at_ = 0;
 };
+
 // Terms that are added up one after the other; sums of such sums err less than one long sum. Measured at 1,024 and 4,096
 // tokens: 64 instead are 0 to 2% faster, and their largest error can be more than twice PyTorch's.
 constexpr int64_t kTerms = 32;
@@ -53,9 +54,9 @@ constexpr int64_t kTerms = 32;
 inline int64_t turns_in(int64_t depth) { return (depth + kTerms - 1) / kTerms; }
 
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
-// some lines of what comes next in each turn.
+// so many lines of what comes next in each turn, one with a term.
 template <class C, class S, int R, int N, bool First>
-SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Coming& next, int64_t lines,
+SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Coming& next, int64_t per_turn,
                                    Vec<C> (&acc)[R][N]) {
     Coming ahead = next;
     const C* row[R];
@@ -66,13 +67,13 @@ SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, i
     for (int64_t begin = 0; begin < depth; begin += kTerms) {
         Vec<C> part[R][N] = {};
         const int64_t end = begin + kTerms < depth ? begin + kTerms : depth;
-        const int64_t fetched = begin + lines;
+        const int64_t fetch_until = begin + per_turn;
         for (int64_t k = begin; k < end; ++k) {
             Vec<C> line[N];
             for (int j = 0; j < N; ++j) line[j] = load(b + k * ldb + j * kLanes<C>);
             if constexpr (First)
                 for (int j = 0; j < N; ++j) __builtin_prefetch(b + (k + kAhead) * ldb + j * kLanes<C>);
-            else if (k < fetched) ahead.fetch(1);
+            else if (k < fetch_until) ahead.fetch(1);
 #pragma GCC unroll 8
             for (int i = 0; i < R; ++i) {
                 const Vec<C> x = splat<C>(row[i][k]);
@@ -134,11 +135,10 @@ template <int Most, class F> inline void in_tiles(int64_t rows, F&& f) {
 template <class C, class S> struct Panel {
     const S* data;
     int64_t ld;
-    int columns;
     int vectors;
 };
 
-// Elements of the memory for a panel that is copied, of a product or of `outer` over `depth` rows.
+// Elements of the memory for a packed panel.
 template <class C> inline int64_t panel_size(int64_t depth) { return depth * 2 * kVectors * kLanes<C>; }
 // The same where panels are read where they lie, but for a ragged one.
 template <class C> inline int64_t ragged_size(int64_t depth, int64_t columns) {
@@ -148,27 +148,28 @@ template <class C> inline int64_t ragged_size(int64_t depth, int64_t columns) {
 // Calls out(i, first column, columns, values) for each row i of `A B`, a panel of W registers of columns at a time, as B gives
 // them (`ByPanels`). `next` is what comes after B.
 template <class C, int Rows, int W, class B, class Out>
-inline void product_of(const C* const* a, int64_t rows, const B& b, int64_t depth, int64_t columns, const Coming& next, Out&& out) {
+inline void product_of(const C* const* a, int64_t rows, const B& b, int64_t columns, const Coming& next, Out&& out) {
     const auto columns_at = [=](int64_t first) { return static_cast<int>(std::min<int64_t>(columns - first, W * kLanes<C>)); };
-    // In all tiles but a panel's first: a panel that is packed next, or what comes after B.
-    const int64_t turns = (rows - 1) / Rows * turns_in(depth), panels = (columns + W * kLanes<C> - 1) / (W * kLanes<C>);
+    // All tiles but a panel's first fetch the next panel, if it is to be packed, else what comes after B.
+    const int64_t turns = (rows - 1) / Rows * turns_in(b.depth), panels = (columns + W * kLanes<C> - 1) / (W * kLanes<C>);
     Coming coming = next;
-    int64_t lines = next.share(turns * panels);
+    int64_t per_turn = next.share(turns * panels);
     for (int64_t first = 0; first < columns; first += W * kLanes<C>) {
         if (b.packs()) {
             const int64_t after = first + W * kLanes<C>;
             coming = after < columns ? b.coming(after, columns_at(after)) : next;
-            lines = coming.share(turns);
+            per_turn = coming.share(turns);
         }
-        const auto panel = b.panel(first, columns_at(first));
+        const int width = columns_at(first);
+        const auto panel = b.panel(first, width);
         with_constant<W>(panel.vectors, [&](auto n) {
             constexpr int N = decltype(n)::value;
             const auto block = [&](int64_t i, auto r, auto is_first) {
                 constexpr int R = decltype(r)::value;
                 Vec<C> acc[R][N];
                 tile_product<C, std::decay_t<decltype(*panel.data)>, R, N, decltype(is_first)::value>(
-                    a + i, panel.data, panel.ld, depth, coming, lines, acc);
-                for (int q = 0; q < R; ++q) out(i + q, first, panel.columns, acc[q]);
+                    a + i, panel.data, panel.ld, b.depth, coming, per_turn, acc);
+                for (int q = 0; q < R; ++q) out(i + q, first, width, acc[q]);
             };
             // The ragged tile comes first: it has registers to spare for fetching ahead.
             const int64_t ragged = rows % Rows;
@@ -182,9 +183,9 @@ inline void product_of(const C* const* a, int64_t rows, const B& b, int64_t dept
 
 // Few rows take panels of twice the width: B is then read in longer stretches.
 template <class C, class B, class Out>
-inline void product(const C* const* a, int64_t rows, const B& b, int64_t depth, int64_t columns, const Coming& next, Out&& out) {
-    if (rows <= kRows / 2) product_of<C, kRows / 2, 2 * kVectors>(a, rows, b, depth, columns, next, out);
-    else product_of<C, kRows, kVectors>(a, rows, b, depth, columns, next, out);
+inline void product(const C* const* a, int64_t rows, const B& b, int64_t columns, const Coming& next, Out&& out) {
+    if (rows <= kRows / 2) product_of<C, kRows / 2, 2 * kVectors>(a, rows, b, columns, next, out);
+    else product_of<C, kRows, kVectors>(a, rows, b, columns, next, out);
 }
 
 // Lines of B that are read side by side where they come from a list.

@@ -126,10 +126,10 @@ template <class C> struct TokenChoice {
 template <class A, class C> struct ScoreWorkspace {
     SomeRows<A> x;
     TokenChoice<C> choice;
-    Buffer<C> padded;
+    Buffer<C> panel;
 
-    ScoreWorkspace(const Routes& r, int64_t most, int64_t n_padded)
-        : x(r.x, r.width, {0, r.width}, false, most), choice(r), padded(n_padded) {}
+    ScoreWorkspace(const Routes& r, int64_t most, int64_t panel_elements)
+        : x(r.x, r.width, {0, r.width}, false, most), choice(r), panel(panel_elements) {}
 };
 
 // Calls score(x, first token, tokens, workspace), which writes logits, for some tokens at a time; then then(token, its logits,
@@ -175,8 +175,8 @@ template <class C, class F> void score_by_panels(const Routes& r, C* logits, F&&
             r, kRowsAtOnce, all, logits,
             [&](const C* const* x, int64_t first, int64_t n, auto& ws) {
                 C* scores = logits + first * r.experts;
-                const ByPanels<C, C> by{{transposed.data(), r.experts, 1}, r.width, ws.padded.data()};
-                product<C>(x, n, by, r.width, r.experts, Coming{},
+                const ByPanels<C, C> by{{transposed.data(), r.experts, 1}, r.width, ws.panel.data()};
+                product<C>(x, n, by, r.experts, Coming{},
                            [&](int64_t i, int64_t column, int columns, const auto& acc) {
                                put(scores + i * r.experts + column, acc, columns);
                            });
@@ -240,12 +240,12 @@ void logits_gradient_in(const Routes& r, const int64_t* indices, const C* gates,
 }
 
 // d [tokens, experts] times the selector, in x's type.
-template <class C, class X> void x_gradient(const Routes& r, const C* d, const C* selector, Range tokens, C* padded, X* grad_x) {
+template <class C, class X> void x_gradient(const Routes& r, const C* d, const C* selector, Range tokens, C* panel, X* grad_x) {
     const C* rows[kRowsAtOnce];
     for (int64_t first = tokens.begin; first < tokens.end; first += kRowsAtOnce) {
         const int64_t n = std::min(kRowsAtOnce, tokens.end - first);
         for (int64_t i = 0; i < n; ++i) rows[i] = d + (first + i) * r.experts;
-        product<C>(rows, n, ByPanels<C, C>{{selector, r.width, 1}, r.experts, padded}, r.experts, r.width, Coming{},
+        product<C>(rows, n, ByPanels<C, C>{{selector, r.width, 1}, r.experts, panel}, r.width, Coming{},
                    [&](int64_t i, int64_t column, int columns, const auto& acc) {
                        put_narrowed(grad_x + (first + i) * r.width + column, acc, columns);
                    });
@@ -279,10 +279,10 @@ template <class C> void selector_gradient(const Routes& r, const C* d, Range col
 template <class C> struct GradientWorkspace {
     Range columns;
     SomeRows<C> x;
-    Buffer<C> padded;
+    Buffer<C> panel;
 
     GradientWorkspace(const Routes& r, Range own)
-        : columns(own), x(r.x, r.width, own, true), padded(ragged_size<C>(r.experts, r.width)) {}
+        : columns(own), x(r.x, r.width, own, true), panel(ragged_size<C>(r.experts, r.width)) {}
 };
 
 template <class C> void selector_gradients_in(const Routes& r, const C* d, void* grad_x, C* grad_selector) {
@@ -301,7 +301,7 @@ template <class C> void selector_gradients_in(const Routes& r, const C* d, void*
         with_type(r.x.type, [&](auto* tag) {
             using X = std::remove_pointer_t<decltype(tag)>;
             if constexpr (std::is_same_v<compute_t<X>, C>)
-                if (grad_x) x_gradient(r, d, selector.data(), part_of(r.tokens, i, parts), all[i].padded.data(), static_cast<X*>(grad_x));
+                if (grad_x) x_gradient(r, d, selector.data(), part_of(r.tokens, i, parts), all[i].panel.data(), static_cast<X*>(grad_x));
         });
         if (grad_selector) selector_gradient(r, d, all[i].columns, all[i].x, grad_selector);
     }
