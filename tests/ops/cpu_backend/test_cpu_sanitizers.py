@@ -43,6 +43,8 @@ def fuzzed(
     return run_with(library, FUZZ, *arguments, preload=runtimes, ASAN_OPTIONS="detect_leaks=0")
 
 
+# Compiling for the sanitizers takes four minutes where two slow cores have nothing else to do.
+@pytest.mark.timeout(1500)
 def test_sanitizers_are_silent(runtimes: list[str], tmp_path: Path) -> None:
     """25 drawn computations of each operation, in all four types; an error would end the process."""
     done = fuzzed(runtimes, tmp_path / "watched", kernel_files(), "--rounds", "25", "--seed", "1")
