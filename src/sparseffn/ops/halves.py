@@ -33,7 +33,12 @@ def halves(both: Tensor, *, dim: int, interleaved: bool = False) -> tuple[Tensor
     if not -both.dim() <= dim < both.dim() or both.shape[dim] % 2:
         raise UserError(f"`both` must have an even size in dimension {dim}; got a tensor of shape {tuple(both.shape)}")
     dim %= both.dim()
-    if both.requires_grad and torch.is_grad_enabled() and not is_watched((both,)) and _has_no_gaps(both):
+    if (
+        both.requires_grad
+        and torch.is_grad_enabled()
+        and not is_watched((both,))
+        and torch.ops.aten.is_non_overlapping_and_dense(both)
+    ):
         return _Halves.apply(both, dim, interleaved)
     return _views(both, dim, interleaved)
 
@@ -71,18 +76,8 @@ class _Halves(torch.autograd.Function):
         return _views(tangents[0], ctx.dim, ctx.interleaved)
 
 
-def _has_no_gaps(both: Tensor) -> bool:
-    """Whether each place between its first number and its last in memory is one of its own, in whichever order."""
-    reached = 1
-    for step, size in sorted((step, size) for step, size in zip(both.stride(), both.shape, strict=True) if size != 1):
-        if step != reached:
-            return False
-        reached *= size
-    return True
-
-
 def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool, strides: tuple[int, ...]) -> Tensor | None:
-    """The tensor, without gaps, whose halves these are, if there is one."""
+    """The dense tensor whose halves these are, if there is one."""
     try:
         memory = first.untyped_storage()
     # What batched gradients say, which have none.

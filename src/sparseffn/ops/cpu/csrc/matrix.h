@@ -59,8 +59,22 @@ template <class S> Coming first_lines(const Matrix<S>& b, int64_t depth, int64_t
     return coming_of(b, depth, b.column == 1 ? columns : std::min<int64_t>(columns, kVectors * kLanes<compute_t<S>>));
 }
 
+// to [depth, ld] = B [depth, columns], zero beyond its columns, by one thread.
+template <class S> void pack(const Matrix<S>& b, int64_t depth, int64_t columns, S* to, int64_t ld) {
+    if (b.column == 1) {
+        for (int64_t k = 0; k < depth; ++k) std::memcpy(static_cast<void*>(to + k * ld), b.at(k, 0), columns * sizeof(S));
+    } else if (b.row == 1) {
+        transpose(b.data, columns, depth, b.column, to, ld);
+    } else {
+        for (int64_t k = 0; k < depth; ++k)
+            for (int64_t c = 0; c < columns; ++c) to[k * ld + c] = *b.at(k, c);
+    }
+    for (int64_t k = 0; k < depth && columns < ld; ++k)
+        std::memset(static_cast<void*>(to + k * ld + columns), 0, (ld - columns) * sizeof(S));
+}
+
 // B [depth, columns] by panels: where it lies if its rows are lines, but for a ragged panel, the last one; else each is packed into
-// `space`. Zeros fill whole registers. A packed panel stays in the second-level cache; of a matrix that is packed whole, lines of a
+// `space`, in whole registers. A packed panel stays in the second-level cache; of a matrix that is packed whole, lines of a
 // power of two fall onto few places of it.
 template <class C, class S> struct ByPanels {
     Matrix<S> b;
@@ -72,16 +86,7 @@ template <class C, class S> struct ByPanels {
         const int64_t ld = vectors * kLanes<C>;
         const Matrix<S> from = b.from(0, first);
         if (b.column == 1 && columns == ld) return {from.data, b.row, vectors};
-        if (b.column == 1) {
-            for (int64_t k = 0; k < depth; ++k) std::memcpy(space + k * ld, from.at(k, 0), columns * sizeof(S));
-        } else if (b.row == 1) {
-            transpose(from.data, columns, depth, b.column, space, ld);
-        } else {
-            for (int64_t k = 0; k < depth; ++k)
-                for (int64_t c = 0; c < columns; ++c) space[k * ld + c] = *from.at(k, c);
-        }
-        for (int64_t k = 0; k < depth && columns < ld; ++k)
-            std::memset(static_cast<void*>(space + k * ld + columns), 0, (ld - columns) * sizeof(S));
+        pack(from, depth, columns, space, ld);
         return {space, ld, vectors};
     }
     bool packs() const { return b.column != 1; }

@@ -11,7 +11,7 @@ template <class S> class Panels {
     static constexpr int64_t kColumns = kVectors * kLanes<C>;
 
   public:
-    Panels(int64_t units, int64_t width) : units_(units), width_(width), data_(count() * width * kColumns), tail_(kColumns * width) {}
+    Panels(int64_t units, int64_t width) : units_(units), width_(width), data_(count() * width * kColumns) {}
 
     int64_t count() const { return (units_ + kColumns - 1) / kColumns; }
     // From one row of scores to the next.
@@ -22,14 +22,7 @@ template <class S> class Panels {
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < count(); ++p) {
             const int64_t first = p * kColumns, n = std::min(kColumns, units_ - first);
-            const S* from = keys + first * width_;
-            if (n < kColumns) {
-                std::memcpy(static_cast<void*>(tail_.data()), from, n * width_ * sizeof(S));
-                std::memset(static_cast<void*>(tail_.data() + n * width_), 0, (kColumns - n) * width_ * sizeof(S));
-                from = tail_.data();
-            }
-            for (int64_t r = 0; r < kColumns; r += kStrip)
-                transpose_rows(from, kColumns, width_, width_, r, data_.data() + p * width_ * kColumns, kColumns);
+            pack(Matrix<S>{keys + first * width_, 1, width_}, width_, n, data_.data() + p * width_ * kColumns, kColumns);
         }
     }
 
@@ -37,16 +30,15 @@ template <class S> class Panels {
     void multiply(const C* const* a, int64_t n, C* to, int64_t ld) const {
         for (int64_t p = 0; p < count(); ++p) {
             const S* panel = data_.data() + p * width_ * kColumns;
-            const int64_t next_lines = p + 1 < count() ? width_ : 0;
-            product<C>(a, n, ByPanels<C, S>{{panel, kColumns, 1}, width_, nullptr}, kColumns,
-                       Coming(panel + width_ * kColumns, next_lines, kColumns, kColumns),
+            const Coming next(panel + width_ * kColumns, p + 1 < count() ? width_ : 0, kColumns, kColumns);
+            product<C>(a, n, ByPanels<C, S>{{panel, kColumns, 1}, width_, nullptr}, kColumns, next,
                        [&](int64_t i, int64_t, int columns, const auto& acc) { put(to + i * ld + p * kColumns, acc, columns); });
         }
     }
 
   private:
     int64_t units_, width_;
-    Buffer<S> data_, tail_;
+    Buffer<S> data_;
 };
 
 }  // namespace sparseffn
