@@ -110,6 +110,16 @@ def test_released_sinkhorn_balances_each_sequence_by_itself(sinkhorn: Literal["c
     assert not layer(x, mask=torch.tensor([[True, True], [True, False]]))[1, 1].any()
 
 
+def test_released_sinkhorn_is_exported_for_any_number_of_sequences_of_any_length() -> None:
+    """No length becomes a constant of the graph."""
+    layer = SBASEConfig(d_model=8, n_experts=5, expert_size=4, k=2, sinkhorn="released").build().train()
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
+    exported = torch.export.export(layer, (torch.randn(3, 7, 8),), dynamic_shapes=[sizes]).module()
+    for shape in ((4, 9, 8), (2, 3, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(exported(x), layer(x))
+
+
 def test_base_gives_every_expert_its_share_in_training() -> None:
     """19 tokens on 6 experts: 3 or 4 each; padding takes no place."""
     layer = BASEConfig(**SIZES).build().train()

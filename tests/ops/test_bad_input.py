@@ -140,6 +140,11 @@ REFUSED: dict[str, tuple[Callable[[str], object], str]] = {
     "capacity-negative": (lambda b: over_capacity(b, factor=-1.0), "`factor` must be a number of at least 0; got -1.0"),
     "capacity-nan": (lambda b: over_capacity(b, factor=math.nan), "`factor` must be a number of at least 0; got nan"),
     "capacity-mask": (lambda b: over_capacity(b, mask=GATES[:, 0]), "`mask` must be bool, one a token"),
+    "sinkhorn-rank": (lambda b: ops.sinkhorn(X[0], backend=b), r"`scores` must be \[..., tokens, n_experts\]"),
+    "sinkhorn-batch": (
+        lambda b: ops.sinkhorn(X.unflatten(0, (2, 2)), torch.ones(4, dtype=torch.bool), backend=b),
+        r"one a token, shape \(2, 2\); got torch.bool in shape \(4,\)",
+    ),
     "sinkhorn-length": (lambda b: ops.sinkhorn(X, torch.ones(3, dtype=torch.bool), backend=b), "`mask` must be bool, one a"),
     "sinkhorn-mask": (lambda b: ops.sinkhorn(X, torch.ones(4), backend=b), "`mask` must be bool, .* got torch.float32"),
     "sinkhorn-device": (lambda b: ops.sinkhorn(X, torch.ones(4, dtype=torch.bool, device="meta"), backend=b), "one device"),

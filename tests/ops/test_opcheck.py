@@ -163,7 +163,7 @@ CASES: dict[str, list[Callable[[], Arguments]]] = {
     "router_logits": [lambda: route()[:2]],
     "router_logits_kept": [lambda: constants(*route()[:2])],
     "router_logits_backward": [lambda: constants(leaf(N_TOKENS, N_EXPERTS), *route()[:2])],
-    "sinkhorn": [lambda: (leaf(6, 3), mask(), 3, 1.0), lambda: (leaf(6, 3), None, 2, -1.0)],
+    "sinkhorn": [lambda: (leaf(6, 3), mask(), 3, 1.0), lambda: (leaf(2, 6, 3), None, 2, -1.0)],
     "sinkhorn_kept": [lambda: (leaf(6, 3).detach(), mask(), 3, 1.0)],
     "sinkhorn_backward": [lambda: (*constants(leaf(6, 3), leaf(6, 3)), mask(), 3, 1.0)],
     "balanced_assignment": [lambda: (leaf(6, 3).detach(),)],

@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
 
-import torch
 from torch import Tensor
 
 from sparseffn import ops
@@ -110,14 +109,11 @@ class SinkhornRouter(TopKRouter):
         if not self.released:
             return self.balance_all(logits_TE, batch.mask_T, backend)
         if batch.length is None:
-            # One sequence, however long: a compiler would keep the length that it is split by.
             return ops.sinkhorn(logits_TE, batch.mask_T, released=True, backend=backend)
-        # No tokens at all are one empty sequence.
-        length = max(1, batch.length)
-        sequences = logits_TE.split(length)
-        masks = [None] * len(sequences) if batch.mask_T is None else batch.mask_T.split(length)
-        balanced = [ops.sinkhorn(x, mask, released=True, backend=backend) for x, mask in zip(sequences, masks, strict=True)]
-        return torch.cat(balanced)
+        # Of length 0 there are no tokens, in any number of sequences.
+        by_length = (-1, max(1, batch.length))
+        mask_BL = None if batch.mask_T is None else batch.mask_T.unflatten(0, by_length)
+        return ops.sinkhorn(logits_TE.unflatten(0, by_length), mask_BL, released=True, backend=backend).flatten(0, 1)
 
     def balance_all(self, logits_TE: Tensor, mask_T: Tensor | None, backend: str) -> Tensor:
         """Sinkhorn over the whole batch, of which other processes may hold a part: each does the rounds for all."""

@@ -65,15 +65,15 @@ def check_selections(indices: Tensor, weights: Tensor, n: int, *, size: str = "n
     check_indices(indices, what, n)
 
 
-def check_mask(mask: Tensor | None, rows: Tensor) -> None:
-    """That it says of each row whether it counts.
+def check_mask(mask: Tensor | None, rows: Tensor, n_dims: int = 1) -> None:
+    """That it says of each row whether it counts; rows are counted by their first dimensions, so many.
 
     Raises:
-        UserError: it is not bool, of another number of rows, or on another device.
+        UserError: it is not bool, of another shape, or on another device.
     """
-    if mask is not None and (mask.shape != rows.shape[:1] or mask.dtype != torch.bool):
+    if mask is not None and (mask.shape != rows.shape[:n_dims] or mask.dtype != torch.bool):
         raise UserError(
-            f"`mask` must be bool, one a token, shape {tuple(rows.shape[:1])}; "
+            f"`mask` must be bool, one a token, shape {tuple(rows.shape[:n_dims])}; "
             f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
         )
     require_one_device(rows, mask)

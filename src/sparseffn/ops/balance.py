@@ -17,54 +17,60 @@ from sparseffn.ops.library import Kept, define, gradient_like, kernels_missing
 
 def _rounds(scores: Tensor, mask: Tensor, n_rounds: int, sign: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """a, and the terms of each round's log-sum-exps over experts and over tokens."""
-    left_out = ~mask[:, None]
-    log_share = torch.log(mask.sum().clamp_min(1).to(scores.dtype) / scores.shape[1])
-    rows, columns, a_E = [], [], scores.new_zeros(scores.shape[1])
+    left_out = ~mask.unsqueeze(-1)
+    *batch, _, n_experts = scores.shape
+    log_share = torch.log(mask.sum(-1).clamp_min(1).to(scores.dtype) / n_experts)[..., None, None]
+    rows, columns, a_1E = [], [], scores.new_zeros(*batch, 1, n_experts)
     for _ in range(n_rounds):
-        rows.append(scores + sign * a_E)
-        b_T1 = -torch.logsumexp(rows[-1], dim=1, keepdim=True)
+        rows.append(scores + sign * a_1E)
+        b_T1 = -torch.logsumexp(rows[-1], dim=-1, keepdim=True)
         columns.append(torch.where(left_out, NEVER, scores + sign * b_T1))
-        a_E = log_share - torch.logsumexp(columns[-1], dim=0)
-    return a_E, rows, columns
+        a_1E = log_share - torch.logsumexp(columns[-1], dim=-2, keepdim=True)
+    return a_1E, rows, columns
 
 
 def _taking_part(scores: Tensor, mask: Tensor | None) -> Tensor:
     """A token that is not finite is left out, or no other would be finite."""
-    finite = scores.detach().isfinite().all(dim=1)
+    finite = scores.detach().isfinite().all(dim=-1)
     return finite if mask is None else mask & finite
+
+
+def _where_any(mask: Tensor, terms_1E: Tensor) -> Tensor:
+    """An expert's terms, none for a batch of which no token takes part."""
+    return torch.where(mask.any(dim=-1)[..., None, None], terms_1E, 0.0)
 
 
 def sinkhorn_plain(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """See `sinkhorn`; masked tokens take no part and get the experts' terms added all the same."""
-    if scores.shape[0] == 0:
+    if 0 in scores.shape[:-1]:
         return scores.clone(memory_format=torch.contiguous_format)
     mask = _taking_part(scores, mask)
-    a_E, _, _ = _rounds(scores, mask, n_rounds, sign)
-    return (scores + torch.where(mask.any(), a_E, 0.0)).contiguous()
+    a_1E, _, _ = _rounds(scores, mask, n_rounds, sign)
+    return (scores + _where_any(mask, a_1E)).contiguous()
 
 
 def _sinkhorn_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """Gradient of the scores; the few rounds are computed again, which is cheaper than keeping their tensors."""
-    if scores.shape[0] == 0:
+    if 0 in scores.shape[:-1]:
         return gradient_like(scores)
     mask = _taking_part(scores, mask)
     _, rows, columns = _rounds(scores, mask, n_rounds, sign)
-    grad_scores, grad_a = grad, torch.where(mask.any(), grad.sum(dim=0), 0.0)
+    grad_scores, grad_a, taking_part = grad, _where_any(mask, grad.sum(dim=-2, keepdim=True)), mask.unsqueeze(-1)
     for row_TE, column_TE in zip(reversed(rows), reversed(columns), strict=True):
-        by_column = torch.where(mask[:, None], column_TE.softmax(dim=0) * -grad_a, 0.0)
-        by_row = torch.where(mask[:, None], row_TE.softmax(dim=1) * (-sign * by_column.sum(dim=1, keepdim=True)), 0.0)
+        by_column = torch.where(taking_part, column_TE.softmax(dim=-2) * -grad_a, 0.0)
+        by_row = torch.where(taking_part, row_TE.softmax(dim=-1) * (-sign * by_column.sum(dim=-1, keepdim=True)), 0.0)
         grad_scores = grad_scores + by_column + by_row
-        grad_a = sign * by_row.sum(dim=0)
+        grad_a = sign * by_row.sum(dim=-2, keepdim=True)
     return gradient_like(scores).copy_(grad_scores)
 
 
 def check_sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> None:
     """That they fit together; raises as `sinkhorn` documents."""
-    if scores.dim() != 2 or n_rounds < 0:
-        raise UserError(f"`scores` must be [tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
+    if scores.dim() < 2 or n_rounds < 0:
+        raise UserError(f"`scores` must be [..., tokens, n_experts], `n_rounds` >= 0; got {tuple(scores.shape)}, {n_rounds}")
     if not scores.is_floating_point():
         raise UserError(f"`scores` must be floating; got {scores.dtype}; fix: cast them")
-    check_mask(mask, scores)
+    check_mask(mask, scores, scores.dim() - 1)
 
 
 def check_assignment(scores: Tensor) -> None:
@@ -109,20 +115,20 @@ def sinkhorn(
 ) -> Tensor:
     """Scores `x + a` after rounds of `b_t = -lse_e(x + a)`, `a_e = log(T / E) - lse_t(x + b)`, from a = 0.
 
-    Selecting by them balances the load over the whole batch (Clark 2022). A token whose scores are not finite takes no part.
+    Selecting by them balances the load over all T tokens (Clark 2022). A token whose scores are not finite takes no part.
 
     Args:
-        scores: `[T, E]` logits x.
-        mask: bool `[T]`, True for tokens that take part; None means all.
+        scores: `[..., T, E]` logits x; each `[T, E]` is balanced by itself.
+        mask: bool `[..., T]`, True for tokens that take part; None means all.
         n_rounds: rounds, the paper's code uses 3.
         released: subtract a and b inside the log-sum-exps, as the released code does; that does not balance.
         backend: see `ops.backends`.
 
     Returns:
-        `[T, E]`, differentiable.
+        `[..., T, E]`, differentiable.
 
     Raises:
-        UserError: `scores` is no floating matrix, `mask` is no bool vector for it, or `n_rounds` is negative.
+        UserError: `scores` are no floating matrices, `mask` is not bool or not one a token, or `n_rounds` is negative.
     """
     return call(_sinkhorn, (scores, mask, n_rounds, -1.0 if released else 1.0), backend)
 

@@ -174,7 +174,9 @@ def in_layers() -> Iterator[None]:
         "over_capacity": lambda indices, weights, *, n_experts, factor, mask, group: operations.over_capacity(
             indices, weights.detach(), n_experts, factor, mask
         ),
-        "sinkhorn": lambda scores, mask, backend: operations.sinkhorn(scores, mask, 3, 1.0),
+        "sinkhorn": lambda scores, mask, *, backend, released=False: operations.sinkhorn(
+            scores, mask, 3, -1.0 if released else 1.0
+        ),
         "router_logits": _RouterLogits.apply,
         "batch_entropy": lambda logits, mask, scale, *, group: _BatchEntropy.apply(logits, mask, scale),
         "switch_balance": lambda logits, indices, weights, mask, scale, *, group: _SwitchBalance.apply(

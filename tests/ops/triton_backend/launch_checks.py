@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, dict[str, Any], bool, bool, int, int], ...] = (
     ("switch", {"capacity_factor": 1.0}, True, False, 10, 13),
     ("noisy-moe", {}, True, False, 10, 14),
     ("s-base", {}, True, False, 12, 13),
+    ("s-base", {"sinkhorn": "released"}, True, False, 12, 13),
     ("s-base", {"expert_dropout": 0.1}, True, False, 14, 13),
     ("noisy-moe", {"expert_dropout": 0.1}, True, False, 12, 14),
     ("switch", {"capacity_factor": 1.0, "expert_dropout": 0.1}, True, False, 12, 13),
@@ -74,7 +75,8 @@ def layers_launch_as_documented() -> str:
         k = {} if method in ("switch", "base") else {"k": K}
         config = method_class(method)(d_model=D, n_experts=E, expert_size=G, gated=True, **k, **options)
         module = config.build().train(training)
-        x = torch.randn(T, D, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        # Sequences, of which some layers know.
+        x = torch.randn(4, T // 4, D, generator=torch.Generator().manual_seed(5)).requires_grad_()
         with in_layers(), mock.patch.object(launch, "PART_ROWS", 1):
             with LaunchCount() as forward:
                 y, *stats = module(x, return_stats=True) if with_stats else (module(x),)

@@ -189,6 +189,11 @@ def _sinkhorn_results(case: Case, option: str, dtype: torch.dtype) -> Compared:
         nobody = mask is not None and not mask.any()
         truth = scores.double() if nobody else reference.sinkhorn(scores.double(), *arguments)
         yield "sinkhorn", *(function(scores, *arguments) for function in run), truth
+    # A batch, of which each is balanced by itself.
+    batch, mask = guarded(torch.randn(3, *scores.shape).to(dtype)), guarded(torch.rand(3, s.n_tokens) >= 0.3)
+    mask[:, :1] = True
+    results = (function(batch, mask, 3, sign) for function in run)
+    yield "sinkhorn", *results, reference.sinkhorn(batch.double(), mask, 3, sign)
     if s.n_tokens > 1:
         scores[0, -1] = torch.nan
         # A token that is no number takes no part.

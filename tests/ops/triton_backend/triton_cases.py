@@ -295,6 +295,20 @@ MUTANTS = [
         "parts",
     ),
     Mutant("sign-forgotten", "sinkhorn-released", "balancing", "b_x - SIGN * b_lse[:, None]", "b_x - b_lse[:, None]"),
+    Mutant(
+        "rounds-of-the-first",
+        "sinkhorn-correct",
+        "balancing",
+        "i_first = i_batch.to(tl.int64) * n_tokens",
+        "i_first = i_batch.to(tl.int64) * 0",
+    ),
+    Mutant(
+        "terms-of-the-first",
+        "sinkhorn-correct",
+        "balancing",
+        "p_terms + i_batch * n_parts * (2 * N_EXPERTS + 1)",
+        "p_terms + i_batch * 0",
+    ),
     Mutant("nan-takes-part", "sinkhorn-correct", "balancing", 'tl.abs(b_x) < float("inf")', "b_x != 7.0"),
     Mutant(
         "padding-takes-part",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BATCH_SIZES = ["n_tokens", "n_parts", "n_rows"]
+BATCH_SIZES = ["n_tokens", "n_parts", "n_blocks", "n_rows"]
 
 
 @triton.jit
@@ -43,18 +43,21 @@ def sinkhorn_round_kernel(
     p_scores, p_mask, p_before, p_terms, n_tokens, n_parts, SIGN: tl.constexpr,
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of the tokens: `b_t = -lse_e(x + a)`, and the terms of `lse_t(x + b)`. p_before has those of a."""
-    i_part, o_e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    """One stretch of a batch's tokens: `b_t = -lse_e(x + a)`, and the terms of `lse_t(x + b)`. p_before has those of a."""
+    i_batch, i_part, o_e = tl.program_id(0) // n_parts, tl.program_id(0) % n_parts, tl.arange(0, BLOCK_E)
     m_e = (o_e < N_EXPERTS)[None, :]
+    i_first = i_batch.to(tl.int64) * n_tokens
     b_a = tl.zeros([BLOCK_E], tl.float32)
     if p_before is not None:
-        b_a = expert_terms(p_before, n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
+        b_a = expert_terms(
+            p_before + i_batch.to(tl.int64) * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E
+        )
     b_most = tl.full([BLOCK_E], -1e30, tl.float32)
     b_sum = tl.zeros([BLOCK_E], tl.float32)
     b_taken = tl.zeros([BLOCK_T], tl.float32)
     for i_t in range(i_part * BLOCK_T, n_tokens, n_parts * BLOCK_T):
-        o_t = (i_t + tl.arange(0, BLOCK_T)).to(tl.int64)
-        m_t = o_t < n_tokens
+        o_in = i_t + tl.arange(0, BLOCK_T)
+        m_t, o_t = o_in < n_tokens, i_first + o_in
         if p_mask is not None:
             m_t = m_t & (tl.load(p_mask + o_t, m_t, 0) != 0)
         b_x = tl.load(p_scores + o_t[:, None] * N_EXPERTS + o_e[None, :], m_t[:, None] & m_e, 0.0)
@@ -70,7 +73,7 @@ def sinkhorn_round_kernel(
         b_sum = b_sum * tl.exp(b_most - b_higher) + tl.sum(b_exp, 0)
         b_most = b_higher
         b_taken += m_t.to(tl.float32)
-    p_part = p_terms + i_part.to(tl.int64) * (2 * N_EXPERTS + 1)
+    p_part = p_terms + tl.program_id(0).to(tl.int64) * (2 * N_EXPERTS + 1)
     tl.store(p_part + o_e, b_most, o_e < N_EXPERTS)
     tl.store(p_part + N_EXPERTS + o_e, b_sum, o_e < N_EXPERTS)
     tl.store(p_part + 2 * N_EXPERTS, tl.sum(b_taken, 0))
@@ -78,13 +81,15 @@ def sinkhorn_round_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def sinkhorn_fwd_kernel(
-    p_scores, p_terms, p_balanced, n_tokens, n_parts,
+    p_scores, p_terms, p_balanced, n_tokens, n_parts, n_blocks,
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """`x + a` for a block of tokens, from the last round's terms."""
-    o_t, o_e = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    o_x, m_x = o_t[:, None] * N_EXPERTS + o_e[None, :], (o_t < n_tokens)[:, None] & (o_e < N_EXPERTS)[None, :]
-    b_a = expert_terms(p_terms, n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
+    """`x + a` for a block of a batch's tokens, from the last round's terms."""
+    i_batch, o_e = (tl.program_id(0) // n_blocks).to(tl.int64), tl.arange(0, BLOCK_E)
+    o_t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_x = (o_t < n_tokens)[:, None] & (o_e < N_EXPERTS)[None, :]
+    o_x = (i_batch * n_tokens + o_t)[:, None] * N_EXPERTS + o_e[None, :]
+    b_a = expert_terms(p_terms + i_batch * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
     tl.store(p_balanced + o_x, tl.load(p_scores + o_x, m_x, 0.0) + b_a[None, :], m_x)
 
 
