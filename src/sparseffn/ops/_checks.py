@@ -66,7 +66,7 @@ def check_selections(indices: Tensor, weights: Tensor, n: int, *, size: str = "n
 
 
 def check_mask(mask: Tensor | None, rows: Tensor, n_dims: int = 1) -> None:
-    """That it says of each row whether it counts; rows are counted by their first dimensions, so many.
+    """That it says of each row whether it counts; the first `n_dims` dimensions of `rows` are those of its rows.
 
     Raises:
         UserError: it is not bool, of another shape, or on another device.
@@ -74,7 +74,7 @@ def check_mask(mask: Tensor | None, rows: Tensor, n_dims: int = 1) -> None:
     if mask is not None and (mask.shape != rows.shape[:n_dims] or mask.dtype != torch.bool):
         raise UserError(
             f"`mask` must be bool, one a token, shape {tuple(rows.shape[:n_dims])}; "
-            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: flatten it, compare with 0"
+            f"got {mask.dtype} in shape {tuple(mask.shape)}; fix: reshape it, compare with 0"
         )
     require_one_device(rows, mask)
 

@@ -36,7 +36,7 @@ def _taking_part(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _where_any(mask: Tensor, terms_1E: Tensor) -> Tensor:
-    """An expert's terms, none for a batch of which no token takes part."""
+    """An expert's terms, none for a sequence of which no token takes part."""
     return torch.where(mask.any(dim=-1)[..., None, None], terms_1E, 0.0)
 
 

@@ -77,7 +77,7 @@ class _Halves(torch.autograd.Function):
 
 
 def _shared(first: Tensor, second: Tensor, dim: int, interleaved: bool, strides: tuple[int, ...]) -> Tensor | None:
-    """The dense tensor whose halves these are, if there is one."""
+    """The tensor without gaps whose halves these are, if there is one."""
     try:
         memory = first.untyped_storage()
     # What batched gradients say, which have none.

@@ -134,9 +134,10 @@ def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) ->
 
     `sign` is +1 for that, and -1 for the released code, which subtracts inside both log-sum-exps.
     """
-    if scores.dim() > 2 and len(scores):
+    if scores.dim() > 2:
         masks = [None] * len(scores) if mask is None else mask
-        return torch.stack([sinkhorn(x, m, n_rounds, sign) for x, m in zip(scores, masks, strict=True)])
+        balanced = [sinkhorn(x, m, n_rounds, sign) for x, m in zip(scores, masks, strict=True)]
+        return torch.stack(balanced) if balanced else scores
     x = scores if mask is None else scores[mask]
     n_tokens, n_experts = x.shape
     a = x.new_zeros(n_experts)

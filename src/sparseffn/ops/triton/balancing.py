@@ -1,7 +1,8 @@
 """Kernels of `ops/balance.py` and `ops/capacity.py`: Sinkhorn's rounds, and places in the experts' queues.
 
-A round reads all scores once and leaves each stretch of tokens' terms, from which whoever comes next makes the experts' sums:
-a launch a round. Names: p_ pointer (None: not there), b_ block of values, o_ offsets, m_ mask, i_ index. Shapes: ops/README.md.
+Each `[T, E]` of the scores is a sequence. A round reads all scores once and leaves each stretch of tokens' terms, from
+which whoever comes next makes the experts' sums: a launch a round. Names: p_ pointer (None: not there), b_ block of
+values, o_ offsets, m_ mask, i_ index. Shapes: ops/README.md.
 """
 
 # Kernels call each other when compiled, never as Python functions, which is what their types say.
@@ -43,14 +44,14 @@ def sinkhorn_round_kernel(
     p_scores, p_mask, p_before, p_terms, n_tokens, n_parts, SIGN: tl.constexpr,
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One stretch of a batch's tokens: `b_t = -lse_e(x + a)`, and the terms of `lse_t(x + b)`. p_before has those of a."""
-    i_batch, i_part, o_e = tl.program_id(0) // n_parts, tl.program_id(0) % n_parts, tl.arange(0, BLOCK_E)
+    """One stretch of a sequence's tokens: `b_t = -lse_e(x + a)`, and the terms of `lse_t(x + b)`. p_before has those of a."""
+    i_sequence, i_part, o_e = tl.program_id(0) // n_parts, tl.program_id(0) % n_parts, tl.arange(0, BLOCK_E)
     m_e = (o_e < N_EXPERTS)[None, :]
-    i_first = i_batch.to(tl.int64) * n_tokens
+    i_first = i_sequence.to(tl.int64) * n_tokens
     b_a = tl.zeros([BLOCK_E], tl.float32)
     if p_before is not None:
         b_a = expert_terms(
-            p_before + i_batch.to(tl.int64) * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E
+            p_before + i_sequence.to(tl.int64) * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E
         )
     b_most = tl.full([BLOCK_E], -1e30, tl.float32)
     b_sum = tl.zeros([BLOCK_E], tl.float32)
@@ -84,12 +85,12 @@ def sinkhorn_fwd_kernel(
     p_scores, p_terms, p_balanced, n_tokens, n_parts, n_blocks,
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """`x + a` for a block of a batch's tokens, from the last round's terms."""
-    i_batch, o_e = (tl.program_id(0) // n_blocks).to(tl.int64), tl.arange(0, BLOCK_E)
-    o_t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    """`x + a` for a block of a sequence's tokens, from the last round's terms."""
+    i_sequence, o_e = (tl.program_id(0) // n_blocks).to(tl.int64), tl.arange(0, BLOCK_E)
+    o_t = (tl.program_id(0) % n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_x = (o_t < n_tokens)[:, None] & (o_e < N_EXPERTS)[None, :]
-    o_x = (i_batch * n_tokens + o_t)[:, None] * N_EXPERTS + o_e[None, :]
-    b_a = expert_terms(p_terms + i_batch * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
+    o_x = (i_sequence * n_tokens + o_t)[:, None] * N_EXPERTS + o_e[None, :]
+    b_a = expert_terms(p_terms + i_sequence * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
     tl.store(p_balanced + o_x, tl.load(p_scores + o_x, m_x, 0.0) + b_a[None, :], m_x)
 
 

@@ -27,24 +27,24 @@ _MOST_EXPERTS = 2048
 def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) -> Tensor:
     """See `ops.sinkhorn`; of other dtypes and of very many experts by the composition."""
     check_sinkhorn(scores, mask, n_rounds, sign)
-    *batches, n_tokens, n_experts = scores.shape
+    *sequences, n_tokens, n_experts = scores.shape
     if scores.dtype != torch.float32 or n_experts > _MOST_EXPERTS or 0 in (*scores.shape, n_rounds):
         return sinkhorn_plain(scores, mask, n_rounds, sign)
     rows, balanced = scores.contiguous(), torch.empty_like(scores, memory_format=torch.contiguous_format)
     block_e = next_power_of_2(n_experts)
     block_t = max(1, min(TOKENS, HELD // block_e))
-    n_batches, n_blocks = math.prod(batches), cdiv(n_tokens, block_t)
+    n_sequences, n_blocks = math.prod(sequences), cdiv(n_tokens, block_t)
     n_parts = min(PARTS, n_blocks)
     blocks = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_B": max(1, min(TERMS, HELD // block_e))}
     sizes = {"N_EXPERTS": n_experts, **blocks, **FUSION}
     terms: Tensor | None = None
     with device_of(rows):
         for _ in range(n_rounds):
-            before, terms = terms, rows.new_empty(n_batches, n_parts, 2 * n_experts + 1)
+            before, terms = terms, rows.new_empty(n_sequences, n_parts, 2 * n_experts + 1)
             arguments = (rows, whole(mask), before, terms, n_tokens, n_parts)
-            start(balancing.sinkhorn_round_kernel, n_batches * n_parts, *arguments, SIGN=sign, **sizes)
+            start(balancing.sinkhorn_round_kernel, n_sequences * n_parts, *arguments, SIGN=sign, **sizes)
         arguments = (rows, terms, balanced, n_tokens, n_parts, n_blocks)
-        start(balancing.sinkhorn_fwd_kernel, n_batches * n_blocks, *arguments, **sizes)
+        start(balancing.sinkhorn_fwd_kernel, n_sequences * n_blocks, *arguments, **sizes)
     return balanced
 
 

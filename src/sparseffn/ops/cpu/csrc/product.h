@@ -40,10 +40,10 @@ class Coming {
         turns = std::max<int64_t>(turns, 1);
         return (lines_ * ((bytes_ + kLine - 1) / kLine) + turns - 1) / turns;
     }
-    // The next n lines of a cache, or what is left of the line of memory. To take from the following one, too, made short lines no
-    // faster and all others up to 4% slower (Zen 4).
-    Run take(int64_t n) {
-        if (lines_ == 0) return {line_, line_};
+    // The next n lines of a cache, or what is left of the line of memory; an empty run at `otherwise` where nothing is left. To take
+    // from the following line, too, made short ones no faster and all others up to 4% slower (Zen 4).
+    Run take(int64_t n, const void* otherwise) {
+        if (lines_ == 0) return {static_cast<const char*>(otherwise), static_cast<const char*>(otherwise)};
         const Run run{line_ + at_, line_ + std::min(at_ + n * kLine, bytes_)};
         skip(n);
         return run;
@@ -75,8 +75,8 @@ constexpr int64_t kTerms = 32;
 inline int64_t turns_in(int64_t depth) { return (depth + kTerms - 1) / kTerms; }
 
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
-// so many lines of what comes next in each turn, one with a term: a branch for them in the innermost loop took up to 11% longer,
-// all at the start of a turn 3 to 7% (Zen 4).
+// so many lines of what comes next in each turn, one with a term, and then where they end again and again: a branch in the innermost
+// loop took up to 11% longer, all lines at the start of a turn 3 to 7% (Zen 4).
 template <class C, class S, int R, int N, bool First>
 SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Coming& next, int64_t per_turn,
                                    Vec<C> (&acc)[R][N]) {
@@ -89,7 +89,7 @@ SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, i
     for (int64_t begin = 0; begin < depth; begin += kTerms) {
         Vec<C> part[R][N] = {};
         const int64_t end = begin + kTerms < depth ? begin + kTerms : depth;
-        Run run = First ? Run{} : ahead.take(per_turn);
+        Run run = First ? Run{} : ahead.take(std::min(per_turn, end - begin), b);
         for (int64_t k = begin; k < end; ++k) {
             Vec<C> line[N];
             for (int j = 0; j < N; ++j) line[j] = load(b + k * ldb + j * kLanes<C>);
