@@ -299,8 +299,8 @@ MUTANTS = [
         "rounds-of-the-first",
         "sinkhorn-correct",
         "balancing",
-        "i_first = i_sequence.to(tl.int64) * n_tokens",
-        "i_first = i_sequence.to(tl.int64) * 0",
+        "[None, :], i_sequence * n_tokens",
+        "[None, :], i_sequence * 0",
     ),
     Mutant(
         "terms-of-the-first",

@@ -45,14 +45,12 @@ def sinkhorn_round_kernel(
     N_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """One stretch of a sequence's tokens: `b_t = -lse_e(x + a)`, and the terms of `lse_t(x + b)`. p_before has those of a."""
-    i_sequence, i_part, o_e = tl.program_id(0) // n_parts, tl.program_id(0) % n_parts, tl.arange(0, BLOCK_E)
-    m_e = (o_e < N_EXPERTS)[None, :]
-    i_first = i_sequence.to(tl.int64) * n_tokens
+    i_sequence, i_part = (tl.program_id(0) // n_parts).to(tl.int64), tl.program_id(0) % n_parts
+    o_e = tl.arange(0, BLOCK_E)
+    m_e, i_first = (o_e < N_EXPERTS)[None, :], i_sequence * n_tokens
     b_a = tl.zeros([BLOCK_E], tl.float32)
     if p_before is not None:
-        b_a = expert_terms(
-            p_before + i_sequence.to(tl.int64) * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E
-        )
+        b_a = expert_terms(p_before + i_sequence * n_parts * (2 * N_EXPERTS + 1), n_parts, N_EXPERTS, BLOCK_B, BLOCK_E)
     b_most = tl.full([BLOCK_E], -1e30, tl.float32)
     b_sum = tl.zeros([BLOCK_E], tl.float32)
     b_taken = tl.zeros([BLOCK_T], tl.float32)

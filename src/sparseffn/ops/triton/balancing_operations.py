@@ -49,7 +49,7 @@ def sinkhorn(scores: Tensor, mask: Tensor | None, n_rounds: int, sign: float) ->
 
 
 def over_capacity(indices: Tensor, weights: Tensor, n_experts: int, factor: float, mask: Tensor | None = None) -> Tensor:
-    """See `ops.over_capacity`."""
+    """See `ops.over_capacity`; a program follows an expert's queue. Of float64 weights by the composition."""
     check_capacity(indices, weights, n_experts, factor, mask)
     if weights.dtype == torch.float64 or indices.numel() == 0:
         return over_capacity_plain(indices, weights, n_experts, factor, mask)

@@ -26,7 +26,7 @@ _MOST_UNITS = 4096
 
 
 def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.counts.routing_counts`."""
+    """See `ops.counts.routing_counts`; of float64 weights and of very many units by the composition."""
     if n_units > _MOST_UNITS or weights.dtype == torch.float64:
         return plain.routing_counts_plain(indices, weights, n_units)
     indices, weights = indices.contiguous(), weights.contiguous()
@@ -46,7 +46,7 @@ def routing_counts(indices: Tensor, weights: Tensor, n_units: int) -> tuple[Tens
 
 
 def batch_entropy(logits: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """See `ops.counts.batch_entropy`."""
+    """See `ops.counts.batch_entropy`; of other dtypes than float32 by the composition."""
     return batch_entropy_kept(logits, mask, scale)[0]
 
 
@@ -79,7 +79,7 @@ def batch_entropy_backward(grad_loss: Tensor, logits: Tensor, mask: Tensor | Non
 
 
 def switch_balance(logits: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """See `ops.switch_balance`."""
+    """See `ops.switch_balance`; of other dtypes than float32 by the composition."""
     return switch_balance_kept(logits, indices, weights, mask, scale)[0]
 
 
@@ -105,7 +105,7 @@ switch_balance_backward = batch_entropy_backward
 
 
 def load_variation(weights: Tensor, indices: Tensor, n_experts: int, scale: float) -> Tensor:
-    """See `ops.load_variation`."""
+    """See `ops.load_variation`; of other dtypes than float32 by the composition."""
     return load_variation_kept(weights, indices, n_experts, scale)[0]
 
 

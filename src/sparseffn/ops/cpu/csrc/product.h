@@ -180,13 +180,13 @@ inline void product_of(const C* const* a, int64_t rows, const B& b, int64_t colu
     // (64 tokens of WT-S in float32, cold, Zen 4).
     const int64_t turns = (rows - 1) / Rows * turns_in(b.depth), panels = (columns + W * kLanes<C> - 1) / (W * kLanes<C>);
     Coming coming = next;
-    int64_t per_turn = std::min(next.share(turns * panels), kTerms);
+    int64_t per_turn = next.share(turns * panels);
     for (int64_t first = 0; first < columns; first += W * kLanes<C>) {
         const int width = columns_at(first);
         const int64_t after = first + width;
         if (b.packs()) {
             coming = after < columns ? b.coming(after, columns_at(after)) : next;
-            per_turn = std::min(coming.share(turns), kTerms);
+            per_turn = coming.share(turns);
         }
         const auto panel = b.panel(first, width);
         with_constant<W>(panel.vectors, [&](auto n) {
