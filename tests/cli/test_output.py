@@ -13,7 +13,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from sparseffn.cli.output import Progress, Speed, clock, parse_duration, print_json, print_rows
+from sparseffn.cli.output import Progress, Speed, clock, console, log, parse_duration, print_json, print_rows
 from sparseffn.cli.process import printable, write_any_text
 from sparseffn.errors import UserError
 from sparseffn.training.journal import StepReport
@@ -169,3 +169,11 @@ def test_cores_are_shared_before_pytorch_is_loaded() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert ended.stdout == "False\n"
+
+
+def test_a_line_of_progress_is_not_folded_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """As long as the longest of a comparison, on both streams."""
+    line = "[4/4] sigma-moe, seed 0: step 74/107  3.202 bits per byte  12,987 tokens/s  0:05 left" + " or so" * 10
+    log(line)
+    console().print(line)
+    assert capsys.readouterr() == (line + "\n", line + "\n")

@@ -30,8 +30,8 @@ _SPEED_OVER = 10.0
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where text is printed as it is; wide where standard output is not a terminal, so that no table is folded in a file."""
-    width = None if stderr or sys.stdout.isatty() else 160
+    """Where text is printed as it is; wide where it goes to no terminal, so that no table and no line is folded in a file."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 160
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
