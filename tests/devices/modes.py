@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseffn
 
-PACKAGE = Path(sparseffn.__file__).parent
+PACKAGE = str(Path(sparseffn.__file__).parent)
 FACTORIES = (
     *(torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.logspace, torch.normal),
     *(torch.ones, torch.rand, torch.randint, torch.randn, torch.randperm, torch.scalar_tensor, torch.tensor, torch.zeros),
@@ -43,9 +44,10 @@ class NamedDevice(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         caller = sys._getframe(1)
-        path = Path(caller.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            device, where = (kwargs or {}).get("device"), f"{path.relative_to(PACKAGE)}:{caller.f_lineno}"
+        # Called for every operation of a step, and so without `pathlib`.
+        path = caller.f_code.co_filename
+        if path.startswith(PACKAGE + os.sep):
+            device, where = (kwargs or {}).get("device"), f"{path[len(PACKAGE) + 1 :]}:{caller.f_lineno}"
             assert func not in FACTORIES or device is not None, f"{where} calls {func.__name__} without a device"
             copies = func in COPYING or (func in FROM_NUMBERS and str(device) != "cpu")
             assert not copies, f"{where} copies Python numbers to a device, for which the host waits"

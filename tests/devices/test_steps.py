@@ -137,6 +137,6 @@ def test_modes_find_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: torch.zeros(2, device=META).new_tensor(3.0), "copies Python numbers"),
         (lambda: torch.tensor([1], device=META), "copies Python numbers"),
     ):
-        monkeypatch.setattr(modes, "PACKAGE", Path(__file__).parent)
+        monkeypatch.setattr(modes, "PACKAGE", str(Path(__file__).parent))
         with NamedDevice(), pytest.raises(AssertionError, match=message):
             made()

@@ -15,7 +15,7 @@ from sparseffn.errors import UserError
 from sparseffn.report.comparison_report import comparison_page, write_comparison
 from sparseffn.report.plotting import places_apart
 
-from .synthetic import typed
+from .synthetic import comparison, typed
 
 HOSTILE = """<script>alert("x")</script> & 'q' $y$"""
 
@@ -35,21 +35,27 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def parsed(result: dict[str, Any]) -> Elements:
-    """The elements of a result's page."""
+def parsed(page: str) -> Elements:
+    """The elements of a page."""
     elements = Elements()
-    elements.feed(comparison_page(typed(result)))
+    elements.feed(page)
     return elements
 
 
-def figure_names(result: dict[str, Any]) -> list[str]:
+def figure_names(page: str) -> list[str]:
     """The ids of the page's figures, in their order."""
-    return [str(attrs["id"]) for tag, attrs in parsed(result).found if tag == "figure"]
+    return [str(attrs["id"]) for tag, attrs in parsed(page).found if tag == "figure"]
 
 
-def test_page_has_every_figure(result: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def page() -> str:
+    """Of five methods and one seed."""
+    return comparison_page(typed(comparison()))
+
+
+def test_page_has_every_figure(page: str) -> None:
     """Curves twice, usage of each sparse method, active channels of the dense one, co-occurrence of mixtures."""
-    assert figure_names(result) == [
+    assert figure_names(page) == [
         "figure-curves-steps",
         "figure-curves-time",
         *(f"figure-usage-{index}" for index in (1, 2, 3, 4)),
@@ -59,11 +65,10 @@ def test_page_has_every_figure(result: dict[str, Any]) -> None:
     ]
 
 
-def test_every_drawing_has_a_role_a_label_and_a_title(result: dict[str, Any]) -> None:
+def test_every_drawing_has_a_role_a_label_and_a_title(page: str) -> None:
     """A figure that cannot be seen can be heard."""
-    page = comparison_page(typed(result))
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}">\s*<title>[^<]+</title>', page)
-    assert len(drawings) == page.count("<svg ") == len(figure_names(result))
+    assert len(drawings) == page.count("<svg ") == len(figure_names(page))
 
 
 def test_ids_are_unique_and_references_lead_to_one(seeded: dict[str, Any]) -> None:
@@ -75,18 +80,17 @@ def test_ids_are_unique_and_references_lead_to_one(seeded: dict[str, Any]) -> No
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
 
 
-def test_page_loads_nothing(result: dict[str, Any]) -> None:
+def test_page_loads_nothing(page: str) -> None:
     """The one outside address is a plain link; pictures are data inside the page."""
-    for tag, attrs in parsed(result).found:
+    for tag, attrs in parsed(page).found:
         addresses = [attrs[name] or "" for name in ("src", "href", "xlink:href", "data", "action") if name in attrs]
         allowed = ("#", "https://arxiv.org/abs/2310.10837") if tag == "a" else ("#", "data:image/png;base64,")
         assert all(address.startswith(allowed) for address in addresses), (tag, addresses)
         assert tag not in ("script", "link", "iframe", "base")
 
 
-def test_styles_load_nothing(result: dict[str, Any]) -> None:
+def test_styles_load_nothing(page: str) -> None:
     """No style imports a sheet or a font."""
-    page = comparison_page(typed(result))
     assert "@import" not in page
     assert "@font-face" not in page
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
@@ -105,7 +109,7 @@ def test_labels_reasons_and_settings_are_escaped(result: dict[str, Any]) -> None
     result["settings"][HOSTILE] = HOSTILE
     result["corpus"]["name"] = HOSTILE
     result["missing"] = [{"label": HOSTILE + "2", "seed": 0, "reason": HOSTILE}]
-    elements = parsed(result)
+    elements = parsed(comparison_page(typed(result)))
     assert "script" not in {tag for tag, _ in elements.found}
     assert elements.text.count(HOSTILE) >= 8
 
@@ -131,8 +135,9 @@ def test_what_was_not_measured_is_said_instead_of_drawn(result: dict[str, Any]) 
             del method[key]
     for key in ("settings", "model", "environment", "equal_time_s", "curve_tokens"):
         del result[key]
-    text = parsed(result).text
-    assert figure_names(result) == []
+    page = comparison_page(typed(result))
+    text = parsed(page).text
+    assert figure_names(page) == []
     assert "Learning curves not measured for dense, topk k=256, pkm, sigma-moe, switch" in text
     assert "Use per layer not measured for topk k=256, pkm, sigma-moe, switch" in text
     assert "Active channels not measured for dense;" in text
@@ -141,16 +146,17 @@ def test_what_was_not_measured_is_said_instead_of_drawn(result: dict[str, Any]) 
 @pytest.mark.parametrize("points", [[], [{"step": 0, "time_s": 0.0, "valid": 8.0}]], ids=["no point", "one point"])
 def test_short_curves_are_drawn(result: dict[str, Any], points: list[dict[str, float]]) -> None:
     """A comparison stopped at its start still gives a page."""
+    result["methods"] = result["methods"][:3]
     result["methods"][0]["curves"][0]["points"] = points
     result["methods"][1]["curves"][0]["points"] = [{"step": 0, "time_s": 0.0, "valid": None}]
-    assert "figure-curves-steps" in figure_names(result)
+    assert "figure-curves-steps" in figure_names(comparison_page(typed(result)))
 
 
 def test_single_point_of_a_single_method_is_drawn(result: dict[str, Any]) -> None:
     """Axes without extent get one."""
     result["methods"] = result["methods"][:1]
     result["methods"][0]["curves"][0]["points"] = [{"step": 0, "time_s": 0.0, "valid": 8.0}]
-    assert "figure-curves-time" in figure_names(result)
+    assert "figure-curves-time" in figure_names(comparison_page(typed(result)))
 
 
 def test_labels_keep_apart_and_near_their_lines() -> None:
@@ -167,6 +173,7 @@ def test_drawing_leaves_the_settings_of_matplotlib(result: dict[str, Any]) -> No
     import matplotlib
 
     before = dict(matplotlib.rcParams)
+    result["methods"] = result["methods"][:1]
     comparison_page(typed(result))
     assert dict(matplotlib.rcParams) == before
 

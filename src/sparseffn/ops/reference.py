@@ -76,23 +76,27 @@ def experts(
     weights = [w for w in (keys, values, gate_keys, key_bias, gate_bias, value_bias) if w is not None]
     # Nothing, with a gradient of zeros for whatever no token selects.
     nothing = sum((w[:0].sum() for w in weights), gates[:0].sum().to(x.dtype))
+    # Taken apart once: the gradient of every `keys[e]` would be as large as all keys.
+    keys_of, values_of, gate_keys_of, key_bias_of, gate_bias_of, value_bias_of = (
+        [None] * keys.shape[0] if w is None else w.unbind() for w in (keys, values, gate_keys, key_bias, gate_bias, value_bias)
+    )
     y = []
-    for t in range(x.shape[0]):
+    for t, (x_t, gates_t) in enumerate(zip(x.unbind(), gates.to(x.dtype).unbind(), strict=True)):
         chosen, coefficients = indices[t].tolist(), []
-        for slot, e in enumerate(chosen):
-            h = _affine(x[t], keys[e], None if key_bias is None else key_bias[e])
-            up = None if gate_keys is None else _affine(x[t], gate_keys[e], None if gate_bias is None else gate_bias[e])
+        for slot, (e, gate) in enumerate(zip(chosen, gates_t.unbind(), strict=True)):
+            h = _affine(x_t, keys_of[e], key_bias_of[e])
+            up = None if gate_keys is None else _affine(x_t, gate_keys_of[e], gate_bias_of[e])
             a = hidden_units(activation, h, up, alpha=alpha, limit=limit)
             if keep is not None:
                 a = torch.where(keep[t, slot], a * keep_scale, 0.0)
-            coefficients.append(gates[t, slot].to(x.dtype) * a)
+            coefficients.append(gate * a)
         coefficient = torch.cat(coefficients)
         if inner_k is not None:
             best = coefficient.detach().sort(descending=True, stable=True).indices[:inner_k]
             coefficient = torch.zeros_like(coefficient).index_copy(0, best, coefficient[best])
-        y_t = coefficient @ torch.cat([values[e] for e in chosen])
+        y_t = coefficient @ torch.cat([values_of[e] for e in chosen])
         if value_bias is not None:
-            y_t = y_t + sum(gates[t, slot].to(x.dtype) * value_bias[e] for slot, e in enumerate(chosen))
+            y_t = y_t + sum(gate * value_bias_of[e] for e, gate in zip(chosen, gates_t.unbind(), strict=True))
         y.append(nothing + y_t)
     return torch.stack(y) if y else x + nothing
 

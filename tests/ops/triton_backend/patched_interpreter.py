@@ -1,9 +1,12 @@
-"""Triton's interpreter with bfloat16 as GPUs have it. Triton 3.7 to 3.9 multiply bfloat16 matrices as if their bits were
-integers, and cut float32 off where they convert it to bfloat16; hardware rounds to the nearest, ties to even.
+"""Triton's interpreter with bfloat16 as GPUs have it, and without what it does again for every call.
+
+Triton 3.7 to 3.9 multiply bfloat16 matrices as if their bits were integers, and cut float32 off where they convert it to
+bfloat16; hardware rounds to the nearest, ties to even.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from triton.runtime import interpreter
 
 _PLAIN_CONVERT = interpreter._convert_float
 _PLAIN_DOT = interpreter.InterpreterBuilder.create_dot
+_PLAIN_NP_DTYPE = interpreter._get_np_dtype
 
 
 def _convert(values: NDArray[Any], source: tl.dtype, target: tl.dtype, rounding: Any) -> NDArray[Any]:
@@ -35,7 +39,23 @@ def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _PLAIN_DOT(self, _upcast(a), _upcast(b), *rest)
 
 
+_np_dtypes: dict[str, np.dtype[Any]] = {}
+
+
+def _np_dtype(dtype: tl.dtype) -> np.dtype[Any]:
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = _PLAIN_NP_DTYPE(dtype.scalar)
+    return _np_dtypes[name]
+
+
 def mend() -> None:
-    """Put the corrections in place, for this process."""
+    """Put the corrections in place, for this process; its time is then a third."""
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _dot
+    # Triton redirects its whole language to the interpreter, for every call of a function; once is enough.
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda _: type(scope)()
+    interpreter._get_np_dtype = _np_dtype
+    # It adds up integers again in int64; the indices of these cases are far from the end of int32.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
