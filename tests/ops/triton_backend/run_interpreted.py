@@ -1,8 +1,8 @@
 """Computes cases through Triton's interpreter and writes what went wrong with each; a process of its own.
 
-    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json SECONDS
+    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json [SECONDS] [PART OF]
 
-After SECONDS, which may be inf, no case is begun.
+After SECONDS, which may be inf, no case is begun. PART, from 0 on, is one of as many processes as OF says.
 
 Without the variable the same cases run as compiled kernels on the GPU. OUT.json is written after every case.
 Inputs stand in front of guard rows, NaN and index 0, so that reading past the end shows; outputs start as NaN.
@@ -311,7 +311,7 @@ def said_by(function: Callable[[], object]) -> str:
 
 def main() -> None:
     """Run what the first argument names and write {case: message} to the second."""
-    what, out, seconds = sys.argv[1:]
+    what, out, seconds, part, n_parts = (*sys.argv[1:], *("inf", "0", "1")[len(sys.argv) - 3 :])
     stop = time.monotonic() + float(seconds)
     if knobs.runtime.interpret:
         patched_interpreter.mend()
@@ -328,7 +328,7 @@ def main() -> None:
         checks = vars(interpreted_checks) | vars(launch_checks)
         work |= {name: checks[name] for name in CHECKS}
     found: dict[str, str] = {}
-    for name, function in work.items():
+    for name, function in list(work.items())[int(part) :: int(n_parts)]:
         if time.monotonic() > stop:
             break
         if name in CHECKS:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -38,19 +39,27 @@ pytestmark = [
 OLDEST_INTERPRETER = (3, 7)
 
 
-def run(what: str, folder: Path, *, stop_s: float = math.inf, limit_s: float = 1100.0) -> Outcomes:
-    """Case to complaint, from a process that interprets; warnings are errors there too. After `stop_s` no case is begun."""
+def run(what: str, folder: Path, *, n_parts: int = 1, stop_s: float = math.inf, limit_s: float = 1100.0) -> Outcomes:
+    """Case to complaint, from processes that interpret, each a part of the cases; warnings are errors there too.
+
+    After `stop_s` no case is begun.
+    """
     release = version("triton")
     if tuple(map(int, release.split(".")[:2])) < OLDEST_INTERPRETER:
         pytest.skip(f"the interpreter of Triton {release} fails under today's NumPy")
-    out = folder / f"{what}.json"
     script = Path(__file__).with_name("run_interpreted.py")
     package = str(Path(sparseffn.__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(script), what, str(out), str(stop_s)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(out.read_text())
+
+    def run_part(part: int) -> Outcomes:
+        out = folder / f"{what}-{part}.json"
+        command = [sys.executable, "-W", "error", str(script), what, str(out), str(stop_s), str(part), str(n_parts)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(out.read_text())
+
+    with ThreadPoolExecutor(n_parts) as pool:
+        return {case: said for found in pool.map(run_part, range(n_parts)) for case, said in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,8 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, seconds_left: Callable[[], float]) -> Outcomes:
     """Outcomes of every operation, option, shape, dtype and kind of tile; a run with a limit spends half of what is left."""
-    return run("full", tmp_path_factory.mktemp("interpreted"), stop_s=seconds_left() / 2, limit_s=5000.0)
+    n_parts = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
+    return run("full", tmp_path_factory.mktemp("interpreted"), n_parts=n_parts, stop_s=seconds_left() / 2, limit_s=5000.0)
 
 
 @pytest.fixture(scope="module")
