@@ -1,9 +1,9 @@
-"""Is one checkout as fast as another? `tools/same_speed.py OLD NEW` times every operation of the CPU in each.
+"""Is one checkout as fast as another? `tools/same_speed.py OLD NEW` times the operations of the CPU in each, with gradients.
 
 A change of one kernel can slow another that shares a file with it. Processes of both checkouts alternate; within each, calls
 of an operation take turns with a product of PyTorch's, by whose time theirs is divided, as a shared machine's speed drifts.
-Nothing else should run; about eight minutes on 2 cores, and as long again for what seems slower. Exit code 1: something takes
-longer by more than `--allowed`, twice. One checkout against itself (`OLD OLD`) shows what is noise.
+Nothing else should run; about twelve minutes on 2 cores, and less for what seems slower, which is timed again. Exit code 1:
+something takes longer by more than `--allowed`, twice. One checkout against itself (`OLD OLD`) shows what is noise.
 """
 
 from __future__ import annotations
@@ -16,21 +16,39 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], object]
-Times = dict[str, tuple[float, float]]
-"""Microseconds of each call, and over the product that takes turns with it."""
-
 WARMUP, CALLS, LEAST_CALLS = 3, 24, 5
 SECONDS = 1.5
 """What has taken so long ends with fewer calls."""
-# More than a cache holds.
 FLUSHED_BYTES = 64 << 20
+"""Written before a cold call; of a larger cache some weights may stay there."""
+
+
+class Call(NamedTuple):
+    """What is timed."""
+
+    name: str
+    run: Callable[[], object]
+    cold: bool = False
+    trains: bool = False
+
+
+class Time(NamedTuple):
+    """Of a call: median microseconds, and median of what it takes over the product after it."""
+
+    us: float
+    over_product: float
+
+
+Times = dict[str, Time]
+Rounds = list[tuple[Times, Times]]
+"""Of the old and the new checkout, one process each."""
 
 
 def counted(n: int) -> str:
@@ -38,144 +56,194 @@ def counted(n: int) -> str:
     return "1 token" if n == 1 else f"{n:,} tokens"
 
 
-def expert_calls(
-    name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: list[int], *, gated: bool
-) -> Iterator[tuple[str, Call]]:
-    """Of experts `D x G x E x K`: plain ones as they are trained here, gated ones `[E, out, in]` as in Hugging Face."""
+def with_gradients(name: str, forward: Callable[..., Tensor], *leaves: Tensor, cold: bool = False) -> Iterator[Call]:
+    """A function of the leaves, alone and with the gradients of all of them."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    direction: list[Tensor] = []
+
+    def train() -> Sequence[Tensor]:
+        y = forward(*leaves)
+        direction[:] = direction or [torch.randn_like(y)]
+        return torch.autograd.grad(y, leaves, direction[0])
+
+    yield Call(f"{name}, cold" if cold else name, lambda: forward(*leaves), cold=cold)
+    yield Call(f"{name}, forward + backward", train, trains=True)
+
+
+def expert_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Call]:
+    """Of experts `D x G x E x K`, plain ones as they are trained here."""
     from sparseffn import ops
 
     d, g, e, k = sizes
-    if gated:
-        both = (torch.randn(e, 2 * g, d) / d**0.5).to(dtype).requires_grad_()
-        stored = (torch.randn(e, d, g) / g**0.5).to(dtype).requires_grad_()
-        (keys, gate_keys), values, leaves = both.mT.chunk(2, dim=2), stored.mT, [both, stored]
-    else:
-        keys, values = ((torch.randn(shape) / 20).to(dtype).requires_grad_() for shape in ((e, d, g), (e, g, d)))
-        gate_keys, leaves = None, [keys, values]
+    keys, values = ((torch.randn(shape) / 20).to(dtype) for shape in ((e, d, g), (e, g, d)))
     for n in tokens:
-        x, gates = torch.randn(n, d).to(dtype), torch.rand(n, k)
-        indices, direction = torch.rand(n, e).topk(k, dim=1).indices, torch.randn(n, d).to(dtype)
+        indices = torch.rand(n, e).topk(k, dim=1).indices
 
-        def forward(x: Tensor = x, gates: Tensor = gates, indices: Tensor = indices) -> Tensor:
-            return ops.experts(x, keys, values, gates, indices, activation="silu", gate_keys=gate_keys)
+        def forward(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, indices: Tensor = indices) -> Tensor:
+            return ops.experts(x, keys, values, gates, indices)
 
-        def backward(forward: Callable[[], Tensor] = forward, direction: Tensor = direction) -> object:
-            return torch.autograd.grad(forward(), leaves, direction)
-
-        yield f"experts {name}, {counted(n)}{', cold' if n <= 64 else ''}", forward
-        if n >= 64:
-            yield f"experts {name}, {counted(n)}, forward + backward", backward
+        name, leaves = f"experts {d}x{g}x{e}x{k} {named(dtype)}, {counted(n)}", (torch.randn(n, d).to(dtype), keys, values)
+        yield from with_gradients(name, forward, *leaves, torch.rand(n, k), cold=n <= 64)
 
 
-def row_calls(dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    """Blocks of single pairs, and what they are made of."""
+def gated_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Call]:
+    """Of gated experts `D x G x E x K`, `[E, out, in]` and keys and gate keys in one tensor, as models of Hugging Face."""
     from sparseffn import ops
 
-    name = str(dtype).removeprefix("torch.")
+    d, g, e, k = sizes
+    both, stored = ((torch.randn(shape) / 30).to(dtype) for shape in ((e, 2 * g, d), (e, d, g)))
+    for n in tokens:
+        indices = torch.rand(n, e).topk(k, dim=1).indices
+
+        def forward(x: Tensor, both: Tensor, stored: Tensor, gates: Tensor, indices: Tensor = indices) -> Tensor:
+            keys, gate_keys = ops.halves(both, dim=1)
+            return ops.experts(x, keys.mT, stored.mT, gates, indices, gate_keys=gate_keys.mT, activation="silu")
+
+        name, leaves = f"gated {d}x{g}x{e}x{k} {named(dtype)}, {counted(n)}", (torch.randn(n, d).to(dtype), both, stored)
+        yield from with_gradients(name, forward, *leaves, torch.rand(n, k), cold=n <= 64)
+
+
+def option_calls() -> Iterator[Call]:
+    """Of experts with biases, dropped units, an inner top-K, and in the dtypes that are not trained in."""
+    from sparseffn import ops
+
+    n, d, g, e, k = 256, 412, 128, 16, 4
+    leaves = [torch.randn(n, d), torch.randn(e, d, g) / 20, torch.randn(e, g, d) / 20, torch.rand(n, k)]
+    indices, keep = torch.rand(n, e).topk(k, dim=1).indices, torch.rand(n, k, g) >= 0.5
+
+    def biased(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, key_bias: Tensor, value_bias: Tensor) -> Tensor:
+        given = {"key_bias": key_bias, "value_bias": value_bias, "keep": keep, "keep_scale": 2.0}
+        return ops.experts(x, keys, values, gates, indices, **given)
+
+    def inner(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+        return ops.experts(x, keys, values, gates, indices, inner_k=64)
+
+    yield from with_gradients("experts, biases and dropped units", biased, *leaves, torch.randn(e, g), torch.randn(e, d))
+    yield from with_gradients("experts, inner top-K", inner, *leaves)
+    for dtype in (torch.float16, torch.float64):
+        yield from expert_calls((d, g, e, k), dtype, [n])
+
+
+def row_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Blocks of single pairs, and their weighted sums of rows."""
+    from sparseffn import ops
+
     keys, values = (torch.randn(2053, 412) / 20).to(dtype), (torch.randn(2053, 412) / 20).to(dtype)
     keys_a, keys_b = ((torch.randn(4, 62, 206) / 14).to(dtype) for _ in range(2))
     many = (torch.randn(62 * 62, 412) / 60).to(dtype)
     for n in (16, 256, 1024):
-        x = torch.randn(n, 412).to(dtype)
-        yield f"topk_rows {name}, {counted(n)}", lambda x=x: ops.topk_rows(x, keys, values, k=512)
-        yield f"product_key_rows {name}, {counted(n)}", lambda x=x: ops.product_key_rows(x, keys_a, keys_b, many, k=32)
-    indices, weights = torch.randint(2053, (1024, 128)), torch.rand(1024, 128)
-    yield f"weighted_rows {name}, 1,024 tokens", lambda: ops.weighted_rows(values, indices, weights)
+        x, words = torch.randn(n, 412).to(dtype), f"{named(dtype)}, {counted(n)}"
+        yield from with_gradients(f"topk_rows {words}", lambda *w: ops.topk_rows(*w, k=512)[0], x, keys, values)
+        product_keys = (x, keys_a, keys_b, many)
+        yield from with_gradients(f"product_key_rows {words}", lambda *w: ops.product_key_rows(*w, k=32)[0], *product_keys)
+    indices = torch.randint(2053, (1024, 128))
+    rows = (values, torch.rand(1024, 128))
+    yield from with_gradients(f"weighted_rows {named(dtype)}", lambda v, w: ops.weighted_rows(v, indices, w), *rows)
 
 
-def routing_calls() -> Iterator[tuple[str, Call]]:
+def routing_calls() -> Iterator[Call]:
     """Routers, choices and balancing."""
     from sparseffn import ops
 
     selector = torch.randn(16, 412) / 20
     for n in (16, 256, 4096):
         x = torch.randn(n, 412)
-        yield f"route, {counted(n)}", lambda x=x: ops.route(x, selector, k=4, gate="sigmoid")
-    scores = torch.randn(1024, 2053)
-    yield "topk, 1,024 rows", lambda: ops.topk(scores, 512)
+        yield from with_gradients(f"route, {counted(n)}", lambda *w: ops.route(*w, k=4, gate="sigmoid")[2], x, selector)
+    yield from with_gradients("router_logits", ops.router_logits, torch.randn(4096, 412), selector)
+    x, matrices, sel = torch.randn(4096, 412), torch.randn(16, 412, 128) / 20, torch.randint(16, (4096,))
+    yield from with_gradients("cvmm", lambda x, w: ops.cvmm(x, sel, w), x, matrices)
     logits = torch.randn(4096, 16)
     mask, indices, weights = torch.rand(4096) > 0.1, logits.topk(2, dim=1).indices, torch.rand(4096, 2)
-    yield "choose, 4,096 tokens", lambda: ops.choose(logits, k=2, gate="renormalised")
-    yield "sinkhorn, 4,096 tokens", lambda: ops.sinkhorn(logits, mask)
-    yield "balanced_assignment, 512 tokens", lambda: ops.balanced_assignment(logits[:512])
-    yield "over_capacity, 4,096 tokens", lambda: ops.over_capacity(indices, weights, n_experts=16, factor=1.0)
-    yield "routing_counts, 4,096 tokens", lambda: ops.routing_counts(indices, weights, 16)
-    x, experts, matrices = torch.randn(4096, 412), indices[:, 0].contiguous(), torch.randn(16, 412, 128) / 20
-    yield "cvmm, 4,096 rows", lambda: ops.cvmm(x, experts, matrices)
+    yield from with_gradients("choose", lambda z: ops.choose(z, k=2, gate="renormalised")[0], logits.clone())
+    yield from with_gradients("batch_entropy", lambda z: ops.batch_entropy(z, mask, 1.0), logits.clone())
+    scores, a, b = torch.randn(1024, 2053), torch.randn(1024, 62), torch.randn(1024, 62)
+    for name, run in (
+        ("topk", lambda: ops.topk(scores, 512)),
+        ("product_key_topk", lambda: ops.product_key_topk(a, b, 32)),
+        ("sinkhorn", lambda: ops.sinkhorn(logits, mask)),
+        ("balanced_assignment", lambda: ops.balanced_assignment(logits[:512])),
+        ("over_capacity", lambda: ops.over_capacity(indices, weights, n_experts=16, factor=1.0)),
+        ("routing_counts", lambda: ops.routing_counts(indices, weights, 16)),
+    ):
+        yield Call(name, run)
 
 
-def layer_calls() -> Iterator[tuple[str, Call]]:
-    """One token of a whole layer, where calling is what costs, and steps of training."""
+def layer_calls() -> Iterator[Call]:
+    """One token of a whole layer, where calling is what costs, and a step of training."""
     from sparseffn.ffn.sigma_moe import SigmaMoEConfig
 
     layer = SigmaMoEConfig(d_model=412, n_experts=16, expert_size=128, k=4).build()
-    one, many = torch.randn(1, 412), torch.randn(1024, 412)
-    yield "sigma-moe, 1 token", lambda: layer(one)
-
-    def step(x: Tensor) -> None:
-        layer(x).sum().backward()
-        layer.zero_grad(set_to_none=True)
-
-    yield "sigma-moe, 1 token, forward + backward", lambda: step(one)
-    yield "sigma-moe, 1,024 tokens, forward + backward", lambda: step(many)
+    for n in (1, 1024):
+        x = torch.randn(n, 412)
+        yield from with_gradients(f"sigma-moe, {counted(n)}", lambda x, *_: layer(x), x, *layer.parameters())
 
 
-def all_calls() -> Iterator[tuple[str, Call]]:
-    """Every operation; a name that ends in "cold" is of weights that come from memory."""
+def named(dtype: torch.dtype) -> str:
+    """Without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def all_calls() -> Iterator[Call]:
+    """Everything."""
     single, half = torch.float32, torch.bfloat16
-    yield from expert_calls("412x128x16x4 float32", (412, 128, 16, 4), single, [1, 8, 64, 1024], gated=False)
-    yield from expert_calls("1024x128x32x4 bfloat16", (1024, 128, 32, 4), half, [1, 64, 1024], gated=False)
-    yield from expert_calls("gated 1024x512x32x8 float32", (1024, 512, 32, 8), single, [1, 64, 512], gated=True)
-    yield from expert_calls("gated 1024x512x32x8 bfloat16", (1024, 512, 32, 8), half, [1, 64, 512], gated=True)
+    yield from expert_calls((412, 128, 16, 4), single, [1, 8, 64, 1024])
+    yield from expert_calls((1024, 128, 32, 4), half, [1, 64, 1024])
     for dtype in (single, half):
+        yield from gated_calls((1024, 512, 32, 8), dtype, [1, 64, 512])
         yield from row_calls(dtype)
+    yield from option_calls()
     yield from routing_calls()
     yield from layer_calls()
 
 
-def timed(call: Call, *, cold: bool) -> tuple[float, float]:
-    """Median microseconds of a call, and median of what it takes over the product after it."""
+def timed(call: Call) -> Time:
+    """Call and product take turns; the product runs once unmeasured, so that it does not depend on what came before."""
     flushed, product = torch.zeros(FLUSHED_BYTES // 4), torch.randn(512, 512)
-    times, ratios, begun = [], [], time.perf_counter()
+    times, ratios, begun = [], [], 0.0
     for index in range(WARMUP + CALLS):
+        if index == WARMUP:
+            begun = time.perf_counter()
         if index >= WARMUP + LEAST_CALLS and time.perf_counter() - begun > SECONDS:
             break
-        if cold:
+        if call.cold:
             flushed.add_(1)
         start = time.perf_counter()
-        call()
-        between = time.perf_counter()
+        call.run()
+        seconds = time.perf_counter() - start
         torch.mm(product, product)
-        end = time.perf_counter()
+        start = time.perf_counter()
+        torch.mm(product, product)
         if index >= WARMUP:
-            times.append(between - start)
-            ratios.append((between - start) / (end - between))
-    return 1e6 * statistics.median(times), statistics.median(ratios)
+            times.append(seconds)
+            ratios.append(seconds / (time.perf_counter() - start))
+    return Time(1e6 * statistics.median(times), statistics.median(ratios))
 
 
-def measure(only: str) -> Times:
-    """Of this process, and without what its checkout does not have."""
+def measure(tree: Path, only: str) -> Times:
+    """Of this process, which must have imported the checkout and its kernels."""
+    import sparseffn
+    from sparseffn import ops
+
+    assert Path(sparseffn.__file__).is_relative_to(tree / "src"), f"{tree} is no checkout"
+    backend, reason = ops.explain_backend(torch.device("cpu"))
+    assert backend == "cpu", f"{tree} runs without kernels: {reason}"
     torch.manual_seed(0)
     found = {}
-    for name, call in all_calls():
-        if re.search(only, name):
-            try:
-                with torch.inference_mode("backward" not in name):
-                    found[name] = timed(call, cold=name.endswith("cold"))
-            except (AttributeError, TypeError) as error:
-                sys.stderr.write(f"left out: {name}: {error}\n")
+    for call in all_calls():
+        if re.search(only, call.name):
+            with torch.inference_mode(not call.trains):
+                found[call.name] = timed(call)
     return found
 
 
 def run(tree: Path, only: str) -> Times:
     """The measurements of a process that imports a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    environment.pop("SPARSEFFN_BACKEND", None)
     command = [sys.executable, str(Path(__file__)), str(tree), str(tree), "--only", only, "--measure"]
-    return json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE).stdout)
-
-
-Rounds = list[tuple[Times, Times]]
-"""Of the old and the new checkout, one process each."""
+    found = json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE).stdout)
+    return {name: Time(*values) for name, values in found.items()}
 
 
 def compare(old: Path, new: Path, only: str, n_rounds: int) -> Rounds:
@@ -192,9 +260,8 @@ def compare(old: Path, new: Path, only: str, n_rounds: int) -> Rounds:
 
 
 def ratios_of(rounds: Rounds) -> dict[str, list[float]]:
-    """NEW over OLD of each round, sorted, for the calls that both have."""
-    both = [name for name in rounds[0][0] if name in rounds[0][1]]
-    return {name: sorted(new[name][1] / old[name][1] for old, new in rounds) for name in both}
+    """NEW over OLD in each round, sorted."""
+    return {name: sorted(new[name].over_product / old[name].over_product for old, new in rounds) for name in rounds[0][0]}
 
 
 def slower_calls(rounds: Rounds, allowed: float) -> list[str]:
@@ -208,11 +275,11 @@ def slower_calls(rounds: Rounds, allowed: float) -> list[str]:
 
 def report(rounds: Rounds, slower: list[str]) -> None:
     """A line a call."""
-    sys.stdout.write(f"{'':70} {'OLD, us':>10} {'NEW / OLD':>10}   of each round\n")
+    sys.stdout.write(f"{'':72} {'OLD, us':>10} {'NEW / OLD':>10}   of each round, sorted\n")
     for name, ratios in ratios_of(rounds).items():
-        us, each = statistics.median(old[name][0] for old, _ in rounds), " ".join(f"{r:.2f}" for r in ratios)
+        us, each = statistics.median(old[name].us for old, _ in rounds), " ".join(f"{r:.2f}" for r in ratios)
         mark = "   slower" if name in slower else ""
-        sys.stdout.write(f"{name:70} {us:10,.0f} {statistics.median(ratios):10.2f}   {each}{mark}\n")
+        sys.stdout.write(f"{name:72} {us:10,.0f} {statistics.median(ratios):10.2f}   {each}{mark}\n")
 
 
 def main() -> int:
@@ -225,17 +292,20 @@ def main() -> int:
     parser.add_argument("--allowed", type=float, default=0.05, help="by how much a call may take longer (default: 0.05)")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    old, new = options.old.resolve(), options.new.resolve()
     if options.measure:
-        json.dump(measure(options.only), sys.stdout)
+        json.dump(measure(new, options.only), sys.stdout)
         return 0
-    first = compare(options.old, options.new, options.only, options.rounds)
+    if options.rounds < 1 or not any(re.search(options.only, call.name) for call in all_calls()):
+        parser.error("nothing to compare: `--rounds` must be 1 or more, and `--only` match the name of a call")
+    first = compare(old, new, options.only, options.rounds)
     suspects = slower_calls(first, options.allowed)
     report(first, suspects)
     if not suspects:
         return 0
     # A busy neighbour finds some of so many calls: what is slow by itself is so again.
     only = "|".join(f"^{re.escape(name)}$" for name in suspects)
-    again = compare(options.old, options.new, only, options.rounds)
+    again = compare(old, new, only, options.rounds)
     slower = slower_calls(again, options.allowed)
     sys.stdout.write("\nonce more:\n")
     report(again, slower)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +127,7 @@ def test_a_window_of_evaluation_reads_no_number(ffn: FFNConfig) -> None:
 
 def test_modes_find_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed devices, a tensor on no named device, and numbers copied to a device, each made by a file of the package."""
+    assert Stepper.take.__code__.co_filename.removesuffix("training/stepper.py") == modes.PACKAGE
     with OneDevice(), pytest.raises(AssertionError, match="got tensors on"):
         torch.add(torch.zeros(2, device=META), torch.zeros(2))
     with OneDevice():
@@ -137,6 +137,6 @@ def test_modes_find_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: torch.zeros(2, device=META).new_tensor(3.0), "copies Python numbers"),
         (lambda: torch.tensor([1], device=META), "copies Python numbers"),
     ):
-        monkeypatch.setattr(modes, "PACKAGE", str(Path(__file__).parent))
+        monkeypatch.setattr(modes, "PACKAGE", __file__.removesuffix("test_steps.py"))
         with NamedDevice(), pytest.raises(AssertionError, match=message):
             made()

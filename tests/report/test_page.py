@@ -173,7 +173,8 @@ def test_drawing_leaves_the_settings_of_matplotlib(result: dict[str, Any]) -> No
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    result["methods"] = result["methods"][:1]
+    # Between them they have a drawing of each kind.
+    result["methods"] = [result["methods"][i] for i in (0, 3)]
     comparison_page(typed(result))
     assert dict(matplotlib.rcParams) == before
 

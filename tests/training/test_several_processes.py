@@ -244,7 +244,7 @@ def test_a_killed_process_ends_the_others_soon_and_nothing_is_lost(place: Place)
     started = time.monotonic()
     jobs = [place.job("unharmed", sigma(0.1)), place.job("killed", sigma(0.1), faults={"1": "killed 5"})]
     (_, said), (code, _) = place.launch(2, jobs)
-    assert code == -signal.SIGKILL
+    assert (place.path / "unharmed" / "result.json").exists() and code == -signal.SIGKILL, said
     assert re.search(r"a process of 2 must not go away; process 0 lost it .*the same command goes on", said), said
     assert time.monotonic() - started < 60
     assert [code for code, _ in place.launch(2, [place.job("killed", sigma(0.1))])] == [0, 0]

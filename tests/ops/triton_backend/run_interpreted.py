@@ -1,8 +1,8 @@
 """Computes cases through Triton's interpreter and writes what went wrong with each; a process of its own.
 
-    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json [SECONDS] [PART OF]
+    TRITON_INTERPRET=1 python run_interpreted.py quick|full|mistakes OUT.json [--seconds S] [--part I N]
 
-After SECONDS, which may be inf, no case is begun. PART, from 0 on, is one of as many processes as OF says.
+After S seconds no case is begun. Part I, from 0 on, is every N-th case from the I-th.
 
 Without the variable the same cases run as compiled kernels on the GPU. OUT.json is written after every case.
 Inputs stand in front of guard rows, NaN and index 0, so that reading past the end shows; outputs start as NaN.
@@ -10,9 +10,10 @@ Inputs stand in front of guard rows, NaN and index 0, so that reading past the e
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
-import sys
+import math
 import tempfile
 import time
 import warnings
@@ -311,8 +312,13 @@ def said_by(function: Callable[[], object]) -> str:
 
 def main() -> None:
     """Run what the first argument names and write {case: message} to the second."""
-    what, out, seconds, part, n_parts = (*sys.argv[1:], *("inf", "0", "1")[len(sys.argv) - 3 :])
-    stop = time.monotonic() + float(seconds)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["quick", "full", "mistakes"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1))
+    options = parser.parse_args()
+    what, (part, n_parts), stop = options.what, options.part, time.monotonic() + options.seconds
     if knobs.runtime.interpret:
         patched_interpreter.mend()
         # As on a GPU: exp runs into infinity, whose reciprocal is the sigmoid's zero.
@@ -328,13 +334,14 @@ def main() -> None:
         checks = vars(interpreted_checks) | vars(launch_checks)
         work |= {name: checks[name] for name in CHECKS}
     found: dict[str, str] = {}
-    for name, function in list(work.items())[int(part) :: int(n_parts)]:
+    options.out.write_text("{}")
+    for name, function in list(work.items())[part::n_parts]:
         if time.monotonic() > stop:
             break
         if name in CHECKS:
             use_tiles(small=True)
         found[name] = said_by(function)
-        Path(out).write_text(json.dumps(found))
+        options.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

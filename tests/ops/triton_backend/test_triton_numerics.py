@@ -30,7 +30,7 @@ Outcomes = dict[str, str]
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton has wheels for Linux on x86_64"),
-    # The first test of a fixture waits for all of its cases: two minutes, and on a busy machine several times as long.
+    # The first test of a fixture waits for all of its cases: a minute, and on a busy machine several times as long.
     pytest.mark.timeout(1200),
 ]
 
@@ -53,7 +53,8 @@ def run(what: str, folder: Path, *, n_parts: int = 1, stop_s: float = math.inf, 
 
     def run_part(part: int) -> Outcomes:
         out = folder / f"{what}-{part}.json"
-        command = [sys.executable, "-W", "error", str(script), what, str(out), str(stop_s), str(part), str(n_parts)]
+        command = [sys.executable, "-W", "error", str(script), what, str(out), "--seconds", str(stop_s)]
+        command += ["--part", str(part), str(n_parts)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(out.read_text())
@@ -77,7 +78,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, seconds_left: Callable[[], float]) -> Outcomes:
     """Outcomes of every operation, option, shape, dtype and kind of tile; a run with a limit spends half of what is left."""
-    n_parts = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
+    n_parts = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(12, os.cpu_count() or 1)
     return run("full", tmp_path_factory.mktemp("interpreted"), n_parts=n_parts, stop_s=seconds_left() / 2, limit_s=5000.0)
 
 
