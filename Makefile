@@ -22,7 +22,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo       train parameter-equal models on the standard library's source, under 10 minutes on 2 cores"
-	@echo "make test       the tests, under 8 minutes on 2 cores"
+	@echo "make test       the tests, under 8 minutes on 2 fast cores, 15 on slow ones"
 	@echo "make test-slow  every combination of what the tests sample, under 30 minutes"
 	@echo "make fuzz       ten minutes of random shapes on the compiled kernels"
 	@echo "make torture    under 30 minutes: runs are killed, disks filled and files damaged at random; what was lost"

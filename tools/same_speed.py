@@ -84,7 +84,8 @@ def expert_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: S
             return ops.experts(x, keys, values, gates, indices)
 
         name, leaves = f"experts {d}x{g}x{e}x{k} {named(dtype)}, {counted(n)}", (torch.randn(n, d).to(dtype), keys, values)
-        yield from with_gradients(name, forward, *leaves, torch.rand(n, k), cold=n <= 64)
+        gates = torch.rand(n, k).to(torch.promote_types(dtype, torch.float32))
+        yield from with_gradients(name, forward, *leaves, gates, cold=n <= 64)
 
 
 def gated_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Call]:
@@ -105,21 +106,20 @@ def gated_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Se
 
 
 def option_calls() -> Iterator[Call]:
-    """Of experts with biases, dropped units, an inner top-K, and in the dtypes that are not trained in."""
+    """Of experts with biases, dropout, an inner top-K, and in the dtypes that are not trained in."""
     from sparseffn import ops
 
     n, d, g, e, k = 256, 412, 128, 16, 4
     leaves = [torch.randn(n, d), torch.randn(e, d, g) / 20, torch.randn(e, g, d) / 20, torch.rand(n, k)]
-    indices, keep = torch.rand(n, e).topk(k, dim=1).indices, torch.rand(n, k, g) >= 0.5
+    indices = torch.rand(n, e).topk(k, dim=1).indices
 
     def biased(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor, key_bias: Tensor, value_bias: Tensor) -> Tensor:
-        given = {"key_bias": key_bias, "value_bias": value_bias, "keep": keep, "keep_scale": 2.0}
-        return ops.experts(x, keys, values, gates, indices, **given)
+        return ops.experts(x, keys, values, gates, indices, key_bias=key_bias, value_bias=value_bias, dropout=0.5)
 
     def inner(x: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
         return ops.experts(x, keys, values, gates, indices, inner_k=64)
 
-    yield from with_gradients("experts, biases and dropped units", biased, *leaves, torch.randn(e, g), torch.randn(e, d))
+    yield from with_gradients("experts, biases and dropout", biased, *leaves, torch.randn(e, g), torch.randn(e, d))
     yield from with_gradients("experts, inner top-K", inner, *leaves)
     for dtype in (torch.float16, torch.float64):
         yield from expert_calls((d, g, e, k), dtype, [n])
