@@ -15,17 +15,20 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WARMUP, CALLS, LEAST_CALLS = 3, 24, 5
-SECONDS = 1.5
-"""What has taken so long ends with fewer calls."""
+import sparseffn
+from sparseffn import ops
+from sparseffn.bench.timing import Turn, medians, ratio, take_turns
+from sparseffn.ffn.sigma_moe import SigmaMoEConfig
+
+WARMUP, LEAST_CALLS, SECONDS = 3, 5, 1.0
 FLUSHED_BYTES = 64 << 20
 """Written before a cold call; of a larger cache some weights may stay there."""
 
@@ -60,12 +63,10 @@ def with_gradients(name: str, forward: Callable[..., Tensor], *leaves: Tensor, c
     """A function of the leaves, alone and with the gradients of all of them."""
     for leaf in leaves:
         leaf.requires_grad_()
-    direction: list[Tensor] = []
 
     def train() -> Sequence[Tensor]:
         y = forward(*leaves)
-        direction[:] = direction or [torch.randn_like(y)]
-        return torch.autograd.grad(y, leaves, direction[0])
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     yield Call(f"{name}, cold" if cold else name, lambda: forward(*leaves), cold=cold)
     yield Call(f"{name}, forward + backward", train, trains=True)
@@ -73,8 +74,6 @@ def with_gradients(name: str, forward: Callable[..., Tensor], *leaves: Tensor, c
 
 def expert_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Call]:
     """Of experts `D x G x E x K`, plain ones as they are trained here."""
-    from sparseffn import ops
-
     d, g, e, k = sizes
     keys, values = ((torch.randn(shape) / 20).to(dtype) for shape in ((e, d, g), (e, g, d)))
     for n in tokens:
@@ -90,8 +89,6 @@ def expert_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: S
 
 def gated_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Call]:
     """Of gated experts `D x G x E x K`, `[E, out, in]` and keys and gate keys in one tensor, as models of Hugging Face."""
-    from sparseffn import ops
-
     d, g, e, k = sizes
     both, stored = ((torch.randn(shape) / 30).to(dtype) for shape in ((e, 2 * g, d), (e, d, g)))
     for n in tokens:
@@ -107,8 +104,6 @@ def gated_calls(sizes: tuple[int, int, int, int], dtype: torch.dtype, tokens: Se
 
 def option_calls() -> Iterator[Call]:
     """Of experts with biases, dropout, an inner top-K, and in the dtypes that are not trained in."""
-    from sparseffn import ops
-
     n, d, g, e, k = 256, 412, 128, 16, 4
     leaves = [torch.randn(n, d), torch.randn(e, d, g) / 20, torch.randn(e, g, d) / 20, torch.rand(n, k)]
     indices = torch.rand(n, e).topk(k, dim=1).indices
@@ -127,8 +122,6 @@ def option_calls() -> Iterator[Call]:
 
 def row_calls(dtype: torch.dtype) -> Iterator[Call]:
     """Blocks of single pairs, and their weighted sums of rows."""
-    from sparseffn import ops
-
     keys, values = (torch.randn(2053, 412) / 20).to(dtype), (torch.randn(2053, 412) / 20).to(dtype)
     keys_a, keys_b = ((torch.randn(4, 62, 206) / 14).to(dtype) for _ in range(2))
     many = (torch.randn(62 * 62, 412) / 60).to(dtype)
@@ -144,8 +137,6 @@ def row_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 def routing_calls() -> Iterator[Call]:
     """Routers, choices and balancing."""
-    from sparseffn import ops
-
     selector = torch.randn(16, 412) / 20
     for n in (16, 256, 4096):
         x = torch.randn(n, 412)
@@ -171,8 +162,6 @@ def routing_calls() -> Iterator[Call]:
 
 def layer_calls() -> Iterator[Call]:
     """One token of a whole layer, where calling is what costs, and a step of training."""
-    from sparseffn.ffn.sigma_moe import SigmaMoEConfig
-
     layer = SigmaMoEConfig(d_model=412, n_experts=16, expert_size=128, k=4).build()
     for n in (1, 1024):
         x = torch.randn(n, 412)
@@ -197,37 +186,34 @@ def all_calls() -> Iterator[Call]:
     yield from layer_calls()
 
 
+class Prepared(Turn):
+    """A call, and what is done before it untimed."""
+
+    def __init__(self, ready: Callable[[], object], call: Callable[[], object]) -> None:
+        self.ready, self.call = ready, call
+
+    def prepare(self, index: int) -> Callable[[], object]:
+        self.ready()
+        return self.call
+
+
 def timed(call: Call) -> Time:
-    """Call and product take turns; the product runs once unmeasured, so that it does not depend on what came before."""
+    """Call and product take turns; the product runs once untimed, so that it does not depend on what came before."""
     flushed, product = torch.zeros(FLUSHED_BYTES // 4), torch.randn(512, 512)
-    times, ratios, begun = [], [], 0.0
-    for index in range(WARMUP + CALLS):
-        if index == WARMUP:
-            begun = time.perf_counter()
-        if index >= WARMUP + LEAST_CALLS and time.perf_counter() - begun > SECONDS:
-            break
-        if call.cold:
-            flushed.add_(1)
-        start = time.perf_counter()
-        call.run()
-        seconds = time.perf_counter() - start
-        torch.mm(product, product)
-        start = time.perf_counter()
-        torch.mm(product, product)
-        if index >= WARMUP:
-            times.append(seconds)
-            ratios.append(seconds / (time.perf_counter() - start))
-    return Time(1e6 * statistics.median(times), statistics.median(ratios))
+    multiply = partial(torch.mm, product, product)
+    turns = {
+        "call": Prepared((lambda: flushed.add_(1)) if call.cold else (lambda: None), call.run),
+        "product": Prepared(multiply, multiply),
+    }
+    times = take_turns(turns, rounds=LEAST_CALLS, warmup=WARMUP, at_least_s=SECONDS)
+    return Time(1e6 * medians(times)["call"], ratio(times, "call", "product"))
 
 
-def measure(tree: Path, only: str) -> Times:
-    """Of this process, which must have imported the checkout and its kernels."""
-    import sparseffn
-    from sparseffn import ops
-
-    assert Path(sparseffn.__file__).is_relative_to(tree / "src"), f"{tree} is no checkout"
+def measure(only: str) -> Times:
+    """Of this process, whose checkout must have kernels."""
     backend, reason = ops.explain_backend(torch.device("cpu"))
-    assert backend == "cpu", f"{tree} runs without kernels: {reason}"
+    if backend != "cpu":
+        raise SystemExit(f"{Path(sparseffn.__file__).parent} must run by its CPU kernels; got {backend}, as {reason}")
     torch.manual_seed(0)
     found = {}
     for call in all_calls():
@@ -294,8 +280,11 @@ def main() -> int:
     options = parser.parse_args()
     old, new = options.old.resolve(), options.new.resolve()
     if options.measure:
-        json.dump(measure(new, options.only), sys.stdout)
+        json.dump(measure(options.only), sys.stdout)
         return 0
+    for tree in (old, new):
+        if not (tree / "src" / "sparseffn").is_dir():
+            parser.error(f"a checkout must have the folder src/sparseffn; {tree} has none")
     if options.rounds < 1 or not any(re.search(options.only, call.name) for call in all_calls()):
         parser.error("nothing to compare: `--rounds` must be 1 or more, and `--only` match the name of a call")
     first = compare(old, new, options.only, options.rounds)

@@ -73,13 +73,11 @@ def experts(
     `a_k = act(x[t] @ keys[e] + key_bias[e])`, gated times `x[t] @ gate_keys[e] + gate_bias[e]`; units that `keep` leaves are
     scaled. With `inner_k` only the largest coefficients `gate a` of a token, over all of its selections, take part.
     """
-    weights = [w for w in (keys, values, gate_keys, key_bias, gate_bias, value_bias) if w is not None]
+    weights = (keys, values, gate_keys, key_bias, gate_bias, value_bias)
     # Nothing, with a gradient of zeros for whatever no token selects.
-    nothing = sum((w[:0].sum() for w in weights), gates[:0].sum().to(x.dtype))
+    nothing = sum((w[:0].sum() for w in weights if w is not None), gates[:0].sum().to(x.dtype))
     # The gradient of every `keys[e]` would be as large as all keys.
-    apart = [
-        [None] * keys.shape[0] if w is None else w.unbind() for w in (keys, values, gate_keys, key_bias, gate_bias, value_bias)
-    ]
+    apart = [[None] * keys.shape[0] if w is None else w.unbind() for w in weights]
     keys_of, values_of, gate_keys_of, key_bias_of, gate_bias_of, value_bias_of = apart
     y = []
     for t, (x_t, gates_t) in enumerate(zip(x.unbind(), gates.to(x.dtype).unbind(), strict=True)):

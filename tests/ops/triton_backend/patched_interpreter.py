@@ -55,8 +55,9 @@ def mend() -> None:
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _dot
     # Triton redirects its whole language to the interpreter, for every call of a function; once is enough.
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
+    changes = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # What takes changes back after a launch has none to take back; None in Triton 3.5.
+    interpreter._patch_lang = lambda _: type(changes)()
     interpreter._get_np_dtype = _np_dtype
     # It would compute sums of integers again in int64, for an assertion that is not made without `debug`.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

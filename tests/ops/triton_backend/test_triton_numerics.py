@@ -35,8 +35,13 @@ pytestmark = [
 ]
 
 
-# The interpreters up to Triton 3.6, which PyTorch 2.11 brings, convert arrays to numbers as NumPy no longer does.
-OLDEST_INTERPRETER = (3, 7)
+# The interpreters before Triton 3.7 convert arrays to numbers as NumPy 2.4 no longer does.
+MENDED_TRITON, STRICT_NUMPY = (3, 7), (2, 4)
+
+
+def minor(package: str) -> tuple[int, ...]:
+    """The first two numbers of a package's version."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def run(what: str, folder: Path, *, n_parts: int = 1, stop_s: float = math.inf, limit_s: float = 1100.0) -> Outcomes:
@@ -44,9 +49,8 @@ def run(what: str, folder: Path, *, n_parts: int = 1, stop_s: float = math.inf, 
 
     After `stop_s` no case is begun.
     """
-    release = version("triton")
-    if tuple(map(int, release.split(".")[:2])) < OLDEST_INTERPRETER:
-        pytest.skip(f"the interpreter of Triton {release} fails under today's NumPy")
+    if minor("triton") < MENDED_TRITON and minor("numpy") >= STRICT_NUMPY:
+        pytest.skip(f"the interpreter of Triton {version('triton')} fails under NumPy {version('numpy')}; fix: numpy<2.4")
     script = Path(__file__).with_name("run_interpreted.py")
     package = str(Path(sparseffn.__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
