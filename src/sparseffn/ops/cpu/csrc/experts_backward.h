@@ -66,7 +66,7 @@ template <class S> std::vector<BackwardWorkspace<S>> backward_workspaces(const P
 
 // gx[token] += d keys[e]^T, and with the gate keys; gx of row i at ws.to[i], d at ws.d_rows[i] and ws.gate_rows[i].
 template <class S>
-void to_inputs(const Problem<S>& p, int64_t e, int64_t rows, BackwardWorkspace<S>& ws, int64_t dot_rows) {
+void to_inputs(const Problem<S>& p, int64_t e, int64_t rows, BackwardWorkspace<S>& ws, Dots dots) {
     const Matrix<S> keys = p.keys.of(e);
     if (p.interleaved()) {
         for (int64_t i = 0; i < rows; ++i) {
@@ -78,13 +78,13 @@ void to_inputs(const Problem<S>& p, int64_t e, int64_t rows, BackwardWorkspace<S
             ws.joint_rows[i] = row;
         }
         multiply<To::kAdd, S>(ws.joint_rows.data(), rows, {keys.data, 1, keys.row}, 2 * p.size, p.width, ws.to.data(),
-                              ws.scratch, Way{{}, dot_rows});
+                              ws.scratch, Way{{}, dots});
         return;
     }
-    multiply<To::kAdd, S>(ws.d_rows.data(), rows, keys.transposed(), p.size, p.width, ws.to.data(), ws.scratch, Way{{}, dot_rows});
+    multiply<To::kAdd, S>(ws.d_rows.data(), rows, keys.transposed(), p.size, p.width, ws.to.data(), ws.scratch, Way{{}, dots});
     if (p.gate_keys)
         multiply<To::kAdd, S>(ws.gate_rows.data(), rows, p.gate_keys.of(e).transposed(), p.size, p.width, ws.to.data(),
-                              ws.scratch, Way{{}, dot_rows});
+                              ws.scratch, Way{{}, dots});
 }
 
 // Gradient of the weights of an expert between tokens' rows of `width` and hidden rows of `size`, [width, size], where
@@ -122,7 +122,7 @@ void backward_expert(const Problem<S>& p, const Gradients<S>& g, int64_t e, cons
                                      scaled + i * p.size));
     if (gx) {
         for (int64_t i = 0; i < rows; ++i) ws.to[i] = gx + p.routing.token(first + i) * p.width;
-        to_inputs(p, e, rows, ws, kDotRows);
+        to_inputs(p, e, rows, ws, Dots::kFewRows);
     }
     if (g.keys) weights_of_few(p, rows, ws.inputs.data(), ws.d_rows.data(), g.keys.by_rows(), g.keys.of(e), g.keys.ld(), ws);
     if (g.gate_keys)
@@ -273,7 +273,7 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                 ws.to[r - rows.begin] = d.data() + r * p.size;
             }
             multiply<To::kPut, S>(ws.sent.data(), rows.end - rows.begin, p.values.of(e).transposed(), p.width, p.size,
-                                  ws.to.data(), ws.scratch, Way{{}, 0});
+                                  ws.to.data(), ws.scratch, Way{{}, Dots::kNever});
             for (int64_t r = rows.begin; r < rows.end; ++r)
                 send_gate(p, g, e, r, ws.sent[r - rows.begin],
                           through_activation(p, r, {0, p.size}, d.data() + r * p.size,
@@ -289,7 +289,7 @@ void backward_by_tokens(const Problem<S>& p, const Gradients<S>& g, const comput
                     ws.gate_rows[i] = d_gate.data() + (rows.begin + i) * p.size;
                     ws.to[i] = gx + routing.token(rows.begin + i) * p.width;
                 }
-                to_inputs(p, e, rows.end - rows.begin, ws, 0);
+                to_inputs(p, e, rows.end - rows.begin, ws, Dots::kNever);
             });
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < routing.experts * parts; ++unit) {

@@ -1,7 +1,6 @@
 // Hidden units of rows of one expert: products with its keys, activation, dropout and gate.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "experts_types.h"
@@ -13,12 +12,6 @@ constexpr int64_t kChunk = 192;
 
 // Up to this many rows of an expert the lines of a matrix are read once, in their order, if rows are multiplied in pairs.
 constexpr int64_t kOnceRows = 24;
-
-// Up to this many rows columns that are lines are read in dot products; for more their panels are packed. Measured cold on one
-// core (Zen 4, float32, 1,024 x 512): packed, 32 rows take 0.88 of the time, 64 rows 0.75, 128 rows 0.73; 16 rows take as long.
-// Rows that are multiplied in pairs take dot products always: packed, they would be multiplied as float.
-template <class S>
-constexpr int64_t kForwardDotRows = std::is_same_v<operand_t<S>, compute_t<S>> ? 24 : std::numeric_limits<int64_t>::max();
 
 // What one thread needs for a chunk of rows. Made before threads start: what they cannot get must not end the process.
 template <class S> struct Workspace {
@@ -50,7 +43,7 @@ template <class S> struct Workspace {
     static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
     static int64_t panel_elements(const Problem<S>& p) {
         const auto packs = [&](const Matrices<S>& m) {
-            return m && m.column != 1 && (m.row != 1 || most_rows(p) > kForwardDotRows<S>);
+            return m && m.column != 1 && (m.row != 1 || (!kNarrows && most_rows(p) > most_dot_rows<S>(m.column)));
         };
         if (packs(p.values) || (!p.interleaved() && (packs(p.keys) || packs(p.gate_keys))))
             return panel_size<C>(std::max(p.width, p.size));
@@ -74,8 +67,11 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
     for (int64_t g = 0; g < n; ++g) kept[g] = narrow<S>(row[g]);
 }
 
-// How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
-template <class S> Way way_of(int64_t n, Coming next, bool once) { return {next, kForwardDotRows<S>, once && n <= kOnceRows}; }
+// How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert. What is multiplied in pairs would be
+// multiplied as float from packed panels.
+template <class S> Way way_of(int64_t n, Coming next, bool once) {
+    return {next, Workspace<S>::kNarrows ? Dots::kAlways : Dots::kFewRows, once && n <= kOnceRows};
+}
 
 // Keys as they are multiplied: those of an expert, or with its gate keys in turns.
 template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {

@@ -117,14 +117,10 @@ constexpr int64_t kPairsOfTurn = kTerms / 2;
 template <int R, int N, class PairAt>
 SPARSEFFN_INLINE void tile_pairs(int64_t pairs, const uint32_t* panel, __m512 (&acc)[R][N], PairAt&& pair_at) {
     for (int64_t k = 0; k < pairs; ++k) {
-        __m512bh line[N];
-        for (int j = 0; j < N; ++j) line[j] = (__m512bh)_mm512_loadu_si512(panel + (k * N + j) * kPairLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_at(i, k)));
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, line[j]);
-        }
+        tile_step<R, N>(
+            acc, [&](int i) { return _mm512_set1_epi32(static_cast<int>(pair_at(i, k))); },
+            [&](int j) { return _mm512_loadu_si512(panel + (k * N + j) * kPairLanes); },
+            [](__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); });
     }
 }
 

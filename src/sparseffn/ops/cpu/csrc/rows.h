@@ -199,11 +199,16 @@ void add_token(const Table<S>& t, const S* values, const compute_t<S>* all_weigh
     for (int64_t k = 0; k < t.k; k += kRun) {
         const int n = static_cast<int>(std::min<int64_t>(kRun, t.k - k));
         const C* weights = all_weights + token * t.k + k;
-        const S* rows[kRun];
-        for (int q = 0; q < n; ++q) rows[q] = values + t.indices[token * t.k + k + q] * t.width;
+        const int64_t* indices = t.indices + token * t.k + k;
+        const S *rows[kRun], *after[kRun];
+        for (int q = 0; q < n; ++q) {
+            rows[q] = values + indices[q] * t.width;
+            after[q] = k + kRun + q < t.k ? values + indices[kRun + q] * t.width : rows[q];
+        }
         int64_t c = columns.begin;
         for (; c + kLanes<C> <= columns.end; c += kLanes<C>) {
             Vec<C> sum = load(y + c);
+            for (int q = 0; q < n; ++q) __builtin_prefetch(after[q] + c, 0, 2);
             for (int q = 0; q < n; ++q) sum += splat<C>(weights[q]) * load(rows[q] + c);
             store(y + c, sum);
         }
