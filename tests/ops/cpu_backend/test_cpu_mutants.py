@@ -72,7 +72,7 @@ MUTANTS = {
     "ragged-dots-cut": Mutant(
         "dots.h", "if (const int64_t n = depth - k)", "if (const int64_t n = depth - k; n > 1)", "layouts"
     ),
-    "sums-of-the-row-before": Mutant("dots.h", "held[i + 1 < R ? i + 1 : i]", "held[i]", "layouts"),
+    "sums-of-the-row-before": Mutant("dots.h", "folded[i + 1 < R ? i + 1 : i]", "folded[i]", "layouts"),
     "tile-of-rows-twice": Mutant("product.h", "first += n;", "first += n > 1 ? n - 1 : n;", "layouts"),
     "halves-swapped-where-interleaved": Mutant("hidden.h", "ws.joint[2 * i + 1]", "ws.joint[2 * i]", "layouts"),
     "interleaved-gradient-lost": Mutant(

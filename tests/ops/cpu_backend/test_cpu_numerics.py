@@ -63,6 +63,13 @@ def test_many_rows(layout: str, dtype: torch.dtype) -> None:
     verify(LARGE["many-rows"], dtype, Options(layout, "silu", gated=True, biased=True, dropout=True))
 
 
+@ALL
+@pytest.mark.parametrize("case", ["keys-by-dots", "by-panels"])
+def test_dot_products_and_panels(case: str, dtype: torch.dtype) -> None:
+    """Each matrix by what its lines and the number of rows suggest."""
+    verify(LARGE[case], dtype, Options("out-in", "silu", gated=True))
+
+
 @pytest.mark.parametrize("layout", ["in-out", "out-in"])
 def test_pieces_of_a_long_depth(layout: str) -> None:
     """By one thread, and the same bits by any number: how many panels are summed at a time depends on it."""

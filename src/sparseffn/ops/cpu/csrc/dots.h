@@ -24,7 +24,7 @@ template <class A, class S> struct Meeting {
 
     template <class T> static Register get(const T* p) { return load(p); }
     template <class T> static Register get_part(const T* p, int64_t n) { return load_part<C>(p, n); }
-    static Vec<C> sum(Vec<C> acc, Register a, Register b) { return acc + a * b; }
+    SPARSEFFN_INLINE static Vec<C> sum(Vec<C> acc, Register a, Register b) { return acc + a * b; }
 };
 
 #if defined(SPARSEFFN_PAIRS)
@@ -36,7 +36,7 @@ template <> struct Meeting<bf16, bf16> {
     static Register get_part(const bf16* p, int64_t n) {
         return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t(1) << n) - 1), p);
     }
-    static Vec<float> sum(Vec<float> acc, Register a, Register b) {
+    SPARSEFFN_INLINE static Vec<float> sum(Vec<float> acc, Register a, Register b) {
         return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
     }
 };
@@ -58,21 +58,21 @@ template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C
             for (int j = 0; j < N; ++j) sums[i][j] = sum_of_lanes<C>(v[i][j]);
     } else {
         using Lanes = std::make_integer_sequence<int, n>;
-        Vec<C> held[R];
+        Vec<C> folded[R];
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i)
-            held[i] = fold<n / 4>(fold<n / 2>(v[i][0], v[i][1], Lanes{}), fold<n / 2>(v[i][2], v[i][3], Lanes{}), Lanes{});
+            folded[i] = fold<n / 4>(fold<n / 2>(v[i][0], v[i][1], Lanes{}), fold<n / 2>(v[i][2], v[i][3], Lanes{}), Lanes{});
         // Those of two rows, then of four, in one register.
         if constexpr (n >= 8) {
 #pragma GCC unroll 4
-            for (int i = 0; i < R; i += 2) held[i] = fold<n / 8>(held[i], held[i + 1 < R ? i + 1 : i], Lanes{});
+            for (int i = 0; i < R; i += 2) folded[i] = fold<n / 8>(folded[i], folded[i + 1 < R ? i + 1 : i], Lanes{});
         }
         if constexpr (n >= 16) {
 #pragma GCC unroll 2
-            for (int i = 0; i < R; i += 4) held[i] = fold<n / 16>(held[i], held[i + 2 < R ? i + 2 : i], Lanes{});
+            for (int i = 0; i < R; i += 4) folded[i] = fold<n / 16>(folded[i], folded[i + 2 < R ? i + 2 : i], Lanes{});
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < R; i += n / N) std::memcpy(&sums[i], &held[i], std::min(R - i, n / N) * sizeof sums[0]);
+        for (int i = 0; i < R; i += n / N) std::memcpy(&sums[i], &folded[i], std::min(R - i, n / N) * sizeof sums[0]);
     }
 }
 
@@ -80,8 +80,9 @@ template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C
 // order of memory where these lie in one piece: the hardware does not follow a line from page to page. Measured cold on two cores
 // (Zen 5), gated experts of bfloat16 at width 2,048: 8% less time with 8 tokens and 5% with 64 than with each line fetched from where
 // the one before it is read; and that was 1.3 to 1.9 times as fast as with memory fetched 64 KiB ahead of the reading. They come into
-// the second-level cache, and each of several tiles of rows fetches its part: if the first one fetched all, memory would rest during
-// the others (Zen 4: 0.85 to 0.9 of the time by either, 1 to 4 and 8 rows of bfloat16).
+// the second-level cache, which has more requests under way than the first (Zen 4, bfloat16, one to four rows: 0.85 to 0.9 of the
+// time). Each of several tiles of rows fetches its part: if the first one fetched all, memory would rest during the others (eight
+// rows: 0.88).
 constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVectors == 4 ? 5 : 2;
 
 // sums[i][j] = a[i] . B[j], B's lines at ldb. Of `tiles` that read these lines, this one fetches its part of the next ones.
@@ -91,16 +92,16 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
     using C = compute_t<S>;
     using M = Meeting<A, S>;
     Vec<C> acc[R][N] = {};
-    constexpr int64_t kWidth = M::kStep * sizeof(S);
+    constexpr int64_t kSize = sizeof(S), kStepBytes = M::kStep * kSize;
     const auto run = [&](auto in_one_piece) {
         // Lines that are one in memory.
         constexpr int64_t kJoined = decltype(in_one_piece)::value ? N : 1;
-        constexpr int64_t kSize = sizeof(S);
-        const int64_t apart = kJoined > 1 ? kWidth : ldb * kSize;
+        const int64_t apart = kJoined > 1 ? kStepBytes : ldb * kSize;
+        const int64_t along = (kJoined * kStepBytes + tiles - 1) / tiles;
         const char* after = reinterpret_cast<const char*>(b + N * ldb) + kJoined * depth * kSize * tile / tiles;
         const auto step = [&](int64_t k, auto get_a, auto get_b) {
             for (int j = 0; j < N; ++j) __builtin_prefetch(after + j * apart, 0, 2);
-            after += kJoined * kWidth / tiles;
+            after += along;
             tile_step<R, N>(acc, [&](int i) { return get_a(a[i] + k); }, [&](int j) { return get_b(b + j * ldb + k); }, M::sum);
         };
         int64_t k = 0;
@@ -110,7 +111,7 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
         if (const int64_t n = depth - k)
             step(k, [n](const A* p) { return M::get_part(p, n); }, [n](const S* p) { return M::get_part(p, n); });
     };
-    if (ldb == depth) run(std::true_type{});
+    if (N > 1 && ldb == depth) run(std::bool_constant<(N > 1)>{});
     else run(std::false_type{});
     sums_of_lanes<C>(acc, sums);
 }
@@ -119,7 +120,7 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
 template <class A, class S, class Out>
 inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
     using C = compute_t<S>;
-    const int64_t tiles = (rows + kDotTile - 1) / kDotTile;
+    const int64_t tiles = tiles_in<kDotTile>(rows);
     const auto block = [&](int64_t j, auto n) {
         constexpr int N = decltype(n)::value;
         int64_t nth = 0;

@@ -18,6 +18,8 @@ template <class S> struct Workspace {
     using C = compute_t<S>;
     using O = operand_t<S>;
     static constexpr bool kNarrows = !std::is_same_v<O, C>;
+    // What is multiplied in pairs would be multiplied as float from packed panels.
+    static constexpr Dots kDots = kNarrows ? Dots::kAlways : Dots::kFewRows;
     Buffer<C> units, gate_units, joint;
     Buffer<O> operands;  // the units as they are multiplied, where that is another type
     Scratch<S> scratch;
@@ -43,7 +45,7 @@ template <class S> struct Workspace {
     static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
     static int64_t panel_elements(const Problem<S>& p) {
         const auto packs = [&](const Matrices<S>& m) {
-            return m && m.column != 1 && (m.row != 1 || (!kNarrows && most_rows(p) > most_dot_rows<S>(m.column)));
+            return m && m.column != 1 && !by_dots<S>(kDots, most_rows(p), m.row, m.column);
         };
         if (packs(p.values) || (!p.interleaved() && (packs(p.keys) || packs(p.gate_keys))))
             return panel_size<C>(std::max(p.width, p.size));
@@ -67,11 +69,8 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
     for (int64_t g = 0; g < n; ++g) kept[g] = narrow<S>(row[g]);
 }
 
-// How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert. What is multiplied in pairs would be
-// multiplied as float from packed panels.
-template <class S> Way way_of(int64_t n, Coming next, bool once) {
-    return {next, Workspace<S>::kNarrows ? Dots::kAlways : Dots::kFewRows, once && n <= kOnceRows};
-}
+// How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
+template <class S> Way way_of(int64_t n, Coming next, bool once) { return {next, Workspace<S>::kDots, once && n <= kOnceRows}; }
 
 // Keys as they are multiplied: those of an expert, or with its gate keys in turns.
 template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {

@@ -11,6 +11,7 @@ namespace sparseffn {
 // Lines that are read side by side. As many after them are fetched meanwhile, in the order of memory where these lie in one piece.
 // Measured cold on two cores (Zen 5), 32 experts of 128 units at width 1,024, 64 tokens: 2.2 ms without, 0.53 with each line
 // fetched from where one before it is read, 0.56 to 0.70 so further ahead; in the order of memory 4% less than 0.53, one token 5%.
+// They come into the first-level cache: from the second, lines of 128 numbers took 1.03 to 1.16 of the time (Zen 4).
 constexpr int kLinesAtOnce = 8;
 
 #if defined(SPARSEFFN_PAIRS)

@@ -96,7 +96,7 @@ template <class C, class S> struct ByPanels {
 // Up to how many rows a matrix whose columns are lines, so many numbers apart, is read as it lies, in dot products; for more it pays
 // to pack its panels, which are read from aligned memory. Measured cold (Zen 4, float32), packed over dots: 1,024 x 512 with 24, 32, 48
 // and 64 rows 1.17, 1.08, 0.92 and 0.86; 412 x 412, whose lines begin anywhere in a line of the cache, with 8, 12, 16 and 24 rows 1.20,
-// 1.03, 0.94 and 0.84.
+// 1.03, 0.94 and 0.84. AVX2's tiles of two rows are alike.
 template <class S> constexpr int64_t most_dot_rows(int64_t apart) {
     return apart * static_cast<int64_t>(sizeof(S)) % kLine == 0 ? 40 : 12;
 }
@@ -125,8 +125,14 @@ template <class S> struct Scratch {
 // Whether products write or add.
 enum class To { kPut, kAdd };
 
-// When columns that are lines are read in dot products.
+// When columns that are lines are read in dot products: never where the number of rows depends on that of threads, and results must
+// not.
 enum class Dots { kNever, kFewRows, kAlways };
+
+// Whether n rows are multiplied by B in dot products.
+template <class S> bool by_dots(Dots when, int64_t n, int64_t row, int64_t column) {
+    return column != 1 && row == 1 && (when == Dots::kAlways || (when == Dots::kFewRows && n <= most_dot_rows<S>(column)));
+}
 
 // How a product goes about its matrix.
 struct Way {
@@ -139,8 +145,7 @@ struct Way {
 template <To Mode, class S, class A, class C = compute_t<S>>
 void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t columns, C* const* to, Scratch<S>& scratch,
               const Way& way = {}) {
-    const bool dots = way.dots == Dots::kAlways || (way.dots == Dots::kFewRows && n <= most_dot_rows<S>(b.column));
-    if (b.column != 1 && b.row == 1 && dots) {
+    if (by_dots<S>(way.dots, n, b.row, b.column)) {
         product_dots<A, S>(a, n, b.data, b.column, depth, columns, [&](int64_t i, int64_t j, int m, const C* sums) {
             for (int q = 0; q < m; ++q)
                 if constexpr (Mode == To::kAdd) to[i][j + q] += sums[q];

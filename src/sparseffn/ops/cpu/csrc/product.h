@@ -13,13 +13,11 @@
 
 namespace sparseffn {
 
-// `v` in a register, loaded once for all of its uses. Where these are few, GCC 12 loads it again for each, and a tile then waits for
-// the loads.
+// `v` in a register, loaded once for all of its uses. Where the uses are few, GCC 12 loads it again for each on x86-64, and a tile
+// then waits for the loads.
 template <class V> SPARSEFFN_INLINE V held(V v) {
 #if defined(__x86_64__)
     asm("" : "+v"(v));
-#elif defined(__aarch64__)
-    asm("" : "+w"(v));
 #endif
     return v;
 }
@@ -29,6 +27,7 @@ template <int R, int N, class V, class A, class B, class Sum>
 SPARSEFFN_INLINE void tile_step(V (&acc)[R][N], A&& a, B&& b, Sum&& sum) {
     if constexpr (R < N) {
         decltype(a(0)) left[R];
+#pragma GCC unroll 8
         for (int i = 0; i < R; ++i) left[i] = held(a(i));
 #pragma GCC unroll 8
         for (int j = 0; j < N; ++j) {
@@ -38,6 +37,7 @@ SPARSEFFN_INLINE void tile_step(V (&acc)[R][N], A&& a, B&& b, Sum&& sum) {
         }
     } else {
         decltype(b(0)) right[N];
+#pragma GCC unroll 8
         for (int j = 0; j < N; ++j) right[j] = held(b(j));
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
@@ -48,9 +48,9 @@ SPARSEFFN_INLINE void tile_step(V (&acc)[R][N], A&& a, B&& b, Sum&& sum) {
     }
 }
 
-// Of floats and doubles.
+// What tile_step adds, of floats and doubles.
 template <class V> struct MultiplyAdd {
-    V operator()(V acc, V a, V b) const { return acc + a * b; }
+    SPARSEFFN_INLINE V operator()(V acc, V a, V b) const { return acc + a * b; }
 };
 
 // Lines of B that are fetched ahead, in rows: the hardware does not follow strided lines far enough.
@@ -120,7 +120,8 @@ inline int64_t turns_in(int64_t depth) { return (depth + kTerms - 1) / kTerms; }
 template <class C, class S, int R, int N, bool First>
 SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Coming& next, int64_t per_turn,
                                    Vec<C> (&acc)[R][N]) {
-    // Few rows wait for memory, into which the second-level cache has more requests under way; more rows would wait for that cache.
+    // A tile of few rows waits for memory, of which the second-level cache has more requests under way; one of more would wait for
+    // that cache.
     constexpr int kLevel = R <= kRows / 2 ? 2 : 3;
     Coming ahead = next;
     const C* row[R];
@@ -175,11 +176,12 @@ template <int Most, class F> inline void with_constant(int value, F&& f) {
     }
 }
 
+template <int Most> inline int64_t tiles_in(int64_t rows) { return (rows + Most - 1) / Most; }
+
 // Calls f(first, std::integral_constant<int, n>) for rows in tiles of n <= Most, as equal as they can be: one of one or two
 // rows, left over, takes nearly as long as one of three, as each of its few sums waits for the product before.
 template <int Most, class F> inline void in_tiles(int64_t rows, F&& f) {
-    const int64_t tiles = (rows + Most - 1) / Most;
-    for (int64_t first = 0, left = tiles; left > 0; --left) {
+    for (int64_t first = 0, left = tiles_in<Most>(rows); left > 0; --left) {
         const int n = static_cast<int>((rows - first + left - 1) / left);
         with_constant<Most>(n, [&](auto size) { f(first, size); });
         first += n;

@@ -199,11 +199,13 @@ void add_token(const Table<S>& t, const S* values, const compute_t<S>* all_weigh
     for (int64_t k = 0; k < t.k; k += kRun) {
         const int n = static_cast<int>(std::min<int64_t>(kRun, t.k - k));
         const C* weights = all_weights + token * t.k + k;
+        // Those of the next run, of the next token after the last one's, are fetched meanwhile.
         const int64_t* indices = t.indices + token * t.k + k;
+        const int64_t left = t.tokens * t.k - token * t.k - k;
         const S *rows[kRun], *after[kRun];
         for (int q = 0; q < n; ++q) {
             rows[q] = values + indices[q] * t.width;
-            after[q] = k + kRun + q < t.k ? values + indices[kRun + q] * t.width : rows[q];
+            after[q] = n + q < left ? values + indices[n + q] * t.width : rows[q];
         }
         int64_t c = columns.begin;
         for (; c + kLanes<C> <= columns.end; c += kLanes<C>) {
