@@ -201,8 +201,8 @@ LARGE = {
     "many-rows": Case(701, 205, 4, 137, 3, "hot"),
     # Weights are read in pieces for several panels, the last of which are smaller.
     "deep": Case(301, 405, 3, 261, 2, "hot"),
-    # Where columns are lines: of keys at lines of the cache, of values not, so that dot products take the former alone; then both,
-    # and so many rows that neither are.
+    # Where columns are lines: of keys at lines of the cache, of values not, so that dot products take the former alone; then
+    # both are, and rows so many that neither is taken.
     "keys-by-dots": Case(60, 64, 2, 20, 1),
     "by-panels": Case(200, 64, 2, 48, 1),
 }
