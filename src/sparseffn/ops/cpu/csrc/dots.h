@@ -24,7 +24,7 @@ template <class A, class S> struct Meeting {
 
     template <class T> static Register get(const T* p) { return load(p); }
     template <class T> static Register get_part(const T* p, int64_t n) { return load_part<C>(p, n); }
-    SPARSEFFN_INLINE static Vec<C> sum(Vec<C> acc, Register a, Register b) { return acc + a * b; }
+    static constexpr MultiplyAdd<Vec<C>> sum{};
 };
 
 #if defined(SPARSEFFN_PAIRS)

@@ -22,30 +22,24 @@ template <class V> SPARSEFFN_INLINE V held(V v) {
     return v;
 }
 
-// acc[i][j] = sum(acc[i][j], a(i), b(j)). Those of the shorter side wait in registers for the others, which pass one by one.
+// Calls f(i, j, waiting(i), passing(j)) for all pairs: one side waits in registers for the other, which passes one by one.
+template <int Waiting, int Passing, class W, class P, class F> SPARSEFFN_INLINE void meet(W&& waiting, P&& passing, F&& f) {
+    decltype(waiting(0)) all[Waiting];
+#pragma GCC unroll 8
+    for (int i = 0; i < Waiting; ++i) all[i] = held(waiting(i));
+#pragma GCC unroll 8
+    for (int j = 0; j < Passing; ++j) {
+        const auto one = Waiting > 1 ? held(passing(j)) : passing(j);
+#pragma GCC unroll 8
+        for (int i = 0; i < Waiting; ++i) f(i, j, all[i], one);
+    }
+}
+
+// acc[i][j] = sum(acc[i][j], a(i), b(j)). The shorter side waits.
 template <int R, int N, class V, class A, class B, class Sum>
 SPARSEFFN_INLINE void tile_step(V (&acc)[R][N], A&& a, B&& b, Sum&& sum) {
-    if constexpr (R < N) {
-        decltype(a(0)) left[R];
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) left[i] = held(a(i));
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) {
-            const auto right = R > 1 ? held(b(j)) : b(j);
-#pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) acc[i][j] = sum(acc[i][j], left[i], right);
-        }
-    } else {
-        decltype(b(0)) right[N];
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) right[j] = held(b(j));
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            const auto left = N > 1 ? held(a(i)) : a(i);
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) acc[i][j] = sum(acc[i][j], left, right[j]);
-        }
-    }
+    if constexpr (R < N) meet<R, N>(a, b, [&](int i, int j, auto x, auto y) { acc[i][j] = sum(acc[i][j], x, y); });
+    else meet<N, R>(b, a, [&](int j, int i, auto y, auto x) { acc[i][j] = sum(acc[i][j], x, y); });
 }
 
 // What tile_step adds, of floats and doubles.

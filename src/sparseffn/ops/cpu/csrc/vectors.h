@@ -17,7 +17,8 @@ namespace sparseffn {
 constexpr int64_t kLine = 64;
 
 // Shape of a product tile: kRows x (kVectors registers) accumulators, the shorter side of the tile and one register of the other
-// (`tile_step`) must fit the register file, and so must those of half the rows and twice the registers. AVX-512 and NEON have 32 registers, AVX2 and SSE have 16.
+// (`tile_step`) must fit the register file, and so must those of half the rows and twice the registers. AVX-512 and NEON have 32
+// registers, AVX2 and SSE have 16.
 #if defined(__AVX512F__)
 constexpr int kBytes = 64, kRows = 6, kVectors = 4;
 #elif defined(__AVX__)
