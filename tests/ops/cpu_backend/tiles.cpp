@@ -9,7 +9,7 @@ constexpr int kLines = kDotLines, kRegisters = kVectors;
 
 template <class S, int R>
 __attribute__((noinline)) void dot_tile(const S* const* a, const S* b, int64_t ldb, int64_t depth, float (&sums)[R][kLines]) {
-    tile_dots<S, S, R, kLines>(a, b, ldb, depth, 0, 1, sums);
+    tile_dots<S, S, R, kLines>(a, b, ldb, depth, {nullptr, kLine, kLine, true, false}, sums);
 }
 
 template <int R>

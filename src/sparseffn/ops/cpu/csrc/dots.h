@@ -20,7 +20,7 @@ template <class C, class S> inline Vec<C> load_part(const S* p, int64_t n) {
 template <class A, class S> struct Meeting {
     using C = compute_t<S>;
     using Register = Vec<C>;
-    static constexpr int kStep = kLanes<C>;
+    static constexpr int kStep = kLanes<C>, kStepBytes = kStep * sizeof(S);
 
     template <class T> static Register get(const T* p) { return load(p); }
     template <class T> static Register get_part(const T* p, int64_t n) { return load_part<C>(p, n); }
@@ -30,7 +30,7 @@ template <class A, class S> struct Meeting {
 #if defined(SPARSEFFN_PAIRS)
 template <> struct Meeting<bf16, bf16> {
     using Register = __m512i;
-    static constexpr int kStep = 32;
+    static constexpr int kStep = 32, kStepBytes = 64;
 
     static Register get(const bf16* p) { return _mm512_loadu_si512(p); }
     static Register get_part(const bf16* p, int64_t n) {
@@ -79,29 +79,37 @@ template <class C, int R, int N> SPARSEFFN_INLINE void sums_of_lanes(const Vec<C
 // Lines that are read side by side, and rows that meet them in registers. As many lines after them are fetched meanwhile, in the
 // order of memory where these lie in one piece: the hardware does not follow a line from page to page. Measured cold on two cores
 // (Zen 5), gated experts of bfloat16 at width 2,048: 8% less time with 8 tokens and 5% with 64 than with each line fetched from where
-// the one before it is read; and that was 1.3 to 1.9 times as fast as with memory fetched 64 KiB ahead of the reading. They come into
-// the second-level cache, which has more requests under way than the first (Zen 4, bfloat16, one to four rows: 0.85 to 0.9 of the
-// time). Each of several tiles of rows fetches its part: if the first one fetched all, memory would rest during the others (eight
-// rows: 0.88).
+// the one before it is read; and that was 1.3 to 1.9 times as fast as with memory fetched 64 KiB ahead of the reading.
 constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVectors == 4 ? 5 : 2;
 
-// sums[i][j] = a[i] . B[j], B's lines at ldb. Of `tiles` that read these lines, this one fetches its part of the next ones.
+// Each of several tiles of rows fetches its part: if the first one fetched all, memory would rest during the others (Zen 4, bfloat16,
+// eight rows: 0.88 of the time). One tile waits for memory, and its lines come into the second-level cache, which has more requests
+// under way (one to four rows: 0.85 to 0.9), from so many bytes ahead at least: from nearer they come late (lines of 128 and 256 numbers,
+// one or two rows: 0.8 to 0.95 of the time that 1 to 4 KiB ahead takes). Several tiles that read fewer bytes wait for that cache more
+// than for memory, and theirs come into the first (lines of 128 and 256 numbers, eight rows: 0.8), as those do that are converted.
+constexpr int64_t kFarBytes = 8192;
+
+// What a tile fetches of the lines that come next: from where, and so many bytes further in each step, in each of N places: side by
+// side where lines lie in one piece, else so many bytes apart. Near is the first-level cache, else it is the second.
+struct Ahead {
+    const char* at;
+    int64_t along, apart;
+    bool in_one_piece, near;
+};
+
+// sums[i][j] = a[i] . B[j], B's lines at ldb.
 template <class A, class S, int R, int N>
-SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int64_t depth, int64_t tile, int64_t tiles,
+SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int64_t depth, Ahead ahead,
                                 compute_t<S> (&sums)[R][N]) {
     using C = compute_t<S>;
     using M = Meeting<A, S>;
     Vec<C> acc[R][N] = {};
-    constexpr int64_t kSize = sizeof(S), kStepBytes = M::kStep * kSize;
-    const auto run = [&](auto in_one_piece) {
-        // Lines that are one in memory.
-        constexpr int64_t kJoined = decltype(in_one_piece)::value ? N : 1;
-        const int64_t apart = kJoined > 1 ? kStepBytes : ldb * kSize;
-        const int64_t along = (kJoined * kStepBytes + tiles - 1) / tiles;
-        const char* after = reinterpret_cast<const char*>(b + N * ldb) + kJoined * depth * kSize * tile / tiles;
+    const auto run = [&](auto in_one_piece, auto near) {
+        constexpr bool kInOnePiece = decltype(in_one_piece)::value;
+        constexpr int kLevel = decltype(near)::value ? 3 : 2;
         const auto step = [&](int64_t k, auto get_a, auto get_b) {
-            for (int j = 0; j < N; ++j) __builtin_prefetch(after + j * apart, 0, 2);
-            after += along;
+            for (int j = 0; j < N; ++j) __builtin_prefetch(ahead.at + j * (kInOnePiece ? M::kStepBytes : ahead.apart), 0, kLevel);
+            ahead.at += ahead.along;
             tile_step<R, N>(acc, [&](int i) { return get_a(a[i] + k); }, [&](int j) { return get_b(b + j * ldb + k); }, M::sum);
         };
         int64_t k = 0;
@@ -111,8 +119,12 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
         if (const int64_t n = depth - k)
             step(k, [n](const A* p) { return M::get_part(p, n); }, [n](const S* p) { return M::get_part(p, n); });
     };
-    if (N > 1 && ldb == depth) run(std::bool_constant<(N > 1)>{});
-    else run(std::false_type{});
+    // A fixed distance is worth a loop of its own: that of one or two rows took up to 10% longer without.
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (!ahead.in_one_piece) run(no, no);
+    else if (ahead.near) run(yes, yes);
+    else run(yes, no);
     sums_of_lanes<C>(acc, sums);
 }
 
@@ -120,14 +132,21 @@ SPARSEFFN_INLINE void tile_dots(const A* const* a, const S* b, int64_t ldb, int6
 template <class A, class S, class Out>
 inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
     using C = compute_t<S>;
-    const int64_t tiles = tiles_in<kDotTile>(rows);
+    constexpr int64_t kStep = Meeting<A, S>::kStep, kSize = sizeof(S), kStepBytes = Meeting<A, S>::kStepBytes;
+    const int64_t tiles = tiles_in<kDotTile>(rows), steps = (depth + kStep - 1) / kStep;
     const auto block = [&](int64_t j, auto n) {
         constexpr int N = decltype(n)::value;
-        int64_t nth = 0;
+        // Lines in one piece are fetched as one. Each tile fetches its part, rounded up.
+        const bool in_one_piece = N > 1 && ldb == depth;
+        const int64_t bytes = N * depth * kSize, along = ((in_one_piece ? N : 1) * kStepBytes + tiles - 1) / tiles;
+        const bool near = !std::is_same_v<A, S> || (tiles > 1 && bytes < kFarBytes);
+        const int64_t further = in_one_piece && !near ? std::max<int64_t>(kFarBytes - bytes, 0) : 0;
+        Ahead ahead{reinterpret_cast<const char*>(b + (j + N) * ldb) + further, along, ldb * kSize, in_one_piece, near};
         const auto tile = [&](int64_t i, auto r) {
             constexpr int R = decltype(r)::value;
             C sums[R][N];
-            tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, nth++, tiles, sums);
+            tile_dots<A, S, R, N>(a + i, b + j * ldb, ldb, depth, ahead, sums);
+            ahead.at += steps * along;
             for (int q = 0; q < R; ++q) out(i + q, j, N, sums[q]);
         };
         in_tiles<kDotTile>(rows, tile);
