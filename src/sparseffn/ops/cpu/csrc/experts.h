@@ -197,7 +197,7 @@ template <class S> void forward(const Problem<S>& problem, S* y) {
     using C = compute_t<S>;
     const Problem<S> p = with_useful_threads(problem);
     if constexpr (kByPairs<S>)
-        if (p.routing.rows() >= kPairedRows * p.routing.experts) return forward_by_pairs(p, y);
+        if (p.routing.rows() >= kPairedRows * p.routing.experts) return forward_by_panels(p, y);
     const int64_t n = p.routing.tokens * p.width;
     const Upcast<S, operand_t<S>> x(p.x, n, p.threads);
     // Partial sums of many threads must not outweigh the experts that they save reading twice.

@@ -324,7 +324,7 @@ template <class S> void backward(const Problem<S>& problem, const Gradients<S>& 
     using C = compute_t<S>;
     const Problem<S> p = with_useful_threads(problem);
     if constexpr (kByPairs<S>)
-        if (p.routing.rows() >= kPairedRowsBackward * p.routing.experts) return backward_by_pairs(p, g);
+        if (p.routing.rows() >= kPairedRowsBackward * p.routing.experts) return backward_by_panels(p, g);
     const int64_t n = p.routing.tokens * p.width;
     const Upcast<S> x(p.x, n, p.threads), gy(g.y, n, p.threads);
     const Division division = divide(p.routing, p.threads);

@@ -8,21 +8,18 @@
 #pragma once
 
 #include "hidden_backward.h"
-#include "product_pairs.h"
+#include "sorted_rows.h"
 
 namespace sparseffn {
 
 #if defined(SPARSEFFN_PAIR_PRODUCTS)
 
-constexpr int64_t kPanelColumns = kPanelVectors * kPairLanes;
-// Rows that are taken at a time; their products wait in float for their activation.
-constexpr int64_t kWaiting = 96;
 // Rows of an expert, and tokens, that one panel serves before another thread may pack it again.
 constexpr int64_t kPanelRows = 1024, kPanelTokens = 4096;
 // Where rows of a matrix are lines, a panel takes some bytes of each, and a line of a wide one is a page of its own. Hence pieces of
 // a long depth are read for several panels, before the lines below, if their sums (tokens times panels) are not too many to stay
 // near. docs/kernels.md has what it gains.
-constexpr int64_t kPanelsTogether = 8, kPieceDepth = 256, kSumsTogether = 8192;
+constexpr int64_t kPanelsTogether = 8, kPieceDepth = 256, kDepthOfPieces = 32, kSumsTogether = 8192;
 
 // Columns as panels of whole registers, nearly equal.
 struct Panels {
@@ -40,18 +37,17 @@ struct Panels {
 };
 
 // What one thread needs. Made before threads start: what they cannot get must not end the process.
-struct PairWorkspace {
+template <class Rows> struct PanelWorkspace {
     Buffer<uint32_t> panel, gate_panel;
     Buffer<float> units, gate_units, sums;
-    std::vector<const bf16*> rows;
+    typename Rows::Scratch scratch;
 
-    PairWorkspace(const Problem<bf16>& p, int64_t n_sums)
-        : panel(pairs_in(std::max(p.width, p.size)) * kPanelColumns),
-          gate_panel(p.gate_keys ? pairs_in(std::max(p.width, p.size)) * kPanelColumns : 0),
+    PanelWorkspace(const Problem<bf16>& p, int64_t n_sums)
+        : panel(Rows::pairs(std::max(p.width, p.size)) * kPanelColumns),
+          gate_panel(p.gate_keys ? Rows::pairs(std::max(p.width, p.size)) * kPanelColumns : 0),
           units(kWaiting * kPanelColumns),
           gate_units(p.gate_keys ? kWaiting * kPanelColumns : 0),
-          sums(n_sums * kPanelColumns),
-          rows(kWaiting) {}
+          sums(n_sums * kPanelColumns) {}
 };
 
 // A panel of an expert's hidden units, for some of its rows.
@@ -61,7 +57,6 @@ struct UnitsPart {
     int64_t panel;
 
     int64_t n_units() const { return units.end - units.begin; }
-    int64_t tiles() const { return (rows.end - rows.begin + kPairRows - 1) / kPairRows; }
     // The panel in [width, size].
     Matrix<bf16> of(const Matrices<bf16>& m) const { return m.of(expert).from(0, units.begin); }
     Coming coming(const Matrices<bf16>& m, int64_t depth) const { return m ? coming_of(of(m), depth, n_units()) : Coming(); }
@@ -76,60 +71,61 @@ inline std::vector<UnitsPart> units_parts(const Routing& routing, const Panels& 
     return parts;
 }
 
-// to[i] = rows[i] panel, at kPanelColumns from row to row.
-inline void put_products(const bf16* const* rows, int64_t n, const uint32_t* panel, int64_t depth, int64_t columns, Coming& next,
-                         int64_t lines, float* to) {
-    product_pairs(rows, n, panel, depth, columns, next, lines, [&](int64_t i, const auto& acc) {
-        std::memcpy(to + i * kPanelColumns, acc, sizeof acc);
+// to[i] = row i of some, times the panel, at kPanelColumns from row to row.
+template <class Rows>
+void put_products(const Rows& a, int64_t expert, Range rows, const uint32_t* panel, int64_t columns, Coming& next, int64_t lines,
+                  typename Rows::Scratch& scratch, float* to) {
+    a.product(expert, rows, {0, a.columns()}, panel, columns, next, lines, scratch, [&](int64_t r, const auto& acc) {
+        std::memcpy(to + (r - rows.begin) * kPanelColumns, acc, sizeof acc);
     });
 }
 
-// Row r's hidden units with its gate and dropout, rounded.
-inline void weigh_row(const Problem<bf16>& p, int64_t r, Range units, const float* row, bf16* to) {
+// Row r's hidden units with its gate and dropout.
+inline void weigh_row(const Problem<bf16>& p, int64_t r, Range units, float* row) {
     const int64_t selection = p.routing.order[r], n = units.end - units.begin;
     const float gate = p.gates[selection];
     if (!p.keep) {
-        for (int64_t g = 0; g < n; ++g) to[g] = narrow<bf16>(row[g] * gate);
+        for (int64_t g = 0; g < n; ++g) row[g] *= gate;
         return;
     }
     const uint8_t* keep = p.keep + selection * p.size + units.begin;
     const float scale = gate * p.keep_scale;
-    for (int64_t g = 0; g < n; ++g) to[g] = narrow<bf16>(keep[g] ? row[g] * scale : 0.0f);
+    for (int64_t g = 0; g < n; ++g) row[g] = keep[g] ? row[g] * scale : 0.0f;
 }
 
 // a [rows, size] gets what goes to the values. `following` is what this thread will probably do next.
-inline void units_of(const Problem<bf16>& p, const UnitsPart& part, const UnitsPart& following, PairWorkspace& ws, bf16* a) {
+template <class Rows>
+void units_of(const Problem<bf16>& p, const UnitsPart& part, const UnitsPart& following, const Rows& x, PanelWorkspace<Rows>& ws, Rows& a) {
     const Range units = part.units;
     const int64_t n_units = part.n_units();
     Coming keys = following.coming(p.keys, p.width), gate_keys = following.coming(p.gate_keys, p.width);
-    const int64_t turns = part.tiles() * turns_in(p.width);
+    const int64_t turns = Rows::turns(part.rows.end - part.rows.begin, n_units, p.width);
     const int64_t lines = keys.share(turns), gate_lines = gate_keys.share(turns);
-    pack_panel(part.of(p.keys), p.width, n_units, ws.panel.data());
-    if (p.gate_keys) pack_panel(part.of(p.gate_keys), p.width, n_units, ws.gate_panel.data());
+    Rows::pack(part.of(p.keys), p.width, n_units, ws.panel.data());
+    if (p.gate_keys) Rows::pack(part.of(p.gate_keys), p.width, n_units, ws.gate_panel.data());
     const auto bias = [&](const bf16* of, float* row) {
         if (of) add_bias(of + part.expert * p.size + units.begin, n_units, row);
     };
     for (int64_t first = part.rows.begin; first < part.rows.end; first += kWaiting) {
-        const int64_t n = std::min(kWaiting, part.rows.end - first);
-        for (int64_t i = 0; i < n; ++i) ws.rows[i] = p.x + p.routing.token(first + i) * p.width;
-        put_products(ws.rows.data(), n, ws.panel.data(), p.width, n_units, keys, lines, ws.units.data());
+        const Range some{first, std::min(first + kWaiting, part.rows.end)};
+        put_products(x, part.expert, some, ws.panel.data(), n_units, keys, lines, ws.scratch, ws.units.data());
         if (p.gate_keys)
-            put_products(ws.rows.data(), n, ws.gate_panel.data(), p.width, n_units, gate_keys, gate_lines, ws.gate_units.data());
-        for (int64_t i = 0; i < n; ++i) {
-            float* row = ws.units.data() + i * kPanelColumns;
-            float* gate_row = p.gate_keys ? ws.gate_units.data() + i * kPanelColumns : nullptr;
+            put_products(x, part.expert, some, ws.gate_panel.data(), n_units, gate_keys, gate_lines, ws.scratch, ws.gate_units.data());
+        for (int64_t r = some.begin; r < some.end; ++r) {
+            float* row = ws.units.data() + (r - first) * kPanelColumns;
+            float* gate_row = p.gate_keys ? ws.gate_units.data() + (r - first) * kPanelColumns : nullptr;
             bias(p.key_bias, row);
             if (gate_row) bias(p.gate_bias, gate_row);
-            activate_row(p, n_units, row, gate_row,
-                         p.hidden ? p.hidden + (first + i) * p.kept() * p.size + units.begin : nullptr);
-            weigh_row(p, first + i, units, row, a + (first + i) * p.size + units.begin);
+            activate_row(p, n_units, row, gate_row, p.hidden ? p.hidden + r * p.kept() * p.size + units.begin : nullptr);
+            weigh_row(p, r, units, row);
+            a.put(part.expert, r, units.begin, n_units, row);
         }
     }
 }
 
 // Rows [rows, depth], sorted, times their expert's matrix [depth, width].
-struct RowsTimes {
-    const bf16* rows;
+template <class Rows> struct RowsTimes {
+    const Rows* rows;  // may be null
     Matrices<bf16> by;
     int64_t depth;
 };
@@ -145,9 +141,9 @@ struct TokenParts {
         blocks = std::max((tokens + kPanelTokens - 1) / kPanelTokens, (p.threads + panels.n - 1) / panels.n);
         groups = panels.n;
         if (!in_pieces || depth <= kPieceDepth) return;
-        // Nearly equal, of whole pairs: those of any number of threads.
-        const int64_t pieces = (depth + kPieceDepth - 1) / kPieceDepth;
-        depth = pairs_in((depth + pieces - 1) / pieces) * 2;
+        // Nearly equal, each but the last of whole tiles' depth: those of any number of threads.
+        const int64_t pieces = (depth + kPieceDepth - 1) / kPieceDepth, least = (depth + pieces - 1) / pieces;
+        depth = (least + kDepthOfPieces - 1) / kDepthOfPieces * kDepthOfPieces;
         // Each thread finds as many groups, and two or more.
         const int64_t most = std::min(kPanelsTogether, kSumsTogether / std::max<int64_t>(tokens_at_once(), 1));
         const int64_t together = std::clamp<int64_t>(panels.n / (2 * p.threads), 1, std::max<int64_t>(most, 1));
@@ -170,7 +166,7 @@ struct Piece {
     Matrix<bf16> of;
     Range depth;
 
-    static Piece first(const RowsTimes& product, int64_t expert, int64_t column, int64_t most) {
+    template <class Rows> static Piece first(const RowsTimes<Rows>& product, int64_t expert, int64_t column, int64_t most) {
         return Piece{product.by.of(expert).from(0, column), {0, 0}}.after(product.depth, most);
     }
     Piece after(int64_t whole, int64_t most) const { return {of, {depth.end, std::min(depth.end + most, whole)}}; }
@@ -180,9 +176,9 @@ struct Piece {
 };
 
 // y[token][columns] = sum over the token's rows of all products, and of their expert's bias of values times the gate.
-template <int M>
-void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const bf16* bias, const TokenParts& parts, int64_t part,
-                 PairWorkspace& ws, bf16* y) {
+template <class Rows, int M>
+void sum_of_rows(const Problem<bf16>& p, const RowsTimes<Rows> (&products)[M], const bf16* bias, const TokenParts& parts, int64_t part,
+                 PanelWorkspace<Rows>& ws, bf16* y) {
     const Range tokens = parts.tokens_of(part), columns = parts.columns_of(part);
     // The first expert from e on that one of these tokens selected.
     const auto selected_from = [&](int64_t e) {
@@ -197,13 +193,12 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
     for (int64_t e = selected_from(0), e_after = 0; e < p.routing.experts; e = e_after) {
         e_after = selected_from(e + 1);
         const Range rows = p.routing.rows_of(e, tokens);
-        const int64_t tiles = (rows.end - rows.begin + kPairRows - 1) / kPairRows;
         for (int64_t r = rows.begin; r < rows.end && bias; ++r) {
             const float gate = p.gates[p.routing.order[r]];
             for (int64_t c = 0; c < n; ++c) sums_of(r)[c] += gate * upcast(bias[e * p.width + columns.begin + c]);
         }
         for (int m = 0; m < M; ++m) {
-            const RowsTimes& product = products[m];
+            const RowsTimes<Rows>& product = products[m];
             if (!product.rows) continue;
             // What comes after the last piece: the next product, or the first one with the next expert.
             const bool more = m + 1 < M && products[m + 1].rows;
@@ -215,22 +210,20 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
                 if (below.size()) next = below.coming(n);
                 else if (expert < p.routing.experts)
                     next = Piece::first(products[more ? m + 1 : 0], expert, columns.begin, parts.depth).coming(n);
-                const int64_t lines = next.share(tiles * panels.n * turns_in(piece.size()));
+                const int64_t lines = next.share(panels.n * Rows::turns(rows.end - rows.begin, panels.at(0).end, piece.size()));
                 for (int64_t panel = 0; panel < panels.n; ++panel) {
                     const Range own = panels.at(panel);
-                    pack_panel(piece.from(own.begin), piece.size(), own.end - own.begin, ws.panel.data());
+                    Rows::pack(piece.from(own.begin), piece.size(), own.end - own.begin, ws.panel.data());
                     for (int64_t first = rows.begin; first < rows.end; first += kWaiting) {
-                        const int64_t some = std::min(kWaiting, rows.end - first);
-                        for (int64_t i = 0; i < some; ++i)
-                            ws.rows[i] = product.rows + (first + i) * product.depth + piece.depth.begin;
-                        product_pairs(ws.rows.data(), some, ws.panel.data(), piece.size(), own.end - own.begin, next, lines,
-                                      [&](int64_t i, const auto& acc) {
-                                          float* to = sums_of(first + i) + own.begin;
-                                          for (const __m512& v : acc) {
-                                              _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
-                                              to += kPairLanes;
-                                          }
-                                      });
+                        const Range some{first, std::min(first + kWaiting, rows.end)};
+                        product.rows->product(e, some, piece.depth, ws.panel.data(), own.end - own.begin, next, lines, ws.scratch,
+                                              [&](int64_t r, const auto& acc) {
+                                                  float* to = sums_of(r) + own.begin;
+                                                  for (const __m512& v : acc) {
+                                                      _mm512_storeu_ps(to, _mm512_loadu_ps(to) + v);
+                                                      to += kPairLanes;
+                                                  }
+                                              });
                     }
                 }
                 piece = below;
@@ -241,24 +234,33 @@ void sum_of_rows(const Problem<bf16>& p, const RowsTimes (&products)[M], const b
         keep_row(ws.sums.data() + (t - tokens.begin) * ld, n, y + t * p.width + columns.begin);
 }
 
-inline void forward_by_pairs(const Problem<bf16>& p, bf16* y) {
+template <class Rows> void forward_by_panels(const Problem<bf16>& p, bf16* y) {
     const Panels panels(p.size, 1);
     const std::vector<UnitsPart> parts = units_parts(p.routing, panels);
     const TokenParts outputs(p, false);
-    Buffer<bf16> a(p.routing.rows() * p.size);
-    auto all = one_for_each_thread<PairWorkspace>(p.threads, p, outputs.sums());
-    const RowsTimes products[] = {{a.data(), p.values, p.size}};
+    Rows x(p.routing, p.width, p.x), a(p.routing, p.size);
+    auto all = one_for_each_thread<PanelWorkspace<Rows>>(p.threads, p, outputs.sums());
+    const RowsTimes<Rows> products[] = {{&a, p.values, p.size}};
     const int64_t n_parts = static_cast<int64_t>(parts.size());
 #pragma omp parallel num_threads(p.threads)
     {
-        PairWorkspace& ws = all[omp_get_thread_num()];
+        [[maybe_unused]] const typename Rows::Thread ready;
+        PanelWorkspace<Rows>& ws = all[omp_get_thread_num()];
+        x.fill();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < n_parts; ++i)
-            units_of(p, parts[i], parts[std::min(i + p.threads, n_parts - 1)], ws, a.data());
+            units_of(p, parts[i], parts[std::min(i + p.threads, n_parts - 1)], x, ws, a);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < outputs.n(); ++i)
             sum_of_rows(p, products, p.value_bias, outputs, i, ws, y);
     }
+}
+
+inline void forward_by_panels(const Problem<bf16>& p, bf16* y) {
+#if defined(SPARSEFFN_TILES)
+    if (has_tiles()) return forward_by_panels<TileRows>(p, y);
+#endif
+    forward_by_panels<PairRows>(p, y);
 }
 
 #endif

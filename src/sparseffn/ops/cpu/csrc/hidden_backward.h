@@ -72,7 +72,7 @@ template <class S, class Weight, class RowAt>
 void bias_gradient(Range rows, int64_t columns, std::vector<double>& sums, S* to, Weight&& weight, RowAt&& row_at) {
     std::fill_n(sums.begin(), columns, 0.0);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-        const auto* row = row_at(r);
+        const auto row = row_at(r);
         const double w = weight(r);
         for (int64_t c = 0; c < columns; ++c) sums[c] += w * upcast(row[c]);
     }

@@ -27,6 +27,7 @@ template <class S> constexpr bool kByPairs = false;
 
 // A tile of kPairRows rows and kPanelVectors registers of columns keeps its sums in 24 of 32 registers.
 constexpr int kPairRows = 6, kPanelVectors = 4, kPairLanes = 16;
+constexpr int64_t kPanelColumns = kPanelVectors * kPairLanes;
 // A tile of a gradient of weights: rows and registers of columns.
 constexpr int kOuterRows = 8, kOuterVectors = 3;
 
@@ -42,17 +43,18 @@ inline __mmask32 first_halves(int64_t n) {
 // Lines that are fetched ahead of those that are woven: the hardware does not follow them from page to page.
 constexpr int64_t kLinesAhead = 16;
 
-// Calls put(pair, column, 16 pairs) for all pairs of lines and all registers of columns; what is not there is zero.
+// Calls put(pair, column, 16 pairs) for all pairs of lines and all registers of columns; what is not there is zero. From column c on,
+// 32 of them, line k is at line_at(k) + c.
 template <class LineAt, class Put> void weave(int64_t depth, int64_t columns, LineAt&& line_at, Put&& put) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_load_si512(kOrder), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < depth; k += 2) {
         const bool both = k + 1 < depth;
-        const bf16 *first = line_at(k), *second = both ? line_at(k + 1) : first;
-        const bf16* ahead[2] = {line_at(std::min(k + kLinesAhead, depth - 1)), line_at(std::min(k + 1 + kLinesAhead, depth - 1))};
+        const auto first = line_at(k), second = both ? line_at(k + 1) : first;
+        const decltype(first) ahead[2] = {line_at(std::min(k + kLinesAhead, depth - 1)), line_at(std::min(k + 1 + kLinesAhead, depth - 1))};
         for (int64_t c = 0; c < columns; c += 32) {
-            for (const bf16* line : ahead) __builtin_prefetch(line + c);
+            for (const auto& line : ahead) __builtin_prefetch(line + c);
             const __mmask32 mask = first_halves(columns - c);
             const __m512i a = _mm512_maskz_loadu_epi16(mask, first + c);
             const __m512i b = _mm512_maskz_loadu_epi16(both ? mask : 0, second + c);
