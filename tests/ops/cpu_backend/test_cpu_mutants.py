@@ -102,12 +102,12 @@ MUTANTS = {
     "truncated-bfloat16": Mutant(
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
     ),
-    "rows-of-the-first-piece": Mutant("experts_pairs.h", " + piece.depth.begin", "", "pairs", "experts_bf16.cpp"),
+    "rows-of-the-first-piece": Mutant("experts_panels.h", " + piece.depth.begin", "", "pairs", "experts_bf16.cpp"),
     "columns-of-the-first-panel": Mutant(
-        "experts_pairs.h", "piece.from(own.begin)", "piece.from(0)", "pairs", "experts_bf16.cpp"
+        "experts_panels.h", "piece.from(own.begin)", "piece.from(0)", "pairs", "experts_bf16.cpp"
     ),
     "sums-of-the-first-panel": Mutant(
-        "experts_pairs.h", "sums_of(first + i) + own.begin", "sums_of(first + i)", "pairs", "experts_bf16.cpp"
+        "experts_panels.h", "sums_of(first + i) + own.begin", "sums_of(first + i)", "pairs", "experts_bf16.cpp"
     ),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
     "turn-as-if-never-short": Mutant(
@@ -122,17 +122,17 @@ MUTANTS = {
     ),
     "pairs-of-columns-turned": Mutant("product_pairs.h", "one | two << 16", "two | one << 16", "pairs", "experts_bf16.cpp"),
     "rows-behind-the-depth-lost": Mutant(
-        "experts_pairs_backward.h", "_mm512_loadu_ps(sum) + v", "v", "pairs", "experts_bf16.cpp"
+        "experts_panels_backward.h", "_mm512_loadu_ps(sum) + v", "v", "pairs", "experts_bf16.cpp"
     ),
     "gate-gradient-of-one-panel": Mutant(
-        "experts_pairs_backward.h",
+        "experts_panels_backward.h",
         "for (int64_t i = 0; i < panels.n; ++i) sum",
         "for (int64_t i = 0; i < 1; ++i) sum",
         "pairs",
         "experts_bf16.cpp",
     ),
     "sums-of-the-tokens-before": Mutant(
-        "experts_pairs.h",
+        "experts_panels.h",
         "std::fill_n(ws.sums.data(), (tokens.end",
         "std::fill_n(ws.sums.data(), 0 * (tokens.end",
         "pairs",

@@ -11,7 +11,7 @@
 
 #include <vector>
 
-#include "experts_pairs.h"
+#include "experts_panels.h"
 #include "hidden.h"
 #include "upcast.h"
 
@@ -190,14 +190,11 @@ template <class S> Problem<S> with_useful_threads(Problem<S> p) {
     return p;
 }
 
-// From this many rows an expert, on average, bfloat16 panels are worth packing.
-constexpr int64_t kPairedRows = 24;
-
 template <class S> void forward(const Problem<S>& problem, S* y) {
     using C = compute_t<S>;
     const Problem<S> p = with_useful_threads(problem);
     if constexpr (kByPairs<S>)
-        if (p.routing.rows() >= kPairedRows * p.routing.experts) return forward_by_panels(p, y);
+        if (goes_by_panels(p)) return forward_by_panels(p, y);
     const int64_t n = p.routing.tokens * p.width;
     const Upcast<S, operand_t<S>> x(p.x, n, p.threads);
     // Partial sums of many threads must not outweigh the experts that they save reading twice.

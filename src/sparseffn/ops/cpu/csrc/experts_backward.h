@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "experts.h"
-#include "experts_pairs_backward.h"
+#include "experts_panels_backward.h"
 #include "hidden_backward.h"
 #include "outer.h"
 

@@ -1,7 +1,9 @@
-// What the kernels were compiled for, as the compiler's flags decided: `sparseffn doctor` and every figure of the benchmark say it.
+#include "tiles.h"
+
+// What the kernels were compiled for, as the compiler's flags decided, and the system where tiles are its to give: `sparseffn doctor` and every figure of the benchmark say it.
 extern "C" const char* sparseffn_instruction_sets() {
 #if defined(__AVX512BF16__)
-    return "AVX512-BF16, AVX512, AVX2";
+    return sparseffn::has_tiles() ? "AMX-BF16, AVX512-BF16, AVX512, AVX2" : "AVX512-BF16, AVX512, AVX2";
 #elif defined(__AVX512F__)
     return "AVX512, AVX2";
 #elif defined(__AVX2__)

@@ -82,6 +82,9 @@ class Coming {
         skip(n);
         return run;
     }
+    // The first line, and bytes from line to line; null where nothing comes.
+    const char* at() const { return line_; }
+    int64_t stride() const { return stride_; }
     void fetch(int64_t n) {
         for (; n > 0 && lines_ > 0; --n) {
             __builtin_prefetch(line_ + at_, 0, 2);

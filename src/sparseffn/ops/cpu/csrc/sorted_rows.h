@@ -12,6 +12,13 @@ namespace sparseffn {
 // Rows that are taken at a time; their products wait in float for their activation.
 constexpr int64_t kWaiting = 96;
 
+// Some columns of a matrix, as products of rows take them: packed, or where they lie.
+struct MatrixPanel {
+    Matrix<bf16> b;
+    int64_t depth, columns;
+    const uint32_t* packed;
+};
+
 // Some columns of an expert's rows, woven into pairs of rows, as panels of so many registers, each of `Rows::pairs` lines.
 template <int Vectors, class Rows> void pack_panels(const Rows& from, int64_t expert, Range rows, Range columns, uint32_t* to) {
     constexpr int64_t kWidth = Vectors * kPairLanes;
@@ -36,10 +43,10 @@ class PairRows {
         std::vector<const bf16*> rows = std::vector<const bf16*>(kWaiting);
     };
 
-    PairRows(const Routing& routing, int64_t columns, const bf16* tokens)
+    PairRows(const Routing& routing, int64_t columns, const bf16* tokens, bool = false)
         : by_token_(&routing), columns_(columns), own_(0), data_(tokens) {}
     // To be put.
-    PairRows(const Routing& routing, int64_t columns) : columns_(columns), own_(routing.rows() * columns), data_(own_.data()) {}
+    PairRows(const Routing& routing, int64_t columns, bool = false) : columns_(columns), own_(routing.rows() * columns), data_(own_.data()) {}
 
     int64_t columns() const { return columns_; }
     void fill() {}
@@ -53,20 +60,25 @@ class PairRows {
     }
 
     static int64_t pairs(int64_t depth) { return pairs_in(depth); }
-    static void pack(const Matrix<bf16>& b, int64_t depth, int64_t columns, uint32_t* panel) { pack_panel(b, depth, columns, panel); }
+    MatrixPanel panel(const Matrix<bf16>& b, int64_t depth, int64_t columns, uint32_t* space) const {
+        pack_panel(b, depth, columns, space);
+        return {b, depth, columns, space};
+    }
     // In each of which a product fetches something.
     static int64_t turns(int64_t rows, int64_t, int64_t depth) { return tiles_in<kPairRows>(rows) * turns_in(depth); }
-    // Calls out(row, registers) for up to kWaiting rows of an expert times a panel.
+    // Calls out(row, registers) for up to kWaiting rows of an expert, from column k on, times a panel.
     template <class Out>
-    void product(int64_t expert, Range rows, Range depth, const uint32_t* panel, int64_t columns, Coming& next, int64_t lines,
-                 Scratch& scratch, Out&& out) const {
-        for (int64_t r = rows.begin; r < rows.end; ++r) scratch.rows[r - rows.begin] = row(expert, r, depth.begin);
-        product_pairs(scratch.rows.data(), rows.end - rows.begin, panel, depth.end - depth.begin, columns, next, lines,
+    void product(int64_t expert, Range rows, int64_t k, const MatrixPanel& panel, Coming& next, int64_t lines, Scratch& scratch,
+                 Out&& out) const {
+        for (int64_t r = rows.begin; r < rows.end; ++r) scratch.rows[r - rows.begin] = row(expert, r, k);
+        product_pairs(scratch.rows.data(), rows.end - rows.begin, panel.packed, panel.depth, panel.columns, next, lines,
                       [&](int64_t i, const auto& acc) { out(rows.begin + i, acc); });
     }
 
     // A gradient of weights: lines and columns in whole pieces.
     static constexpr int64_t kOuterLines = kOuterRows, kOuterColumns = kPairLanes;
+    // Whether registers for a line of it are whole lines of a cache.
+    static constexpr bool kStreams = kOuterVectors % 2 == 0;
     // Columns of some rows, in pairs of rows, as strips of kOuterRows columns: a tile's numbers lie side by side.
     void pack_left(int64_t expert, Range rows, Range columns, uint32_t* to) const {
         const int64_t depth = rows.end - rows.begin, strip = pairs_in(depth) * kOuterRows;
@@ -111,17 +123,25 @@ class PairRows {
 
 // Rows in blocks of 16 with 32 numbers of each, which lie as a tile takes them; those of 16 rows one behind the other. An expert begins
 // with a block. Numbers behind a row's last one are zero, rows behind an expert's last one anything: they meet nobody else.
+//
+// A block is a tile of the first factor, [rows, numbers], times panels. Or it is turned, one of the second, [pairs of numbers, rows]: a
+// matrix whose columns are lines is then the first one, where it lies.
 class TileRows {
   public:
     using Thread = Tiles;
-    struct Scratch {};
+    struct Scratch {
+        Buffer<float> sums = Buffer<float>((kWaiting + kTileRows) * kPanelColumns);
+    };
 
     // Of tokens, once filled.
-    TileRows(const Routing& routing, int64_t columns, const bf16* tokens) : TileRows(routing, columns) { tokens_ = tokens; }
-    TileRows(const Routing& routing, int64_t columns)
+    TileRows(const Routing& routing, int64_t columns, const bf16* tokens, bool turned = false) : TileRows(routing, columns, turned) {
+        tokens_ = tokens;
+    }
+    TileRows(const Routing& routing, int64_t columns, bool turned = false)
         : routing_(&routing),
           columns_(columns),
           across_(tiles_of(columns, kTileDepth)),
+          turned_(turned),
           first_(firsts(routing)),
           blocks_(first_.back() * across_ * kTileNumbers) {}
 
@@ -132,26 +152,36 @@ class TileRows {
         for (int64_t block = 0; block < first_.back(); ++block) {
             const int64_t expert = std::upper_bound(first_.begin(), first_.end(), block) - first_.begin() - 1;
             const int64_t begin = routing_->offsets[expert] + (block - first_[expert]) * kTileRows;
-            for (int64_t r = begin; r < std::min(begin + kTileRows, routing_->offsets[expert + 1]); ++r) {
-                const bf16* from = tokens_ + routing_->token(r) * columns_;
-                bf16* to = own(place(expert, r, 0));
-                for (int64_t c = 0; c < columns_; c += kTileDepth, to += kTileNumbers)
-                    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first_halves(columns_ - c), from + c));
+            const int64_t n = std::min(kTileRows, routing_->offsets[expert + 1] - begin);
+            const bf16* rows[kTileRows];
+            for (int64_t i = 0; i < kTileRows; ++i) rows[i] = tokens_ + routing_->token(begin + std::min(i, n - 1)) * columns_;
+            bf16* to = blocks_.data() + block * across_ * kTileNumbers;
+            for (int64_t c = 0; c < columns_; c += kTileDepth, to += kTileNumbers) {
+                PairLine lines[kTileRows];
+                for (int64_t i = 0; i < kTileRows; ++i) lines[i] = (PairLine)_mm512_maskz_loadu_epi16(first_halves(columns_ - c), rows[i] + c);
+                if (turned_) transpose_square<kTileRows / 2>(lines);
+                std::memcpy(static_cast<void*>(to), lines, sizeof lines);
             }
         }
     }
+    // Numbers of whole registers' columns, or of a row's last.
     void put(int64_t expert, int64_t row, int64_t column, int64_t n, const float* numbers) {
-        for (const int64_t end = column + n; column < end;) {
-            const int64_t some = std::min(kTileDepth - column % kTileDepth, end - column);
-            bf16* to = own(place(expert, row, column));
-            for (int64_t c = 0; c < some; ++c) to[c] = narrow<bf16>(numbers[c]);
-            column += some;
-            numbers += some;
-            if (column == columns_) std::fill(to + some, to + some + (across_ * kTileDepth - columns_), bf16{0});
+        alignas(64) bf16 narrowed[kPanelColumns + kTileDepth] = {};
+        for (int64_t c = 0; c < n; ++c) narrowed[c] = narrow<bf16>(numbers[c]);
+        if (column + n == columns_) n = across_ * kTileDepth - column;
+        for (int64_t c = 0; c < n; c += kPairLanes) {
+            bf16* block = own(place(expert, row, (column + c) / kTileDepth * kTileDepth));
+            const int64_t at = (column + c) % kTileDepth;
+            if (!turned_) {
+                std::memcpy(static_cast<void*>(block + at), narrowed + c, kPairLanes * sizeof(bf16));
+                continue;
+            }
+            for (int64_t q = 0; q < kPairLanes; q += 2)
+                std::memcpy(static_cast<void*>(block + (at + q) * kTileRows), narrowed + c + q, 2 * sizeof(bf16));
         }
     }
 
-    // Row r from a block's first column on.
+    // Row r from a block's first column on; not of blocks that are turned.
     struct Row {
         const bf16* first;
         bf16 operator[](int64_t c) const { return first[c / kTileDepth * kTileNumbers + c % kTileDepth]; }
@@ -161,26 +191,40 @@ class TileRows {
     Row row(int64_t expert, int64_t r, int64_t column) const { return {place(expert, r, column)}; }
 
     static int64_t pairs(int64_t depth) { return tiles_of(depth, kTileDepth) * kTileRows; }
-    static void pack(const Matrix<bf16>& b, int64_t depth, int64_t columns, uint32_t* panel) {
-        pack_panel(b, depth, columns, panel);
-        end_panel(depth, columns, panel);
+    MatrixPanel panel(const Matrix<bf16>& b, int64_t depth, int64_t columns, uint32_t* space) const {
+        if (turned_) return {b, depth, columns, nullptr};
+        pack_panel(b, depth, columns, space);
+        end_panel(depth, columns, space);
+        return {b, depth, columns, space};
     }
     static int64_t turns(int64_t rows, int64_t columns, int64_t depth) {
         return tiles_of(rows, 2 * kTileRows) * tiles_of(vectors_in(columns), 2) * tiles_of(depth, kTileDepth);
     }
-    // Depth begins with a tile.
+    // k begins a block.
     template <class Out>
-    void product(int64_t expert, Range rows, Range depth, const uint32_t* panel, int64_t columns, Coming& next, int64_t lines, Scratch&,
+    void product(int64_t expert, Range rows, int64_t k, const MatrixPanel& panel, Coming& next, int64_t lines, Scratch& scratch,
                  Out&& out) const {
-        const int64_t before = (rows.begin - routing_->offsets[expert]) % kTileRows, first = rows.begin - before;
-        product_tiles(place(expert, first, depth.begin), across_ * kTileNumbers, rows.end - first, panel,
-                      tiles_of(depth.end - depth.begin, kTileDepth), columns, next, lines, [&](int64_t i, const auto& acc) {
-                          if (i >= before) out(first + i, acc);
-                      });
+        const int64_t before = (rows.begin - routing_->offsets[expert]) % kTileRows, first = rows.begin - before, n = rows.end - first;
+        const bf16* blocks = place(expert, first, k);
+        const int64_t apart = across_ * kTileNumbers;
+        const auto own_rows = [&](int64_t i, const auto& acc) {
+            if (i >= before) out(first + i, acc);
+        };
+        if (!turned_)
+            return product_tiles(blocks, apart, n, panel.packed, tiles_of(panel.depth, kTileDepth), panel.columns, next, lines, own_rows);
+        product_lines_by_tiles(blocks, apart, n, panel.b.data, panel.b.column, panel.depth, panel.columns, next, scratch.sums.data());
+        with_constant<kPanelVectors>(vectors_in(panel.columns), [&](auto n_vectors) {
+            for (int64_t i = 0; i < n; ++i) {
+                __m512 acc[decltype(n_vectors)::value];
+                std::memcpy(acc, scratch.sums.data() + i * kPanelColumns, sizeof acc);
+                own_rows(i, acc);
+            }
+        });
     }
 
     // A gradient of weights: lines and columns in whole pieces.
     static constexpr int64_t kOuterLines = 2 * kTileRows, kOuterColumns = kTileDepth;
+    static constexpr bool kStreams = kPanelVectors % 2 == 0;
     // Columns of some rows as tiles of 16 columns and 32 rows; those of the same columns lie one behind the other.
     void pack_left(int64_t expert, Range rows, Range columns, uint32_t* to) const {
         const int64_t depth = rows.end - rows.begin, height = columns.end - columns.begin, across = tiles_of(depth, kTileDepth);
@@ -220,10 +264,11 @@ class TileRows {
             first.push_back(first.back() + tiles_of(routing.offsets[e + 1] - routing.offsets[e], kTileRows));
         return first;
     }
+    // A row's numbers from a block's first on; where blocks are turned, its pairs, at 64 bytes.
     const bf16* place(int64_t expert, int64_t row, int64_t column) const {
         const int64_t i = row - routing_->offsets[expert];
         const int64_t block = (first_[expert] + i / kTileRows) * across_ + column / kTileDepth;
-        return blocks_.data() + block * kTileNumbers + i % kTileRows * kTileDepth + column % kTileDepth;
+        return blocks_.data() + block * kTileNumbers + i % kTileRows * (turned_ ? 2 : kTileDepth);
     }
 
     bf16* own(const bf16* at) { return blocks_.data() + (at - blocks_.data()); }
@@ -231,6 +276,7 @@ class TileRows {
     const Routing* routing_;
     const bf16* tokens_ = nullptr;
     int64_t columns_, across_;
+    bool turned_;
     std::vector<int64_t> first_;
     Buffer<bf16> blocks_;
 };
