@@ -69,6 +69,8 @@ def _experts_last(*weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 LAYOUTS: dict[str, Layout] = {
     "in-out": lambda *weights: weights,
     "out-in": lambda keys, gate_keys, values: (_turned(keys), _turned(gate_keys), _turned(values)),
+    "keys-out-in": lambda keys, gate_keys, values: (_turned(keys), _turned(gate_keys), values),
+    "values-out-in": lambda keys, gate_keys, values: (keys, gate_keys, _turned(values)),
     "halves": _halves,
     "out-in-halves": _turned_halves,
     "interleaved": _interleaved,

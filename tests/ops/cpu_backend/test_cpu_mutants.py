@@ -14,7 +14,9 @@ from sparseffn.ops.cpu import build
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no compiled kernels here")
 
-FLAGS = [*without("-O3"), *QUICK]
+TILED = [*without("-O3"), *QUICK]
+FLAGS = [*TILED, "-DSPARSEFFN_NO_TILES"]
+needs_tiles = pytest.mark.skipif("AMX-BF16" not in (build.instruction_sets() or ""), reason="this processor has no tiles")
 CHECKER = str(Path(__file__).with_name("check_kernels.py"))
 
 
@@ -30,6 +32,13 @@ class Mutant:
     compiled: str = "experts_float.cpp"
     """The file that includes the changed one, if the check needs no other."""
     says: str = "wrong"
+    tiled: bool = False
+    """Whether it is a change of the products on tiles, which only some processors have; all others are compiled without."""
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the compiler."""
+        return TILED if self.tiled else FLAGS
 
 
 # What has the blocks of single pairs and both selections.
@@ -102,12 +111,12 @@ MUTANTS = {
     "truncated-bfloat16": Mutant(
         "vectors.h", "x == x ? rounded : (bits >> 16) | 0x40u", "bits >> 16", "bfloat16", "experts_bf16.cpp"
     ),
-    "rows-of-the-first-piece": Mutant("experts_panels.h", " + piece.depth.begin", "", "pairs", "experts_bf16.cpp"),
+    "rows-of-the-first-piece": Mutant("experts_panels.h", "some, piece.depth.begin", "some, 0", "pairs", "experts_bf16.cpp"),
     "columns-of-the-first-panel": Mutant(
         "experts_panels.h", "piece.from(own.begin)", "piece.from(0)", "pairs", "experts_bf16.cpp"
     ),
     "sums-of-the-first-panel": Mutant(
-        "experts_panels.h", "sums_of(first + i) + own.begin", "sums_of(first + i)", "pairs", "experts_bf16.cpp"
+        "experts_panels.h", "sums_of(r) + own.begin", "sums_of(r)", "pairs", "experts_bf16.cpp"
     ),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
     "turn-as-if-never-short": Mutant(
@@ -122,7 +131,7 @@ MUTANTS = {
     ),
     "pairs-of-columns-turned": Mutant("product_pairs.h", "one | two << 16", "two | one << 16", "pairs", "experts_bf16.cpp"),
     "rows-behind-the-depth-lost": Mutant(
-        "experts_panels_backward.h", "_mm512_loadu_ps(sum) + v", "v", "pairs", "experts_bf16.cpp"
+        "experts_panels_backward.h", "_mm512_loadu_ps(sum + j * kPairLanes) + acc[j]", "acc[j]", "pairs", "experts_bf16.cpp"
     ),
     "gate-gradient-of-one-panel": Mutant(
         "experts_panels_backward.h",
@@ -138,6 +147,25 @@ MUTANTS = {
         "pairs",
         "experts_bf16.cpp",
         says="not finite",
+    ),
+    "tile-of-the-first-rows-twice": Mutant(
+        "product_tiles.h", "a + apart + k * kTileNumbers", "a + k * kTileNumbers", "pairs", "experts_bf16.cpp", tiled=True
+    ),
+    "tile-of-the-first-columns-twice": Mutant(
+        "product_tiles.h", "b + kPairLanes, ld", "b, ld", "pairs", "experts_bf16.cpp", tiled=True
+    ),
+    "panel-without-its-end": Mutant(
+        "product_tiles.h", "std::fill(panel + pairs_in(depth) * ld", "std::fill(panel + pairs * ld", "pairs", "experts_bf16.cpp",
+        says="not finite", tiled=True,
+    ),
+    "squares-of-sums-in-the-other-order": Mutant(
+        "product_tiles.h", "sums[2 * i + j]", "sums[2 * j + i]", "pairs", "experts_bf16.cpp", tiled=True
+    ),
+    "pairs-of-a-block-over-each-other": Mutant(
+        "sorted_rows.h", "(at + q) * kTileRows", "at * kTileRows", "pairs", "experts_bf16.cpp", tiled=True
+    ),
+    "row-without-its-end": Mutant(
+        "sorted_rows.h", "if (column + n == columns_)", "if (false)", "pairs", "experts_bf16.cpp", says="not finite", tiled=True
     ),
     "rows-of-a-run-but-the-last-lost": Mutant(
         "rows.h",
@@ -210,7 +238,7 @@ QUICKLY = (
 
 def said_of(mutant: Mutant, folder: Path) -> str:
     """What the comparison says, in a process that runs the mutant."""
-    library = compile_variant(folder, [mutant.compiled], FLAGS, (mutant.file, mutant.old, mutant.new))
+    library = compile_variant(folder, [mutant.compiled], mutant.flags, (mutant.file, mutant.old, mutant.new))
     done = run_with(library, CHECKER, mutant.check)
     assert done.returncode == 0 or done.stderr.startswith("wrong"), done.stderr
     return done.stderr
@@ -225,7 +253,10 @@ def test_mutants_are_caught(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MUTANTS if name not in QUICKLY])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs_tiles) if m.tiled else n for n, m in MUTANTS.items() if n not in QUICKLY],
+)
 def test_mutant_is_caught(name: str, tmp_path: Path) -> None:
     """Each of the others."""
     assert MUTANTS[name].says in said_of(MUTANTS[name], tmp_path / "mutant")
@@ -249,15 +280,17 @@ def test_no_thread_takes_memory(spoilt: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
+    ("file", "tiled"),
     [
-        "experts_float.cpp",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("experts_bf16.cpp", "route.cpp", _BLOCKS, "assignment.cpp")),
+        ("experts_float.cpp", False),
+        *(pytest.param(f, False, marks=pytest.mark.slow) for f in ("experts_bf16.cpp", "route.cpp", _BLOCKS, "assignment.cpp")),
+        pytest.param("experts_bf16.cpp", True, marks=[pytest.mark.slow, needs_tiles]),
     ],
 )
-def test_right_kernels_pass_where_mutants_fail(file: str, tmp_path: Path) -> None:
+def test_right_kernels_pass_where_mutants_fail(file: str, tiled: bool, tmp_path: Path) -> None:
     """Compiled alike, so that a mutant is not caught by a test that always fails."""
-    library = compile_variant(tmp_path / "right", [file], FLAGS)
-    checks = sorted({mutant.check for mutant in (*MUTANTS.values(), UNWRITTEN) if mutant.compiled == file})
+    library = compile_variant(tmp_path / "right", [file], TILED if tiled else FLAGS)
+    mutants = [m for m in (*MUTANTS.values(), UNWRITTEN) if m.compiled == file and m.tiled == tiled]
+    checks = sorted({mutant.check for mutant in mutants})
     done = run_with(library, CHECKER, *checks)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from expert_cases import CASES, Options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,3 +88,15 @@ def test_assignment_is_as_good_as_the_other(n_tokens: int, n_experts: int, ties:
     assert int(loads.min()) >= low and int(loads.max()) <= low + (extra > 0)
     totals = [float(scores.gather(1, a[:, None]).sum()) for a in (got, wanted)]
     assert totals[0] == pytest.approx(totals[1], abs=1e-9)
+
+
+def test_products_of_pytorch_stand_beside_kernels_of_experts() -> None:
+    """Both may use tiles, whose shapes are a thread's: neither's results depend on whether the other ran."""
+    torch.manual_seed(0)
+    a, b = torch.randn(100, 200, dtype=torch.bfloat16), torch.randn(200, 300, dtype=torch.bfloat16)
+    problem = CASES["wide"].draw(Options("out-in"), torch.bfloat16)
+    product, found = a @ b, problem.results("cpu")
+    for _ in range(3):
+        again = problem.results("cpu")
+        assert all(torch.equal(again[name], wanted) for name, wanted in found.items())
+        assert torch.equal(a @ b, product)

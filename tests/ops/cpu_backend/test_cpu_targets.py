@@ -20,10 +20,11 @@ TARGETS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
     "sse2": ["-march=x86-64"],
+    "without-tiles": ["-march=native", "-DSPARSEFFN_NO_TILES"],
     # Clang has no other form than the one that is left out here.
     "gcc-before-12": ["-march=native", "-DSPARSEFFN_OLD_SHUFFLE"],
 }
-NEEDS = {"avx2": "avx2", "avx512": "avx512vl"}
+NEEDS = {"avx2": "avx2", "avx512": "avx512vl", "without-tiles": "amx_bf16"}
 CHECKER = str(Path(__file__).with_name("check_kernels.py"))
 
 

@@ -52,7 +52,8 @@ template <class LineAt, class Put> void weave(int64_t depth, int64_t columns, Li
     for (int64_t k = 0; k < depth; k += 2) {
         const bool both = k + 1 < depth;
         const auto first = line_at(k), second = both ? line_at(k + 1) : first;
-        const decltype(first) ahead[2] = {line_at(std::min(k + kLinesAhead, depth - 1)), line_at(std::min(k + 1 + kLinesAhead, depth - 1))};
+        const decltype(first) ahead[2] = {line_at(std::min(k + kLinesAhead, depth - 1)),
+                                          line_at(std::min(k + 1 + kLinesAhead, depth - 1))};
         for (int64_t c = 0; c < columns; c += 32) {
             for (const auto& line : ahead) __builtin_prefetch(line + c);
             const __mmask32 mask = first_halves(columns - c);
@@ -129,8 +130,8 @@ SPARSEFFN_INLINE void tile_pairs(int64_t pairs, const uint32_t* panel, __m512 (&
 // Calls out(i, registers) for each row i of A times the panel. Rows of A are contiguous. In each turn so many lines of what comes
 // next are fetched.
 template <class Out>
-SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const uint32_t* panel, int64_t depth, int64_t columns, Coming& next,
-                   int64_t lines, Out&& out) {
+SPARSEFFN_OWN_FRAME void product_pairs(const bf16* const* a, int64_t rows, const uint32_t* panel, int64_t depth, int64_t columns,
+                                       Coming& next, int64_t lines, Out&& out) {
     with_constant<kPanelVectors>(vectors_in(columns), [&](auto n) {
         constexpr int N = decltype(n)::value;
         const auto block = [&](int64_t first, auto r) {

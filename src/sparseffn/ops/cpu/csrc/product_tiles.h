@@ -96,8 +96,10 @@ class LineTiles {
   private:
     SPARSEFFN_OWN_FRAME void copy(int64_t k) {
         const __mmask32 there = first_halves(depth_ - k);
-        for (int64_t i = 0; i < kTileRows; ++i)
-            _mm512_store_si512(copy_ + i * kTileDepth, _mm512_maskz_loadu_epi16(i < lines_ ? there : 0, first_ + (i < lines_ ? i : 0) * apart_ + k));
+        for (int64_t i = 0; i < kTileRows; ++i) {
+            const bf16* line = first_ + (i < lines_ ? i : 0) * apart_;
+            _mm512_store_si512(copy_ + i * kTileDepth, _mm512_maskz_loadu_epi16(i < lines_ ? there : 0, line + k));
+        }
     }
 
     const bf16* first_;
@@ -123,9 +125,10 @@ struct LinesAhead {
 
 // Sums [lines, rows] of R tiles of lines, from line `first` of so many, times N blocks of rows that are turned: [pairs, rows].
 template <int R, int N>
-SPARSEFFN_OWN_FRAME void sums_of_lines(const bf16* lines, int64_t count, int64_t lines_apart, int64_t depth, const bf16* rows, int64_t apart,
-                                       const LinesAhead& ahead, float* to) {
-    LineTiles one(lines, count, lines_apart, depth), two(R > 1 ? lines + kTileRows * lines_apart : lines, count - kTileRows, lines_apart, depth);
+SPARSEFFN_OWN_FRAME void sums_of_lines(const bf16* lines, int64_t count, int64_t lines_apart, int64_t depth, const bf16* rows,
+                                       int64_t apart, const LinesAhead& ahead, float* to) {
+    LineTiles one(lines, count, lines_apart, depth);
+    LineTiles two(R > 1 ? lines + kTileRows * lines_apart : lines, count - kTileRows, lines_apart, depth);
     in_each_tile<R, N>([](auto i, auto j) { Tiles::set_to_zero<2 * i + j>(); });
     for (int64_t k = 0; k < depth; k += kTileDepth) {
         ahead.fetch(k * sizeof(bf16));
@@ -142,21 +145,24 @@ SPARSEFFN_OWN_FRAME void sums_of_lines(const bf16* lines, int64_t count, int64_t
 }
 
 // to[row][line], at kPanelColumns from row to row: so many rows, in turned blocks, times lines.
-SPARSEFFN_OWN_FRAME inline void product_lines_by_tiles(const bf16* blocks, int64_t apart, int64_t rows, const bf16* lines, int64_t lines_apart,
-                                                int64_t depth, int64_t columns, const Coming& next, float* to) {
+SPARSEFFN_OWN_FRAME inline void product_lines_by_tiles(const bf16* blocks, int64_t apart, int64_t rows, const bf16* lines,
+                                                       int64_t lines_apart, int64_t depth, int64_t columns, const Coming& next,
+                                                       float* to) {
     alignas(64) float sums[4][kTileRows][kTileRows];
     for (int64_t c = 0; c < columns; c += 2 * kTileRows) {
         const int64_t after = c + 2 * kTileRows, apart_bytes = lines_apart * static_cast<int64_t>(sizeof(bf16));
-        LinesAhead ahead{reinterpret_cast<const char*>(lines + after * lines_apart), apart_bytes, std::min(columns - after, 2 * kTileRows)};
+        LinesAhead ahead{reinterpret_cast<const char*>(lines + after * lines_apart), apart_bytes,
+                         std::min(columns - after, 2 * kTileRows)};
         if (after >= columns) ahead = {next.at(), next.stride(), next.at() ? 2 * kTileRows : 0};
         for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
             const int64_t n_columns = tiles_of(std::min(columns - c, 2 * kTileRows), kTileRows);
             const int64_t n_rows = tiles_of(std::min(rows - r, 2 * kTileRows), kTileRows);
+            const LinesAhead own = ahead.part(r / (2 * kTileRows), tiles_of(rows, 2 * kTileRows));
+            const bf16* b = blocks + r / kTileRows * apart;
             with_constant<2>(static_cast<int>(n_columns), [&](auto i) {
                 with_constant<2>(static_cast<int>(n_rows), [&](auto j) {
-                    sums_of_lines<decltype(i)::value, decltype(j)::value>(lines + c * lines_apart, columns - c, lines_apart, depth,
-                                                                         blocks + r / kTileRows * apart, apart,
-                                                                         ahead.part(r / (2 * kTileRows), tiles_of(rows, 2 * kTileRows)), sums[0][0]);
+                    constexpr int R = decltype(i)::value, N = decltype(j)::value;
+                    sums_of_lines<R, N>(lines + c * lines_apart, columns - c, lines_apart, depth, b, apart, own, sums[0][0]);
                 });
             });
             for (int64_t i = 0; i < n_columns; ++i)

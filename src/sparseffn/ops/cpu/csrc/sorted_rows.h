@@ -46,7 +46,8 @@ class PairRows {
     PairRows(const Routing& routing, int64_t columns, const bf16* tokens, bool = false)
         : by_token_(&routing), columns_(columns), own_(0), data_(tokens) {}
     // To be put.
-    PairRows(const Routing& routing, int64_t columns, bool = false) : columns_(columns), own_(routing.rows() * columns), data_(own_.data()) {}
+    PairRows(const Routing& routing, int64_t columns, bool = false)
+        : columns_(columns), own_(routing.rows() * columns), data_(own_.data()) {}
 
     int64_t columns() const { return columns_; }
     void fill() {}
@@ -158,7 +159,8 @@ class TileRows {
             bf16* to = blocks_.data() + block * across_ * kTileNumbers;
             for (int64_t c = 0; c < columns_; c += kTileDepth, to += kTileNumbers) {
                 PairLine lines[kTileRows];
-                for (int64_t i = 0; i < kTileRows; ++i) lines[i] = (PairLine)_mm512_maskz_loadu_epi16(first_halves(columns_ - c), rows[i] + c);
+                const __mmask32 there = first_halves(columns_ - c);
+                for (int64_t i = 0; i < kTileRows; ++i) lines[i] = (PairLine)_mm512_maskz_loadu_epi16(there, rows[i] + c);
                 if (turned_) transpose_square<kTileRows / 2>(lines);
                 std::memcpy(static_cast<void*>(to), lines, sizeof lines);
             }
@@ -212,7 +214,8 @@ class TileRows {
         };
         if (!turned_)
             return product_tiles(blocks, apart, n, panel.packed, tiles_of(panel.depth, kTileDepth), panel.columns, next, lines, own_rows);
-        product_lines_by_tiles(blocks, apart, n, panel.b.data, panel.b.column, panel.depth, panel.columns, next, scratch.sums.data());
+        product_lines_by_tiles(blocks, apart, n, panel.b.data, panel.b.column, panel.depth, panel.columns, next,
+                               scratch.sums.data());
         with_constant<kPanelVectors>(vectors_in(panel.columns), [&](auto n_vectors) {
             for (int64_t i = 0; i < n; ++i) {
                 __m512 acc[decltype(n_vectors)::value];
