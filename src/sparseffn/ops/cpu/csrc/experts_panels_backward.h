@@ -103,9 +103,12 @@ void outer_part(const Problem<bf16>& p, const PairedGradient<Rows>& g, int64_t e
                 whole[j] = first == rows.begin ? acc[j] : _mm512_loadu_ps(sum + j * kPairLanes) + acc[j];
                 if (some.end < rows.end) _mm512_storeu_ps(sum + j * kPairLanes, whole[j]);
             }
-            if (some.end == rows.end) put_rounded(whole, width - column, streams, to + i * g.to.ld() + column);
+            if (some.end == rows.end)
+                put_rounded(whole, std::min<int64_t>(width - column, N * kPairLanes), streams, to + i * g.to.ld() + column);
         });
     }
+    // What is written past the caches is in no order with what follows.
+    if (streams) _mm_sfence();
 }
 
 // Gradients of the hidden units, [rows, size] each, and of the gates, one addend for each panel.
