@@ -115,9 +115,7 @@ MUTANTS = {
     "columns-of-the-first-panel": Mutant(
         "experts_panels.h", "piece.from(own.begin)", "piece.from(0)", "pairs", "experts_bf16.cpp"
     ),
-    "sums-of-the-first-panel": Mutant(
-        "experts_panels.h", "sums_of(r) + own.begin", "sums_of(r)", "pairs", "experts_bf16.cpp"
-    ),
+    "sums-of-the-first-panel": Mutant("experts_panels.h", "sums_of(r) + own.begin", "sums_of(r)", "pairs", "experts_bf16.cpp"),
     "last-of-odd-terms-lost": Mutant("product_pairs.h", "if (depth % 2)", "if (false)", "pairs", "experts_bf16.cpp"),
     "turn-as-if-never-short": Mutant(
         "product_pairs.h", "std::min(kPairsOfTurn, depth / 2 - begin)", "kPairsOfTurn", "pairs", "experts_bf16.cpp"
@@ -155,8 +153,13 @@ MUTANTS = {
         "product_tiles.h", "b + kPairLanes, ld", "b, ld", "pairs", "experts_bf16.cpp", tiled=True
     ),
     "panel-without-its-end": Mutant(
-        "product_tiles.h", "std::fill(panel + pairs_in(depth) * ld", "std::fill(panel + pairs * ld", "pairs", "experts_bf16.cpp",
-        says="not finite", tiled=True,
+        "product_tiles.h",
+        "std::fill(panel + pairs_in(depth) * ld",
+        "std::fill(panel + pairs * ld",
+        "pairs",
+        "experts_bf16.cpp",
+        says="not finite",
+        tiled=True,
     ),
     "squares-of-sums-in-the-other-order": Mutant(
         "product_tiles.h", "sums[2 * i + j]", "sums[2 * j + i]", "pairs", "experts_bf16.cpp", tiled=True
