@@ -73,7 +73,7 @@ template <class Rows> struct PairedGradient {
     int64_t parts() const { return heights.n * widths.n; }
 };
 
-// to[c] = the first n of `values`, rounded; by-passing the cache where `streams`, which asks for whole lines of it.
+// to[c] = the first n of `values`, rounded; past the caches where `streams`, which asks for whole lines of it.
 template <int N> SPARSEFFN_INLINE void put_rounded(const __m512 (&values)[N], int64_t n, bool streams, bf16* to) {
     for (int j = 0; j < N && n > 0; j += 2, n -= 2 * kPairLanes, to += 2 * kPairLanes) {
         const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(j + 1 < N ? values[j + 1] : values[j], values[j]);
