@@ -210,19 +210,34 @@ LARGE = {
 }
 
 
+ENTRIES = 200
+"""Gates, and so gradients of gates, that a comparison is made of at least, if `MOST_DRAWS` draws have as many.
+
+The limit on the largest error is twice what plain PyTorch's is, which has luck where few are compared: of 60 gradients and
+61 seeds ours were above it for two, though the root mean square of their errors was 0.8 of plain PyTorch's. The largest of
+200 errors wanders far less."""
+MOST_DRAWS = 16
+
+
 def verify(case: Case, dtype: torch.dtype, options: Options | None = None) -> None:
-    """Outputs and gradients of the kernels: to rounding in float64, else as near the truth as ops/spec.py demands."""
-    problem = case.draw(options or Options(), dtype)
-    got, truth = problem.results("cpu"), problem.results("reference", torch.float64)
+    """Outputs and gradients of the kernels: to rounding in float64, else as near the truth as ops/spec.py demands.
+
+    A case of few tokens is drawn several times, and its results are compared together.
+    """
+    n_draws = 1 if dtype == torch.float64 else max(1, min(MOST_DRAWS, ENTRIES // max(1, case.n_tokens * case.k)))
+    results: list[tuple[dict[str, Tensor], ...]] = []
+    for _ in range(n_draws):
+        problem = case.draw(options or Options(), dtype)
+        plain = problem.results("torch") if dtype != torch.float64 else {}
+        results.append((problem.results("cpu"), problem.results("reference", torch.float64), plain))
+    got, truth, plain = ({name: torch.stack([d[name] for d in drawn]) for name in drawn[0]} for drawn in zip(*results, strict=True))
     assert got.keys() == truth.keys()
-    if dtype == torch.float64:
-        for name, wanted in truth.items():
-            torch.testing.assert_close(got[name], wanted, atol=1e-12, rtol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-        return
-    plain = problem.results("torch")
     for name, wanted in truth.items():
-        key = "experts" if name in ("", "evaluated") else f"experts.{name}"
-        check_against_truth(key, got[name], plain[name], wanted, dtype)
+        if dtype == torch.float64:
+            torch.testing.assert_close(got[name], wanted, atol=1e-12, rtol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            key = "experts" if name in ("", "evaluated") else f"experts.{name}"
+            check_against_truth(key, got[name], plain[name], wanted, dtype)
 
 
 __all__ = ["CASES", "DTYPES", "LARGE", "LAYOUTS", "NAMES", "UNITS", "Case", "Options", "Problem", "verify"]

@@ -72,21 +72,23 @@ def test_dot_products_and_panels(case: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", ["in-out", "out-in"])
 def test_pieces_of_a_long_depth(layout: str) -> None:
-    """By one thread, and the same bits by any number: how many panels are summed at a time depends on it."""
+    """By any number of threads, on which depends how many panels are summed at a time, but not their bits.
+
+    Without instructions for bfloat16 threads may divide experts, and their gradients of x are added up in another order.
+    """
     case, before, found = LARGE["deep"], torch.get_num_threads(), []
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
             torch.manual_seed(0)
-            problem = case.draw(Options(layout, "silu", gated=True), torch.bfloat16)
-            found.append(problem.results("cpu"))
-            if n_threads == 1:
-                torch.manual_seed(0)
-                verify(case, torch.bfloat16, Options(layout, "silu", gated=True))
+            verify(case, torch.bfloat16, Options(layout, "silu", gated=True))
+            torch.manual_seed(0)
+            found.append(case.draw(Options(layout, "silu", gated=True), torch.bfloat16).results("cpu"))
     finally:
         torch.set_num_threads(before)
+    order_varies = set() if "AVX512-BF16" in (build.instruction_sets() or "") else {"x"}
     for other in found[1:]:
-        assert all(torch.equal(other[name], wanted) for name, wanted in found[0].items())
+        assert all(torch.equal(other[name], wanted) for name, wanted in found[0].items() if name not in order_varies)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
