@@ -230,7 +230,9 @@ def verify(case: Case, dtype: torch.dtype, options: Options | None = None) -> No
         problem = case.draw(options or Options(), dtype)
         plain = problem.results("torch") if dtype != torch.float64 else {}
         results.append((problem.results("cpu"), problem.results("reference", torch.float64), plain))
-    got, truth, plain = ({name: torch.stack([d[name] for d in drawn]) for name in drawn[0]} for drawn in zip(*results, strict=True))
+    got, truth, plain = (
+        {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]} for drawn in zip(*results, strict=True)
+    )
     assert got.keys() == truth.keys()
     for name, wanted in truth.items():
         if dtype == torch.float64:
