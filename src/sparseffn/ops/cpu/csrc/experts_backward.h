@@ -42,6 +42,7 @@ inline Division divide(const Routing& routing, int threads) {
 template <class S> struct BackwardWorkspace {
     using C = compute_t<S>;
     Buffer<C> joint, padded, sums, block;
+    FewRows<C> few;
     Scratch<S> scratch;
     std::vector<const C*> inputs, sent, d_rows, gate_rows, scaled_rows, joint_rows, padded_rows;
     std::vector<C*> to;
@@ -49,12 +50,13 @@ template <class S> struct BackwardWorkspace {
 
     BackwardWorkspace(const Problem<S>& p, int64_t most, bool many)
         : joint(p.interleaved() ? (many ? std::min(most, kChunk) : most) * 2 * p.size : 0),
-          padded((many ? kDepth : most) * kVectors * kLanes<C>),
+          padded(many ? kDepth * kVectors * kLanes<C> : 0),
           sums(many ? std::max(kBlock, p.size) * kVectors * kLanes<C> : 0),
           block(many ? most * kBlock : 0),
+          few(many ? 0 : most, std::max(p.width, p.size)),
           scratch(panel_size<C>(std::max(p.width, 2 * p.size))),
           inputs(most), sent(most), d_rows(most), gate_rows(most), scaled_rows(most), joint_rows(most),
-          padded_rows(many ? kDepth : most), to(most), bias(std::max(p.width, p.size)) {}
+          padded_rows(many ? kDepth : 0), to(most), bias(std::max(p.width, p.size)) {}
 };
 
 template <class S> std::vector<BackwardWorkspace<S>> backward_workspaces(const Problem<S>& p, int64_t most, bool many) {
@@ -92,8 +94,9 @@ void to_inputs(const Problem<S>& p, int64_t e, int64_t rows, BackwardWorkspace<S
 template <class S>
 void weights_of_few(const Problem<S>& p, int64_t rows, const compute_t<S>* const* tokens, const compute_t<S>* const* hidden,
                     bool by_width, S* to, int64_t ld, BackwardWorkspace<S>& ws) {
-    if (by_width) outer_of_few(tokens, hidden, rows, p.width, p.size, to, ld, ws.padded, ws.padded_rows);
-    else outer_of_few(hidden, tokens, rows, p.size, p.width, to, ld, ws.padded, ws.padded_rows);
+    const bool streams = p.routing.experts * p.width * p.size * static_cast<int64_t>(sizeof(S)) >= kStreamed;
+    if (by_width) outer_of_few(tokens, hidden, rows, p.width, p.size, to, ld, streams, ws.few);
+    else outer_of_few(hidden, tokens, rows, p.size, p.width, to, ld, streams, ws.few);
 }
 
 // The gradient of a row's gate, of which its units sent `sum`.

@@ -13,6 +13,12 @@ constexpr int64_t kChunk = 192;
 // Up to this many rows of an expert the lines of a matrix are read once, in their order, if rows are multiplied in pairs.
 constexpr int64_t kOnceRows = 24;
 
+// Keys as they are multiplied: those of an expert, or with its gate keys in turns.
+template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
+    const Matrix<S> keys = p.keys.of(expert).from(0, unit);
+    return p.interleaved() ? Matrix<S>{keys.data, keys.row, 1} : keys;
+}
+
 // What one thread needs for a chunk of rows. Made before threads start: what they cannot get must not end the process.
 template <class S> struct Workspace {
     using C = compute_t<S>;
@@ -44,10 +50,11 @@ template <class S> struct Workspace {
 
     static int64_t most_rows(const Problem<S>& p) { return std::min(kChunk, p.routing.rows()); }
     static int64_t panel_elements(const Problem<S>& p) {
-        const auto packs = [&](const Matrices<S>& m) {
-            return m && m.column != 1 && !by_dots<S>(kDots, most_rows(p), m.row, m.column);
+        const auto packs = [&](const Matrix<S>& m) {
+            if (m.column == 1) return most_rows(p) > kRows && collides(m, std::max(p.width, p.size));
+            return m.data && !by_dots<S>(kDots, most_rows(p), m.row, m.column);
         };
-        if (packs(p.values) || (!p.interleaved() && (packs(p.keys) || packs(p.gate_keys))))
+        if (packs(p.values.of(0)) || packs(keys_of(p, 0, 0)) || (!p.interleaved() && packs(p.gate_keys.of(0))))
             return panel_size<C>(std::max(p.width, p.size));
         return std::max(ragged_size<C>(p.width, p.units_of_keys()), ragged_size<C>(p.size, p.width));
     }
@@ -71,12 +78,6 @@ template <class S, class C> void keep_row(const C* row, int64_t n, S* kept) {
 
 // How n rows are multiplied by a matrix; `once` where a thread has all rows of an expert.
 template <class S> Way way_of(int64_t n, Coming next, bool once) { return {next, Workspace<S>::kDots, once && n <= kOnceRows}; }
-
-// Keys as they are multiplied: those of an expert, or with its gate keys in turns.
-template <class S> Matrix<S> keys_of(const Problem<S>& p, int64_t expert, int64_t unit) {
-    const Matrix<S> keys = p.keys.of(expert).from(0, unit);
-    return p.interleaved() ? Matrix<S>{keys.data, keys.row, 1} : keys;
-}
 
 // Products of the gathered rows with units `first..first + size` of the keys and gate keys, biases included.
 template <class S>

@@ -111,12 +111,18 @@ constexpr int64_t kTerms = 32;
 
 inline int64_t turns_in(int64_t depth) { return (depth + kTerms - 1) / kTerms; }
 
+// Of a panel's tiles of rows the first one reads from memory, and perhaps copies.
+enum class Tile { kFirst, kCopies, kLater };
+template <Tile Kind> constexpr std::integral_constant<Tile, Kind> kind{};
+
 // acc[i][j] = sum_k a[i][k] B[k, j]: rows of A contiguous in k. The first tile of a panel brings B into the cache, the others
 // so many lines of what comes next in each turn, one with a term, and then where they end again and again: a branch in the innermost
-// loop took up to 11% longer, all lines at the start of a turn 3 to 7% (Zen 4).
-template <class C, class S, int R, int N, bool First>
+// loop took up to 11% longer, all lines at the start of a turn 3 to 7% (Zen 4). One that copies leaves B's lines side by side in
+// `copy`, too.
+template <class C, class S, int R, int N, Tile Kind>
 SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, int64_t depth, Coming& next, int64_t per_turn,
-                                   Vec<C> (&acc)[R][N]) {
+                                   [[maybe_unused]] S* copy, Vec<C> (&acc)[R][N]) {
+    constexpr bool First = Kind != Tile::kLater;
     // A tile of few rows waits for memory, of which the second-level cache has more requests under way; one of more would wait for
     // that cache.
     constexpr int kLevel = R <= kRows / 2 ? 2 : 3;
@@ -137,6 +143,8 @@ SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, i
                 __builtin_prefetch(run.at, 0, 2);
                 run.at = std::min(run.at + kLine, run.end);
             }
+            if constexpr (Kind == Tile::kCopies)
+                std::memcpy(static_cast<void*>(copy + k * N * kLanes<C>), b + k * ldb, N * kLanes<C> * sizeof(S));
             tile_step<R, N>(part, [&](int i) { return splat<C>(row[i][k]); }, [&](int j) { return load(b + k * ldb + j * kLanes<C>); },
                             MultiplyAdd<Vec<C>>{});
         }
@@ -146,17 +154,16 @@ SPARSEFFN_INLINE void tile_product(const C* const* a, const S* b, int64_t ldb, i
     next = ahead;
 }
 
-// acc[i][j] = sum_r a[r][i] b[r][j] over rows r: the outer products of a gradient of weights.
-template <class C, int R, int N>
-SPARSEFFN_INLINE void tile_outer(const C* const* a, int64_t at, const C* const* b, int64_t bt, int64_t depth, Vec<C> (&acc)[R][N]) {
+// acc[i][j] = sum_r a(r)[i] b(r)[j] over rows r: the outer products of a gradient of weights.
+template <class C, int R, int N, class A, class B> SPARSEFFN_INLINE void tile_outer(A&& a, B&& b, int64_t depth, Vec<C> (&acc)[R][N]) {
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < N; ++j) acc[i][j] = Vec<C>{};
     for (int64_t begin = 0; begin < depth; begin += kTerms) {
         Vec<C> part[R][N] = {};
         const int64_t end = begin + kTerms < depth ? begin + kTerms : depth;
         for (int64_t r = begin; r < end; ++r) {
-            const C* x = a[r] + at;
-            const C* y = b[r] + bt;
+            const C* x = a(r);
+            const C* y = b(r);
             tile_step<R, N>(part, [&](int i) { return splat<C>(x[i]); }, [&](int j) { return load(y + j * kLanes<C>); },
                             MultiplyAdd<Vec<C>>{});
         }
@@ -220,19 +227,23 @@ inline void product_of(const C* const* a, int64_t rows, const B& b, int64_t colu
         const auto panel = b.panel(first, width);
         with_constant<W>(panel.vectors, [&](auto n) {
             constexpr int N = decltype(n)::value;
-            const auto block = [&](int64_t i, auto r, auto is_first) {
+            const auto block = [&](int64_t i, auto r, auto k, const auto* data, int64_t ld) {
                 constexpr int R = decltype(r)::value;
                 Vec<C> acc[R][N];
-                tile_product<C, std::decay_t<decltype(*panel.data)>, R, N, decltype(is_first)::value>(
-                    a + i, panel.data, panel.ld, b.depth, coming, per_turn, acc);
+                tile_product<C, std::decay_t<decltype(*data)>, R, N, decltype(k)::value>(a + i, data, ld, b.depth, coming, per_turn,
+                                                                                       b.space, acc);
                 for (int q = 0; q < R; ++q) out(i + q, first, width, acc[q]);
             };
             // The ragged tile comes first: it has registers to spare for fetching ahead.
-            const int64_t ragged = rows % Rows;
-            with_constant<Rows - 1>(static_cast<int>(ragged), [&](auto r) { block(0, r, std::true_type{}); });
-            if (ragged == 0 && rows > 0) block(0, std::integral_constant<int, Rows>{}, std::true_type{});
-            for (int64_t i = ragged ? ragged : Rows; i < rows; i += Rows)
-                block(i, std::integral_constant<int, Rows>{}, std::false_type{});
+            const int64_t ragged = rows % Rows || rows == 0 ? rows % Rows : Rows;
+            const auto all = [&](auto k, const auto* data, int64_t ld) {
+                with_constant<Rows>(static_cast<int>(ragged), [&](auto r) { block(0, r, k, panel.data, panel.ld); });
+                for (int64_t i = ragged; i < rows; i += Rows)
+                    block(i, std::integral_constant<int, Rows>{}, kind<Tile::kLater>, data, ld);
+            };
+            if constexpr (Rows == kRows && N == W)
+                if (rows > Rows && b.copies(panel)) return all(kind<Tile::kCopies>, b.space, N * kLanes<C>);
+            all(kind<Tile::kFirst>, panel.data, panel.ld);
         });
     }
 }

@@ -264,7 +264,7 @@ template <class C> void selector_gradient(const Routes& r, const C* d, Range col
             const auto block = [&](int64_t e, auto size) {
                 constexpr int R = decltype(size)::value;
                 Vec<C> acc[R][kVectors];
-                tile_outer<C, R, kVectors>(rows, e, x_rows, at, n, acc);
+                tile_outer<C, R, kVectors>([&](int64_t i) { return rows[i] + e; }, [&](int64_t i) { return x_rows[i] + at; }, n, acc);
                 for (int i = 0; i < R; ++i) {
                     C* to = grad_selector + (e + i) * r.width + columns.begin + at;
                     if (first) add(to, acc[i], some);

@@ -103,6 +103,28 @@ inline Vec<float> load(const half* p) {
 
 template <class C> inline void store(C* p, Vec<C> v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// Bytes of a result that is not read again from which on it is written past the caches, and its memory not read first. Measured on two
+// cores, the backward of 512 tokens: on tiles (Xeon, family 6, model 167) 0.7 of the time with 805 MB of gradients, in pages of 2 MiB,
+// 0.6 with 100 MB, 0.8 with 8 MB.
+constexpr int64_t kStreamed = int64_t(1) << 20;
+
+#if defined(__AVX__)
+constexpr bool kStreams = true;
+// v at p, a multiple of a register, past the caches. What is written so is in no order with what follows, until `end_streams`.
+template <class C> inline void stream(C* p, Vec<C> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#endif
+}
+inline void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+template <class C> inline void stream(C* p, Vec<C> v) { store(p, v); }
+inline void end_streams() {}
+#endif
+
 template <class C> inline Vec<C> splat(C x) { return x - Vec<C>{}; }
 
 inline float upcast(float x) { return x; }
