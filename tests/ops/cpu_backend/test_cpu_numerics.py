@@ -63,6 +63,14 @@ def test_many_rows(layout: str, dtype: torch.dtype) -> None:
     verify(LARGE["many-rows"], dtype, Options(layout, "silu", gated=True, biased=True, dropout=True))
 
 
+@LOW
+@pytest.mark.parametrize("layout", ["in-out", "out-in", "interleaved", "values-out-in"])
+@pytest.mark.parametrize("case", ["colliding", "turned-chunks"])
+def test_large_experts(case: str, layout: str, dtype: torch.dtype) -> None:
+    """What is copied or packed of large matrices, and what is written past the caches."""
+    verify(LARGE[case], dtype, Options(layout, "silu", gated=True))
+
+
 @ALL
 @pytest.mark.parametrize("case", ["keys-by-dots", "by-panels"])
 def test_dot_products_and_panels(case: str, dtype: torch.dtype) -> None:
