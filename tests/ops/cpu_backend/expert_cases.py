@@ -209,8 +209,6 @@ LARGE = {
     "by-panels": Case(200, 64, 2, 48, 1),
     # Lines that push each other out of the cache: panels are copied; and gradients that are written past the caches.
     "colliding": Case(40, 1024, 2, 512, 1),
-    # More rows than are packed at a time.
-    "turned-chunks": Case(330, 800, 2, 43, 1),
 }
 
 

@@ -54,7 +54,7 @@ template <class S> struct BackwardWorkspace {
           sums(many ? std::max(kBlock, p.size) * kVectors * kLanes<C> : 0),
           block(many ? most * kBlock : 0),
           few(many ? 0 : most, std::max(p.width, p.size)),
-          scratch(product_size<S>(many ? std::min(most, kChunk) : most, std::max(p.width, 2 * p.size))),
+          scratch(panel_size<C>(std::max(p.width, 2 * p.size))),
           inputs(most), sent(most), d_rows(most), gate_rows(most), scaled_rows(most), joint_rows(most),
           padded_rows(many ? kDepth : 0), to(most), bias(std::max(p.width, p.size)) {}
 };

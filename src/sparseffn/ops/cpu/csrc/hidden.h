@@ -55,7 +55,7 @@ template <class S> struct Workspace {
             return m.data && !by_dots<S>(kDots, most_rows(p), m.row, m.column);
         };
         if (packs(p.values.of(0)) || packs(keys_of(p, 0, 0)) || (!p.interleaved() && packs(p.gate_keys.of(0))))
-            return product_size<S>(most_rows(p), std::max(p.width, p.size));
+            return panel_size<C>(std::max(p.width, p.size));
         return std::max(ragged_size<C>(p.width, p.units_of_keys()), ragged_size<C>(p.size, p.width));
     }
 };

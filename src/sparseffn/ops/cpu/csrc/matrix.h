@@ -7,7 +7,6 @@
 #include "parallel.h"
 #include "product.h"
 #include "transpose.h"
-#include "turned.h"
 
 namespace sparseffn {
 
@@ -118,12 +117,6 @@ template <class S> constexpr int64_t most_dot_rows(int64_t apart) {
     return apart * static_cast<int64_t>(sizeof(S)) % kLine == 0 ? 40 : 12;
 }
 
-// Elements of the memory that a product of up to so many rows of up to such a depth needs.
-template <class S> int64_t product_size(int64_t rows, int64_t depth) {
-    using C = compute_t<S>;
-    return std::max(panel_size<C>(depth), std::is_same_v<S, C> ? TurnedSize<C>(rows, depth).elements : 0);
-}
-
 // What products need, by one thread: memory for a panel, and for rows of up to `depth` numbers of another type.
 template <class S> struct Scratch {
     using C = compute_t<S>;
@@ -183,17 +176,6 @@ void multiply(const A* const* a, int64_t n, Matrix<S> b, int64_t depth, int64_t 
             return product_lines(a, n, depth, columns, to, [&](int64_t k) { return b.at(k, 0); });
         }
 #endif
-    if constexpr (std::is_same_v<S, C>)
-        if (b.column != 1 && b.row == 1) {
-            product_turned<C>(a, n, depth, columns, [&](int64_t j) { return b.at(0, j); },
-                              [&](int64_t j, int64_t lines) { return coming_of(b.from(0, j), depth, lines); }, way.next,
-                              scratch.panel.data(), [&](int64_t i, int64_t j, Vec<C> sum, int64_t width) {
-                                  const Vec<C> sums[1] = {sum};
-                                  if constexpr (Mode == To::kAdd) add(to[i] + j, sums, static_cast<int>(width));
-                                  else put(to[i] + j, sums, static_cast<int>(width));
-                              });
-            return;
-        }
     const ByPanels<C, S> panels{b, depth, scratch.panel.data(), collides(b, depth)};
     product<C>(scratch.widened(a, n, depth), n, panels, columns, way.next,
                [&](int64_t i, int64_t first, int width, const auto& acc) {
