@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from block_draws import product_key_block, topk_block
-from expert_cases import CASES, LARGE, Options, verify
+from expert_cases import APART, CASES, LARGE, Options, verify
 
 from sparseffn import ops
 
@@ -33,6 +33,13 @@ def layouts() -> None:
     verify(LARGE["hot-chunks"], F32, Options("out-in", **GATED))  # type: ignore[arg-type]
     for layout in ("out-in", "spread"):
         verify(LARGE["many-rows"], F32, Options(layout, **GATED))  # type: ignore[arg-type]
+
+
+def large() -> None:
+    """Lines of weights that push each other out of the cache, gradients that are written past the caches."""
+    for layout in APART:
+        verify(LARGE["apart"], F32, Options(layout, **GATED, apart=True))  # type: ignore[arg-type]
+    verify(LARGE["streamed"], F32, Options(**GATED))  # type: ignore[arg-type]
 
 
 def bfloat16() -> None:
@@ -143,6 +150,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "gated": lambda: experts(**GATED, biased=True),  # type: ignore[arg-type]
     "dropout": lambda: experts(dropout=True),
     "layouts": layouts,
+    "large": large,
     "bfloat16": bfloat16,
     "pairs": pairs,
     "inner": inner,

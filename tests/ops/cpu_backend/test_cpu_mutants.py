@@ -85,6 +85,14 @@ MUTANTS = {
         "matrix.h", "(a, n, b.data, b.column, depth, columns", "(a, n, b.data, depth, depth, columns", "layouts"
     ),
     "first-panel-packed-again": Mutant("matrix.h", "from = b.from(0, first)", "from = b.from(0, 0)", "layouts"),
+    "lines-copied-over-each-other": Mutant("product.h", "copy + k * N * kLanes<C>", "copy", "large"),
+    "registers-but-the-first-not-streamed": Mutant(
+        "outer.h", "stream(line + j * kLanes<C>, acc[q][j])", "stream(line, acc[q][j])", "large"
+    ),
+    "lines-of-the-first-block-of-a-gradient": Mutant("outer.h", "std::copy_n(a[r] + top", "std::copy_n(a[r]", "experts"),
+    "columns-of-the-first-panel-of-a-gradient": Mutant(
+        "outer.h", "copies.panels.data() + first * rows;", "copies.panels.data();", "experts"
+    ),
     "ragged-dots-cut": Mutant(
         "dots.h", "if (const int64_t n = depth - k)", "if (const int64_t n = depth - k; n > 1)", "layouts"
     ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from expert_cases import CASES, DTYPES, LARGE, LAYOUTS, NAMES, UNITS, Case, Options, verify
+from expert_cases import APART, CASES, DTYPES, LARGE, LAYOUTS, NAMES, UNITS, Case, Options, verify
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -63,11 +63,18 @@ def test_many_rows(layout: str, dtype: torch.dtype) -> None:
     verify(LARGE["many-rows"], dtype, Options(layout, "silu", gated=True, biased=True, dropout=True))
 
 
-@LOW
-@pytest.mark.parametrize("layout", ["in-out", "out-in", "interleaved", "values-out-in"])
-def test_lines_that_collide(layout: str, dtype: torch.dtype) -> None:
-    """Panels of large matrices are copied, and gradients are written past the caches."""
-    verify(LARGE["colliding"], dtype, Options(layout, "silu", gated=True))
+@ALL
+@pytest.mark.parametrize("layout", APART)
+def test_lines_that_push_each_other_out_of_the_cache(layout: str, dtype: torch.dtype) -> None:
+    """Panels are copied."""
+    verify(LARGE["apart"], dtype, Options(layout, "silu", gated=True, apart=True))
+
+
+@ALL
+@pytest.mark.parametrize("layout", ["in-out", "out-in"])
+def test_gradients_past_the_caches(layout: str, dtype: torch.dtype) -> None:
+    """Whole lines of a cache, and numbers of lower precision otherwise."""
+    verify(LARGE["streamed"], dtype, Options(layout, "silu", gated=True))
 
 
 @ALL
