@@ -19,12 +19,14 @@ FLAGS = [*without("-O3", "-march=native"), *QUICK]
 TARGETS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
+    # Without instructions for float16.
+    "avx": ["-march=sandybridge"],
     "sse2": ["-march=x86-64"],
     "without-tiles": ["-march=native", "-DSPARSEFFN_NO_TILES"],
     # Clang has no other form than the one that is left out here.
     "gcc-before-12": ["-march=native", "-DSPARSEFFN_OLD_SHUFFLE"],
 }
-NEEDS = {"avx2": "avx2", "avx512": "avx512vl", "without-tiles": "amx_bf16"}
+NEEDS = {"avx": "avx", "avx2": "avx2", "avx512": "avx512vl", "without-tiles": "amx_bf16"}
 CHECKER = str(Path(__file__).with_name("check_kernels.py"))
 
 
@@ -37,5 +39,5 @@ def test_numbers_are_right_there_too(target: str, tmp_path: Path) -> None:
     if target == "gcc-before-12" and "clang" in " ".join(build.find_compiler()):
         pytest.skip("the compiler is Clang")
     library = compile_variant(tmp_path / "target", kernel_files(), [*FLAGS, *TARGETS[target]])
-    done = run_with(library, CHECKER, "other-processors", "routes", "rows", "ties", "inner")
+    done = run_with(library, CHECKER, "other-processors", "routes", "rows", "ties", "inner", "large")
     assert done.returncode == 0, done.stderr

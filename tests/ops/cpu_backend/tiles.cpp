@@ -15,7 +15,7 @@ __attribute__((noinline)) void dot_tile(const S* const* a, const S* b, int64_t l
 template <int R>
 __attribute__((noinline)) void panel_tile(const float* const* a, const float* b, int64_t ldb, int64_t depth, Coming& next,
                                           Vec<float> (&acc)[R][kRegisters]) {
-    tile_product<float, float, R, kRegisters, false>(a, b, ldb, depth, next, 1, acc);
+    tile_product<float, float, R, kRegisters, Tile::kLater>(a, b, ldb, depth, next, 1, nullptr, acc);
 }
 
 #if defined(SPARSEFFN_PAIRS)

@@ -87,10 +87,11 @@ constexpr int kDotLines = 4, kDotTile = kBytes == 64 ? 6 : kBytes == 16 && kVect
 // under way (one to four rows: 0.85 to 0.9), from so many bytes ahead at least: from nearer they come late (lines of 128 and 256 numbers,
 // one or two rows: 0.8 to 0.95 of the time that 1 to 4 KiB ahead takes). Several tiles that read fewer bytes wait for that cache more
 // than for memory, and theirs come into the first (lines of 128 and 256 numbers, eight rows: 0.8), as those do that are converted.
+// Lines that are apart come into the second always.
 constexpr int64_t kFarBytes = 8192;
 
 // What a tile fetches of the lines that come next: from where, and so many bytes further in each step, in each of N places: side by
-// side where lines lie in one piece, else so many bytes apart. Near is the first-level cache, else it is the second.
+// side where lines lie in one piece, else so many bytes apart. Near, of those in one piece, is the first-level cache.
 struct Ahead {
     const char* at;
     int64_t along, apart;
@@ -133,7 +134,7 @@ template <class A, class S, class Out>
 inline void product_dots(const A* const* a, int64_t rows, const S* b, int64_t ldb, int64_t depth, int64_t columns, Out&& out) {
     using C = compute_t<S>;
     constexpr int64_t kStep = Meeting<A, S>::kStep, kSize = sizeof(S), kStepBytes = Meeting<A, S>::kStepBytes;
-    const int64_t tiles = tiles_in<kDotTile>(rows), steps = (depth + kStep - 1) / kStep;
+    const int64_t tiles = std::max<int64_t>(tiles_in<kDotTile>(rows), 1), steps = (depth + kStep - 1) / kStep;
     const auto block = [&](int64_t j, auto n) {
         constexpr int N = decltype(n)::value;
         // Lines in one piece are fetched as one. Each tile fetches its part, rounded up.

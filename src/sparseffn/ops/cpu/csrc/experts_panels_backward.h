@@ -17,10 +17,10 @@ struct OuterShape {
     int64_t depth, height, width;
 
     // With so many experts, threads should find some blocks each.
-    OuterShape(const Routing& routing, int64_t columns, int threads) {
+    OuterShape(const Routing& routing, int64_t columns, int threads, int64_t (*pairs)(int64_t)) {
         int64_t most = 2;
         for (int64_t e = 0; e < routing.experts; ++e) most = std::max(most, routing.offsets[e + 1] - routing.offsets[e]);
-        depth = std::min(kOuterDepth, most);
+        depth = std::min(kOuterDepth, 2 * pairs(most));
         int64_t times = std::min(kOuterDepth / depth, columns / kOuterHeight);
         while (times > 1 && columns / (times * kOuterHeight) * routing.experts < 4 * threads) times /= 2;
         times = std::max<int64_t>(times, 1);
@@ -148,7 +148,7 @@ template <class Rows> void backward_by_panels(const Problem<bf16>& p, const Grad
     const TokenParts inputs(p, p.keys.row == 1 && (!p.gate_keys || p.gate_keys.row == 1));
     HiddenGradients<Rows> h(p, panels, static_cast<bool>(g.values));
     auto all = one_for_each_thread<PanelWorkspace<Rows>>(p.threads, p, g.x ? inputs.sums() : 0);
-    const OuterShape shape(routing, std::max(p.width, p.size), p.threads);
+    const OuterShape shape(routing, std::max(p.width, p.size), p.threads, Rows::pairs);
     auto outer = one_for_each_thread<OuterWorkspace<Rows>>(p.threads, p, shape);
     const RowsTimes<Rows> products[] = {{&h.d, p.keys.transposed(), p.size},
                                         {p.gate_keys ? &h.d_gate : nullptr, p.gate_keys.transposed(), p.size}};

@@ -82,7 +82,7 @@ class Coming {
         skip(n);
         return run;
     }
-    // The first line, and bytes from line to line; null where nothing comes.
+    // The line that is fetched next, and bytes from line to line; null where nothing comes.
     const char* at() const { return line_; }
     int64_t stride() const { return stride_; }
     void fetch(int64_t n) {

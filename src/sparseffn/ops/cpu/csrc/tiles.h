@@ -28,7 +28,8 @@ inline bool has_tiles() {
 
 #if defined(SPARSEFFN_TILES)
 
-// The tiles of this thread, all of 16 rows of 64 bytes; afterwards as they were: PyTorch's libraries use them, too.
+// The tiles of this thread, all of 16 rows of 64 bytes; afterwards they have the shapes that they had, as PyTorch's libraries use them,
+// too, and hold zeros.
 class Tiles {
     struct alignas(64) Shapes {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
